@@ -1,0 +1,7 @@
+"""The mathematics of the objectives. Imports torch and nothing else of weight: no process groups, no Megatron, no vLLM."""
+
+from megatron_espo.algo.advantages import group_advantages
+from megatron_espo.algo.objectives import OBJECTIVES, Objective, policy_loss
+from megatron_espo.algo.segments import Annotation, annotate, entropy_groups
+
+__all__ = ["OBJECTIVES", "Annotation", "Objective", "annotate", "entropy_groups", "group_advantages", "policy_loss"]

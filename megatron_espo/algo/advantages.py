@@ -1,0 +1,37 @@
+"""Group-relative advantages (Eq. 11)."""
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
+    """``A = (R - mean) / std`` over the responses of each prompt whose verifier ran (Eq. 11).
+
+    Args:
+        rewards: ``[prompts, group_size]``; NaN marks a response whose reward could not be computed. It gets ``A = 0`` and is left
+            out of the mean and the standard deviation.
+        normalize_std: divide by the unbiased standard deviation; ``False`` only centres (Dr. GRPO).
+
+    Returns:
+        ``[prompts, group_size]`` float32. Exactly 0 for a group whose rewards are all equal.
+
+    Raises:
+        ValueError: a group of one response, or an infinite reward.
+    """
+    if rewards.dim() != 2 or rewards.size(1) < 2:
+        raise ValueError(f"rewards: expected [prompts, group_size >= 2], got {list(rewards.shape)}")
+    if rewards.isinf().any():
+        raise ValueError("rewards: expected finite values (NaN where the verifier failed), got an infinite one")
+    rewards = rewards.double()
+    ran = ~rewards.isnan()
+    filled = rewards.where(ran, 0.0)
+    count = ran.sum(1, keepdim=True)
+    centred = (filled - filled.sum(1, keepdim=True) / count.clamp(min=1)).where(ran, 0.0)
+    # "All equal" is max == min: the floating-point std of eight equal 100.1s is 1.6e-5, not 0.
+    highest = rewards.where(ran, -torch.inf).amax(1, keepdim=True)
+    lowest = rewards.where(ran, torch.inf).amin(1, keepdim=True)
+    varies = highest > lowest
+    if normalize_std:
+        std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        centred = centred / std.where(varies, 1.0)
+    return centred.where(varies, 0.0).float()

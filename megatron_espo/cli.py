@@ -1,0 +1,129 @@
+"""The ``megatron-espo`` command. Everything a user can get wrong is told before torch, Megatron-Core or vLLM loads."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from megatron_espo.errors import InputError
+
+TRAIN_EXAMPLES = """\
+one process:     megatron-espo train run.yaml optimizer.lr=2e-6
+several ranks:   torchrun --nproc-per-node 8 -m megatron_espo train run.yaml megatron.tensor_model_parallel_size=2
+"""
+
+
+class _ReferenceHelp(argparse.Action):
+    """``--help`` with every setting; a late import, so that ``doctor`` runs where pydantic is missing."""
+
+    def __init__(self, option_strings: list[str], dest: str, **_: Any):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show every setting and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from megatron_espo.config import render_reference
+
+        print(f"{parser.format_help()}\n{render_reference()}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,convert,doctor}")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model (also under torchrun)",
+        description="Train a model with the settings of a YAML file.",
+        epilog=TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    train.add_argument("-h", "--help", action=_ReferenceHelp)
+    _add_config(train)
+
+    convert = commands.add_parser("convert", help="Hugging Face weights to a Megatron checkpoint, or back")
+    directions = convert.add_subparsers(dest="direction", required=True, metavar="{to-megatron,to-hf}")
+    to_megatron = directions.add_parser("to-megatron", help="write model.path as a Megatron checkpoint")
+    to_hf = directions.add_parser("to-hf", help="write a Megatron checkpoint as a Hugging Face folder")
+    for direction in (to_megatron, to_hf):
+        direction.add_argument("config", metavar="CONFIG.yaml", help="settings; model and megatron are used")
+        if direction is to_hf:
+            direction.add_argument("checkpoint", metavar="CHECKPOINT", help="Megatron checkpoint folder to read")
+        direction.add_argument("out", metavar="OUT", help="folder to write")
+        _add_overrides(direction)
+
+    doctor = commands.add_parser("doctor", help="what works on this machine, and what to do about the rest")
+    doctor.add_argument("--timeout", type=float, default=180.0, help="seconds for one package to import (%(default)g)")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's settings")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file's")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit code: 0 done, 1 doctor's no, 2 a user's mistake, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    checked = False
+    try:
+        if args.command == "doctor":
+            from megatron_espo import doctor
+
+            return doctor.main(args.timeout)
+        config = _checked_config(args)
+        checked = True
+        _work(args, config)
+        return 0
+    except InputError as error:
+        _report(error, checked)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _checked_config(args: argparse.Namespace) -> Any:
+    from megatron_espo.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
+    config.validate_model()
+    if args.command == "train":
+        config.validate_data()
+    return config
+
+
+def _work(args: argparse.Namespace, config: Any) -> None:
+    if args.command == "train":
+        from megatron_espo.trainer import train
+
+        train(config)
+    elif args.direction == "to-megatron":
+        from megatron_espo.mcore.checkpoint import hf_to_megatron
+
+        hf_to_megatron(config, args.out)
+    else:
+        from megatron_espo.mcore.checkpoint import megatron_to_hf
+
+        megatron_to_hf(config, args.checkpoint, args.out)
+
+
+def _report(error: InputError, checked: bool) -> None:
+    """Print the error once: on rank 0; on another rank only what rank 0 may not have seen.
+
+    The checks before the work come out alike on all ranks of a node; during the work an error may concern one rank.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif checked or os.environ.get("LOCAL_RANK") == "0":
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Does the run fit these ranks, this model and these files? Standard library only."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_espo.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_espo.config.schema import Config
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+# Keys of config.json without which the model cannot be laid out.
+SIZES = (
+    "num_attention_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+# One of these sets of files makes a tokenizer.
+TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+NO_HUB = (
+    "models are never looked up on a hub; download it once where there is a network "
+    "(`hf download <owner>/<name> --local-dir <folder>`) and give the folder (relative to the current directory)"
+)
+
+
+def _refuse(config: "Config", problems: Iterator[tuple[str, str]]) -> None:
+    """Raise one InputError that lists every problem with the place its key was set (or that it is a default)."""
+    lines = []
+    for key, message in problems:
+        place = config.origins.get(key) or (f"{config.origins['']} (default)" if config.origins else "")
+        lines.append(f"{place}: {key}: {message}" if place else f"{key}: {message}")
+    if lines:
+        raise InputError("\n".join(lines))
+
+
+def validate_world_size(config: "Config", world_size: int) -> int:
+    """Data-parallel size of ``world_size`` ranks, or InputError."""
+    m = config.megatron
+    tp, pp, cp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size
+    model_ranks = tp * pp * cp
+    dp, rest = divmod(world_size, model_ranks)
+
+    def problems() -> Iterator[tuple[str, str]]:
+        if dp == 0 or rest:
+            sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}
+            largest = max(sizes, key=sizes.__getitem__)
+            fits = f"{dp * model_ranks} or {(dp + 1) * model_ranks}" if dp else f"{model_ranks}"
+            yield (
+                f"megatron.{largest}",
+                f"expected a world size that is TP x PP x CP x DP = {tp} x {pp} x {cp} x DP, a multiple of "
+                f"{model_ranks}, got {world_size}; start {fits} ranks (torchrun --nproc-per-node), or lower one of "
+                + ", ".join(f"megatron.{key}" for key, size in sizes.items() if size > 1),
+            )
+            return
+        batch = config.rollout.prompts_per_step * config.rollout.group_size
+        needed = dp * config.algorithm.num_mini_batches
+        if batch < needed:
+            yield (
+                "rollout.prompts_per_step",
+                f"expected prompts_per_step x group_size >= DP x algorithm.num_mini_batches = {needed} (one response "
+                f"for each rank and update), got {config.rollout.prompts_per_step} x {config.rollout.group_size} = "
+                f"{batch}; raise it or start fewer ranks",
+            )
+
+    _refuse(config, problems())
+    return dp
+
+
+def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The model's Hugging Face config, once layout, lengths and (if it is read here) files fit; or InputError."""
+    if hf_config is None:
+        _refuse(config, _folder_problems(config))
+        hf_config = _read_hf_config(config)
+    architectures = hf_config.get("architectures") or ["(none named)"]
+    if architectures[0] not in ARCHITECTURES:
+        message = f"expected an architecture out of {', '.join(ARCHITECTURES)}, got {', '.join(architectures)}"
+        _refuse(config, iter([("model.path", f'{message} ("{config.model.path}")')]))
+    missing = [key for key in SIZES if not isinstance(hf_config.get(key), int)]
+    if missing:
+        message = f"expected integers {', '.join(missing)} in config.json, found none"
+        _refuse(config, iter([("model.path", f'{message} ("{config.model.path}")')]))
+    _refuse(config, _layout_problems(config, hf_config))
+    _refuse(config, _length_problems(config, hf_config))
+    return hf_config
+
+
+def validate_prompt_file(config: "Config") -> None:
+    """InputError where ``data.prompts`` names a file that cannot be read."""
+    prompts = config.data.prompts
+    if not prompts.startswith("reasoning_gym:") and not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
+        message = f'expected a readable file (relative to the current directory, {os.getcwd()}), got "{prompts}"'
+        _refuse(config, iter([("data.prompts", message)]))
+
+
+def _read_hf_config(config: "Config") -> dict[str, Any]:
+    path = Path(config.model.path, "config.json")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(loaded, dict):
+            return loaded
+        reason = f"got a JSON {type(loaded).__name__}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    _refuse(config, iter([("model.path", f"expected a JSON object in {path}: {reason}")]))
+    raise AssertionError("unreachable")
+
+
+def _folder_problems(config: "Config") -> Iterator[tuple[str, str]]:
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        found = "a file" if folder.is_file() else "nothing"
+        yield "model.path", f'expected a model folder, found {found} at "{folder}" (in {os.getcwd()}); {NO_HUB}'
+        return
+    if not (folder / "config.json").is_file():
+        yield "model.path", f'expected config.json in "{folder}", found none; {NO_HUB}'
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        yield (
+            "model.path",
+            f'expected *.safetensors in "{folder}", found none; other formats are converted by '
+            "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)`",
+        )
+    for file in sorted(weights):
+        with file.open("rb") as stream:
+            if stream.read(8) == b"version ":
+                yield "model.path", f"expected weights in {file}, found a Git LFS pointer; run `git lfs pull` there"
+    tokenizer = Path(config.model.tokenizer or config.model.path)
+    key = "model.tokenizer" if config.model.tokenizer else "model.path"
+    is_file_set = any(all((tokenizer / name).is_file() for name in names) for names in TOKENIZER_FILES)
+    if not is_file_set and not (tokenizer.is_file() and tokenizer.suffix == ".model"):
+        yield (
+            key,
+            f'expected tokenizer files in "{tokenizer}" ({" or ".join(" + ".join(n) for n in TOKENIZER_FILES)}), '
+            "found none; set model.tokenizer to a folder that has them, or to a SentencePiece *.model file",
+        )
+
+
+def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    m = config.megatron
+    tp, pp, vpp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
+    heads = hf["num_attention_heads"]
+    split_by_tp = {
+        "attention heads": heads,
+        # Megatron could copy key-value heads to more ranks than there are; the weight sync keeps one owner for each.
+        "key-value heads": hf.get("num_key_value_heads") or heads,
+        "feed-forward columns": hf["intermediate_size"],
+    }
+    for what, count in split_by_tp.items():
+        if count % tp:
+            yield "megatron.tensor_model_parallel_size", f"expected a divisor of the model's {count} {what}, got {tp}"
+    layers = hf["num_hidden_layers"]
+    if vpp is None and layers % pp:
+        yield "megatron.pipeline_model_parallel_size", f"expected a divisor of the model's {layers} layers, got {pp}"
+    if vpp is not None and layers % (pp * vpp):
+        yield (
+            "megatron.virtual_pipeline_model_parallel_size",
+            f"expected PP x VPP to divide the model's {layers} layers, got {pp} x {vpp} = {pp * vpp}",
+        )
+    if m.expert_model_parallel_size > 1:
+        yield (
+            "megatron.expert_model_parallel_size",
+            f"expected 1 for a model without experts ({hf['architectures'][0]}), got {m.expert_model_parallel_size}",
+        )
+    if heads % config.rollout.tensor_parallel_size:
+        yield (
+            "rollout.tensor_parallel_size",
+            f"expected a divisor of the model's {heads} attention heads, got {config.rollout.tensor_parallel_size}",
+        )
+    if hf.get("quantization_config"):
+        yield "model.path", "expected unquantised weights, got a quantization_config in config.json"
+
+
+def _length_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    context, r = hf["max_position_embeddings"], config.rollout
+    limit = context if r.max_model_len is None else r.max_model_len
+    if limit > context:
+        yield (
+            "rollout.max_model_len",
+            f"expected at most the model's context (max_position_embeddings {context}), got {limit}",
+        )
+    if r.max_response_tokens >= limit:
+        yield (
+            "rollout.max_response_tokens",
+            f"expected less than the context of {limit} tokens, which holds the prompt too, "
+            f"got {r.max_response_tokens}",
+        )
+    # Qwen's configs carry a window that use_sliding_window switches on; Mistral's window is on wherever it is set.
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
+    if window and window < min(limit, context):
+        yield (
+            "rollout.max_model_len",
+            f"expected at most {window}, the model's attention window (sliding windows are not trained), got {limit}",
+        )

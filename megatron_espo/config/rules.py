@@ -1,0 +1,134 @@
+"""Rules over several settings: each function yields ``(key, message)`` for every broken one."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_espo.config import schema
+
+Problems = Iterator[tuple[str, str]]
+
+# vLLM raises any lower temperature to this one without failing; the sampled log-probs are then not the trained ones.
+LOWEST_TEMPERATURE = 0.01
+
+# Settings that would silently do nothing: their neutral value, and the objectives that use them.
+USED_BY = {
+    "clip_low": (None, ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo")),
+    "clip_high": (None, ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo")),
+    "clip_floor": (0.0, ("espo",)),
+    "ratio": ("segment", ("espo", "gspo")),
+    "dual_clip": (None, ("espo", "gspo", "grpo", "dr_grpo", "dapo")),
+}
+
+
+def megatron(c: "schema.Megatron") -> Problems:
+    """Megatron-Core's own constraints, told before it is imported."""
+    if c.sequence_parallel and c.tensor_model_parallel_size == 1:
+        yield (
+            "sequence_parallel",
+            "expected false with tensor_model_parallel_size 1 (it shards over the TP ranks), got true; "
+            "raise tensor_model_parallel_size or turn it off",
+        )
+    if c.virtual_pipeline_model_parallel_size and c.pipeline_model_parallel_size == 1:
+        yield (
+            "virtual_pipeline_model_parallel_size",
+            f"expected null with pipeline_model_parallel_size 1, got {c.virtual_pipeline_model_parallel_size}",
+        )
+    full = c.recompute_granularity == "full"
+    for key in ("recompute_method", "recompute_num_layers"):
+        value = getattr(c, key)
+        if full and value is None:
+            yield key, "expected a value with recompute_granularity full, got null"
+        if not full and value is not None:
+            yield key, f"expected null unless recompute_granularity is full, got {value}"
+
+
+def optimizer(c: "schema.Optimizer") -> Problems:
+    if c.min_lr > c.lr:
+        yield "min_lr", f"expected at most lr ({c.lr:g}), got {c.min_lr:g}"
+
+
+def algorithm(c: "schema.Algorithm") -> Problems:
+    q = c.quantiles
+    if any(not 0 < x < 1 for x in q) or any(a >= b for a, b in zip(q, q[1:], strict=False)):
+        yield "quantiles", f"expected ascending numbers between 0 and 1 (both excluded), got {list(q)}"
+    for key, (off, users) in USED_BY.items():
+        value = getattr(c, key)
+        if value != off and c.objective not in users:
+            off_text = "null" if off is None else off
+            yield (
+                key,
+                f"expected {off_text} with objective {c.objective}, which does not use it (only {', '.join(users)}), "
+                f"got {value}",
+            )
+    if c.objective == "dr_grpo" and c.normalize_std:
+        yield "normalize_std", "expected false with objective dr_grpo (it only centres rewards), got true"
+
+
+def rollout(c: "schema.Rollout") -> Problems:
+    if c.group_size < 2:
+        yield (
+            "group_size",
+            f"expected integer >= 2, got {c.group_size}; an advantage compares a prompt's responses, so a single "
+            "one has none",
+        )
+    if c.group_size > 1 and c.temperature == 0:
+        yield (
+            "temperature",
+            f"expected a temperature > 0 with group_size {c.group_size}, got {c.temperature:g}; greedy decoding gives "
+            "identical responses, which have no advantage",
+        )
+    if 0 < c.temperature < LOWEST_TEMPERATURE:
+        yield (
+            "temperature",
+            f"expected at least {LOWEST_TEMPERATURE} (vLLM silently raises anything lower to it), "
+            f"got {c.temperature:g}",
+        )
+    if not c.allow_truncated_sampling:
+        way_out = "set rollout.allow_truncated_sampling=true to accept biased importance ratios"
+        if c.top_p < 1:
+            yield "top_p", f"expected 1.0 (off), got {c.top_p:g}; {way_out}"
+        if c.top_k > 0:
+            yield "top_k", f"expected 0 or -1 (off), got {c.top_k}; {way_out}"
+    if c.max_model_len is not None and c.max_response_tokens >= c.max_model_len:
+        yield (
+            "max_response_tokens",
+            f"expected less than rollout.max_model_len ({c.max_model_len}), which holds the prompt too, "
+            f"got {c.max_response_tokens}",
+        )
+
+
+def data(c: "schema.Data") -> Problems:
+    is_task = c.prompts.startswith("reasoning_gym:")
+    if c.prompts == "reasoning_gym:" or not (is_task or c.prompts.endswith((".jsonl", ".parquet"))):
+        yield "prompts", f'expected "reasoning_gym:<task>", a *.jsonl or a *.parquet file, got "{c.prompts}"'
+    elif c.task_args and not is_task:
+        yield "task_args", f'expected none with a file of prompts ("{c.prompts}"); they belong to reasoning_gym tasks'
+
+
+def reward(c: "schema.Reward") -> Problems:
+    known = ("auto", "reasoning_gym", "math_verify")
+    if c.function not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", c.function):
+        yield "function", f'expected one of {", ".join(known)}, or "module:function", got "{c.function}"'
+
+
+def across_sections(c: "schema.Config") -> Problems:
+    responses = c.rollout.prompts_per_step * c.rollout.group_size
+    if responses % c.algorithm.num_mini_batches:
+        yield (
+            "algorithm.num_mini_batches",
+            f"expected a divisor of rollout.prompts_per_step x rollout.group_size = {responses} (equal mini-batches), "
+            f"got {c.algorithm.num_mini_batches}",
+        )
+    updates = c.run.steps * c.algorithm.num_epochs * c.algorithm.num_mini_batches
+    last = c.optimizer.lr_decay_iters or updates
+    if c.optimizer.lr_warmup_iters >= last:
+        source = "optimizer.lr_decay_iters" if c.optimizer.lr_decay_iters else "the run's optimizer steps"
+        yield "optimizer.lr_warmup_iters", f"expected less than {source} ({last}), got {c.optimizer.lr_warmup_iters}"
+    if c.reward.function == "reasoning_gym" and not c.data.prompts.startswith("reasoning_gym:"):
+        yield (
+            "reward.function",
+            f'expected math_verify or "module:function" with data.prompts "{c.data.prompts}", got reasoning_gym, '
+            "whose verifiers need its own tasks",
+        )

@@ -1,0 +1,303 @@
+"""The settings of a run, section by section. Megatron-Core's own names wherever it has one."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from megatron_espo.config import placement, rules
+
+
+class Section(BaseModel):
+    """Strict, frozen settings. ``problems`` yields ``(key or section.key, message)`` for rules over several keys."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield every broken rule that one field's type and limits cannot express."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_problems(self) -> "Section":
+        found = list(self.problems())
+        if found:
+            text = "; ".join(f"{key}: {message}" for key, message in found)
+            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": found})
+        return self
+
+
+class Run(Section):
+    """Where a run lives and how long it lasts."""
+
+    dir: str = Field(
+        "runs/default",
+        min_length=1,
+        description="Output folder (checkpoints, metrics, exported model); relative to the current directory. "
+        "Give every experiment its own.",
+    )
+    name: str | None = Field(None, description="Label in logs and plots; null takes the last part of run.dir.")
+    steps: int = Field(
+        200,
+        ge=1,
+        description="Rollout batches to train on (paper: 200); one has num_epochs x num_mini_batches updates.",
+    )
+    seed: int = Field(1, ge=0, le=2**31 - 1, description="Seed of prompt order, sampling and initial random states.")
+    save_hf: bool = Field(
+        True, description="Export the final model to <run.dir>/hf in Hugging Face format; false saves disk and time."
+    )
+    log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.")
+
+
+class Model(Section):
+    """The policy to train."""
+
+    path: str = Field(
+        min_length=1,
+        description="Local Hugging Face model folder (config.json, *.safetensors, tokenizer); relative to the current "
+        "directory, not to this file. Never looked up on a hub.",
+    )
+    tokenizer: str | None = Field(
+        None, min_length=1, description="Tokenizer folder or SentencePiece *.model file; null takes model.path."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="Training precision. bfloat16 halves memory and keeps float32 master weights; float32 is exact "
+        "and slow.",
+    )
+
+
+class Megatron(Section):
+    """Layout over ranks. World size = TP x PP x CP x DP; the data-parallel size is whatever remains."""
+
+    tensor_model_parallel_size: int = Field(
+        1, ge=1, description="TP: ranks that share each layer. Saves memory, costs two all-reduces a layer."
+    )
+    pipeline_model_parallel_size: int = Field(
+        1, ge=1, description="PP: pipeline stages. Cheap to communicate; idles while the pipeline fills."
+    )
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, ge=2, description="VPP: model chunks a stage (interleaved schedule). Less idling, more messages."
+    )
+    context_parallel_size: int = Field(
+        1, ge=1, description="CP: ranks that share each sequence. For contexts whose activations do not fit."
+    )
+    expert_model_parallel_size: int = Field(
+        1, ge=1, description="EP: ranks that share a layer's experts; mixture-of-experts models only."
+    )
+    sequence_parallel: bool = Field(
+        False, description="Shard norm and dropout activations over the TP ranks: less memory, same traffic."
+    )
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="Layer implementation; auto takes Transformer Engine on a GPU where installed, else local."
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Most responses in one micro-batch; null leaves the limit to tokens alone."
+    )
+    max_tokens_per_micro_batch: int = Field(
+        16384,
+        ge=1,
+        description="Most tokens (prompt + response) packed into one micro-batch; bounds activation memory. Larger is "
+        "faster until memory runs out. Never changes the gradient.",
+    )
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        None,
+        description="Activations computed again in backward: selective (attention core), full (layers), null none.",
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="With full recomputation: uniform units over all layers, or the first layers of each stage."
+    )
+    recompute_num_layers: int | None = Field(
+        None, ge=1, description="With full recomputation: layers a unit (uniform) or a stage (block)."
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.megatron(self)
+
+
+class Optimizer(Section):
+    """Megatron-Core's Adam. All *_iters count optimizer steps."""
+
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate (paper: 1e-6).")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Shape of the decay from lr to min_lr; constant (the paper's) stays at lr."
+    )
+    lr_warmup_iters: int = Field(0, ge=0, description="Optimizer steps of linear warm-up from 0 to lr.")
+    lr_decay_iters: int | None = Field(
+        None, ge=1, description="Optimizer steps until min_lr is reached; null takes all of the run's."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
+    adam_eps: float = Field(1e-8, gt=0, description="Added to the denominator of Adam's update.")
+    clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm (L2); 0 turns clipping off.")
+    use_distributed_optimizer: bool = Field(
+        True, description="Shard optimizer states over the data-parallel ranks: 12 bytes a parameter / DP."
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.optimizer(self)
+
+
+class Algorithm(Section):
+    """The objective and how often a rollout batch is used."""
+
+    objective: Literal["espo", "gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo"] = Field(
+        "espo", description="espo: one ratio per entropy group with adaptive clipping; the others are baselines."
+    )
+    alpha: float = Field(
+        0.02, gt=0, description="ESPO's clip scale (Eq. 8). Larger clips fewer tokens; paper tried 0.01-0.10."
+    )
+    quantiles: tuple[float, ...] = Field(
+        (0.8,),
+        strict=False,
+        description="ESPO: entropy quantiles inside a response where groups are cut, ascending, between 0 and 1; "
+        "[0.8] puts the top 20% of tokens into their own group.",
+    )
+    ratio: Literal["segment", "segment_times_token"] = Field(
+        "segment",
+        description="ESPO, GSPO: the segment's ratio, or Eq. 9 to the letter (times the token's; clips more).",
+    )
+    clip_floor: float = Field(
+        0.0, ge=0, description="ESPO: smallest clip range of a group; keeps sure tokens trainable."
+    )
+    clip_low: float | None = Field(
+        None, ge=0, description="Clip range below a ratio of 1; null takes the objective's own. Not for espo."
+    )
+    clip_high: float | None = Field(
+        None, ge=0, description="Clip range above a ratio of 1; null takes the objective's own. Not for espo."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="Bounds the loss of negative advantages to this factor; null turns it off."
+    )
+    normalize_std: bool = Field(
+        True, description="Divide advantages by the group's standard deviation; dr_grpo needs false."
+    )
+    num_epochs: int = Field(1, ge=1, description="Passes over each rollout batch; more reuse, more off-policy.")
+    num_mini_batches: int = Field(
+        1, ge=1, description="Optimizer steps a pass; the batch of responses is cut into so many equal parts."
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.algorithm(self)
+
+
+class Rollout(Section):
+    """Sampling with vLLM."""
+
+    prompts_per_step: int = Field(128, ge=1, description="Prompts in one rollout batch (paper: 128).")
+    group_size: int = Field(
+        8, description="Responses for each prompt, at least 2 (paper: 8); advantages compare within this group."
+    )
+    temperature: float = Field(
+        1.0, ge=0, description="Sampling temperature; training log-probs use the same. Lower explores less."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus sampling; below 1 the trained distribution is not the sampled one."
+    )
+    top_k: int = Field(0, ge=-1, description="Sample from the k likeliest tokens only; 0 or -1 turns it off.")
+    allow_truncated_sampling: bool = Field(
+        False, description="Accept top_p < 1 or top_k > 0 although importance ratios are then biased."
+    )
+    max_response_tokens: int = Field(
+        2048, ge=1, description="Longest response, in tokens (paper: 16384); longer ones are cut and counted."
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="Longest prompt + response, in tokens; null takes the model's context. Less saves memory.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
+    )
+    num_engines: int | None = Field(None, ge=1, description="vLLM engines; null decides from the hardware (CPU: 1).")
+    tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
+    transport: Literal["auto", "shared_memory", "ipc", "nccl"] = Field(
+        "auto", description="How weights reach the engine: shared_memory (CPU), ipc (same GPU), nccl (other GPUs)."
+    )
+    gpu_memory_utilization: float = Field(
+        0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
+    )
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
+    timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="Seconds without news (start-up done, a finished response) before an engine is given up.",
+    )
+    log_prob_gap_warn: float = Field(
+        0.05, gt=0, description="Warn above this mean |engine - trainer| log-prob difference, in nats a token."
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.rollout(self)
+
+
+class Data(Section):
+    """The questions."""
+
+    prompts: str = Field(
+        min_length=1,
+        description="reasoning_gym:<task>, or a *.jsonl or *.parquet file (path from the current directory).",
+    )
+    task_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the reasoning_gym task.")
+    system_prompt: str | None = Field(None, description="System message put before every prompt; null for none.")
+    shuffle: bool = Field(True, description="New prompt order each epoch (from run.seed); false keeps the file's.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.data(self)
+
+
+class Reward(Section):
+    """The verifier, run in processes that can be killed."""
+
+    function: str = Field(
+        "auto",
+        min_length=1,
+        description="auto (fits data.prompts), reasoning_gym, math_verify, or your module:function.",
+    )
+    timeout_s: float = Field(
+        10.0, gt=0, description="Seconds for one response; then the verifier is killed and the response left out."
+    )
+    workers: int = Field(2, ge=1, description="Verifier processes on each node; each takes one CPU core.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.reward(self)
+
+
+class Config(Section):
+    """All settings of one run. ``load_config`` makes one; ``validate_*`` check it against the machine and the model."""
+
+    run: Run = Field(default_factory=Run)
+    model: Model
+    megatron: Megatron = Field(default_factory=Megatron)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    algorithm: Algorithm = Field(default_factory=Algorithm)
+    rollout: Rollout = Field(default_factory=Rollout)
+    data: Data
+    reward: Reward = Field(default_factory=Reward)
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """Place of each given key, ``{"optimizer.lr": "run.yaml:7"}``, and the file under ``""``; not in dumps."""
+        return {}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.across_sections(self)
+
+    def validate_for(self, world_size: int) -> int:
+        """Check the layout against ``world_size`` ranks; return the data-parallel size. InputError lists what fails."""
+        return placement.validate_world_size(self, world_size)
+
+    def validate_model(self, hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Check layout and lengths against the model and return its Hugging Face config.
+
+        Without ``hf_config`` the folder ``model.path`` is read and its weight and tokenizer files are looked for too.
+        InputError lists what fails.
+        """
+        return placement.validate_model(self, hf_config)
+
+    def validate_data(self) -> None:
+        """InputError where ``data.prompts`` names a file that cannot be read."""
+        placement.validate_prompt_file(self)

@@ -1,0 +1,1 @@
+"""Everything that touches Megatron-Core: runtime, model, the forward step, the optimizer step, checkpoints."""

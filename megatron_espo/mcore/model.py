@@ -1,0 +1,178 @@
+"""From a Hugging Face ``config.json`` to Megatron-Core's own ``GPTModel``, one chunk per pipeline (and virtual pipeline) stage."""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_espo.errors import InputError
+
+# Architectures whose layers are Megatron's own: (QKV bias, norms on queries and keys).
+ARCHITECTURES = {
+    "LlamaForCausalLM": (False, False),
+    "MistralForCausalLM": (False, False),
+    "Qwen2ForCausalLM": (True, False),
+    "Qwen3ForCausalLM": (False, True),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes and recomputation under Megatron's own names; the same fields as the configuration's ``megatron`` section."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """Read ``config.json`` of a local Hugging Face folder; never asks a hub."""
+    file = Path(path, "config.json")
+    if not file.is_file():
+        raise InputError(f"{path}: expected a Hugging Face model folder with a config.json, which is not there")
+    return json.loads(file.read_text())
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Rows of Megatron's embedding: the true vocabulary rounded up so that every tensor-parallel shard has as many."""
+    shard = -(-vocab_size // tensor_model_parallel_size)
+    return shard * tensor_model_parallel_size
+
+
+def use_transformer_engine(transformer_impl: str) -> bool:
+    """Resolve ``auto``: Transformer Engine where there is CUDA and the package, Megatron's local layers elsewhere."""
+    if transformer_impl == "auto":
+        return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return transformer_impl == "transformer_engine"
+
+
+def transformer_config(hf_config: dict[str, Any], layout: Layout, dtype: torch.dtype, transformer_impl: str = "auto"):
+    """Megatron's ``TransformerConfig`` for a Hugging Face configuration.
+
+    Raises:
+        InputError: an architecture, activation or attention variant that is not supported, by name.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    architecture = (hf_config.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"config.json: architectures: expected one of {', '.join(ARCHITECTURES)}, got {architecture}")
+    if hf_config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config.json: hidden_act: expected silu, got {hf_config['hidden_act']}")
+    qkv_bias, qk_layernorm = ARCHITECTURES[architecture]
+    heads = hf_config["num_attention_heads"]
+    te = use_transformer_engine(transformer_impl)
+    return TransformerConfig(
+        num_layers=hf_config["num_hidden_layers"],
+        hidden_size=hf_config["hidden_size"],
+        ffn_hidden_size=hf_config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=hf_config.get("num_key_value_heads") or heads,
+        kv_channels=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.get("rms_norm_eps", 1e-6),
+        qk_layernorm=qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=qkv_bias or bool(hf_config.get("attention_bias")),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Float weights sit in the loss's numerator; only this form is left unscaled by the schedule.
+        calculate_per_token_loss=True,
+        # Packed micro-batches have as many tokens as their responses have: stages tell each other the shape.
+        variable_seq_lengths=layout.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even in a dense model
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        bias_activation_fusion=te,
+        bias_dropout_fusion=te,
+        gradient_accumulation_fusion=te,
+        masked_softmax_fusion=te,
+        persist_layer_norm=te,
+        **layout.__dict__,
+    )
+
+
+def build_model(
+    hf_config: dict[str, Any], layout: Layout, groups, *, dtype: torch.dtype = torch.float32, transformer_impl: str = "auto"
+) -> list[torch.nn.Module]:
+    """Build this rank's chunks of Megatron's ``GPTModel``, with uninitialised weights.
+
+    Args:
+        hf_config: the parsed ``config.json``.
+        groups: Megatron's ``ProcessGroupCollection``.
+        dtype: parameter dtype.
+
+    Returns:
+        One chunk, or one for each virtual pipeline stage, on the current device.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    config = transformer_config(hf_config, layout, dtype, transformer_impl)
+    virtual = layout.virtual_pipeline_model_parallel_size
+    stages = range(virtual or 1)
+    chunks = []
+    for stage in stages:
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(config, transformer_impl, stage if virtual else None, groups),
+            vocab_size=padded_vocab_size(hf_config["vocab_size"], layout.tensor_model_parallel_size),
+            max_sequence_length=hf_config["max_position_embeddings"],
+            pre_process=groups.pp.rank() == 0 and stage == 0,
+            post_process=groups.pp.rank() == groups.pp.size() - 1 and stage == stages[-1],
+            share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings")),
+            position_embedding_type="rope",
+            pg_collection=groups,
+            vp_stage=stage if virtual else None,
+            **_rope(hf_config),
+        )
+        chunks.append(chunk.cuda())
+    return chunks
+
+
+def _rope(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary arguments of ``GPTModel`` from either generation of Hugging Face's keys."""
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rotary_base": theta}
+    megatron = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind != "llama3" or any(rope.get(key, value) != value for key, value in megatron.items()):
+        raise InputError(f"config.json: rope parameters: expected none or llama3 with {megatron}, got {rope}")
+    return {"rotary_base": theta, "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+
+
+def _layer_spec(config, transformer_impl: str, vp_stage: int | None, groups):
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    if use_transformer_engine(transformer_impl):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    from megatron_espo.mcore.attention import PackedDotProductAttention, RMSNorm
+
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedDotProductAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,50 @@
+"""The four numbers per token from which log-prob, entropy and their gradients follow. Zero collectives.
+
+A *part* of the vocabulary (a block of columns, a tensor-parallel shard) is summed up, per token, with ``z = logit/T``:
+
+    maximum  m = max logit of the part            (in logits, not divided by the temperature)
+    sum_exp  a = Σ exp(s),     s = (logit - m)/T
+    sum_s    b = Σ s·exp(s)
+    target   y = the target's logit, -inf where the part does not hold it
+
+Parts merge like an online softmax. The maximum is subtracted *before* the division by the temperature: for rows around
+-1e4 the quotient alone would carry an error of 1e-3.
+"""
+
+import torch
+from torch import Tensor
+
+# exp(LOWEST) is 0 in float32 and float64; a finite floor keeps 0·(-inf) out of the sums.
+LOWEST = -1000.0
+
+
+def merge(maximum: Tensor, sum_exp: Tensor, sum_s: Tensor, scale: float, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge parts along ``dim``; ``scale`` is 1/temperature. Returns ``(m, a, b)`` without that dimension."""
+    top = maximum.amax(dim, keepdim=True)
+    shift = ((maximum - top) * scale).clamp(min=LOWEST)
+    weight = shift.exp()
+    return top.squeeze(dim), (weight * sum_exp).sum(dim), (weight * (sum_s + shift * sum_exp)).sum(dim)
+
+
+def logprob_and_entropy(m: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``log π(y) = (y - m)/T - log a`` and ``H = log a - b/a``, both in nats."""
+    log_a = a.log()
+    return (y - m) * scale - log_a, log_a - b / a
+
+
+def gradient_terms(
+    m: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float, grad_logprob: Tensor | None, grad_entropy: Tensor | None
+) -> Tensor:
+    """Per-token numbers of the gradient, ``[tokens, 5]``: ``(m, b/a, u, v, gradient at the target's column)``.
+
+    The gradient with respect to a logit with ``s = (logit - m)/T`` is ``exp(s)·(u + v·(s - b/a))``, plus
+    ``grad_logprob/T`` in the target's column. That column is computed here, in full precision: ``1 - p`` of a sure token
+    would be lost if the sum were rounded to bfloat16 twice.
+    """
+    zero = torch.zeros_like(m)
+    u = zero if grad_logprob is None else -scale * grad_logprob.to(m.dtype) / a
+    v = zero if grad_entropy is None else -scale * grad_entropy.to(m.dtype) / a
+    mean = b / a
+    s = ((y - m) * scale).clamp(min=LOWEST)
+    at_target = s.exp() * (u + v * (s - mean)) - u * a
+    return torch.stack((m, mean, u, v, at_target), dim=1)

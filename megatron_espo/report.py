@@ -1,0 +1,55 @@
+"""A run's outcome in one JSON file and one picture."""
+
+import json
+from pathlib import Path
+from statistics import mean
+
+from megatron_espo.metrics import read_metrics
+
+
+def write_summary(folder: str | Path, *, seconds: float, seed: int) -> dict[str, float]:
+    """Write ``summary.json``: mean reward of the first and last three steps, steps, seconds of the whole run, seed."""
+    rewards = [line["reward/mean"] for line in read_metrics(folder)]
+    summary = {
+        "reward_first3": mean(rewards[:3]),
+        "reward_last3": mean(rewards[-3:]),
+        "steps": len(rewards),
+        "seconds": round(seconds, 1),
+        "seed": seed,
+    }
+    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def draw_learning_curve(folder: str | Path) -> Path:
+    """Draw reward, entropy by group and seconds by phase into ``learning_curve.png``; return its path."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    lines = read_metrics(folder)
+    steps = [line["step"] for line in lines]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    reward, entropy, seconds = figure.subplots(1, 3)
+
+    means = [line["reward/mean"] for line in lines]
+    errors = [line["reward/standard_error"] for line in lines]
+    reward.fill_between(
+        steps, [m - e for m, e in zip(means, errors, strict=True)], [m + e for m, e in zip(means, errors, strict=True)], alpha=0.2
+    )
+    reward.plot(steps, means, marker="o")
+    reward.set(title="Reward (mean ± standard error)", xlabel="step", ylim=(0, None))
+
+    groups = sorted({name.split("/")[0] for name in lines[0] if name.startswith("group")})
+    for group in groups:
+        label = {groups[0]: "lowest", groups[-1]: "highest"}.get(group, group)
+        entropy.plot(steps, [line[f"{group}/entropy"] for line in lines], label=f"{label}-entropy group")
+    entropy.set(title="Entropy by group (nats)", xlabel="step", ylim=(0, None))
+    entropy.legend()
+
+    phases = [name for name in lines[0] if name.startswith("time/") and name != "time/step_s"]
+    names = [name.removeprefix("time/").removesuffix("_s") for name in phases]
+    seconds.stackplot(steps, *([line.get(name, 0.0) for line in lines] for name in phases), labels=names)
+    seconds.set(title="Seconds per step", xlabel="step", ylim=(0, None))
+    seconds.legend(loc="upper right")
+    path = Path(folder, "learning_curve.png")
+    figure.savefig(path, dpi=120)
+    return path

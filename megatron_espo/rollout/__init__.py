@@ -1,0 +1,10 @@
+"""Rollout engines: one vLLM engine in a child process, driven and synced by a trainer rank.
+
+The only package that imports vllm, and only when a trainer connects to its engine (``make_trainer_transport``) or in
+the child process.
+"""
+
+from megatron_espo.rollout.engine import Engine, EngineConfig, EngineError
+from megatron_espo.rollout.transport import make_trainer_transport, push_weights, resolve_transport
+
+__all__ = ["Engine", "EngineConfig", "EngineError", "make_trainer_transport", "push_weights", "resolve_transport"]

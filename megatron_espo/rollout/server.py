@@ -1,0 +1,164 @@
+"""The child process of a rollout engine: owns one ``vllm.LLM`` and answers its owner over an inherited socket.
+
+Started by ``megatron_espo.rollout.engine.Engine`` as ``python -m megatron_espo.rollout.server <fd> <owner's pid>``.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from megatron_espo.rollout.engine import EngineConfig
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_owner(owner_pid: int) -> None:
+    """Have the kernel kill this process when its owner ends, however it ends; ignore Ctrl-C, which is the owner's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != owner_pid:
+        sys.exit("The owner of this rollout engine ended before it began.")
+
+
+def build_llm(config: EngineConfig):
+    """The vLLM engine for ``config``, with random weights until the first sync."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    options = {}
+    if current_platform.is_cpu():
+        # An explicit cache size skips vLLM's warm-up. Blocks of 32 tokens: with the default of 128, the prompts of a
+        # group share nothing unless they are longer than that.
+        options = {
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
+        }
+    else:
+        options = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    return LLM(
+        model=config.model,
+        dtype=config.dtype,
+        seed=config.seed,
+        max_model_len=config.max_model_len,
+        tensor_parallel_size=config.tensor_parallel_size,
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config={"backend": config.transport},
+        worker_extension_cls="megatron_espo.rollout.worker.WorkerExtension",
+        disable_log_stats=True,
+        **options,
+    )
+
+
+class Server:
+    """The calls that an owner may make. Any exception is fatal for the engine: the owner kills it."""
+
+    def __init__(self, config: EngineConfig, report_progress: Callable[[int, int], None]):
+        self.config = config
+        self.llm = build_llm(config)
+        self.report_progress = report_progress
+
+    def generate(self, requests: list[tuple[tuple[int, ...], int | None]]) -> list[tuple]:
+        """(prompt token ids, seed) -> (response token ids, their processed log-probs, finish reason)."""
+        outputs = [request.outputs[0] for request in self._run(requests, self._sampling_params)]
+        return [(tuple(o.token_ids), tuple(o.logprobs.logprobs), o.finish_reason) for o in outputs]
+
+    def logprobs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
+        from vllm import SamplingParams
+
+        def params(_seed: None) -> SamplingParams:
+            return SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+        outputs = self._run([(sequence, None) for sequence in sequences], params)
+        return [
+            [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
+            for output, sequence in zip(outputs, sequences, strict=True)
+        ]
+
+    def _sampling_params(self, seed: int | None):
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
+            seed=seed,
+            max_tokens=self.config.max_response_tokens,
+            stop_token_ids=sorted(self.config.eos_ids),
+            ignore_eos=True,  # the trainer's tokenizer, not the model's folder, says what ends a response
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def _run(self, requests: list[tuple], make_params: Callable) -> list:
+        """Run all requests to their end, reporting those that finish. Outputs are in the order of the requests."""
+        self.llm.enqueue(
+            [{"prompt_token_ids": list(token_ids)} for token_ids, _ in requests],
+            [make_params(seed) for _, seed in requests],
+            use_tqdm=False,
+        )
+        outputs, engine = [], self.llm.llm_engine
+        while engine.has_unfinished_requests():
+            finished = [output for output in engine.step() if output.finished]
+            if finished:
+                outputs += finished
+                self.report_progress(len(outputs), len(requests))
+        return sorted(outputs, key=lambda output: int(output.request_id))
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self.llm.start_weight_update()
+
+    def update_weights(self, update_info: dict | list[dict]) -> None:
+        self.llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, version: int) -> None:
+        for rank, layers in enumerate(self.llm.collective_rpc("incomplete_layers")):
+            if layers:
+                raise RuntimeError(f"weights are incomplete on worker {rank}: {'; '.join(layers[:5])}")
+        self.llm.finish_weight_update(str(version))
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache still holds blocks of the old weights")
+
+
+def serve(connection: Connection) -> None:
+    """Answer calls until the owner says ``close`` or is gone. Each gets ("result", value) or ("error", text)."""
+    server = None
+    while True:
+        try:
+            method, args = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        if method == "close":
+            return
+        try:
+            if method == "start":
+                server = Server(*args, lambda done, total: connection.send(("progress", (done, total))))
+                result = server.llm.model_config.max_model_len
+            else:
+                result = getattr(server, method)(*args)
+        except Exception as error:
+            traceback.print_exc()
+            connection.send(("error", f"{type(error).__name__}: {error}"))
+        else:
+            connection.send(("result", result))
+
+
+if __name__ == "__main__":
+    die_with_owner(int(sys.argv[2]))
+    serve(Connection(int(sys.argv[1])))
+    # vLLM's orderly shutdown takes seconds and saves nothing: weights and cache are copies.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,265 @@
+"""vLLM weight transport ``shared_memory``: trainer to engine on one machine, through memory and without a GPU.
+
+The sender maps an anonymous memory file (``memfd_create``) that the engine's workers open through ``/proc``. It has no
+name, so nothing is left in /dev/shm whatever dies, and the 64 MB that containers give /dev/shm is no limit. One gather
+group (a decoder layer) at a time is written, described by offsets and CRC-32 sums, and loaded; the block is as large as
+the largest group. Importing this module registers both sides with vLLM's factories.
+"""
+
+import mmap
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import ClassVar, Self
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+BACKEND = "shared_memory"
+_ALIGNMENT = 64  # bytes; every dtype's view starts on a cache line
+
+
+@dataclass
+class SharedMemoryTrainerInitInfo(TrainerInitInfo):
+    """Trainer side: rank 0 sends, all ranks iterate the source."""
+
+    backend: ClassVar[str] = BACKEND
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """Worker side: where the block is (``path``, ``capacity`` in bytes) and what every sync will bring."""
+
+    path: str
+    capacity: int
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+@dataclass
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    """One group: positions in the announced manifest, byte offsets in the block, CRC-32 of each tensor's bytes."""
+
+    positions: list[int]
+    offsets: list[int]
+    checksums: list[int]
+
+
+class SharedBlock:
+    """A shared mapping of ``capacity`` bytes; ``bytes`` is a uint8 tensor over it."""
+
+    def __init__(self, fd: int, capacity: int):
+        self.fd = fd
+        self.mapping = mmap.mmap(fd, capacity)
+        self.bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
+
+    @classmethod
+    def create(cls, capacity: int) -> Self:
+        """A new anonymous block; it is freed when the last process that maps it ends."""
+        fd = os.memfd_create("megatron_espo_weights")
+        os.ftruncate(fd, capacity)
+        return cls(fd, capacity)
+
+    @classmethod
+    def attach(cls, path: str, capacity: int) -> Self:
+        """The block that another process of this user created."""
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), capacity)
+
+    @property
+    def path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    def checksum(self, offset: int, size: int) -> int:
+        return zlib.crc32(memoryview(self.mapping)[offset : offset + size])
+
+    def close(self) -> None:
+        # The mapping goes with its last tensor view.
+        os.close(self.fd)
+        del self.bytes, self.mapping
+
+
+class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+    """Worker side. Errors leave the model half loaded: the engine must be restarted."""
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    _block: SharedBlock | None = None
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        self.shutdown()
+        self._block = SharedBlock.attach(init_info.path, init_info.capacity)
+        self._manifest = [
+            ParamMeta(name, getattr(torch, dtype), tuple(shape))
+            for name, dtype, shape in zip(init_info.names, init_info.dtype_names, init_info.shapes, strict=True)
+        ]
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._arrived: set[int] = set()
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict) -> None:
+        # The base class ends with torch.accelerator.synchronize(), which raises without an accelerator; everything
+        # here is synchronous with the host.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+
+        weights = [
+            self._read(*item)
+            for item in zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
+        ]
+        with disable_mtp_completeness_check():
+            self.model.load_weights(weights)
+
+    def _read(self, position: int, offset: int, checksum: int) -> tuple[str, torch.Tensor]:
+        meta = self._manifest[position]
+        if position in self._arrived:
+            raise ValueError(f"Weight {meta.name!r} arrived twice in one sync.")
+        size = num_bytes(meta)
+        if (found := self._block.checksum(offset, size)) != checksum:
+            raise ValueError(f"Weight {meta.name!r} arrived damaged: CRC-32 {found:08x}, sent {checksum:08x}.")
+        self._arrived.add(position)
+        # A copy: vLLM's loaders keep a tensor until its whole layer is there, the next group overwrites the block.
+        return meta.name, self._block.bytes[offset : offset + size].clone().view(meta.dtype).view(meta.shape)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        missing = [meta.name for i, meta in enumerate(self._manifest) if i not in self._arrived]
+        if missing:
+            raise ValueError(f"{len(missing)} announced weights did not arrive: {', '.join(missing[:5])}.")
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._repack_tied_head()
+
+    def _repack_tied_head(self) -> None:
+        # A tied head shares the embedding's weight, but on CPU it computes with a packed copy of its own, and vLLM's
+        # layerwise reload renews that of the layers that received tensors only: logits would come from old weights.
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        if self.model_config.hf_text_config.tie_word_embeddings:
+            for layer in self.model.modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)
+
+    def shutdown(self) -> None:
+        if self._block is not None:
+            self._block.close()
+            self._block = None
+
+
+class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[SharedMemoryTrainerInitInfo]):
+    """Trainer side. ``send_weights`` runs on every trainer rank; collectives are those of the source alone."""
+
+    init_info_cls = SharedMemoryTrainerInitInfo
+
+    @classmethod
+    def trainer_init(
+        cls,
+        init_info: SharedMemoryTrainerInitInfo,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource | None = None,
+    ) -> Self:
+        if source is None:
+            raise ValueError("The shared_memory transport needs a WeightSource.")
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        metas, groups = source.metadata(), source.groups()
+        if engine.is_sender:
+            engine._open(metas, groups)
+        return engine
+
+    def _open(self, metas: list[ParamMeta], groups: list[list[str]]) -> None:
+        self._metas = {meta.name: (i, meta) for i, meta in enumerate(metas)}
+        largest = max(sum(_aligned(num_bytes(self._metas[name][1])) for name in names) for names in groups)
+        self._block = SharedBlock.create(largest)
+        init_info = SharedMemoryInitInfo(
+            path=self._block.path,
+            capacity=largest,
+            names=[meta.name for meta in metas],
+            dtype_names=[str(meta.dtype).removeprefix("torch.") for meta in metas],
+            shapes=[list(meta.shape) for meta in metas],
+        )
+        self.client.init_weight_transfer_engine(asdict(init_info))
+
+    def send_weights(self) -> None:
+        """One full sync: start, one update per group, finish.
+
+        An error of the engine is raised after the source is exhausted: the other ranks are inside its collectives.
+        """
+        error = self._guarded(self.client.start_weight_update) if self.is_sender else None
+        for names, tensors in self.source.iter_groups():
+            if self.is_sender and error is None:
+                error = self._guarded(lambda n=names, t=tensors: self.client.update_weights(asdict(self._write(n, t))))
+        if error is not None:
+            raise error
+        if self.is_sender:
+            self.client.finish_weight_update()
+
+    @staticmethod
+    def _guarded(call) -> Exception | None:
+        try:
+            call()
+        except Exception as error:
+            return error
+        return None
+
+    def _write(self, names: Iterable[str], tensors: Iterable[torch.Tensor | None]) -> SharedMemoryUpdateInfo:
+        positions, offsets, checksums, offset = [], [], [], 0
+        for name, tensor in zip(names, tensors, strict=True):
+            position, meta = self._metas[name]
+            _check_tensor(meta, tensor)
+            size = num_bytes(meta)
+            target = self._block.bytes[offset : offset + size].view(meta.dtype).view(meta.shape)
+            target.copy_(tensor.detach())
+            positions.append(position)
+            offsets.append(offset)
+            checksums.append(self._block.checksum(offset, size))
+            offset += _aligned(size)
+        return SharedMemoryUpdateInfo(positions, offsets, checksums)
+
+    def shutdown(self) -> None:
+        if self.is_sender:
+            self._block.close()
+
+
+def num_bytes(meta: ParamMeta) -> int:
+    """Size of a tensor on the wire, in bytes."""
+    return prod(meta.shape) * meta.dtype.itemsize
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _check_tensor(meta: ParamMeta, tensor: torch.Tensor | None) -> None:
+    if tensor is None:
+        raise ValueError(
+            f"Weight {meta.name!r} is not held by the sending rank; the shared_memory transport needs a source that "
+            "yields every tensor on rank 0."
+        )
+    if tuple(tensor.shape) != tuple(meta.shape) or tensor.dtype != meta.dtype:
+        raise ValueError(
+            f"Weight {meta.name!r} was announced as {meta.dtype} {tuple(meta.shape)}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}."
+        )
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeightTransferEngine)
+WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemoryTrainerWeightTransferEngine)

@@ -1,0 +1,35 @@
+"""What vLLM's workers get from this project (``worker_extension_cls``): the shared-memory transport and one check."""
+
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+
+import megatron_espo.rollout.shared_memory  # noqa: F401  registers the transport in this process
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class; ``LLM.collective_rpc`` finds its methods by name."""
+
+    def incomplete_layers(self) -> list[str]:
+        """Layers of a running weight update that lack elements, as ``"name: loaded of expected elements"``.
+
+        vLLM counts the elements that reached each layer, but finishes an update whatever the count is.
+        """
+        found = []
+        for name, layer in self.model_runner.get_model().named_modules():
+            info = get_layerwise_info(layer)
+            if not info.can_load() or is_deferred_attention_layer(layer):
+                continue  # complete, or an attention layer, whose scales are optional
+            expected = self._expected_elements(layer)
+            if info.load_numel < expected:
+                found.append(f"{name}: {info.load_numel} of {expected} elements")
+        return found
+
+    def _expected_elements(self, layer) -> int:
+        if isinstance(layer, VocabParallelEmbedding):
+            if isinstance(layer, ParallelLMHead) and self.model_config.hf_text_config.tie_word_embeddings:
+                return 0
+            # The vocabulary is padded in memory, not in the stream.
+            return layer.shard_indices.num_org_elements * layer.embedding_dim
+        return sum(get_tensor_load_numel(p) for p in layer._parameters.values() if p is not None)

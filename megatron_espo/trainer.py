@@ -1,0 +1,77 @@
+"""The training loop: the one file that knows every stage.
+
+    prompts -> rollouts -> rewards -> advantages -> log-probs, entropy groups and the ESPO loss in Megatron's schedule -> weights -> engine
+
+Left out on purpose: checkpoints for resuming, asynchronous rollouts, several engines.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_espo.algo import group_advantages
+from megatron_espo.collect import Collector, ScoredGroups
+from megatron_espo.config import Config
+from megatron_espo.data.packing import TrainSequence
+from megatron_espo.mcore import runtime as mcore_runtime
+from megatron_espo.mcore.learner import Learner
+from megatron_espo.metrics import MetricsWriter, rollout_metrics, step_line
+from megatron_espo.progress import Phases
+from megatron_espo.report import draw_learning_curve, write_summary
+from megatron_espo.weights.hf_io import save_hf
+from megatron_espo.weights.sync import WeightSync
+
+
+def train(config: Config) -> None:
+    """Run ``config.run.steps`` rollout batches. Called on every rank; collective.
+
+    Writes under ``config.run.dir``: ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``summary.json``, ``learning_curve.png``,
+    ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
+    """
+    start, hf_config = time.perf_counter(), config.validate_model()
+    folder = Path(config.run.dir)
+    runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron), seed=config.run.seed)
+    if runtime.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    collector = Collector(config, hf_config, runtime)
+    try:
+        phases = Phases(runtime.is_main)
+        learner = Learner(config, hf_config, runtime)
+        sync = WeightSync(config, hf_config, learner.chunks, runtime, collector.engine)
+        sync.push(version=0)
+        writer = MetricsWriter(folder) if runtime.is_main else None
+        for step in range(1, config.run.steps + 1):
+            began = time.perf_counter()
+            groups = collector.collect(step, phases)
+            advantages = group_advantages(groups.rewards, normalize_std=config.algorithm.normalize_std)
+            with phases.phase("train", step, config.run.steps) as on_progress:
+                metrics = learner.update(train_sequences(groups, advantages), on_progress)
+            with phases.phase("sync", step, config.run.steps):
+                sync.push(version=step)
+            if writer:
+                metrics |= rollout_metrics(groups.rollouts, groups.rewards, advantages) | {f"time/{k}_s": v for k, v in phases.take().items()}
+                metrics["time/step_s"] = time.perf_counter() - began
+                writer.write(step, metrics)
+                print(step_line(step, config.run.steps, metrics), flush=True)
+        if config.run.save_hf:
+            save_hf(learner.chunks, hf_config, folder / "hf", config.model.path, runtime.groups, getattr(torch, config.model.dtype))
+        if writer:
+            writer.close()
+            summary = write_summary(folder, seconds=time.perf_counter() - start, seed=config.run.seed)
+            print(f"reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}; picture: {draw_learning_curve(folder)}")
+    finally:
+        collector.close()
+    mcore_runtime.shutdown()
+
+
+def train_sequences(groups: ScoredGroups, advantages: torch.Tensor) -> list[list[TrainSequence]]:
+    """Each rollout with its advantage, by prompt."""
+    return [
+        [
+            TrainSequence(sample.prompt.token_ids, sample.response_ids, sample.logprobs, float(advantage))
+            for sample, advantage in zip(rollouts, row, strict=True)
+        ]
+        for rollouts, row in zip(groups.rollouts, advantages, strict=True)
+    ]

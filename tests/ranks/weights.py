@@ -1,0 +1,156 @@
+"""Weight checks that run on every rank, on Megatron's real model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_espo.mcore import runtime
+from megatron_espo.mcore.model import Layout, build_model, read_hf_config
+from megatron_espo.weights import MegatronWeightSource, load_hf_weights, save_hf
+
+
+def check_layouts(folders: list[str], layouts: list[dict[str, Any]], out: str, occupied: str) -> dict[str, float]:
+    """For each layout and model: load, compare with ``<folder>.logits``, stream, export; ``occupied`` is refused.
+
+    Returns:
+        "<layout> <model>" -> largest absolute difference of the logits, over all ranks.
+    """
+    differences = {}
+    for sizes in layouts:
+        groups = start(sizes)
+        for folder in folders:
+            config = read_hf_config(folder)
+            chunks = load(config, folder, sizes, groups)
+            case = f"{json.dumps(sizes)} {Path(folder).name}"
+            differences[case] = logits_difference(chunks, groups, load_file(folder + ".logits"))
+            check_stream(chunks, config, groups, whole_checkpoint(folder))
+            check_stage_stream(chunks, config, groups, whole_checkpoint(folder))
+            export = Path(out, f"{layouts.index(sizes)}", Path(folder).name)
+            save_hf(chunks, config, export, folder, groups, torch.float32, max_file_bytes=20_000)
+            check_padding(chunks, config, groups)
+        check_failed_export(chunks, config, groups, folder, occupied)
+    return differences
+
+
+def start(sizes: dict[str, Any]):
+    """Megatron's process groups for one layout, replacing those of the layout before."""
+    from megatron_espo.mcore import cpu
+
+    cpu.install()
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    return runtime.initialize(**sizes).groups
+
+
+def load(config, folder, sizes, groups, dtype=torch.float32) -> list[torch.nn.Module]:
+    """Build the model, poison it, load it: what was not loaded stays NaN."""
+    chunks = build_model(config, Layout(**sizes), groups, dtype=dtype, transformer_impl="local")
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+    load_hf_weights(chunks, config, folder, groups)
+    return chunks
+
+
+def whole_checkpoint(folder: str) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder."""
+    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@torch.no_grad()
+def logits_difference(chunks, groups, reference: dict[str, torch.Tensor]) -> float:
+    """Run the chunks in pipeline order and compare the true vocabulary's logits on the last stage."""
+    tokens, expected = reference["tokens"], reference["logits"]
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    hidden_size = chunks[0].config.hidden_size
+    hidden = torch.empty(tokens.size(1), tokens.size(0), hidden_size)
+    difference = torch.zeros(())
+    for chunk in chunks:
+        for stage in range(groups.pp.size()):
+            if stage == groups.pp.rank():
+                chunk.set_input_tensor(hidden)
+                output = chunk(tokens, positions, None)
+                if chunk.post_process:
+                    whole = [torch.empty_like(output) for _ in range(groups.tp.size())]
+                    dist.all_gather(whole, output.contiguous(), group=groups.tp)
+                    logits = torch.cat(whole, dim=-1)[..., : expected.size(-1)]
+                    difference = (logits - expected).abs().max()
+                else:
+                    hidden = output.contiguous()
+            dist.broadcast(hidden, src=dist.get_global_rank(groups.pp, stage), group=groups.pp)
+    assert not difference.isnan()
+    dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+    return difference.item()
+
+
+def check_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> None:
+    """The stream is the checkpoint, in metadata's order, on every rank of the first replica; twice, and in bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        source = MegatronWeightSource(chunks, config, groups, dtype=dtype)
+        metadata = source.metadata()
+        assert sorted(m.name for m in metadata) == sorted(expected)
+        assert source.held_names() is None
+        for _ in range(2):
+            items = list(source)
+            assert source.participates == (groups.dp.rank() == 0)
+            assert len(items) == (len(metadata) if source.participates else 0)
+            for (name, tensor), declared in zip(items, metadata, strict=source.participates):
+                assert (name, tensor.dtype, tuple(tensor.shape)) == (declared.name, declared.dtype, declared.shape)
+                assert tensor.is_contiguous()
+                assert torch.equal(tensor, expected[name].to(dtype)), name
+        assert [names for names, _ in source.iter_groups()] == (source.groups() if source.participates else [])
+    everywhere = MegatronWeightSource(chunks, config, groups, dtype=torch.float32, all_replicas=True)
+    assert len(list(everywhere)) == len(metadata)
+
+
+def check_stage_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> None:
+    """Without the pipeline's gather each stage yields what it holds; each name is held by exactly one stage."""
+    source = MegatronWeightSource(chunks, config, groups, dtype=torch.float32, gather_pipeline=False, all_replicas=True)
+    items = dict(source)
+    assert set(items) == source.held_names() == {name for group in source.groups() for name in group}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in items.items())
+    held: list[Any] = [None] * groups.pp.size()
+    dist.all_gather_object(held, sorted(items), group=groups.pp)
+    assert sorted(name for names in held for name in names) == sorted(m.name for m in source.metadata())
+
+
+def check_padding(chunks, config, groups) -> None:
+    """Rows of the embedding beyond the vocabulary are zero."""
+    if chunks[0].pre_process:
+        weight = chunks[0].embedding.word_embeddings.weight
+        start = groups.tp.rank() * weight.shape[0]
+        assert not weight[max(0, config["vocab_size"] - start) :].any()
+
+
+def check_failed_export(chunks, config, groups, folder: str, out: str) -> None:
+    """A write that fails on rank 0 raises on every rank of the first replica."""
+    message = None
+    try:
+        save_hf(chunks, config, out, folder, groups, torch.float32)
+    except (ValueError, RuntimeError) as error:
+        message = str(error)
+    if groups.dp.rank() == 0:
+        assert message is not None and "expected nothing or an earlier export" in message
+
+
+def check_vllm_class(folder: str) -> None:
+    """vLLM's own class accepts the stream: its default batching and the overridden one agree."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    from megatron_espo.weights.vllm_source import MegatronWeightSource as VllmSource
+
+    groups = start({})
+    config = read_hf_config(folder)
+    source = VllmSource(load(config, folder, {}, groups), config, groups, dtype=torch.bfloat16)
+    assert isinstance(source, WeightSource) and all(isinstance(item, ParamMeta) for item in source.metadata())
+    assert source.groups() == WeightSource.groups(source)
+    for (names, tensors), (default_names, default) in zip(
+        source.iter_groups(), WeightSource.iter_groups(source), strict=True
+    ):
+        assert names == default_names and all(map(torch.equal, tensors, default))

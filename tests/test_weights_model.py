@@ -1,0 +1,71 @@
+"""Loading, streaming and exporting Megatron's real model, against transformers, over parallel layouts."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.distributed import run_ranks
+from tests.weights_models import FAMILIES, save_model
+
+TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
+LAYOUTS = {
+    1: [{}],
+    2: [{TP: 2}, {PP: 2}, {PP: 2, VPP: 2}, {}],
+    4: [{TP: 2, PP: 2}, {TP: 4}],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folder and model of every family; the reference logits lie beside the folder."""
+    root = tmp_path_factory.mktemp("models")
+    tokens = torch.arange(20).view(2, 10) * 6 % 131
+    models = {}
+    for family in FAMILIES:
+        folder = root / family
+        model = save_model(family, folder, max_shard_size="20KB" if family == "qwen3" else "1GB")
+        (folder / "tokenizer.model").write_bytes(b"not read here")
+        with torch.no_grad():
+            save_file({"tokens": tokens, "logits": model(tokens).logits}, str(folder) + ".logits")
+        models[str(folder)] = model
+    return models
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_layouts(models, tmp_path, world_size):
+    from transformers import AutoModelForCausalLM
+
+    # Four query heads over two groups at TP=4 are Megatron's cut within a group.
+    folders, layouts = list(models), LAYOUTS[world_size]
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "notes.txt").write_text("not an export")
+    differences = run_ranks(
+        world_size,
+        "tests.ranks.weights:check_layouts",
+        folders=folders,
+        layouts=layouts,
+        out=str(tmp_path),
+        occupied=str(occupied),
+    )
+    assert [file.name for file in occupied.iterdir()] == ["notes.txt"]
+    assert len(differences) == len(folders) * len(layouts)
+    assert max(differences.values()) < 1e-3, differences
+    for index in range(len(layouts)):
+        for folder, model in models.items():
+            export = tmp_path / str(index) / folder.rsplit("/", 1)[1]
+            assert (export / "tokenizer.model").exists()
+            assert json.loads((export / "config.json").read_text())["dtype"] == "float32"
+            assert len(list(export.glob("model-*.safetensors"))) > 1
+            exported = AutoModelForCausalLM.from_pretrained(export).state_dict()
+            expected = model.state_dict()
+            assert set(exported) == set(expected)
+            assert all(torch.equal(exported[name], expected[name]) for name in expected)
+            assert not export.with_name(export.name + ".partial").exists()
+
+
+@pytest.mark.slow
+def test_vllm_class_has_the_same_groups(models):
+    run_ranks(1, "tests.ranks.weights:check_vllm_class", folder=next(iter(models)))

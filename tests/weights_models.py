@@ -1,0 +1,48 @@
+"""Tiny random Hugging Face models, every tensor random (norms and biases too), for the weight tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": {},
+    "llama_tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+}
+
+
+def make_model(family: str, **changes: Any) -> torch.nn.Module:
+    """A float32 model on the CPU in eval mode; the same for the same arguments."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = family.removesuffix("_tied")
+    config = AutoConfig.for_model(model_type, **(SIZES | FAMILIES[family] | changes))
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
+    return model.eval()
+
+
+def save_model(family: str, folder: str | Path, **changes: Any) -> torch.nn.Module:
+    """``make_model``, written to a folder (``max_shard_size`` cuts it into files)."""
+    max_shard_size = changes.pop("max_shard_size", "1GB")
+    model = make_model(family, **changes)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
