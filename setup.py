@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+README = Path(__file__).with_name("README.md")
+
 COMMON = [
     "accelerate>=1.10",
     "gguf>=0.17",
@@ -22,7 +24,7 @@ setup(
     name="megatron-espo",
     version="0.1.0",
     description="Entropy-segmented policy optimization on Megatron-Core, with rollouts by vLLM",
-    long_description=Path(__file__).with_name("README.md").read_text() if Path("README.md").exists() else "",
+    long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

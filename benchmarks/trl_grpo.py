@@ -31,6 +31,7 @@ class StepClock(transformers.TrainerCallback):
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
+        print(f"trl: step {len(self.seconds)}: {self.seconds[-1]:.1f} s", file=sys.stderr, flush=True)
 
 
 def last_integer(completions: list[list[dict[str, str]]], answer: list[str], **kwargs) -> list[float]:

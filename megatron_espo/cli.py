@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from typing import Any
 
 from megatron_espo.errors import InputError
@@ -95,10 +96,21 @@ def _checked_config(args: argparse.Namespace) -> Any:
     config.validate_model()
     if args.command == "train":
         config.validate_data()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            from megatron_espo.data.sources import read_rows
+
+            read_rows(config.data.prompts, config.data.task_args, config.run.seed)  # a bad row ends the run here
     return config
 
 
+def _silence_dependencies() -> None:
+    """Megatron, torch and vLLM tell every rank what is absent or deprecated; ``doctor`` tells it once."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|megatron_espo\.mcore\.cpu")
+
+
 def _work(args: argparse.Namespace, config: Any) -> None:
+    _silence_dependencies()
     if args.command == "train":
         from megatron_espo.trainer import train
 

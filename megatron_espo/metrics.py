@@ -1,6 +1,7 @@
-"""What a user of ESPO watches: sums per micro-batch, reduced to means once per step, written to TensorBoard and ``metrics.jsonl``."""
+"""What a user of ESPO watches: sums per micro-batch, means per step, written to TensorBoard and ``metrics.jsonl``."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,18 @@ from torch import Tensor
 
 from megatron_espo.types import Rollout
 
-# Keys say how values combine: "sum/x" over "count/x" gives the mean x; "max/x" and "min/x" are themselves.
+# Keys say how values combine: "sum/x" over "count/x" gives the mean x; "total/x", "max/x" and "min/x" are themselves.
+_COMBINE = (
+    (("sum", "count", "total"), torch.sum, dist.ReduceOp.SUM),
+    (("max",), torch.amax, dist.ReduceOp.MAX),
+    (("min",), torch.amin, dist.ReduceOp.MIN),
+)
 
 
-def loss_metrics(result, annotation, old_logprob: Tensor, rollout_logprob: Tensor, num_groups: int) -> dict[str, Tensor]:
-    """Sums over the response tokens of one micro-batch, per entropy group, ready to be combined.
+def loss_metrics(
+    result, annotation, old_logprob: Tensor, rollout_logprob: Tensor, num_groups: int
+) -> dict[str, Tensor]:
+    """Sums over the response tokens of one micro-batch, in all and per entropy group, ready to be combined.
 
     Args:
         result: :class:`megatron_espo.algo.objectives.LossOutput`.
@@ -28,16 +36,20 @@ def loss_metrics(result, annotation, old_logprob: Tensor, rollout_logprob: Tenso
     """
     gap = (old_logprob - rollout_logprob).abs()
     metrics = {
-        "sum/mismatch/logprob_gap_mean": gap.sum(),
-        "count/mismatch/logprob_gap_mean": torch.ones_like(gap).sum(),
-        "max/mismatch/logprob_gap_max": gap.max() if gap.numel() else gap.new_zeros(()),
-        # E_rollout[log π_rollout - log π_train]: the plain estimate of KL(engine || trainer).
-        "sum/mismatch/kl": (rollout_logprob - old_logprob).sum(),
-        "count/mismatch/kl": torch.ones_like(gap).sum(),
-        "sum/loss/policy": result.loss.detach(),
-        "count/loss/policy": torch.zeros_like(gap).sum(),
+        "max/mismatch/logprob_gap_max": gap.max() if gap.numel() else gap.new_tensor(-torch.inf),
+        # Its weights make it a mean over the batch already.
+        "total/loss/policy": result.loss.detach(),
     }
-    per_token = {
+    over_tokens = {
+        "mismatch/logprob_gap_mean": gap,
+        # E_rollout[log π_rollout - log π_train]: the plain estimate of KL(engine || trainer).
+        "mismatch/kl": rollout_logprob - old_logprob,
+        **{f"would_clip/{name}": clipped.float() for name, clipped in result.would_clip.items()},
+    }
+    for name, values in over_tokens.items():
+        metrics[f"sum/{name}"] = values.sum()
+        metrics[f"count/{name}"] = torch.ones_like(values).sum()
+    over_group = {
         "entropy": annotation.entropy,
         "epsilon": annotation.high,
         "ratio": result.ratio,
@@ -47,7 +59,7 @@ def loss_metrics(result, annotation, old_logprob: Tensor, rollout_logprob: Tenso
     }
     for group in range(num_groups):
         member = annotation.group == group
-        for name, values in per_token.items():
+        for name, values in over_group.items():
             metrics[f"sum/group{group}/{name}"] = values[member].sum()
             metrics[f"count/group{group}/{name}"] = member.sum().float()
         chosen = result.ratio[member]
@@ -65,44 +77,56 @@ def reduce_metrics(micro_batches: list[dict[str, Tensor]], group) -> dict[str, f
     """
     if not micro_batches:
         return {}
-    names = list(micro_batches[0])
-    answer: dict[str, float] = {}
-    operations = {"sum": dist.ReduceOp.SUM, "count": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-    combine = {"sum": torch.sum, "count": torch.sum, "max": torch.amax, "min": torch.amin}
-    for kind, operation in operations.items():
-        mine = [name for name in names if name.split("/", 1)[0] == kind]
-        table = torch.stack([torch.stack([batch[name] for name in mine]) for batch in micro_batches])
-        values = combine[kind](table, dim=0)
-        dist.all_reduce(values, op=operation, group=group)
-        answer |= dict(zip(mine, values.tolist(), strict=True))
-    return _means(answer)
+    values: dict[str, float] = {}
+    for kinds, combine, operation in _COMBINE:
+        names = [name for name in micro_batches[0] if name.split("/", 1)[0] in kinds]
+        # float64: float32 cannot count past 2^24 tokens.
+        table = torch.stack([torch.stack([batch[name] for name in names]) for batch in micro_batches]).double()
+        combined = combine(table, dim=0)
+        dist.all_reduce(combined, op=operation, group=group)
+        values |= dict(zip(names, combined.tolist(), strict=True))
+    return _means(values)
 
 
 def _means(values: dict[str, float]) -> dict[str, float]:
+    """Values by metric's name; none where no token was there to be measured."""
     means = {}
     for key, value in values.items():
         kind, name = key.split("/", 1)
-        if kind == "sum":
-            count = values[f"count/{name}"]
-            # A loss is already a mean over the batch: its weights say so.
-            means[name] = value / count if count else (value if name.startswith("loss/") else 0.0)
-        elif kind in ("max", "min"):
-            means[name] = value if abs(value) != float("inf") else 0.0
+        if kind == "sum" and values[f"count/{name}"]:
+            means[name] = value / values[f"count/{name}"]
+        # The maximum of nothing is -inf. NaN stays: it must be seen.
+        elif kind == "total" or (kind in ("max", "min") and not math.isinf(value)):
+            means[name] = value
     return means
 
 
 def rollout_metrics(rollouts: list[list[Rollout]], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
-    """Reward and length figures of one rollout batch; ``rewards`` and ``advantages`` are ``[prompts, group_size]``, NaN = failed."""
+    """Reward and length figures of one rollout batch.
+
+    Args:
+        rollouts: ``[prompt][sample]``.
+        rewards: ``[prompts, group_size]``, NaN where the verifier failed.
+        advantages: ``[prompts, group_size]``.
+
+    Returns:
+        Among others ``reward/solved_all`` and ``reward/solved_none``, the shares of prompts whose rewards are all at
+        least 1 or at most 0, ``reward/equal_groups``, the share whose rewards do not differ, and ``reward/failed``, the
+        number of NaNs.
+    """
     samples = [sample for group in rollouts for sample in group]
     lengths = torch.tensor([float(len(sample.response_ids)) for sample in samples])
     ran = rewards[~rewards.isnan()]
     highest, lowest = rewards.nan_to_num(-torch.inf).amax(1), rewards.nan_to_num(torch.inf).amin(1)
+    any_ran = ~rewards.isnan().all(1)
     spread = float(ran.std()) if ran.numel() > 1 else 0.0
     return {
         "reward/mean": float(ran.mean()),
         "reward/std": spread,
         "reward/standard_error": spread / max(1, ran.numel()) ** 0.5,
         "reward/equal_groups": float((highest <= lowest).float().mean()),
+        "reward/solved_all": float(((lowest >= 1) & any_ran).float().mean()),
+        "reward/solved_none": float(((highest <= 0) & any_ran).float().mean()),
         "reward/failed": float(rewards.isnan().sum()),
         "rollout/with_advantage": float((advantages != 0).float().mean()),
         "rollout/length_mean": float(lengths.mean()),
@@ -113,11 +137,15 @@ def rollout_metrics(rollouts: list[list[Rollout]], rewards: Tensor, advantages: 
 
 def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
     """One line for the terminal."""
-    phases = " ".join(f"{name[5:-2]} {metrics[name]:.1f}" for name in metrics if name.startswith("time/") and name != "time/step_s")
+    seconds = {name[5:-2]: value for name, value in metrics.items() if name.startswith("time/")}
+    total = seconds.pop("step")
+    phases = " ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    gap = metrics.get("mismatch/logprob_gap_mean")
+    gap_text = "none trained" if gap is None else f"{gap:.1e}"
     return (
         f"step {step}/{steps}  reward {metrics['reward/mean']:.3f}  length {metrics['rollout/length_mean']:.1f}  "
-        f"grad norm {metrics['optimizer/grad_norm']:.2f}  log-prob gap {metrics['mismatch/logprob_gap_mean']:.1e}  "
-        f"{metrics['time/step_s']:.1f} s ({phases})"
+        f"grad norm {metrics['optimizer/grad_norm']:.2f}  log-prob gap {gap_text}  "
+        f"{total:.1f} s ({phases})"
     )
 
 

@@ -1,6 +1,7 @@
 """A run's outcome in one JSON file and one picture."""
 
 import json
+import math
 from pathlib import Path
 from statistics import mean
 
@@ -21,29 +22,34 @@ def write_summary(folder: str | Path, *, seconds: float, seed: int) -> dict[str,
     return summary
 
 
-def draw_learning_curve(folder: str | Path) -> Path:
-    """Draw reward, entropy by group and seconds by phase into ``learning_curve.png``; return its path."""
+def draw_learning_curve(folder: str | Path, name: str | None = None) -> Path:
+    """Draw reward, entropy by group and seconds by phase into ``learning_curve.png``; return its path.
+
+    ``name`` heads the picture; the folder's name if ``None``.
+    """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     lines = read_metrics(folder)
     steps = [line["step"] for line in lines]
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure.suptitle(name or Path(folder).name)
     reward, entropy, seconds = figure.subplots(1, 3)
 
     means = [line["reward/mean"] for line in lines]
-    errors = [line["reward/standard_error"] for line in lines]
-    reward.fill_between(
-        steps, [m - e for m, e in zip(means, errors, strict=True)], [m + e for m, e in zip(means, errors, strict=True)], alpha=0.2
-    )
+    low = [line["reward/mean"] - line["reward/standard_error"] for line in lines]
+    high = [line["reward/mean"] + line["reward/standard_error"] for line in lines]
+    reward.fill_between(steps, low, high, alpha=0.2)
     reward.plot(steps, means, marker="o")
-    reward.set(title="Reward (mean ± standard error)", xlabel="step", ylim=(0, None))
+    # From 0, unless rewards are negative.
+    reward.set(title="Reward (mean ± standard error)", xlabel="step", ylim=(None if min(low) < 0 else 0, None))
 
-    groups = sorted({name.split("/")[0] for name in lines[0] if name.startswith("group")})
+    groups = sorted({name.split("/")[0] for line in lines for name in line if name.startswith("group")})
     for group in groups:
         label = {groups[0]: "lowest", groups[-1]: "highest"}.get(group, group)
-        entropy.plot(steps, [line[f"{group}/entropy"] for line in lines], label=f"{label}-entropy group")
+        entropy.plot(steps, [line.get(f"{group}/entropy", math.nan) for line in lines], label=f"{label}-entropy group")
     entropy.set(title="Entropy by group (nats)", xlabel="step", ylim=(0, None))
-    entropy.legend()
+    if groups:
+        entropy.legend()
 
     phases = [name for name in lines[0] if name.startswith("time/") and name != "time/step_s"]
     names = [name.removeprefix("time/").removesuffix("_s") for name in phases]

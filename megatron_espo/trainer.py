@@ -55,15 +55,27 @@ def train(config: Config) -> None:
                 metrics["time/step_s"] = time.perf_counter() - began
                 writer.write(step, metrics)
                 print(step_line(step, config.run.steps, metrics), flush=True)
+                warn_of_gap(metrics, config.rollout.log_prob_gap_warn)
         if config.run.save_hf:
             save_hf(learner.chunks, hf_config, folder / "hf", config.model.path, runtime.groups, getattr(torch, config.model.dtype))
         if writer:
             writer.close()
             summary = write_summary(folder, seconds=time.perf_counter() - start, seed=config.run.seed)
-            print(f"reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}; picture: {draw_learning_curve(folder)}")
+            print(f"reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}; picture: {draw_learning_curve(folder, config.run.name)}")
     finally:
         collector.close()
     mcore_runtime.shutdown()
+
+
+def warn_of_gap(metrics: dict[str, float], limit: float) -> None:
+    """Say it when engine and trainer disagree about the same tokens: stale weights, or two different sampling distributions."""
+    gap = metrics.get("mismatch/logprob_gap_mean", 0.0)
+    if not gap <= limit:
+        print(
+            f"warning: mean |engine - trainer| log-prob gap {gap:.3g} nats, above rollout.log_prob_gap_warn = {limit:g}: "
+            "compare dtypes, temperature and weights of trainer and engine",
+            flush=True,
+        )
 
 
 def train_sequences(groups: ScoredGroups, advantages: torch.Tensor) -> list[list[TrainSequence]]:

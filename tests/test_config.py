@@ -201,8 +201,8 @@ BAD_TEXTS = {
     ),
     "mini-batches of unequal size": (
         GOOD + "algorithm:\n  num_mini_batches: 3\n",
-        "run.yaml:6: algorithm.num_mini_batches: expected a divisor of rollout.prompts_per_step x rollout.group_size = "
-        "1024 (equal mini-batches), got 3",
+        "run.yaml:6: algorithm.num_mini_batches: expected a divisor of rollout.prompts_per_step = "
+        "128 (a mini-batch holds whole groups), got 3",
     ),
     "warm-up longer than the run": (
         GOOD + "optimizer:\n  lr_warmup_iters: 200\n",
@@ -295,7 +295,7 @@ def test_the_reference_names_every_setting_with_type_default_and_description():
             assert field.description, f"{section}.{key} has no description"
     assert "  optimizer.lr  (number > 0; default 1e-06)\n" in text
     assert "  model.path  (non-empty string; required)\n" in text
-    assert "  rollout.num_engines  (integer >= 1 or null; default null)\n" in text
+    assert "  rollout.max_model_len  (integer >= 2 or null; default null)\n" in text
 
 
 def test_configuration_loads_without_anything_heavy(tmp_path):

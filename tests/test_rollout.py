@@ -167,7 +167,9 @@ def test_dropped_tensor_kills_the_update_and_a_restart_mends_it(engine, folder):
                 yield [names[i] for i in kept], [tensors[i] for i in kept]
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with pytest.raises(EngineError, match=r"layers\.1\.self_attn\.qkv_proj: \d+ of \d+ elements"):
+    with pytest.raises(
+        EngineError, match=r"1 weights did not reach worker 0: model\.layers\.1\.self_attn\.k_proj\.weight"
+    ):
         push_weights(connect(engine, model, Forgetful(model)), engine, 7)
     assert engine.state == "dead" and engine.policy_version is None
     with pytest.raises(EngineError, match="dead; it serves only after a weight sync"):
@@ -289,7 +291,8 @@ def test_child_environment_is_free_of_the_launcher(monkeypatch, folder, tmp_path
     monkeypatch.setenv("OMP_NUM_THREADS", "77")
     environment = child_environment(engine_config(folder, tmp_path / "log", visible_devices="3"))
     assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_RANK"} & set(environment)
-    assert environment["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    threads = environment.get("OMP_NUM_THREADS")
+    assert threads == (None if torch.cuda.is_available() else str(len(os.sched_getaffinity(0))))
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
 
 

@@ -53,8 +53,8 @@ print("cuda" if any(need.startswith(("nvidia-", "cuda-")) for need in needs) els
         python -m pip install -qq "torch==$espo_torch"
     else
         espo_fail "this machine's package index gives the CUDA build of torch $espo_torch (several GB)." \
-            $'\n  The CPU build:  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash tools/env.sh' \
-            $'\n  The large one:  MEGATRON_ESPO_ALLOW_CUDA_TORCH=1 bash tools/env.sh'
+            $'\n  CPU build:   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash tools/env.sh' \
+            $'\n  CUDA build:  MEGATRON_ESPO_ALLOW_CUDA_TORCH=1 bash tools/env.sh'
     fi
 }
 

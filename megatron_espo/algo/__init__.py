@@ -1,4 +1,4 @@
-"""The mathematics of the objectives. Imports torch and nothing else of weight: no process groups, no Megatron, no vLLM."""
+"""The mathematics of the objectives. Imports torch and nothing else: no process groups, no Megatron, no vLLM."""
 
 from megatron_espo.algo.advantages import group_advantages
 from megatron_espo.algo.objectives import OBJECTIVES, Objective, policy_loss

@@ -8,8 +8,8 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     """``A = (R - mean) / std`` over the responses of each prompt whose verifier ran (Eq. 11).
 
     Args:
-        rewards: ``[prompts, group_size]``; NaN marks a response whose reward could not be computed. It gets ``A = 0`` and is left
-            out of the mean and the standard deviation.
+        rewards: ``[prompts, group_size]``; NaN marks a response whose reward could not be computed. It gets ``A = 0``
+            and is left out of the mean and the standard deviation.
         normalize_std: divide by the unbiased standard deviation; ``False`` only centres (Dr. GRPO).
 
     Returns:

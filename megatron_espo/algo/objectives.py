@@ -1,7 +1,7 @@
 """ESPO and its relatives as one formulation: segments, bounds, weights and a surrogate.
 
-All tokens of a segment share one importance ratio; each token carries its own clip bounds and weight. A new objective is one
-:class:`Objective` in :data:`OBJECTIVES`.
+All tokens of a segment share one importance ratio; each token carries its own clip bounds and weight. A new objective
+is one :class:`Objective` in :data:`OBJECTIVES`.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from torch import Tensor
 # Exponents are clamped before exp: one wild token must not turn a step into inf.
 MAX_EXPONENT = 20.0
 
+Reduce = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -20,9 +22,10 @@ class Objective:
 
     Attributes:
         segments: what shares a ratio: ``entropy`` groups, the ``response``, or each ``token``.
-        weights: what counts the same: every ``segment`` of a response (``1/(N K_i n_σ)``), ``response`` (``1/(N T_i)``), ``token``
-            (``1/ΣT``), or tokens against the ``limit`` (``1/(N T_max)``).
-        surrogate: ``(ratio inputs) -> (objective per token, token has no gradient)``.
+        weights: what counts the same: every ``segment`` of a response (``1/(N K_i n_σ)``), every ``response``
+            (``1/(N T_i)``), every ``token`` (``1/ΣT``), or tokens against the length ``limit`` (``1/(N T_max)``).
+        surrogate: ``(logprob, log_ratio, advantage, annotation, algorithm, reduce_segments)`` to
+            ``(surrogate, detached ratio, token has no gradient)``, all ``[tokens]``.
         low, high: default clip range; ESPO derives its own (Eq. 8).
     """
 
@@ -42,6 +45,7 @@ class LossOutput:
         ratio: ``[tokens]`` detached importance ratio of each token's segment.
         clipped_low, clipped_high: ``[tokens]`` bool, the ratio lies outside its bound on that side.
         no_gradient: ``[tokens]`` bool, the token's loss is constant in the policy.
+        would_clip: objective's name to ``[tokens]`` bool, the ratio of GRPO or GSPO lies outside their default bounds.
     """
 
     loss: Tensor
@@ -49,6 +53,7 @@ class LossOutput:
     clipped_low: Tensor
     clipped_high: Tensor
     no_gradient: Tensor
+    would_clip: dict[str, Tensor]
 
 
 def policy_loss(
@@ -58,76 +63,97 @@ def policy_loss(
     annotation,
     algorithm,
     *,
-    reduce_segments: Callable[[Tensor], Tensor] | None = None,
+    reduce_segments: Reduce | None = None,
 ) -> LossOutput:
     """``-Σ_t w_t min(s_t A_t, clip(s_t, 1 - lo_t, 1 + hi_t) A_t)`` with the segment's ratio (Eq. 9, 10).
 
     Args:
-        logprob: ``[tokens]`` float32, log π_θ(y_t) at the sampling temperature, with gradient.
+        logprob: ``[tokens]`` float32, log π_θ(y_t) in nats at the sampling temperature, with gradient.
         old_logprob: ``[tokens]`` float32, the same of the policy before the update.
         advantage: ``[tokens]`` float32.
-        annotation: :class:`~megatron_espo.algo.segments.Annotation` of the same tokens (a slice of it under context parallelism).
+        annotation: :class:`~megatron_espo.algo.segments.Annotation` of the same tokens (a slice of it under context
+            parallelism).
         algorithm: the ``algorithm`` section of the configuration.
-        reduce_segments: sums ``[segments]`` over context-parallel ranks; the only collective an objective ever needs.
+        reduce_segments: sums a vector over context-parallel ranks; the only collective an objective ever needs.
 
     Raises:
         ValueError: old log-probs that are NaN or positive.
     """
-    if not bool((old_logprob <= 1e-4).all()):
-        raise ValueError(f"old_logprob: expected log-probabilities (at most 0, not NaN), got {float(old_logprob.max())}")
+    # Written so that NaN fails too.
+    wrong = ~(old_logprob <= 1e-4)
+    if wrong.any():
+        value = float(old_logprob[wrong][0])
+        raise ValueError(
+            f"old_logprob: expected log-probabilities (at most 0, not NaN), got {value} "
+            f"at token {int(wrong.nonzero()[0])}"
+        )
+    reduce_segments = reduce_segments or (lambda sums: sums)
     objective = OBJECTIVES[algorithm.objective]
+    log_ratio = (logprob - old_logprob).detach()
     surrogate, ratio, no_gradient = objective.surrogate(
-        logprob, old_logprob, advantage, annotation, algorithm, reduce_segments or (lambda sums: sums)
+        logprob, log_ratio, advantage, annotation, algorithm, reduce_segments
     )
-    loss = -(annotation.weight * surrogate).sum()
-    log_domain = objective.surrogate is geometric_mean_surrogate
-    position = (logprob - old_logprob).detach() if log_domain else ratio - 1
-    return LossOutput(loss, ratio, position < -annotation.low, position > annotation.high, no_gradient)
+    # GMPO's bounds are on the token's log-ratio, everyone else's on the ratio.
+    position = log_ratio if objective.surrogate is geometric_mean_surrogate else ratio - 1
+    return LossOutput(
+        loss=-(annotation.weight * surrogate).sum(),
+        ratio=ratio,
+        clipped_low=position < -annotation.low,
+        clipped_high=position > annotation.high,
+        no_gradient=no_gradient,
+        would_clip=_would_clip(log_ratio, annotation, reduce_segments),
+    )
 
 
-def _segment_mean(values: Tensor, annotation, reduce_segments: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of ``values [tokens]`` over each token's whole segment ``[tokens]``."""
-    sums = values.new_zeros(annotation.size.numel()).index_add_(0, annotation.segment, values)
-    return (reduce_segments(sums) / annotation.size)[annotation.segment]
+def _would_clip(log_ratio: Tensor, annotation, reduce_segments: Reduce) -> dict[str, Tensor]:
+    """Tokens whose ratio under GRPO's (token) and GSPO's (response) rule lies outside their default bounds."""
+    sequence = _mean(log_ratio, annotation.response, annotation.length, reduce_segments)
+    positions = {"grpo": log_ratio.expm1(), "gspo": sequence.expm1()}
+    return {name: (p < -OBJECTIVES[name].low) | (p > OBJECTIVES[name].high) for name, p in positions.items()}
+
+
+def _mean(values: Tensor, index: Tensor, size: Tensor, reduce_segments: Reduce) -> Tensor:
+    """Mean of ``values [tokens]`` over all tokens with the same ``index``, for each token ``[tokens]``."""
+    sums = values.new_zeros(size.numel()).index_add_(0, index, values)
+    return (reduce_segments(sums) / size)[index]
 
 
 def _ratio(exponent: Tensor, logprob: Tensor) -> Tensor:
     """``sg[exp(exponent)] · exp(logp - sg[logp])``: the segment's value, the token's gradient."""
-    value = exponent.detach().clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    value = exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
     return value * (logprob - logprob.detach()).exp()
 
 
-def clipped_surrogate(logprob, old_logprob, advantage, annotation, algorithm, reduce_segments):
+def clipped_surrogate(logprob, log_ratio, advantage, annotation, algorithm, reduce_segments):
     """PPO's pessimistic minimum with the segment's length-normalised ratio (ESPO, GSPO, GRPO, Dr. GRPO, DAPO)."""
-    difference = (logprob - old_logprob).detach()
-    exponent = _segment_mean(difference, annotation, reduce_segments)
+    exponent = _mean(log_ratio, annotation.segment, annotation.size, reduce_segments)
     if algorithm.ratio == "segment_times_token":  # Eq. 9 to the letter
-        exponent = exponent + difference
+        exponent = exponent + log_ratio
     ratio = _ratio(exponent, logprob)
-    clipped = ratio.clamp(1 - annotation.low, 1 + annotation.high)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    no_gradient = (clipped * advantage < ratio * advantage) | (advantage == 0)
+    clipped = ratio.detach().clamp(1 - annotation.low, 1 + annotation.high) * advantage
+    surrogate = ratio * advantage
+    constant = clipped < surrogate
+    surrogate = surrogate.where(~constant, clipped)
     if algorithm.dual_clip is not None:
         floor = algorithm.dual_clip * advantage
         below = (advantage < 0) & (surrogate < floor)
-        surrogate, no_gradient = surrogate.where(~below, floor), no_gradient | below
-    return surrogate, ratio.detach(), no_gradient.detach()
+        surrogate, constant = surrogate.where(~below, floor), constant | below
+    return surrogate, ratio.detach(), constant | (advantage == 0)
 
 
-def detached_ratio_surrogate(logprob, old_logprob, advantage, annotation, algorithm, reduce_segments):
+def detached_ratio_surrogate(logprob, log_ratio, advantage, annotation, algorithm, reduce_segments):
     """CISPO: the clipped ratio is a detached weight, so that every token keeps its gradient."""
-    ratio = (logprob - old_logprob).detach().clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
     weight = ratio.clamp(1 - annotation.low, 1 + annotation.high)
     return weight * advantage * logprob, ratio, advantage == 0
 
 
-def geometric_mean_surrogate(logprob, old_logprob, advantage, annotation, algorithm, reduce_segments):
+def geometric_mean_surrogate(logprob, log_ratio, advantage, annotation, algorithm, reduce_segments):
     """GMPO: token log-ratios are clipped (pessimistically) before the response's geometric mean is taken."""
-    difference = (logprob - old_logprob).detach()
-    clipped = difference.clamp(-annotation.low, annotation.high)
-    pessimistic = torch.where(advantage > 0, torch.minimum(difference, clipped), torch.maximum(difference, clipped))
-    exponent = _segment_mean(pessimistic, annotation, reduce_segments)
-    constant = pessimistic != difference
+    clipped = log_ratio.clamp(-annotation.low, annotation.high)
+    pessimistic = torch.where(advantage > 0, torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped))
+    exponent = _mean(pessimistic, annotation.segment, annotation.size, reduce_segments)
+    constant = pessimistic != log_ratio
     ratio = _ratio(exponent, logprob.where(~constant, logprob.detach()))
     return ratio * advantage, ratio.detach(), constant | (advantage == 0)
 

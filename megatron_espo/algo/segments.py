@@ -1,6 +1,7 @@
 """Entropy groups, clip bounds and token weights: everything that is fixed before the policy moves (Eq. 7 and 8).
 
-Responses are ragged: per-token tensors hold all responses one after the other and ``lengths [responses]`` says where they end.
+Responses are ragged: per-token tensors hold all responses one after the other, ``lengths [responses]`` says where they
+end.
 """
 
 import math
@@ -20,14 +21,19 @@ class Annotation:
     Attributes:
         segment: ``[tokens]`` int64, number of the token's segment, counted over all responses of the annotation.
         size: ``[segments]`` int64, tokens in each segment (``n_σ``).
-        low, high: ``[tokens]`` float32, the ratio is clipped to ``[1 - low, 1 + high]`` (GMPO: the log-ratio to ``[-low, high]``).
+        response: ``[tokens]`` int64, number of the token's response.
+        length: ``[responses]`` int64, tokens in each response (``T_i``).
+        low, high: ``[tokens]`` float32, the ratio is clipped to ``[1 - low, 1 + high]`` (GMPO: the log-ratio to
+            ``[-low, high]``).
         weight: ``[tokens]`` float32, the token's share of the optimizer step's loss.
-        group: ``[tokens]`` int64, entropy group, 0 the lowest. The segments of ESPO; for other objectives only reported.
+        group: ``[tokens]`` int64, entropy group, 0 the lowest. ESPO's segments; for other objectives only reported.
         entropy: ``[tokens]`` float32, entropy of the old policy in nats.
     """
 
     segment: Tensor
     size: Tensor
+    response: Tensor
+    length: Tensor
     low: Tensor
     high: Tensor
     weight: Tensor
@@ -38,8 +44,8 @@ class Annotation:
 def entropy_groups(entropy: Tensor, lengths: Tensor, quantiles: tuple[float, ...] = (0.8,)) -> Tensor:
     """Group each response's tokens by the rank of their entropy (Eq. 7).
 
-    For a quantile ``q`` the ``ceil((1 - q) T)`` tokens of highest entropy lie above the border; of tied tokens the earlier one
-    joins the higher group.
+    For a quantile ``q`` the ``ceil((1 - q) T)`` tokens of highest entropy lie above the border; of tied tokens the
+    earlier one joins the higher group.
 
     Args:
         entropy: ``[tokens]``, nats, of the old policy.
@@ -70,7 +76,7 @@ def annotate(
     vocab_size: int,
     num_responses: int,
     num_tokens: int,
-    max_response_tokens: int,
+    max_response_tokens: int | None,
 ) -> Annotation:
     """Cut responses into the objective's segments and fix bounds and weights (Eq. 7, 8). Zero collectives.
 
@@ -83,10 +89,10 @@ def annotate(
         vocab_size: the true vocabulary, whose logarithm is the largest possible entropy.
         num_responses: ``N`` of the step's whole batch, masked responses included.
         num_tokens: response tokens ``Σ T`` of the step's whole batch.
-        max_response_tokens: the generation limit (Dr. GRPO's constant).
+        max_response_tokens: the generation limit (Dr. GRPO's constant; no other objective needs it).
 
     Raises:
-        ValueError: entropies outside ``[0, ln V]`` or lengths that do not cover them.
+        ValueError: entropies outside ``[0, ln V]``, lengths that do not cover them, or Dr. GRPO without its constant.
     """
     _check(entropy, lengths, vocab_size)
     objective = OBJECTIVES[algorithm.objective]
@@ -103,18 +109,19 @@ def annotate(
         low = torch.full_like(entropy, objective.low if algorithm.clip_low is None else algorithm.clip_low)
         high = torch.full_like(entropy, objective.high if algorithm.clip_high is None else algorithm.clip_high)
 
-    per_response = entropy.new_tensor(1.0 / num_responses)
     if objective.weights == "segment":
         first = torch.zeros_like(size).index_put_((segment,), response)
         segments_of = torch.bincount(first, minlength=lengths.numel())
-        weight = per_response / (segments_of[response] * size[segment])
+        count = num_responses * segments_of[response] * size[segment]
     elif objective.weights == "response":
-        weight = per_response / lengths[response]
+        count = num_responses * lengths[response]
     elif objective.weights == "token":
-        weight = torch.full_like(entropy, 1.0 / num_tokens)
+        count = torch.full_like(response, num_tokens)
+    elif max_response_tokens:
+        count = torch.full_like(response, num_responses * max_response_tokens)
     else:
-        weight = torch.full_like(entropy, 1.0 / (num_responses * max_response_tokens))
-    return Annotation(segment, size, low, high, weight, group, entropy)
+        raise ValueError(f"max_response_tokens: {algorithm.objective} divides by it: expected 1 or more, got none")
+    return Annotation(segment, size, response, lengths, low, high, count.to(entropy).reciprocal(), group, entropy)
 
 
 def _response_index(lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,20 +131,26 @@ def _response_index(lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tokens_above(quantile: float, lengths: Tensor) -> Tensor:
-    """``ceil((1 - quantile) T)``, exactly: in floating point ``0.7 T`` is off by one for 1,638 of the lengths up to 16,384."""
+    """``ceil((1 - quantile) T)`` exactly: in floats ``0.7 T`` is off by one for 1,638 lengths up to 16,384."""
     share = 1 - Fraction(str(quantile))
-    return -(-lengths * share.numerator // share.denominator)
+    # Python's integers: a quantile with sixteen digits (1/3) would overflow int64.
+    return lengths.new_tensor([math.ceil(share * length) for length in lengths.tolist()])
 
 
 def _check(entropy: Tensor, lengths: Tensor, vocab_size: int) -> None:
     if entropy.dim() != 1 or int(lengths.sum()) != entropy.numel() or (lengths < 1).any():
-        raise ValueError(f"lengths: expected positive lengths that sum to {entropy.numel()} tokens, got {lengths.tolist()}")
+        raise ValueError(
+            f"lengths: expected lengths of at least 1 whose sum is the {entropy.numel()} tokens of entropy, "
+            f"got {lengths.numel()} lengths with sum {int(lengths.sum())}"
+            + (f" and minimum {int(lengths.min())}" if lengths.numel() else "")
+        )
     limit = math.log(vocab_size) + 1e-3
     # Written so that NaN fails too.
     wrong = ~((entropy >= -1e-3) & (entropy <= limit))
     if wrong.any():
         position = int(wrong.nonzero()[0])
         raise ValueError(
-            f"entropy: expected values in [0, ln {vocab_size} = {math.log(vocab_size):.4f}] nats, got {float(entropy[position])} "
-            f"at token {position}: was it computed over the true vocabulary, at the sampling temperature?"
+            f"entropy: expected values in [0, ln {vocab_size} = {math.log(vocab_size):.4f}] nats, "
+            f"got {float(entropy[position])} at token {position}: "
+            "was it computed over the true vocabulary, at the sampling temperature?"
         )

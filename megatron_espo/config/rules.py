@@ -114,12 +114,11 @@ def reward(c: "schema.Reward") -> Problems:
 
 
 def across_sections(c: "schema.Config") -> Problems:
-    responses = c.rollout.prompts_per_step * c.rollout.group_size
-    if responses % c.algorithm.num_mini_batches:
+    if c.rollout.prompts_per_step % c.algorithm.num_mini_batches:
         yield (
             "algorithm.num_mini_batches",
-            f"expected a divisor of rollout.prompts_per_step x rollout.group_size = {responses} (equal mini-batches), "
-            f"got {c.algorithm.num_mini_batches}",
+            f"expected a divisor of rollout.prompts_per_step = {c.rollout.prompts_per_step} (a mini-batch holds whole "
+            f"groups), got {c.algorithm.num_mini_batches}",
         )
     updates = c.run.steps * c.algorithm.num_epochs * c.algorithm.num_mini_batches
     last = c.optimizer.lr_decay_iters or updates

@@ -37,7 +37,7 @@ class Run(Section):
         description="Output folder (checkpoints, metrics, exported model); relative to the current directory. "
         "Give every experiment its own.",
     )
-    name: str | None = Field(None, description="Label in logs and plots; null takes the last part of run.dir.")
+    name: str | None = Field(None, description="Label in logs and plots; null takes the name of run.dir.")
     steps: int = Field(
         200,
         ge=1,
@@ -47,7 +47,6 @@ class Run(Section):
     save_hf: bool = Field(
         True, description="Export the final model to <run.dir>/hf in Hugging Face format; false saves disk and time."
     )
-    log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.")
 
 
 class Model(Section):
@@ -212,7 +211,6 @@ class Rollout(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
     )
-    num_engines: int | None = Field(None, ge=1, description="vLLM engines; null decides from the hardware (CPU: 1).")
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
     transport: Literal["auto", "shared_memory", "ipc", "nccl"] = Field(
         "auto", description="How weights reach the engine: shared_memory (CPU), ipc (same GPU), nccl (other GPUs)."

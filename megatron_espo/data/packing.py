@@ -16,13 +16,28 @@ from megatron_espo.algo import Annotation
 class TrainSequence:
     """One prompt and response with its advantage.
 
-    ``prompt_ids`` and ``response_ids`` are token ids; ``rollout_logprobs`` the engine's log-probs of the response (nats).
+    Attributes:
+        prompt_ids: at least one token id: the hidden state of the last one predicts the first response token.
+        response_ids: at least one token id.
+        rollout_logprobs: the engine's log-probs of ``response_ids`` (nats).
+        advantage: of every token of the response.
+
+    Raises:
+        ValueError: an empty prompt or response, or log-probs that do not match the response.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     rollout_logprobs: Sequence[float]
     advantage: float
+
+    def __post_init__(self) -> None:
+        prompt, response, logprobs = len(self.prompt_ids), len(self.response_ids), len(self.rollout_logprobs)
+        if not prompt or not response or logprobs != response:
+            raise ValueError(
+                "TrainSequence: expected a prompt and a response of at least one token, and a log-prob for each "
+                f"response token, got {prompt} prompt tokens, {response} response tokens and {logprobs} log-probs"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -34,8 +49,9 @@ class TrainSequence:
 class BatchTotals:
     """Sizes of one optimizer step's whole batch, over all data-parallel ranks; the denominators of the loss.
 
-    ``num_responses`` and ``num_response_tokens`` count every response, also those that need no gradient; ``num_tokens`` counts the
-    tokens (prompts included) that really go through the model and is what Megatron's schedule divides gradients by.
+    ``num_responses`` and ``num_response_tokens`` count every response, also those that need no gradient; ``num_tokens``
+    counts the tokens (prompts included) that really go through the model and is what Megatron's schedule divides
+    gradients by.
     """
 
     num_responses: int
@@ -58,8 +74,8 @@ class MicroBatch:
         advantage, rollout_logprob: ``[response_tokens]`` float32.
         totals: sizes of the whole optimizer step.
         num_tokens: real tokens here (padding excluded).
-        old_logprob, annotation: from the scoring pass; ``None`` when the step is the first on its rollouts, where the policy itself is
-            the old policy.
+        old_logprob, annotation: from the scoring pass; ``None`` when the step is the first on its rollouts, where the
+            policy itself is the old policy.
     """
 
     tokens: Tensor
@@ -80,7 +96,8 @@ class MicroBatch:
         """The same micro-batch with its tensors on ``device``."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         if self.annotation is not None:
-            moved["annotation"] = Annotation(**{name: value.to(device) for name, value in vars(self.annotation).items()})
+            fields = vars(self.annotation).items()
+            moved["annotation"] = Annotation(**{name: value.to(device) for name, value in fields})
         return replace(self, **moved)
 
 
@@ -101,13 +118,15 @@ def pack(
 ) -> list[MicroBatch]:
     """Cut ``sequences`` into micro-batches of at most ``max_tokens`` and return one data-parallel rank's share.
 
-    Every rank gets as many micro-batches as any other (empty ones where it has fewer sequences), because collectives inside a micro-batch
-    must meet. A single sequence longer than ``max_tokens`` has a micro-batch of its own.
+    Every rank gets as many micro-batches as any other (empty ones where it has fewer sequences), because collectives
+    inside a micro-batch must meet. A single sequence longer than ``max_tokens`` has a micro-batch of its own.
 
     Args:
         sequences: the whole step's, the same on every rank.
         totals: of the whole step.
-        max_sequences: at most so many in one micro-batch.
+        data_parallel_rank, data_parallel_size: whose share, of how many.
+        max_tokens: at most so many tokens (prompts included, padding not) in one micro-batch.
+        max_sequences: at most so many sequences in one micro-batch.
         multiple_of: packed length is padded to a multiple (sequence parallelism shards it over tensor-parallel ranks).
     """
     shares = [_bins(share, max_tokens, max_sequences) for share in _balance(sequences, data_parallel_size)]

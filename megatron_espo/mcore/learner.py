@@ -73,7 +73,7 @@ class Learner:
             for _ in range(self.config.algorithm.num_epochs)
             for batches in mini_batches
         ]
-        return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+        return average(results)
 
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""
@@ -108,6 +108,12 @@ class Learner:
         # Pipeline stages are the outermost dimension of Megatron's rank order: the last rank is on the last stage.
         dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
         return box[0] | {"optimizer/grad_norm": result.grad_norm, "optimizer/lr": result.lr}
+
+
+def average(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps that report it."""
+    values = {name: [result[name] for result in results if name in result] for result in results for name in result}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 class _Ticker:

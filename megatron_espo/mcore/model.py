@@ -138,13 +138,13 @@ def build_model(
             position_embedding_type="rope",
             pg_collection=groups,
             vp_stage=stage if virtual else None,
-            **_rope(hf_config),
+            **rope_arguments(hf_config),
         )
         chunks.append(chunk.cuda())
     return chunks
 
 
-def _rope(hf_config: dict[str, Any]) -> dict[str, Any]:
+def rope_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Rotary arguments of ``GPTModel`` from either generation of Hugging Face's keys."""
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))

@@ -1,5 +1,7 @@
 """Vocabulary-parallel log-prob and entropy. Imports torch only; Triton when a path asks for it; groups are arguments."""
 
+from megatron_espo.numerics.head import linear_logprob_entropy
 from megatron_espo.numerics.logits import vocab_parallel_logprob_entropy
+from megatron_espo.numerics.plan import HeadPlan, plan_head
 
-__all__ = ["vocab_parallel_logprob_entropy"]
+__all__ = ["HeadPlan", "linear_logprob_entropy", "plan_head", "vocab_parallel_logprob_entropy"]

@@ -48,8 +48,11 @@ def vocab_parallel_logprob_entropy(
     check_arguments(targets, logits.shape, size, temperature, vocab_size)
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
     shard = Shard(logits.shape[1], group, vocab_size, 1.0 / temperature)
-    return _LogprobEntropy.apply(logits, targets, shard, entropy_grad, donate_logits, paths.choose(path, logits))
+    path = paths.choose(path, logits.device, logits.dtype, logits.numel())
+    return _LogprobEntropy.apply(logits, targets, shard, entropy_grad, donate_logits, path)
 
 
 def check_arguments(
@@ -83,7 +86,7 @@ class Shard:
     def merge(self, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(m, a, b, y)`` of the whole vocabulary from each rank's ``[tokens, 4]``. One all-gather."""
         parts = stats.unsqueeze(0)
-        if self.group is not None and self.group.size() > 1:
+        if self.group is not None and self.group.size() > 1 and stats.numel():
             parts = stats.new_empty(self.group.size(), *stats.shape)
             dist.all_gather_into_tensor(parts.flatten(0, 1), stats, group=self.group)
         m, a, b, y = parts.unbind(-1)
@@ -95,7 +98,7 @@ class _LogprobEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, shard: Shard, entropy_grad: bool, donate: bool, path: paths.Path
     ) -> tuple[Tensor, Tensor]:
-        stats = paths.statistics(path, logits, shard.columns, shard.local(targets), shard.scale)
+        stats, _ = paths.statistics(path, logits, shard.columns, shard.local(targets), shard.scale)
         merged = shard.merge(stats)
         logprob, entropy = logprob_and_entropy(*merged, shard.scale)
         ctx.save_for_backward(logits, targets, *merged)

@@ -25,40 +25,56 @@ def _have_cpp_compiler() -> bool:
     return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
-def choose(path: Path, logits: Tensor) -> Path:
-    """Resolve ``"auto"`` from the device and the number of elements alone, so that equal runs take equal paths."""
+def choose(path: Path, device: torch.device, dtype: torch.dtype, elements: int) -> Path:
+    """Resolve ``"auto"`` from the device, the type and the number of logits alone, so that equal runs take equal paths."""
     if path not in ("auto", "torch", "compiled", "triton"):
         raise ValueError(f"path must be 'auto', 'torch', 'compiled' or 'triton', got {path!r}")
-    double = logits.dtype == torch.float64
+    double = dtype == torch.float64
     if path == "triton" and double:
         raise ValueError("the Triton path computes in float32; use path='torch' for float64 logits")
     if path != "auto":
         return path
     if double:
         return "torch"
-    if logits.is_cuda:
+    if device.type == "cuda":
         return "triton" if _have_triton() else "torch"
-    if logits.device.type == "cpu" and logits.numel() >= COMPILE_FROM and _have_cpp_compiler():
+    if device.type == "cpu" and elements >= COMPILE_FROM and _have_cpp_compiler():
         return "compiled"
     return "torch"
 
 
-def statistics(path: Path, logits: Tensor, columns: int, local_target: Tensor, scale: float) -> Tensor:
-    """``[tokens, 4]``; see :func:`megatron_espo.numerics.torch_path.statistics`."""
+def statistics(
+    path: Path, logits: Tensor, columns: int, local_target: Tensor, scale: float, store: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``[tokens, 4]`` (see :func:`megatron_espo.numerics.torch_path.statistics`) and, with ``store``, maxima of tiles.
+
+    ``store`` ``[tokens, width]`` of a narrower type receives the logits, each tile of columns shifted by its maximum.
+    """
     if path == "triton":
         from megatron_espo.numerics import triton_path
 
-        return triton_path.statistics(logits, columns, local_target, scale)[0]
-    return torch_path.statistics(logits, columns, local_target, scale, compiled=path == "compiled")
+        return triton_path.statistics(logits, columns, local_target, scale, store)
+    stats = torch_path.statistics(logits, columns, local_target, scale, compiled=path == "compiled")
+    if store is None:
+        return stats, None
+    tile_max = stats[:, 0:1].clone()
+    torch_path.store_shifted(logits, tile_max, store)
+    return stats, tile_max
 
 
 def gradient(
-    path: Path, logits: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float, entropy: bool
-) -> None:
-    """Writes ``out``; see :func:`megatron_espo.numerics.torch_path.gradient`."""
+    path: Path, source: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float, entropy: bool,
+    tile_max: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes ``out``; ``source`` holds logits or, with ``tile_max``, what :func:`statistics` stored.
+
+    See :func:`megatron_espo.numerics.torch_path.gradient`.
+    """
     if path == "triton":
         from megatron_espo.numerics import triton_path
 
-        triton_path.gradient(logits, out, columns, local_target, terms, scale, entropy)
+        triton_path.gradient(source, out, columns, local_target, terms, scale, entropy, tile_max)
         return
-    torch_path.gradient(logits, out, columns, local_target, terms, scale, entropy, compiled=path == "compiled")
+    if tile_max is not None:
+        terms = torch.cat((terms[:, 0:1] - tile_max, terms[:, 1:]), dim=1)
+    torch_path.gradient(source, out, columns, local_target, terms, scale, entropy, compiled=path == "compiled")

@@ -78,6 +78,12 @@ def gradient(
     dx[cell] = torch.where(here, terms[:, 4].to(out.dtype), dx[cell])
 
 
+def store_shifted(logits: Tensor, shift: Tensor, store: Tensor) -> None:
+    """``store = logits - shift`` (``shift [tokens, 1]``), rounded to the type of ``store``."""
+    for rows in _row_chunks(logits):
+        store[rows] = logits[rows] - shift[rows]
+
+
 def _row_chunks(x: Tensor) -> list[slice]:
     elements = _CHUNK_CUDA if x.is_cuda else _CHUNK * min(torch.get_num_threads(), 16)
     rows = max(1, elements // x.shape[1])

@@ -46,8 +46,7 @@ def _statistics_kernel(
         x = tl.load(logits + row * row_stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
         top = tl.maximum(tl.max(x, 0), _FLOOR)
         if STORE:
-            value = tl.maximum(x - top, _FLOOR)
-            tl.store(store + row * store_stride + column, value.to(store.dtype.element_ty), mask=column < columns)
+            tl.store(store + row * store_stride + column, (x - top).to(store.dtype.element_ty), mask=column < columns)
             tl.store(tile_max + row * tiles + tile, top)
         new = tl.maximum(m, top)
         shift = _exponent(m, new, scale)

@@ -5,6 +5,14 @@ the child process.
 """
 
 from megatron_espo.rollout.engine import Engine, EngineConfig, EngineError
-from megatron_espo.rollout.transport import make_trainer_transport, push_weights, resolve_transport
+from megatron_espo.rollout.transport import make_trainer_transport, push_weights, register_transports, resolve_transport
 
-__all__ = ["Engine", "EngineConfig", "EngineError", "make_trainer_transport", "push_weights", "resolve_transport"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "make_trainer_transport",
+    "push_weights",
+    "register_transports",
+    "resolve_transport",
+]

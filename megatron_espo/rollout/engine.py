@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_espo.errors import InputError
 from megatron_espo.types import Prompt, Rollout
 
@@ -349,16 +351,18 @@ def child_environment(config: EngineConfig) -> dict[str, str]:
         for key, value in os.environ.items()
         if key not in _TORCHRUN and not key.startswith(_TORCHRUN_PREFIXES)
     }
-    cores = len(os.sched_getaffinity(0))
     environment.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine core lives in the child, which is process enough
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
-        OMP_NUM_THREADS=str(max(1, cores // config.tensor_parallel_size)),
-        # The trainer shares these cores: waiting threads must sleep, not spin.
-        OMP_WAIT_POLICY="passive",
         PYTHONUNBUFFERED="1",
     )
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // config.tensor_parallel_size))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM binds one worker to one NUMA node, or refuses
+        # The trainer's processes share these cores: waiting threads that spin made generation 10 times slower.
+        environment["OMP_WAIT_POLICY"] = "passive"
     package_root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
     if config.visible_devices is not None:

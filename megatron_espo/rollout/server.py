@@ -27,11 +27,15 @@ def die_with_owner(owner_pid: int) -> None:
 
 def build_llm(config: EngineConfig):
     """The vLLM engine for ``config``, with random weights until the first sync."""
+    import torch
     from vllm import LLM
     from vllm.platforms import current_platform
 
     options = {}
     if current_platform.is_cpu():
+        # vLLM compiles one small sampling kernel even so: seconds in the first call, and a C++ compiler, for nothing.
+        torch._dynamo.config.disable = True
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for tensor-parallel workers
         # An explicit cache size skips vLLM's warm-up. Blocks of 32 tokens: with the default of 128, the prompts of a
         # group share nothing unless they are longer than that.
         options = {
@@ -125,9 +129,9 @@ class Server:
         self.llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, version: int) -> None:
-        for rank, layers in enumerate(self.llm.collective_rpc("incomplete_layers")):
-            if layers:
-                raise RuntimeError(f"weights are incomplete on worker {rank}: {'; '.join(layers[:5])}")
+        for rank, missing in enumerate(self.llm.collective_rpc("missing_weights")):
+            if missing:
+                raise RuntimeError(f"{len(missing)} weights did not reach worker {rank}: {'; '.join(missing[:5])}")
         self.llm.finish_weight_update(str(version))
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache still holds blocks of the old weights")

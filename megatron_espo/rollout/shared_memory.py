@@ -8,6 +8,7 @@ the largest group. Importing this module registers both sides with vLLM's factor
 
 import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -62,7 +63,8 @@ class SharedBlock:
     """A shared mapping of ``capacity`` bytes; ``bytes`` is a uint8 tensor over it."""
 
     def __init__(self, fd: int, capacity: int):
-        self.fd = fd
+        self._close_fd = weakref.finalize(self, os.close, fd)
+        self.path = f"/proc/{os.getpid()}/fd/{fd}"
         self.mapping = mmap.mmap(fd, capacity)
         self.bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
 
@@ -78,17 +80,12 @@ class SharedBlock:
         """The block that another process of this user created."""
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), capacity)
 
-    @property
-    def path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self.fd}"
-
     def checksum(self, offset: int, size: int) -> int:
         return zlib.crc32(memoryview(self.mapping)[offset : offset + size])
 
     def close(self) -> None:
-        # The mapping goes with its last tensor view.
-        os.close(self.fd)
-        del self.bytes, self.mapping
+        self._close_fd()
+        del self.bytes, self.mapping  # the memory goes with the last tensor that views it
 
 
 class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
@@ -139,11 +136,14 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         # A copy: vLLM's loaders keep a tensor until its whole layer is there, the next group overwrites the block.
         return meta.name, self._block.bytes[offset : offset + size].clone().view(meta.dtype).view(meta.shape)
 
+    def missing_weights(self) -> list[str]:
+        """Announced names that have not arrived in this update."""
+        return [meta.name for i, meta in enumerate(self._manifest) if i not in self._arrived]
+
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        missing = [meta.name for i, meta in enumerate(self._manifest) if i not in self._arrived]
-        if missing:
+        if missing := self.missing_weights():
             raise ValueError(f"{len(missing)} announced weights did not arrive: {', '.join(missing[:5])}.")
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_tied_head()

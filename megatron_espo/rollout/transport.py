@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 TRANSPORTS = ("shared_memory", "ipc", "nccl")
 
 
+def register_transports() -> None:
+    """Make ``shared_memory`` known to vLLM in this process; its plugin loader calls this (``vllm.general_plugins``)."""
+    import megatron_espo.rollout.shared_memory  # noqa: F401  registers on first import
+
+
 def resolve_transport(name: str) -> str:
     """The transport that ``rollout.transport`` stands for on this machine.
 

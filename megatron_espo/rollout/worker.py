@@ -11,12 +11,13 @@ import megatron_espo.rollout.shared_memory  # noqa: F401  registers the transpor
 class WorkerExtension:
     """Mixed into vLLM's worker class; ``LLM.collective_rpc`` finds its methods by name."""
 
-    def incomplete_layers(self) -> list[str]:
-        """Layers of a running weight update that lack elements, as ``"name: loaded of expected elements"``.
+    def missing_weights(self) -> list[str]:
+        """What a running weight update lacks: tensors where the transport knows, else layers with too few elements.
 
         vLLM counts the elements that reached each layer, but finishes an update whatever the count is.
         """
-        found = []
+        if found := getattr(self.weight_transfer_engine, "missing_weights", list)():
+            return found
         for name, layer in self.model_runner.get_model().named_modules():
             info = get_layerwise_info(layer)
             if not info.can_load() or is_deferred_attention_layer(layer):

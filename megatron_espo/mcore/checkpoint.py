@@ -1,0 +1,212 @@
+"""Megatron checkpoints: Megatron's own distributed format, beside a manifest that says whose weights these are and vouches for every file.
+
+The format (``torch_dist``) stores whole tensors, so a checkpoint written in one layout loads in any other. Its ``.metadata`` is a
+pickle, which runs code when it is opened: nothing in a folder is read before the manifest has vouched for it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_espo.config import Config
+from megatron_espo.errors import InputError
+from megatron_espo.mcore import runtime as mcore_runtime
+from megatron_espo.mcore.model import Layout, build_model, rope_arguments
+from megatron_espo.weights.families import is_tied, model_sizes
+from megatron_espo.weights.hf_io import load_hf_weights, save_hf
+
+MANIFEST_NAME = "megatron_espo.json"
+VERSION = 1
+
+
+def hf_to_megatron(config: Config, out: str | Path) -> None:
+    """Write the weights of ``model.path`` as a Megatron checkpoint, in the layout of ``config.megatron``. Collective over all ranks.
+
+    Raises:
+        InputError: ``out`` exists.
+    """
+    hf_config = config.validate_model()
+    refuse_existing(out)
+    runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron))
+    chunks = _build_chunks(config, hf_config, runtime)
+    load_hf_weights(chunks, hf_config, config.model.path, runtime.groups)
+    save_checkpoint(chunks, hf_config, out)
+    mcore_runtime.shutdown()
+
+
+def megatron_to_hf(config: Config, checkpoint: str | Path, out: str | Path) -> None:
+    """Write a checkpoint as a Hugging Face folder, with configuration and tokenizer of ``model.path``. Collective over all ranks.
+
+    The layout of ``config.megatron`` need not be the one that wrote the checkpoint.
+
+    Raises:
+        InputError: ``out`` exists, or ``checkpoint`` is missing, foreign, damaged or another model's.
+    """
+    hf_config = config.validate_model()
+    refuse_existing(out)
+    read_manifest(checkpoint, hf_config)
+    runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron))
+    chunks = _build_chunks(config, hf_config, runtime)
+    load_checkpoint(chunks, hf_config, checkpoint)
+    save_hf(chunks, hf_config, out, config.model.path, runtime.groups, getattr(torch, config.model.dtype))
+    mcore_runtime.shutdown()
+
+
+def refuse_existing(out: str | Path) -> None:
+    """InputError where ``out`` is there already."""
+    if Path(out).exists():
+        raise InputError(f"{out}: expected a path where nothing is yet, found something; choose another or remove it")
+
+
+def save_checkpoint(chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], out: str | Path) -> None:
+    """Write this rank's part of the model into ``<out>.partial``, which becomes ``out`` when all ranks are done. Collective over all ranks.
+
+    ``out`` lies on a file system that all ranks share. Megatron's writer starts processes: a script needs its ``__main__`` guard.
+
+    Raises:
+        InputError: ``out`` exists; nothing is written.
+        RuntimeError: rank 0 could not finish the folder.
+    """
+    from megatron.core import dist_checkpointing
+
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    _on_rank_0(lambda: _begin(partial, out))
+    dist_checkpointing.save(_sharded_state(chunks), str(partial))
+    _on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype))
+
+
+def load_checkpoint(chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], path: str | Path) -> None:
+    """Load a checkpoint into this rank's chunks, in place, whatever layout wrote it. Collective over all ranks.
+
+    Values are cast to the parameters' dtype. Embedding rows that only pad the vocabulary become zero where the checkpoint has none.
+
+    Raises:
+        InputError: missing, foreign, damaged, another model's, or a parameter too few or too many.
+    """
+    from megatron.core import dist_checkpointing
+
+    _on_rank_0(lambda: verify_files(path, read_manifest(path, hf_config)))
+    state, only_there, only_here = dist_checkpointing.load(_sharded_state(chunks), str(path), strict="return_all")
+    # Which parameters a checkpoint lacks is known only to the ranks that asked for them.
+    differences: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(differences, (only_there, only_here))
+    lists = [sorted(key for key in set().union(*keys) if not key.endswith("_extra_state")) for keys in zip(*differences, strict=True)]
+    if any(lists):
+        raise InputError(f"{path}: expected the model's parameters; lacks {lists[1] or 'none'}, has besides {lists[0] or 'none'}")
+    for i, chunk in enumerate(chunks):
+        # Not strict: Transformer Engine's extra state (FP8 scales) is absent where another layer implementation wrote the checkpoint.
+        chunk.load_state_dict(state[_chunk_key(i)], strict=False)
+
+
+def model_identity(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a model another model, from ``config.json``, the same whichever transformers version wrote it."""
+    return {
+        "architecture": (hf_config.get("architectures") or ["none"])[0],
+        "num_hidden_layers": hf_config["num_hidden_layers"],
+        "num_attention_heads": hf_config["num_attention_heads"],
+        "rms_norm_eps": hf_config.get("rms_norm_eps", 1e-6),
+        "attention_bias": bool(hf_config.get("attention_bias")),
+        "tie_word_embeddings": is_tied(hf_config),
+        **model_sizes(hf_config),
+        **rope_arguments(hf_config),
+    }
+
+
+def read_manifest(path: str | Path, hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a checkpoint of this very model; reads nothing else. Zero collectives.
+
+    Raises:
+        InputError: no folder, no manifest, another version, or another model (the keys that differ are named).
+    """
+    file = Path(path, MANIFEST_NAME)
+    if not file.is_file():
+        found = "a folder without one" if Path(path).is_dir() else "no such folder"
+        raise InputError(f"{path}: expected a checkpoint of `megatron-espo convert to-megatron` (with {MANIFEST_NAME}), got {found}")
+    try:
+        manifest = json.loads(file.read_text())
+        version, model = manifest["version"], manifest["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: expected a checkpoint's manifest, got {error!r}") from None
+    if version != VERSION:
+        raise InputError(f"{file}: expected version {VERSION}, got {version}; convert with the megatron_espo that wrote it")
+    expected = model_identity(hf_config)
+    keys = sorted(key for key in expected.keys() | model.keys() if expected.get(key) != model.get(key))
+    if keys:
+        listed = ", ".join(f"{key} {expected.get(key)} (checkpoint: {model.get(key)})" for key in keys)
+        raise InputError(f"{path}: expected a checkpoint of the model at model.path, got another model's: {listed}")
+    return manifest
+
+
+def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
+    """InputError unless the folder holds exactly the manifest's files, byte by byte. Reads all of them once."""
+    found, expected = _list_files(Path(path)), manifest["files"]
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found or name not in expected:
+            raise InputError(f"{path}: {name} is {'missing' if name in expected else 'not part of the checkpoint; remove it'}")
+        if _checksum(found[name]) != expected[name]:
+            raise InputError(f"{path}: {name} is not the file that was written (SHA-256 differs); convert or copy it again")
+
+
+def _build_chunks(config: Config, hf_config: dict[str, Any], runtime: mcore_runtime.Runtime) -> list[torch.nn.Module]:
+    """This rank's chunks in the configured layout, without weights: reading a checkpoint needs no other weights first."""
+    layout = Layout(**{name: getattr(config.megatron, name) for name in Layout.__dataclass_fields__})
+    dtype = getattr(torch, config.model.dtype)
+    return build_model(hf_config, layout, runtime.groups, dtype=dtype, transformer_impl=config.megatron.transformer_impl)
+
+
+def _chunk_key(index: int) -> str:
+    return f"model{index}"
+
+
+def _sharded_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    return {_chunk_key(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+
+
+def _begin(partial: Path, out: Path) -> None:
+    refuse_existing(out)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _finish(partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write the manifest, make everything durable and rename."""
+    from megatron.core import __version__
+
+    files = {name: _checksum(file) for name, file in _list_files(partial).items()}
+    manifest = {"version": VERSION, "megatron_core": __version__, "dtype": str(dtype), "model": model_identity(hf_config), "files": files}
+    (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+    for file in (*partial.iterdir(), partial):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    partial.rename(out)
+
+
+def _list_files(folder: Path) -> dict[str, Path]:
+    return {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_NAME}
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _on_rank_0(work: Callable[[], None]) -> None:
+    """Do something on rank 0; its failure is raised on every rank. One broadcast over all ranks."""
+    failure: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (InputError, OSError) as error:
+            failure[0] = error
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]

@@ -1,0 +1,91 @@
+"""The whole loop on a tiny model: torchrun, TP=2, real Megatron-Core, real vLLM, weights synced every step."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.distributed import ROOT
+from tests.tiny import save_tiny_model
+
+
+def shortness(prompt, response: str) -> float:
+    """A reward of ours, named in the configuration: 1 for a digit at the start."""
+    return float(response.strip()[:1].isdigit())
+
+
+def run_training(folder, *overrides: str, nproc: int = 2) -> subprocess.CompletedProcess:
+    """``megatron-espo train`` under torchrun with the configuration in ``folder``."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command += ["-m", "megatron_espo", "train", str(folder / "run.yaml"), *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("end_to_end")
+    save_tiny_model(folder / "model")
+    rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i), "id": f"row-{i}"} for i in range(10)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run": {"dir": str(folder / "run"), "steps": 6, "seed": 3},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "megatron": {"tensor_model_parallel_size": 2, "max_tokens_per_micro_batch": 64},
+        "optimizer": {"lr": 0.003},
+        "rollout": {"prompts_per_step": 8, "group_size": 4, "max_response_tokens": 6, "temperature": 0.7, "timeout_s": 120},
+        "data": {"prompts": str(folder / "prompts.jsonl")},
+        "reward": {"function": "tests.test_end_to_end:shortness"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_a_run_learns_and_leaves_everything(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import AutoModelForCausalLM
+
+    done = run_training(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = folder / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    # The engine's log-probs (vLLM, one process) against the trainer's (Megatron, TP=2) on the same tokens, at temperature 0.7.
+    gaps = [line["mismatch/logprob_gap_mean"] for line in lines if line["rollout/with_advantage"]]
+    assert len(gaps) >= 3 and max(gaps) < 1e-4, gaps
+    assert lines[-1]["reward/mean"] > lines[0]["reward/mean"] + 0.2, [line["reward/mean"] for line in lines]
+    assert all(line["group1/entropy"] > line["group0/entropy"] for line in lines if line["rollout/with_advantage"])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["seed"] == 3 and summary["seconds"] > 0
+    assert summary["reward_last3"] > summary["reward_first3"]
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("reward/mean")] == [1, 2, 3, 4, 5, 6]
+    before = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run / "hf").state_dict()
+    assert before.keys() == after.keys()
+    assert not any(before[name].equal(after[name]) for name in before), "every tensor was trained"
+
+
+def test_several_updates_per_batch_under_pipeline_parallelism(folder):
+    """Two mini-batches and two epochs: a scoring pass, then four optimizer steps; PP=2; log-probs of an updated policy differ."""
+    layout = ["megatron.tensor_model_parallel_size=1", "megatron.pipeline_model_parallel_size=2"]
+    updates = ["algorithm.num_mini_batches=2", "algorithm.num_epochs=2", "run.steps=2", f"run.dir={folder / 'pp'}"]
+    done = run_training(folder, *layout, *updates)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (folder / "pp" / "metrics.jsonl").read_text().splitlines()]
+    # Old log-probs come from the scoring pass, so they are the engine's; the ratios of later updates moved away from one.
+    assert all(line["mismatch/logprob_gap_mean"] < 1e-4 for line in lines)
+    assert any(abs(line["group1/ratio"] - 1) > 1e-6 for line in lines)
+
+
+def test_bad_row_is_named_before_the_run_starts(folder):
+    (folder / "bad.jsonl").write_text('{"prompt": "What is 1?", "answer": "1"}\n{"prompt": "no answer"}\n')
+    done = run_training(folder, f"data.prompts={folder / 'bad.jsonl'}")
+    assert done.returncode != 0
+    assert "bad.jsonl:2" in done.stderr and "answer" in done.stderr, done.stderr
+    assert 'megatron_espo/' not in done.stderr, "a traceback of ours"

@@ -1,0 +1,240 @@
+"""Metrics equal plain means over all tokens, reach TensorBoard and ``metrics.jsonl``, and can be drawn."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_espo.algo import annotate, policy_loss
+from megatron_espo.config import Algorithm
+from megatron_espo.metrics import MetricsWriter, loss_metrics, read_metrics, reduce_metrics, rollout_metrics, step_line
+from megatron_espo.report import draw_learning_curve, write_summary
+from megatron_espo.types import Prompt, Rollout
+from tests.distributed import run_ranks
+
+VOCAB = 131
+
+
+def report(lengths: list[int], seed: int):
+    """``(loss_metrics, per-token tensors)`` of one micro-batch."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(lengths, dtype=torch.long)
+    tokens = int(lengths.sum())
+    logprob, old, rollout = (-torch.rand(tokens, generator=generator) for _ in range(3))
+    entropy = torch.rand(tokens, generator=generator) * 4
+    algorithm = Algorithm(quantiles=(0.3, 0.8))
+    totals = {"num_responses": 9, "num_tokens": 99, "max_response_tokens": 16}
+    annotation = annotate(entropy, lengths, algorithm, vocab_size=VOCAB, **totals)
+    result = policy_loss(logprob, old, torch.ones(tokens), annotation, algorithm)
+    per_token = {
+        "entropy": entropy,
+        "epsilon": annotation.low,
+        "ratio": result.ratio,
+        "clipped_low": result.clipped_low,
+        "clipped_high": result.clipped_high,
+        "no_gradient": result.no_gradient,
+        "group": annotation.group,
+        "gap": (old - rollout).abs(),
+        "kl": rollout - old,
+        "grpo": ((logprob - old).exp() - 1).abs() > 0.2,
+    }
+    return loss_metrics(result, annotation, old, rollout, 3), per_token, result.loss
+
+
+def expected_metrics(reports) -> dict[str, float]:
+    """Means over the concatenation of all tokens."""
+    joined = {name: torch.cat([per_token[name] for _, per_token, _ in reports]) for name in reports[0][1]}
+    answer = {
+        "mismatch/logprob_gap_mean": joined["gap"].mean(),
+        "mismatch/logprob_gap_max": joined["gap"].max(),
+        "mismatch/kl": joined["kl"].mean(),
+        "would_clip/grpo": joined["grpo"].float().mean(),
+        "loss/policy": sum(loss for *_, loss in reports),
+    }
+    for group in range(3):
+        member = joined["group"] == group
+        for name in ("entropy", "epsilon", "ratio", "clipped_low", "clipped_high", "no_gradient"):
+            answer[f"group{group}/{name}"] = joined[name][member].float().mean()
+        answer[f"group{group}/ratio_min"] = joined["ratio"][member].min()
+        answer[f"group{group}/ratio_max"] = joined["ratio"][member].max()
+    return {name: float(value) for name, value in answer.items()}
+
+
+def check(found: dict[str, float], wanted: dict[str, float]) -> None:
+    assert found.keys() == wanted.keys() | {"would_clip/gspo"}
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_micro_batches_give_means_over_all_tokens(one_rank):
+    # An empty one takes part too, as on a data-parallel rank with fewer sequences.
+    reports = [report([3, 1, 8], seed=1), report([], seed=2), report([5, 30], seed=3)]
+    found = reduce_metrics([metrics for metrics, *_ in reports], one_rank)
+    check(found, expected_metrics(reports))
+    assert 0 < found["would_clip/grpo"] < found["would_clip/gspo"] <= 1
+
+
+def test_ranks_give_means_over_all_tokens():
+    found = run_ranks(2, "tests.test_metrics:reduce_on_ranks")
+    check(found, expected_metrics([report([3, 7], seed=0), report([9], seed=1), report([4], seed=2)]))
+
+
+def reduce_on_ranks() -> dict[str, float]:
+    """Runs on two ranks: one micro-batch with tokens on the first, two on the second."""
+    reports = [[report([3, 7], seed=0), report([], seed=5)], [report([9], seed=1), report([4], seed=2)]][
+        dist.get_rank()
+    ]
+    return reduce_metrics([metrics for metrics, *_ in reports], dist.group.WORLD)
+
+
+def test_group_without_tokens_reports_nothing(one_rank):
+    # One token: it is the highest group's, the others are empty.
+    found = reduce_metrics([report([1], seed=1)[0]], one_rank)
+    assert not any(name.startswith(("group0/", "group1/")) for name in found)
+    assert found["group2/ratio_min"] == found["group2/ratio_max"] == pytest.approx(found["group2/ratio"])
+
+
+def test_step_without_tokens_reports_its_loss_alone(one_rank):
+    assert reduce_metrics([report([], seed=1)[0]], one_rank) == {"loss/policy": 0.0}
+
+
+def test_nan_is_shown(one_rank):
+    metrics = report([2], seed=1)[0]
+    metrics["total/loss/policy"] = torch.tensor(math.nan)
+    assert math.isnan(reduce_metrics([metrics], one_rank)["loss/policy"])
+
+
+def test_other_pipeline_stages_report_nothing():
+    assert reduce_metrics([], None) == {}
+
+
+def test_rollout_metrics():
+    prompt = Prompt("p", "text", "answer", (1,))
+
+    def rollout(length: int, finish_reason: str = "stop") -> Rollout:
+        return Rollout(prompt, (7,) * length, (-1.0,) * length, finish_reason, 0, "text")
+
+    rollouts = [[rollout(1), rollout(2)], [rollout(3), rollout(4, "length")], [rollout(5), rollout(6)]] * 2
+    nan = math.nan
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, nan], [nan, nan], [0.5, 0.5]])
+    advantages = torch.tensor([[0.0, 0.0], [-0.7, 0.7], *[[0.0, 0.0]] * 4])
+    found = rollout_metrics(rollouts, rewards, advantages)
+    ran = [1, 1, 0, 1, 0, 0, 1, 0.5, 0.5]
+    mean = sum(ran) / 9
+    std = math.sqrt(sum((r - mean) ** 2 for r in ran) / 8)
+    assert found == pytest.approx(
+        {
+            "reward/mean": mean,
+            "reward/std": std,
+            "reward/standard_error": std / 3,
+            "reward/equal_groups": 5 / 6,
+            "reward/solved_all": 2 / 6,
+            "reward/solved_none": 1 / 6,
+            "reward/failed": 3,
+            "rollout/with_advantage": 2 / 12,
+            "rollout/length_mean": 3.5,
+            "rollout/length_max": 6,
+            "rollout/truncated": 2 / 12,
+        }
+    )
+
+
+def make_lines(rewards: list[float]) -> list[dict[str, float]]:
+    return [
+        {
+            "reward/mean": reward,
+            "reward/standard_error": 0.1,
+            "rollout/length_mean": 7.25,
+            "optimizer/grad_norm": 0.5,
+            "mismatch/logprob_gap_mean": 2e-4,
+            "group0/entropy": 0.1 + 0.01 * step,
+            "group1/entropy": 2.0 - 0.01 * step,
+            "time/rollout_s": 3.0 + step,
+            "time/train_s": 2.0,
+            "time/step_s": 5.5 + step,
+        }
+        for step, reward in enumerate(rewards, 1)
+    ]
+
+
+def write_lines(folder, lines: list[dict[str, float]]) -> None:
+    writer = MetricsWriter(folder)
+    for step, line in enumerate(lines, 1):
+        writer.write(step, line)
+    writer.text("samples", "a response", 1)
+    writer.close()
+
+
+def test_written_metrics_are_read_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = make_lines([0.25, 0.5, 0.75])
+    write_lines(tmp_path, lines)
+    assert read_metrics(tmp_path) == [{"step": step, **line} for step, line in enumerate(lines, 1)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == set(lines[0])
+    for name in lines[0]:
+        events = [(event.step, event.value) for event in board.Scalars(name)]
+        assert events == [(step, pytest.approx(line[name])) for step, line in enumerate(lines, 1)]
+    assert board.Tags()["tensors"] == ["samples/text_summary"]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"reward/mean": 0.5})
+    assert read_metrics(tmp_path) == [{"step": 1, "reward/mean": 0.5}]
+    writer.close()
+
+
+def test_step_line():
+    assert step_line(2, 30, make_lines([0.25, 0.5])[1]) == (
+        "step 2/30  reward 0.500  length 7.2  grad norm 0.50  log-prob gap 2.0e-04  7.5 s (rollout 5.0 train 2.0)"
+    )
+
+
+def test_step_that_trained_nothing_is_shown(tmp_path):
+    lines = make_lines([1.0, 1.0])
+    trained = ("group", "mismatch")
+    lines[0] = {name: value for name, value in lines[0].items() if not name.startswith(trained)}
+    assert "log-prob gap none trained" in step_line(1, 2, lines[0])
+    write_lines(tmp_path, lines[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_learning_curve(tmp_path)
+        write_lines(tmp_path, lines)
+        draw_learning_curve(tmp_path)
+
+
+def test_summary(tmp_path):
+    write_lines(tmp_path, make_lines([0.0, 0.1, 0.2, 0.5, 0.9, 1.0]))
+    summary = write_summary(tmp_path, seconds=12.345, seed=4)
+    expected = {"reward_first3": 0.1, "reward_last3": 0.8, "steps": 6, "seconds": 12.3, "seed": 4}
+    assert summary == pytest.approx(expected)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("rewards", [[0.2, 0.4, 0.9], [-0.9, -0.7, -0.2], [0.5]], ids=["usual", "negative", "one step"])
+def test_learning_curve_shows_each_curve(tmp_path, rewards):
+    from matplotlib.image import imread
+
+    write_lines(tmp_path, make_lines(rewards))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = draw_learning_curve(tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    image = torch.from_numpy(imread(path))[..., :3]
+    # matplotlib's first colour, which draws the reward (first third of the picture) on its own.
+    blue = (image - torch.tensor([31, 119, 180]) / 255).abs().amax(-1) < 0.02
+    assert blue[:, : image.size(1) // 3].sum() > 30
+    for third in image.chunk(3, dim=1):
+        assert third.std() > 0.05

@@ -1,0 +1,186 @@
+"""Log-prob and entropy on vocabulary shards against dense float64, on every path this machine can run.
+
+Triton kernels run on a GPU, or in Triton's interpreter when pytest was started with TRITON_INTERPRET=1;
+`test_triton_in_the_interpreter` starts such a run of this file and test_numerics_head.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_espo.numerics import vocab_parallel_logprob_entropy
+from tests.distributed import run_ranks
+from tests.ranks.numerics import assert_close, dense, hard_rows
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+no_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
+TRITON = pytest.param("triton", marks=[no_triton, pytest.mark.gpu])
+every_path = pytest.mark.parametrize("path", ["torch", "compiled", TRITON])
+# The compiled path costs seconds per kind of input: it meets the values once and leaves the rest to its shared formulas.
+quick_path = pytest.mark.parametrize("path", ["torch", TRITON])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def reference_gradient(x, targets, weights, temperature, vocab_size):
+    leaf = x.double().requires_grad_()
+    logprob, entropy = dense(leaf, targets, temperature, vocab_size)
+    ((logprob * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
+    return logprob, entropy, leaf.grad
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "width, vocab_size, temperature", [(600, 600, 1.0), (600, 590, 0.7), (19008, 19001, 1.3), (32768, 32768, 1.0)]
+)
+def test_values_and_gradient(path, dtype, width, vocab_size, temperature):
+    if path == "compiled" and (width, vocab_size) not in ((19008, 19001),):
+        pytest.skip("compiled once per dtype, with a tail and padding")
+    x, targets = (t.to(DEVICE) for t in hard_rows(width, vocab_size, dtype))
+    untouched = x.clone()
+    weights = torch.randn(2, len(targets), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    x.requires_grad_()
+    logprob, entropy = vocab_parallel_logprob_entropy(
+        x, targets, None, temperature=temperature, vocab_size=vocab_size, entropy_grad=True, path=path
+    )
+    ((logprob * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
+    expected_logprob, expected_entropy, expected = reference_gradient(x.detach(), targets, weights, temperature, vocab_size)
+    assert logprob.dtype == entropy.dtype == torch.float32
+    assert_close(logprob, expected_logprob, 5e-6)
+    assert_close(entropy, expected_entropy, 5e-6)
+    if dtype == torch.float32:
+        assert_close(x.grad, expected, 1.3e-6)
+    else:  # output rounding: half a unit in the last of 8 places (the interpreter truncates: a whole one)
+        ulp = 2**-7 if INTERPRET else 2**-8
+        assert ((x.grad.double() - expected).abs() <= expected.abs() * ulp + 2e-6).all()
+    assert (x.grad[:, vocab_size:] == 0).all()
+    assert torch.equal(x.detach(), untouched)
+
+
+@quick_path
+def test_logprob_gradient_alone(path):
+    """Without an entropy gradient another, shorter formula runs."""
+    x, targets = (t.to(DEVICE) for t in hard_rows(600, 590, torch.float32))
+    weights = torch.stack((torch.randn(len(targets)), torch.zeros(len(targets)))).to(DEVICE)
+    x.requires_grad_()
+    logprob, entropy = vocab_parallel_logprob_entropy(x, targets, None, temperature=0.8, vocab_size=590, path=path)
+    assert not entropy.requires_grad
+    (logprob * weights[0]).sum().backward()
+    assert_close(x.grad, reference_gradient(x.detach(), targets, weights, 0.8, 590)[2], 1.3e-6)
+
+
+@quick_path
+def test_second_backward_and_donated_logits(path):
+    x, targets = (t.to(DEVICE) for t in hard_rows(600, 590, torch.float32))
+    x.requires_grad_()
+    logprob, _ = vocab_parallel_logprob_entropy(x, targets, None, vocab_size=590, path=path)
+    (first,) = torch.autograd.grad(logprob.sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad(logprob.sum(), x)
+    assert torch.equal(first, second)
+
+    given = x.detach().clone().requires_grad_()
+    logprob, _ = vocab_parallel_logprob_entropy(given, targets, None, vocab_size=590, path=path, donate_logits=True)
+    assert torch.equal(given, x)  # forward leaves even donated logits alone
+    (gradient,) = torch.autograd.grad(logprob.sum(), given, retain_graph=True)
+    assert gradient.data_ptr() == given.data_ptr()
+    assert torch.equal(gradient, first)
+    with pytest.raises(RuntimeError, match="donate_logits=False"):
+        torch.autograd.grad(logprob.sum(), given)
+
+
+@pytest.mark.parametrize("name", ["logprob", "entropy"])
+def test_finite_differences(name):
+    x, targets = torch.randn(3, 9, dtype=torch.float64, requires_grad=True), torch.tensor([0, 4, 6])
+
+    def value(logits):
+        out = vocab_parallel_logprob_entropy(logits, targets, None, temperature=0.6, vocab_size=7, entropy_grad=True)
+        return out[name == "entropy"]
+
+    assert torch.autograd.gradcheck(value, x)
+
+
+def test_strided_logits_and_no_tokens():
+    x, targets = hard_rows(600, 600, torch.float32)
+    transposed = x.t().contiguous().t().requires_grad_()
+    vocab_parallel_logprob_entropy(transposed, targets, None)[0].sum().backward()
+    plain = x.clone().requires_grad_()
+    vocab_parallel_logprob_entropy(plain, targets, None)[0].sum().backward()
+    assert_close(transposed.grad, plain.grad.double(), 1e-6)
+    none = torch.empty(0, 600, requires_grad=True)
+    logprob, _ = vocab_parallel_logprob_entropy(none, torch.empty(0, dtype=torch.int64), None)
+    logprob.sum().backward()
+    assert none.grad.shape == (0, 600)
+
+
+def test_nan_is_not_hidden_and_foreign_targets_are_impossible():
+    x = torch.randn(3, 50)
+    x[0, 3] = torch.nan
+    logprob, entropy = vocab_parallel_logprob_entropy(x, torch.tensor([1, 48, -100]), None, vocab_size=48)
+    assert logprob[0].isnan() and entropy[0].isnan()
+    assert (logprob[1:] == -torch.inf).all() and entropy[1:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"logits": torch.zeros(2, 3, 4)}, "tokens, vocab/tp"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets must be int64"),
+        ({"targets": torch.zeros(2)}, "targets must be int64"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"vocab_size": 9}, r"vocab_size must lie in 1\.\.8"),
+        ({"path": "cuda"}, "path must be"),
+        ({"logits": torch.zeros(2, 8, dtype=torch.int32)}, "floating point"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    arguments = {"logits": torch.zeros(2, 8), "targets": torch.zeros(2, dtype=torch.int64), "group": None} | change
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_logprob_entropy(**arguments)
+
+
+def test_compiler_that_fails_is_said_once(monkeypatch):
+    from megatron_espo.numerics import torch_path
+
+    monkeypatch.setattr(torch_path, "_broken", [])
+    monkeypatch.setattr(torch_path, "_compiled", lambda body: lambda *args: (_ for _ in ()).throw(RuntimeError("no g++")))
+    x, targets = hard_rows(600, 600, torch.float32)
+    with pytest.warns(UserWarning, match="no g") as seen:
+        results = [vocab_parallel_logprob_entropy(x, targets, None, path="compiled")[0] for _ in range(2)]
+    assert len(seen) == 1
+    assert_close(results[1], dense(x, targets, 1.0, 600)[0], 5e-6)
+
+
+CASES = [
+    {"width": 300, "vocab_size": 600, "temperature": 1.0},
+    {"width": 300, "vocab_size": 290, "temperature": 0.7},  # the second rank holds nothing but padding
+    {"width": 19008, "vocab_size": 37990, "temperature": 1.3},
+]
+
+
+def test_two_shards():
+    run_ranks(2, "tests.ranks.numerics:check_shards", cases=CASES, path="torch")
+
+
+def test_triton_in_the_interpreter():
+    if INTERPRET or DEVICE == "cuda":
+        pytest.skip("this run has them already")
+    here = Path(__file__).parent
+    files = [str(here / "test_numerics.py"), str(here / "test_numerics_head.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", *files],
+        cwd=here.parent, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:]

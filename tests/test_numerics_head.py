@@ -1,0 +1,201 @@
+"""The linear head against the unfused computation in float64: values, gradients, memory, Megatron's main_grad rules."""
+
+import pytest
+import torch
+
+from benchmarks.measure import peak_bytes
+from megatron_espo.numerics import linear_logprob_entropy, plan_head
+from tests.distributed import run_ranks
+from tests.ranks.numerics import assert_close, dense
+from tests.test_numerics import DEVICE, TRITON
+
+TOKENS, WIDTH, VOCAB, HIDDEN = 50, 700, 690, 24
+ROW = WIDTH * 4
+every_path = pytest.mark.parametrize("path", ["torch", TRITON])
+
+
+def inputs(dtype=torch.float32, tokens=TOKENS):
+    generator = torch.Generator().manual_seed(11)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(DEVICE, dtype)
+    weight = torch.randn(WIDTH, HIDDEN, generator=generator).to(DEVICE, dtype)
+    targets = torch.randint(0, VOCAB, (tokens,), generator=generator).to(DEVICE)
+    weights = torch.randn(2, tokens, generator=generator).to(DEVICE)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, weights
+
+
+def unfused(hidden, weight, targets, weights, temperature=0.9):
+    """Loss, log-prob, entropy and gradients from whole float64 logits."""
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    logprob, entropy = dense(h @ w.t(), targets, temperature, VOCAB)
+    ((logprob * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
+    return logprob, entropy, h.grad, w.grad
+
+
+def fused(hidden, weight, targets, weights, **options):
+    options = {"temperature": 0.9, "vocab_size": VOCAB, "entropy_grad": True} | options
+    logprob, entropy = linear_logprob_entropy(hidden, weight, targets, None, **options)
+    return logprob, entropy, (logprob * weights[0]).sum() + (entropy * weights[1]).sum()
+
+
+@every_path
+@pytest.mark.parametrize("budget", [None, 7 * ROW, ROW], ids=["everything", "seven rows", "one row"])
+def test_equals_unfused(path, budget):
+    hidden, weight, targets, weights = inputs()
+    logprob, entropy, loss = fused(hidden, weight, targets, weights, budget_bytes=budget, path=path)
+    loss.backward(retain_graph=True)
+    expected = unfused(hidden, weight, targets, weights)
+    for actual, wanted in zip((logprob, entropy, hidden.grad, weight.grad), expected, strict=True):
+        assert_close(actual, wanted, 1e-5)
+    again = torch.autograd.grad(loss, (hidden, weight))  # kept logits are spent by now
+    assert_close(again[0], expected[2], 1e-5)
+    assert_close(again[1], expected[3], 1e-5)
+
+
+@every_path
+@pytest.mark.parametrize("budget", [None, 9 * 6 * WIDTH], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("float32_logits", [False, True])
+def test_bfloat16(path, budget, float32_logits):
+    """Float32 logits lose nothing forward; kept ones are rounded to bfloat16 relative to their tile's maximum."""
+    hidden, weight, targets, weights = inputs(torch.bfloat16)
+    weight.main_grad = torch.zeros(WIDTH, HIDDEN, device=DEVICE)
+    weight.grad_added_to_main_grad = False
+    logprob, entropy, loss = fused(
+        hidden, weight, targets, weights, budget_bytes=budget, float32_logits=float32_logits, path=path
+    )
+    loss.backward()
+    expected = unfused(hidden, weight, targets, weights)
+    if float32_logits:
+        assert_close(logprob, expected[0], 5e-6)
+        assert_close(entropy, expected[1], 5e-6)
+    else:
+        assert_close(logprob, expected[0], 0.06)  # logits up to 20, rounded to 8 binary places
+        assert_close(entropy, expected[1], 0.06)
+    for actual, wanted in ((hidden.grad, expected[2]), (weight.main_grad, expected[3])):
+        assert (actual.double() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_weight_gradient_is_summed_in_float32():
+    """2,000 chunks of one token: a bfloat16 sum would stop growing after a few hundred."""
+    hidden, weight, targets, _ = inputs(torch.bfloat16, tokens=2000)
+    hidden = hidden[:1].detach().expand(2000, -1).contiguous()
+    targets = targets[:1].expand(2000).contiguous()
+    weight.main_grad = torch.zeros(WIDTH, HIDDEN, device=DEVICE)
+    weight.grad_added_to_main_grad = False
+    row = 6 * WIDTH
+    linear_logprob_entropy(hidden, weight, targets, None, vocab_size=VOCAB, budget_bytes=row)[0].sum().backward()
+    total = weight.main_grad.clone()
+    weight.main_grad.zero_()
+    linear_logprob_entropy(hidden[:1], weight, targets[:1], None, vocab_size=VOCAB, budget_bytes=row)[0].sum().backward()
+    assert_close(total / 2000, weight.main_grad.double(), 1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_main_grad_rules(tied):
+    """What Megatron's DDP hook ends up with is the whole gradient, embedding's share included, for two micro-batches."""
+    hidden, weight, targets, weights = inputs()
+    weight.main_grad = torch.zeros_like(weight)
+    weight.grad_added_to_main_grad = False
+    weight.zero_out_wgrad = tied
+
+    def hook(parameter):  # megatron.core.distributed.DistributedDataParallel._make_backward_post_hook
+        assert parameter.grad is not None
+        if not parameter.grad_added_to_main_grad or parameter.zero_out_wgrad:
+            parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+    weight.register_post_accumulate_grad_hook(hook)
+    for _ in range(2):
+        loss = fused(hidden, weight, targets, weights)[2]
+        if tied:
+            loss = loss + 3.0 * torch.nn.functional.embedding(targets, weight).sum()
+        loss.backward()
+        assert weight.grad_added_to_main_grad
+    expected = unfused(hidden, weight, targets, weights)[3]
+    if tied:
+        expected = expected + 3.0 * torch.bincount(targets, minlength=WIDTH).double()[:, None]
+    assert_close(weight.main_grad, 2 * expected, 2e-5)
+
+
+def test_positions_and_frozen_weight():
+    hidden, weight, targets, weights = inputs()
+    positions = torch.tensor([3, 9, 8, 40], device=DEVICE)
+    arguments = (hidden, weight.detach(), targets[:4], weights[:, :4])
+    loss = fused(*arguments, positions=positions)[2]
+    loss.backward()
+    expected = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64, device=DEVICE)
+    expected[positions] = unfused(hidden[positions], weight, targets[:4], weights[:, :4])[2]
+    assert_close(hidden.grad, expected, 1e-5)
+
+
+def test_no_tokens():
+    hidden, weight, targets, _ = inputs()
+    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    logprob, _ = linear_logprob_entropy(hidden, weight, nothing, None, positions=nothing, vocab_size=VOCAB)
+    logprob.sum().backward()
+    assert logprob.shape == (0,) and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_finite_differences():
+    hidden, weight = torch.randn(4, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    targets = torch.tensor([0, 4, 2, 1])
+
+    def values(h, w):
+        return torch.stack(
+            linear_logprob_entropy(h, w, targets, None, vocab_size=5, entropy_grad=True, budget_bytes=6 * 8 * 3)
+        )
+
+    assert torch.autograd.gradcheck(values, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [512, 4096])
+def test_memory_follows_the_plan(tokens, dtype):
+    """Recompute mode takes two chunks at most whatever the number of tokens; scoring one; keeping, what the plan says."""
+    width, size = 20000, 16
+    hidden = torch.randn(tokens, size, device=DEVICE).to(dtype).requires_grad_()
+    weight = torch.randn(width, size, device=DEVICE).to(dtype).requires_grad_()
+    targets = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)
+    options = {"dtype": dtype, "convert_gradient": DEVICE == "cpu" and dtype == torch.bfloat16}
+    chunk = 128 * width * 4
+    small = 0.1 * chunk + 2 * (size * width + size * tokens) * 4 + 100 * tokens  # gradients, per-token numbers, blocks
+
+    def train(budget):
+        out = linear_logprob_entropy(hidden, weight, targets, None, budget_bytes=budget)[0]
+        return torch.autograd.grad(out.sum(), (hidden, weight))
+
+    plan = plan_head(tokens, width, budget_bytes=2 * chunk, **options)
+    assert plan.keep_logits == (tokens * width * dtype.itemsize < chunk), plan
+    peak = peak_bytes(lambda: train(2 * chunk))
+    assert peak <= plan.training_bytes + small <= 2 * chunk + small
+    with torch.no_grad():
+        scoring = peak_bytes(lambda: linear_logprob_entropy(hidden, weight, targets, None))
+    everything = plan_head(tokens, width, **options)
+    assert scoring <= everything.forward_bytes + small + 100 * tokens
+    kept = peak_bytes(lambda: train(None))
+    assert tokens * width * dtype.itemsize <= kept <= everything.training_bytes + small
+
+
+def test_plan():
+    one = plan_head(4096, 1000, dtype=torch.bfloat16, budget_bytes=2000)
+    assert (one.keep_logits, one.chunk_tokens, one.training_bytes) == (False, 1, 2000)
+    assert plan_head(4096, 1000, dtype=torch.bfloat16, budget_bytes=4096 * 2000).keep_logits
+    assert not plan_head(4096, 1000, dtype=torch.bfloat16, budget_bytes=4096 * 2000 - 1).keep_logits
+    for tokens in (1, 100, 5000):
+        for budget in (6 * 1000, 10**6, 2 * 10**6, 10**8):
+            plan = plan_head(tokens, 1000, dtype=torch.bfloat16, budget_bytes=budget, float32_logits=True)
+            assert 0 < plan.forward_bytes <= plan.training_bytes <= budget and 1 <= plan.chunk_tokens <= tokens
+    with pytest.raises(ValueError, match="6000 bytes for one token of 1000 columns"):
+        plan_head(1, 1000, dtype=torch.bfloat16, budget_bytes=5999, float32_logits=True)
+
+
+def test_wrong_arguments():
+    hidden, weight, targets, _ = inputs()
+    with pytest.raises(ValueError, match="of one dtype"):
+        linear_logprob_entropy(hidden.bfloat16(), weight, targets, None)
+    with pytest.raises(ValueError, match="targets must be int64"):
+        linear_logprob_entropy(hidden, weight, targets[:-1], None)
+
+
+def test_two_ranks():
+    """With and without sequence parallelism, with a subset of positions, kept and recomputed."""
+    run_ranks(2, "tests.ranks.numerics:check_head")

@@ -1,0 +1,168 @@
+"""Micro-batches hold every response token once, in the right place, within their budgets; no part of the loss is lost."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_espo.algo import OBJECTIVES, annotate, policy_loss
+from megatron_espo.config import Algorithm
+from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+SIZES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 12)), max_size=12)
+VOCAB = 131
+
+
+def make_sequences(sizes: list[tuple[int, int]]) -> list[TrainSequence]:
+    """Every token of the batch has an id of its own, from 1 on, from which its log-prob follows."""
+    sequences, first = [], 1
+    for number, (prompt, response) in enumerate(sizes):
+        ids = list(range(first, first + prompt + response))
+        first = ids[-1] + 1
+        logprobs = [-t / 1000 for t in ids[prompt:]]
+        sequences.append(TrainSequence(ids[:prompt], ids[prompt:], logprobs, advantage=number - 1.5))
+    return sequences
+
+
+def pack_ranks(sequences, ranks: int, **options) -> list[list[MicroBatch]]:
+    """Micro-batches of each data-parallel rank."""
+    totals = batch_totals(sequences, num_responses=99, num_response_tokens=999)
+    return [
+        pack(sequences, totals, data_parallel_rank=rank, data_parallel_size=ranks, **options) for rank in range(ranks)
+    ]
+
+
+def unpack(batch: MicroBatch) -> list[TrainSequence]:
+    """The sequences of a micro-batch, rebuilt from its tensors; checks everything between them."""
+    tokens, positions = batch.tokens[0].tolist(), batch.position_ids[0].tolist()
+    borders = batch.cu_seqlens.tolist()
+    spans = list(zip(borders, borders[1:], strict=False))
+    assert borders[0] == 0 and borders[-1] == len(tokens) == len(positions)
+    assert batch.max_seqlen == max(end - start for start, end in spans)
+    assert positions == [i for start, end in spans for i in range(end - start)]
+    lengths = batch.lengths.tolist()
+    assert len(spans) - len(lengths) in (0, 1)  # the last one may be padding
+    padding = tokens[slice(*spans[-1])] if len(spans) > len(lengths) else []
+    assert not any(padding) and batch.num_tokens == len(tokens) - len(padding)
+    per_token = (batch.predict, batch.targets, batch.rollout_logprob, batch.advantage)
+    rows = zip(*(t.tolist() for t in per_token), strict=True)
+    sequences = []
+    for (start, end), length in zip(spans, lengths, strict=False):
+        prompt = end - start - length
+        mine = [next(rows) for _ in range(length)]
+        # A token is predicted from the position before it, never across a border.
+        assert [p for p, *_ in mine] == list(range(start + prompt - 1, end - 1)) and prompt >= 1
+        assert [target for _, target, *_ in mine] == tokens[start + prompt : end]
+        (advantage,) = {a for *_, a in mine}
+        sequences.append(
+            TrainSequence(
+                tokens[start : start + prompt], tokens[start + prompt : end], [g for *_, g, _ in mine], advantage
+            )
+        )
+    assert next(rows, None) is None
+    return sequences
+
+
+@QUICK
+@given(
+    sizes=SIZES,
+    ranks=st.integers(1, 4),
+    max_tokens=st.integers(1, 40),
+    max_sequences=st.one_of(st.none(), st.integers(1, 3)),
+    multiple_of=st.sampled_from([1, 2, 8]),
+)
+def test_every_sequence_is_packed_once(sizes, ranks, max_tokens, max_sequences, multiple_of):
+    sequences = make_sequences(sizes)
+    shares = pack_ranks(sequences, ranks, max_tokens=max_tokens, max_sequences=max_sequences, multiple_of=multiple_of)
+    assert len({len(share) for share in shares}) == 1, "ranks would wait for each other for ever"
+    found = []
+    for share in shares:
+        assert share
+        for batch in share:
+            assert (
+                batch.tokens.size(1) % multiple_of == 0
+                and 0 < batch.tokens.size(1) < batch.num_tokens + multiple_of + 1
+            )
+            inside = unpack(batch)
+            assert batch.num_tokens <= max_tokens or len(inside) == 1
+            assert max_sequences is None or len(inside) <= max_sequences
+            assert batch.totals.num_tokens == max(1, sum(p + r for p, r in sizes))
+            found += inside
+    found.sort(key=lambda s: s.prompt_ids)
+    for one, other in zip(found, sequences, strict=True):
+        assert (one.prompt_ids, one.response_ids, one.advantage) == (
+            other.prompt_ids,
+            other.response_ids,
+            other.advantage,
+        )
+        assert one.rollout_logprobs == pytest.approx(other.rollout_logprobs)
+
+
+@QUICK
+@given(sizes=SIZES.filter(bool), ranks=st.integers(2, 4))
+def test_ranks_are_balanced(sizes, ranks):
+    loads = [sum(b.num_tokens for b in share) for share in pack_ranks(make_sequences(sizes), ranks, max_tokens=20)]
+    assert max(loads) - min(loads) <= max(p + r for p, r in sizes)
+
+
+def test_sequence_over_the_budget_has_its_own_micro_batch():
+    (share,) = pack_ranks(make_sequences([(2, 3), (4, 30), (1, 2)]), 1, max_tokens=8)
+    assert [(b.num_tokens, b.lengths.tolist()) for b in share] == [(34, [30]), (8, [3, 2])]
+
+
+def test_empty_micro_batch_is_padding_and_its_loss_is_zero():
+    (_, (batch,)) = pack_ranks(make_sequences([(2, 3)]), 2, max_tokens=8, multiple_of=4)
+    assert batch.tokens.tolist() == [[0] * 4] and batch.cu_seqlens.tolist() == [0, 4] and batch.num_tokens == 0
+    assert batch.lengths.numel() == batch.predict.numel() == batch.targets.numel() == batch.advantage.numel() == 0
+    for objective in OBJECTIVES:
+        logprob = torch.zeros(0, requires_grad=True)
+        loss, _ = objective_loss(objective, logprob, batch)
+        loss.backward()
+        assert loss == 0 and logprob.grad.shape == (0,)
+
+
+def objective_loss(objective: str, logprob: torch.Tensor, batch: MicroBatch):
+    algorithm = Algorithm(objective=objective, normalize_std=objective != "dr_grpo")
+    entropy = (batch.targets.double() * 0.7).sin().abs() * math.log(VOCAB)
+    totals = {"num_responses": batch.totals.num_responses, "num_tokens": batch.totals.num_response_tokens}
+    annotation = annotate(entropy, batch.lengths, algorithm, vocab_size=VOCAB, max_response_tokens=16, **totals)
+    old = batch.rollout_logprob.double()
+    return policy_loss(logprob, old, batch.advantage.double(), annotation, algorithm).loss, annotation
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_micro_batches_add_up_to_the_whole_batch(objective):
+    sequences = make_sequences([(1, 1), (2, 9), (3, 12), (1, 4), (5, 5), (2, 2), (1, 10)])
+    table = -torch.rand(200, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / 5
+
+    def loss_and_gradient(batches: list[MicroBatch]):
+        leaf = table.clone().requires_grad_()
+        loss = sum(objective_loss(objective, leaf[b.targets], b)[0] for b in batches)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    ((whole,),) = pack_ranks(sequences, 1, max_tokens=1000)
+    loss, gradient = loss_and_gradient([whole])
+    assert gradient.count_nonzero() > 3
+    for ranks, max_tokens in ((1, 1), (2, 20), (3, 14)):
+        batches = [b for share in pack_ranks(sequences, ranks, max_tokens=max_tokens, multiple_of=2) for b in share]
+        assert len(batches) > 1
+        torch.testing.assert_close(loss_and_gradient(batches), (loss, gradient))
+
+
+@pytest.mark.parametrize(
+    "arguments", [([], [1], [-1.0]), ([1], [], []), ([1], [1, 2], [-1.0])], ids=["prompt", "response", "log-probs"]
+)
+def test_broken_sequence_is_refused(arguments):
+    with pytest.raises(ValueError, match="TrainSequence: expected"):
+        TrainSequence(*arguments, advantage=1.0)
+
+
+def test_to_moves_every_tensor():
+    ((batch,),) = pack_ranks(make_sequences([(2, 3)]), 1, max_tokens=8)
+    annotation = objective_loss("espo", batch.rollout_logprob.double(), batch)[1]
+    moved = MicroBatch(**vars(batch) | {"annotation": annotation, "old_logprob": batch.rollout_logprob}).to("meta")
+    tensors = {n: v for part in (moved, moved.annotation) for n, v in vars(part).items() if isinstance(v, torch.Tensor)}
+    assert len(tensors) == 18 and {t.device.type for t in tensors.values()} == {"meta"}
