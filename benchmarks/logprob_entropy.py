@@ -1,10 +1,10 @@
 """Times, memory and errors of the vocabulary-parallel log-prob and entropy, against references and against the limits.
 
     python benchmarks/logprob_entropy.py                       # CPU: float32 and bfloat16, one shard and two
-    python benchmarks/logprob_entropy.py --device cuda --tokens 8192 --vocab 152064 --tp 1 --dtype bfloat16
+    python benchmarks/logprob_entropy.py --device cuda --tokens 8192 --vocab 152064 --hidden 4096 --tp 1
 
-Every number is a ratio of times taken in turn in one run (medians over rounds), a multiple of the shard, or an error against
-float64; never milliseconds. Forward and backward together, log-prob differentiable, entropy detached unless named.
+Every number is a ratio of times taken in turn in one run (medians over rounds), a multiple of the shard, or an error
+against float64; never milliseconds. Forward and backward together; entropy detached unless a line says otherwise.
 
     limit          two exp passes over the shard and 1.5 copies of it
     log_softmax    torch: (all-gathered) logits -> log_softmax -> log-prob and entropy
@@ -124,13 +124,18 @@ def errors(shard: Tensor, targets: Tensor, group, first: int) -> tuple[float, fl
     return tuple((a.double() - b).abs().max().item() for a, b in pairs)
 
 
+def same_targets(args: argparse.Namespace, vocab: int) -> Tensor:
+    """Random token ids, the same on every rank."""
+    return torch.randint(0, vocab, (args.tokens,), generator=torch.Generator().manual_seed(99)).to(args.device)
+
+
 def report_logits(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
     """One block of the report: the op on logits."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     width = args.vocab // size
     generator = torch.Generator().manual_seed(rank)
     shard = (torch.randn(args.tokens, width, generator=generator) * 3).to(args.device, dtype)
-    targets = torch.randint(0, width * size, (args.tokens,), generator=torch.Generator().manual_seed(99)).to(args.device)
+    targets = same_targets(args, width * size)
     entries = contestants(shard, targets, group)
     times = interleaved(entries, args.rounds, args.clock)
     with counted_collectives() as calls:
@@ -154,7 +159,8 @@ def report_logits(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
     for name in peaks:
         limit = ratio(times, name, lambda r: 2 * r["exp"] + 1.5 * r["copy"])
         gain = ratio(times, name, lambda r: r["ours"])
-        print(f"  {name:32}{limit:14.2f}{gain:15.1f}x{peaks[name] / unit:14.2f}{peaks[name] / (args.tokens * width * 2):13.2f}")
+        peak, bf16 = peaks[name] / unit, peaks[name] / (args.tokens * width * 2)
+        print(f"  {name:32}{limit:14.2f}{gain:15.1f}x{peak:14.2f}{bf16:13.2f}")
 
 
 def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
@@ -163,7 +169,7 @@ def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
     width, generator = args.vocab // size, torch.Generator().manual_seed(rank)
     hidden = torch.randn(args.tokens, args.hidden, generator=torch.Generator().manual_seed(5)).to(args.device, dtype)
     weight = (torch.randn(width, args.hidden, generator=generator) * 0.1).to(args.device, dtype)
-    targets = torch.randint(0, width * size, (args.tokens,), generator=torch.Generator().manual_seed(99)).to(args.device)
+    targets = same_targets(args, width * size)
     hidden.requires_grad_(), weight.requires_grad_()
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
     logits = torch.empty(args.tokens, width, device=args.device, dtype=dtype)
@@ -194,7 +200,8 @@ def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
     peaks = {name: peak_bytes(lambda r=run: r(None)) for name, run in entries.items() if name != "three GEMMs"}
     if rank != 0:
         return
-    print(f"\nlinear head: {args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, TP={size}, {dtype}, {args.device}")
+    shape = f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}"
+    print(f"\nlinear head: {shape}, TP={size}, {dtype}, {args.device}")
     print(f"  {'':32}{'time / three GEMMs':>20}{'peak, shards of logits':>24}")
     for name, peak in peaks.items():
         print(f"  {name:32}{ratio(times, name, lambda r: r['three GEMMs']):20.2f}{peak / unit:24.2f}")

@@ -30,20 +30,22 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-_SENT_SECOND = ("all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")  # (output, input, …)
-_SENT_FIRST = ("all_reduce", "broadcast")
+# By the position of the tensor that is sent; the names that this torch has.
+_SENT = {"all_gather_single": 1, "all_gather_into_tensor": 1, "all_gather": 1}
+_SENT |= {"reduce_scatter_single": 1, "reduce_scatter_tensor": 1, "all_reduce": 0, "broadcast": 0}
 
 
 @contextmanager
 def counted_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Record ``(name, bytes this rank sends)`` of every collective called through ``torch.distributed``."""
+    """Record ``(kind, bytes this rank sends)`` of every collective called through ``torch.distributed``."""
     calls: list[tuple[str, int]] = []
-    originals = {name: getattr(dist, name) for name in _SENT_SECOND + _SENT_FIRST}
+    originals = {name: getattr(dist, name) for name in _SENT if hasattr(dist, name)}
 
     def wrapped(name: str) -> Callable:
         def call(*args, **kwargs):
-            sent = args[1 if name in _SENT_SECOND else 0]
-            calls.append((name, sent.numel() * sent.element_size()))
+            sent = args[_SENT[name]]
+            kind = name.removesuffix("_single").removesuffix("_into_tensor").removesuffix("_tensor")
+            calls.append((kind, sent.numel() * sent.element_size()))
             return originals[name](*args, **kwargs)
 
         return call
@@ -57,7 +59,8 @@ def counted_collectives() -> Iterator[list[tuple[str, int]]]:
             setattr(dist, name, original)
 
 
-Contestant = tuple[Callable[[], object], Callable[[object], object]]  # untimed preparation, timed run of what it returned
+# Untimed preparation, timed run of what it returned.
+Contestant = tuple[Callable[[], object], Callable[[object], object]]
 
 
 def interleaved(contestants: dict[str, Contestant], rounds: int, clock: str = "wall") -> dict[str, list[float]]:

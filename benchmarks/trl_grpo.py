@@ -75,6 +75,7 @@ def main() -> None:
         gradient_checkpointing=False,
         shuffle_dataset=False,
         max_steps=args.steps,
+        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.measure import peak_bytes
 from megatron_espo.numerics import vocab_parallel_logprob_entropy
 from tests.distributed import run_ranks
 from tests.ranks.numerics import assert_close, dense, hard_rows
@@ -21,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 no_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
 TRITON = pytest.param("triton", marks=[no_triton, pytest.mark.gpu])
 every_path = pytest.mark.parametrize("path", ["torch", "compiled", TRITON])
-# The compiled path costs seconds per kind of input: it meets the values once and leaves the rest to its shared formulas.
+# The compiled path costs seconds per kind of input: it meets the values once; its formulas are plain torch's.
 quick_path = pytest.mark.parametrize("path", ["torch", TRITON])
 
 
@@ -56,7 +57,8 @@ def test_values_and_gradient(path, dtype, width, vocab_size, temperature):
         x, targets, None, temperature=temperature, vocab_size=vocab_size, entropy_grad=True, path=path
     )
     ((logprob * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
-    expected_logprob, expected_entropy, expected = reference_gradient(x.detach(), targets, weights, temperature, vocab_size)
+    reference = reference_gradient(x.detach(), targets, weights, temperature, vocab_size)
+    expected_logprob, expected_entropy, expected = reference
     assert logprob.dtype == entropy.dtype == torch.float32
     assert_close(logprob, expected_logprob, 5e-6)
     assert_close(entropy, expected_entropy, 5e-6)
@@ -98,6 +100,23 @@ def test_second_backward_and_donated_logits(path):
     assert torch.equal(gradient, first)
     with pytest.raises(RuntimeError, match="donate_logits=False"):
         torch.autograd.grad(logprob.sum(), given)
+
+
+@quick_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory(path, dtype):
+    """Forward adds a twentieth of the shard at most; with backward, the returned gradient and a twentieth."""
+    if INTERPRET:
+        pytest.skip("the interpreter allocates on its own")
+    x = torch.randn(512, 16384, device=DEVICE).to(dtype).requires_grad_()
+    targets = torch.zeros(512, dtype=torch.int64, device=DEVICE)
+    shard = x.numel() * x.element_size()
+
+    def forward():
+        return vocab_parallel_logprob_entropy(x, targets, None, entropy_grad=True, path=path)
+
+    assert peak_bytes(forward) <= 0.05 * shard
+    assert peak_bytes(lambda: torch.autograd.grad(sum(forward()).sum(), x)) <= 1.05 * shard
 
 
 @pytest.mark.parametrize("name", ["logprob", "entropy"])
@@ -154,7 +173,11 @@ def test_compiler_that_fails_is_said_once(monkeypatch):
     from megatron_espo.numerics import torch_path
 
     monkeypatch.setattr(torch_path, "_broken", [])
-    monkeypatch.setattr(torch_path, "_compiled", lambda body: lambda *args: (_ for _ in ()).throw(RuntimeError("no g++")))
+
+    def no_compiler(body):
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(torch_path, "_compiled", no_compiler)
     x, targets = hard_rows(600, 600, torch.float32)
     with pytest.warns(UserWarning, match="no g") as seen:
         results = [vocab_parallel_logprob_entropy(x, targets, None, path="compiled")[0] for _ in range(2)]

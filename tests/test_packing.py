@@ -1,4 +1,4 @@
-"""Micro-batches hold every response token once, in the right place, within their budgets; no part of the loss is lost."""
+"""Micro-batches hold every response token once, in the right place and within budgets, and lose nothing of the loss."""
 
 import math
 

@@ -5,22 +5,19 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_espo.data.packing import MicroBatch
-from megatron_espo.numerics import vocab_parallel_logprob_entropy
+from megatron_espo.numerics import linear_logprob_entropy
 
 
 class LogProbEntropyHead:
     """An ``output_processor`` for ``GPTModel``: hidden states -> ``[2, response_tokens]`` float32, log-probs above entropies.
 
-    Only the positions that predict a response token are multiplied with the output weight: prompt logits never exist.
-    Collectives over ``group``: the sequence-parallel gather where that is on, and one of four floats per token; backward sums the hidden
-    states' gradient.
+    Only the positions that predict a response token are multiplied with the output weight: prompt logits never exist. Collectives
+    are those of :func:`megatron_espo.numerics.linear_logprob_entropy` over ``group``.
 
     Args:
         group: tensor-parallel process group.
@@ -33,16 +30,21 @@ class LogProbEntropyHead:
         self.temperature = temperature
         self.vocab_size = vocab_size
 
-    def __call__(self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context: MicroBatch, **_: Any) -> Tensor:
+    def __call__(
+        self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context: MicroBatch, **_: Any
+    ) -> Tensor:
         """Apply to ``hidden_states [total (/tp under sequence parallelism), 1, hidden]`` with the micro-batch as ``context``."""
-        if output_layer.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden_states, group=self.group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.group)
-        weight = output_layer.weight if output_weight is None else output_weight
-        logits = F.linear(hidden[context.predict, 0], weight)
-        logprob, entropy = vocab_parallel_logprob_entropy(
-            logits, context.targets, self.group, temperature=self.temperature, vocab_size=self.vocab_size, donate_logits=True
+        logprob, entropy = linear_logprob_entropy(
+            hidden_states.squeeze(1),
+            output_layer.weight if output_weight is None else output_weight,
+            context.targets,
+            self.group,
+            positions=context.predict,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+            sequence_parallel=output_layer.sequence_parallel,
+            # A bfloat16 logit of 20 is off by up to 0.06 nats; the engine's head is float32 too.
+            float32_logits=True,
         )
         return torch.stack([logprob, entropy])
 

@@ -1,4 +1,4 @@
-"""The output layer, log-prob and entropy as one op: from hidden states to both without keeping what it does not need."""
+"""The output layer, log-prob and entropy as one op: from hidden states to both, keeping nothing it does not need."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.numerics import paths
+from megatron_espo.numerics.collectives import all_gather, reduce_scatter
 from megatron_espo.numerics.logits import Shard, check_arguments
 from megatron_espo.numerics.plan import HeadPlan, plan_head
 from megatron_espo.numerics.products import accumulate, multiply, wide_products
@@ -31,16 +32,16 @@ def linear_logprob_entropy(
 ) -> tuple[Tensor, Tensor]:
     """``vocab_parallel_logprob_entropy(hidden @ weight.T, …)`` without the logits of all tokens at once.
 
-    Works through the tokens in chunks. The budget decides between two memory modes (:func:`plan_head` tells beforehand): keep one
-    buffer of logits, which backward overwrites with their gradient, or keep none and compute each chunk again. The numbers
-    are the same. Without gradients (scoring) nothing is kept.
+    Works through the tokens in chunks. The budget decides between two memory modes (:func:`plan_head` tells which):
+    keep one buffer of logits, which backward overwrites with their gradient, or keep none and compute each chunk again.
+    The numbers are the same. Without gradients (scoring) nothing is kept.
 
-    Collectives over ``group``: an all-gather of four floats per token; with sequence parallelism an all-gather of the hidden states
-    in each direction and a reduce-scatter of their gradient; without it an all-reduce of that gradient.
+    Collectives over ``group``: an all-gather of four floats per token; with sequence parallelism an all-gather of the
+    hidden states in each direction and a reduce-scatter of their gradient; without it an all-reduce of that gradient.
 
     The weight's gradient is summed in float32. Where Megatron's DDP gave the weight a ``main_grad`` it is added there,
-    ``grad_added_to_main_grad`` is set, and autograd gets a dummy: zeros if ``zero_out_wgrad`` asks for it, as for an embedding tied to
-    the output layer, whose own gradient comes through autograd.
+    ``grad_added_to_main_grad`` is set, and autograd gets a dummy: zeros if ``zero_out_wgrad`` asks for it, as for an
+    embedding tied to the output layer, whose own gradient comes through autograd.
 
     Args:
         hidden: ``[tokens, hidden]``; under sequence parallelism this rank's ``[tokens/tp, hidden]``.
@@ -49,7 +50,8 @@ def linear_logprob_entropy(
         positions: int64 indices, without repetition, of the tokens to score among all (gathered) tokens; default all.
         budget_bytes: limit of the memory that grows with the vocabulary; None: keep the logits.
         float32_logits: do not round the logits to bfloat16. Default: where it is free (CUDA, torch >= 2.8).
-        temperature, vocab_size, entropy_grad, path: as in :func:`~megatron_espo.numerics.vocab_parallel_logprob_entropy`.
+        temperature, vocab_size, entropy_grad, path: as in
+            :func:`~megatron_espo.numerics.vocab_parallel_logprob_entropy`.
 
     Returns:
         ``(logprob, entropy)``, ``[scored tokens]``, nats, float32, the same on every rank.
@@ -172,11 +174,11 @@ def _chunk(rows: Tensor, weight: Tensor, dtype: torch.dtype, plan: HeadPlan) -> 
 
 
 def _scored_rows(hidden: Tensor, positions: Tensor | None, options: _Options) -> Tensor:
-    """Hidden states of the scored tokens; all-gathered under sequence parallelism (backward gathers anew, as Megatron does)."""
+    """Hidden states of the scored tokens; all-gathered under sequence parallelism (anew in backward)."""
     if options.sequence_parallel:
         group = options.shard.group
         gathered = hidden.new_empty(group.size() * hidden.shape[0], hidden.shape[1])
-        dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=group)
+        all_gather(gathered, hidden.contiguous(), group)
         hidden = gathered
     return hidden if positions is None else hidden[positions]
 
@@ -192,10 +194,9 @@ def _gradient_chunks(
         whole = store.is_cuda or store.dtype.itemsize >= 4  # else the float32 copy of a chunk bounds the memory
         for part in _parts(len(rows), len(rows) if whole else plan.chunk_tokens):
             shift = None if tile_max is None else tile_max[part]
-            paths.gradient(
-                options.path, store[part], store[part], columns, local[part], terms[part], scale, entropy, tile_max=shift
-            )
-            yield part, store[part]
+            x = store[part]
+            paths.gradient(options.path, x, x, columns, local[part], terms[part], scale, entropy, tile_max=shift)
+            yield part, x
         return
     logits = _chunk(rows, weight, options.logits_dtype, plan)
     grad = logits if options.logits_dtype == rows.dtype else _chunk(rows, weight, rows.dtype, plan)
@@ -220,7 +221,7 @@ class _Reduction:
         self.result, self.handle = full, None
         if options.sequence_parallel:
             self.result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            self.handle = dist.reduce_scatter_tensor(self.result, full, group=group, async_op=True)
+            self.handle = reduce_scatter(self.result, full, group)
         elif size > 1:
             self.handle = dist.all_reduce(full, group=group, async_op=True)
         self.full = full  # alive until the collective is done
@@ -233,7 +234,8 @@ class _Reduction:
 
 def _has_main_grad(weight: Tensor) -> bool:
     # Megatron-FSDP manages its own buffers: it gets an ordinary gradient.
-    return hasattr(weight, "grad_added_to_main_grad") and hasattr(weight, "main_grad") and not hasattr(weight, "__fsdp_param__")
+    by_ddp = hasattr(weight, "grad_added_to_main_grad") and hasattr(weight, "main_grad")
+    return by_ddp and not hasattr(weight, "__fsdp_param__")
 
 
 def _weight_accumulator(weight: Tensor) -> Tensor:

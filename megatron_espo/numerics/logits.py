@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.numerics import paths
+from megatron_espo.numerics.collectives import all_gather
 from megatron_espo.numerics.statistics import gradient_terms, logprob_and_entropy, merge
 
 
@@ -23,12 +24,12 @@ def vocab_parallel_logprob_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Per token ``log π(y)`` and ``H = -Σ π log π`` of ``π = softmax(logits / temperature)`` over the true vocabulary.
 
-    One collective: an all-gather of ``[tokens, 4]`` float32 over ``group``; none with ``group=None`` and none in backward.
+    One collective: an all-gather of ``[tokens, 4]`` float32 over ``group`` (none if it is None); none in backward.
     The logits are the only large tensor kept for backward.
 
     Args:
-        logits: ``[tokens, vocab/tp]``, float32, bfloat16, float16 or float64. Rank ``r`` of the group holds the columns from
-            ``r·vocab/tp`` on. Never written to, unless donated. ``-inf`` takes no probability.
+        logits: ``[tokens, vocab/tp]``, float32, bfloat16, float16 or float64. Rank ``r`` of the group holds the columns
+            from ``r·vocab/tp`` on. Never written to, unless donated. ``-inf`` takes no probability.
         targets: ``[tokens]`` int64, global token ids. An id that no true column has gets log-prob ``-inf``.
         group: the tensor-parallel process group, or None for the whole vocabulary on one rank.
         temperature: the sampling temperature; divides the logits.
@@ -60,14 +61,14 @@ def check_arguments(
 ) -> None:
     """Raise ValueError unless the arguments describe one ``[tokens, vocab/tp]`` shard."""
     if len(shard_shape) != 2:
-        raise ValueError(f"logits must be [tokens, vocab/tp], got shape {tuple(shard_shape)}: flatten sequence and batch first")
+        raise ValueError(f"logits must be [tokens, vocab/tp], got {tuple(shard_shape)}: flatten the leading dimensions")
     if targets.shape != shard_shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64 [{shard_shape[0]}], got {targets.dtype} {tuple(targets.shape)}")
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}: score greedy samples at temperature 1")
+        raise ValueError(f"temperature must be positive and finite, got {temperature}; score greedy samples at 1")
     if vocab_size is not None and not 0 < vocab_size <= shard_shape[1] * size:
         raise ValueError(
-            f"vocab_size must lie in 1..{shard_shape[1] * size} ({size} shards of {shard_shape[1]} columns), got {vocab_size}"
+            f"vocab_size must lie in 1..{shard_shape[1] * size} ({size} x {shard_shape[1]} columns), got {vocab_size}"
         )
 
 
@@ -88,7 +89,7 @@ class Shard:
         parts = stats.unsqueeze(0)
         if self.group is not None and self.group.size() > 1 and stats.numel():
             parts = stats.new_empty(self.group.size(), *stats.shape)
-            dist.all_gather_into_tensor(parts.flatten(0, 1), stats, group=self.group)
+            all_gather(parts.flatten(0, 1), stats, self.group)
         m, a, b, y = parts.unbind(-1)
         return *merge(m, a, b, self.scale, dim=0), y.amax(0)
 
@@ -112,7 +113,7 @@ class _LogprobEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None):
         if ctx.spent:
-            raise RuntimeError("second backward through donated logits: their memory holds the gradient; pass donate_logits=False")
+            raise RuntimeError("second backward: donated logits are overwritten by the first; pass donate_logits=False")
         logits, targets, *merged = ctx.saved_tensors
         shard: Shard = ctx.shard
         terms = gradient_terms(*merged, shard.scale, grad_logprob, grad_entropy)

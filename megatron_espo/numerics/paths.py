@@ -26,7 +26,7 @@ def _have_cpp_compiler() -> bool:
 
 
 def choose(path: Path, device: torch.device, dtype: torch.dtype, elements: int) -> Path:
-    """Resolve ``"auto"`` from the device, the type and the number of logits alone, so that equal runs take equal paths."""
+    """Resolve ``"auto"`` from device, type and number of logits alone, so that equal runs take equal paths."""
     if path not in ("auto", "torch", "compiled", "triton"):
         raise ValueError(f"path must be 'auto', 'torch', 'compiled' or 'triton', got {path!r}")
     double = dtype == torch.float64
@@ -63,8 +63,8 @@ def statistics(
 
 
 def gradient(
-    path: Path, source: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float, entropy: bool,
-    tile_max: Tensor | None = None,
+    path: Path, source: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float,
+    entropy: bool, tile_max: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes ``out``; ``source`` holds logits or, with ``tile_max``, what :func:`statistics` stored.
 

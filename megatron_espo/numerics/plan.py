@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-_CHUNK_BYTES = 64 << 20  # preferred size of a working chunk: large enough for the matrix product, small beside the model
+_CHUNK_BYTES = 64 << 20  # preferred working chunk: large enough for the matrix product, small beside the model
 _CHUNK_ROWS = 256
 
 
@@ -12,8 +12,8 @@ _CHUNK_ROWS = 256
 class HeadPlan:
     """Memory plan of one call of the linear head on one rank.
 
-    Bytes count everything that grows with the vocabulary shard: logits, their gradient, float32 copies of either. Not counted,
-    since no plan changes them: some forty bytes per token, the gathered hidden states, and the gradients that are returned.
+    Bytes count what grows with tokens times columns: logits, their gradient, float32 copies of either. Not counted,
+    since no plan changes them: some forty bytes per token, the gathered hidden states, the gradients that are returned.
 
     Attributes:
         keep_logits: keep one buffer of logits for backward; otherwise backward computes them again, chunk by chunk.

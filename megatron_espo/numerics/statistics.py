@@ -38,8 +38,8 @@ def gradient_terms(
     """Per-token numbers of the gradient, ``[tokens, 5]``: ``(m, b/a, u, v, gradient at the target's column)``.
 
     The gradient with respect to a logit with ``s = (logit - m)/T`` is ``exp(s)·(u + v·(s - b/a))``, plus
-    ``grad_logprob/T`` in the target's column. That column is computed here, in full precision: ``1 - p`` of a sure token
-    would be lost if the sum were rounded to bfloat16 twice.
+    ``grad_logprob/T`` in the target's column. That column is computed here, in full precision: ``1 - p`` of a sure
+    token would be lost if the sum were rounded to bfloat16 twice.
     """
     zero = torch.zeros_like(m)
     u = zero if grad_logprob is None else -scale * grad_logprob.to(m.dtype) / a

@@ -56,7 +56,7 @@ def statistics(logits: Tensor, columns: int, local_target: Tensor, scale: float,
 def gradient(
     logits: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float, entropy: bool,
     compiled: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write the gradient of the shard's logits into ``out`` (which may be ``logits`` itself).
 
     Args:
@@ -142,7 +142,7 @@ def _run_compiled(body: Callable, *args: Tensor | float) -> bool:
         # The scale goes in as a tensor: a new temperature must not compile anew.
         _compiled(body)(*(torch.tensor(arg, dtype=torch.float64) if isinstance(arg, float) else arg for arg in args))
         return True
-    except Exception as error:  # whatever the compiler stack raises: no C++ compiler, unsupported version, read-only cache
+    except Exception as error:  # whatever the compiler stack raises: no C++ compiler, wrong version, read-only cache
         _broken.append(body)
         warnings.warn(
             f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]}); log-prob and entropy run in "

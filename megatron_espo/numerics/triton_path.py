@@ -1,13 +1,13 @@
 """Statistics and gradient of a logits shard as two Triton kernels, bound by memory bandwidth. Zero collectives.
 Float32 arithmetic: float64 logits take the torch path.
 
-Forward reads every logit once, backward reads and writes each once. A program works on a run of tiles of one row; with few
-rows, several programs share a row, and their parts are merged like shards. Sums are kept per lane, so each float32
+Forward reads every logit once, backward reads and writes each once. A program works on a run of tiles of one row; with
+few rows, several programs share a row, and their parts are merged like shards. Sums are kept per lane, so each float32
 addition chain is as long as the number of tiles, not of columns. ``TRITON_INTERPRET=1``, set before Triton is imported,
 runs the same kernels on CPU.
 
-Optionally the forward kernel stores the logits, each tile shifted by its own maximum, in a narrower type: near the maximum,
-where the probability is, bfloat16 then keeps far more digits than it would of the plain logit.
+Optionally the forward kernel stores the logits, each tile shifted by its own maximum, in a narrower type: near the
+maximum, where the probability is, bfloat16 then keeps far more digits than it would of the plain logit.
 """
 
 import torch
@@ -19,6 +19,7 @@ from megatron_espo.numerics.statistics import merge
 
 _TILE = 4096
 _PROGRAMS = 1024  # enough to fill any present GPU several times over
+_STAGES = tl.constexpr(3)  # tiles in flight: the next ones load while one is reduced
 _LOWEST = tl.constexpr(-1000.0)  # statistics.LOWEST
 _FLOOR = tl.constexpr(-3.4028234663852886e38)  # lowest float32: the maximum of a part that is all -inf stays finite
 
@@ -30,8 +31,15 @@ def _exponent(x, m, scale):
 
 
 @triton.jit
+def _load(row_start, column, columns, width):
+    # Padding is loaded and dropped: a mask at the true vocabulary, often an odd number, would forbid 128-bit loads.
+    x = tl.load(row_start + column, mask=column < width, other=-float("inf")).to(tl.float32)
+    return tl.where(column < columns, x, -float("inf"))
+
+
+@triton.jit
 def _statistics_kernel(
-    logits, parts, store, tile_max, columns, row_stride, store_stride, tiles, tiles_per_program, scale,
+    logits, parts, store, tile_max, columns, width, row_stride, store_stride, tiles, tiles_per_program, scale,
     STORE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -41,12 +49,12 @@ def _statistics_kernel(
     a = tl.zeros((TILE,), tl.float32)
     b = tl.zeros((TILE,), tl.float32)
     first = split * tiles_per_program
-    for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
+    for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=_STAGES):
         column = tile * TILE + lane
-        x = tl.load(logits + row * row_stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        x = _load(logits + row * row_stride, column, columns, width)
         top = tl.maximum(tl.max(x, 0), _FLOOR)
         if STORE:
-            tl.store(store + row * store_stride + column, (x - top).to(store.dtype.element_ty), mask=column < columns)
+            tl.store(store + row * store_stride + column, (x - top).to(store.dtype.element_ty), mask=column < width)
             tl.store(tile_max + row * tiles + tile, top)
         new = tl.maximum(m, top)
         shift = _exponent(m, new, scale)
@@ -64,7 +72,8 @@ def _statistics_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    source, tile_max, out, terms, local_target, columns, width, source_stride, out_stride, tiles, tiles_per_program, scale,
+    source, tile_max, out, terms, local_target, columns, width, source_stride, out_stride, tiles, tiles_per_program,
+    scale,
     ENTROPY: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -76,9 +85,9 @@ def _gradient_kernel(
     at_target = tl.load(terms + row * 5 + 4)
     target = tl.load(local_target + row)
     first = tl.program_id(1) * tiles_per_program
-    for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
+    for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=_STAGES):
         column = tile * TILE + lane
-        x = tl.load(source + row * source_stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        x = _load(source + row * source_stride, column, columns, width)
         base = m
         if SHIFTED:
             base = m - tl.load(tile_max + row * tiles + tile)
@@ -107,8 +116,9 @@ def statistics(
     tile_max = None if store is None else torch.empty(tokens, tiles, dtype=torch.float32, device=logits.device)
     if tokens:
         _statistics_kernel[(tokens, programs)](
-            logits, parts, store, tile_max, columns, logits.stride(0), 0 if store is None else store.stride(0),
-            tiles, per_program, scale, STORE=store is not None, TILE=tile, num_warps=warps,
+            logits, parts, store, tile_max, columns, logits.shape[1], logits.stride(0),
+            0 if store is None else store.stride(0), tiles, per_program, scale, STORE=store is not None, TILE=tile,
+            num_warps=warps,
         )  # fmt: skip
     m, a, b = merge(*parts.unbind(-1), scale, dim=1)
     here = (local_target >= 0) & (local_target < columns)
@@ -121,7 +131,7 @@ def gradient(
     source: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float, entropy: bool,
     tile_max: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As :func:`megatron_espo.numerics.torch_path.gradient`; with ``tile_max``, ``source`` is what ``statistics`` stored."""
+    """As :func:`megatron_espo.numerics.torch_path.gradient`; with ``tile_max``, ``source`` is the stored copy."""
     tokens, width = source.shape
     if not tokens:
         return

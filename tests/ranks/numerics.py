@@ -44,10 +44,11 @@ def check_shards(cases: list[dict], path: str) -> None:
         shard = whole[:, mine].clone().requires_grad_()
         with counted_collectives() as calls:
             logprob, entropy = vocab_parallel_logprob_entropy(
-                shard, targets, dist.group.WORLD, temperature=temperature, vocab_size=vocab_size, entropy_grad=True, path=path
-            )
+                shard, targets, dist.group.WORLD,
+                temperature=temperature, vocab_size=vocab_size, entropy_grad=True, path=path,
+            )  # fmt: skip
             (logprob.sum() + 0.3 * entropy.sum()).backward()
-        assert calls == [("all_gather_into_tensor", 4 * 4 * len(targets))], calls
+        assert calls == [("all_gather", 4 * 4 * len(targets))], calls
         reference = whole.double().requires_grad_()
         ref_logprob, ref_entropy = dense(reference, targets, temperature, vocab_size)
         (ref_logprob.sum() + 0.3 * ref_entropy.sum()).backward()
@@ -89,10 +90,10 @@ def check_head() -> None:
                         entropy_grad=True, sequence_parallel=sequence_parallel, budget_bytes=budget,
                     )  # fmt: skip
                     (out[0].sum() + 0.5 * out[1].sum()).backward()
-                statistics = ("all_gather_into_tensor", 16 * len(chosen))
+                statistics = ("all_gather", 16 * len(chosen))
                 if sequence_parallel:
-                    gather = ("all_gather_into_tensor", tokens // size * depth * 4)
-                    scatter = ("reduce_scatter_tensor", tokens * depth * 4)
+                    gather = ("all_gather", tokens // size * depth * 4)
+                    scatter = ("reduce_scatter", tokens * depth * 4)
                     assert calls == [gather, statistics, gather, scatter], calls
                 else:
                     assert calls == [statistics, ("all_reduce", tokens * depth * 4)], calls
