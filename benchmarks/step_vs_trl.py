@@ -1,9 +1,9 @@
 """Seconds for one optimisation step on CPU: megatron_espo beside TRL's GRPOTrainer. Exits with 1 above half of TRL's.
 
-Both train the same float32 model on the same prompts in the same order, with the same reward: 16 prompts x 4 responses of
-at most 20 tokens, one optimizer step a batch. Ours: two data-parallel ranks, rollouts by vLLM, the whole ESPO step with
-weight sync. TRL's: one process with all threads, generation by transformers (its vLLM modes need a GPU). Runs alternate,
-each run's first step is dropped, and the medians are compared.
+Both train the same float32 model on the same prompts in the same order, with the same reward: 16 prompts x 4 responses
+of at most 20 tokens, one optimizer step a batch. Ours: two data-parallel ranks, rollouts by vLLM, the whole ESPO step
+with weight sync. TRL's: one process with all threads, generation by transformers (its vLLM modes need a GPU). Runs
+alternate, each run's first step is dropped, and the medians are compared.
 
     python benchmarks/step_vs_trl.py --model models/SmolLM2-135M-Instruct
 
@@ -92,7 +92,8 @@ def execute(command: list, log: Path, threads: int) -> str:
             stderr=errors, text=True, check=False,
         )  # fmt: skip
     if done.returncode:
-        sys.exit(f"benchmark: {command[1:3]} failed with {done.returncode}:\n{done.stdout[-2000:]}\n{log.read_text()[-4000:]}")
+        tail = f"{done.stdout[-2000:]}\n{log.read_text()[-4000:]}"
+        sys.exit(f"benchmark: {command[1:3]} failed with {done.returncode}:\n{tail}")
     return done.stdout
 
 

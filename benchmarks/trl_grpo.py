@@ -1,8 +1,8 @@
 """TRL's side of the step benchmark: prints the versions it ran with and the seconds of each step, as one JSON line.
 
-Runs in an environment that has TRL (step_vs_trl.py makes one). One process with all threads; one optimizer step for each
-batch of completions; no reference model (beta 0), no gradient checkpointing, float32, generation by transformers (TRL's
-vLLM modes need a GPU).
+Runs in an environment that has TRL (step_vs_trl.py makes one). One process with all threads; one optimizer step for
+each batch of completions; no reference model (beta 0), no gradient checkpointing, float32, generation by transformers
+(TRL's vLLM modes need a GPU).
 """
 
 import argparse

@@ -39,10 +39,18 @@ def test_std_is_the_unbiased_one():
     torch.testing.assert_close(found, torch.tensor([[-0.5, -0.5, -0.5, 1.5]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("normalize_std", [True, False])
-def test_equal_rewards_give_exactly_zero(normalize_std):
-    # Their float32 mean is not 100.1.
-    assert group_advantages(torch.full((1, 8), 100.1), normalize_std=normalize_std).tolist() == [[0.0] * 8]
+def test_equal_rewards_give_exactly_zero(normalize_std, dtype):
+    # The floating-point mean of 100.1s is not always 100.1.
+    for size in range(2, 20):
+        rewards = torch.full((1, size), 100.1, dtype=dtype)
+        assert not group_advantages(rewards, normalize_std=normalize_std).any()
+
+
+def test_rewards_that_differ_by_little_still_differ():
+    found = group_advantages(torch.tensor([[0.0, 1e-13]], dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0]]) / math.sqrt(2))
 
 
 def test_failed_verifiers_are_left_out():

@@ -110,8 +110,10 @@ def test_step_without_tokens_reports_its_loss_alone(one_rank):
 
 def test_nan_is_shown(one_rank):
     metrics = report([2], seed=1)[0]
-    metrics["total/loss/policy"] = torch.tensor(math.nan)
-    assert math.isnan(reduce_metrics([metrics], one_rank)["loss/policy"])
+    names = {"loss/policy": "total/", "mismatch/logprob_gap_max": "max/"}
+    metrics |= {kind + name: torch.tensor(math.nan) for name, kind in names.items()}
+    found = reduce_metrics([metrics], one_rank)
+    assert all(math.isnan(found[name]) for name in names)
 
 
 def test_other_pipeline_stages_report_nothing():
@@ -216,9 +218,9 @@ def test_step_that_trained_nothing_is_shown(tmp_path):
 
 
 def test_summary(tmp_path):
-    write_lines(tmp_path, make_lines([0.0, 0.1, 0.2, 0.5, 0.9, 1.0]))
+    write_lines(tmp_path, make_lines([0.0, 0.1, 0.2, 5.0, 0.5, 0.9, 1.0]))
     summary = write_summary(tmp_path, seconds=12.345, seed=4)
-    expected = {"reward_first3": 0.1, "reward_last3": 0.8, "steps": 6, "seconds": 12.3, "seed": 4}
+    expected = {"reward_first3": 0.1, "reward_last3": 0.8, "steps": 7, "seconds": 12.3, "seed": 4}
     assert summary == pytest.approx(expected)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 

@@ -17,8 +17,8 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A tiny tied Qwen3 with an odd vocabulary (131: padded under TP), and a slightly different older version of it."""
-    from transformers import AutoModelForCausalLM
     import torch
+    from transformers import AutoModelForCausalLM
 
     new, old = tmp_path_factory.mktemp("new"), tmp_path_factory.mktemp("old")
     save_model("qwen3", new, tie_word_embeddings=True)

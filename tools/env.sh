@@ -70,7 +70,7 @@ espo_install() {
             "(run 'deactivate' to let this script make its own)"; return ;;
     esac
     if [ -n "${lacking%megatron-espo}" ]; then
-        espo_say "installing $(grep -c == <<<"$lacking") pinned packages into $VIRTUAL_ENV (a few minutes the first time)"
+        espo_say "installing $(grep -c == <<<"$lacking") pinned packages into $VIRTUAL_ENV (minutes, the first time)"
         # --no-deps: the list is complete, and torch's companions must stay out (see requirements/cpu-overrides.txt).
         python -m pip install -qq --no-deps --require-hashes -r "$pins" || return
     fi
