@@ -1,6 +1,7 @@
 """The ``megatron-espo`` command. Everything a user can get wrong is told before torch, Megatron-Core or vLLM loads."""
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -106,6 +107,7 @@ def _checked_config(args: argparse.Namespace) -> Any:
 def _silence_dependencies() -> None:
     """Megatron, torch and vLLM tell every rank what is absent or deprecated; ``doctor`` tells it once."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|megatron_espo\.mcore\.cpu")
 
 

@@ -51,17 +51,20 @@ def train(config: Config) -> None:
             with phases.phase("sync", step, config.run.steps):
                 sync.push(version=step)
             if writer:
-                metrics |= rollout_metrics(groups.rollouts, groups.rewards, advantages) | {f"time/{k}_s": v for k, v in phases.take().items()}
+                metrics |= rollout_metrics(groups.rollouts, groups.rewards, advantages)
+                metrics |= {f"time/{name}_s": seconds for name, seconds in phases.take().items()}
                 metrics["time/step_s"] = time.perf_counter() - began
                 writer.write(step, metrics)
                 print(step_line(step, config.run.steps, metrics), flush=True)
                 warn_of_gap(metrics, config.rollout.log_prob_gap_warn)
         if config.run.save_hf:
-            save_hf(learner.chunks, hf_config, folder / "hf", config.model.path, runtime.groups, getattr(torch, config.model.dtype))
+            dtype = getattr(torch, config.model.dtype)
+            save_hf(learner.chunks, hf_config, folder / "hf", config.model.path, runtime.groups, dtype)
         if writer:
             writer.close()
             summary = write_summary(folder, seconds=time.perf_counter() - start, seed=config.run.seed)
-            print(f"reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}; picture: {draw_learning_curve(folder, config.run.name)}")
+            picture = draw_learning_curve(folder, config.run.name)
+            print(f"reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}; picture: {picture}")
     finally:
         collector.close()
     mcore_runtime.shutdown()

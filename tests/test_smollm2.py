@@ -27,7 +27,10 @@ def test_logits_equal_transformers(smollm2, nproc):
 
 
 def test_engine_and_trainer_agree_in_bfloat16_at_temperature_0_7(smollm2, tmp_path):
-    """One step of the quickstart's program: the mean |Δ log-prob| of sampled tokens after the first sync and after a trained one."""
+    """Two steps of the quickstart's program: mean |Δ log-prob| of sampled tokens after the first sync and after a trained one.
+
+    Rounding to bfloat16 moves either side by 0.02 from the float32 value; stale weights would give 0.2.
+    """
     config = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     config["model"] = {"path": str(smollm2), "dtype": "bfloat16"}
     config["run"] = {"dir": str(tmp_path / "run"), "steps": 2, "save_hf": False}
@@ -40,4 +43,4 @@ def test_engine_and_trainer_agree_in_bfloat16_at_temperature_0_7(smollm2, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     gaps = [json.loads(line).get("mismatch/logprob_gap_mean") for line in (tmp_path / "run/metrics.jsonl").open()]
     gaps = [gap for gap in gaps if gap is not None]
-    assert gaps and max(gaps) < 2e-2, gaps
+    assert gaps and max(gaps) < 4e-2, gaps

@@ -50,8 +50,7 @@ def linear_logprob_entropy(
         positions: int64 indices, without repetition, of the tokens to score among all (gathered) tokens; default all.
         budget_bytes: limit of the memory that grows with the vocabulary; None: keep the logits.
         float32_logits: do not round the logits to bfloat16. Default: where it is free (CUDA, torch >= 2.8).
-        temperature, vocab_size, entropy_grad, path: as in
-            :func:`~megatron_espo.numerics.vocab_parallel_logprob_entropy`.
+        temperature, vocab_size, entropy_grad, path: see :func:`~megatron_espo.numerics.vocab_parallel_logprob_entropy`.
 
     Returns:
         ``(logprob, entropy)``, ``[scored tokens]``, nats, float32, the same on every rank.
@@ -65,14 +64,7 @@ def linear_logprob_entropy(
     check_arguments(targets, (tokens, weight.shape[0]), size, temperature, vocab_size)
     if float32_logits is None:
         float32_logits = wide_products(hidden.device.type)
-    plan = plan_head(
-        tokens,
-        weight.shape[0],
-        dtype=hidden.dtype,
-        budget_bytes=budget_bytes,
-        float32_logits=float32_logits,
-        convert_gradient=not hidden.is_cuda and hidden.dtype.itemsize < 4,
-    )
+    plan = _plan(hidden, tokens, weight.shape[0], budget_bytes, float32_logits)
     options = _Options(
         shard=Shard(weight.shape[0], group, vocab_size, 1.0 / temperature),
         plan=plan,
@@ -91,6 +83,17 @@ def _check_tensors(hidden: Tensor, weight: Tensor) -> None:
             "hidden must be [tokens, hidden] and weight [vocab/tp, hidden], of one dtype; got "
             f"{hidden.dtype} {tuple(hidden.shape)} and {weight.dtype} {tuple(weight.shape)}"
         )
+
+
+def _plan(hidden: Tensor, tokens: int, columns: int, budget_bytes: int | None, float32_logits: bool) -> HeadPlan:
+    return plan_head(
+        tokens,
+        columns,
+        dtype=hidden.dtype,
+        budget_bytes=budget_bytes,
+        float32_logits=float32_logits,
+        convert_gradient=not hidden.is_cuda and hidden.dtype.itemsize < 4,
+    )
 
 
 @dataclass(frozen=True)
