@@ -28,6 +28,7 @@ def draw_learning_curve(folder: str | Path, name: str | None = None) -> Path:
     ``name`` heads the picture; the folder's name if ``None``.
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    from matplotlib.ticker import MaxNLocator
 
     lines = read_metrics(folder)
     steps = [line["step"] for line in lines]
@@ -56,6 +57,8 @@ def draw_learning_curve(folder: str | Path, name: str | None = None) -> Path:
     seconds.stackplot(steps, *([line.get(name, 0.0) for line in lines] for name in phases), labels=names)
     seconds.set(title="Seconds per step", xlabel="step", ylim=(0, None))
     seconds.legend(loc="upper right")
+    for axes in (reward, entropy, seconds):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     path = Path(folder, "learning_curve.png")
     figure.savefig(path, dpi=120)
     return path
