@@ -38,6 +38,8 @@ def train(config: Config) -> None:
     collector = Collector(config, hf_config, runtime)
     try:
         phases = Phases(runtime.is_main)
+        if runtime.is_main:
+            print(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {folder / 'engine.log'}", flush=True)
         learner = Learner(config, hf_config, runtime)
         sync = WeightSync(config, hf_config, learner.chunks, runtime, collector.engine)
         sync.push(version=0)

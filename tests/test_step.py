@@ -51,3 +51,10 @@ def test_gradient_does_not_depend_on_micro_batches(folders):
     for max_tokens in (1, 1000):
         answer = run_ranks(1, "tests.ranks.step:check_gradient", folder=folders[0], max_tokens=max_tokens)
         assert answer["worst"] <= 1e-4, (max_tokens, answer)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2", "pp2", "dp2"])
+def test_update_of_distributed_optimizer_equals_reference(folders, layout):
+    nproc, sizes = LAYOUTS[layout]
+    answer = run_ranks(nproc, "tests.ranks.step:check_update", folder=folders[0], **sizes)
+    assert answer["worst"] <= 1e-4, answer

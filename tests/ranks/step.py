@@ -1,6 +1,7 @@
 """The gradient of a whole step through Megatron against the dense float64 reference; runs on every rank."""
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -23,8 +24,8 @@ def make_batch(vocab_size: int):
     ]
 
 
-def check_gradient(folder: str, old_folder: str | None = None, max_tokens: int = 24, **sizes) -> dict[str, float]:
-    """Worst relative difference over all tensors, and the tensor's name."""
+def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes: dict):
+    """Place, policy, forward step, this rank's micro-batches, the batch and the model's configuration."""
     place = runtime.initialize(**{k: v for k, v in sizes.items() if k in runtime.PARALLEL_SIZES}, seed=1)
     from megatron_espo.mcore.forward_step import make_forward_step
     from megatron_espo.mcore.model import Layout, build_model, read_hf_config
@@ -33,9 +34,8 @@ def check_gradient(folder: str, old_folder: str | None = None, max_tokens: int =
 
     hf_config = read_hf_config(folder)
     chunks = build_model(hf_config, Layout(**sizes), place.groups)
-    load_hf_weights(chunks, hf_config, old_folder or folder, place.groups)
-    # All-reduced (not scattered) gradients, so that each rank can show the whole of its shard.
-    policy = Policy(chunks, place.groups, Optimizer(use_distributed_optimizer=False), train_steps=1)
+    load_hf_weights(chunks, hf_config, weights, place.groups)
+    policy = Policy(chunks, place.groups, settings, train_steps=1)
     batch = make_batch(hf_config["vocab_size"])
     sequences = [TrainSequence(p, r, [0.0] * len(r), a) for p, r, a in batch]
     micro_batches = pack(
@@ -49,17 +49,49 @@ def check_gradient(folder: str, old_folder: str | None = None, max_tokens: int =
     step = make_forward_step(
         Algorithm(), groups=place.groups, vocab_size=hf_config["vocab_size"], temperature=TEMPERATURE
     )
+    return place, policy, step, micro_batches, batch, hf_config
+
+
+def check_gradient(folder: str, old_folder: str | None = None, max_tokens: int = 24, **sizes) -> dict[str, float]:
+    """Worst relative difference of the gradient over all tensors, and the tensor's name."""
+    # All-reduced (not scattered) gradients, so that each rank can show the whole of its shard.
+    settings = Optimizer(use_distributed_optimizer=False)
+    place, policy, step, micro_batches, batch, hf_config = build(
+        folder, old_folder or folder, settings, max_tokens, sizes
+    )
     if old_folder:
-        from dataclasses import replace
+        from megatron_espo.weights.hf_io import load_hf_weights
 
         scored = policy.score(step, micro_batches)
         if scored:
             micro_batches = [
                 replace(b, old_logprob=o, annotation=a) for b, (o, a) in zip(micro_batches, scored, strict=True)
             ]
-        load_hf_weights(chunks, hf_config, folder, place.groups)
+        load_hf_weights(policy.chunks, hf_config, folder, place.groups)
     policy.backward(step, micro_batches)
-    return compare(folder, old_folder, batch, hf_config, gathered_gradients(chunks, hf_config, place.groups))
+    found = gathered_gradients(policy.chunks, hf_config, place.groups)
+    return compare(reference_gradients(folder, old_folder, batch, hf_config), found)
+
+
+def check_update(folder: str, **sizes) -> dict[str, float]:
+    """The same for the change of the weights by one step of Megatron's distributed optimizer.
+
+    Adam's first update is ``-lr g / (|g| + eps)``; with ``eps = 1`` it is smooth in ``g``.
+    """
+    from megatron_espo.weights.source import MegatronWeightSource
+
+    settings = Optimizer(lr=1.0, adam_eps=1.0, clip_grad=0.0, weight_decay=0.0)
+    place, policy, step, micro_batches, batch, hf_config = build(folder, folder, settings, 24, sizes)
+
+    def weights() -> dict[str, torch.Tensor]:
+        source = MegatronWeightSource(policy.chunks, hf_config, place.groups, dtype=torch.float32, all_replicas=True)
+        return {name: tensor.double() for name, tensor in source}
+
+    before = weights()
+    policy.step(step, micro_batches)
+    change = {name: tensor - before[name] for name, tensor in weights().items()}
+    gradients = reference_gradients(folder, None, batch, hf_config)
+    return compare({name: -g / (g.abs() + 1.0) for name, g in gradients.items()}, change)
 
 
 def gathered_gradients(chunks, hf_config, groups) -> dict[str, torch.Tensor]:
@@ -72,8 +104,8 @@ def gathered_gradients(chunks, hf_config, groups) -> dict[str, torch.Tensor]:
     return dict(MegatronWeightSource(chunks, hf_config, groups, dtype=torch.float32, all_replicas=True))
 
 
-def compare(folder, old_folder, batch, hf_config, found) -> dict[str, float]:
-    """Against the dense reference in float64."""
+def reference_gradients(folder, old_folder, batch, hf_config) -> dict[str, torch.Tensor]:
+    """The dense float64 gradient."""
     from transformers import AutoModelForCausalLM
 
     def load(path):
@@ -88,8 +120,12 @@ def compare(folder, old_folder, batch, hf_config, found) -> dict[str, float]:
         vocab_size=hf_config["vocab_size"],
         old_model=load(old_folder) if old_folder else None,
     )
-    expected = reference.gradients(model, loss)
+    return reference.gradients(model, loss)
+
+
+def compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Worst relative difference (L2) over the tensors."""
     assert expected.keys() == found.keys(), expected.keys() ^ found.keys()
-    assert all(gradient.norm() > 0 for gradient in expected.values()), "a reference gradient is zero: nothing was compared"
+    assert all(tensor.norm() > 0 for tensor in expected.values()), "a reference is zero: nothing was compared"
     differences = {n: float((found[n].double() - g).norm() / g.norm()) for n, g in expected.items()}
     return {"worst": max(differences.values()), "tensor": max(differences, key=differences.get)}
