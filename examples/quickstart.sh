@@ -24,10 +24,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 model=models/SmolLM2-135M-Instruct
 [ -e "$model" ] || python tools/prepare_smollm2.py "$model"
 
-# A folder of its own for each run, unless one is named.
-folder="run.dir=runs/quickstart-$(date +%Y%m%d-%H%M%S)-$$"
+# The run goes to runs/quickstart, unless run.dir says otherwise; an earlier run there is kept under its time.
+[ ! -e runs/quickstart ] || mv runs/quickstart "runs/quickstart-$(date -r runs/quickstart +%Y%m%d-%H%M%S)"
 
 # --standalone picks a free port, so two runs can share a machine. `exec` leaves no shell between Ctrl-C and torchrun,
 # which ends its ranks.
 exec torchrun --standalone --nproc-per-node 2 -m megatron_espo.cli train examples/quickstart.yaml \
-    "$folder" ${overrides[@]+"${overrides[@]}"}
+    ${overrides[@]+"${overrides[@]}"}

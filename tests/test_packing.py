@@ -166,3 +166,32 @@ def test_to_moves_every_tensor():
     moved = MicroBatch(**vars(batch) | {"annotation": annotation, "old_logprob": batch.rollout_logprob}).to("meta")
     tensors = {n: v for part in (moved, moved.annotation) for n, v in vars(part).items() if isinstance(v, torch.Tensor)}
     assert len(tensors) == 18 and {t.device.type for t in tensors.values()} == {"meta"}
+
+
+def test_responses_to_one_prompt_share_it():
+    """Each branch, behind its trunk, is the prompt and its response; position ids go on from the trunk; the prompt stands once."""
+    prompts = [(1, 2, 3, 4), (9,)]
+    responses = [[(10,), (11, 12), (13, 14, 15)], [(20, 21), (22,)]]
+    sequences = [
+        TrainSequence(prompt, response, [0.0] * len(response), 1.0)
+        for prompt, answers in zip(prompts, responses, strict=True)
+        for response in answers
+    ]
+    totals = batch_totals(sequences, num_responses=5, num_response_tokens=9)
+    (batch,) = pack(
+        sequences, totals, data_parallel_rank=0, data_parallel_size=1, max_tokens=99, multiple_of=5, share_prompts=True
+    )
+    assert sorted(batch.branches) == [(0, 2, 1), (3,), (3, 1, 2, 3)]  # the one of three tokens is padding
+    tokens, positions = batch.tokens[0].tolist(), batch.position_ids[0].tolist()
+    found, start = [], 0
+    for trunk, *branches in batch.branches:
+        before, start = tokens[start : start + trunk], start + trunk
+        assert positions[start - trunk : start] == list(range(trunk))
+        for length in branches:
+            at = [batch.predict.tolist().index(position) for position in range(start, start + length)]
+            found.append(([*before, *tokens[start : start + length]], batch.targets[at].tolist()))
+            assert positions[start : start + length] == list(range(trunk, trunk + length))
+            start += length
+    expected = [([*s.prompt_ids, *s.response_ids[:-1]], list(s.response_ids)) for s in sequences]
+    assert sorted(found) == sorted(expected)
+    assert batch.num_tokens == totals.num_tokens

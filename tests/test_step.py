@@ -47,10 +47,10 @@ def test_gradient_off_policy_equals_reference(folders, layout):
 
 
 def test_gradient_does_not_depend_on_micro_batches(folders):
-    """One sequence a micro-batch gives the same as all packed into one."""
-    for max_tokens in (1, 1000):
-        answer = run_ranks(1, "tests.ranks.step:check_gradient", folder=folders[0], max_tokens=max_tokens)
-        assert answer["worst"] <= 1e-4, (max_tokens, answer)
+    """One sequence a micro-batch, or all packed into one; with and without prompts in common."""
+    for options in ({"max_tokens": 1}, {"max_tokens": 1000}, {"max_tokens": 1000, "share_prompts": False}):
+        answer = run_ranks(1, "tests.ranks.step:check_gradient", folder=folders[0], **options)
+        assert answer["worst"] <= 1e-4, (options, answer)
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2", "pp2", "dp2"])

@@ -74,6 +74,8 @@ class MicroBatch:
         advantage, rollout_logprob: ``[response_tokens]`` float32.
         totals: sizes of the whole optimizer step.
         num_tokens: real tokens here (padding excluded).
+        branches: where prompts are shared: for each sequence of ``cu_seqlens`` the lengths of its trunk and of the branches after it,
+            each of which attends to the trunk and itself; ``None``: plain sequences.
         old_logprob, annotation: from the scoring pass; ``None`` when the step is the first on its rollouts, where the
             policy itself is the old policy.
     """
@@ -89,6 +91,7 @@ class MicroBatch:
     rollout_logprob: Tensor
     totals: BatchTotals
     num_tokens: int
+    branches: tuple[tuple[int, ...], ...] | None = None
     old_logprob: Tensor | None = None
     annotation: Annotation | None = None
 
@@ -115,6 +118,7 @@ def pack(
     max_tokens: int,
     max_sequences: int | None = None,
     multiple_of: int = 1,
+    share_prompts: bool = False,
 ) -> list[MicroBatch]:
     """Cut ``sequences`` into micro-batches of at most ``max_tokens`` and return one data-parallel rank's share.
 
@@ -128,69 +132,110 @@ def pack(
         max_tokens: at most so many tokens (prompts included, padding not) in one micro-batch.
         max_sequences: at most so many sequences in one micro-batch.
         multiple_of: packed length is padded to a multiple (sequence parallelism shards it over tensor-parallel ranks).
+        share_prompts: put responses to the same prompt into one tree whose prompt goes through the model once. The gradient is the
+            same; it needs :class:`megatron_espo.mcore.attention.PackedDotProductAttention`.
     """
-    shares = [_bins(share, max_tokens, max_sequences) for share in _balance(sequences, data_parallel_size)]
+    trees = _by_prompt(sequences) if share_prompts else [[sequence] for sequence in sequences]
+    shares = [_bins(share, max_tokens, max_sequences) for share in _balance(trees, data_parallel_size)]
     count = max(1, *(len(share) for share in shares))
     mine = shares[data_parallel_rank]
     return [_micro_batch(part, totals, multiple_of) for part in mine + [[]] * (count - len(mine))]
 
 
-def _balance(sequences: Sequence[TrainSequence], ranks: int) -> list[list[TrainSequence]]:
+# Sequences that are laid out together: one, or several that share their prompt.
+Tree = list[TrainSequence]
+
+
+def _by_prompt(sequences: Sequence[TrainSequence]) -> list[Tree]:
+    trees: dict[tuple[int, ...], Tree] = {}
+    for sequence in sequences:
+        trees.setdefault(tuple(sequence.prompt_ids), []).append(sequence)
+    return list(trees.values())
+
+
+def _cost(tree: Tree) -> int:
+    """Tokens that the tree puts through the model."""
+    return len(tree[0].prompt_ids) + sum(len(sequence.response_ids) for sequence in tree)
+
+
+def _balance(trees: list[Tree], ranks: int) -> list[list[Tree]]:
     """Longest first to the rank with the fewest tokens so far."""
-    shares: list[list[TrainSequence]] = [[] for _ in range(ranks)]
+    shares: list[list[Tree]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for sequence in sorted(sequences, key=lambda s: -s.num_tokens):
+    for tree in sorted(trees, key=_cost, reverse=True):
         rank = load.index(min(load))
-        shares[rank].append(sequence)
-        load[rank] += sequence.num_tokens
+        shares[rank].append(tree)
+        load[rank] += _cost(tree)
     return shares
 
 
-def _bins(sequences: list[TrainSequence], max_tokens: int, max_sequences: int | None) -> list[list[TrainSequence]]:
-    """First fit; the sequences come longest first."""
-    bins: list[list[TrainSequence]] = []
-    for sequence in sequences:
+def _bins(trees: list[Tree], max_tokens: int, max_sequences: int | None) -> list[list[Tree]]:
+    """First fit; the trees come longest first."""
+    bins: list[list[Tree]] = []
+    for tree in trees:
         for part in bins:
-            fits = sum(s.num_tokens for s in part) + sequence.num_tokens <= max_tokens
-            if fits and (max_sequences is None or len(part) < max_sequences):
-                part.append(sequence)
+            fits = sum(map(_cost, part)) + _cost(tree) <= max_tokens
+            if fits and (max_sequences is None or sum(map(len, part)) + len(tree) <= max_sequences):
+                part.append(tree)
                 break
         else:
-            bins.append([sequence])
+            bins.append([tree])
     return bins
 
 
-def _micro_batch(sequences: list[TrainSequence], totals: BatchTotals, multiple_of: int) -> MicroBatch:
+def _lay_out(tree: Tree) -> tuple[list[int], list[int], list[int], tuple[int, ...]]:
+    """Token ids, position ids, predicting positions and the lengths of trunk and branches of one tree.
+
+    A lone sequence is all trunk. A shared prompt is the trunk without its last token, which starts every branch, so that each response
+    token is predicted from a position of its own; a branch needs no last response token, which predicts nothing.
+    """
+    prompt = list(tree[0].prompt_ids)
+    if len(tree) == 1:
+        tokens = prompt + list(tree[0].response_ids)
+        # The hidden state one position earlier predicts a token.
+        return tokens, list(range(len(tokens))), list(range(len(prompt) - 1, len(tokens) - 1)), (len(tokens),)
+    trunk = len(prompt) - 1
+    tokens, positions, lengths = prompt[:-1], list(range(trunk)), [trunk]
+    for sequence in tree:
+        tokens += [prompt[-1], *sequence.response_ids[:-1]]
+        positions += range(trunk, trunk + len(sequence.response_ids))
+        lengths.append(len(sequence.response_ids))
+    return tokens, positions, list(range(trunk, len(tokens))), tuple(lengths)
+
+
+def _micro_batch(trees: list[Tree], totals: BatchTotals, multiple_of: int) -> MicroBatch:
     tokens: list[int] = []
     positions: list[int] = []
     predict: list[int] = []
+    branches: list[tuple[int, ...]] = []
     borders = [0]
-    for sequence in sequences:
-        start = len(tokens)
-        tokens += [*sequence.prompt_ids, *sequence.response_ids]
-        positions += range(sequence.num_tokens)
-        # The hidden state one position earlier predicts a token.
-        predict += range(start + len(sequence.prompt_ids) - 1, len(tokens) - 1)
+    for tree in trees:
+        tree_tokens, tree_positions, tree_predict, lengths = _lay_out(tree)
+        predict += [len(tokens) + position for position in tree_predict]
+        tokens += tree_tokens
+        positions += tree_positions
+        branches.append(lengths)
         borders.append(len(tokens))
-    num_tokens = len(tokens)
     # Padding is a sequence of its own, which no response token attends to; an empty micro-batch is nothing but padding.
-    padding = -num_tokens % multiple_of or (0 if tokens else multiple_of)
+    padding = -len(tokens) % multiple_of or (0 if tokens else multiple_of)
     if padding:
         tokens += [0] * padding
         positions += range(padding)
+        branches.append((padding,))
         borders.append(len(tokens))
-    lengths = [len(s.response_ids) for s in sequences]
+    sequences = [sequence for tree in trees for sequence in tree]
     advantage = [s.advantage for s in sequences for _ in s.response_ids]
     return MicroBatch(
         tokens=torch.tensor([tokens]),
         position_ids=torch.tensor([positions]),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        max_seqlen=max(end - start for start, end in zip(borders, borders[1:], strict=False)),
+        max_seqlen=max(positions) + 1,
         predict=torch.tensor(predict, dtype=torch.long),
         targets=torch.tensor([t for s in sequences for t in s.response_ids], dtype=torch.long),
-        lengths=torch.tensor(lengths, dtype=torch.long),
+        lengths=torch.tensor([len(s.response_ids) for s in sequences], dtype=torch.long),
         advantage=torch.tensor(advantage, dtype=torch.float32),
         rollout_logprob=torch.tensor([p for s in sequences for p in s.rollout_logprobs], dtype=torch.float32),
         totals=totals,
-        num_tokens=num_tokens,
+        num_tokens=sum(sequence.num_tokens for sequence in sequences),
+        branches=tuple(branches) if any(len(lengths) > 1 for lengths in branches) else None,
     )

@@ -5,12 +5,52 @@ none of these is used.
 """
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+
+
+@dataclass
+class BranchedSeqParams(PackedSeqParams):
+    """A packed batch in which responses share their prompt: see ``MicroBatch.branches`` and ``MicroBatch.position_ids``."""
+
+    branches: tuple[tuple[int, ...], ...] = ()
+    position_ids: Tensor | None = None
+
+
+class BranchedRotary(torch.nn.Module):
+    """Megatron's rotary embedding, one row for each packed token where branches start at positions of their own.
+
+    Megatron takes a table as long as the packed batch row by row; otherwise it counts each sequence from 0.
+    """
+
+    def __init__(self, rotary: torch.nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self._position_ids: Tensor | None = None
+
+    def get_rotary_seq_len(self, inference_context, transformer, transformer_input, config, packed_seq_params=None) -> int:
+        """Rows of the table; remembers the batch's positions for the call that follows."""
+        self._position_ids = getattr(packed_seq_params, "position_ids", None)
+        return self.rotary.get_rotary_seq_len(
+            inference_context, transformer, transformer_input, config, packed_seq_params
+        )
+
+    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor:
+        """``[tokens, 1, 1, head_dim]`` for a branched batch, else Megatron's ``[max_seq_len, 1, 1, head_dim]``."""
+        table = self.rotary(max_seq_len, *args, **kwargs)
+        return table if self._position_ids is None else table[self._position_ids[0]]
+
+
+@lru_cache(maxsize=256)
+def _branch_mask(length: int, total: int, device: torch.device) -> Tensor:
+    """``[length, total]`` bool: the last ``length`` of ``total`` tokens, causally."""
+    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
 
 
 class PackedDotProductAttention(torch.nn.Module):
@@ -49,18 +89,32 @@ class PackedDotProductAttention(torch.nn.Module):
             # [s, b, n, d] -> [b, n, s, d]
             answer = self._causal(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))
             return answer.permute(2, 0, 1, 3).flatten(2)
-        borders = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
-        # One call per sequence: the work is the sum of squares of the true lengths, with no padding and no mask in memory.
-        pieces = [
-            self._causal(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None])[0].transpose(0, 1)
-            for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        ]
-        return torch.cat(pieces).flatten(1)
+        branches = getattr(packed_seq_params, "branches", None)
+        if branches is None:
+            branches = [(length,) for length in packed_seq_params.cu_seqlens_q.diff().tolist()]
+        lengths = [length for tree in branches for length in tree]
+        # [tokens, n, d] -> [1, n, tokens, d] of each trunk and branch. One call for each: the work is the sum over the true
+        # lengths, with no padding.
+        split = [tensor.transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value)]
+        parts = zip(*split, strict=True)
+        pieces = []
+        for tree in branches:
+            trunk = next(parts)
+            pieces.append(self._causal(*trunk))
+            for _ in tree[1:]:
+                q, k, v = next(parts)
+                keys, values = torch.cat([trunk[1], k], dim=2), torch.cat([trunk[2], v], dim=2)
+                pieces.append(self._causal(q, keys, values))
+        return torch.cat(pieces, dim=2)[0].transpose(0, 1).flatten(1)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The queries are the last of the keys' positions."""
         grouped = query.size(1) != key.size(1)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        options = {"scale": self.scale, "enable_gqa": grouped}
+        if query.size(2) == key.size(2):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        mask = _branch_mask(query.size(2), key.size(2), query.device)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
 class RMSNorm(torch.nn.RMSNorm):

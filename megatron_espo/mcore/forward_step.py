@@ -35,13 +35,7 @@ def make_forward_step(
 
     def forward_step(data_iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
         batch = next(data_iterator).to(torch.cuda.current_device())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
+        packed = _sequence_parameters(batch)
         inputs = {"input_ids": batch.tokens, "position_ids": batch.position_ids, "attention_mask": None}
         output = forward_with_head(model, head, batch, **inputs, packed_seq_params=packed)
         return output, partial(loss_func, batch)
@@ -55,7 +49,7 @@ def make_forward_step(
             vocab_size=vocab_size,
             num_responses=batch.totals.num_responses,
             num_tokens=batch.totals.num_response_tokens,
-            max_response_tokens=max_response_tokens or 1,
+            max_response_tokens=max_response_tokens,
         )
         if non_loss_data:
             return logprob.detach(), annotation
@@ -67,3 +61,18 @@ def make_forward_step(
         return result.loss * batch.totals.num_tokens, count, metrics
 
     return forward_step
+
+
+def _sequence_parameters(batch: MicroBatch) -> PackedSeqParams:
+    borders = {
+        "qkv_format": "thd",
+        "cu_seqlens_q": batch.cu_seqlens,
+        "cu_seqlens_kv": batch.cu_seqlens,
+        "max_seqlen_q": batch.max_seqlen,
+        "max_seqlen_kv": batch.max_seqlen,
+    }
+    if batch.branches is None:
+        return PackedSeqParams(**borders)
+    from megatron_espo.mcore.attention import BranchedSeqParams
+
+    return BranchedSeqParams(**borders, branches=batch.branches, position_ids=batch.position_ids)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_espo.config import Config
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
 from megatron_espo.mcore.forward_step import make_forward_step
-from megatron_espo.mcore.model import Layout, build_model
+from megatron_espo.mcore.model import Layout, build_model, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.metrics import reduce_metrics
@@ -90,6 +90,7 @@ class Learner:
             max_tokens=megatron.max_tokens_per_micro_batch,
             max_sequences=megatron.micro_batch_size,
             multiple_of=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
+            share_prompts=not use_transformer_engine(megatron.transformer_impl),  # whose attention knows no branches
         )
 
     def _score(self, batches: list[MicroBatch], tick: "_Ticker") -> list[MicroBatch]:

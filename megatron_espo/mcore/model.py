@@ -140,6 +140,10 @@ def build_model(
             vp_stage=stage if virtual else None,
             **rope_arguments(hf_config),
         )
+        if not use_transformer_engine(transformer_impl):
+            from megatron_espo.mcore.attention import BranchedRotary
+
+            chunk.rotary_pos_emb = BranchedRotary(chunk.rotary_pos_emb)
         chunks.append(chunk.cuda())
     return chunks
 
