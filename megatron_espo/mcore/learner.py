@@ -1,6 +1,6 @@
 """The trained policy of a run: builds Megatron's model from the configuration and updates it from rollouts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,8 @@ from megatron_espo.mcore.model import Layout, build_model, use_transformer_engin
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.metrics import reduce_metrics
+from megatron_espo.progress import OnProgress
 from megatron_espo.weights.hf_io import load_hf_weights
-
-OnProgress = Callable[[int, int], None]
 
 
 def build_chunks(config: Config, hf_config: dict[str, Any], runtime: Runtime) -> list[torch.nn.Module]:

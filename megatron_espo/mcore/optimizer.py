@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -73,7 +72,7 @@ class Policy:
             wd_incr_style="constant",
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=None)
+        self.config.finalize_model_grads_func = finalize_model_grads
 
     def run(self, forward_step, micro_batches: Sequence[MicroBatch], tick: Tick, **options) -> list:
         """Megatron's own schedule over ``micro_batches``; the last stage's list of what the loss function reported.
