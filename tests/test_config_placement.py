@@ -53,11 +53,6 @@ def model_refusal(config, **changes):
     return str(caught.value)
 
 
-def test_context_parallelism_is_refused_while_it_is_not_supported(tmp_path, monkeypatch):
-    config = load(tmp_path, monkeypatch, GOOD, ["megatron.context_parallel_size=2"])
-    assert "context_parallel_size: expected 1 (not supported yet), got 2" in model_refusal(config)
-
-
 def test_the_layout_must_divide_the_model(tmp_path, monkeypatch):
     text = GOOD + "megatron:\n  tensor_model_parallel_size: 2\n  pipeline_model_parallel_size: 4\n"
     lines = model_refusal(load(tmp_path, monkeypatch, text)).splitlines()

@@ -162,8 +162,6 @@ def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str
             "megatron.virtual_pipeline_model_parallel_size",
             f"expected PP x VPP to divide the model's {layers} layers, got {pp} x {vpp} = {pp * vpp}",
         )
-    if m.context_parallel_size > 1:
-        yield "megatron.context_parallel_size", f"expected 1 (not supported yet), got {m.context_parallel_size}"
     if m.expert_model_parallel_size > 1:
         yield (
             "megatron.expert_model_parallel_size",

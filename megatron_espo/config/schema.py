@@ -100,6 +100,11 @@ class Megatron(Section):
         description="Most tokens (prompt + response) packed into one micro-batch; bounds activation memory. Larger is "
         "faster until memory runs out. Never changes the gradient.",
     )
+    packed: bool = Field(
+        True,
+        description="Lay sequences one after the other without padding (THD); false: rows padded to the longest, for "
+        "attention that cannot. Same gradient, slower.",
+    )
     recompute_granularity: Literal["full", "selective"] | None = Field(
         None,
         description="Activations computed again in backward: selective (attention core), full (layers), null none.",

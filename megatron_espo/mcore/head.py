@@ -33,9 +33,9 @@ class LogProbEntropyHead:
     def __call__(
         self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context: MicroBatch, **_: Any
     ) -> Tensor:
-        """Apply to ``hidden_states [total (/tp under sequence parallelism), 1, hidden]`` with the micro-batch as ``context``."""
+        """Apply to ``hidden_states [length (/tp under sequence parallelism), rows, hidden]`` with the micro-batch as ``context``."""
         logprob, entropy = linear_logprob_entropy(
-            hidden_states.squeeze(1),
+            hidden_states.flatten(0, 1),
             output_layer.weight if output_weight is None else output_weight,
             context.targets,
             self.group,

@@ -81,15 +81,22 @@ class Learner:
         kept = [sequence for sequence in sequences if sequence.advantage]
         tokens = sum(len(sequence.response_ids) for sequence in sequences)
         megatron = self.config.megatron
+        # Transformer Engine's attention knows no branches.
+        can_share = megatron.packed and self.groups.cp.size() == 1
         return pack(
             kept,
             batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens),
             data_parallel_rank=self.groups.dp.rank(),
             data_parallel_size=self.groups.dp.size(),
+            context_parallel_rank=self.groups.cp.rank(),
+            context_parallel_size=self.groups.cp.size(),
             max_tokens=megatron.max_tokens_per_micro_batch,
             max_sequences=megatron.micro_batch_size,
             multiple_of=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
-            share_prompts=not use_transformer_engine(megatron.transformer_impl),  # whose attention knows no branches
+            count_multiple_of=self.groups.pp.size() if megatron.virtual_pipeline_model_parallel_size else 1,
+            share_prompts=can_share and not use_transformer_engine(megatron.transformer_impl),
+            padded=not megatron.packed,
+            uniform=self.groups.pp.size() > 1,
         )
 
     def _score(self, batches: list[MicroBatch], tick: "_Ticker") -> list[MicroBatch]:

@@ -82,14 +82,15 @@ class Policy:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         iterators = [_ticking(micro_batches, tick) for _ in self.chunks]
-        longest = max(batch.tokens.size(1) for batch in micro_batches)
+        # Pipeline stages exchange tensors of this one shape; without a pipeline it is not used.
+        rows, length = map(max, zip(*(batch.tokens.shape for batch in micro_batches), strict=True))
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=longest,
-            micro_batch_size=1,
+            seq_length=length * self.groups.cp.size(),
+            micro_batch_size=rows,
             **options,
         )
 

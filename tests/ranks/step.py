@@ -26,7 +26,7 @@ def make_batch(vocab_size: int):
     ]
 
 
-def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes: dict, share_prompts: bool = True):
+def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes: dict, **packing):
     """Place, policy, forward step, this rank's micro-batches, the batch and the model's configuration."""
     place = runtime.initialize(**{k: v for k, v in sizes.items() if k in runtime.PARALLEL_SIZES}, seed=1)
     from megatron_espo.mcore.forward_step import make_forward_step
@@ -45,9 +45,13 @@ def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes
         batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99),
         data_parallel_rank=place.groups.dp.rank(),
         data_parallel_size=place.groups.dp.size(),
+        context_parallel_rank=place.groups.cp.rank(),
+        context_parallel_size=place.groups.cp.size(),
         max_tokens=max_tokens,
         multiple_of=sizes.get("tensor_model_parallel_size", 1) if sizes.get("sequence_parallel") else 1,
-        share_prompts=share_prompts,
+        count_multiple_of=place.groups.pp.size() if len(chunks) > 1 else 1,
+        uniform=place.groups.pp.size() > 1,
+        **{"share_prompts": place.groups.cp.size() == 1} | packing,
     )
     step = make_forward_step(
         Algorithm(), groups=place.groups, vocab_size=hf_config["vocab_size"], temperature=TEMPERATURE
@@ -56,13 +60,13 @@ def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes
 
 
 def check_gradient(
-    folder: str, old_folder: str | None = None, max_tokens: int = 24, share_prompts: bool = True, **sizes
+    folder: str, old_folder: str | None = None, max_tokens: int = 24, packing: dict | None = None, **sizes
 ) -> dict[str, float]:
     """Worst relative difference of the gradient over all tensors, and the tensor's name."""
     # All-reduced (not scattered) gradients, so that each rank can show the whole of its shard.
     settings = Optimizer(use_distributed_optimizer=False)
     place, policy, step, micro_batches, batch, hf_config = build(
-        folder, old_folder or folder, settings, max_tokens, sizes, share_prompts
+        folder, old_folder or folder, settings, max_tokens, sizes, **packing or {}
     )
     if old_folder:
         from megatron_espo.weights.hf_io import load_hf_weights
