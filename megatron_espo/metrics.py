@@ -20,7 +20,12 @@ _COMBINE = (
 
 
 def loss_metrics(
-    result, annotation, old_logprob: Tensor, rollout_logprob: Tensor, num_groups: int
+    result,
+    annotation,
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    num_groups: int,
+    per_token: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Sums over the response tokens of one micro-batch, in all and per entropy group, ready to be combined.
 
@@ -30,6 +35,7 @@ def loss_metrics(
         old_logprob: ``[tokens]`` the trainer's old log-probs (nats).
         rollout_logprob: ``[tokens]`` the engine's, for the mismatch.
         num_groups: entropy groups of the configuration.
+        per_token: further values ``[tokens]`` whose means are wanted.
 
     Returns:
         Scalars (float32, this device). Zero collectives.
@@ -45,6 +51,7 @@ def loss_metrics(
         # E_rollout[log π_rollout - log π_train]: the plain estimate of KL(engine || trainer).
         "mismatch/kl": rollout_logprob - old_logprob,
         **{f"would_clip/{name}": clipped.float() for name, clipped in result.would_clip.items()},
+        **(per_token or {}),
     }
     for name, values in over_tokens.items():
         metrics[f"sum/{name}"] = values.sum()

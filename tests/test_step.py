@@ -53,6 +53,16 @@ def test_gradient_off_policy_equals_reference(folders, layout):
     assert answer["worst"] <= 1e-4, answer
 
 
+@pytest.mark.parametrize("layout", ["one rank", "tp2", "tp2 sequence parallel cp2", "pp2"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradient_with_correction_penalty_and_bonus_equals_reference(folders, layout, level):
+    nproc, sizes = LAYOUTS[layout]
+    algorithm = {"rollout_correction": level, "kl_coef": 0.5, "entropy_coef": 0.3}
+    target = "tests.ranks.step:check_regularized_gradient"
+    answer = run_ranks(nproc, target, folder=folders[0], reference_folder=folders[1], algorithm=algorithm, **sizes)
+    assert answer["worst"] <= 1e-4, answer
+
+
 def test_gradient_does_not_depend_on_micro_batches(folders):
     """One sequence a micro-batch, or all packed into one; with and without prompts in common."""
     apart, padded = {"share_prompts": False}, {"share_prompts": False, "padded": True}

@@ -23,6 +23,7 @@ class TrainSequence:
         response_ids: at least one token id.
         rollout_logprobs: the engine's log-probs of ``response_ids`` (nats).
         advantage: of every token of the response.
+        masked: gives no gradient (a truncated response, for example), but counts in the denominators.
 
     Raises:
         ValueError: an empty prompt or response, or log-probs that do not match the response.
@@ -32,6 +33,7 @@ class TrainSequence:
     response_ids: Sequence[int]
     rollout_logprobs: Sequence[float]
     advantage: float
+    masked: bool = False
 
     def __post_init__(self) -> None:
         prompt, response, logprobs = len(self.prompt_ids), len(self.response_ids), len(self.rollout_logprobs)
@@ -84,6 +86,7 @@ class MicroBatch:
             each of which attends to the trunk and itself; ``None``: plain sequences.
         old_logprob, annotation: from the scoring pass; ``None`` when the step is the first on its rollouts, where the
             policy itself is the old policy.
+        reference_logprob: ``[response_tokens]`` float32, of the frozen reference (nats); ``None`` without a KL penalty.
     """
 
     tokens: Tensor
@@ -101,6 +104,7 @@ class MicroBatch:
     branches: tuple[tuple[int, ...], ...] | None = None
     old_logprob: Tensor | None = None
     annotation: Annotation | None = None
+    reference_logprob: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on ``device``."""

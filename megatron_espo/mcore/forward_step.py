@@ -4,26 +4,28 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_espo.algo import Annotation, annotate, policy_loss
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.mcore.head import LogProbEntropyHead, forward_with_head
-from megatron_espo.metrics import loss_metrics
+from megatron_espo.mcore.loss import PolicyLoss
 
 
 def make_forward_step(
-    algorithm, *, groups, vocab_size: int, temperature: float = 1.0, max_response_tokens: int | None = None
+    algorithm,
+    *,
+    groups,
+    vocab_size: int,
+    temperature: float = 1.0,
+    max_response_tokens: int | None = None,
+    head_budget_bytes: int | None = None,
 ) -> Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]:
     """Build the ``forward_step_func`` that Megatron's ``get_forward_backward_func()`` takes.
 
     The model's configuration must have ``calculate_per_token_loss=True``: each micro-batch returns ``(sum, count, metrics)``, where
     the count is its tokens and the sum is scaled by all tokens of the step, so that what the schedule divides by cancels exactly. The gradient
-    is that of ``-Σ_t w_t surrogate_t`` over the whole batch, however it was cut.
-
-    Collectives over the context-parallel group: per-segment sums of log-ratios, and the entropies where groups are still to be formed.
+    is that of ``-Σ_t w_t surrogate_t`` (and of the KL penalty and the entropy bonus) over the whole batch, however it was cut.
 
     With ``collect_non_loss_data=True`` the schedule collects ``(old_logprob, annotation)`` per micro-batch instead (the scoring pass).
 
@@ -33,53 +35,25 @@ def make_forward_step(
         vocab_size: the true vocabulary (tokenizer's or ``config.json``'s), not Megatron's padded one.
         temperature: the sampling temperature of the rollouts.
         max_response_tokens: the generation limit; only Dr. GRPO's weights need it.
+        head_budget_bytes: limit of the memory for logits (:func:`megatron_espo.numerics.plan_head`); ``None``: no limit.
     """
-    head = LogProbEntropyHead(groups.tp, temperature=temperature, vocab_size=vocab_size)
+    head = LogProbEntropyHead(
+        groups.tp,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        entropy_grad=bool(algorithm.entropy_coef),
+        budget_bytes=head_budget_bytes,
+    )
+    loss = PolicyLoss(algorithm, cp_group=groups.cp, vocab_size=vocab_size, max_response_tokens=max_response_tokens)
 
     def forward_step(data_iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
         batch = next(data_iterator).to(torch.cuda.current_device())
         packed = _sequence_parameters(batch)
         inputs = {"input_ids": batch.tokens, "position_ids": batch.position_ids, "attention_mask": None}
         output = forward_with_head(model, head, batch, **inputs, packed_seq_params=packed)
-        return output, partial(loss_func, batch)
-
-    def annotation_of(batch: MicroBatch, entropy: Tensor) -> Annotation:
-        annotation = annotate(
-            entropy if batch.scored is None else sum_over_slices(_place(entropy, batch)),
-            batch.lengths,
-            algorithm,
-            vocab_size=vocab_size,
-            num_responses=batch.totals.num_responses,
-            num_tokens=batch.totals.num_response_tokens,
-            max_response_tokens=max_response_tokens,
-        )
-        return annotation if batch.scored is None else annotation.take(batch.scored)
-
-    def sum_over_slices(values: Tensor) -> Tensor:
-        if groups.cp.size() > 1:
-            dist.all_reduce(values, group=groups.cp)
-        return values
-
-    def loss_func(batch: MicroBatch, output: Tensor, non_loss_data: bool = False):
-        logprob, entropy = output[0], output[1].detach()
-        annotation = batch.annotation or annotation_of(batch, entropy)
-        if non_loss_data:
-            return logprob.detach(), annotation
-        # Without a scoring pass this step is the first on its rollouts: the policy is still the old policy.
-        old_logprob = logprob.detach() if batch.old_logprob is None else batch.old_logprob
-        result = policy_loss(
-            logprob, old_logprob, batch.advantage, annotation, algorithm, reduce_segments=sum_over_slices
-        )
-        count = torch.tensor(batch.num_tokens, dtype=torch.int, device=logprob.device)
-        metrics = loss_metrics(result, annotation, old_logprob, batch.rollout_logprob, len(algorithm.quantiles) + 1)
-        return result.loss * batch.totals.num_tokens, count, metrics
+        return output, partial(loss, batch)
 
     return forward_step
-
-
-def _place(values: Tensor, batch: MicroBatch) -> Tensor:
-    """``values`` of this context-parallel rank's response tokens among the whole micro-batch's, zero elsewhere."""
-    return values.new_zeros(int(batch.lengths.sum())).index_copy_(0, batch.scored, values)
 
 
 def _sequence_parameters(batch: MicroBatch) -> PackedSeqParams | None:

@@ -12,6 +12,7 @@ from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, 
 from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.model import Layout, build_model, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
+from megatron_espo.mcore.reference import ReferencePolicy
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.metrics import reduce_metrics
 from megatron_espo.progress import OnProgress
@@ -41,13 +42,16 @@ class Learner:
         self.updates_per_step = config.algorithm.num_epochs * config.algorithm.num_mini_batches
         self.chunks = build_chunks(config, hf_config, runtime)
         self.policy = Policy(self.chunks, runtime.groups, config.optimizer, config.run.steps * self.updates_per_step)
+        budget = config.megatron.head_memory_mib
         self._forward_step = make_forward_step(
             config.algorithm,
             groups=runtime.groups,
             vocab_size=hf_config["vocab_size"],
             temperature=config.rollout.temperature,
             max_response_tokens=config.rollout.max_response_tokens,
+            head_budget_bytes=budget and budget << 20,
         )
+        self.reference = ReferencePolicy(self.chunks) if config.algorithm.kl_coef else None
 
     def update(self, groups: Sequence[Sequence[TrainSequence]], on_progress: OnProgress) -> dict[str, float]:
         """Train on one rollout batch: ``num_epochs`` passes over ``num_mini_batches`` optimizer steps.
@@ -63,10 +67,13 @@ class Learner:
         """
         mini_batches = [self._pack(part) for part in _split(groups, self.config.algorithm.num_mini_batches)]
         count = sum(map(len, mini_batches))
-        passes = self.config.algorithm.num_epochs + (self.updates_per_step > 1)
-        tick = _Ticker(on_progress, count * passes)
-        if self.updates_per_step > 1:
+        scores_old, scores_reference = self.updates_per_step > 1, self.reference is not None
+        tick = _Ticker(on_progress, count * (self.config.algorithm.num_epochs + scores_old + scores_reference))
+        if scores_old:
             mini_batches = [self._score(batches, tick) for batches in mini_batches]
+        if scores_reference:
+            with self.reference.lent():
+                mini_batches = [self._score_reference(batches, tick) for batches in mini_batches]
         results = [
             self._metrics(self.policy.step(self._forward_step, batches, tick))
             for _ in range(self.config.algorithm.num_epochs)
@@ -77,8 +84,9 @@ class Learner:
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""
         sequences = [sequence for group in groups for sequence in group]
-        # Without advantage there is no gradient: such responses count in the denominators and cost nothing.
-        kept = [sequence for sequence in sequences if sequence.advantage]
+        # Without advantage the objective has no gradient: such responses count in the denominators and cost nothing.
+        regularized = self.config.algorithm.kl_coef or self.config.algorithm.entropy_coef
+        kept = [s for s in sequences if not s.masked and (s.advantage or regularized)]
         tokens = sum(len(sequence.response_ids) for sequence in sequences)
         megatron = self.config.megatron
         # Transformer Engine's attention knows no branches.
@@ -107,6 +115,15 @@ class Learner:
         return [
             replace(batch, old_logprob=old_logprob, annotation=annotation)
             for batch, (old_logprob, annotation) in zip(batches, scored, strict=True)
+        ]
+
+    def _score_reference(self, batches: list[MicroBatch], tick: "_Ticker") -> list[MicroBatch]:
+        """Attach the reference's log-probs, on the last pipeline stage."""
+        scored = self.policy.score(self._forward_step, batches, tick)
+        if not scored:
+            return batches
+        return [
+            replace(batch, reference_logprob=logprob) for batch, (logprob, _) in zip(batches, scored, strict=True)
         ]
 
     def _metrics(self, result) -> dict[str, float]:

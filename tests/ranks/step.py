@@ -26,7 +26,15 @@ def make_batch(vocab_size: int):
     ]
 
 
-def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes: dict, **packing):
+def engine_logprobs(responses: list[list[int]]) -> list[list[float]]:
+    """Made-up log-probs of the rollout engine."""
+    draw = random.Random(8)
+    return [[draw.uniform(-6, -3) for _ in response] for response in responses]
+
+
+def build(
+    folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes: dict, algorithm: Algorithm | None = None, **packing
+):
     """Place, policy, forward step, this rank's micro-batches, the batch and the model's configuration."""
     place = runtime.initialize(**{k: v for k, v in sizes.items() if k in runtime.PARALLEL_SIZES}, seed=1)
     from megatron_espo.mcore.forward_step import make_forward_step
@@ -39,7 +47,8 @@ def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes
     load_hf_weights(chunks, hf_config, weights, place.groups)
     policy = Policy(chunks, place.groups, settings, train_steps=1)
     batch = make_batch(hf_config["vocab_size"])
-    sequences = [TrainSequence(p, r, [0.0] * len(r), a) for p, r, a in batch]
+    rollout_logprobs = engine_logprobs([r for _, r, _ in batch])
+    sequences = [TrainSequence(p, r, logprobs, a) for (p, r, a), logprobs in zip(batch, rollout_logprobs, strict=True)]
     micro_batches = pack(
         sequences,
         batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99),
@@ -54,7 +63,7 @@ def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes
         **{"share_prompts": place.groups.cp.size() == 1} | packing,
     )
     step = make_forward_step(
-        Algorithm(), groups=place.groups, vocab_size=hf_config["vocab_size"], temperature=TEMPERATURE
+        algorithm or Algorithm(), groups=place.groups, vocab_size=hf_config["vocab_size"], temperature=TEMPERATURE
     )
     return place, policy, step, micro_batches, batch, hf_config
 
@@ -80,6 +89,39 @@ def check_gradient(
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, hf_config, place.groups)
     return compare(reference_gradients(folder, old_folder, batch, hf_config), found)
+
+
+def check_regularized_gradient(folder: str, reference_folder: str, algorithm: dict, **sizes) -> dict[str, float]:
+    """The gradient with rollout correction, KL penalty and entropy bonus; the reference's weights are lent, then given back."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_espo.mcore.reference import ReferencePolicy
+    from megatron_espo.weights.hf_io import load_hf_weights
+
+    settings = Optimizer(use_distributed_optimizer=False)
+    place, policy, step, micro_batches, batch, hf_config = build(
+        folder, reference_folder, settings, 24, sizes, Algorithm(**algorithm)
+    )
+    frozen = ReferencePolicy(policy.chunks)
+    load_hf_weights(policy.chunks, hf_config, folder, place.groups)
+    with frozen.lent():
+        scored = policy.score(step, micro_batches)
+    if scored:
+        micro_batches = [replace(b, reference_logprob=p) for b, (p, _) in zip(micro_batches, scored, strict=True)]
+    policy.backward(step, micro_batches)
+    found = gathered_gradients(policy.chunks, hf_config, place.groups)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (folder, reference_folder)]
+    loss = reference.espo_loss(
+        models[0],
+        batch,
+        num_responses=NUM_RESPONSES,
+        temperature=TEMPERATURE,
+        vocab_size=hf_config["vocab_size"],
+        reference_model=models[1],
+        rollout_logprobs=engine_logprobs([r for _, r, _ in batch]),
+        **algorithm,
+    )
+    return compare(reference.gradients(models[0], loss), found)
 
 
 def check_update(folder: str, **sizes) -> dict[str, float]:
