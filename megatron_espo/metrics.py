@@ -95,6 +95,14 @@ def reduce_metrics(micro_batches: list[dict[str, Tensor]], group) -> dict[str, f
     return _means(values)
 
 
+def reduce_metrics_everywhere(micro_batches: list[dict[str, Tensor]], group) -> dict[str, float]:
+    """:func:`reduce_metrics`, then sent to the ranks of the other pipeline stages too: one broadcast over all ranks."""
+    box = [reduce_metrics(micro_batches, group)]
+    # Pipeline stages are the outermost dimension of Megatron's rank order: the last rank is on the last stage.
+    dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
+    return box[0]
+
+
 def _means(values: dict[str, float]) -> dict[str, float]:
     """Values by metric's name; none where no token was there to be measured."""
     means = {}

@@ -1,6 +1,7 @@
 """Micro-batches hold every response token once, in the right place and within budgets, and lose nothing of the loss."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,11 +162,21 @@ def test_broken_sequence_is_refused(arguments):
 
 
 def test_to_moves_every_tensor():
-    ((batch,),) = pack_ranks(make_sequences([(2, 3)]), 1, max_tokens=8)
-    annotation = objective_loss("espo", batch.rollout_logprob.double(), batch)[1]
-    moved = MicroBatch(**vars(batch) | {"annotation": annotation, "old_logprob": batch.rollout_logprob}).to("meta")
-    tensors = {n: v for part in (moved, moved.annotation) for n, v in vars(part).items() if isinstance(v, torch.Tensor)}
-    assert len(tensors) == 18 and {t.device.type for t in tensors.values()} == {"meta"}
+    (sequence,) = make_sequences([(2, 3)])
+    known = replace(sequence, old_logprobs=sequence.rollout_logprobs, old_entropies=[0.5] * 3)
+    ((batch,),) = pack_ranks([known], 1, max_tokens=8, context_parallel_size=2)
+    tensors = {n: v for n, v in vars(batch.to("meta")).items() if isinstance(v, torch.Tensor)}
+    assert len(tensors) == 11 and {t.device.type for t in tensors.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("name", "field"), [("old_logprobs", "old_logprob"), ("old_entropies", "old_entropy")])
+def test_known_values_travel_with_their_tokens(name, field):
+    sequences = [replace(s, **{name: [float(t) for t in s.response_ids]}) for s in make_sequences([(1, 4), (2, 7)])]
+    for rank in range(2):
+        ((batch,),) = pack_ranks(sequences, 1, max_tokens=99, context_parallel_rank=rank, context_parallel_size=2)
+        assert getattr(batch, field).tolist() == batch.targets.tolist()
+    with pytest.raises(ValueError, match=f"expected 4 {name}, one a response token, got 1"):
+        replace(sequences[0], **{name: [1.0]})
 
 
 def test_responses_to_one_prompt_share_it():

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_espo.algo import Annotation
 from megatron_espo.data.context_parallel import slice_micro_batch
 
 
@@ -24,9 +23,11 @@ class TrainSequence:
         rollout_logprobs: the engine's log-probs of ``response_ids`` (nats).
         advantage: of every token of the response.
         masked: gives no gradient (a truncated response, for example), but counts in the denominators.
+        old_logprobs, old_entropies: the old policy's (nats), where they are known already; ``None``: from a scoring pass, or
+            the policy itself on the first step on these rollouts.
 
     Raises:
-        ValueError: an empty prompt or response, or log-probs that do not match the response.
+        ValueError: an empty prompt or response, or per-token values that do not match the response.
     """
 
     prompt_ids: Sequence[int]
@@ -34,6 +35,8 @@ class TrainSequence:
     rollout_logprobs: Sequence[float]
     advantage: float
     masked: bool = False
+    old_logprobs: Sequence[float] | None = None
+    old_entropies: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         prompt, response, logprobs = len(self.prompt_ids), len(self.response_ids), len(self.rollout_logprobs)
@@ -42,6 +45,10 @@ class TrainSequence:
                 "TrainSequence: expected a prompt and a response of at least one token, and a log-prob for each "
                 f"response token, got {prompt} prompt tokens, {response} response tokens and {logprobs} log-probs"
             )
+        for name in ("old_logprobs", "old_entropies"):
+            values = getattr(self, name)
+            if values is not None and len(values) != response:
+                raise ValueError(f"TrainSequence: expected {response} {name}, one a response token, got {len(values)}")
 
     @property
     def num_tokens(self) -> int:
@@ -84,8 +91,8 @@ class MicroBatch:
         scored: ``[response_tokens]`` int64, which of the whole micro-batch's response tokens these are; ``None``: all.
         branches: where prompts are shared: for each sequence of ``cu_seqlens`` the lengths of its trunk and of the branches after it,
             each of which attends to the trunk and itself; ``None``: plain sequences.
-        old_logprob, annotation: from the scoring pass; ``None`` when the step is the first on its rollouts, where the
-            policy itself is the old policy.
+        old_logprob, old_entropy: ``[response_tokens]`` float32, of the old policy (nats), from a scoring pass; ``None`` when the
+            step is the first on its rollouts, where the policy itself is the old policy.
         reference_logprob: ``[response_tokens]`` float32, of the frozen reference (nats); ``None`` without a KL penalty.
     """
 
@@ -103,16 +110,12 @@ class MicroBatch:
     scored: Tensor | None = None
     branches: tuple[tuple[int, ...], ...] | None = None
     old_logprob: Tensor | None = None
-    annotation: Annotation | None = None
+    old_entropy: Tensor | None = None
     reference_logprob: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on ``device``."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        if self.annotation is not None:
-            fields = vars(self.annotation).items()
-            moved["annotation"] = Annotation(**{name: value.to(device) for name, value in fields})
-        return replace(self, **moved)
+        return replace(self, **{n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 def batch_totals(sequences: Sequence[TrainSequence], *, num_responses: int, num_response_tokens: int) -> BatchTotals:
@@ -297,10 +300,20 @@ def _micro_batch(
         lengths=torch.tensor([len(s.response_ids) for s in sequences], dtype=torch.long),
         advantage=torch.tensor(advantage, dtype=torch.float32),
         rollout_logprob=torch.tensor([p for s in sequences for p in s.rollout_logprobs], dtype=torch.float32),
+        old_logprob=_known("old_logprobs", sequences),
+        old_entropy=_known("old_entropies", sequences),
         totals=totals,
         num_tokens=sum(sequence.num_tokens for sequence in sequences),
         branches=tuple(branches) if any(len(lengths) > 1 for lengths in branches) else None,
     )
+
+
+def _known(name: str, sequences: list[TrainSequence]) -> Tensor | None:
+    """One value for each response token, if every sequence has them."""
+    values = [getattr(sequence, name) for sequence in sequences]
+    if not values or any(value is None for value in values):
+        return None
+    return torch.tensor([v for value in values for v in value], dtype=torch.float32)
 
 
 def _in_rows(batch: MicroBatch) -> MicroBatch:

@@ -27,7 +27,7 @@ def make_forward_step(
     the count is its tokens and the sum is scaled by all tokens of the step, so that what the schedule divides by cancels exactly. The gradient
     is that of ``-Σ_t w_t surrogate_t`` (and of the KL penalty and the entropy bonus) over the whole batch, however it was cut.
 
-    With ``collect_non_loss_data=True`` the schedule collects ``(old_logprob, annotation)`` per micro-batch instead (the scoring pass).
+    With ``collect_non_loss_data=True`` the schedule collects each micro-batch's log-probs and entropies instead (the scoring pass).
 
     Args:
         algorithm: the ``algorithm`` section of the configuration (:class:`megatron_espo.config.Algorithm`).

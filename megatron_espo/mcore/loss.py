@@ -30,17 +30,17 @@ class PolicyLoss:
         self.max_response_tokens = max_response_tokens
 
     def __call__(self, batch: MicroBatch, output: Tensor, non_loss_data: bool = False):
-        """``(loss sum, token count, metrics)``; with ``non_loss_data`` (scoring) ``(log-probs, annotation)``.
+        """``(loss sum, token count, metrics)``; with ``non_loss_data`` (scoring) the detached ``output``.
 
         Args:
             output: ``[2, response_tokens]`` float32: log-probs with gradient, entropies.
         """
-        logprob, entropy = output[0], output[1]
-        annotation = batch.annotation or self._annotate(batch, entropy.detach())
         if non_loss_data:
-            return logprob.detach(), annotation
+            return output.detach()
+        logprob, entropy = output[0], output[1]
         # Without a scoring pass this step is the first on its rollouts: the policy is still the old policy.
         old_logprob = logprob.detach() if batch.old_logprob is None else batch.old_logprob
+        annotation = self._annotate(batch, entropy.detach() if batch.old_entropy is None else batch.old_entropy)
         corrected, per_token = self._correct(annotation, old_logprob, batch.rollout_logprob)
         result = policy_loss(
             logprob, old_logprob, batch.advantage, corrected, self.algorithm, reduce_segments=self._sum_over_slices

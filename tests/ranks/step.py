@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_espo.config import Algorithm, Optimizer
+from megatron_espo.config import Algorithm, Megatron, Optimizer
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.mcore import runtime
 from tests import reference
@@ -38,6 +38,7 @@ def build(
     """Place, policy, forward step, this rank's micro-batches, the batch and the model's configuration."""
     place = runtime.initialize(**{k: v for k, v in sizes.items() if k in runtime.PARALLEL_SIZES}, seed=1)
     from megatron_espo.mcore.forward_step import make_forward_step
+    from megatron_espo.mcore.learner import packing_options
     from megatron_espo.mcore.model import Layout, build_model, read_hf_config
     from megatron_espo.mcore.optimizer import Policy
     from megatron_espo.weights.hf_io import load_hf_weights
@@ -49,19 +50,9 @@ def build(
     batch = make_batch(hf_config["vocab_size"])
     rollout_logprobs = engine_logprobs([r for _, r, _ in batch])
     sequences = [TrainSequence(p, r, logprobs, a) for (p, r, a), logprobs in zip(batch, rollout_logprobs, strict=True)]
-    micro_batches = pack(
-        sequences,
-        batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99),
-        data_parallel_rank=place.groups.dp.rank(),
-        data_parallel_size=place.groups.dp.size(),
-        context_parallel_rank=place.groups.cp.rank(),
-        context_parallel_size=place.groups.cp.size(),
-        max_tokens=max_tokens,
-        multiple_of=sizes.get("tensor_model_parallel_size", 1) if sizes.get("sequence_parallel") else 1,
-        count_multiple_of=place.groups.pp.size() if len(chunks) > 1 else 1,
-        uniform=place.groups.pp.size() > 1,
-        **{"share_prompts": place.groups.cp.size() == 1} | packing,
-    )
+    settings_of_layout = Megatron(max_tokens_per_micro_batch=max_tokens, **sizes)
+    totals = batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99)
+    micro_batches = pack(sequences, totals, **packing_options(settings_of_layout, place.groups) | packing)
     step = make_forward_step(
         algorithm or Algorithm(), groups=place.groups, vocab_size=hf_config["vocab_size"], temperature=TEMPERATURE
     )
@@ -83,7 +74,7 @@ def check_gradient(
         scored = policy.score(step, micro_batches)
         if scored:
             micro_batches = [
-                replace(b, old_logprob=o, annotation=a) for b, (o, a) in zip(micro_batches, scored, strict=True)
+                replace(b, old_logprob=p, old_entropy=e) for b, (p, e) in zip(micro_batches, scored, strict=True)
             ]
         load_hf_weights(policy.chunks, hf_config, folder, place.groups)
     policy.backward(step, micro_batches)
