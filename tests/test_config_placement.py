@@ -148,3 +148,9 @@ def test_a_missing_prompt_file_is_named(tmp_path, monkeypatch):
         config.validate_data()
     (tmp_path / "questions.jsonl").write_text("{}\n")
     config.validate_data()
+
+
+def test_the_head_needs_memory_for_one_token(tmp_path, monkeypatch):
+    config = load(tmp_path, monkeypatch, GOOD, ["megatron.head_memory_mib=1"])
+    assert "megatron.head_memory_mib: expected at least 2 (one token's logits), got 1" in model_refusal(config, vocab_size=300_000)
+    config.validate_model({**HF, "vocab_size": 170_000})

@@ -33,7 +33,14 @@ def engine_logprobs(responses: list[list[int]]) -> list[list[float]]:
 
 
 def build(
-    folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes: dict, algorithm: Algorithm | None = None, **packing
+    folder: str,
+    weights: str,
+    settings: Optimizer,
+    max_tokens: int,
+    sizes: dict,
+    algorithm: Algorithm | None = None,
+    head_budget_bytes: int | None = None,
+    **packing,
 ):
     """Place, policy, forward step, this rank's micro-batches, the batch and the model's configuration."""
     place = runtime.initialize(**{k: v for k, v in sizes.items() if k in runtime.PARALLEL_SIZES}, seed=1)
@@ -54,7 +61,11 @@ def build(
     totals = batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99)
     micro_batches = pack(sequences, totals, **packing_options(settings_of_layout, place.groups) | packing)
     step = make_forward_step(
-        algorithm or Algorithm(), groups=place.groups, vocab_size=hf_config["vocab_size"], temperature=TEMPERATURE
+        algorithm or Algorithm(),
+        groups=place.groups,
+        vocab_size=hf_config["vocab_size"],
+        temperature=TEMPERATURE,
+        head_budget_bytes=head_budget_bytes,
     )
     return place, policy, step, micro_batches, batch, hf_config
 
