@@ -50,6 +50,9 @@ def loss_metrics(
         "mismatch/logprob_gap_mean": gap,
         # E_rollout[log π_rollout - log π_train]: the plain estimate of KL(engine || trainer).
         "mismatch/kl": rollout_logprob - old_logprob,
+        "policy/entropy": annotation.entropy,
+        "policy/clipped": (result.clipped_low | result.clipped_high).float(),
+        "policy/no_gradient": result.no_gradient.float(),
         **{f"would_clip/{name}": clipped.float() for name, clipped in result.would_clip.items()},
         **(per_token or {}),
     }

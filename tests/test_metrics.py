@@ -40,8 +40,10 @@ def report(lengths: list[int], seed: int):
         "gap": (old - rollout).abs(),
         "kl": rollout - old,
         "grpo": ((logprob - old).exp() - 1).abs() > 0.2,
+        "extra": logprob * 2,
     }
-    return loss_metrics(result, annotation, old, rollout, 3), per_token, result.loss
+    extra = {"extra": per_token["extra"]}
+    return loss_metrics(result, annotation, old, rollout, 3, per_token=extra), per_token, result.loss
 
 
 def expected_metrics(reports) -> dict[str, float]:
@@ -52,6 +54,10 @@ def expected_metrics(reports) -> dict[str, float]:
         "mismatch/logprob_gap_max": joined["gap"].max(),
         "mismatch/kl": joined["kl"].mean(),
         "would_clip/grpo": joined["grpo"].float().mean(),
+        "policy/entropy": joined["entropy"].mean(),
+        "policy/clipped": (joined["clipped_low"] | joined["clipped_high"]).float().mean(),
+        "policy/no_gradient": joined["no_gradient"].float().mean(),
+        "extra": joined["extra"].mean(),
         "loss/policy": sum(loss for *_, loss in reports),
     }
     for group in range(3):
