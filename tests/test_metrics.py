@@ -10,7 +10,15 @@ import torch.distributed as dist
 
 from megatron_espo.algo import annotate, policy_loss
 from megatron_espo.config import Algorithm
-from megatron_espo.metrics import MetricsWriter, loss_metrics, read_metrics, reduce_metrics, rollout_metrics, step_line
+from megatron_espo.metrics import (
+    MetricsWriter,
+    average_steps,
+    loss_metrics,
+    read_metrics,
+    reduce_metrics,
+    rollout_metrics,
+    step_line,
+)
 from megatron_espo.report import draw_learning_curve, write_summary
 from megatron_espo.types import Prompt, Rollout
 from tests.distributed import run_ranks
@@ -246,3 +254,8 @@ def test_learning_curve_shows_each_curve(tmp_path, rewards):
     assert blue[:, : image.size(1) // 3].sum() > 30
     for third in image.chunk(3, dim=1):
         assert third.std() > 0.05
+
+
+def test_several_optimizer_steps_keep_extremes():
+    steps = [{"a": 1.0, "gap_max": 3.0, "ratio_min": 0.5}, {"a": 3.0, "gap_max": 1.0, "ratio_min": 0.7, "b": 2.0}]
+    assert average_steps(steps) == {"a": 2.0, "gap_max": 3.0, "ratio_min": 0.5, "b": 2.0}

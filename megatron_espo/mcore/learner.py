@@ -1,6 +1,5 @@
 """The trained policy of a run: builds Megatron's model from the configuration and updates it from rollouts."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from megatron_espo.mcore.model import Layout, build_model, use_transformer_engin
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.reference import ReferencePolicy
 from megatron_espo.mcore.runtime import Runtime
-from megatron_espo.metrics import reduce_metrics_everywhere
+from megatron_espo.metrics import average_steps, reduce_metrics_everywhere
 from megatron_espo.progress import OnProgress
 from megatron_espo.weights.hf_io import load_hf_weights
 
@@ -104,7 +103,7 @@ class Learner:
             for _ in range(self.config.algorithm.num_epochs)
             for batches in mini_batches
         ]
-        return average(results)
+        return average_steps(results)
 
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""
@@ -130,13 +129,6 @@ class Learner:
         """Loss metrics of the last stage, sent to every rank, with the optimizer's."""
         metrics = reduce_metrics_everywhere(result.metrics, self.groups.dp_cp)
         return metrics | {"optimizer/grad_norm": result.grad_norm, "optimizer/lr": result.lr}
-
-
-def average(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps that report it; of ``*_max`` and ``*_min`` the extreme."""
-    values = {name: [result[name] for result in results if name in result] for result in results for name in result}
-    extremes = {"_max": max, "_min": min}
-    return {name: extremes.get(name[-4:], statistics.fmean)(found) for name, found in values.items()}
 
 
 class _Ticker:
