@@ -128,6 +128,7 @@ def moe_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         # The policy's gradient alone: a balancing loss would move the weights where every advantage is zero.
         "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
     }
 
 
