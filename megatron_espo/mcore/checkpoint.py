@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.config import Config
+from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
 from megatron_espo.mcore import runtime as mcore_runtime
 from megatron_espo.mcore.model import Layout, build_model, rope_arguments
@@ -108,7 +109,9 @@ def load_checkpoint(chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any]
 
 def model_identity(hf_config: dict[str, Any]) -> dict[str, Any]:
     """What makes a model another model, from ``config.json``, the same whichever transformers version wrote it."""
+    experts = read_experts(hf_config)
     return {
+        "experts": experts and {**vars(experts), "layers": list(experts.layers)},
         "architecture": (hf_config.get("architectures") or ["none"])[0],
         "num_hidden_layers": hf_config["num_hidden_layers"],
         "num_attention_heads": hf_config["num_attention_heads"],
