@@ -15,49 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_espo.config import Config
 from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
-from megatron_espo.mcore import runtime as mcore_runtime
-from megatron_espo.mcore.model import Layout, build_model, rope_arguments
+from megatron_espo.mcore.model import rope_arguments
 from megatron_espo.weights.families import is_tied, model_sizes
-from megatron_espo.weights.hf_io import load_hf_weights, save_hf
 
 MANIFEST_NAME = "megatron_espo.json"
+STATE_NAME = "state.json"
 VERSION = 1
-
-
-def hf_to_megatron(config: Config, out: str | Path) -> None:
-    """Write the weights of ``model.path`` as a Megatron checkpoint, in the layout of ``config.megatron``. Collective over all ranks.
-
-    Raises:
-        InputError: ``out`` exists.
-    """
-    hf_config = config.validate_model()
-    refuse_existing(out)
-    runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron))
-    chunks = _build_chunks(config, hf_config, runtime)
-    load_hf_weights(chunks, hf_config, config.model.path, runtime.groups)
-    save_checkpoint(chunks, hf_config, out)
-    mcore_runtime.shutdown()
-
-
-def megatron_to_hf(config: Config, checkpoint: str | Path, out: str | Path) -> None:
-    """Write a checkpoint as a Hugging Face folder, with configuration and tokenizer of ``model.path``. Collective over all ranks.
-
-    The layout of ``config.megatron`` need not be the one that wrote the checkpoint.
-
-    Raises:
-        InputError: ``out`` exists, or ``checkpoint`` is missing, foreign, damaged or another model's.
-    """
-    hf_config = config.validate_model()
-    refuse_existing(out)
-    read_manifest(checkpoint, hf_config)
-    runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron))
-    chunks = _build_chunks(config, hf_config, runtime)
-    load_checkpoint(chunks, hf_config, checkpoint)
-    save_hf(chunks, hf_config, out, config.model.path, runtime.groups, getattr(torch, config.model.dtype))
-    mcore_runtime.shutdown()
+# Megatron's optimizer state as whole tensors, which any layout can load.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -66,45 +33,86 @@ def refuse_existing(out: str | Path) -> None:
         raise InputError(f"{out}: expected a path where nothing is yet, found something; choose another or remove it")
 
 
-def save_checkpoint(chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], out: str | Path) -> None:
-    """Write this rank's part of the model into ``<out>.partial``, which becomes ``out`` when all ranks are done. Collective over all ranks.
+def save_checkpoint(
+    chunks: Sequence[torch.nn.Module],
+    hf_config: dict[str, Any],
+    out: str | Path,
+    *,
+    optimizer=None,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write this rank's part into ``<out>.partial``, which becomes ``out`` when all ranks are done. Collective over all ranks.
 
     ``out`` lies on a file system that all ranks share. Megatron's writer starts processes: a script needs its ``__main__`` guard.
 
+    Args:
+        chunks: this rank's model chunks, not wrapped in DDP.
+        optimizer: Megatron's optimizer, whose state is stored too, in the form that any layout can load.
+        state: whatever else belongs to the run, as JSON values; rank 0's is written.
+
     Raises:
         InputError: ``out`` exists; nothing is written.
-        RuntimeError: rank 0 could not finish the folder.
+        OSError: a full or failing disk; ``out`` does not appear.
     """
     from megatron.core import dist_checkpointing
 
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
-    _on_rank_0(lambda: _begin(partial, out))
-    dist_checkpointing.save(_sharded_state(chunks), str(partial))
+    _on_rank_0(lambda: _begin(partial, out, state))
+    try:
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
+        failure = None
+    except Exception as error:  # Megatron's writer wraps what went wrong in several ways
+        failure = OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}")
+    _raise_anywhere(failure)
     _on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype))
 
 
-def load_checkpoint(chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], path: str | Path) -> None:
+def load_checkpoint(
+    chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], path: str | Path, *, optimizer=None
+) -> dict[str, Any]:
     """Load a checkpoint into this rank's chunks, in place, whatever layout wrote it. Collective over all ranks.
 
     Values are cast to the parameters' dtype. Embedding rows that only pad the vocabulary become zero where the checkpoint has none.
 
+    Args:
+        chunks: this rank's model chunks, not wrapped in DDP.
+        optimizer: Megatron's optimizer, if its state is wanted too.
+
+    Returns:
+        The ``state`` that was saved with it.
+
     Raises:
-        InputError: missing, foreign, damaged, another model's, or a parameter too few or too many.
+        InputError: missing, foreign, damaged, another model's, without an optimizer's state, or a parameter too few or too many.
     """
     from megatron.core import dist_checkpointing
 
     _on_rank_0(lambda: verify_files(path, read_manifest(path, hf_config)))
-    state, only_there, only_here = dist_checkpointing.load(_sharded_state(chunks), str(path), strict="return_all")
+    wanted = _sharded_state(chunks, optimizer, is_loading=True)
+    loaded, only_there, only_here = dist_checkpointing.load(wanted, str(path), strict="return_all")
     # Which parameters a checkpoint lacks is known only to the ranks that asked for them.
     differences: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(differences, (only_there, only_here))
-    lists = [sorted(key for key in set().union(*keys) if not key.endswith("_extra_state")) for keys in zip(*differences, strict=True)]
+    lists = [sorted(key for key in set().union(*keys) if _must_match(key, optimizer)) for keys in zip(*differences, strict=True)]
     if any(lists):
         raise InputError(f"{path}: expected the model's parameters; lacks {lists[1] or 'none'}, has besides {lists[0] or 'none'}")
     for i, chunk in enumerate(chunks):
         # Not strict: Transformer Engine's extra state (FP8 scales) is absent where another layer implementation wrote the checkpoint.
-        chunk.load_state_dict(state[_chunk_key(i)], strict=False)
+        chunk.load_state_dict(loaded[_chunk_key(i)], strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return read_state(path)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The JSON values saved with a checkpoint."""
+    file = Path(path, STATE_NAME)
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _must_match(key: str, optimizer) -> bool:
+    """Whether a tensor that only model or checkpoint has is an error; the optimizer's are not asked for by a mere reader of weights."""
+    return not key.endswith("_extra_state") and (optimizer is not None or not key.startswith("optimizer."))
 
 
 def model_identity(hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -158,25 +166,23 @@ def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
             raise InputError(f"{path}: {name} is not the file that was written (SHA-256 differs); convert or copy it again")
 
 
-def _build_chunks(config: Config, hf_config: dict[str, Any], runtime: mcore_runtime.Runtime) -> list[torch.nn.Module]:
-    """This rank's chunks in the configured layout, without weights: reading a checkpoint needs no other weights first."""
-    layout = Layout(**{name: getattr(config.megatron, name) for name in Layout.__dataclass_fields__})
-    dtype = getattr(torch, config.model.dtype)
-    return build_model(hf_config, layout, runtime.groups, dtype=dtype, transformer_impl=config.megatron.transformer_impl)
-
-
 def _chunk_key(index: int) -> str:
     return f"model{index}"
 
 
-def _sharded_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    return {_chunk_key(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer, is_loading: bool) -> dict[str, Any]:
+    model = {_chunk_key(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    if optimizer is None:
+        return model
+    return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)}
 
 
-def _begin(partial: Path, out: Path) -> None:
+def _begin(partial: Path, out: Path, state: dict[str, Any] | None) -> None:
     refuse_existing(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if state is not None:
+        (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
 
 
 def _finish(partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -200,6 +206,15 @@ def _list_files(folder: Path) -> dict[str, Path]:
 def _checksum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _raise_anywhere(failure: Exception | None) -> None:
+    """Raise some rank's failure on every rank. One all-gather of objects over all ranks."""
+    failures: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for found in failures:
+        if found is not None:
+            raise found
 
 
 def _on_rank_0(work: Callable[[], None]) -> None:

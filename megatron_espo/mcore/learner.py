@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_espo.config import Config
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
+from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.model import Layout, build_model, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
@@ -62,7 +64,7 @@ class Learner:
     """
 
     def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime) -> None:
-        self.config, self.groups = config, runtime.groups
+        self.config, self.hf_config, self.groups = config, hf_config, runtime.groups
         self.updates_per_step = config.algorithm.num_epochs * config.algorithm.num_mini_batches
         self.chunks = build_chunks(config, hf_config, runtime)
         self.policy = Policy(self.chunks, runtime.groups, config.optimizer, config.run.steps * self.updates_per_step)
@@ -104,6 +106,17 @@ class Learner:
             for batches in mini_batches
         ]
         return average_steps(results)
+
+    def save(self, out: str | Path, state: dict[str, Any]) -> None:
+        """Write model, optimizer, learning-rate schedule and ``state`` (JSON values); see :func:`save_checkpoint`. Collective."""
+        state = state | {"scheduler": self.policy.scheduler.state_dict()}
+        save_checkpoint(self.chunks, self.hf_config, out, optimizer=self.policy.optimizer, state=state)
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Continue from what :meth:`save` wrote, in this or another layout; returns the ``state``. Collective."""
+        state = load_checkpoint(self.chunks, self.hf_config, path, optimizer=self.policy.optimizer)
+        self.policy.scheduler.load_state_dict(state.pop("scheduler"))
+        return state
 
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""
