@@ -31,8 +31,9 @@ class MegatronWeightSource:
 
     A *group* is the embedding, one decoder layer, or final norm with output layer. Each group costs one all-gather over
     the tensor-parallel group of the stage that owns it, for a layer's experts one more over all ranks that share them,
-    and, where the pipeline is gathered, one broadcast over the pipeline-parallel group. Beyond the model this takes, for one group at a time, its gathered shards and its whole
-    tensors in the wire dtype. The tensors are fresh memory, never the live parameters.
+    and, where the pipeline is gathered, one broadcast over the pipeline-parallel group. Beyond the model this takes, for
+    one group at a time, its gathered shards and its whole tensors in the wire dtype. The tensors are fresh memory, never
+    the live parameters.
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
