@@ -1,5 +1,6 @@
 """Rank 0's side of a step: prompts -> engine -> rewards; every rank receives the scored rollouts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from megatron_espo.errors import InputError
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import Phases
 from megatron_espo.rewards import RewardPool
-from megatron_espo.rollout import Engine, EngineConfig, resolve_transport
-from megatron_espo.types import Rollout
+from megatron_espo.rollout import Engine, EngineConfig, EngineError, resolve_transport
+from megatron_espo.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Collector:
                 model=config.model.path,
                 log_path=str(Path(config.run.dir, "engine.log")),
                 dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
-                transport=resolve_transport(rollout.transport),
+                transport=resolve_transport(rollout.transport, rollout.visible_devices),
                 max_response_tokens=rollout.max_response_tokens,
                 eos_ids=tokenizer.eos_ids,
                 max_model_len=max_model_len,
@@ -74,17 +75,44 @@ class Collector:
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
                 timeout_s=rollout.timeout_s,
+                start_timeout_s=rollout.timeout_s,
+                visible_devices=rollout.visible_devices,
             ),
             tokenizer.decode,
         ).start()
 
-    def collect(self, step: int, phases: Phases) -> ScoredGroups:
-        """Sample and judge one rollout batch. Collective over all ranks: one object broadcast from rank 0."""
-        box: list[ScoredGroups | None] = [None]
-        if self.runtime.is_main:
-            box[0] = self._sample_and_judge(step, phases)
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def canary(self) -> list[Prompt]:
+        """The first prompts of the stream on rank 0, which does not move on; none elsewhere."""
+        if not self.runtime.is_main:
+            return []
+        state = self._stream.state_dict()
+        prompts = self._stream.take(self.config.rollout.canary_prompts)
+        self._stream.load_state_dict(state)
+        return prompts
+
+    def collect(self, step: int, phases: Phases, recover: Callable[[], None]) -> ScoredGroups:
+        """Sample and judge one rollout batch. Collective over all ranks: one object broadcast from rank 0.
+
+        Args:
+            recover: called on every rank when the engine failed; it brings it back (``WeightSync.recover``), and the same
+                prompts are sampled again, ``rollout.max_restarts`` times.
+        """
+        prompts = self._stream.take(self.config.rollout.prompts_per_step) if self.runtime.is_main else []
+        for restarts in range(self.config.rollout.max_restarts + 1):
+            box: list[ScoredGroups | str] = [""]
+            if self.runtime.is_main:
+                try:
+                    box[0] = self._sample_and_judge(step, prompts, phases)
+                except EngineError as error:
+                    box[0] = str(error)
+            dist.broadcast_object_list(box, src=0)
+            if isinstance(box[0], ScoredGroups):
+                return box[0]
+            if restarts < self.config.rollout.max_restarts:
+                if self.runtime.is_main:
+                    print(f"warning: {box[0]}\nrestarting the rollout engine", flush=True)
+                recover()
+        raise EngineError(f"{box[0]}\ngave up after {restarts} engine restarts")
 
     def close(self) -> None:
         """End the engine and the reward workers."""
@@ -92,9 +120,8 @@ class Collector:
             self.engine.close()
             self._rewards.close()
 
-    def _sample_and_judge(self, step: int, phases: Phases) -> ScoredGroups:
+    def _sample_and_judge(self, step: int, prompts: list[Prompt], phases: Phases) -> ScoredGroups:
         rollout, steps = self.config.rollout, self.config.run.steps
-        prompts = self._stream.take(rollout.prompts_per_step)
         with phases.phase("rollout", step, steps) as on_progress:
             # A seed of its own for every step: rerunning a run gives the same rollouts.
             seed = self.config.run.seed * 1_000_003 + step

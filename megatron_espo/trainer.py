@@ -41,17 +41,17 @@ def train(config: Config) -> None:
         if runtime.is_main:
             print(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {folder / 'engine.log'}", flush=True)
         learner = Learner(config, hf_config, runtime)
-        sync = WeightSync(config, hf_config, learner.chunks, runtime, collector.engine)
+        sync = WeightSync(config, hf_config, learner, runtime, collector.engine, collector.canary())
         sync.push(version=0)
         writer = MetricsWriter(folder) if runtime.is_main else None
         for step in range(1, config.run.steps + 1):
             began = time.perf_counter()
-            groups = collector.collect(step, phases)
+            groups = collector.collect(step, phases, sync.recover)
             advantages = group_advantages(groups.rewards, normalize_std=config.algorithm.normalize_std)
             with phases.phase("train", step, config.run.steps) as on_progress:
                 metrics = learner.update(train_sequences(groups, advantages), on_progress)
             with phases.phase("sync", step, config.run.steps):
-                sync.push(version=step)
+                metrics |= sync.push(version=step)
             if writer:
                 metrics |= rollout_metrics(groups.rollouts, groups.rewards, advantages)
                 metrics |= {f"time/{name}_s": seconds for name, seconds in phases.take().items()}

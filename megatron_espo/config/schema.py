@@ -65,6 +65,15 @@ class Model(Section):
         description="Training precision. bfloat16 halves memory and keeps float32 master weights; float32 is exact "
         "and slow.",
     )
+    exporter: str | None = Field(
+        None,
+        min_length=1,
+        description="Your module:function(chunks, hf_config) on every rank: an iterator of (Hugging Face name, whole "
+        "tensor) that replaces the built-in export into the engine; null takes that.",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.model(self)
 
 
 class Megatron(Section):
@@ -212,8 +221,27 @@ class Rollout(Section):
         "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
-    transport: Literal["auto", "shared_memory", "ipc", "nccl"] = Field(
-        "auto", description="How weights reach the engine: shared_memory (CPU), ipc (same GPU), nccl (other GPUs)."
+    transport: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
+        "auto",
+        description="How weights reach the engine: shared_memory (CPU), ipc (same GPU), nccl (other GPUs), nccl_m2n "
+        "(other GPUs, from all ranks), sharded_rdt (other GPUs, over Ray).",
+    )
+    visible_devices: str | None = Field(
+        None, min_length=1, description="GPUs of the engine, such as 6,7; null shares those of the trainer."
+    )
+    verify_every: int = Field(
+        20,
+        ge=0,
+        description="Syncs between two comparisons of every tensor with what the engine serves; 0: at its start only.",
+    )
+    canary_prompts: int = Field(
+        4, ge=0, description="Prompts whose log-probs engine and trainer compare after every sync; 0 turns it off."
+    )
+    canary_tolerance: float | None = Field(
+        None, gt=0, description="Largest mean difference there, in nats a token; null: 0.1 in bfloat16, 0.001 in float32."
+    )
+    max_restarts: int = Field(
+        2, ge=0, description="Restarts of a failed engine, with a new weight sync, before the run is given up."
     )
     gpu_memory_utilization: float = Field(
         0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_espo.config import Config
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
+from megatron_espo.mcore.canary import score_responses
 from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.model import Layout, build_model, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
@@ -74,6 +75,15 @@ class Learner:
         ]
         return average(results)
 
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Log-probs of each response's tokens given its prompt, on every rank; see ``canary.score_responses``."""
+        return score_responses(self.policy, self._forward_step, pairs, multiple_of=self._multiple_of)
+
+    @property
+    def _multiple_of(self) -> int:
+        megatron = self.config.megatron
+        return megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
+
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""
         sequences = [sequence for group in groups for sequence in group]
@@ -88,7 +98,7 @@ class Learner:
             data_parallel_size=self.groups.dp.size(),
             max_tokens=megatron.max_tokens_per_micro_batch,
             max_sequences=megatron.micro_batch_size,
-            multiple_of=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
+            multiple_of=self._multiple_of,
             share_prompts=not use_transformer_engine(megatron.transformer_impl),  # whose attention knows no branches
         )
 

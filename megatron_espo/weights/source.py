@@ -1,6 +1,6 @@
 """Megatron's shards as one stream of whole, Hugging-Face-named tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,9 @@ class MegatronWeightSource:
     Raises:
         InputError: the model and the naming table do not match (see ``binding.bind``).
     """
+
+    # Called with a number of bytes where the whole tensors of the next group should lie (host memory only).
+    allocate: Callable[[int], torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class MegatronWeightSource:
     def _gather(self, index: int) -> list[torch.Tensor]:
         """One group's whole tensors: views of one flat buffer in the wire dtype."""
         shapes = [shape for mapping in self._groups[index] for _, shape in mapping.huggingface]
-        flat = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
+        flat = self._empty(sum(map(_numel, shapes)))
         tensors = _views(flat, shapes)
         owner = self._owners[index]
         if owner == self._pp.rank():
@@ -119,21 +122,31 @@ class MegatronWeightSource:
             dist.broadcast(flat, src=dist.get_global_rank(self._pp, owner), group=self._pp)
         return tensors
 
+    def _empty(self, numel: int) -> torch.Tensor:
+        if self.allocate is None or self._device.type != "cpu":
+            return torch.empty(numel, dtype=self._dtype, device=self._device)
+        return self.allocate(numel * self._dtype.itemsize).view(self._dtype)
+
     def _merge(self, bound: list[Bound], outputs: list[torch.Tensor]) -> None:
         """Fill the group's whole tensors from the shards of all tensor-parallel ranks: one all-gather."""
-        shapes = [tuple(parameter.shape) for _, parameter in bound]
-        local = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
-        for view, (_, parameter) in zip(_views(local, shapes), bound, strict=True):
-            view.copy_(parameter)
-        gathered = local
-        if self._tp.size() > 1:
-            gathered = local.new_empty(self._tp.size() * local.numel())
-            dist.all_gather_into_tensor(gathered, local, group=self._tp)
-        per_rank = [_views(shard, shapes) for shard in gathered.chunk(self._tp.size())]
+        per_rank = self._all_gather([parameter for _, parameter in bound])
         remaining = iter(outputs)
         for position, (mapping, _) in enumerate(bound):
             own = [next(remaining) for _ in mapping.huggingface]
             merge_into(own, [views[position] for views in per_rank], mapping.layout, mapping.query_groups)
+
+
+    def _all_gather(self, parameters: list[torch.nn.Parameter]) -> list[list[torch.Tensor]]:
+        """For each tensor-parallel rank its parameters."""
+        if self._tp.size() == 1:
+            return [parameters]
+        shapes = [tuple(parameter.shape) for parameter in parameters]
+        local = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
+        for view, parameter in zip(_views(local, shapes), parameters, strict=True):
+            view.copy_(parameter)
+        gathered = local.new_empty(self._tp.size() * local.numel())
+        dist.all_gather_into_tensor(gathered, local, group=self._tp)
+        return [_views(shard, shapes) for shard in gathered.chunk(self._tp.size())]
 
 
 def _find_owners(bound: list[list[Bound]], groups: list[list[Mapping]], pp_group: Any) -> list[int]:
