@@ -27,6 +27,8 @@ def tensor_checksum(part: Tensor, first_row: int = 0, first_column: int = 0) -> 
         part: ``[rows]`` or ``[rows, ...]`` (the rest counts as columns), floating (at least 16 bits), any device.
         first_row, first_column: of ``part`` in the whole tensor.
     """
+    if not part.numel():
+        return 0
     flat = part.reshape(part.shape[0], -1) if part.dim() > 1 else part.reshape(-1, 1)
     columns = _multipliers(first_column, flat.shape[1], flat.device)
     rows = _multipliers(first_row, flat.shape[0], flat.device)

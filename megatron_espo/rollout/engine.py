@@ -208,6 +208,10 @@ class Engine:
         self._require_arrived("canary")
         return self._call("canary", [tuple(prompt) for prompt in prompts], num_tokens)
 
+    def transfer_seconds(self) -> dict[str, float]:
+        """Seconds that the first worker spent in each part of the last update; empty for transports of vLLM's own."""
+        return self._call("transfer_seconds")
+
     def serve(self) -> None:
         """Serve the policy version that has arrived."""
         self._require_arrived("serve")

@@ -147,6 +147,9 @@ class Server:
                 total[name] = (total.get(name, 0) + value) % 2**64
         return total
 
+    def transfer_seconds(self) -> dict[str, float]:
+        return self.llm.collective_rpc("transfer_seconds")[0]
+
     def start_weight_update(self) -> None:
         self.llm.start_weight_update()
 

@@ -116,10 +116,12 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         self._arrived: set[int] = set()
         self.seconds = Counter()
         initialize_layerwise_reload(self.model)
+        self._layers = [get_layerwise_info(layer) for layer in self.model.modules() if layer._parameters]
 
     def update_weights(self, update_info: dict) -> None:
         # The base class ends with torch.accelerator.synchronize(), which raises without an accelerator; everything
@@ -157,10 +159,8 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
 
     def _copy_what_waits(self) -> None:
         # vLLM's loaders keep a tensor until its whole layer is there; a later group overwrites the block.
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-        for layer in self.model.modules():
-            for _, bound in get_layerwise_info(layer).loaded_weights:
+        for info in self._layers:
+            for _, bound in info.loaded_weights:
                 for name, value in bound.arguments.items():
                     if isinstance(value, torch.Tensor) and self._block.holds(value):
                         bound.arguments[name] = value.clone()

@@ -27,6 +27,10 @@ class WorkerExtension:
         """See ``served.served_checksums``."""
         return served_checksums(self.model_runner.get_model(), getattr(torch, dtype))
 
+    def transfer_seconds(self) -> dict[str, float]:
+        """Where this worker spent the last weight update, as far as its transport measures it."""
+        return dict(getattr(self.weight_transfer_engine, "seconds", {}))
+
     def missing_weights(self) -> list[str]:
         """What a running weight update lacks: tensors where the transport knows, else layers with too few elements.
 

@@ -13,6 +13,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.rollout import Engine, EngineError, make_trainer_transport, resolve_transport
 from megatron_espo.rollout.lifecycle import State
+from megatron_espo.rollout.manifest import check_manifest
 from megatron_espo.rollout.transport import ON_ALL_RANKS, send_weights
 from megatron_espo.types import Prompt
 from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
@@ -137,16 +138,21 @@ class WeightSync:
         if self._transport is not None:
             return None
 
+        shapes = [(meta.name, tuple(meta.shape)) for meta in self._source.metadata()]
+
         def start() -> None:
             if self._engine is not None:
+                check_manifest(shapes, self._engine.config.model)  # before the seconds that the engine takes to start
                 if self._engine.state == State.DEAD:
                     self._engine.start()
-                self._engine.poison([(meta.name, meta.shape) for meta in self._source.metadata()])
+                self._engine.wait_ready()
 
         def connect() -> None:
             self._transport = make_trainer_transport(
                 self._name, engine=self._engine, source=self._source, rank=self._rank
             )
+            if self._engine is not None:
+                self._engine.poison(shapes)
 
         return self._agree("connect", start) or self._agree("connect", connect)
 
@@ -214,8 +220,8 @@ class WeightSync:
             own = Failure(self._rank, phase, str(error), final=True, mistake=True)
         except Exception as error:
             own = Failure(self._rank, phase, f"{type(error).__name__}: {error}", final=True)
-        if own is not None and own.phase in ("transfer", "load") and self._source.current:
-            own = replace(own, detail=f"group of {self._source.current}: {own.detail}")
+        if own is not None and own.phase in ("transfer", "load"):
+            own = replace(own, detail=f"{own.detail}\nThe group of {self._source.current} was gathered last.")
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, own)
         return next((outcome for outcome in outcomes if outcome is not None), None)

@@ -22,7 +22,7 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
     if not wrong:
         return None
     more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
-    return f"{len(wrong)} of {len(sent)} tensors are not served as they were sent: {', '.join(wrong[:_SHOWN])}{more}"
+    return f"{len(wrong)} of {len(expected)} tensors are not served as they were sent: {', '.join(wrong[:_SHOWN])}{more}"
 
 
 @dataclass(frozen=True)
