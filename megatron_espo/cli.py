@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from megatron_espo.errors import InputError
+from megatron_espo.plan import command as plan
 
 TRAIN_EXAMPLES = """\
 one process:     megatron-espo train run.yaml optimizer.lr=2e-6
@@ -31,7 +32,7 @@ class _ReferenceHelp(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,convert,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,plan,convert,doctor}")
 
     train = commands.add_parser(
         "train",
@@ -43,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("-h", "--help", action=_ReferenceHelp)
     _add_config(train)
+
+    plan.add_parser(commands, _add_config)
 
     convert = commands.add_parser("convert", help="Hugging Face weights to a Megatron checkpoint, or back")
     directions = convert.add_subparsers(dest="direction", required=True, metavar="{to-megatron,to-hf}")
@@ -78,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
             from megatron_espo import doctor
 
             return doctor.main(args.timeout)
+        if args.command == "plan":
+            _silence_dependencies()
+            return plan.run(args)
         config = _checked_config(args)
         checked = True
         _work(args, config)

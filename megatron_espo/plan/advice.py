@@ -1,0 +1,97 @@
+"""Which setting makes a run fit: each candidate is planned, none is guessed."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from megatron_espo.config import Config
+from megatron_espo.plan.make import GB, Builder, Machine, Plan, make_plan
+
+Changes = dict[str, Any]
+MOST_FIXES = 3
+LEAST_SHARE = 0.1  # of a GPU for the engine
+LEAST_TOKENS = 1024  # in a micro-batch
+RECOMPUTE = {
+    "megatron.recompute_granularity": "full",
+    "megatron.recompute_method": "uniform",
+    "megatron.recompute_num_layers": 1,
+}
+
+
+def find_fixes(config: Config, machine: Machine, build: Builder, plan: Plan) -> list[str]:
+    """Up to three changes that each make the run of ``plan`` fit, those that cost least first.
+
+    Single settings are tried first, then each of them together with all that saves memory in the layout as it is.
+    """
+    savings = _savings(config)
+    if plan.engine.kv_tokens < plan.engine.max_model_len and plan.engine.gpus < machine.links.gpus_per_node:
+        savings.append({"rollout.tensor_parallel_size": machine.links.gpus_per_node})
+    together = {key: value for changes in savings for key, value in changes.items()}
+    singles = [*savings, *_shares(config), *_smaller_micro_batches(config), *_layouts(config, machine)]
+    for candidates in (singles, [together, *({**together, **changes} for changes in singles)]):
+        found: dict[str, str] = {}
+        for changes in candidates:
+            knob = " ".join(changes)
+            changed = None if knob in found else _plan(config, machine, build, changes)
+            if changed and changed.fits:
+                settings = " ".join(f"{key}={json.dumps(value)}".replace('"', "") for key, value in changes.items())
+                found[knob] = f"{settings}: {changed.worst.total / GB:.1f} GB on each of {changed.world_size} GPUs"
+            if len(found) == MOST_FIXES:
+                break
+        if found:
+            return list(found.values())
+    return []
+
+
+def _savings(config: Config) -> list[Changes]:
+    """What saves memory in the layout as it is."""
+    m = config.megatron
+    savings: list[Changes] = []
+    if not config.optimizer.use_distributed_optimizer:
+        savings.append({"optimizer.use_distributed_optimizer": True})
+    if m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
+        savings.append({"megatron.sequence_parallel": True})
+    if m.recompute_granularity != "full":
+        savings.append(RECOMPUTE)
+    return savings
+
+
+def _shares(config: Config) -> Iterator[Changes]:
+    share = config.rollout.gpu_memory_utilization
+    while (share := round(share - 0.1, 2)) >= LEAST_SHARE:
+        yield {"rollout.gpu_memory_utilization": share}
+
+
+def _smaller_micro_batches(config: Config) -> Iterator[Changes]:
+    tokens = config.megatron.max_tokens_per_micro_batch
+    while (tokens := tokens // 2) >= max(LEAST_TOKENS, config.rollout.max_response_tokens):
+        yield {"megatron.max_tokens_per_micro_batch": tokens}
+
+
+def _layouts(config: Config, machine: Machine) -> Iterator[Changes]:
+    """More GPUs for each copy of the model, or for the optimizer's states."""
+    m = config.megatron
+    if m.virtual_pipeline_model_parallel_size:
+        yield {"megatron.virtual_pipeline_model_parallel_size": None}
+    tp = m.tensor_model_parallel_size
+    while (tp := tp * 2) <= machine.links.gpus_per_node:
+        yield {"megatron.tensor_model_parallel_size": tp, "megatron.sequence_parallel": True}
+    for times in (2, 4, 8):
+        yield {"megatron.pipeline_model_parallel_size": m.pipeline_model_parallel_size * times}
+    for times in (2, 4) if machine.gpus else ():
+        yield {"--gpus": machine.gpus * times}
+
+
+def _plan(config: Config, machine: Machine, build: Builder, changes: Changes) -> Plan | None:
+    """The plan with ``changes``; None where the model or the number of GPUs does not allow them."""
+    changes = dict(changes)
+    machine = replace(machine, gpus=changes.pop("--gpus", machine.gpus))
+    tree = config.model_dump()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    try:
+        return make_plan(Config.model_validate(tree), machine, build)
+    except ValueError:  # an InputError, or pydantic's
+        return None
