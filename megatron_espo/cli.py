@@ -8,8 +8,13 @@ import warnings
 from typing import Any
 
 from megatron_espo.errors import InputError
+from megatron_espo.parity import cases
 from megatron_espo.plan import command as plan
 
+PARITY_EXAMPLES = """\
+this machine:    megatron-espo parity
+a cluster:       srun torchrun ... -m megatron_espo parity --folder /shared/parity run.yaml --num-layers 4
+"""
 TRAIN_EXAMPLES = """\
 one process:     megatron-espo train run.yaml optimizer.lr=2e-6
 several ranks:   torchrun --nproc-per-node 8 -m megatron_espo train run.yaml megatron.tensor_model_parallel_size=2
@@ -32,7 +37,7 @@ class _ReferenceHelp(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,plan,convert,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,plan,convert,parity,doctor}")
 
     train = commands.add_parser(
         "train",
@@ -58,9 +63,34 @@ def build_parser() -> argparse.ArgumentParser:
         direction.add_argument("out", metavar="OUT", help="folder to write")
         _add_overrides(direction)
 
+    _add_parity(commands)
+
     doctor = commands.add_parser("doctor", help="what works on this machine, and what to do about the rest")
     doctor.add_argument("--timeout", type=float, default=180.0, help="seconds for one package to import (%(default)g)")
     return parser
+
+
+def _add_parity(commands: Any) -> None:
+    parity = commands.add_parser(
+        "parity",
+        help="compare every parallel layout's gradient with one rank's",
+        description="Run one recorded batch through every parallel layout that the ranks allow; compare loss, gradient norm and each "
+        "tensor's gradient with one rank's. Exit code 1 if one differs.",
+        epilog=PARITY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parity.add_argument
+    add("config", metavar="CONFIG.yaml", nargs="?", help="compare this run's model; default: two tiny random ones")
+    _add_overrides(parity)
+    add("--short", action="store_true", help="a small part of the matrix, for tests")
+    add("--layouts", help=f"comma-separated, of: {', '.join(layout.name for layout in cases.LAYOUTS)}")
+    add("--micro-batches", help=f"comma-separated, of: {', '.join(cases.MICRO_BATCHES)}")
+    add("--objectives", help=f"comma-separated, of: {', '.join(cases.OBJECTIVES)}")
+    add("--ranks", type=int, default=4, help="without torchrun: start at most so many ranks (%(default)s)")
+    add("--tolerance", type=float, default=1e-4, help="largest relative difference (%(default)s)")
+    add("--num-layers", type=int, help="keep so many of the model's layers, so that it fits one rank")
+    add("--folder", help="keep batch and reference there; default: a temporary folder")
+    add("--record", action="store_true", help="only write batch and reference, on one rank, into --folder")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +111,12 @@ def main(argv: list[str] | None = None) -> int:
             from megatron_espo import doctor
 
             return doctor.main(args.timeout)
+        if args.command == "parity":
+            from megatron_espo.parity import command
+
+            request = command.make_request(args)
+            _silence_dependencies()
+            return command.main(request)
         if args.command == "plan":
             _silence_dependencies()
             return plan.run(args)

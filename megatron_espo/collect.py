@@ -20,10 +20,26 @@ from megatron_espo.types import Rollout
 
 @dataclass(frozen=True)
 class ScoredGroups:
-    """A step's rollouts: ``rollouts[prompt][sample]`` and ``rewards [prompts, group_size]`` float32, NaN where the verifier failed."""
+    """A step's rollouts and what they earned.
+
+    Attributes:
+        rollouts: ``[prompt][sample]``.
+        rewards: ``[prompts, group_size]`` float32, NaN where the verifier failed.
+        replaced: prompts whose rewards were all equal and that dynamic sampling replaced by others.
+    """
 
     rollouts: list[list[Rollout]]
     rewards: torch.Tensor
+    replaced: int = 0
+
+    @property
+    def vary(self) -> torch.Tensor:
+        """``[prompts]`` bool: whether the prompt's rewards differ, so that its responses have an advantage."""
+        return self.rewards.nan_to_num(-torch.inf).amax(1) > self.rewards.nan_to_num(torch.inf).amin(1)
+
+    def lengths(self) -> torch.Tensor:
+        """Response tokens, ``[prompts, group_size]``."""
+        return torch.tensor([[len(sample.response_ids) for sample in group] for group in self.rollouts])
 
 
 class Collector:
@@ -93,19 +109,40 @@ class Collector:
             self._rewards.close()
 
     def _sample_and_judge(self, step: int, phases: Phases) -> ScoredGroups:
+        """One batch; with dynamic sampling, groups of equal rewards give way to other prompts' that have some to learn from."""
+        wanted = self.config.rollout.prompts_per_step
+        best = self._sample_round(wanted, step, 0, phases)
+        for round_number in range(1, self.config.rollout.max_resampling_rounds + 1):
+            missing = int((~best.vary).sum())
+            if not missing:
+                break
+            best = _replace_equal(best, self._sample_round(missing, step, round_number, phases))
+        if bool(best.rewards.isnan().all()):
+            raise InputError(
+                f"reward.function: expected a number for each response, but all {best.rewards.numel()} of step {step} failed; "
+                f"the last one: {self._rewards.last_failure}"
+            )
+        return best
+
+    def _sample_round(self, count: int, step: int, round_number: int, phases: Phases) -> ScoredGroups:
         rollout, steps = self.config.rollout, self.config.run.steps
-        prompts = self._stream.take(rollout.prompts_per_step)
+        prompts = self._stream.take(count)
         with phases.phase("rollout", step, steps) as on_progress:
-            # A seed of its own for every step: rerunning a run gives the same rollouts.
-            seed = self.config.run.seed * 1_000_003 + step
+            # A seed of its own for every step and round: rerunning a run gives the same rollouts.
+            seed = self.config.run.seed * 1_000_003 + step + (round_number << 40)
             groups = self.engine.generate(prompts, rollout.group_size, seed=seed, on_progress=on_progress)
         with phases.phase("reward", step, steps) as on_progress:
             items = [(sample.prompt, sample.text) for group in groups for sample in group]
             scores = self._rewards.score(items, on_progress)
-        if all(score is None for score in scores):
-            raise InputError(
-                f"reward.function: expected a number for each response, but all {len(scores)} of step {step} failed; "
-                f"the last one: {self._rewards.last_failure}"
-            )
         rewards = torch.tensor([float("nan") if score is None else score for score in scores])
         return ScoredGroups(groups, rewards.view(len(groups), rollout.group_size))
+
+
+def _replace_equal(groups: ScoredGroups, others: ScoredGroups) -> ScoredGroups:
+    """Put those of ``others`` whose rewards vary in the place of groups whose rewards do not."""
+    places, found = (~groups.vary).nonzero()[:, 0].tolist(), others.vary.nonzero()[:, 0].tolist()
+    rollouts, rewards = list(groups.rollouts), groups.rewards.clone()
+    pairs = list(zip(places, found, strict=False))
+    for place, number in pairs:
+        rollouts[place], rewards[place] = others.rollouts[number], others.rewards[number]
+    return ScoredGroups(rollouts, rewards, groups.replaced + len(pairs))

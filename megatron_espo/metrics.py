@@ -20,7 +20,12 @@ _COMBINE = (
 
 
 def loss_metrics(
-    result, annotation, old_logprob: Tensor, rollout_logprob: Tensor, num_groups: int
+    result,
+    annotation,
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    num_groups: int,
+    per_token: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Sums over the response tokens of one micro-batch, in all and per entropy group, ready to be combined.
 
@@ -30,6 +35,7 @@ def loss_metrics(
         old_logprob: ``[tokens]`` the trainer's old log-probs (nats).
         rollout_logprob: ``[tokens]`` the engine's, for the mismatch.
         num_groups: entropy groups of the configuration.
+        per_token: further values ``[tokens]`` whose means are wanted.
 
     Returns:
         Scalars (float32, this device). Zero collectives.
@@ -45,6 +51,7 @@ def loss_metrics(
         # E_rollout[log π_rollout - log π_train]: the plain estimate of KL(engine || trainer).
         "mismatch/kl": rollout_logprob - old_logprob,
         **{f"would_clip/{name}": clipped.float() for name, clipped in result.would_clip.items()},
+        **(per_token or {}),
     }
     for name, values in over_tokens.items():
         metrics[f"sum/{name}"] = values.sum()
@@ -86,6 +93,14 @@ def reduce_metrics(micro_batches: list[dict[str, Tensor]], group) -> dict[str, f
         dist.all_reduce(combined, op=operation, group=group)
         values |= dict(zip(names, combined.tolist(), strict=True))
     return _means(values)
+
+
+def reduce_metrics_everywhere(micro_batches: list[dict[str, Tensor]], group) -> dict[str, float]:
+    """:func:`reduce_metrics`, then sent to the ranks of the other pipeline stages too: one broadcast over all ranks."""
+    box = [reduce_metrics(micro_batches, group)]
+    # Pipeline stages are the outermost dimension of Megatron's rank order: the last rank is on the last stage.
+    dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
+    return box[0]
 
 
 def _means(values: dict[str, float]) -> dict[str, float]:

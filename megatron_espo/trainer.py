@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_espo.algo import group_advantages
+from megatron_espo.algo import group_advantages, overlong_penalty
 from megatron_espo.collect import Collector, ScoredGroups
 from megatron_espo.config import Config
 from megatron_espo.data.packing import TrainSequence
@@ -47,13 +47,14 @@ def train(config: Config) -> None:
         for step in range(1, config.run.steps + 1):
             began = time.perf_counter()
             groups = collector.collect(step, phases)
-            advantages = group_advantages(groups.rewards, normalize_std=config.algorithm.normalize_std)
+            advantages = advantages_of(groups, config)
             with phases.phase("train", step, config.run.steps) as on_progress:
-                metrics = learner.update(train_sequences(groups, advantages), on_progress)
+                metrics = learner.update(train_sequences(groups, advantages, config.algorithm.mask_truncated), on_progress)
             with phases.phase("sync", step, config.run.steps):
                 sync.push(version=step)
             if writer:
                 metrics |= rollout_metrics(groups.rollouts, groups.rewards, advantages)
+                metrics["rollout/replaced_prompts"] = float(groups.replaced)
                 metrics |= {f"time/{name}_s": seconds for name, seconds in phases.take().items()}
                 metrics["time/step_s"] = time.perf_counter() - began
                 writer.write(step, metrics)
@@ -83,11 +84,30 @@ def warn_of_gap(metrics: dict[str, float], limit: float) -> None:
         )
 
 
-def train_sequences(groups: ScoredGroups, advantages: torch.Tensor) -> list[list[TrainSequence]]:
+def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
+    """``[prompts, group_size]`` advantages of the rewards, less the overlong penalty where one is configured."""
+    rewards, buffer = groups.rewards, config.reward.overlong_buffer_tokens
+    if buffer is not None:
+        rewards = rewards + overlong_penalty(
+            groups.lengths(),
+            max_tokens=config.rollout.max_response_tokens,
+            buffer_tokens=buffer,
+            factor=config.reward.overlong_penalty,
+        )
+    return group_advantages(rewards, normalize_std=config.algorithm.normalize_std)
+
+
+def train_sequences(groups: ScoredGroups, advantages: torch.Tensor, mask_truncated: bool) -> list[list[TrainSequence]]:
     """Each rollout with its advantage, by prompt."""
     return [
         [
-            TrainSequence(sample.prompt.token_ids, sample.response_ids, sample.logprobs, float(advantage))
+            TrainSequence(
+                sample.prompt.token_ids,
+                sample.response_ids,
+                sample.logprobs,
+                float(advantage),
+                masked=mask_truncated and sample.truncated,
+            )
             for sample, advantage in zip(rollouts, row, strict=True)
         ]
         for rollouts, row in zip(groups.rollouts, advantages, strict=True)

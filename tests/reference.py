@@ -16,16 +16,29 @@ def token_statistics(model, prompt: list[int], response: list[int], temperature:
     return logp.gather(1, torch.tensor(response)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def espo_loss(model, batch, *, num_responses, temperature, vocab_size, old_model=None, alpha=0.02, rho="0.2"):
-    """``-Σ_responses Σ_groups Σ_t 1/(N K n) min(s A, clip(s, 1 - ε, 1 + ε) A)`` over ``(prompt, response, advantage)`` triples."""
+def espo_loss(
+    model, batch, *, num_responses, temperature, vocab_size, old_model=None, alpha=0.02, rho="0.2", reference_model=None,
+    rollout_logprobs=None, kl_coef=0.0, entropy_coef=0.0, rollout_correction="off",
+):  # fmt: skip
+    """``-Σ_responses Σ_groups Σ_t 1/(N K n) (c_t min(s A, clip(s, 1 - ε, 1 + ε) A) - kl_coef k3_t + entropy_coef H_t)`` over
+    ``(prompt, response, advantage)`` triples, with the truncated importance sampling factor ``c`` at most 2."""
     loss = 0.0
-    for prompt, response, advantage in batch:
+    for number, (prompt, response, advantage) in enumerate(batch):
         logp, entropy = token_statistics(model, prompt, response, temperature)
-        if old_model is None:
-            old_logp, old_entropy = logp.detach(), entropy.detach()
-        else:
+        old_logp, old_entropy = logp.detach(), entropy.detach()
+        if old_model is not None:
             with torch.no_grad():
                 old_logp, old_entropy = token_statistics(old_model, prompt, response, temperature)
+        factor, kl = torch.ones_like(old_logp), torch.zeros_like(old_logp)
+        if rollout_correction != "off":
+            difference = old_logp - torch.tensor(rollout_logprobs[number], dtype=old_logp.dtype)
+            ratio = difference.exp() if rollout_correction == "token" else difference.sum().exp().expand_as(difference)
+            factor = ratio.clamp(max=2.0)
+        if reference_model is not None:
+            with torch.no_grad():
+                reference_logp, _ = token_statistics(reference_model, prompt, response, temperature)
+            r = reference_logp - logp
+            kl = r.exp() - 1 - r
         order = sorted(range(len(response)), key=lambda t: (-float(old_entropy[t]), t))
         k = math.ceil(Fraction(rho) * len(response))
         groups = [group for group in (order[:k], order[k:]) if group]
@@ -34,8 +47,9 @@ def espo_loss(model, batch, *, num_responses, temperature, vocab_size, old_model
             mean_difference = (logp[group] - old_logp[group]).mean().detach()
             s = mean_difference.exp() * (logp[group] - logp[group].detach()).exp()
             clipped = s.clamp(1 - epsilon, 1 + epsilon)
-            surrogate = torch.minimum(s * advantage, clipped * advantage)
-            loss = loss - surrogate.sum() / (num_responses * len(groups) * len(group))
+            value = factor[group] * torch.minimum(s * advantage, clipped * advantage)
+            value = value - kl_coef * kl[group] + entropy_coef * entropy[group]
+            loss = loss - value.sum() / (num_responses * len(groups) * len(group))
     return loss
 
 

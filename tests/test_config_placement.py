@@ -53,11 +53,6 @@ def model_refusal(config, **changes):
     return str(caught.value)
 
 
-def test_context_parallelism_is_refused_while_it_is_not_supported(tmp_path, monkeypatch):
-    config = load(tmp_path, monkeypatch, GOOD, ["megatron.context_parallel_size=2"])
-    assert "context_parallel_size: expected 1 (not supported yet), got 2" in model_refusal(config)
-
-
 def test_the_layout_must_divide_the_model(tmp_path, monkeypatch):
     text = GOOD + "megatron:\n  tensor_model_parallel_size: 2\n  pipeline_model_parallel_size: 4\n"
     lines = model_refusal(load(tmp_path, monkeypatch, text)).splitlines()
@@ -153,3 +148,9 @@ def test_a_missing_prompt_file_is_named(tmp_path, monkeypatch):
         config.validate_data()
     (tmp_path / "questions.jsonl").write_text("{}\n")
     config.validate_data()
+
+
+def test_the_head_needs_memory_for_one_token(tmp_path, monkeypatch):
+    config = load(tmp_path, monkeypatch, GOOD, ["megatron.head_memory_mib=1"])
+    assert "megatron.head_memory_mib: expected at least 2 (one token's logits), got 1" in model_refusal(config, vocab_size=300_000)
+    config.validate_model({**HF, "vocab_size": 170_000})

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,11 +168,29 @@ def test_group_of_equal_rewards_has_no_gradient(objective):
     assert result.loss == 0 and not gradient.any() and result.no_gradient.all()
 
 
-@pytest.mark.parametrize("value", [math.nan, 0.1, math.inf])
-def test_impossible_old_log_prob_is_refused(value):
-    responses = [Response([-1.0, -1.0], [-1.0, value], [0.5, 0.5], 1.0)]
-    with pytest.raises(ValueError, match="old_logprob: expected log-probabilities.*at token 1"):
+@pytest.mark.parametrize("value", [math.nan, 0.1, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["logprob", "old_logprob"])
+def test_impossible_log_prob_is_refused(value, which):
+    values = {"logprob": [-1.0, -1.0], "old_logprob": [-1.0, -1.0]} | {which: [-1.0, value]}
+    responses = [Response(**values, entropy=[0.5, 0.5], advantage=1.0)]
+    with pytest.raises(ValueError, match=rf"^{which}: expected log-probabilities.*at token 1"):
         run(responses, Algorithm(), torch.float32, num_responses=1, num_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        (torch.tensor([0, 0, 0]), "expected a segment for each of 4 tokens, got 3"),
+        (torch.tensor([0, 0, 0, 7]), "do not cover the tokens"),
+        (torch.tensor([0, 1, 1, 1]), "do not cover the tokens"),
+    ],
+)
+def test_segments_that_do_not_cover_the_tokens_are_refused(segment, message):
+    totals = {"vocab_size": VOCAB, "num_responses": 1, "num_tokens": 4, "max_response_tokens": MAX_TOKENS}
+    annotation = annotate(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([4]), Algorithm(), **totals)
+    values = -torch.ones(4)
+    with pytest.raises(ValueError, match=message):
+        policy_loss(values, values, values, replace(annotation, segment=segment), Algorithm())
 
 
 def test_context_parallel_slices_add_up():

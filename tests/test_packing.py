@@ -1,6 +1,7 @@
 """Micro-batches hold every response token once, in the right place and within budgets, and lose nothing of the loss."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,11 +162,21 @@ def test_broken_sequence_is_refused(arguments):
 
 
 def test_to_moves_every_tensor():
-    ((batch,),) = pack_ranks(make_sequences([(2, 3)]), 1, max_tokens=8)
-    annotation = objective_loss("espo", batch.rollout_logprob.double(), batch)[1]
-    moved = MicroBatch(**vars(batch) | {"annotation": annotation, "old_logprob": batch.rollout_logprob}).to("meta")
-    tensors = {n: v for part in (moved, moved.annotation) for n, v in vars(part).items() if isinstance(v, torch.Tensor)}
-    assert len(tensors) == 18 and {t.device.type for t in tensors.values()} == {"meta"}
+    (sequence,) = make_sequences([(2, 3)])
+    known = replace(sequence, old_logprobs=sequence.rollout_logprobs, old_entropies=[0.5] * 3)
+    ((batch,),) = pack_ranks([known], 1, max_tokens=8, context_parallel_size=2)
+    tensors = {n: v for n, v in vars(batch.to("meta")).items() if isinstance(v, torch.Tensor)}
+    assert len(tensors) == 11 and {t.device.type for t in tensors.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("name", "field"), [("old_logprobs", "old_logprob"), ("old_entropies", "old_entropy")])
+def test_known_values_travel_with_their_tokens(name, field):
+    sequences = [replace(s, **{name: [float(t) for t in s.response_ids]}) for s in make_sequences([(1, 4), (2, 7)])]
+    for rank in range(2):
+        ((batch,),) = pack_ranks(sequences, 1, max_tokens=99, context_parallel_rank=rank, context_parallel_size=2)
+        assert getattr(batch, field).tolist() == batch.targets.tolist()
+    with pytest.raises(ValueError, match=f"expected 4 {name}, one a response token, got 1"):
+        replace(sequences[0], **{name: [1.0]})
 
 
 def test_responses_to_one_prompt_share_it():
@@ -195,3 +206,64 @@ def test_responses_to_one_prompt_share_it():
     expected = [([*s.prompt_ids, *s.response_ids[:-1]], list(s.response_ids)) for s in sequences]
     assert sorted(found) == sorted(expected)
     assert batch.num_tokens == totals.num_tokens
+
+
+def hidden_states(batch: MicroBatch) -> torch.Tensor:
+    """A model's output in which a position's hidden state is its token id: ``[length, rows]`` flattened."""
+    return batch.tokens.t().flatten()
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("context_parallel_size", [1, 2, 4])
+@QUICK
+@given(sizes=SIZES, multiple_of=st.sampled_from([1, 2, 3]), uniform=st.booleans())
+def test_slices_and_rows_predict_every_token_once(padded, context_parallel_size, sizes, multiple_of, uniform):
+    """Over all context-parallel ranks each response token is predicted once, from the token before it."""
+    sequences = make_sequences(sizes)
+    slices = [
+        pack_ranks(
+            sequences, 1, max_tokens=30, multiple_of=multiple_of, padded=padded, uniform=uniform,
+            context_parallel_rank=rank, context_parallel_size=context_parallel_size,
+        )[0]
+        for rank in range(context_parallel_size)
+    ]  # fmt: skip
+    predicted = []
+    for parts in zip(*slices, strict=True):
+        total = int(parts[0].lengths.sum())
+        scored = [torch.arange(total) if part.scored is None else part.scored for part in parts]
+        assert sorted(torch.cat(scored).tolist()) == list(range(total))
+        for part in parts:
+            assert part.tokens.size(1) % multiple_of == 0 and part.tokens.size(1) == parts[0].tokens.size(1)
+            before = hidden_states(part)[part.predict]
+            assert (before + 1 == part.targets).all()  # make_sequences counts up
+            torch.testing.assert_close(part.rollout_logprob, -part.targets / 1000)
+            predicted += part.targets.tolist()
+    assert sorted(predicted) == sorted(t for s in sequences for t in s.response_ids)
+    count = sum(part.num_tokens for parts in slices for part in parts)
+    assert count == sum(s.num_tokens for s in sequences)
+    if uniform:
+        assert len({part.tokens.shape for parts in slices for part in parts}) == 1
+
+
+def test_context_parallel_rank_has_two_chunks_of_each_sequence():
+    """Three tokens a chunk: rank 0 has the first and the last of four."""
+    ((batch,),) = pack_ranks(
+        make_sequences([(4, 8)]), 1, max_tokens=99, context_parallel_rank=0, context_parallel_size=2
+    )
+    assert batch.tokens.tolist() == [[1, 2, 3, 10, 11, 12]] and batch.cu_seqlens.tolist() == [0, 12]
+
+
+def test_number_of_micro_batches_is_a_multiple():
+    (batches,) = pack_ranks(make_sequences([(2, 3)] * 3), 1, max_tokens=5, count_multiple_of=2)
+    assert [len(batch.lengths) for batch in batches] == [1, 1, 1, 0]
+
+
+def test_padded_rows_stay_within_the_budget():
+    (batches,) = pack_ranks(make_sequences([(2, 8), (2, 1), (2, 1)]), 1, max_tokens=20, padded=True)
+    assert [tuple(batch.tokens.shape) for batch in batches] == [(2, 10), (1, 3)]
+
+
+@pytest.mark.parametrize("options", [{"padded": True}, {"context_parallel_size": 2}])
+def test_shared_prompts_are_refused_where_attention_cannot_take_them(options):
+    with pytest.raises(ValueError, match="share_prompts: expected false"):
+        pack_ranks(make_sequences([(2, 3)]), 1, max_tokens=5, share_prompts=True, **options)

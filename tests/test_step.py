@@ -11,6 +11,13 @@ LAYOUTS = {
     "tp2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2": (2, {}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "pp2 vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "tp2 sequence parallel cp2": (
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2},
+    ),
+    "pp2 cp2": (4, {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}),
 }
 
 
@@ -38,7 +45,7 @@ def test_gradient_of_first_step_equals_reference(folders, layout):
     assert answer["worst"] <= 1e-4, answer
 
 
-@pytest.mark.parametrize("layout", ["one rank", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["one rank", "tp2", "pp2", "cp2"])
 def test_gradient_off_policy_equals_reference(folders, layout):
     """With old log-probs and groups from a scoring pass of an older policy, some groups clipped and some not."""
     nproc, sizes = LAYOUTS[layout]
@@ -46,14 +53,40 @@ def test_gradient_off_policy_equals_reference(folders, layout):
     assert answer["worst"] <= 1e-4, answer
 
 
+@pytest.mark.parametrize("layout", ["one rank", "tp2", "tp2 sequence parallel cp2", "pp2"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradient_with_correction_penalty_and_bonus_equals_reference(folders, layout, level):
+    nproc, sizes = LAYOUTS[layout]
+    algorithm = {"rollout_correction": level, "kl_coef": 0.5, "entropy_coef": 0.3}
+    target = "tests.ranks.step:check_regularized_gradient"
+    answer = run_ranks(nproc, target, folder=folders[0], reference_folder=folders[1], algorithm=algorithm, **sizes)
+    assert answer["worst"] <= 1e-4, answer
+
+
 def test_gradient_does_not_depend_on_micro_batches(folders):
     """One sequence a micro-batch, or all packed into one; with and without prompts in common."""
-    for options in ({"max_tokens": 1}, {"max_tokens": 1000}, {"max_tokens": 1000, "share_prompts": False}):
+    apart, padded = {"share_prompts": False}, {"share_prompts": False, "padded": True}
+    for options in (
+        {"max_tokens": 1},
+        {"max_tokens": 1000},
+        {"max_tokens": 1000, "packing": apart},
+        {"max_tokens": 40, "packing": padded},
+        # Three tokens' logits of 131 columns: the head computes them again, chunk by chunk.
+        {"max_tokens": 1000, "packing": {"head_budget_bytes": 3 * 4 * 131}},
+    ):
         answer = run_ranks(1, "tests.ranks.step:check_gradient", folder=folders[0], **options)
         assert answer["worst"] <= 1e-4, (options, answer)
 
 
-@pytest.mark.parametrize("layout", ["one rank", "tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2 sequence parallel cp2", "pp2", "dp2"])
+def test_gradient_of_padded_rows_equals_reference(folders, layout):
+    nproc, sizes = LAYOUTS[layout]
+    packing = {"share_prompts": False, "padded": True}
+    answer = run_ranks(nproc, "tests.ranks.step:check_gradient", folder=folders[0], packing=packing, max_tokens=40, **sizes)
+    assert answer["worst"] <= 1e-4, answer
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2", "pp2", "dp2", "cp2"])
 def test_update_of_distributed_optimizer_equals_reference(folders, layout):
     nproc, sizes = LAYOUTS[layout]
     answer = run_ranks(nproc, "tests.ranks.step:check_update", folder=folders[0], **sizes)

@@ -1,4 +1,4 @@
-"""Group-relative advantages (Eq. 11)."""
+"""Group-relative advantages (Eq. 11), and what length takes from a reward."""
 
 import torch
 from torch import Tensor
@@ -35,3 +35,16 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
         centred = centred / std.where(varies, 1.0)
     return centred.where(varies, 0.0).float()
+
+
+def overlong_penalty(lengths: Tensor, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0) -> Tensor:
+    """DAPO's soft overlong penalty: 0 up to ``max_tokens - buffer_tokens``, falling to ``-factor`` at ``max_tokens``.
+
+    Args:
+        lengths: response tokens, any shape.
+
+    Returns:
+        What is added to the rewards, of the same shape, float32.
+    """
+    beyond = (lengths - (max_tokens - buffer_tokens)).clamp(min=0, max=buffer_tokens)
+    return -factor * beyond.float() / buffer_tokens

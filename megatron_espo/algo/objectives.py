@@ -77,16 +77,9 @@ def policy_loss(
         reduce_segments: sums a vector over context-parallel ranks; the only collective an objective ever needs.
 
     Raises:
-        ValueError: old log-probs that are NaN or positive.
+        ValueError: log-probs that are NaN, infinite or positive; segments that do not cover the tokens.
     """
-    # Written so that NaN fails too.
-    wrong = ~(old_logprob <= 1e-4)
-    if wrong.any():
-        value = float(old_logprob[wrong][0])
-        raise ValueError(
-            f"old_logprob: expected log-probabilities (at most 0, not NaN), got {value} "
-            f"at token {int(wrong.nonzero()[0])}"
-        )
+    _check(logprob, old_logprob, annotation)
     reduce_segments = reduce_segments or (lambda sums: sums)
     objective = OBJECTIVES[algorithm.objective]
     log_ratio = (logprob - old_logprob).detach()
@@ -103,6 +96,27 @@ def policy_loss(
         no_gradient=no_gradient,
         would_clip=_would_clip(log_ratio, annotation, reduce_segments),
     )
+
+
+def _check(logprob: Tensor, old_logprob: Tensor, annotation) -> None:
+    for name, values in (("old_logprob", old_logprob), ("logprob", logprob.detach())):
+        # Written so that NaN fails too.
+        wrong = ~((values <= 1e-4) & (values > -torch.inf))
+        if wrong.any():
+            position = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{name}: expected log-probabilities (finite, at most 0), got {float(values[position])} at token {position}"
+            )
+    segment, size = annotation.segment, annotation.size
+    if segment.shape != logprob.shape:
+        raise ValueError(f"annotation: expected a segment for each of {len(logprob)} tokens, got {len(segment)}")
+    found = torch.bincount(segment, minlength=len(size))
+    # A context-parallel rank has some of a segment's tokens; nobody has more than there are.
+    whole = int(size.sum()) == len(segment)
+    if len(found) > len(size) or (found > size).any() or (whole and (found < size).any()):
+        raise ValueError(
+            f"annotation: segments do not cover the tokens: expected sizes {size.tolist()[:8]}, found {found.tolist()[:8]}"
+        )
 
 
 def _would_clip(log_ratio: Tensor, annotation, reduce_segments: Reduce) -> dict[str, Tensor]:

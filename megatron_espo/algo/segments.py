@@ -5,7 +5,7 @@ end.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -39,6 +39,11 @@ class Annotation:
     weight: Tensor
     group: Tensor
     entropy: Tensor
+
+    def take(self, tokens: Tensor) -> "Annotation":
+        """The same for some of the tokens, ``tokens [some]`` int64; segments and responses stay whole."""
+        per_token = ("segment", "response", "low", "high", "weight", "group", "entropy")
+        return replace(self, **{name: getattr(self, name)[tokens] for name in per_token})
 
 
 def entropy_groups(entropy: Tensor, lengths: Tensor, quantiles: tuple[float, ...] = (0.8,)) -> Tensor:

@@ -163,13 +163,16 @@ def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str
             "megatron.virtual_pipeline_model_parallel_size",
             f"expected PP x VPP to divide the model's {layers} layers, got {pp} x {vpp} = {pp * vpp}",
         )
-    if m.context_parallel_size > 1:
-        yield "megatron.context_parallel_size", f"expected 1 (not supported yet), got {m.context_parallel_size}"
     if m.expert_model_parallel_size > 1:
         yield (
             "megatron.expert_model_parallel_size",
             f"expected 1 for a model without experts ({hf['architectures'][0]}), got {m.expert_model_parallel_size}",
         )
+    # One row of float32 logits, and the same in the training dtype where that is narrower.
+    row = hf["vocab_size"] // tp * (6 if config.model.dtype == "bfloat16" else 4)
+    if m.head_memory_mib is not None and m.head_memory_mib << 20 < row:
+        needed = -(-row >> 20)
+        yield "megatron.head_memory_mib", f"expected at least {needed} (one token's logits), got {m.head_memory_mib}"
     if heads % config.rollout.tensor_parallel_size:
         yield (
             "rollout.tensor_parallel_size",

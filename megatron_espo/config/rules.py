@@ -120,6 +120,12 @@ def across_sections(c: "schema.Config") -> Problems:
             f"expected a divisor of rollout.prompts_per_step = {c.rollout.prompts_per_step} (a mini-batch holds whole "
             f"groups), got {c.algorithm.num_mini_batches}",
         )
+    buffer = c.reward.overlong_buffer_tokens
+    if buffer is not None and buffer > c.rollout.max_response_tokens:
+        yield (
+            "reward.overlong_buffer_tokens",
+            f"expected at most rollout.max_response_tokens ({c.rollout.max_response_tokens}), got {buffer}",
+        )
     updates = c.run.steps * c.algorithm.num_epochs * c.algorithm.num_mini_batches
     last = c.optimizer.lr_decay_iters or updates
     if c.optimizer.lr_warmup_iters >= last:

@@ -100,6 +100,17 @@ class Megatron(Section):
         description="Most tokens (prompt + response) packed into one micro-batch; bounds activation memory. Larger is "
         "faster until memory runs out. Never changes the gradient.",
     )
+    packed: bool = Field(
+        True,
+        description="Lay sequences one after the other without padding (THD); false: rows padded to the longest, for "
+        "attention that cannot. Same gradient, slower.",
+    )
+    head_memory_mib: int | None = Field(
+        None,
+        ge=1,
+        description="Most MiB for logits and their gradient; null keeps all logits of a micro-batch. Less recomputes "
+        "them by chunks: slower, same numbers.",
+    )
     recompute_granularity: Literal["full", "selective"] | None = Field(
         None,
         description="Activations computed again in backward: selective (attention core), full (layers), null none.",
@@ -174,6 +185,24 @@ class Algorithm(Section):
     normalize_std: bool = Field(
         True, description="Divide advantages by the group's standard deviation; dr_grpo needs false."
     )
+    kl_coef: float = Field(
+        0.0, ge=0, description="Weight of the KL penalty to the initial policy; above 0 costs a scoring pass a step."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="Estimator of that KL: k3 never negative, k2 quadratic, k1 plain (no gradient on average)."
+    )
+    entropy_coef: float = Field(
+        0.0, ge=0, description="Weight of the entropy bonus (exact, over the whole vocabulary); keeps exploring."
+    )
+    rollout_correction: Literal["off", "metrics", "token", "sequence"] = Field(
+        "metrics",
+        description="Truncated importance sampling of trainer over engine probabilities, by token or by sequence; "
+        "metrics only reports the ratios.",
+    )
+    rollout_correction_cap: float = Field(2.0, gt=0, description="Largest ratio of the rollout correction.")
+    mask_truncated: bool = Field(
+        False, description="No gradient from responses cut at the length limit; they still count in the means."
+    )
     num_epochs: int = Field(1, ge=1, description="Passes over each rollout batch; more reuse, more off-policy.")
     num_mini_batches: int = Field(
         1, ge=1, description="Optimizer steps a pass; the batch of responses is cut into so many equal parts."
@@ -202,6 +231,12 @@ class Rollout(Section):
     )
     max_response_tokens: int = Field(
         2048, ge=1, description="Longest response, in tokens (paper: 16384); longer ones are cut and counted."
+    )
+    max_resampling_rounds: int = Field(
+        0,
+        ge=0,
+        description="DAPO's dynamic sampling: replace prompts whose responses have equal rewards by new ones, "
+        "at most so many times a step; 0 turns it off.",
     )
     max_model_len: int | None = Field(
         None,
@@ -258,6 +293,12 @@ class Reward(Section):
     timeout_s: float = Field(
         10.0, gt=0, description="Seconds for one response; then the verifier is killed and the response left out."
     )
+    overlong_buffer_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="DAPO's soft overlong penalty: rewards fall over the last so many tokens before the limit.",
+    )
+    overlong_penalty: float = Field(1.0, gt=0, description="What a response at the length limit loses by it.")
     workers: int = Field(2, ge=1, description="Verifier processes on each node; each takes one CPU core.")
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -3,13 +3,14 @@
 Every rank calls :func:`pack` with the same sequences and takes its own share, so all ranks agree without talking.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megatron_espo.algo import Annotation
+from megatron_espo.data.context_parallel import slice_micro_batch
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,21 @@ class TrainSequence:
         response_ids: at least one token id.
         rollout_logprobs: the engine's log-probs of ``response_ids`` (nats).
         advantage: of every token of the response.
+        masked: gives no gradient (a truncated response, for example), but counts in the denominators.
+        old_logprobs, old_entropies: the old policy's (nats), where they are known already; ``None``: from a scoring pass, or
+            the policy itself on the first step on these rollouts.
 
     Raises:
-        ValueError: an empty prompt or response, or log-probs that do not match the response.
+        ValueError: an empty prompt or response, or per-token values that do not match the response.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     rollout_logprobs: Sequence[float]
     advantage: float
+    masked: bool = False
+    old_logprobs: Sequence[float] | None = None
+    old_entropies: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         prompt, response, logprobs = len(self.prompt_ids), len(self.response_ids), len(self.rollout_logprobs)
@@ -38,6 +45,10 @@ class TrainSequence:
                 "TrainSequence: expected a prompt and a response of at least one token, and a log-prob for each "
                 f"response token, got {prompt} prompt tokens, {response} response tokens and {logprobs} log-probs"
             )
+        for name in ("old_logprobs", "old_entropies"):
+            values = getattr(self, name)
+            if values is not None and len(values) != response:
+                raise ValueError(f"TrainSequence: expected {response} {name}, one a response token, got {len(values)}")
 
     @property
     def num_tokens(self) -> int:
@@ -61,28 +72,33 @@ class BatchTotals:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole sequences laid one after the other (THD), as the model and the loss take them.
+    """Sequences as the model and the loss take them: laid one after the other (THD), or side by side in rows, padded.
+
+    Under context parallelism ``total`` and ``response_tokens`` are this rank's; ``cu_seqlens``, ``max_seqlen`` and ``lengths`` the whole's.
 
     Attributes:
-        tokens: ``[1, total]`` int64 token ids.
-        position_ids: ``[1, total]`` int64, from 0 in each sequence.
-        cu_seqlens: ``[sequences + 1]`` int32 borders.
+        tokens: int64 token ids, ``[1, total]`` packed or ``[sequences, longest]`` padded.
+        position_ids: int64, of the same shape, from 0 in each sequence.
+        cu_seqlens: ``[sequences + 1]`` int32 borders; ``None`` in a padded micro-batch.
         max_seqlen: tokens of the longest sequence.
-        predict: ``[response_tokens]`` int64, packed position whose hidden state predicts each response token.
+        predict: ``[response_tokens]`` int64, row of the model's hidden states (``[total, hidden]``, or ``[longest, sequences, hidden]``
+            flattened) that predicts each response token.
         targets: ``[response_tokens]`` int64, those response tokens.
         lengths: ``[responses]`` int64 response lengths.
         advantage, rollout_logprob: ``[response_tokens]`` float32.
         totals: sizes of the whole optimizer step.
-        num_tokens: real tokens here (padding excluded).
+        num_tokens: real tokens (padding excluded); under context parallelism all of them on the first rank and 0 on others.
+        scored: ``[response_tokens]`` int64, which of the whole micro-batch's response tokens these are; ``None``: all.
         branches: where prompts are shared: for each sequence of ``cu_seqlens`` the lengths of its trunk and of the branches after it,
             each of which attends to the trunk and itself; ``None``: plain sequences.
-        old_logprob, annotation: from the scoring pass; ``None`` when the step is the first on its rollouts, where the
-            policy itself is the old policy.
+        old_logprob, old_entropy: ``[response_tokens]`` float32, of the old policy (nats), from a scoring pass; ``None`` when the
+            step is the first on its rollouts, where the policy itself is the old policy.
+        reference_logprob: ``[response_tokens]`` float32, of the frozen reference (nats); ``None`` without a KL penalty.
     """
 
     tokens: Tensor
     position_ids: Tensor
-    cu_seqlens: Tensor
+    cu_seqlens: Tensor | None
     max_seqlen: int
     predict: Tensor
     targets: Tensor
@@ -91,22 +107,24 @@ class MicroBatch:
     rollout_logprob: Tensor
     totals: BatchTotals
     num_tokens: int
+    scored: Tensor | None = None
     branches: tuple[tuple[int, ...], ...] | None = None
     old_logprob: Tensor | None = None
-    annotation: Annotation | None = None
+    old_entropy: Tensor | None = None
+    reference_logprob: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on ``device``."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        if self.annotation is not None:
-            fields = vars(self.annotation).items()
-            moved["annotation"] = Annotation(**{name: value.to(device) for name, value in fields})
-        return replace(self, **moved)
+        return replace(self, **{n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 def batch_totals(sequences: Sequence[TrainSequence], *, num_responses: int, num_response_tokens: int) -> BatchTotals:
     """Totals of an optimizer step of which ``sequences`` are the part that needs a gradient."""
     return BatchTotals(num_responses, num_response_tokens, max(1, sum(s.num_tokens for s in sequences)))
+
+
+# Sequences that are laid out together: one, or several that share their prompt.
+Tree = list[TrainSequence]
 
 
 def pack(
@@ -118,7 +136,12 @@ def pack(
     max_tokens: int,
     max_sequences: int | None = None,
     multiple_of: int = 1,
+    count_multiple_of: int = 1,
+    context_parallel_rank: int = 0,
+    context_parallel_size: int = 1,
     share_prompts: bool = False,
+    padded: bool = False,
+    uniform: bool = False,
 ) -> list[MicroBatch]:
     """Cut ``sequences`` into micro-batches of at most ``max_tokens`` and return one data-parallel rank's share.
 
@@ -129,21 +152,55 @@ def pack(
         sequences: the whole step's, the same on every rank.
         totals: of the whole step.
         data_parallel_rank, data_parallel_size: whose share, of how many.
-        max_tokens: at most so many tokens (prompts included, padding not) in one micro-batch.
+        max_tokens: at most so many tokens (prompts included) in one micro-batch over all context-parallel ranks; padding counts in
+            padded micro-batches only.
         max_sequences: at most so many sequences in one micro-batch.
-        multiple_of: packed length is padded to a multiple (sequence parallelism shards it over tensor-parallel ranks).
+        multiple_of: each rank's length is padded to a multiple (sequence parallelism shards it over tensor-parallel ranks).
+        count_multiple_of: so many micro-batches, or a multiple of it (the interleaved schedule wants one of the pipeline's size).
+        context_parallel_rank, context_parallel_size: which slice of every sequence, of how many.
         share_prompts: put responses to the same prompt into one tree whose prompt goes through the model once. The gradient is the
-            same; it needs :class:`megatron_espo.mcore.attention.PackedDotProductAttention`.
+            same; it needs :class:`megatron_espo.mcore.attention.PackedDotProductAttention`, and neither context parallelism nor padding.
+        padded: one row for each sequence, as long as the longest, for attention that cannot take packed sequences.
+        uniform: pad all micro-batches of this rank to one shape, so that pipeline stages need not tell each other how much comes.
+
+    Raises:
+        ValueError: shared prompts together with context parallelism or padding.
     """
+    if share_prompts and (padded or context_parallel_size > 1):
+        raise ValueError("share_prompts: expected false with context_parallel_size > 1 or padded micro-batches, got true")
     trees = _by_prompt(sequences) if share_prompts else [[sequence] for sequence in sequences]
-    shares = [_bins(share, max_tokens, max_sequences) for share in _balance(trees, data_parallel_size)]
+    shares = [_bins(share, max_tokens, max_sequences, padded) for share in _balance(trees, data_parallel_size)]
     count = max(1, *(len(share) for share in shares))
+    count += -count % count_multiple_of
     mine = shares[data_parallel_rank]
-    return [_micro_batch(part, totals, multiple_of) for part in mine + [[]] * (count - len(mine))]
+    parts = mine + [[]] * (count - len(mine))
+    align, unit = _multiples(multiple_of, context_parallel_size)
+    shapes = _shapes(parts, align, unit, padded)
+    if uniform:
+        shapes = [tuple(map(max, zip(*shapes, strict=True)))] * count
+    batches = [_micro_batch(part, totals, shape, align, padded) for part, shape in zip(parts, shapes, strict=True)]
+    if context_parallel_size > 1:
+        batches = [slice_micro_batch(batch, context_parallel_rank, context_parallel_size) for batch in batches]
+    return [_in_rows(batch) for batch in batches] if padded else batches
 
 
-# Sequences that are laid out together: one, or several that share their prompt.
-Tree = list[TrainSequence]
+def _multiples(multiple_of: int, context_parallel_size: int) -> tuple[int, int]:
+    """What the length of a sequence and of a whole packed micro-batch must divide by, before the context-parallel cut."""
+    if context_parallel_size == 1:
+        return 1, multiple_of
+    return 2 * context_parallel_size, context_parallel_size * math.lcm(2, multiple_of)
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _shapes(parts: list[list[Tree]], align: int, unit: int, padded: bool) -> list[tuple[int, int]]:
+    """``(rows, length)`` of each micro-batch; one row if they are packed."""
+    if padded:
+        return [(max(1, len(part)), _round_up(max(map(_cost, part), default=1), unit)) for part in parts]
+    return [(1, _round_up(max(1, sum(_round_up(_cost(tree), align) for tree in part)), unit)) for part in parts]
+
 
 
 def _by_prompt(sequences: Sequence[TrainSequence]) -> list[Tree]:
@@ -169,12 +226,13 @@ def _balance(trees: list[Tree], ranks: int) -> list[list[Tree]]:
     return shares
 
 
-def _bins(trees: list[Tree], max_tokens: int, max_sequences: int | None) -> list[list[Tree]]:
+def _bins(trees: list[Tree], max_tokens: int, max_sequences: int | None, padded: bool) -> list[list[Tree]]:
     """First fit; the trees come longest first."""
     bins: list[list[Tree]] = []
     for tree in trees:
         for part in bins:
-            fits = sum(map(_cost, part)) + _cost(tree) <= max_tokens
+            tokens = _cost(part[0]) * (len(part) + 1) if padded else sum(map(_cost, part)) + _cost(tree)
+            fits = tokens <= max_tokens
             if fits and (max_sequences is None or sum(map(len, part)) + len(tree) <= max_sequences):
                 part.append(tree)
                 break
@@ -203,7 +261,11 @@ def _lay_out(tree: Tree) -> tuple[list[int], list[int], list[int], tuple[int, ..
     return tokens, positions, list(range(trunk, len(tokens))), tuple(lengths)
 
 
-def _micro_batch(trees: list[Tree], totals: BatchTotals, multiple_of: int) -> MicroBatch:
+def _micro_batch(
+    trees: list[Tree], totals: BatchTotals, shape: tuple[int, int], align: int, padded: bool
+) -> MicroBatch:
+    """Lay out trees, each padded to a multiple of ``align`` (to a whole row if ``padded``), all together to ``shape``."""
+    rows, length = shape
     tokens: list[int] = []
     positions: list[int] = []
     predict: list[int] = []
@@ -212,16 +274,19 @@ def _micro_batch(trees: list[Tree], totals: BatchTotals, multiple_of: int) -> Mi
     for tree in trees:
         tree_tokens, tree_positions, tree_predict, lengths = _lay_out(tree)
         predict += [len(tokens) + position for position in tree_predict]
-        tokens += tree_tokens
-        positions += tree_positions
-        branches.append(lengths)
+        # Padding after a sequence's end: no response token attends to it.
+        padding = -len(tree_tokens) % (length if padded else align)
+        tokens += tree_tokens + [0] * padding
+        positions += tree_positions + list(range(len(tree_tokens), len(tree_tokens) + padding))
+        branches.append(lengths if not padding else (len(tree_tokens) + padding,))
         borders.append(len(tokens))
-    # Padding is a sequence of its own, which no response token attends to; an empty micro-batch is nothing but padding.
-    padding = -len(tokens) % multiple_of or (0 if tokens else multiple_of)
-    if padding:
-        tokens += [0] * padding
-        positions += range(padding)
-        branches.append((padding,))
+    # The rest is sequences of their own, short ones, whose attention costs little.
+    filler = length if padded else _round_up(64, align)
+    while rest := rows * length - len(tokens):
+        filled = min(filler, rest)
+        tokens += [0] * filled
+        positions += range(filled)
+        branches.append((filled,))
         borders.append(len(tokens))
     sequences = [sequence for tree in trees for sequence in tree]
     advantage = [s.advantage for s in sequences for _ in s.response_ids]
@@ -235,7 +300,31 @@ def _micro_batch(trees: list[Tree], totals: BatchTotals, multiple_of: int) -> Mi
         lengths=torch.tensor([len(s.response_ids) for s in sequences], dtype=torch.long),
         advantage=torch.tensor(advantage, dtype=torch.float32),
         rollout_logprob=torch.tensor([p for s in sequences for p in s.rollout_logprobs], dtype=torch.float32),
+        old_logprob=_known("old_logprobs", sequences),
+        old_entropy=_known("old_entropies", sequences),
         totals=totals,
         num_tokens=sum(sequence.num_tokens for sequence in sequences),
         branches=tuple(branches) if any(len(lengths) > 1 for lengths in branches) else None,
+    )
+
+
+def _known(name: str, sequences: list[TrainSequence]) -> Tensor | None:
+    """One value for each response token, if every sequence has them."""
+    values = [getattr(sequence, name) for sequence in sequences]
+    if not values or any(value is None for value in values):
+        return None
+    return torch.tensor([v for value in values for v in value], dtype=torch.float32)
+
+
+def _in_rows(batch: MicroBatch) -> MicroBatch:
+    """A packed micro-batch of equally long sequences as ``[sequences, length]``."""
+    rows = len(batch.cu_seqlens) - 1
+    length = batch.tokens.size(1) // rows
+    return replace(
+        batch,
+        tokens=batch.tokens.view(rows, length),
+        position_ids=batch.position_ids.view(rows, length),
+        # The model's hidden states are [length, rows, hidden].
+        predict=batch.predict % length * rows + batch.predict // length,
+        cu_seqlens=None,
     )

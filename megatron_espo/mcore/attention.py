@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
@@ -58,15 +59,17 @@ class PackedDotProductAttention(torch.nn.Module):
 
     Takes ``query [tokens, heads/tp, head_dim]``, ``key`` and ``value [tokens, groups/tp, head_dim]`` (THD) with
     ``packed_seq_params.cu_seqlens_q``, or ``[sequence, batch, heads/tp, head_dim]`` (SBHD) without them. Returns ``[tokens, heads/tp *
-    head_dim]`` or ``[sequence, batch, heads/tp * head_dim]``. Zero collectives.
+    head_dim]`` or ``[sequence, batch, heads/tp * head_dim]``.
+
+    Under context parallelism each rank has two chunks of every sequence (``data/context_parallel.py``): keys and values are all-gathered over
+    the group, their gradients reduce-scattered. Otherwise zero collectives.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **kwargs) -> None:
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, pg_collection=None, **kwargs
+    ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                "context_parallel_size > 1 needs Transformer Engine's attention (megatron.transformer_impl=transformer_engine)"
-            )
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         if config.attention_dropout:
             raise ValueError("attention_dropout must be 0: old and new log-probs are compared token by token")
         self.attn_mask_type = attn_mask_type
@@ -85,6 +88,8 @@ class PackedDotProductAttention(torch.nn.Module):
         """Attend; see the class for shapes. Masks other than causal are refused."""
         if (attn_mask_type or self.attn_mask_type) not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"expected a causal mask type, got {attn_mask_type or self.attn_mask_type}")
+        if self.cp_group is not None:
+            return self._context_parallel(query, key, value, packed_seq_params)
         if packed_seq_params is None:
             # [s, b, n, d] -> [b, n, s, d]
             answer = self._causal(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))
@@ -105,6 +110,29 @@ class PackedDotProductAttention(torch.nn.Module):
                 q, k, v = next(parts)
                 keys, values = torch.cat([trunk[1], k], dim=2), torch.cat([trunk[2], v], dim=2)
                 pieces.append(self._causal(q, keys, values))
+        return torch.cat(pieces, dim=2)[0].transpose(0, 1).flatten(1)
+
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None) -> Tensor:
+        if packed is None:
+            # Rows become sequences of a packed batch: [s, b, n, d] -> [b s, n, d].
+            rows, length = query.size(1), query.size(0)
+            flat = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+            return self._zigzag(*flat, [length] * rows).unflatten(0, (rows, length)).transpose(0, 1)
+        return self._zigzag(query, key, value, (packed.cu_seqlens_q.diff() // self.cp_group.size()).tolist())
+
+    def _zigzag(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """``[tokens, ...]`` of this rank's chunks ``r`` and ``2 cp - 1 - r`` of each sequence, of ``lengths`` tokens together."""
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        pieces, keys_of_ranks = [], gather_from_sequence_parallel_region(torch.stack([key, value], 1), group=self.cp_group)
+        whole = keys_of_ranks.unflatten(0, (size, -1)).split(lengths, dim=1)
+        for q, kv in zip(query.split(lengths), whole, strict=True):
+            early, late = kv.chunk(2, dim=1)
+            # [size, chunk, 2, n, d] of first chunks in rank order and second chunks in the opposite one -> [2, 1, n, sequence, d]
+            keys, values = torch.cat([early, late.flip(0)]).flatten(0, 1).permute(1, 2, 0, 3)[:, None]
+            chunk = early.size(1)
+            for number, part in zip((rank, 2 * size - 1 - rank), q.transpose(0, 1)[None].chunk(2, dim=2), strict=True):
+                seen = (number + 1) * chunk
+                pieces.append(self._causal(part, keys[:, :, :seen], values[:, :, :seen]))
         return torch.cat(pieces, dim=2)[0].transpose(0, 1).flatten(1)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

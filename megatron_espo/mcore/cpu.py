@@ -33,6 +33,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)  # without an accelerator there is nothing to pin for
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         answer = func(*args, **kwargs)

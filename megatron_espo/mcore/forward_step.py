@@ -7,22 +7,27 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_espo.algo import annotate, policy_loss
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.mcore.head import LogProbEntropyHead, forward_with_head
-from megatron_espo.metrics import loss_metrics
+from megatron_espo.mcore.loss import PolicyLoss
 
 
 def make_forward_step(
-    algorithm, *, groups, vocab_size: int, temperature: float = 1.0, max_response_tokens: int | None = None
+    algorithm,
+    *,
+    groups,
+    vocab_size: int,
+    temperature: float = 1.0,
+    max_response_tokens: int | None = None,
+    head_budget_bytes: int | None = None,
 ) -> Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]:
     """Build the ``forward_step_func`` that Megatron's ``get_forward_backward_func()`` takes.
 
     The model's configuration must have ``calculate_per_token_loss=True``: each micro-batch returns ``(sum, count, metrics)``, where
     the count is its tokens and the sum is scaled by all tokens of the step, so that what the schedule divides by cancels exactly. The gradient
-    is that of ``-Σ_t w_t surrogate_t`` over the whole batch, however it was cut.
+    is that of ``-Σ_t w_t surrogate_t`` (and of the KL penalty and the entropy bonus) over the whole batch, however it was cut.
 
-    With ``collect_non_loss_data=True`` the schedule collects ``(old_logprob, annotation)`` per micro-batch instead (the scoring pass).
+    With ``collect_non_loss_data=True`` the schedule collects each micro-batch's log-probs and entropies instead (the scoring pass).
 
     Args:
         algorithm: the ``algorithm`` section of the configuration (:class:`megatron_espo.config.Algorithm`).
@@ -30,40 +35,30 @@ def make_forward_step(
         vocab_size: the true vocabulary (tokenizer's or ``config.json``'s), not Megatron's padded one.
         temperature: the sampling temperature of the rollouts.
         max_response_tokens: the generation limit; only Dr. GRPO's weights need it.
+        head_budget_bytes: limit of the memory for logits (:func:`megatron_espo.numerics.plan_head`); ``None``: no limit.
     """
-    head = LogProbEntropyHead(groups.tp, temperature=temperature, vocab_size=vocab_size)
+    head = LogProbEntropyHead(
+        groups.tp,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        entropy_grad=bool(algorithm.entropy_coef),
+        budget_bytes=head_budget_bytes,
+    )
+    loss = PolicyLoss(algorithm, cp_group=groups.cp, vocab_size=vocab_size, max_response_tokens=max_response_tokens)
 
     def forward_step(data_iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
         batch = next(data_iterator).to(torch.cuda.current_device())
         packed = _sequence_parameters(batch)
         inputs = {"input_ids": batch.tokens, "position_ids": batch.position_ids, "attention_mask": None}
         output = forward_with_head(model, head, batch, **inputs, packed_seq_params=packed)
-        return output, partial(loss_func, batch)
-
-    def loss_func(batch: MicroBatch, output: Tensor, non_loss_data: bool = False):
-        logprob, entropy = output[0], output[1].detach()
-        annotation = batch.annotation or annotate(
-            entropy,
-            batch.lengths,
-            algorithm,
-            vocab_size=vocab_size,
-            num_responses=batch.totals.num_responses,
-            num_tokens=batch.totals.num_response_tokens,
-            max_response_tokens=max_response_tokens,
-        )
-        if non_loss_data:
-            return logprob.detach(), annotation
-        # Without a scoring pass this step is the first on its rollouts: the policy is still the old policy.
-        old_logprob = logprob.detach() if batch.old_logprob is None else batch.old_logprob
-        result = policy_loss(logprob, old_logprob, batch.advantage, annotation, algorithm)
-        count = torch.tensor(batch.num_tokens, dtype=torch.int, device=logprob.device)
-        metrics = loss_metrics(result, annotation, old_logprob, batch.rollout_logprob, len(algorithm.quantiles) + 1)
-        return result.loss * batch.totals.num_tokens, count, metrics
+        return output, partial(loss, batch)
 
     return forward_step
 
 
-def _sequence_parameters(batch: MicroBatch) -> PackedSeqParams:
+def _sequence_parameters(batch: MicroBatch) -> PackedSeqParams | None:
+    if batch.cu_seqlens is None:
+        return None
     borders = {
         "qkv_format": "thd",
         "cu_seqlens_q": batch.cu_seqlens,

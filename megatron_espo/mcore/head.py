@@ -23,25 +23,39 @@ class LogProbEntropyHead:
         group: tensor-parallel process group.
         temperature: the sampling temperature.
         vocab_size: the true vocabulary; Megatron's padding takes no probability.
+        entropy_grad: whether the entropies have a gradient.
+        budget_bytes: limit of the memory that grows with the vocabulary (:func:`megatron_espo.numerics.plan_head`); ``None``: no limit.
     """
 
-    def __init__(self, group, *, temperature: float, vocab_size: int) -> None:
+    def __init__(
+        self,
+        group,
+        *,
+        temperature: float,
+        vocab_size: int,
+        entropy_grad: bool = False,
+        budget_bytes: int | None = None,
+    ) -> None:
         self.group = group
         self.temperature = temperature
         self.vocab_size = vocab_size
+        self.entropy_grad = entropy_grad
+        self.budget_bytes = budget_bytes
 
     def __call__(
         self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context: MicroBatch, **_: Any
     ) -> Tensor:
-        """Apply to ``hidden_states [total (/tp under sequence parallelism), 1, hidden]`` with the micro-batch as ``context``."""
+        """Apply to ``hidden_states [length (/tp under sequence parallelism), rows, hidden]`` with the micro-batch as ``context``."""
         logprob, entropy = linear_logprob_entropy(
-            hidden_states.squeeze(1),
+            hidden_states.flatten(0, 1),
             output_layer.weight if output_weight is None else output_weight,
             context.targets,
             self.group,
             positions=context.predict,
             temperature=self.temperature,
             vocab_size=self.vocab_size,
+            entropy_grad=self.entropy_grad,
+            budget_bytes=self.budget_bytes,
             sequence_parallel=output_layer.sequence_parallel,
             # A bfloat16 logit of 20 is off by up to 0.06 nats; the engine's head is float32 too.
             float32_logits=True,

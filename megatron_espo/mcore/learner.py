@@ -1,19 +1,20 @@
 """The trained policy of a run: builds Megatron's model from the configuration and updates it from rollouts."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_espo.config import Config
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
 from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.model import Layout, build_model, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
+from megatron_espo.mcore.reference import ReferencePolicy
 from megatron_espo.mcore.runtime import Runtime
-from megatron_espo.metrics import reduce_metrics
+from megatron_espo.metrics import reduce_metrics_everywhere
 from megatron_espo.progress import OnProgress
 from megatron_espo.weights.hf_io import load_hf_weights
 
@@ -25,6 +26,31 @@ def build_chunks(config: Config, hf_config: dict[str, Any], runtime: Runtime) ->
     chunks = build_model(hf_config, layout, runtime.groups, dtype=dtype, transformer_impl=config.megatron.transformer_impl)
     load_hf_weights(chunks, hf_config, config.model.path, runtime.groups)
     return chunks
+
+
+def packing_options(megatron, groups) -> dict[str, Any]:
+    """How :func:`megatron_espo.data.packing.pack` must cut micro-batches for a layout.
+
+    Args:
+        megatron: the ``megatron`` section of the configuration.
+        groups: Megatron's ``ProcessGroupCollection``.
+    """
+    interleaved = megatron.virtual_pipeline_model_parallel_size is not None
+    # Transformer Engine's attention knows no branches.
+    branches = not use_transformer_engine(megatron.transformer_impl)
+    return {
+        "data_parallel_rank": groups.dp.rank(),
+        "data_parallel_size": groups.dp.size(),
+        "context_parallel_rank": groups.cp.rank(),
+        "context_parallel_size": groups.cp.size(),
+        "max_tokens": megatron.max_tokens_per_micro_batch,
+        "max_sequences": megatron.micro_batch_size,
+        "multiple_of": groups.tp.size() if megatron.sequence_parallel else 1,
+        "count_multiple_of": groups.pp.size() if interleaved else 1,
+        "share_prompts": branches and megatron.packed and groups.cp.size() == 1,
+        "padded": not megatron.packed,
+        "uniform": groups.pp.size() > 1,
+    }
 
 
 class Learner:
@@ -41,13 +67,16 @@ class Learner:
         self.updates_per_step = config.algorithm.num_epochs * config.algorithm.num_mini_batches
         self.chunks = build_chunks(config, hf_config, runtime)
         self.policy = Policy(self.chunks, runtime.groups, config.optimizer, config.run.steps * self.updates_per_step)
+        budget = config.megatron.head_memory_mib
         self._forward_step = make_forward_step(
             config.algorithm,
             groups=runtime.groups,
             vocab_size=hf_config["vocab_size"],
             temperature=config.rollout.temperature,
             max_response_tokens=config.rollout.max_response_tokens,
+            head_budget_bytes=budget and budget << 20,
         )
+        self.reference = ReferencePolicy(self.chunks) if config.algorithm.kl_coef else None
 
     def update(self, groups: Sequence[Sequence[TrainSequence]], on_progress: OnProgress) -> dict[str, float]:
         """Train on one rollout batch: ``num_epochs`` passes over ``num_mini_batches`` optimizer steps.
@@ -63,10 +92,13 @@ class Learner:
         """
         mini_batches = [self._pack(part) for part in _split(groups, self.config.algorithm.num_mini_batches)]
         count = sum(map(len, mini_batches))
-        passes = self.config.algorithm.num_epochs + (self.updates_per_step > 1)
-        tick = _Ticker(on_progress, count * passes)
-        if self.updates_per_step > 1:
-            mini_batches = [self._score(batches, tick) for batches in mini_batches]
+        scores_old, scores_reference = self.updates_per_step > 1, self.reference is not None
+        tick = _Ticker(on_progress, count * (self.config.algorithm.num_epochs + scores_old + scores_reference))
+        if scores_old:
+            mini_batches = [self._score(batches, tick, "old_logprob", "old_entropy") for batches in mini_batches]
+        if scores_reference:
+            with self.reference.lent():
+                mini_batches = [self._score(batches, tick, "reference_logprob") for batches in mini_batches]
         results = [
             self._metrics(self.policy.step(self._forward_step, batches, tick))
             for _ in range(self.config.algorithm.num_epochs)
@@ -77,43 +109,34 @@ class Learner:
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""
         sequences = [sequence for group in groups for sequence in group]
-        # Without advantage there is no gradient: such responses count in the denominators and cost nothing.
-        kept = [sequence for sequence in sequences if sequence.advantage]
+        # Without advantage the objective has no gradient: such responses count in the denominators and cost nothing.
+        regularized = self.config.algorithm.kl_coef or self.config.algorithm.entropy_coef
+        kept = [s for s in sequences if not s.masked and (s.advantage or regularized)]
         tokens = sum(len(sequence.response_ids) for sequence in sequences)
-        megatron = self.config.megatron
-        return pack(
-            kept,
-            batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens),
-            data_parallel_rank=self.groups.dp.rank(),
-            data_parallel_size=self.groups.dp.size(),
-            max_tokens=megatron.max_tokens_per_micro_batch,
-            max_sequences=megatron.micro_batch_size,
-            multiple_of=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
-            share_prompts=not use_transformer_engine(megatron.transformer_impl),  # whose attention knows no branches
-        )
+        totals = batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens)
+        return pack(kept, totals, **packing_options(self.config.megatron, self.groups))
 
-    def _score(self, batches: list[MicroBatch], tick: "_Ticker") -> list[MicroBatch]:
-        """Attach the old policy's log-probs and annotation, on the last pipeline stage, where the loss is."""
+    def _score(self, batches: list[MicroBatch], tick: "_Ticker", *names: str) -> list[MicroBatch]:
+        """Attach the model's log-probs (and entropies) under ``names``, on the last pipeline stage, where the loss is."""
         scored = self.policy.score(self._forward_step, batches, tick)
         if not scored:
             return batches
         return [
-            replace(batch, old_logprob=old_logprob, annotation=annotation)
-            for batch, (old_logprob, annotation) in zip(batches, scored, strict=True)
+            replace(batch, **dict(zip(names, values, strict=False)))
+            for batch, values in zip(batches, scored, strict=True)
         ]
 
     def _metrics(self, result) -> dict[str, float]:
         """Loss metrics of the last stage, sent to every rank, with the optimizer's."""
-        box = [reduce_metrics(result.metrics, self.groups.dp_cp)]
-        # Pipeline stages are the outermost dimension of Megatron's rank order: the last rank is on the last stage.
-        dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
-        return box[0] | {"optimizer/grad_norm": result.grad_norm, "optimizer/lr": result.lr}
+        metrics = reduce_metrics_everywhere(result.metrics, self.groups.dp_cp)
+        return metrics | {"optimizer/grad_norm": result.grad_norm, "optimizer/lr": result.lr}
 
 
 def average(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps that report it."""
+    """Mean of each metric over the optimizer steps that report it; of ``*_max`` and ``*_min`` the extreme."""
     values = {name: [result[name] for result in results if name in result] for result in results for name in result}
-    return {name: sum(found) / len(found) for name, found in values.items()}
+    extremes = {"_max": max, "_min": min}
+    return {name: extremes.get(name[-4:], statistics.fmean)(found) for name, found in values.items()}
 
 
 class _Ticker:

@@ -93,9 +93,9 @@ def transformer_config(hf_config: dict[str, Any], layout: Layout, dtype: torch.d
         bf16=dtype == torch.bfloat16,
         # Float weights sit in the loss's numerator; only this form is left unscaled by the schedule.
         calculate_per_token_loss=True,
-        # Packed micro-batches have as many tokens as their responses have: stages tell each other the shape.
-        variable_seq_lengths=layout.pipeline_model_parallel_size > 1,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even in a dense model
+        # Of two stages each is the other's next and previous; only this order of messages keeps an interleaved schedule's apart.
+        overlap_p2p_comm=layout.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=layout.virtual_pipeline_model_parallel_size is None,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         bias_activation_fusion=te,

@@ -82,14 +82,15 @@ class Policy:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         iterators = [_ticking(micro_batches, tick) for _ in self.chunks]
-        longest = max(batch.tokens.size(1) for batch in micro_batches)
+        # Pipeline stages exchange tensors of this one shape; without a pipeline it is not used.
+        rows, length = map(max, zip(*(batch.tokens.shape for batch in micro_batches), strict=True))
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=longest,
-            micro_batch_size=1,
+            seq_length=length * self.groups.cp.size(),
+            micro_batch_size=rows,
             **options,
         )
 
@@ -99,6 +100,21 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self.run(forward_step, micro_batches, tick, forward_only=False)
+
+    @torch.no_grad()
+    def gather_gradients(self) -> None:
+        """After :meth:`backward`, make the gradient whole on every data-parallel rank: one all-gather for each of DDP's buckets.
+
+        The distributed optimizer reduce-scatters it and needs no more than a shard; a look at it does.
+        """
+        if not self.chunks[0].ddp_config.use_distributed_optimizer:
+            return
+        for chunk in self.chunks:
+            for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group = bucket_group.intra_distributed_optimizer_instance_group
+                for bucket in bucket_group.buckets:
+                    shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
     def step(self, forward_step, micro_batches: Sequence[MicroBatch], tick: Tick = _no_tick) -> StepResult:
         """One optimizer step. Collective over all ranks.
@@ -115,7 +131,7 @@ class Policy:
 
     @torch.no_grad()
     def score(self, forward_step, micro_batches: Sequence[MicroBatch], tick: Tick = _no_tick) -> list:
-        """Forward only: ``(old_logprob, annotation)`` of each micro-batch on the last pipeline stage, an empty list elsewhere."""
+        """Forward only: ``[2, response_tokens]`` log-probs and entropies of each micro-batch on the last pipeline stage, ``[]`` elsewhere."""
         return self.run(forward_step, micro_batches, tick, forward_only=True, collect_non_loss_data=True)
 
     def _vote_finite(self) -> None:

@@ -76,6 +76,7 @@ def initialize(
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _init_process_group("gloo" if without_cuda else "nccl", timeout_s)
+    parallel_state.destroy_model_parallel()  # of an earlier call, with another layout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,

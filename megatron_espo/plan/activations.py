@@ -20,6 +20,7 @@ class Sharding:
     tokens: int
     itemsize: int
     tp: int
+    cp: int
     expert_tp: int
     sequence_parallel: bool
     transformer_engine: bool
@@ -82,6 +83,8 @@ def _attention_bytes(size: Sizes, how: Sharding) -> float:
         return kept + ((q + k) * b if size.qk_norm else 0)
     if how.granularity != "selective":
         kept += q * b + lse  # the kernel's own output, packed sequence by packed sequence
+    if how.cp > 1:
+        kept += 2 * k * how.cp * b  # keys and values of all context-parallel ranks
     kept += 4 * size.head_dim * b  # cosines and sines, for query and key
     return kept + (2 * FLOAT32 * (q + k) if size.qk_norm else 0)
 

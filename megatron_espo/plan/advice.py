@@ -64,6 +64,8 @@ def _shares(config: Config) -> Iterator[Changes]:
 
 
 def _smaller_micro_batches(config: Config) -> Iterator[Changes]:
+    if config.megatron.head_memory_mib is None:
+        yield {"megatron.head_memory_mib": 1024}
     tokens = config.megatron.max_tokens_per_micro_batch
     while (tokens := tokens // 2) >= max(LEAST_TOKENS, config.rollout.max_response_tokens):
         yield {"megatron.max_tokens_per_micro_batch": tokens}

@@ -13,7 +13,7 @@ from megatron_espo.mcore.runtime import parallel_sizes
 from megatron_espo.plan.engine import Engine, engine_problems, plan_engine
 from megatron_espo.plan.memory import StageMemory, plan_memory
 from megatron_espo.plan.parameters import StageParameters, count_parameters, total_parameters
-from megatron_espo.plan.pipeline import Pipeline, pipeline_problems, plan_pipeline
+from megatron_espo.plan.pipeline import Pipeline, plan_pipeline
 from megatron_espo.plan.transfer import Links, Transfer, plan_transfer
 
 GB = 10**9
@@ -146,11 +146,7 @@ def make_plan(config: Config, machine: Machine, build: Builder) -> Plan:
         pipeline=pipeline,
         engine=engine,
         transfer=transfer,
-        problems=[
-            *_memory_problems(memory, machine.gpu_memory),
-            *engine_problems(engine),
-            *pipeline_problems(pipeline),
-        ],
+        problems=[*_memory_problems(memory, machine.gpu_memory), *engine_problems(engine)],
     )
 
 

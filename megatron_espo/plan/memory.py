@@ -88,7 +88,7 @@ def plan_memory(
         adam=rank.adam_bytes,
         activations=in_flight * kept,
         working=working,
-        head=head_bytes(rank, hf_config, how, on_gpu) if is_last else 0,
+        head=head_bytes(hf_config, how, megatron.head_memory_mib, on_gpu) if is_last else 0,
         sync=sync,
         engine=engine,
     )
@@ -103,6 +103,7 @@ def sharding(config: Any, pipeline: Pipeline, on_gpu: bool) -> Sharding:
         tokens=-(-pipeline.tokens // megatron.context_parallel_size),
         itemsize=getattr(torch, config.model.dtype).itemsize,
         tp=tp,
+        cp=megatron.context_parallel_size,
         expert_tp=getattr(megatron, "expert_tensor_parallel_size", None) or tp,
         sequence_parallel=megatron.sequence_parallel,
         transformer_engine=auto,
@@ -110,13 +111,18 @@ def sharding(config: Any, pipeline: Pipeline, on_gpu: bool) -> Sharding:
     )
 
 
-def head_bytes(rank: BuiltRank, hf_config: dict[str, Any], how: Sharding, on_gpu: bool) -> int:
-    """Final norm and fused output layer with every token scored: the plan that ``numerics`` itself makes, and what it leaves out."""
+def head_bytes(hf_config: dict[str, Any], how: Sharding, budget_mib: int | None, on_gpu: bool) -> int:
+    """Final norm and fused output layer with every token scored: the plan that ``numerics`` makes, and what that leaves out."""
     hidden = hf_config["hidden_size"]
     columns = -(-hf_config["vocab_size"] // how.tp)
     dtype = {2: torch.bfloat16, 4: torch.float32}[how.itemsize]
     logits = plan_head(
-        how.tokens, columns, dtype=dtype, float32_logits=True, convert_gradient=not on_gpu and how.itemsize < 4
+        how.tokens,
+        columns,
+        dtype=dtype,
+        budget_bytes=None if budget_mib is None else budget_mib << 20,
+        float32_logits=True,
+        convert_gradient=not on_gpu and how.itemsize < 4,
     )
     # Scored rows, their gradient, and the gradient of all rows twice: before and after it is summed over the ranks.
     rows = 4 * hidden * how.itemsize * how.tokens

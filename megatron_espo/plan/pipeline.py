@@ -1,6 +1,5 @@
 """Micro-batches of an optimizer step, those in flight on each stage, and the share of time that a pipeline idles."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -52,13 +51,7 @@ def plan_pipeline(config: Any, hf_config: dict[str, Any], data_parallel_size: in
     responses = rollout.prompts_per_step * rollout.group_size / config.algorithm.num_mini_batches / data_parallel_size
     count = ceil(ceil(responses) / each)
     stages, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size or 1
+    if chunks > 1:  # the interleaved schedule takes a multiple of the stages
+        count = ceil(count / stages) * stages
     return Pipeline(stages, chunks, largest, expected, count, (stages - 1) / (chunks * count + stages - 1))
 
-
-def pipeline_problems(pipeline: Pipeline) -> Iterator[str]:
-    """What Megatron's interleaved schedule refuses."""
-    if pipeline.chunks > 1 and pipeline.micro_batches % pipeline.stages:
-        yield (
-            f"the interleaved schedule takes a multiple of PP = {pipeline.stages} micro-batches, and about "
-            f"{pipeline.micro_batches} are expected: set megatron.virtual_pipeline_model_parallel_size=null"
-        )

@@ -1,6 +1,6 @@
 """Megatron's shards as one stream of whole, Hugging-Face-named tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class MegatronWeightSource:
             stage yields only the groups it owns (sharded transports).
         all_replicas: every data- and context-parallel rank gathers (CUDA IPC shares each rank's own memory). Otherwise
             only the replica of rank 0 does, and iteration on the others ends at once.
+        read: what to stream of a parameter: itself, or a tensor of its shape (its ``main_grad``).
 
     Collectives: construction runs one ``all_gather_object`` over ``pp`` on every rank; iteration as above; else none.
 
@@ -58,7 +59,9 @@ class MegatronWeightSource:
         dtype: torch.dtype,
         gather_pipeline: bool = True,
         all_replicas: bool = False,
+        read: Callable[[torch.nn.Parameter], torch.Tensor] = torch.nn.Parameter.detach,
     ) -> None:
+        self._read = read
         self._tp, self._pp = pg_collection.tp, pg_collection.pp
         self._dtype = dtype
         self._gather_pipeline = gather_pipeline
@@ -124,7 +127,7 @@ class MegatronWeightSource:
         shapes = [tuple(parameter.shape) for _, parameter in bound]
         local = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
         for view, (_, parameter) in zip(_views(local, shapes), bound, strict=True):
-            view.copy_(parameter)
+            view.copy_(self._read(parameter))
         gathered = local
         if self._tp.size() > 1:
             gathered = local.new_empty(self._tp.size() * local.numel())

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_espo.config import Algorithm, Optimizer
+from megatron_espo.config import Algorithm, Megatron, Optimizer
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.mcore import runtime
 from tests import reference
@@ -26,10 +26,26 @@ def make_batch(vocab_size: int):
     ]
 
 
-def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes: dict, share_prompts: bool = True):
+def engine_logprobs(responses: list[list[int]]) -> list[list[float]]:
+    """Made-up log-probs of the rollout engine."""
+    draw = random.Random(8)
+    return [[draw.uniform(-6, -3) for _ in response] for response in responses]
+
+
+def build(
+    folder: str,
+    weights: str,
+    settings: Optimizer,
+    max_tokens: int,
+    sizes: dict,
+    algorithm: Algorithm | None = None,
+    head_budget_bytes: int | None = None,
+    **packing,
+):
     """Place, policy, forward step, this rank's micro-batches, the batch and the model's configuration."""
     place = runtime.initialize(**{k: v for k, v in sizes.items() if k in runtime.PARALLEL_SIZES}, seed=1)
     from megatron_espo.mcore.forward_step import make_forward_step
+    from megatron_espo.mcore.learner import packing_options
     from megatron_espo.mcore.model import Layout, build_model, read_hf_config
     from megatron_espo.mcore.optimizer import Policy
     from megatron_espo.weights.hf_io import load_hf_weights
@@ -39,30 +55,29 @@ def build(folder: str, weights: str, settings: Optimizer, max_tokens: int, sizes
     load_hf_weights(chunks, hf_config, weights, place.groups)
     policy = Policy(chunks, place.groups, settings, train_steps=1)
     batch = make_batch(hf_config["vocab_size"])
-    sequences = [TrainSequence(p, r, [0.0] * len(r), a) for p, r, a in batch]
-    micro_batches = pack(
-        sequences,
-        batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99),
-        data_parallel_rank=place.groups.dp.rank(),
-        data_parallel_size=place.groups.dp.size(),
-        max_tokens=max_tokens,
-        multiple_of=sizes.get("tensor_model_parallel_size", 1) if sizes.get("sequence_parallel") else 1,
-        share_prompts=share_prompts,
-    )
+    rollout_logprobs = engine_logprobs([r for _, r, _ in batch])
+    sequences = [TrainSequence(p, r, logprobs, a) for (p, r, a), logprobs in zip(batch, rollout_logprobs, strict=True)]
+    settings_of_layout = Megatron(max_tokens_per_micro_batch=max_tokens, **sizes)
+    totals = batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99)
+    micro_batches = pack(sequences, totals, **packing_options(settings_of_layout, place.groups) | packing)
     step = make_forward_step(
-        Algorithm(), groups=place.groups, vocab_size=hf_config["vocab_size"], temperature=TEMPERATURE
+        algorithm or Algorithm(),
+        groups=place.groups,
+        vocab_size=hf_config["vocab_size"],
+        temperature=TEMPERATURE,
+        head_budget_bytes=head_budget_bytes,
     )
     return place, policy, step, micro_batches, batch, hf_config
 
 
 def check_gradient(
-    folder: str, old_folder: str | None = None, max_tokens: int = 24, share_prompts: bool = True, **sizes
+    folder: str, old_folder: str | None = None, max_tokens: int = 24, packing: dict | None = None, **sizes
 ) -> dict[str, float]:
     """Worst relative difference of the gradient over all tensors, and the tensor's name."""
     # All-reduced (not scattered) gradients, so that each rank can show the whole of its shard.
     settings = Optimizer(use_distributed_optimizer=False)
     place, policy, step, micro_batches, batch, hf_config = build(
-        folder, old_folder or folder, settings, max_tokens, sizes, share_prompts
+        folder, old_folder or folder, settings, max_tokens, sizes, **packing or {}
     )
     if old_folder:
         from megatron_espo.weights.hf_io import load_hf_weights
@@ -70,12 +85,45 @@ def check_gradient(
         scored = policy.score(step, micro_batches)
         if scored:
             micro_batches = [
-                replace(b, old_logprob=o, annotation=a) for b, (o, a) in zip(micro_batches, scored, strict=True)
+                replace(b, old_logprob=p, old_entropy=e) for b, (p, e) in zip(micro_batches, scored, strict=True)
             ]
         load_hf_weights(policy.chunks, hf_config, folder, place.groups)
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, hf_config, place.groups)
     return compare(reference_gradients(folder, old_folder, batch, hf_config), found)
+
+
+def check_regularized_gradient(folder: str, reference_folder: str, algorithm: dict, **sizes) -> dict[str, float]:
+    """The gradient with rollout correction, KL penalty and entropy bonus; the reference's weights are lent, then given back."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_espo.mcore.reference import ReferencePolicy
+    from megatron_espo.weights.hf_io import load_hf_weights
+
+    settings = Optimizer(use_distributed_optimizer=False)
+    place, policy, step, micro_batches, batch, hf_config = build(
+        folder, reference_folder, settings, 24, sizes, Algorithm(**algorithm)
+    )
+    frozen = ReferencePolicy(policy.chunks)
+    load_hf_weights(policy.chunks, hf_config, folder, place.groups)
+    with frozen.lent():
+        scored = policy.score(step, micro_batches)
+    if scored:
+        micro_batches = [replace(b, reference_logprob=p) for b, (p, _) in zip(micro_batches, scored, strict=True)]
+    policy.backward(step, micro_batches)
+    found = gathered_gradients(policy.chunks, hf_config, place.groups)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (folder, reference_folder)]
+    loss = reference.espo_loss(
+        models[0],
+        batch,
+        num_responses=NUM_RESPONSES,
+        temperature=TEMPERATURE,
+        vocab_size=hf_config["vocab_size"],
+        reference_model=models[1],
+        rollout_logprobs=engine_logprobs([r for _, r, _ in batch]),
+        **algorithm,
+    )
+    return compare(reference.gradients(models[0], loss), found)
 
 
 def check_update(folder: str, **sizes) -> dict[str, float]:

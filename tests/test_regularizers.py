@@ -1,0 +1,87 @@
+"""Rollout correction, KL estimators and the overlong penalty against plain Python floats."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from megatron_espo.algo import annotate, kl_estimate, overlong_penalty, rollout_correction
+from megatron_espo.config import Algorithm
+
+LENGTHS = [1, 4, 9]
+
+
+def annotation():
+    totals = {"vocab_size": 131, "num_responses": 3, "num_tokens": 14, "max_response_tokens": 16}
+    return annotate(torch.linspace(0, 4, 14), torch.tensor(LENGTHS), Algorithm(), **totals)
+
+
+def random_logprobs(seed: int, spread: float = 1.0) -> list[float]:
+    draw = random.Random(seed)
+    return [-draw.uniform(0, spread) for _ in range(14)]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("spread", [1.0, 500.0])
+def test_correction_is_the_truncated_ratio(level, spread):
+    old, rollout = random_logprobs(1, spread), random_logprobs(2, spread)
+    found = rollout_correction(torch.tensor(old), torch.tensor(rollout), annotation(), level=level, cap=2.0)
+    wanted, start = [], 0
+    for length in LENGTHS:
+        exponents = [o - r for o, r in zip(old[start : start + length], rollout[start : start + length], strict=True)]
+        if level == "sequence":
+            exponents = [sum(exponents)] * length
+        wanted += [min(math.exp(max(-20.0, min(20.0, x))), 2.0) for x in exponents]
+        start += length
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-4, atol=1e-9)
+    assert (found == 2.0).any() and (found < 2.0).any()
+
+
+def test_sequence_correction_adds_up_over_slices():
+    old, rollout, whole = torch.tensor(random_logprobs(1)), torch.tensor(random_logprobs(2)), annotation()
+    wanted = rollout_correction(old, rollout, whole, level="sequence", cap=2.0)
+    halves = [torch.arange(0, 14, 2), torch.arange(1, 14, 2)]
+    sums: list[torch.Tensor] = []
+    for half in halves:
+        rollout_correction(
+            old[half], rollout[half], whole.take(half), level="sequence", cap=2.0,
+            reduce_segments=lambda part: sums.append(part) or part,
+        )  # fmt: skip
+    for half in halves:
+        found = rollout_correction(
+            old[half], rollout[half], whole.take(half), level="sequence", cap=2.0, reduce_segments=lambda _: sum(sums)
+        )
+        torch.testing.assert_close(found, wanted[half])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimators(estimator):
+    new, reference = random_logprobs(3), random_logprobs(4)
+    logprob = torch.tensor(new, requires_grad=True)
+    found = kl_estimate(logprob, torch.tensor(reference), estimator)
+    (gradient,) = torch.autograd.grad(found.sum(), logprob)
+    for value, slope, p, q in zip(found.tolist(), gradient.tolist(), new, reference, strict=True):
+        r = q - p
+        wanted = {"k1": (-r, 1.0), "k2": (r * r / 2, -r), "k3": (math.exp(r) - 1 - r, 1 - math.exp(r))}[estimator]
+        assert (value, slope) == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_kl_of_impossible_tokens_stays_finite():
+    logprob = torch.tensor([-500.0], requires_grad=True)
+    value = kl_estimate(logprob, torch.tensor([-1.0]), "k3")
+    assert value.isfinite().all() and torch.autograd.grad(value.sum(), logprob)[0].isfinite().all()
+
+
+def test_k1_and_k3_are_unbiased():
+    """Exact expectation over a small vocabulary."""
+    policy, reference = torch.tensor([2.0, 0.0, -1.0]).log_softmax(0), torch.tensor([0.5, 1.0, 0.0]).log_softmax(0)
+    exact = (policy.exp() * (policy - reference)).sum()
+    for estimator in ("k1", "k3"):
+        torch.testing.assert_close((policy.exp() * kl_estimate(policy, reference, estimator)).sum(), exact)
+
+
+def test_overlong_penalty():
+    lengths = torch.tensor([[1, 12], [14, 16]])
+    found = overlong_penalty(lengths, max_tokens=16, buffer_tokens=4, factor=0.5)
+    assert found.tolist() == [[0.0, 0.0], [-0.25, -0.5]]
