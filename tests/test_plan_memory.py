@@ -6,6 +6,7 @@ from tests.distributed import run_ranks
 from tests.plan_models import LLAMA_50M, QWEN3_SMALL, plan_on_cpu, settings
 
 LENGTHS = [128] * 8
+SELECTIVE = {"recompute_granularity": "selective", "head_memory_mib": 16}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 4}
 
@@ -16,7 +17,7 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
     [
         pytest.param(LLAMA_50M, "float32", {}, id="Llama, float32"),
         pytest.param(QWEN3_SMALL, "bfloat16", {}, id="Qwen3 (tied), bfloat16"),
-        pytest.param(LLAMA_50M, "float32", {"recompute_granularity": "selective"}, id="selective recomputation"),
+        pytest.param(LLAMA_50M, "float32", SELECTIVE, id="selective recomputation, logits in chunks"),
         pytest.param(LLAMA_50M, "float32", FULL, id="full recomputation, uniform"),
         pytest.param(LLAMA_50M, "bfloat16", BLOCK, id="full recomputation, block"),
     ],

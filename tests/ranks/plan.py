@@ -58,7 +58,13 @@ def measure_step(settings: dict[str, Any], lengths: list[int]) -> dict[str, int]
         for parameter in chunks[0].parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         policy = Policy(chunks, groups, config.optimizer, train_steps=2)
-        forward_step = make_forward_step(config.algorithm, groups=groups, vocab_size=hf_config["vocab_size"])
+        budget = config.megatron.head_memory_mib
+        forward_step = make_forward_step(
+            config.algorithm,
+            groups=groups,
+            vocab_size=hf_config["vocab_size"],
+            head_budget_bytes=budget and budget << 20,
+        )
         policy.step(forward_step, micro_batch())
     with Allocated() as step:
         policy.step(forward_step, micro_batch())
