@@ -85,8 +85,8 @@ import json, sys
 from megatron_espo.config import Config
 from megatron_espo.plan.make import Builder, Links, Machine, make_plan
 settings, hf_config, expected_tokens = json.loads(sys.argv[1])
-machine = Machine(1, 10**12, Links(1e9, 1e9, 8), expected_tokens, on_gpu=False)
-print(json.dumps(make_plan(Config.model_validate(settings), machine, Builder(hf_config)).to_json()))
+machine = Machine(10**12, Links(1e9, 1e9, 8), expected_tokens, on_gpu=False)
+print(json.dumps(make_plan(Config.model_validate(settings), Builder(hf_config, machine), gpus=1).to_json()))
 """
 
 

@@ -18,7 +18,12 @@ from tests.plan_models import LLAMA_3_70B, QWEN2_5_72B, QWEN3_235B_A22B, QWEN3_S
 
 TP8_PP4 = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4, "sequence_parallel": True}
 TP8_PP5_VPP4 = TP8_PP4 | {"pipeline_model_parallel_size": 5, "virtual_pipeline_model_parallel_size": 4}
-TP4_PP2_EP16 = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 16}
+TP4_PP2_EP16 = {
+    "tensor_model_parallel_size": 4,
+    "pipeline_model_parallel_size": 2,
+    "expert_model_parallel_size": 16,
+    "sequence_parallel": True,
+}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -135,7 +140,7 @@ def test_a_transfer_with_a_hole_is_refused(damage, message):
         for mapping in group
         for name, shape in mapping.huggingface
     ]
-    check_coverage(tensors, tiny)
+    check_coverage(tensors, model_groups(tiny))
     whole = tensors[1].contributions[0]
     half = whole.stop // 2
     parts = {
@@ -146,7 +151,7 @@ def test_a_transfer_with_a_hole_is_refused(damage, message):
     }[damage]
     tensors[1] = replace(tensors[1], contributions=parts, name="other" if damage == "name" else tensors[1].name)
     with pytest.raises(RuntimeError, match=message):
-        check_coverage(tensors, tiny)
+        check_coverage(tensors, model_groups(tiny))
 
 
 def simulate_1f1b(stages: int, micro_batches: int) -> tuple[float, list[int]]:

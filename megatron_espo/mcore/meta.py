@@ -114,14 +114,20 @@ def build_ranks(config: Any, hf_config: dict[str, Any], world_size: int) -> Iter
     stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
     groups = model_groups(hf_config)
     for first in range(0, world_size, stage_ranks):
-        rank = first
-        for _ in range(config.megatron.expert_model_parallel_size):
-            with _fake_world(rank, world_size, sizes) as process_groups:
-                yield _build(config, hf_config, groups, process_groups)
-                rank += process_groups.expt_tp.size()  # neighbours in rank order share an expert, then come the next experts
+        with _fake_world(first, world_size, sizes) as process_groups:
+            chunks, built = _build(config, hf_config, groups, process_groups)
+            shared_by = process_groups.expt_tp.size()
+        yield built
+        for share in range(1, config.megatron.expert_model_parallel_size):
+            # Megatron counts each rank's experts from 0, so the same chunks are the other ranks' too. Ranks that share an expert
+            # are neighbours.
+            with _fake_world(first + share * shared_by, world_size, sizes) as process_groups:
+                yield replace(built, rank=dist.get_rank(), held=tuple(_held(chunks, groups, process_groups)))
 
 
-def _build(config: Any, hf_config: dict[str, Any], groups: list[list[Mapping]], process_groups: Any) -> BuiltRank:
+def _build(
+    config: Any, hf_config: dict[str, Any], groups: list[list[Mapping]], process_groups: Any
+) -> tuple[list[torch.nn.Module], BuiltRank]:
     from megatron_espo.mcore.model import Layout, build_model
     from megatron_espo.mcore.optimizer import Policy
 
@@ -137,7 +143,7 @@ def _build(config: Any, hf_config: dict[str, Any], groups: list[list[Mapping]], 
     buffers = [buffer for chunk in policy.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     optimized = sum(p.numel() for group in policy.optimizer.param_groups for p in group["params"])
     in_buffers = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
-    return BuiltRank(
+    return chunks, BuiltRank(
         rank=dist.get_rank(),
         stage=process_groups.pp.rank(),
         held=held,

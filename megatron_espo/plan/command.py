@@ -63,12 +63,11 @@ def run(args: argparse.Namespace) -> int:
     from megatron_espo.plan.render import print_plan
 
     links = Links(args.link_gbps * 1e9 / 8, args.network_gbps * 1e9 / 8, args.gpus_per_node)
-    machine = Machine(args.gpus, gpu_memory, links, args.expected_tokens)
-    build = Builder(hf_config)
-    plan = make_plan(config, machine, build)
-    fixes = [] if plan.fits else find_fixes(config, machine, build, plan)
+    build = Builder(hf_config, Machine(gpu_memory, links, args.expected_tokens))
+    plan = make_plan(config, build, args.gpus)
+    fixes = [] if plan.fits else find_fixes(config, build, plan, args.gpus)
     if args.json:
-        Path(args.json).write_text(json.dumps(plan.to_json() | {"fixes": fixes}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(plan.to_json() | {"fixes": fixes}) + "\n")
     print_plan(plan, fixes)
     return 0 if plan.fits else 1
 

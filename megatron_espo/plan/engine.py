@@ -1,11 +1,11 @@
 """What vLLM holds on each of its GPUs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from megatron_espo.weights.families import model_groups, model_sizes, query_groups
+from megatron_espo.weights.families import Mapping, model_sizes, query_groups
 from megatron_espo.weights.layouts import Layout
 
 
@@ -32,11 +32,13 @@ class Engine:
     max_model_len: int
 
 
-def plan_engine(config: Any, hf_config: dict[str, Any], itemsize: int, transport: str, gpu_memory: int) -> Engine:
+def plan_engine(
+    config: Any, hf_config: dict[str, Any], groups: Sequence[Sequence[Mapping]], itemsize: int, transport: str, gpu_memory: int
+) -> Engine:
     """Weights cut as vLLM cuts them (norms whole), the rest of its budget for keys and values."""
     gpus = config.rollout.tensor_parallel_size
     weights = 0
-    for mapping in (mapping for group in model_groups(hf_config) for mapping in group):
+    for mapping in (mapping for group in groups for mapping in group):
         size = sum(prod(shape) for _, shape in mapping.huggingface) * itemsize
         weights += size if mapping.layout is Layout.REPLICATED else -(-size // gpus)
     heads = max(1, query_groups(hf_config) // gpus)  # vLLM copies a head to more GPUs than there are heads

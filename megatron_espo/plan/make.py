@@ -15,6 +15,7 @@ from megatron_espo.plan.memory import StageMemory, plan_memory
 from megatron_espo.plan.parameters import StageParameters, count_parameters, total_parameters
 from megatron_espo.plan.pipeline import Pipeline, plan_pipeline
 from megatron_espo.plan.transfer import Links, Transfer, plan_transfer
+from megatron_espo.weights.families import model_groups
 
 GB = 10**9
 
@@ -24,14 +25,12 @@ class Machine:
     """Where the run is to live.
 
     Attributes:
-        gpus: trainer ranks; None: the fewest that the layout allows.
         gpu_memory: bytes of one GPU that may be used.
         links: speeds for the estimate of the sync.
         expected_tokens: mean tokens of a prompt with its response; None: half of ``rollout.max_response_tokens``.
         on_gpu: false for a run without GPUs (the plan's figures were compared with such runs).
     """
 
-    gpus: int | None
     gpu_memory: int
     links: Links
     expected_tokens: int | None = None
@@ -73,24 +72,54 @@ class Plan:
         return data
 
 
+@dataclass(frozen=True)
+class Built:
+    """What depends on layout and number of ranks alone."""
+
+    ranks: list[BuiltRank]
+    parameters: list[StageParameters]
+    transfer: Transfer
+
+
 class Builder:
-    """The built ranks of one model, layout by layout; a layout is built once.
+    """Builds one model on one kind of machine, layout by layout; a layout is built once.
 
     Args:
         hf_config: the model's ``config.json``.
     """
 
-    def __init__(self, hf_config: dict[str, Any]) -> None:
-        self.hf_config = hf_config
-        self._built: dict[tuple, list[BuiltRank]] = {}
+    def __init__(self, hf_config: dict[str, Any], machine: Machine) -> None:
+        self.hf_config, self.machine = hf_config, machine
+        self.groups = model_groups(hf_config)
+        self._built: dict[tuple, Built] = {}
 
-    def __call__(self, config: Config, world_size: int) -> list[BuiltRank]:
-        """The ranks of ``mcore.meta.build_ranks``."""
-        sizes = parallel_sizes(config.megatron)
-        key = (*sizes.values(), config.optimizer.use_distributed_optimizer, config.model.dtype, world_size)
+    def __call__(self, config: Config, world_size: int) -> Built:
+        sizes = parallel_sizes(config.megatron).values()
+        dtypes = (config.model.dtype, config.rollout.dtype)
+        key = (*sizes, *dtypes, config.optimizer.use_distributed_optimizer, config.rollout.transport, world_size)
         if key not in self._built:
-            self._built[key] = list(build_ranks(config, self.hf_config, world_size))
+            ranks = list(build_ranks(config, self.hf_config, world_size))
+            stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
+            links, transport = self.machine.links, self.transport(config)
+            transfer = plan_transfer(ranks, self.groups, wire_bytes(config), transport, stage_ranks, links)
+            self._built[key] = Built(ranks, count_parameters(ranks, self.groups), transfer)
         return self._built[key]
+
+    def engine(self, config: Config) -> Engine:
+        """vLLM's share of a GPU."""
+        wire, transport = wire_bytes(config), self.transport(config)
+        return plan_engine(config, self.hf_config, self.groups, wire, transport, self.machine.gpu_memory)
+
+    def transport(self, config: Config) -> str:
+        """What ``rollout.transport`` means there."""
+        auto = "ipc" if self.machine.on_gpu else "shared_memory"
+        return auto if config.rollout.transport == "auto" else config.rollout.transport
+
+
+def wire_bytes(config: Config) -> int:
+    """Bytes of a weight in the engine."""
+    dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+    return getattr(torch, dtype).itemsize
 
 
 def smallest_world(config: Config) -> int:
@@ -101,51 +130,51 @@ def smallest_world(config: Config) -> int:
     return m.pipeline_model_parallel_size * lcm(dense, expert_tp * m.expert_model_parallel_size)
 
 
-def make_plan(config: Config, machine: Machine, build: Builder) -> Plan:
+def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
     """Build every stage of the run on the meta device and add up. Seconds; it replaces functions of torch as
     ``mcore.cpu.install`` does, so a process that plans does nothing else.
+
+    Args:
+        gpus: trainer ranks; None: the fewest that the layout allows.
 
     Raises:
         InputError: the layout fits neither the model nor the number of GPUs.
     """
-    hf_config = build.hf_config
+    hf_config, machine, megatron = build.hf_config, build.machine, config.megatron
     config.validate_model(hf_config)
-    world_size = machine.gpus or smallest_world(config)
+    world_size = gpus or smallest_world(config)
     data_parallel_size = config.validate_for(world_size)
-    dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
-    wire = getattr(torch, dtype).itemsize
-    transport = {"auto": "ipc" if machine.on_gpu else "shared_memory"}.get(config.rollout.transport, config.rollout.transport)
-    ranks = build(config, world_size)
-    stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
+    stage_ranks = world_size // megatron.pipeline_model_parallel_size
+    built = build(config, world_size)
     pipeline = plan_pipeline(config, hf_config, data_parallel_size, machine.expected_tokens)
-    engine = plan_engine(config, hf_config, wire, transport, machine.gpu_memory)
-    transfer = plan_transfer(ranks, hf_config, wire, transport, stage_ranks, machine.links)
+    engine = build.engine(config)
     hosts = engine.gpus if engine.shares_gpus else 0  # the first ranks
     memory = [
         plan_memory(
             rank,
             config,
             hf_config,
+            build.groups,
             pipeline,
             on_gpu=machine.on_gpu,
-            sync=transfer.peak_bytes,
+            sync=built.transfer.peak_bytes,
             engine=engine.budget_bytes if rank.stage * stage_ranks < hosts else 0,
         )
-        for rank in {rank.stage: rank for rank in reversed(ranks)}.values()
+        for rank in built.ranks
+        if rank.rank % stage_ranks == 0
     ]
-    memory.sort(key=lambda stage: stage.stage)
     return Plan(
         model=config.model.path,
-        layout=config.megatron.model_dump(),
+        layout=megatron.model_dump(),
         world_size=world_size,
         data_parallel_size=data_parallel_size,
         gpu_memory=machine.gpu_memory,
-        total_parameters=total_parameters(hf_config),
-        parameters=count_parameters(ranks, hf_config),
+        total_parameters=total_parameters(build.groups),
+        parameters=built.parameters,
         memory=memory,
         pipeline=pipeline,
         engine=engine,
-        transfer=transfer,
+        transfer=built.transfer,
         problems=[*_memory_problems(memory, machine.gpu_memory), *engine_problems(engine)],
     )
 

@@ -1,5 +1,6 @@
 """Bytes on one GPU of each pipeline stage, at the worst moment of a step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,7 +11,7 @@ from megatron_espo.mcore.meta import BuiltRank
 from megatron_espo.numerics.plan import plan_head
 from megatron_espo.plan.activations import Sharding, layer_sizes, norm_bytes, stack_bytes
 from megatron_espo.plan.pipeline import Pipeline
-from megatron_espo.weights.families import model_groups
+from megatron_espo.weights.families import Mapping
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,26 @@ class StageMemory:
 
 
 def plan_memory(
-    rank: BuiltRank, config: Any, hf_config: dict[str, Any], pipeline: Pipeline, *, on_gpu: bool, sync: int, engine: int
+    rank: BuiltRank,
+    config: Any,
+    hf_config: dict[str, Any],
+    groups: Sequence[Sequence[Mapping]],
+    pipeline: Pipeline,
+    *,
+    on_gpu: bool,
+    sync: int,
+    engine: int,
 ) -> StageMemory:
     """Memory of one GPU that holds what ``rank`` holds.
 
     Args:
+        groups: of ``families.model_groups``.
         on_gpu: a GPU with Transformer Engine where the configuration leaves it open; else a CPU.
         sync: extra bytes while weights are gathered.
         engine: bytes of an engine on the same GPU.
     """
     megatron = config.megatron
     how = sharding(config, pipeline, on_gpu)
-    groups = model_groups(hf_config)
     layers = sorted({held.group for held in rank.held} - {0, len(groups) - 1})
     sizes = [layer_sizes(groups[index], hf_config) for index in layers]
     per_chunk = max(1, len(sizes) // pipeline.chunks)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from megatron_espo.mcore.meta import BuiltRank
-from megatron_espo.weights.families import Mapping, model_groups
+from megatron_espo.weights.families import Mapping
+
+Groups = Sequence[Sequence[Mapping]]
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ def elements(mapping: Mapping) -> int:
     return sum(prod(shape) for _, shape in mapping.huggingface)
 
 
-def total_parameters(hf_config: dict[str, Any]) -> int:
+def total_parameters(groups: Groups) -> int:
     """Elements of the whole checkpoint, from the naming tables alone."""
-    return sum(elements(mapping) for group in model_groups(hf_config) for mapping in group)
+    return sum(elements(mapping) for group in groups for mapping in group)
 
 
-def count_parameters(ranks: Sequence[BuiltRank], hf_config: dict[str, Any]) -> list[StageParameters]:
+def count_parameters(ranks: Sequence[BuiltRank], groups: Groups) -> list[StageParameters]:
     """Count what was built, stage by stage. RuntimeError where the stages together are not the checkpoint."""
     stages: list[StageParameters] = []
     seen: set[str] = set()
@@ -47,10 +48,9 @@ def count_parameters(ranks: Sequence[BuiltRank], hf_config: dict[str, Any]) -> l
             if name not in seen:
                 seen.add(name)
                 whole += elements(held.mapping)
-        last = len(model_groups(hf_config)) - 1
-        layers = {held.group for held in own[0].held} - {0, last}
+        layers = {held.group for held in own[0].held} - {0, len(groups) - 1}
         stages.append(StageParameters(stage, len(layers), whole, max(rank.parameters for rank in own)))
-    built, expected = sum(stage.whole for stage in stages), total_parameters(hf_config)
+    built, expected = sum(stage.whole for stage in stages), total_parameters(groups)
     if built != expected:
         raise RuntimeError(f"plan: the built stages hold {built:,} parameters, the checkpoint {expected:,}")
     return stages

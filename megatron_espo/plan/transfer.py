@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from megatron_espo.mcore.meta import BuiltRank, Held
-from megatron_espo.weights.families import Mapping, model_groups
+from megatron_espo.weights.families import Mapping
 from megatron_espo.weights.layouts import plan_pieces
+
+Groups = Sequence[Sequence[Mapping]]
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,13 @@ class Transfer:
 
 
 def plan_transfer(
-    ranks: Sequence[BuiltRank], hf_config: dict[str, Any], itemsize: int, transport: str, stage_ranks: int, links: Links
+    ranks: Sequence[BuiltRank], groups: Groups, itemsize: int, transport: str, stage_ranks: int, links: Links
 ) -> Transfer:
     """Follow ``MegatronWeightSource`` group by group.
 
     Args:
         ranks: of ``build_ranks``.
+        groups: of ``families.model_groups``.
         itemsize: bytes of an element on the wire.
         transport: ``ipc``, ``nccl`` or ``shared_memory``.
         stage_ranks: ranks of a pipeline stage.
@@ -108,9 +110,9 @@ def plan_transfer(
     sources = _sources(ranks)
     stages = max(rank.stage for rank in ranks) + 1
     tensors: list[TensorPlan] = []
-    groups: list[GroupPlan] = []
+    plans: list[GroupPlan] = []
     gather_s = pipeline_s = previous = 0.0
-    for index, mappings in enumerate(model_groups(hf_config)):
+    for index, mappings in enumerate(groups):
         holders = [sources[mapping.huggingface[0][0]] for mapping in mappings]
         stage = min(stage for stage, _ in holders[0])
         shards = [[held for at, held in found if at == stage] for found in holders]
@@ -128,22 +130,22 @@ def plan_transfer(
         gather_s += sum(shard * (len(among) - 1) / links.between(among) for shard, among in gathers)
         if stages > 1:
             pipeline_s += size / links.between(range(0, stages * stage_ranks, stage_ranks))
-        groups.append(group)
+        plans.append(group)
         tensors += found
-    check_coverage(tensors, hf_config)
+    check_coverage(tensors, groups)
     total = sum(tensor.bytes for tensor in tensors)
     # With ipc each worker of the engine reads from the memory of its own GPU; nothing crosses a link.
     engine_s = 0.0 if transport == "ipc" else total / links.gpu
     sender = "the trainer's rank on the same GPU" if transport == "ipc" else "rank 0"
-    peak = max(group.peak_bytes for group in groups)
+    peak = max(group.peak_bytes for group in plans)
     return Transfer(
-        transport, sender, total, gather_s, pipeline_s, engine_s, peak, tuple(groups), tuple(tensors)
+        transport, sender, total, gather_s, pipeline_s, engine_s, peak, tuple(plans), tuple(tensors)
     )
 
 
-def check_coverage(tensors: Sequence[TensorPlan], hf_config: dict[str, Any]) -> None:
+def check_coverage(tensors: Sequence[TensorPlan], groups: Groups) -> None:
     """RuntimeError unless the plan has every tensor of the model once, and every index of each from exactly one rank."""
-    expected = [name for group in model_groups(hf_config) for mapping in group for name, _ in mapping.huggingface]
+    expected = [name for group in groups for mapping in group for name, _ in mapping.huggingface]
     if sorted(expected) != sorted(tensor.name for tensor in tensors):
         raise RuntimeError("plan: the transfer's tensors are not those of the model")
     for tensor in tensors:
