@@ -160,11 +160,11 @@ def _work(args: argparse.Namespace, config: Any) -> None:
 
         train(config)
     elif args.direction == "to-megatron":
-        from megatron_espo.mcore.checkpoint import hf_to_megatron
+        from megatron_espo.mcore.convert import hf_to_megatron
 
         hf_to_megatron(config, args.out)
     else:
-        from megatron_espo.mcore.checkpoint import megatron_to_hf
+        from megatron_espo.mcore.convert import megatron_to_hf
 
         megatron_to_hf(config, args.checkpoint, args.out)
 

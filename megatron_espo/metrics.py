@@ -2,6 +2,8 @@
 
 import json
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,9 @@ def loss_metrics(
         "mismatch/logprob_gap_mean": gap,
         # E_rollout[log π_rollout - log π_train]: the plain estimate of KL(engine || trainer).
         "mismatch/kl": rollout_logprob - old_logprob,
+        "policy/entropy": annotation.entropy,
+        "policy/clipped": (result.clipped_low | result.clipped_high).float(),
+        "policy/no_gradient": result.no_gradient.float(),
         **{f"would_clip/{name}": clipped.float() for name, clipped in result.would_clip.items()},
         **(per_token or {}),
     }
@@ -114,6 +119,13 @@ def _means(values: dict[str, float]) -> dict[str, float]:
         elif kind == "total" or (kind in ("max", "min") and not math.isinf(value)):
             means[name] = value
     return means
+
+
+def average_steps(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps that report it; of ``*_max`` and ``*_min`` the extreme."""
+    values = {name: [result[name] for result in results if name in result] for result in results for name in result}
+    extremes = {"_max": max, "_min": min}
+    return {name: extremes.get(name[-4:], statistics.fmean)(found) for name, found in values.items()}
 
 
 def rollout_metrics(rollouts: list[list[Rollout]], rewards: Tensor, advantages: Tensor) -> dict[str, float]:

@@ -51,6 +51,18 @@ def test_written_at_tp2_reads_anywhere(work, nproc, sizes):
     read_back(work, "tp2", nproc, **sizes)
 
 
+def test_experts_written_at_ep2_read_at_pp2(tmp_path):
+    names = ("qwen3_moe", "qwen3_moe_mixed")
+    for name in names:
+        save_model(name, tmp_path / name)
+    triples = [[str(tmp_path / name), str(tmp_path / f"{name}-ep2"), str(tmp_path / f"{name}-pp2")] for name in names]
+    pairs = [triple[:2] for triple in triples]
+    run_ranks(2, "tests.ranks.checkpoint:write", pairs=pairs, expert_model_parallel_size=2)
+    run_ranks(2, "tests.ranks.checkpoint:read", triples=triples, **PP2)
+    for folder, _, out in triples:
+        assert_same_weights(folder, out)
+
+
 def test_padding_rows_appear_as_zeros(work):
     """131 rows written on one rank, 132 read at TP=2: the row that no file has is zero."""
     pairs = [[str(work / n), str(work / f"{n}-tp1")] for n in ("tied", "untied")]

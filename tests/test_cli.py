@@ -31,7 +31,7 @@ def interrupt(*arguments):
 heavy = [name for name in ("torch", "megatron.core", "vllm") if name in sys.modules]
 assert not heavy, heavy
 action = {"record": record, "fail": fail, "interrupt": interrupt}[sys.argv[1]]
-for name, functions in {"trainer": ["train"], "mcore.checkpoint": ["hf_to_megatron", "megatron_to_hf"]}.items():
+for name, functions in {"trainer": ["train"], "mcore.convert": ["hf_to_megatron", "megatron_to_hf"]}.items():
     module = types.ModuleType(f"megatron_espo.{name}")
     for function in functions:
         setattr(module, function, action)

@@ -68,6 +68,54 @@ def test_the_layout_must_divide_the_model(tmp_path, monkeypatch):
     )
 
 
+MOE = {
+    **HF,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 48,
+    "intermediate_size": 6145,  # of dense layers, which this model does not have
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+
+
+def test_experts_must_fit_the_layout(tmp_path, monkeypatch):
+    sizes = {"tensor_model_parallel_size": 4, "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
+
+    def configure(**changes):
+        keys = sizes | {"sequence_parallel": "true"} | changes
+        return load(tmp_path, monkeypatch, GOOD, [f"megatron.{key}={value}" for key, value in keys.items()])
+
+    assert configure().validate_model(MOE) == MOE
+    assert configure().validate_for(8) == 2
+    local = {key: value for key, value in MOE.items() if key != "num_experts"}
+    assert configure().validate_model({**local, "num_local_experts": 128})
+    assert "expected integers num_experts in config.json" in model_refusal(configure(), **{**MOE, "num_experts": None})
+    assert "a divisor of the model's 128 experts, got 3" in model_refusal(configure(expert_model_parallel_size=3), **MOE)
+    assert "a divisor of the 768 columns of an expert, got 5" in model_refusal(
+        configure(expert_tensor_parallel_size=5), **MOE
+    )
+    assert "tensor_model_parallel_size: expected a divisor of the 766 columns of an expert, got 4" in model_refusal(
+        configure(expert_tensor_parallel_size="null"), **{**MOE, "moe_intermediate_size": 766}
+    )
+    assert "sequence_parallel: expected true for a model with experts" in model_refusal(
+        configure(sequence_parallel="false"), **MOE
+    )
+    assert "a divisor of the model's 6145 feed-forward columns" in model_refusal(
+        configure(), **{**MOE, "mlp_only_layers": [0]}
+    )
+    with pytest.raises(InputError) as caught:
+        configure(pipeline_model_parallel_size=2).validate_for(24)
+    assert (
+        "expected expert-TP x EP = 1 x 8 to divide the TP x CP x DP = 4 x 1 x 3 = 12 ranks of a pipeline stage (experts "
+        "live on the ranks of the dense layers); start a multiple of 16 ranks"
+    ) in str(caught.value)
+    with pytest.raises(InputError, match="expert-TP x EP = 4 x 8 to divide"):  # null is TP
+        configure(expert_tensor_parallel_size="null").validate_for(8)
+
+
 def test_a_layout_and_lengths_that_fit_are_accepted(tmp_path, monkeypatch):
     overrides = ["megatron.tensor_model_parallel_size=3", "megatron.pipeline_model_parallel_size=2"]
     overrides += ["megatron.virtual_pipeline_model_parallel_size=5", "rollout.max_model_len=8192"]
@@ -97,13 +145,15 @@ def test_lengths_must_fit_the_models_context(tmp_path, monkeypatch):
 def test_models_that_are_not_trained_right_are_refused(tmp_path, monkeypatch):
     config = load(tmp_path, monkeypatch, GOOD)
     message = model_refusal(config, architectures=["GPT2LMHeadModel"])
-    assert "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM, got GPT2LMHeadModel" in message
+    assert "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, MistralForCausalLM, got GPT2LMHeadModel" in message
     assert "expected integers vocab_size in config.json" in model_refusal(config, vocab_size=None)
     assert "expected unquantised weights" in model_refusal(config, quantization_config={"bits": 4})
     assert "at most 4096, the model's attention window" in model_refusal(config, sliding_window=4096)
     config.validate_model({**HF, "sliding_window": 4096, "use_sliding_window": False})
-    config = load(tmp_path, monkeypatch, GOOD, ["megatron.expert_model_parallel_size=2"])
+    overrides = ["megatron.expert_model_parallel_size=2", "megatron.expert_tensor_parallel_size=1"]
+    config = load(tmp_path, monkeypatch, GOOD, overrides)
     assert "expected 1 for a model without experts" in model_refusal(config)
+    assert "expected null for a model without experts" in model_refusal(config)
     config = load(tmp_path, monkeypatch, GOOD, ["rollout.tensor_parallel_size=2"])
     assert "override 'rollout.tensor_parallel_size=2'" in model_refusal(config)
 

@@ -25,6 +25,13 @@ def run_training(folder, *overrides: str, nproc: int = 2) -> subprocess.Complete
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
 
 
+def load_weights(folder) -> dict:
+    """Tensors of a Hugging Face folder."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("end_to_end")
@@ -89,3 +96,18 @@ def test_bad_row_is_named_before_the_run_starts(folder):
     assert done.returncode != 0
     assert "bad.jsonl:2" in done.stderr and "answer" in done.stderr, done.stderr
     assert 'megatron_espo/' not in done.stderr, "a traceback of ours"
+
+
+def test_experts_reach_the_engine_every_step(folder):
+    """Qwen3-MoE, each rank with half of the experts of a layer; the engine's log-probs are the trainer's after every update."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    save_tiny_model(folder / "moe", "qwen3_moe", **experts)
+    layout = ["megatron.tensor_model_parallel_size=1", "megatron.expert_model_parallel_size=2"]
+    done = run_training(folder, *layout, f"model.path={folder / 'moe'}", f"run.dir={folder / 'moe_run'}", "run.steps=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (folder / "moe_run" / "metrics.jsonl").read_text().splitlines()]
+    gaps = [line["mismatch/logprob_gap_mean"] for line in lines if line["rollout/with_advantage"]]
+    assert len(gaps) >= 2 and max(gaps) < 1e-4, gaps
+    before, after = (load_weights(path) for path in (folder / "moe", folder / "moe_run" / "hf"))
+    assert before.keys() == after.keys()
+    assert not any(before[name].equal(after[name]) for name in before), "every tensor was trained"

@@ -10,7 +10,15 @@ import torch.distributed as dist
 
 from megatron_espo.algo import annotate, policy_loss
 from megatron_espo.config import Algorithm
-from megatron_espo.metrics import MetricsWriter, loss_metrics, read_metrics, reduce_metrics, rollout_metrics, step_line
+from megatron_espo.metrics import (
+    MetricsWriter,
+    average_steps,
+    loss_metrics,
+    read_metrics,
+    reduce_metrics,
+    rollout_metrics,
+    step_line,
+)
 from megatron_espo.report import draw_learning_curve, write_summary
 from megatron_espo.types import Prompt, Rollout
 from tests.distributed import run_ranks
@@ -40,8 +48,10 @@ def report(lengths: list[int], seed: int):
         "gap": (old - rollout).abs(),
         "kl": rollout - old,
         "grpo": ((logprob - old).exp() - 1).abs() > 0.2,
+        "extra": logprob * 2,
     }
-    return loss_metrics(result, annotation, old, rollout, 3), per_token, result.loss
+    extra = {"extra": per_token["extra"]}
+    return loss_metrics(result, annotation, old, rollout, 3, per_token=extra), per_token, result.loss
 
 
 def expected_metrics(reports) -> dict[str, float]:
@@ -52,6 +62,10 @@ def expected_metrics(reports) -> dict[str, float]:
         "mismatch/logprob_gap_max": joined["gap"].max(),
         "mismatch/kl": joined["kl"].mean(),
         "would_clip/grpo": joined["grpo"].float().mean(),
+        "policy/entropy": joined["entropy"].mean(),
+        "policy/clipped": (joined["clipped_low"] | joined["clipped_high"]).float().mean(),
+        "policy/no_gradient": joined["no_gradient"].float().mean(),
+        "extra": joined["extra"].mean(),
         "loss/policy": sum(loss for *_, loss in reports),
     }
     for group in range(3):
@@ -240,3 +254,8 @@ def test_learning_curve_shows_each_curve(tmp_path, rewards):
     assert blue[:, : image.size(1) // 3].sum() > 30
     for third in image.chunk(3, dim=1):
         assert third.std() > 0.05
+
+
+def test_several_optimizer_steps_keep_extremes():
+    steps = [{"a": 1.0, "gap_max": 3.0, "ratio_min": 0.5}, {"a": 3.0, "gap_max": 1.0, "ratio_min": 0.7, "b": 2.0}]
+    assert average_steps(steps) == {"a": 2.0, "gap_max": 3.0, "ratio_min": 0.5, "b": 2.0}

@@ -5,6 +5,17 @@ import pytest
 from tests.distributed import run_ranks
 from tests.weights_models import save_model
 
+EXPERTS_OVER_2 = {"expert_model_parallel_size": 2}
+TP2_SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+MOE_LAYOUTS = {
+    "ep2": (2, EXPERTS_OVER_2),
+    "tp2": (2, TP2_SEQUENCE),
+    "tp2 ep2, whole experts": (2, TP2_SEQUENCE | EXPERTS_OVER_2 | {"expert_tensor_parallel_size": 1}),
+    "tp2 ep2, cut experts": (4, TP2_SEQUENCE | EXPERTS_OVER_2),
+    "ep2 cp2": (2, EXPERTS_OVER_2 | {"context_parallel_size": 2}),
+    "ep2 pp2": (4, EXPERTS_OVER_2 | {"pipeline_model_parallel_size": 2}),
+    "pp2 vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+}
 LAYOUTS = {
     "one rank": (1, {}),
     "tp2": (2, {"tensor_model_parallel_size": 2}),
@@ -90,4 +101,33 @@ def test_gradient_of_padded_rows_equals_reference(folders, layout):
 def test_update_of_distributed_optimizer_equals_reference(folders, layout):
     nproc, sizes = LAYOUTS[layout]
     answer = run_ranks(nproc, "tests.ranks.step:check_update", folder=folders[0], **sizes)
+    assert answer["worst"] <= 1e-4, answer
+
+
+@pytest.fixture(scope="module")
+def moe_folders(tmp_path_factory):
+    """Two tiny Qwen3-MoE: experts everywhere, and in one of four layers. No token's choice of experts is a near-tie."""
+    folders = {}
+    for family in ("qwen3_moe", "qwen3_moe_mixed"):
+        folders[family] = str(tmp_path_factory.mktemp(family))
+        save_model(family, folders[family], tie_word_embeddings=True)
+    return folders
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+def test_gradient_with_experts_equals_reference(moe_folders, layout):
+    nproc, sizes = MOE_LAYOUTS[layout]
+    answer = run_ranks(nproc, "tests.ranks.step:check_gradient", folder=moe_folders["qwen3_moe"], **sizes)
+    assert answer["worst"] <= 1e-4, answer
+
+
+def test_gradient_of_a_mixed_stack_equals_reference(moe_folders):
+    folder = moe_folders["qwen3_moe_mixed"]
+    answer = run_ranks(2, "tests.ranks.step:check_gradient", folder=folder, **EXPERTS_OVER_2)
+    assert answer["worst"] <= 1e-4, answer
+
+
+def test_update_with_experts_equals_reference(moe_folders):
+    """Four ranks: the dense part has four replicas, each expert two."""
+    answer = run_ranks(4, "tests.ranks.step:check_update", folder=moe_folders["qwen3_moe"], **EXPERTS_OVER_2)
     assert answer["worst"] <= 1e-4, answer

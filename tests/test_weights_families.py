@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megatron_espo.errors import InputError
-from megatron_espo.weights.binding import bind
+from megatron_espo.weights.binding import Cut, Place, bind
 from megatron_espo.weights.families import model_groups
 from megatron_espo.weights.layouts import Layout, local_shape, merge_into, shard_into
-from tests.weights_models import FAMILIES, make_model
+from tests.weights_models import FAMILIES, make_model, per_expert
 
 # Names of a decoder layer as Megatron-Core's layer specs give them (gpt_layer_specs.py; TELayerNormColumnParallelLinear
 # holds the norm before it). Transformer Engine itself needs a GPU, so its spec is recorded, not built.
@@ -27,16 +27,32 @@ LOCAL_LAYER = {
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 }
+# A layer with experts: of two here, in one module with Transformer Engine (TEGroupedMLP), else one by one (SequentialMLP).
+DENSE_MLP = {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight", "mlp.linear_fc1.layer_norm_weight"}
+ROUTED = {"pre_mlp_layernorm.weight", "mlp.router.weight"}
+TRANSFORMER_ENGINE_EXPERTS = (TRANSFORMER_ENGINE_LAYER - DENSE_MLP) | ROUTED | {
+    "mlp.experts.linear_fc1.weight0",
+    "mlp.experts.linear_fc1.weight1",
+    "mlp.experts.linear_fc2.weight0",
+    "mlp.experts.linear_fc2.weight1",
+}
+LOCAL_EXPERTS = (LOCAL_LAYER - DENSE_MLP) | ROUTED | {
+    "mlp.experts.local_experts.0.linear_fc1.weight",
+    "mlp.experts.local_experts.0.linear_fc2.weight",
+    "mlp.experts.local_experts.1.linear_fc1.weight",
+    "mlp.experts.local_experts.1.linear_fc2.weight",
+}
 EXTRA = {
     "qwen2": {"self_attention.linear_qkv.bias"},
     "qwen3": {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"},
 }
+EXTRA |= {"qwen3_moe": EXTRA["qwen3"], "qwen3_moe_mixed": EXTRA["qwen3"]}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_are_those_of_transformers(family):
     model = make_model(family)
-    named = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    named = {name: tuple(tensor.shape) for name, tensor in per_expert(dict(model.named_parameters())).items()}
     mapped = [item for group in model_groups(model.config.to_dict()) for m in group for item in m.huggingface]
     assert dict(mapped) == named
     assert len(mapped) == len(named)
@@ -46,7 +62,7 @@ def test_names_and_shapes_are_those_of_transformers(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_exact(family, tp_size):
     model = make_model(family)
-    state = dict(model.named_parameters())
+    state = per_expert(dict(model.named_parameters()))
     with torch.no_grad():
         for mapping in (m for group in model_groups(model.config.to_dict()) for m in group):
             sources = [state[name] for name, _ in mapping.huggingface]
@@ -60,13 +76,19 @@ def test_round_trip_is_exact(family, tp_size):
             assert all(map(torch.equal, outputs, sources)), mapping
 
 
-@pytest.mark.parametrize("layer", [TRANSFORMER_ENGINE_LAYER, LOCAL_LAYER], ids=["transformer_engine", "local"])
+NAMES = [(TRANSFORMER_ENGINE_LAYER, TRANSFORMER_ENGINE_EXPERTS), (LOCAL_LAYER, LOCAL_EXPERTS)]
+
+
+@pytest.mark.parametrize("dense, experts", NAMES, ids=["transformer_engine", "local"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_megatron_layer_names(family, layer):
-    expected = layer | EXTRA.get(family, set())
+def test_megatron_layer_names(family, dense, experts):
+    with_experts = {"qwen3_moe": (0, 1, 2, 3), "qwen3_moe_mixed": (1,)}.get(family, ())
     config = make_model(family).config.to_dict()
+    place = Place(ep=Cut(1, 2))  # the second of two ranks, each with two of the four experts
     for index, group in enumerate(model_groups(config)[1:-1]):
-        alternatives = [set(m.megatron) for m in group]
+        expected = (experts if index in with_experts else dense) | EXTRA.get(family, set())
+        alternatives = [set(place.local_names(m)) for m in group if place.holds(m)]
+        assert all(m.expert in (None, 2, 3) for m in group if place.holds(m))
         prefix = f"decoder.layers.{index}."
         assert all(len(names & {prefix + e for e in expected}) == 1 for names in alternatives)
         assert {prefix + e for e in expected} <= set().union(*alternatives)
@@ -82,7 +104,7 @@ def test_tied_embeddings_have_no_head():
 
 
 def test_unknown_family_is_named():
-    with pytest.raises(InputError, match="model_type is 'gpt_oss'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(InputError, match="model_type is 'gpt_oss'.*llama, mistral, qwen2, qwen3, qwen3_moe"):
         model_groups({"model_type": "gpt_oss"})
 
 
@@ -120,7 +142,7 @@ def test_middle_stage_with_transformer_engine_names_binds_by_global_layer():
     config = make_model("qwen2").config.to_dict()
     names = TRANSFORMER_ENGINE_LAYER | EXTRA["qwen2"]
     chunk = Layers(layer_shapes(config, names, 2, 0, tp_size=2), [3])
-    bound = bind([chunk], model_groups(config), tp_size=2)
+    bound = bind([chunk], model_groups(config), Place(tp=Cut(0, 2)))
     assert [len(group) for group in bound] == [0, 0, 0, 7, 0, 0]
     held = dict(chunk.named_parameters())
     for mapping, parameter in bound[3]:
@@ -134,7 +156,7 @@ def test_mismatched_models_are_named():
 
     def refuse(message: str, parameters: dict) -> None:
         with pytest.raises(InputError, match=message):
-            bind([Layers(parameters, [1])], model_groups(config), tp_size=1)
+            bind([Layers(parameters, [1])], model_groups(config), Place())
 
     linear_qkv, linear_fc2 = "decoder.layers.0.self_attention.linear_qkv", "decoder.layers.0.mlp.linear_fc2"
     refuse(f"'{linear_qkv}.bias' has no", shapes | {f"{linear_qkv}.bias": (64,)})
@@ -143,4 +165,4 @@ def test_mismatched_models_are_named():
     refuse(f"lacks {linear_fc2}.weight", without)
     refuse(rf"{linear_fc2}.weight': config.json implies shape \(32, 48\)", shapes | {f"{linear_fc2}.weight": (48, 32)})
     with pytest.raises(InputError, match="lacks embedding.word_embeddings.weight"):
-        bind([Layers(shapes, [1], first=True, last=False)], model_groups(config), tp_size=1)
+        bind([Layers(shapes, [1], first=True, last=False)], model_groups(config), Place())

@@ -1,6 +1,7 @@
 """Loading, streaming and exporting Megatron's real model, against transformers, over parallel layouts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from safetensors.torch import save_file
 from tests.distributed import run_ranks
 from tests.weights_models import FAMILIES, save_model
 
-TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
+TP, PP, VPP, EP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline", "expert"))
+ETP = "expert_tensor_parallel_size"
 LAYOUTS = {
     1: [{}],
-    2: [{TP: 2}, {PP: 2}, {PP: 2, VPP: 2}, {}],
-    4: [{TP: 2, PP: 2}, {TP: 4}],
+    2: [{TP: 2}, {PP: 2}, {PP: 2, VPP: 2}, {}, {EP: 2}, {TP: 2, EP: 2, ETP: 1}],
+    4: [{TP: 2, PP: 2}, {TP: 4}, {TP: 2, EP: 2}, {EP: 2, PP: 2}, {TP: 2, EP: 4, ETP: 1}, {EP: 2}],
 }
 
 
@@ -51,19 +53,24 @@ def test_layouts(models, tmp_path, world_size):
         occupied=str(occupied),
     )
     assert [file.name for file in occupied.iterdir()] == ["notes.txt"]
-    assert len(differences) == len(folders) * len(layouts)
+    cases = [
+        (i, folder)
+        for i, sizes in enumerate(layouts)
+        for folder in folders
+        if EP not in sizes or "moe" in Path(folder).name
+    ]
+    assert len(differences) == len(cases)
     assert max(differences.values()) < 1e-3, differences
-    for index in range(len(layouts)):
-        for folder, model in models.items():
-            export = tmp_path / str(index) / folder.rsplit("/", 1)[1]
-            assert (export / "tokenizer.model").exists()
-            assert json.loads((export / "config.json").read_text())["dtype"] == "float32"
-            assert len(list(export.glob("model-*.safetensors"))) > 1
-            exported = AutoModelForCausalLM.from_pretrained(export).state_dict()
-            expected = model.state_dict()
-            assert set(exported) == set(expected)
-            assert all(torch.equal(exported[name], expected[name]) for name in expected)
-            assert not export.with_name(export.name + ".partial").exists()
+    for index, folder in cases:
+        export = tmp_path / str(index) / folder.rsplit("/", 1)[1]
+        assert (export / "tokenizer.model").exists()
+        assert json.loads((export / "config.json").read_text())["dtype"] == "float32"
+        assert len(list(export.glob("model-*.safetensors"))) > 1
+        exported = AutoModelForCausalLM.from_pretrained(export).state_dict()
+        expected = models[folder].state_dict()
+        assert set(exported) == set(expected)
+        assert all(torch.equal(exported[name], expected[name]) for name in expected)
+        assert not export.with_name(export.name + ".partial").exists()
 
 
 @pytest.mark.slow

@@ -17,12 +17,15 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MOE = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES = {
     "llama": {},
     "llama_tied": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "qwen3_moe": MOE | {"norm_topk_prob": True},
+    "qwen3_moe_mixed": MOE | {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
 }
 
 
@@ -30,7 +33,7 @@ def make_model(family: str, **changes: Any) -> torch.nn.Module:
     """A float32 model on the CPU in eval mode; the same for the same arguments."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type = family.removesuffix("_tied")
+    model_type = family.removesuffix("_tied").removesuffix("_mixed")
     config = AutoConfig.for_model(model_type, **(SIZES | FAMILIES[family] | changes))
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
@@ -46,3 +49,18 @@ def save_model(family: str, folder: str | Path, **changes: Any) -> torch.nn.Modu
     model = make_model(family, **changes)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under a checkpoint's names: transformers' modules hold the experts of a layer in one tensor."""
+    answer = {}
+    for name, tensor in tensors.items():
+        prefix, _, kind = name.rpartition("experts.")
+        if not prefix:
+            answer[name] = tensor
+            continue
+        for i, matrix in enumerate(tensor):
+            parts = kind.removesuffix("_proj").split("_")  # gate and up, or down
+            for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                answer[f"{prefix}experts.{i}.{part}_proj.weight"] = rows
+    return answer

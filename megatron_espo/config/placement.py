@@ -1,17 +1,25 @@
 """Does the run fit these ranks, this model and these files? Standard library only."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_espo.config.experts import Experts, read_experts
 from megatron_espo.errors import InputError
 
 if TYPE_CHECKING:
     from megatron_espo.config.schema import Config
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "MistralForCausalLM",
+)
 # Keys of config.json without which the model cannot be laid out.
 SIZES = (
     "num_attention_heads",
@@ -21,6 +29,7 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 # One of these sets of files makes a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 NO_HUB = (
@@ -58,6 +67,7 @@ def validate_world_size(config: "Config", world_size: int) -> int:
                 + ", ".join(f"megatron.{key}" for key, size in sizes.items() if size > 1),
             )
             return
+        yield from _expert_rank_problems(m, dp)
         batch = config.rollout.prompts_per_step * config.rollout.group_size
         needed = dp * config.algorithm.num_mini_batches
         if batch < needed:
@@ -72,6 +82,24 @@ def validate_world_size(config: "Config", world_size: int) -> int:
     return dp
 
 
+def _expert_rank_problems(m: Any, dp: int) -> Iterator[tuple[str, str]]:
+    tp, pp, cp, ep = (
+        m.tensor_model_parallel_size,
+        m.pipeline_model_parallel_size,
+        m.context_parallel_size,
+        m.expert_model_parallel_size,
+    )
+    expert_tp = m.expert_tensor_parallel_size or tp
+    if tp * cp * dp % (expert_tp * ep):
+        yield (
+            "megatron.expert_model_parallel_size",
+            f"expected expert-TP x EP = {expert_tp} x {ep} to divide the TP x CP x DP = {tp} x {cp} x {dp} = "
+            f"{tp * cp * dp} ranks of a pipeline stage (experts live on the ranks of the dense layers); start a multiple "
+            f"of {pp * math.lcm(tp * cp, expert_tp * ep)} ranks, or lower megatron.expert_model_parallel_size or "
+            "megatron.expert_tensor_parallel_size",
+        )
+
+
 def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
     """The model's Hugging Face config, once layout, lengths and (if it is read here) files fit; or InputError."""
     if hf_config is None:
@@ -81,7 +109,10 @@ def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) ->
     if architectures[0] not in ARCHITECTURES:
         message = f"expected an architecture out of {', '.join(ARCHITECTURES)}, got {', '.join(architectures)}"
         _refuse(config, iter([("model.path", f'{message} ("{config.model.path}")')]))
-    missing = [key for key in SIZES if not isinstance(hf_config.get(key), int)]
+    # transformers 5 writes num_experts under another name.
+    known = {"num_experts": hf_config.get("num_local_experts"), **hf_config}
+    sizes = SIZES + EXPERT_SIZES if "Moe" in architectures[0] else SIZES
+    missing = [key for key in sizes if not isinstance(known.get(key), int)]
     if missing:
         message = f"expected integers {', '.join(missing)} in config.json, found none"
         _refuse(config, iter([("model.path", f'{message} ("{config.model.path}")')]))
@@ -145,13 +176,14 @@ def _folder_problems(config: "Config") -> Iterator[tuple[str, str]]:
 def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str, str]]:
     m = config.megatron
     tp, pp, vpp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
-    heads = hf["num_attention_heads"]
+    heads, experts = hf["num_attention_heads"], read_experts(hf)
     split_by_tp = {
         "attention heads": heads,
         # Megatron could copy key-value heads to more ranks than there are; the weight sync keeps one owner for each.
         "key-value heads": hf.get("num_key_value_heads") or heads,
-        "feed-forward columns": hf["intermediate_size"],
     }
+    if experts is None or not all(experts.layers):
+        split_by_tp["feed-forward columns"] = hf["intermediate_size"]
     for what, count in split_by_tp.items():
         if count % tp:
             yield "megatron.tensor_model_parallel_size", f"expected a divisor of the model's {count} {what}, got {tp}"
@@ -163,11 +195,7 @@ def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str
             "megatron.virtual_pipeline_model_parallel_size",
             f"expected PP x VPP to divide the model's {layers} layers, got {pp} x {vpp} = {pp * vpp}",
         )
-    if m.expert_model_parallel_size > 1:
-        yield (
-            "megatron.expert_model_parallel_size",
-            f"expected 1 for a model without experts ({hf['architectures'][0]}), got {m.expert_model_parallel_size}",
-        )
+    yield from _expert_problems(m, experts, hf["architectures"][0])
     # One row of float32 logits, and the same in the training dtype where that is narrower.
     row = hf["vocab_size"] // tp * (6 if config.model.dtype == "bfloat16" else 4)
     if m.head_memory_mib is not None and m.head_memory_mib << 20 < row:
@@ -180,6 +208,33 @@ def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str
         )
     if hf.get("quantization_config"):
         yield "model.path", "expected unquantised weights, got a quantization_config in config.json"
+
+
+def _expert_problems(m: Any, experts: Experts | None, architecture: str) -> Iterator[tuple[str, str]]:
+    tp, ep, expert_tp = m.tensor_model_parallel_size, m.expert_model_parallel_size, m.expert_tensor_parallel_size
+    if experts is None:
+        if ep > 1:
+            yield (
+                "megatron.expert_model_parallel_size",
+                f"expected 1 for a model without experts ({architecture}), got {ep}",
+            )
+        if expert_tp is not None:
+            yield (
+                "megatron.expert_tensor_parallel_size",
+                f"expected null for a model without experts ({architecture}), got {expert_tp}",
+            )
+        return
+    if experts.count % ep:
+        yield "megatron.expert_model_parallel_size", f"expected a divisor of the model's {experts.count} experts, got {ep}"
+    if experts.ffn % (expert_tp or tp):
+        key = "expert_tensor_parallel_size" if expert_tp else "tensor_model_parallel_size"
+        yield f"megatron.{key}", f"expected a divisor of the {experts.ffn} columns of an expert, got {expert_tp or tp}"
+    if tp > 1 and not m.sequence_parallel:
+        yield (
+            "megatron.sequence_parallel",
+            f"expected true for a model with experts and tensor_model_parallel_size {tp} (Megatron-Core refuses to train "
+            "experts on whole sequences there), got false",
+        )
 
 
 def _length_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -85,6 +85,9 @@ class Megatron(Section):
     expert_model_parallel_size: int = Field(
         1, ge=1, description="EP: ranks that share a layer's experts; mixture-of-experts models only."
     )
+    expert_tensor_parallel_size: int | None = Field(
+        None, ge=1, description="Ranks that share each expert; null: TP. 1 with EP keeps many small experts whole."
+    )
     sequence_parallel: bool = Field(
         False, description="Shard norm and dropout activations over the TP ranks: less memory, same traffic."
     )

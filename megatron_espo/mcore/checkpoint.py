@@ -4,59 +4,29 @@ The format (``torch_dist``) stores whole tensors, so a checkpoint written in one
 pickle, which runs code when it is opened: nothing in a folder is read before the manifest has vouched for it.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_espo.config import Config
+from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
-from megatron_espo.mcore import runtime as mcore_runtime
-from megatron_espo.mcore.model import Layout, build_model, rope_arguments
+from megatron_espo.mcore.model import rope_arguments
+from megatron_espo.mcore.runtime import on_rank_0
 from megatron_espo.weights.families import is_tied, model_sizes
-from megatron_espo.weights.hf_io import load_hf_weights, save_hf
 
 MANIFEST_NAME = "megatron_espo.json"
+STATE_NAME = "state.json"
 VERSION = 1
-
-
-def hf_to_megatron(config: Config, out: str | Path) -> None:
-    """Write the weights of ``model.path`` as a Megatron checkpoint, in the layout of ``config.megatron``. Collective over all ranks.
-
-    Raises:
-        InputError: ``out`` exists.
-    """
-    hf_config = config.validate_model()
-    refuse_existing(out)
-    runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron))
-    chunks = _build_chunks(config, hf_config, runtime)
-    load_hf_weights(chunks, hf_config, config.model.path, runtime.groups)
-    save_checkpoint(chunks, hf_config, out)
-    mcore_runtime.shutdown()
-
-
-def megatron_to_hf(config: Config, checkpoint: str | Path, out: str | Path) -> None:
-    """Write a checkpoint as a Hugging Face folder, with configuration and tokenizer of ``model.path``. Collective over all ranks.
-
-    The layout of ``config.megatron`` need not be the one that wrote the checkpoint.
-
-    Raises:
-        InputError: ``out`` exists, or ``checkpoint`` is missing, foreign, damaged or another model's.
-    """
-    hf_config = config.validate_model()
-    refuse_existing(out)
-    read_manifest(checkpoint, hf_config)
-    runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron))
-    chunks = _build_chunks(config, hf_config, runtime)
-    load_checkpoint(chunks, hf_config, checkpoint)
-    save_hf(chunks, hf_config, out, config.model.path, runtime.groups, getattr(torch, config.model.dtype))
-    mcore_runtime.shutdown()
+# Megatron's optimizer state as whole tensors, which any layout can load.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -65,50 +35,93 @@ def refuse_existing(out: str | Path) -> None:
         raise InputError(f"{out}: expected a path where nothing is yet, found something; choose another or remove it")
 
 
-def save_checkpoint(chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], out: str | Path) -> None:
-    """Write this rank's part of the model into ``<out>.partial``, which becomes ``out`` when all ranks are done. Collective over all ranks.
+def save_checkpoint(
+    chunks: Sequence[torch.nn.Module],
+    hf_config: dict[str, Any],
+    out: str | Path,
+    *,
+    optimizer=None,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write this rank's part into ``<out>.partial``, which becomes ``out`` when all ranks are done. Collective over all ranks.
 
     ``out`` lies on a file system that all ranks share. Megatron's writer starts processes: a script needs its ``__main__`` guard.
 
+    Args:
+        chunks: this rank's model chunks, not wrapped in DDP.
+        optimizer: Megatron's optimizer, whose state is stored too, in the form that any layout can load.
+        state: whatever else belongs to the run, as JSON values; rank 0's is written.
+
     Raises:
         InputError: ``out`` exists; nothing is written.
-        RuntimeError: rank 0 could not finish the folder.
+        OSError: a full or failing disk; ``out`` does not appear.
     """
     from megatron.core import dist_checkpointing
 
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
-    _on_rank_0(lambda: _begin(partial, out))
-    dist_checkpointing.save(_sharded_state(chunks), str(partial))
-    _on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype))
+    on_rank_0(lambda: _begin(partial, out, state))
+    try:
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
+        failure = None
+    except Exception as error:  # Megatron's writer wraps what went wrong in several ways
+        failure = OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}")
+    _raise_anywhere(failure)
+    on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype))
 
 
-def load_checkpoint(chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], path: str | Path) -> None:
+def load_checkpoint(
+    chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], path: str | Path, *, optimizer=None
+) -> dict[str, Any]:
     """Load a checkpoint into this rank's chunks, in place, whatever layout wrote it. Collective over all ranks.
 
     Values are cast to the parameters' dtype. Embedding rows that only pad the vocabulary become zero where the checkpoint has none.
 
+    Args:
+        chunks: this rank's model chunks, not wrapped in DDP.
+        optimizer: Megatron's optimizer, if its state is wanted too.
+
+    Returns:
+        The ``state`` that was saved with it.
+
     Raises:
-        InputError: missing, foreign, damaged, another model's, or a parameter too few or too many.
+        InputError: missing, foreign, damaged, another model's, without an optimizer's state, or a parameter too few or too many.
     """
     from megatron.core import dist_checkpointing
 
-    _on_rank_0(lambda: verify_files(path, read_manifest(path, hf_config)))
-    state, only_there, only_here = dist_checkpointing.load(_sharded_state(chunks), str(path), strict="return_all")
+    on_rank_0(lambda: verify_files(path, read_manifest(path, hf_config)))
+    wanted = _sharded_state(chunks, optimizer, is_loading=True)
+    loaded, only_there, only_here = dist_checkpointing.load(wanted, str(path), strict="return_all")
     # Which parameters a checkpoint lacks is known only to the ranks that asked for them.
     differences: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(differences, (only_there, only_here))
-    lists = [sorted(key for key in set().union(*keys) if not key.endswith("_extra_state")) for keys in zip(*differences, strict=True)]
+    lists = [sorted(key for key in set().union(*keys) if _must_match(key, optimizer)) for keys in zip(*differences, strict=True)]
     if any(lists):
         raise InputError(f"{path}: expected the model's parameters; lacks {lists[1] or 'none'}, has besides {lists[0] or 'none'}")
     for i, chunk in enumerate(chunks):
         # Not strict: Transformer Engine's extra state (FP8 scales) is absent where another layer implementation wrote the checkpoint.
-        chunk.load_state_dict(state[_chunk_key(i)], strict=False)
+        chunk.load_state_dict(loaded[_chunk_key(i)], strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return read_state(path)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The JSON values saved with a checkpoint."""
+    file = Path(path, STATE_NAME)
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _must_match(key: str, optimizer) -> bool:
+    """Whether a tensor that only model or checkpoint has is an error; the optimizer's are not asked for by a mere reader of weights."""
+    return not key.endswith("_extra_state") and (optimizer is not None or not key.startswith("optimizer."))
 
 
 def model_identity(hf_config: dict[str, Any]) -> dict[str, Any]:
     """What makes a model another model, from ``config.json``, the same whichever transformers version wrote it."""
+    experts = read_experts(hf_config)
     return {
+        "experts": experts and {**vars(experts), "layers": list(experts.layers)},
         "architecture": (hf_config.get("architectures") or ["none"])[0],
         "num_hidden_layers": hf_config["num_hidden_layers"],
         "num_attention_heads": hf_config["num_attention_heads"],
@@ -137,12 +150,16 @@ def read_manifest(path: str | Path, hf_config: dict[str, Any]) -> dict[str, Any]
         raise InputError(f"{file}: expected a checkpoint's manifest, got {error!r}") from None
     if version != VERSION:
         raise InputError(f"{file}: expected version {VERSION}, got {version}; convert with the megatron_espo that wrote it")
-    expected = model_identity(hf_config)
-    keys = sorted(key for key in expected.keys() | model.keys() if expected.get(key) != model.get(key))
-    if keys:
-        listed = ", ".join(f"{key} {expected.get(key)} (checkpoint: {model.get(key)})" for key in keys)
-        raise InputError(f"{path}: expected a checkpoint of the model at model.path, got another model's: {listed}")
+    refuse_differences(f"{path}: expected a checkpoint of the model at model.path, got another model's", model_identity(hf_config), model)
     return manifest
+
+
+def refuse_differences(what: str, expected: dict[str, Any], found: dict[str, Any], way_out: str = "") -> None:
+    """InputError that lists the keys in which a checkpoint differs from what is expected of it."""
+    keys = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if keys:
+        listed = ", ".join(f"{key} {expected.get(key)} (checkpoint: {found.get(key)})" for key in keys)
+        raise InputError(f"{what}: {listed}" + (f"; {way_out}" if way_out else ""))
 
 
 def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
@@ -155,25 +172,42 @@ def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
             raise InputError(f"{path}: {name} is not the file that was written (SHA-256 differs); convert or copy it again")
 
 
-def _build_chunks(config: Config, hf_config: dict[str, Any], runtime: mcore_runtime.Runtime) -> list[torch.nn.Module]:
-    """This rank's chunks in the configured layout, without weights: reading a checkpoint needs no other weights first."""
-    layout = Layout(**{name: getattr(config.megatron, name) for name in Layout.__dataclass_fields__})
-    dtype = getattr(torch, config.model.dtype)
-    return build_model(hf_config, layout, runtime.groups, dtype=dtype, transformer_impl=config.megatron.transformer_impl)
-
-
 def _chunk_key(index: int) -> str:
     return f"model{index}"
 
 
-def _sharded_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    return {_chunk_key(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer, is_loading: bool) -> dict[str, Any]:
+    model = {_chunk_key(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    if optimizer is None:
+        return model
+    if is_loading:
+        _prepare_loading(optimizer)
+    return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)}
 
 
-def _begin(partial: Path, out: Path) -> None:
+def _prepare_loading(optimizer) -> None:
+    """Two things that torch's Adam (used where Apex and Transformer Engine are absent) needs before Megatron loads into it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not hasattr(part, "_init_optimizer_states_with_dummy_values"):
+            continue  # only the distributed optimizer
+        if not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()  # there are no moments before the first step
+        if any("step" in state for state in part.optimizer.state.values()):
+            part._set_main_param_and_optimizer_states = functools.partial(_set_but_step, part)
+
+
+def _set_but_step(optimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    # Megatron loads "step" with the parameter groups, leaves it out of the tensors, and then misses it there.
+    step = optimizer._get_main_param_and_optimizer_states(parameter)["step"]
+    type(optimizer)._set_main_param_and_optimizer_states(optimizer, parameter, tensors | {"step": step})
+
+
+def _begin(partial: Path, out: Path, state: dict[str, Any] | None) -> None:
     refuse_existing(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if state is not None:
+        (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
 
 
 def _finish(partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -199,14 +233,10 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _on_rank_0(work: Callable[[], None]) -> None:
-    """Do something on rank 0; its failure is raised on every rank. One broadcast over all ranks."""
-    failure: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except (InputError, OSError) as error:
-            failure[0] = error
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
+def _raise_anywhere(failure: Exception | None) -> None:
+    """Raise some rank's failure on every rank. One all-gather of objects over all ranks."""
+    failures: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for found in failures:
+        if found is not None:
+            raise found

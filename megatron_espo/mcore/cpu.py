@@ -49,6 +49,9 @@ class _NoStream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def record_event(self, *args: Any) -> "_NoStream":
+        return self
+
     def __getattr__(self, name: str):
         return lambda *args, **kwargs: None
 
@@ -72,6 +75,26 @@ def install() -> bool:
 def _always(answer: Any = None):
     """A new function with one answer. New each time: torch.compile refuses one object under two names in ``torch.cuda``."""
     return lambda *args, **kwargs: answer() if callable(answer) else answer
+
+
+def _to_numpy(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+    """Numbers of tokens as gloo's all-to-all takes them; Megatron converts only what comes from a GPU."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _gather_rows(gather):
+    """Megatron's gather of different numbers of rows (tokens of experts that ranks share): gloo gathers equal shapes only."""
+
+    def gather_along_first_dim(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        most = max(output_split_sizes)
+        padded = input_.new_zeros(most, *input_.shape[1:])
+        padded[: len(input_)] = input_
+        gathered = gather(padded, group).view(group.size(), most, *input_.shape[1:])
+        return torch.cat([rows[:size] for rows, size in zip(gathered, output_split_sizes, strict=True)])
+
+    return gather_along_first_dim
 
 
 def _replace_cuda_functions() -> None:
@@ -98,7 +121,10 @@ def _replace_cuda_functions() -> None:
         setattr(torch.cuda, name, stand_in)
 
     # Megatron reaches below torch.cuda for its random number tracker.
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = get_rng_state
     random._set_cuda_rng_state = set_rng_state
+    mappings._gather_along_first_dim = _gather_rows(mappings._gather_along_first_dim)
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy

@@ -1,20 +1,21 @@
 """The trained policy of a run: builds Megatron's model from the configuration and updates it from rollouts."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_espo.config import Config
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
+from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.model import Layout, build_model, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.reference import ReferencePolicy
 from megatron_espo.mcore.runtime import Runtime
-from megatron_espo.metrics import reduce_metrics_everywhere
+from megatron_espo.metrics import average_steps, reduce_metrics_everywhere
 from megatron_espo.progress import OnProgress
 from megatron_espo.weights.hf_io import load_hf_weights
 
@@ -63,7 +64,7 @@ class Learner:
     """
 
     def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime) -> None:
-        self.config, self.groups = config, runtime.groups
+        self.config, self.hf_config, self.groups = config, hf_config, runtime.groups
         self.updates_per_step = config.algorithm.num_epochs * config.algorithm.num_mini_batches
         self.chunks = build_chunks(config, hf_config, runtime)
         self.policy = Policy(self.chunks, runtime.groups, config.optimizer, config.run.steps * self.updates_per_step)
@@ -104,7 +105,18 @@ class Learner:
             for _ in range(self.config.algorithm.num_epochs)
             for batches in mini_batches
         ]
-        return average(results)
+        return average_steps(results)
+
+    def save(self, out: str | Path, state: dict[str, Any]) -> None:
+        """Write model, optimizer, learning-rate schedule and ``state`` (JSON values); see :func:`save_checkpoint`. Collective."""
+        state = state | {"scheduler": self.policy.scheduler.state_dict()}
+        save_checkpoint(self.chunks, self.hf_config, out, optimizer=self.policy.optimizer, state=state)
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Continue from what :meth:`save` wrote, in this or another layout; returns the ``state``. Collective."""
+        state = load_checkpoint(self.chunks, self.hf_config, path, optimizer=self.policy.optimizer)
+        self.policy.scheduler.load_state_dict(state.pop("scheduler"))
+        return state
 
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""
@@ -130,13 +142,6 @@ class Learner:
         """Loss metrics of the last stage, sent to every rank, with the optimizer's."""
         metrics = reduce_metrics_everywhere(result.metrics, self.groups.dp_cp)
         return metrics | {"optimizer/grad_norm": result.grad_norm, "optimizer/lr": result.lr}
-
-
-def average(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps that report it; of ``*_max`` and ``*_min`` the extreme."""
-    values = {name: [result[name] for result in results if name in result] for result in results for name in result}
-    extremes = {"_max": max, "_min": min}
-    return {name: extremes.get(name[-4:], statistics.fmean)(found) for name, found in values.items()}
 
 
 class _Ticker:

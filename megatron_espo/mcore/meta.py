@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megatron_espo.mcore import cpu, runtime
-from megatron_espo.weights import binding
+from megatron_espo.weights.binding import Place, bind
 from megatron_espo.weights.families import Mapping, model_groups
 
 
@@ -156,10 +156,8 @@ def _build(
 
 
 def _held(chunks: list[torch.nn.Module], groups: list[list[Mapping]], process_groups: Any) -> Iterator[Held]:
-    place = getattr(binding, "Place", None)
-    where = place.of(process_groups) if place else process_groups.tp.size()
-    for index, bound in enumerate(binding.bind(chunks, groups, where)):
+    for index, bound in enumerate(bind(chunks, groups, Place.of(process_groups))):
         for mapping, parameter in bound:
-            is_expert = not getattr(parameter, "allreduce", True)  # Megatron's mark
+            is_expert = mapping.expert is not None
             sharing = process_groups.expt_tp if is_expert else process_groups.tp
             yield Held(index, mapping, tuple(parameter.shape), tuple(dist.get_process_group_ranks(sharing)), is_expert)

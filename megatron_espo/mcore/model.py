@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
 
 # Architectures whose layers are Megatron's own: (QKV bias, norms on queries and keys).
@@ -17,6 +18,7 @@ ARCHITECTURES = {
     "MistralForCausalLM": (False, False),
     "Qwen2ForCausalLM": (True, False),
     "Qwen3ForCausalLM": (False, True),
+    "Qwen3MoeForCausalLM": (False, True),
 }
 
 
@@ -29,6 +31,7 @@ class Layout:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False
     recompute_granularity: str | None = None
     recompute_method: str | None = None
@@ -103,8 +106,30 @@ def transformer_config(hf_config: dict[str, Any], layout: Layout, dtype: torch.d
         gradient_accumulation_fusion=te,
         masked_softmax_fusion=te,
         persist_layer_norm=te,
+        moe_grouped_gemm=te,
+        **moe_arguments(hf_config),
         **layout.__dict__,
     )
+
+
+def moe_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """What ``TransformerConfig`` has to know of a model's experts; empty for a dense model."""
+    experts = read_experts(hf_config)
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn,
+        # Megatron's checkpoint of a uniform stack, which this 1 says it is, loads in any pipeline layout.
+        "moe_layer_freq": 1 if all(experts.layers) else [int(sparse) for sparse in experts.layers],
+        "moe_router_topk": experts.per_token,
+        # Weights that sum to one over the chosen experts are the softmax over the chosen logits.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_dtype": "fp32",
+        # The policy's gradient alone: a balancing loss would move the weights where every advantage is zero.
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def build_model(
@@ -162,21 +187,25 @@ def rope_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_spec(config, transformer_impl: str, vp_stage: int | None, groups):
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    if use_transformer_engine(transformer_impl):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    te = use_transformer_engine(transformer_impl)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=groups.pp.rank()
+    )
+    if te:
+        return block
+    from megatron.core.transformer.moe import moe_utils
+
     from megatron_espo.mcore.attention import PackedDotProductAttention, RMSNorm
 
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedDotProductAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    # Megatron-Core 0.16 does not define the name that its router asks for where Transformer Engine is absent.
+    vars(moe_utils).setdefault("te_general_gemm", None)
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedDotProductAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return block

@@ -1,6 +1,7 @@
 """Brings up torch.distributed and Megatron's process groups, once, at the edge."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_espo.errors import InputError
 from megatron_espo.mcore import cpu
 
 
@@ -39,6 +41,7 @@ PARALLEL_SIZES = (
     "virtual_pipeline_model_parallel_size",
     "context_parallel_size",
     "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
 )
 
 
@@ -54,6 +57,7 @@ def initialize(
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     seed: int = 1,
     timeout_s: float = 1800,
 ) -> Runtime:
@@ -83,12 +87,27 @@ def initialize(
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, int(timeout_s // 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Runtime(dist.get_rank(), dist.get_world_size(), device, groups)
+
+
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """Do something on rank 0; its answer is returned, or its failure raised, on every rank. One broadcast over all ranks."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except (InputError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def _init_process_group(backend: str, timeout_s: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_espo.config.experts import read_experts
 from megatron_espo.weights.families import Mapping, model_sizes
 from megatron_espo.weights.layouts import Layout
 
@@ -50,6 +51,7 @@ class Sizes:
 def layer_sizes(layer: Sequence[Mapping], hf_config: dict[str, Any]) -> Sizes:
     """Sizes of the layer that ``layer`` (one of ``families.model_groups``) describes."""
     model = model_sizes(hf_config)
+    experts = read_experts(hf_config)
     gates = [mapping for mapping in layer if mapping.layout is Layout.GATED]
     return Sizes(
         **{name: model[name] for name in ("hidden", "query", "key", "head_dim")},
@@ -57,7 +59,7 @@ def layer_sizes(layer: Sequence[Mapping], hf_config: dict[str, Any]) -> Sizes:
         qk_norm=any("q_norm" in name for mapping in layer for name, _ in mapping.huggingface),
         ffn=gates[0].huggingface[0][1][0],
         experts=len(gates) if len(gates) > 1 else 0,
-        experts_per_token=hf_config.get("num_experts_per_tok", 8) if len(gates) > 1 else 1,
+        experts_per_token=experts.per_token if experts and len(gates) > 1 else 1,
     )
 
 

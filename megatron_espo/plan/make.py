@@ -125,7 +125,7 @@ def wire_bytes(config: Config) -> int:
 def smallest_world(config: Config) -> int:
     """The fewest ranks that the layout allows: one replica of the dense part and of the experts."""
     m = config.megatron
-    expert_tp = getattr(m, "expert_tensor_parallel_size", None) or m.tensor_model_parallel_size
+    expert_tp = m.expert_tensor_parallel_size or m.tensor_model_parallel_size
     dense = m.tensor_model_parallel_size * m.context_parallel_size
     return m.pipeline_model_parallel_size * lcm(dense, expert_tp * m.expert_model_parallel_size)
 

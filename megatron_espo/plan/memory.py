@@ -113,7 +113,7 @@ def sharding(config: Any, pipeline: Pipeline, on_gpu: bool) -> Sharding:
         itemsize=getattr(torch, config.model.dtype).itemsize,
         tp=tp,
         cp=megatron.context_parallel_size,
-        expert_tp=getattr(megatron, "expert_tensor_parallel_size", None) or tp,
+        expert_tp=megatron.expert_tensor_parallel_size or tp,
         sequence_parallel=megatron.sequence_parallel,
         transformer_engine=auto,
         granularity=megatron.recompute_granularity,

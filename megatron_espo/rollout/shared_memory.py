@@ -108,6 +108,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._arrived: set[int] = set()
+        self._forget_expert_kernels()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -147,6 +148,15 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             raise ValueError(f"{len(missing)} announced weights did not arrive: {', '.join(missing[:5])}.")
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_tied_head()
+
+    def _forget_expert_kernels(self) -> None:
+        # On CPU a layer of experts computes with packed weights, and vLLM packs them only where it builds the kernel,
+        # not where it reloads: the kernel would take the new weights for packed ones.
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+        for layer in self.model.modules():
+            if isinstance(method := getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
 
     def _repack_tied_head(self) -> None:
         # A tied head shares the embedding's weight, but on CPU it computes with a packed copy of its own, and vLLM's

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +14,47 @@ from megatron_espo.weights.layouts import Layout, local_shape
 LAYER_NAME = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
+class Cut(NamedTuple):
+    """A rank's place in a group that shares something."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place among those that share a layer: tensor parallelism, that of the experts, and expert parallelism."""
+
+    tp: Cut = Cut()
+    expert_tp: Cut = Cut()
+    ep: Cut = Cut()
+
+    @classmethod
+    def of(cls, pg_collection: Any) -> "Place":
+        """From Megatron's ``ProcessGroupCollection``: ``tp``, ``expt_tp`` and ``ep``. Zero collectives."""
+        groups = (pg_collection.tp, pg_collection.expt_tp, pg_collection.ep)
+        return cls(*(Cut(group.rank(), group.size()) for group in groups))
+
+    def cut(self, mapping: Mapping) -> Cut:
+        """Which shard of the parameter this rank has, of how many."""
+        return self.tp if mapping.expert is None else self.expert_tp
+
+    def owner(self, mapping: Mapping) -> int:
+        """The expert-parallel rank that holds the parameter's expert; 0 where there is none."""
+        return 0 if mapping.expert is None else mapping.expert * self.ep.size // mapping.num_experts
+
+    def holds(self, mapping: Mapping) -> bool:
+        """Whether this rank has a shard of the parameter, once its pipeline stage has the layer."""
+        return mapping.expert is None or self.owner(mapping) == self.ep.rank
+
+    def local_names(self, mapping: Mapping) -> tuple[str, ...]:
+        """Megatron's names for it on its owner, which counts its own experts."""
+        if mapping.expert is None:
+            return mapping.megatron
+        number = mapping.expert % (mapping.num_experts // self.ep.size)
+        return tuple(name.format(expert=number) for name in mapping.megatron)
+
+
 class Bound(NamedTuple):
     """A parameter of this rank and what it is made of."""
 
@@ -20,12 +62,13 @@ class Bound(NamedTuple):
     parameter: torch.nn.Parameter
 
 
-def bind(chunks: Sequence[torch.nn.Module], groups: Sequence[Sequence[Mapping]], tp_size: int) -> list[list[Bound]]:
+def bind(chunks: Sequence[torch.nn.Module], groups: Sequence[Sequence[Mapping]], place: Place) -> list[list[Bound]]:
     """Find the mapping of every parameter of this rank's model chunks. Zero collectives.
 
     Args:
         chunks: the rank's ``GPTModel`` chunks (more than one with a virtual pipeline), wrapped or not.
         groups: ``families.model_groups``.
+        place: this rank's.
 
     Returns:
         one list for each group, in the group's order; empty where this pipeline stage has nothing of it.
@@ -34,7 +77,8 @@ def bind(chunks: Sequence[torch.nn.Module], groups: Sequence[Sequence[Mapping]],
         InputError: a parameter without a mapping, a mapping of an owned group without a parameter, or a shape that the
             Hugging Face configuration does not imply.
     """
-    known = {name: mapping for group in groups for mapping in group for name in mapping.megatron}
+    held = [[mapping for mapping in group if place.holds(mapping)] for group in groups]
+    known = {name: mapping for group in held for mapping in group for name in place.local_names(mapping)}
     bound: dict[int, Bound] = {}
     required: set[int] = set()
     for chunk in map(unwrap, chunks):
@@ -48,16 +92,15 @@ def bind(chunks: Sequence[torch.nn.Module], groups: Sequence[Sequence[Mapping]],
             mapping = known[name]
             if id(mapping) in bound:
                 raise InputError(f"Megatron has two parameters for {mapping.huggingface[0][0]!r}; one is {name!r}")
-            _check_shape(name, parameter, mapping, tp_size)
+            _check_shape(name, parameter, mapping, place.cut(mapping).size)
             bound[id(mapping)] = Bound(mapping, parameter)
         required.update(_owned_groups(chunk, len(groups)))
     for index in sorted(required):
-        for mapping in groups[index]:
+        for mapping in held[index]:
             if id(mapping) not in bound:
-                raise InputError(
-                    f"the Megatron model lacks {' / '.join(mapping.megatron)}, home of {mapping.huggingface[0][0]!r}"
-                )
-    return [[bound[id(mapping)] for mapping in group if id(mapping) in bound] for group in groups]
+                names = " / ".join(place.local_names(mapping))
+                raise InputError(f"the Megatron model lacks {names}, home of {mapping.huggingface[0][0]!r}")
+    return [[bound[id(mapping)] for mapping in group if id(mapping) in bound] for group in held]
 
 
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:

@@ -7,6 +7,7 @@ made of with their shapes in symbols, and how these lie in it. ``model_groups`` 
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
 from megatron_espo.weights.layouts import Layout
 
@@ -16,9 +17,11 @@ class Rule:
     """One Megatron parameter, relative to its layer where it is in one.
 
     Attributes:
-        megatron: its names; a model has exactly one of them on the stage that owns it.
+        megatron: its names; a model has exactly one of them on the stage that owns it. ``{expert}`` makes it one parameter
+            for each expert and stands for the number that the expert has on its rank.
         huggingface: (name, shape in the symbols of ``model_sizes``) of each tensor it is made of, in Megatron's order.
-        layout: how these tensors lie in it and how tensor parallelism cuts it.
+            Here ``{expert}`` is the expert's number in the layer.
+        layout: how these tensors lie in it and how tensor parallelism (for experts: expert tensor parallelism) cuts it.
     """
 
     megatron: tuple[str, ...]
@@ -28,12 +31,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Mapping:
-    """A rule written out for one model and layer: full names, sizes in elements."""
+    """A rule written out for one model, layer and (where it has one) expert: full names, sizes in elements.
+
+    ``{expert}`` is left in Megatron's names, where its value depends on the expert-parallel rank; ``expert`` of
+    ``num_experts`` counts in the layer and is ``None`` for what all tokens share.
+    """
 
     megatron: tuple[str, ...]
     huggingface: tuple[tuple[str, tuple[int, ...]], ...]
     layout: Layout
     query_groups: int
+    expert: int | None = None
+    num_experts: int = 0
 
 
 # Each second name is Transformer Engine's, which fuses the norm into the linear that follows it.
@@ -77,15 +86,39 @@ GATE_UP = Rule(
 )
 DOWN = Rule(("mlp.linear_fc2.weight",), (("mlp.down_proj.weight", ("hidden", "ffn")),), Layout.ROW)
 
+ROUTER = Rule(("mlp.router.weight",), (("mlp.gate.weight", ("experts", "hidden")),), Layout.REPLICATED)
+# Each second name is the grouped matrix product's: all experts of a rank in one module.
+EXPERT_GATE_UP = Rule(
+    ("mlp.experts.local_experts.{expert}.linear_fc1.weight", "mlp.experts.linear_fc1.weight{expert}"),
+    (
+        ("mlp.experts.{expert}.gate_proj.weight", ("expert_ffn", "hidden")),
+        ("mlp.experts.{expert}.up_proj.weight", ("expert_ffn", "hidden")),
+    ),
+    Layout.GATED,
+)
+EXPERT_DOWN = Rule(
+    ("mlp.experts.local_experts.{expert}.linear_fc2.weight", "mlp.experts.linear_fc2.weight{expert}"),
+    (("mlp.experts.{expert}.down_proj.weight", ("hidden", "expert_ffn")),),
+    Layout.ROW,
+)
+
 DENSE_LAYER = (INPUT_NORM, QKV, ATTENTION_OUTPUT, MLP_NORM, GATE_UP, DOWN)
+
+QWEN3_ATTENTION = (INPUT_NORM, QKV, Q_NORM, K_NORM, ATTENTION_OUTPUT, MLP_NORM)
 
 LAYERS: dict[str, tuple[Rule, ...]] = {
     "llama": DENSE_LAYER,
     "mistral": DENSE_LAYER,
     "qwen2": (INPUT_NORM, QKV, QKV_BIAS, ATTENTION_OUTPUT, MLP_NORM, GATE_UP, DOWN),
-    "qwen3": (INPUT_NORM, QKV, Q_NORM, K_NORM, ATTENTION_OUTPUT, MLP_NORM, GATE_UP, DOWN),
+    "qwen3": (*QWEN3_ATTENTION, GATE_UP, DOWN),
+    "qwen3_moe": (*QWEN3_ATTENTION, GATE_UP, DOWN),
 }
-"""Parameters of one decoder layer, by the ``model_type`` of ``config.json``."""
+"""Parameters of one decoder layer without experts, by the ``model_type`` of ``config.json``."""
+
+EXPERT_LAYERS: dict[str, tuple[Rule, ...]] = {
+    "qwen3_moe": (*QWEN3_ATTENTION, ROUTER, EXPERT_GATE_UP, EXPERT_DOWN),
+}
+"""Parameters of one decoder layer with experts."""
 
 EMBEDDING = Rule(
     ("embedding.word_embeddings.weight",), (("model.embed_tokens.weight", ("vocab", "hidden")),), Layout.VOCAB
@@ -105,6 +138,7 @@ def model_sizes(hf_config: dict[str, Any]) -> dict[str, int]:
     """Extent in elements of every symbol that the rules use."""
     heads = hf_config["num_attention_heads"]
     head_dim = hf_config.get("head_dim") or hf_config["hidden_size"] // heads
+    experts = read_experts(hf_config)
     return {
         "hidden": hf_config["hidden_size"],
         "query": heads * head_dim,
@@ -112,7 +146,7 @@ def model_sizes(hf_config: dict[str, Any]) -> dict[str, int]:
         "head_dim": head_dim,
         "ffn": hf_config["intermediate_size"],
         "vocab": hf_config["vocab_size"],
-    }
+    } | ({"experts": experts.count, "expert_ffn": experts.ffn} if experts else {})
 
 
 def query_groups(hf_config: dict[str, Any]) -> int:
@@ -137,22 +171,31 @@ def model_groups(hf_config: dict[str, Any]) -> list[list[Mapping]]:
             f"config.json: model_type is {family!r}; weights can be mapped for {', '.join(sorted(LAYERS))}. "
             "Choose a model of one of these families, or add its table to megatron_espo/weights/families.py"
         )
-    sizes, groups = model_sizes(hf_config), query_groups(hf_config)
+    sizes, groups, experts = model_sizes(hf_config), query_groups(hf_config), read_experts(hf_config)
 
-    def write_out(rule: Rule, megatron_prefix: str = "", hf_prefix: str = "") -> Mapping:
-        return Mapping(
-            megatron=tuple(megatron_prefix + name for name in rule.megatron),
-            huggingface=tuple(
-                (hf_prefix + name, tuple(sizes[symbol] for symbol in shape)) for name, shape in rule.huggingface
-            ),
-            layout=rule.layout,
-            query_groups=groups,
-        )
+    def write_out(rule: Rule, layer: int | None = None) -> list[Mapping]:
+        megatron_prefix, hf_prefix = ("", "") if layer is None else (f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        has_experts = "{expert}" in rule.megatron[0]
+        return [
+            Mapping(
+                megatron=tuple(megatron_prefix + name for name in rule.megatron),
+                huggingface=tuple(
+                    (hf_prefix + name.format(expert=expert), tuple(sizes[symbol] for symbol in shape))
+                    for name, shape in rule.huggingface
+                ),
+                layout=rule.layout,
+                query_groups=groups,
+                expert=expert,
+                num_experts=experts.count if has_experts else 0,
+            )
+            for expert in (range(experts.count) if has_experts else [None])
+        ]
 
+    with_experts = experts.layers if experts else (False,) * hf_config["num_hidden_layers"]
     layers = [
-        [write_out(rule, f"decoder.layers.{i}.", f"model.layers.{i}.") for rule in LAYERS[family]]
-        for i in range(hf_config["num_hidden_layers"])
+        [m for rule in (EXPERT_LAYERS if sparse else LAYERS)[family] for m in write_out(rule, i)]
+        for i, sparse in enumerate(with_experts)
     ]
     if is_tied(hf_config):
-        return [[write_out(TIED_EMBEDDING)], *layers, [write_out(FINAL_NORM)]]
-    return [[write_out(EMBEDDING)], *layers, [write_out(FINAL_NORM), write_out(OUTPUT)]]
+        return [write_out(TIED_EMBEDDING), *layers, write_out(FINAL_NORM)]
+    return [write_out(EMBEDDING), *layers, write_out(FINAL_NORM) + write_out(OUTPUT)]

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from megatron_espo.weights.binding import bind
+from megatron_espo.weights.binding import Place, bind
 from megatron_espo.weights.families import is_tied, model_groups
 from megatron_espo.weights.hf_reader import CheckpointFolder
 from megatron_espo.weights.hf_writer import write_folder
@@ -41,19 +41,19 @@ def load_hf_weights(
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
         hf_config: content of ``config.json``.
         path: folder with ``model.safetensors`` or a sharded checkpoint with its index.
-        pg_collection: Megatron's ``ProcessGroupCollection``; ``tp`` is used.
+        pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``expt_tp`` and ``ep`` are used.
 
     Raises:
         InputError: a tensor too few, too many or of another shape, or a model that does not match; nothing is loaded.
     """
     groups = model_groups(hf_config)
-    tp_rank, tp_size = pg_collection.tp.rank(), pg_collection.tp.size()
-    bound_groups = bind(chunks, groups, tp_size)
+    place = Place.of(pg_collection)
+    bound_groups = bind(chunks, groups, place)
     folder = open_checkpoint(hf_config, path)
     bound = [item for group in bound_groups for item in group]
     sources = [[folder.get_slice(name, shape) for name, shape in mapping.huggingface] for mapping, _ in bound]
     for (mapping, parameter), slices in zip(bound, sources, strict=True):
-        shard_into(parameter, slices, mapping.layout, tp_rank, tp_size, mapping.query_groups)
+        shard_into(parameter, slices, mapping.layout, *place.cut(mapping), mapping.query_groups)
 
 
 def save_hf(
@@ -71,19 +71,16 @@ def save_hf(
     ``<out_dir>.partial``; the finished folder replaces ``out_dir`` by a rename. Configuration and tokenizer come from
     ``source_dir``, with the dtype set to the one written.
 
-    Collectives: those of ``MegatronWeightSource``; then the outcome is broadcast over ``tp`` and ``pp`` of the replica
-    that took part, so that a failed write raises on all its ranks. Other data- and context-parallel ranks return early.
+    Collectives: those of ``MegatronWeightSource``; then one broadcast over all ranks, so that a failed write raises on each.
 
     Raises:
         InputError: ``out_dir`` exists and is not an earlier export.
         RuntimeError: rank 0 could not write.
     """
     source = MegatronWeightSource(chunks, hf_config, pg_collection, dtype=dtype)
-    if not source.participates:
-        return
     failure = None
     stream = iter(source)
-    if pg_collection.tp.rank() == 0 and pg_collection.pp.rank() == 0:
+    if dist.get_rank() == 0:
         try:
             write_folder(source.metadata(), stream, Path(out_dir), Path(source_dir), dtype, max_file_bytes)
         except (OSError, ValueError, SafetensorError) as error:
@@ -91,8 +88,7 @@ def save_hf(
     for _ in stream:  # the collectives need every rank, also one that does not write or no longer can
         pass
     outcome = [None if failure is None else f"{type(failure).__name__}: {failure}"]
-    for group in (pg_collection.tp, pg_collection.pp):
-        dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+    dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
     if outcome[0] is not None:

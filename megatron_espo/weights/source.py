@@ -1,5 +1,6 @@
 """Megatron's shards as one stream of whole, Hugging-Face-named tensors."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.errors import InputError
-from megatron_espo.weights.binding import Bound, bind
+from megatron_espo.weights.binding import Bound, Place, bind
 from megatron_espo.weights.families import Mapping, model_groups
 from megatron_espo.weights.layouts import merge_into
 
@@ -29,19 +30,22 @@ class MegatronWeightSource:
     thousands of modules); ``vllm_source.MegatronWeightSource`` is the subclass of vLLM's class.
 
     A *group* is the embedding, one decoder layer, or final norm with output layer. Each group costs one all-gather over
-    the tensor-parallel group of the stage that owns it and, where the pipeline is gathered, one broadcast over the
-    pipeline-parallel group. Beyond the model this takes, for one group at a time, its gathered shards and its whole
-    tensors in the wire dtype. The tensors are fresh memory, never the live parameters.
+    the tensor-parallel group of the stage that owns it, for a layer's experts one more over all ranks that share them,
+    and, where the pipeline is gathered, one broadcast over the pipeline-parallel group. Beyond the model this takes, for
+    one group at a time, its gathered shards and its whole tensors in the wire dtype. The tensors are fresh memory, never
+    the live parameters.
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
         hf_config: content of ``config.json``.
-        pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``pp``, ``dp`` and ``cp`` are used.
+        pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``pp``, ``expt_tp``, ``ep``, ``tp_ep`` and ``tp_dp_cp`` are
+            used.
         dtype: dtype of the stream; cast before anything is sent.
         gather_pipeline: every stage yields the whole model (dense transports, where rank 0 sends all). Otherwise a
             stage yields only the groups it owns (sharded transports).
-        all_replicas: every data- and context-parallel rank gathers (CUDA IPC shares each rank's own memory). Otherwise
-            only the replica of rank 0 does, and iteration on the others ends at once.
+        all_replicas: every rank gathers (CUDA IPC shares each rank's own memory). Otherwise only the first ranks of each
+            stage do, as many as hold a replica of its dense part and one of its experts; iteration on the others ends at
+            once.
         read: what to stream of a parameter: itself, or a tensor of its shape (its ``main_grad``).
 
     Collectives: construction runs one ``all_gather_object`` over ``pp`` on every rank; iteration as above; else none.
@@ -62,14 +66,17 @@ class MegatronWeightSource:
         read: Callable[[torch.nn.Parameter], torch.Tensor] = torch.nn.Parameter.detach,
     ) -> None:
         self._read = read
-        self._tp, self._pp = pg_collection.tp, pg_collection.pp
+        self._tp, self._tp_ep, self._pp = pg_collection.tp, pg_collection.tp_ep, pg_collection.pp
+        self._place = Place.of(pg_collection)
         self._dtype = dtype
         self._gather_pipeline = gather_pipeline
         self._groups = model_groups(hf_config)
-        self._bound = bind(chunks, self._groups, self._tp.size())
+        self._bound = bind(chunks, self._groups, self._place)
         self._owners = _find_owners(self._bound, self._groups, self._pp)
         self._device = next(chunks[0].parameters()).device
-        self.participates = all_replicas or (pg_collection.dp.rank() == 0 and pg_collection.cp.rank() == 0)
+        # Tensor-parallel ranks and the ranks that share experts are blocks of neighbours within a stage.
+        replica = math.lcm(self._tp.size(), self._tp_ep.size())
+        self.participates = all_replicas or pg_collection.tp_dp_cp.rank() < replica
 
     def metadata(self) -> list[ParameterMetadata]:
         """Name, dtype and shape of every tensor of the whole model, in order, on every rank. Zero collectives."""
@@ -117,26 +124,39 @@ class MegatronWeightSource:
         tensors = _views(flat, shapes)
         owner = self._owners[index]
         if owner == self._pp.rank():
-            self._merge(self._bound[index], tensors)
+            self._merge(self._groups[index], self._bound[index], tensors)
         if self._gather_pipeline and self._pp.size() > 1:
             dist.broadcast(flat, src=dist.get_global_rank(self._pp, owner), group=self._pp)
         return tensors
 
-    def _merge(self, bound: list[Bound], outputs: list[torch.Tensor]) -> None:
-        """Fill the group's whole tensors from the shards of all tensor-parallel ranks: one all-gather."""
-        shapes = [tuple(parameter.shape) for _, parameter in bound]
+    def _merge(self, group: list[Mapping], bound: list[Bound], tensors: list[torch.Tensor]) -> None:
+        """Fill the group's whole tensors from the shards of all ranks that have one: one all-gather for each kind of part."""
+        outputs = dict(zip(_names(group), tensors, strict=True))
+        for experts, sharing, owners in ((False, self._tp, 1), (True, self._tp_ep, self._place.ep.size)):
+            local = [parameter for mapping, parameter in bound if (mapping.expert is not None) == experts]
+            if not local:
+                continue
+            shards = self._all_gather(local, sharing)
+            size = len(shards) // owners
+            for owner in range(owners):
+                # An owner's parameters lie in the group's order, as they do in ``bound``.
+                parts = [m for m in group if (m.expert is not None) == experts and self._place.owner(m) == owner]
+                ranks = shards[owner * size : (owner + 1) * size]
+                for mapping, *of_ranks in zip(parts, *ranks, strict=True):
+                    own = [outputs[name] for name, _ in mapping.huggingface]
+                    merge_into(own, of_ranks, mapping.layout, mapping.query_groups)
+
+    def _all_gather(self, parameters: list[torch.nn.Parameter], sharing: Any) -> list[list[torch.Tensor]]:
+        """For each rank of the process group its parameters in the wire dtype; shapes are equal on all. One all-gather."""
+        shapes = [tuple(parameter.shape) for parameter in parameters]
         local = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
-        for view, (_, parameter) in zip(_views(local, shapes), bound, strict=True):
+        for view, parameter in zip(_views(local, shapes), parameters, strict=True):
             view.copy_(self._read(parameter))
         gathered = local
-        if self._tp.size() > 1:
-            gathered = local.new_empty(self._tp.size() * local.numel())
-            dist.all_gather_into_tensor(gathered, local, group=self._tp)
-        per_rank = [_views(shard, shapes) for shard in gathered.chunk(self._tp.size())]
-        remaining = iter(outputs)
-        for position, (mapping, _) in enumerate(bound):
-            own = [next(remaining) for _ in mapping.huggingface]
-            merge_into(own, [views[position] for views in per_rank], mapping.layout, mapping.query_groups)
+        if sharing.size() > 1:
+            gathered = local.new_empty(sharing.size() * local.numel())
+            dist.all_gather_into_tensor(gathered, local, group=sharing)
+        return [_views(shard, shapes) for shard in gathered.chunk(sharing.size())]
 
 
 def _find_owners(bound: list[list[Bound]], groups: list[list[Mapping]], pp_group: Any) -> list[int]:

@@ -9,6 +9,7 @@ from megatron_espo.config import Algorithm, Megatron, Optimizer
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.mcore import runtime
 from tests import reference
+from tests.weights_models import per_expert
 
 TEMPERATURE = 0.7
 NUM_RESPONSES = 10  # of which eight have an advantage
@@ -162,7 +163,8 @@ def reference_gradients(folder, old_folder, batch, hf_config) -> dict[str, torch
     from transformers import AutoModelForCausalLM
 
     def load(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **eager)
 
     model = load(folder)
     loss = reference.espo_loss(
@@ -173,7 +175,7 @@ def reference_gradients(folder, old_folder, batch, hf_config) -> dict[str, torch
         vocab_size=hf_config["vocab_size"],
         old_model=load(old_folder) if old_folder else None,
     )
-    return reference.gradients(model, loss)
+    return per_expert(reference.gradients(model, loss))
 
 
 def compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -24,6 +24,8 @@ def check_layouts(folders: list[str], layouts: list[dict[str, Any]], out: str, o
         groups = start(sizes)
         for folder in folders:
             config = read_hf_config(folder)
+            if groups.ep.size() > 1 and "moe" not in config["model_type"]:
+                continue
             chunks = load(config, folder, sizes, groups)
             case = f"{json.dumps(sizes)} {Path(folder).name}"
             differences[case] = logits_difference(chunks, groups, load_file(folder + ".logits"))
@@ -72,6 +74,7 @@ def logits_difference(chunks, groups, reference: dict[str, torch.Tensor]) -> flo
     hidden = torch.empty(tokens.size(1), tokens.size(0), hidden_size)
     difference = torch.zeros(())
     for chunk in chunks:
+        chunk.eval()  # Megatron refuses to train experts with TP > 1 and whole sequences
         for stage in range(groups.pp.size()):
             if stage == groups.pp.rank():
                 chunk.set_input_tensor(hidden)
@@ -90,7 +93,7 @@ def logits_difference(chunks, groups, reference: dict[str, torch.Tensor]) -> flo
 
 
 def check_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> None:
-    """The stream is the checkpoint, in metadata's order, on every rank of the first replica; twice, and in bf16."""
+    """The stream is the checkpoint, in metadata's order, on every rank of the first replicas; twice, and in bf16."""
     for dtype in (torch.float32, torch.bfloat16):
         source = MegatronWeightSource(chunks, config, groups, dtype=dtype)
         metadata = source.metadata()
@@ -98,7 +101,7 @@ def check_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> N
         assert source.held_names() is None
         for _ in range(2):
             items = list(source)
-            assert source.participates == (groups.dp.rank() == 0)
+            assert source.participates == (groups.dp.rank() == 0 or groups.expt_dp.rank() == 0)
             assert len(items) == (len(metadata) if source.participates else 0)
             for (name, tensor), declared in zip(items, metadata, strict=source.participates):
                 assert (name, tensor.dtype, tuple(tensor.shape)) == (declared.name, declared.dtype, declared.shape)
@@ -129,14 +132,13 @@ def check_padding(chunks, config, groups) -> None:
 
 
 def check_failed_export(chunks, config, groups, folder: str, out: str) -> None:
-    """A write that fails on rank 0 raises on every rank of the first replica."""
+    """A write that fails on rank 0 raises on every rank."""
     message = None
     try:
         save_hf(chunks, config, out, folder, groups, torch.float32)
     except (ValueError, RuntimeError) as error:
         message = str(error)
-    if groups.dp.rank() == 0:
-        assert message is not None and "expected nothing or an earlier export" in message
+    assert message is not None and "expected nothing or an earlier export" in message
 
 
 def check_vllm_class(folder: str) -> None:
