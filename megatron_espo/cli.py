@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_espo.errors import InputError
 from megatron_espo.parity import cases
+from megatron_espo.plan import command as plan
 
 PARITY_EXAMPLES = """\
 this machine:    megatron-espo parity
@@ -36,7 +37,7 @@ class _ReferenceHelp(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,convert,parity,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,plan,convert,parity,doctor}")
 
     train = commands.add_parser(
         "train",
@@ -48,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("-h", "--help", action=_ReferenceHelp)
     _add_config(train)
+
+    plan.add_parser(commands, _add_config)
 
     convert = commands.add_parser("convert", help="Hugging Face weights to a Megatron checkpoint, or back")
     directions = convert.add_subparsers(dest="direction", required=True, metavar="{to-megatron,to-hf}")
@@ -122,6 +125,9 @@ def main(argv: list[str] | None = None) -> int:
             request = command.make_request(args)
             _silence_dependencies()
             return command.main(request)
+        if args.command == "plan":
+            _silence_dependencies()
+            return plan.run(args)
         config = _checked_config(args)
         checked = True
         _work(args, config)

@@ -177,14 +177,23 @@ def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
 
 
 class MetricsWriter:
-    """Writes a step's numbers to TensorBoard and, one JSON object a line, to ``metrics.jsonl``. Only rank 0 has one."""
+    """Writes a step's numbers to TensorBoard and, one JSON object a line, to ``metrics.jsonl``. Only rank 0 has one.
 
-    def __init__(self, folder: str | Path) -> None:
+    Args:
+        folder: the run's.
+        after_step: the last step of an earlier part of the run that is kept; what was written of later ones is taken back.
+    """
+
+    def __init__(self, folder: str | Path, after_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
-        self._lines = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+        # Steps of a part of the run that was lost are trained again: they must not stand there twice.
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(folder) if line["step"] <= after_step] if after_step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write all of ``metrics`` at ``step`` (counted from 1) and flush."""
