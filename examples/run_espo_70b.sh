@@ -22,7 +22,7 @@ esac
 place=(--standalone) # finds a free port
 if [ "$nodes" -gt 1 ]; then
     : "${NODE_RANK:=${SLURM_NODEID:?run_espo_70b: with NNODES above 1, give each node its NODE_RANK}}"
-    : "${MASTER_ADDR:=$(scontrol show hostnames "${SLURM_STEP_NODELIST:?run_espo_70b: MASTER_ADDR is not set}" | head -n 1)}"
+    : "${MASTER_ADDR:=$(scontrol show hostnames "${SLURM_STEP_NODELIST:?run_espo_70b: MASTER_ADDR is not set}" | sed -n 1p)}"
     : "${MASTER_PORT:=$((20000 + ${SLURM_JOB_ID:-9500} % 10000))}" # two jobs may share a node
     place=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
 fi
