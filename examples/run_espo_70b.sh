@@ -40,32 +40,43 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from megatron_espo.cli import main  # of this folder, installed or not
 
-if os.environ["WORLD_SIZE"] == "1" and "ESPO_LAUNCHED" not in os.environ:
-    # `torchrun` without flags: let the half above choose them, from an environment without this torchrun's own.
-    drop = ("MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
-    os.execvpe("bash", ["bash", __file__, *sys.argv[1:]], clean)
 
-help_text = "".join(line[2:] for line in __doc__.splitlines(keepends=True) if line.startswith("# "))
-parser = argparse.ArgumentParser(description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", choices=["llama3_70b", "qwen2.5_72b"], default=os.environ.get("ESPO_MODEL", "llama3_70b"))
-parser.add_argument("--config", help="other settings, such as examples/qwen3_14b_1node.yaml")
-parser.add_argument("--rehearse", action="store_true", help="a tiny Llama of the same shape, on CPUs")
-parser.add_argument("--preflight", metavar="FOLDER", help="only check the nodes, and this folder that they share")
-parser.add_argument("overrides", metavar="section.key=value", nargs="*")
-args = parser.parse_intermixed_args()
+def run() -> int:
+    """Choose the settings and train."""
+    if os.environ["WORLD_SIZE"] == "1" and "ESPO_LAUNCHED" not in os.environ:
+        # `torchrun` without flags: let the half above choose them, from an environment without this torchrun's own.
+        drop = ("MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+        os.execvpe("bash", ["bash", __file__, *sys.argv[1:]], clean)
+    # Megatron-Core overlaps tensor-parallel messages with computation only if each GPU has one work queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    args = parse()
+    if args.preflight:
+        return main(["doctor", "--cluster", "--folder", args.preflight])
+    nodes = 16 if int(os.environ["WORLD_SIZE"]) >= 128 else 8
+    config = args.config or str(HERE / f"{args.model}_{nodes}nodes.yaml")
+    smaller = []
+    if args.rehearse:
+        from examples.rehearsal import prepare
 
-# Megatron-Core overlaps tensor-parallel messages with computation only if each GPU has one work queue.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if args.preflight:
-    sys.exit(main(["doctor", "--cluster", "--folder", args.preflight]))
-nodes = 16 if int(os.environ["WORLD_SIZE"]) >= 128 else 8
-config = args.config or str(HERE / f"{args.model}_{nodes}nodes.yaml")
-overrides = args.overrides
-if args.rehearse:
-    from examples.rehearsal import prepare
+        smaller = prepare()
+    return main(["train", config, *smaller, *args.overrides])
 
-    overrides = [*prepare(), *overrides]
-sys.exit(main(["train", config, *overrides]))
+
+def parse() -> argparse.Namespace:
+    """The options above, as their help tells them."""
+    text = "".join(line[2:] for line in __doc__.splitlines(keepends=True) if line.startswith("# "))
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = ["llama3_70b", "qwen2.5_72b"]
+    parser.add_argument("--model", choices=models, default=os.environ.get("ESPO_MODEL", models[0]))
+    parser.add_argument("--config", help="other settings, such as examples/qwen3_14b_1node.yaml")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny Llama of the same shape, on CPUs")
+    parser.add_argument("--preflight", metavar="FOLDER", help="only check the nodes, and this folder that they share")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":  # saving a checkpoint starts processes that import this file
+    sys.exit(run())
 # end of the Python half

@@ -19,7 +19,7 @@ ulimit -l unlimited 2>/dev/null || true # memory that InfiniBand registers; the 
 # --- NCCL: the defaults find NVLink and InfiniBand themselves; set the rest only where the preflight's bandwidth is low -
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" # INFO names the network of each connection: NET/IB is right, NET/Socket is TCP
 # After a collective hung for its time limit, every rank writes its last 2,000 collectives beside the run.
-export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
+export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
 TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$(realpath "$RUN_DIR")/nccl_trace_"
 export TORCH_NCCL_DEBUG_INFO_TEMP_FILE
 # export NCCL_IB_HCA=mlx5           # use these adapters only: where a node also has storage or Ethernet ports
