@@ -10,9 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
+RUN_DIR = "runs/rehearsal/run"
 SMALLER = [
     "run.steps=3",
-    "run.dir=runs/rehearsal/run",
+    f"run.dir={RUN_DIR}",
     "model.dtype=float32",
     "megatron.tensor_model_parallel_size=2",
     "megatron.pipeline_model_parallel_size=2",
@@ -54,17 +55,26 @@ def prepare(folder: str = "runs/rehearsal/start", timeout_s: float = 300) -> lis
     """Overrides of the rehearsal. Rank 0 writes model, tokenizer and prompts into ``folder`` (on a file system that
     all nodes share) unless they are there; the others wait for it."""
     target = Path(folder)
-    if os.environ.get("RANK", "0") == "0" and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        _write(aside)
-        aside.rename(target)  # complete or absent
+    if os.environ.get("RANK", "0") == "0":
+        _put_finished_away(Path(RUN_DIR))
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            _write(aside)
+            aside.rename(target)  # complete or absent
     deadline = time.monotonic() + timeout_s
     while not target.exists():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{target.absolute()}: not there after {timeout_s:g} s; is it on a shared file system?")
         time.sleep(0.2)
     return [*SMALLER, f"model.path={target}", f"data.prompts={target / 'prompts.jsonl'}"]
+
+
+def _put_finished_away(run: Path) -> None:
+    """Keep an earlier rehearsal under its time: to go on from its last step would rehearse nothing."""
+    status = run / "status.json"
+    if status.exists() and json.loads(status.read_text())["state"] == "done":
+        run.rename(run.with_name(f"run-{time.strftime('%Y%m%d-%H%M%S', time.localtime(status.stat().st_mtime))}"))
 
 
 def _write(folder: Path) -> None:

@@ -20,11 +20,12 @@ def free_port() -> int:
 
 
 def test_two_nodes_pass_and_leave_nothing_behind(tmp_path):
+    """One rank on the first and two on the second, as where the engine has GPUs of the first node."""
     port, env = str(free_port()), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     nodes = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1"]
-            + [f"--master-port={port}", "-m", "megatron_espo", "doctor", "--cluster", "--folder", str(tmp_path)],
+            + [f"--nproc-per-node={rank + 1}", f"--master-port={port}", "-m", "megatron_espo", "doctor", "--cluster", "--folder", str(tmp_path)],
             cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in (0, 1)

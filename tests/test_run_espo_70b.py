@@ -111,6 +111,18 @@ def test_configurations_fit_their_nodes_and_models(path):
     assert (config.optimizer.lr, config.algorithm.alpha, config.algorithm.quantiles) == (1e-6, 0.02, (0.8,))
 
 
+@pytest.mark.parametrize("state, kept", [("done", False), ("requeue", True)])
+def test_rehearsal_starts_anew_after_a_finished_one_and_goes_on_with_a_stopped_one(tmp_path, monkeypatch, state, kept):
+    from examples.rehearsal import RUN_DIR, prepare
+
+    monkeypatch.chdir(tmp_path)
+    Path(RUN_DIR).mkdir(parents=True)
+    Path(RUN_DIR, "status.json").write_text(json.dumps({"state": state, "why": None}))
+    Path("start").mkdir()
+    assert f"run.dir={RUN_DIR}" in prepare("start")
+    assert Path(RUN_DIR).exists() == kept and len(list(Path(RUN_DIR).parent.iterdir())) == 1
+
+
 @pytest.mark.slow
 def test_rehearsal_trains_and_writes_tensorboard(tmp_path):
     """The very command of the script's header, four ranks: TP 2 x PP 2 x VPP 2 of a tiny Llama of the 70B's shape."""
