@@ -112,16 +112,17 @@ def assert_same_end(folder: Path, run: str, undisturbed) -> None:
     assert [event.step for event in board.Scalars("reward/mean")] == list(range(1, STEPS + 1))
 
 
+slow = pytest.mark.slow
 FAULTS = [
-    "backward:1:1:kill",  # before there is any checkpoint
+    pytest.param("backward:1:1:kill", marks=slow),  # before there is any checkpoint
     "backward:1:5:kill",
-    "backward:0:4:kill",
-    "save:1:4:kill",  # between the writing of shards
+    pytest.param("backward:0:4:kill", marks=slow),
+    pytest.param("save:1:4:kill", marks=slow),  # between the writing of shards
     "save:1:4:full",
-    "rename:0:4:kill",
-    "rename:0:4:full",
+    pytest.param("rename:0:4:kill", marks=slow),
+    pytest.param("rename:0:4:full", marks=slow),
     "latest:0:4:kill",
-    "gradient:1:3:raise",
+    pytest.param("gradient:1:3:raise", marks=slow),
 ]
 
 
@@ -143,7 +144,10 @@ def wait_for_step(process: subprocess.Popen, folder: Path, run: str, step: int) 
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", ["STOP", "SIGUSR1 to a rank", "SIGTERM to torchrun", "wall clock"])
+WAYS = ["STOP", *(pytest.param(how, marks=slow) for how in ("SIGUSR1 to a rank", "SIGTERM to torchrun", "wall clock"))]
+
+
+@pytest.mark.parametrize("how", WAYS)
 def test_stop_request_saves_and_the_same_command_goes_on(folder, undisturbed, how):
     run, overrides = how.replace(" ", "-"), ["run.max_seconds=1"] if how == "wall clock" else []
     process = subprocess.Popen(
@@ -196,7 +200,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+QUICK = ("flipped byte", "empty tracker")
+
+
+@pytest.mark.parametrize("damage", [pytest.param(d, marks=() if d in QUICK else slow) for d in DAMAGE])
 def test_damage_is_named_and_falling_back_needs_a_word(folder, saved, damage):
     break_it, message = DAMAGE[damage]
     break_it(shard(folder, saved))

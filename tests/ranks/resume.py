@@ -1,13 +1,13 @@
 """A learner saved and loaded again; runs on every rank."""
 
 import random
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_espo.config import Algorithm, Config, Data, Megatron, Model, Optimizer, Rollout, Run
 from megatron_espo.data.packing import TrainSequence
+from megatron_espo.errors import InputError
 from megatron_espo.mcore import runtime
 
 
@@ -51,11 +51,8 @@ def weights(learner, hf_config, place) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in source}
 
 
-def train(
-    folder: str, first: int, last: int, load: str | None = None, save: str | None = None, out: str | None = None,
-    dtype: str = "float32", **sizes,
-) -> list[dict[str, float]]:  # fmt: skip
-    """Steps ``first`` to ``last``, from a checkpoint or from ``folder``; writes a checkpoint and the final weights; returns metrics."""
+def train(folder: str, first: int, last: int, dtype: str, sizes: dict, load=None, save=None):
+    """Steps ``first`` to ``last``, from a checkpoint or from ``folder``; the final weights and each step's metrics."""
     learner, hf_config, place = make_learner(folder, dtype, sizes)
     if load:
         assert learner.load(load) == {"step": first - 1, "note": "ü"}
@@ -65,14 +62,52 @@ def train(
     ]
     if save:
         learner.save(save, {"step": last, "note": "ü"})
-    if out:
-        final = weights(learner, hf_config, place)
-        if place.is_main:
-            save_file(final, out)
-    return metrics
+    return weights(learner, hf_config, place), metrics
 
 
-def check_weights_equal(one: str, other: str) -> float:
-    """Largest difference between two files of weights."""
-    a, b = load_file(Path(one)), load_file(Path(other))
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def check_goes_on(folder: str, out: str, cases: list[dict]) -> list[dict[str, float]]:
+    """Three steps at once against two, a checkpoint, and one more: by how much do weights and the last step's metrics differ?"""
+    answers = []
+    for number, case in enumerate(cases):
+        dtype, sizes = case.get("dtype", "float32"), case.get("sizes", {})
+        whole, all_metrics = train(folder, 1, 3, dtype, sizes)
+        train(folder, 1, 2, dtype, sizes, save=f"{out}/{number}")
+        parts, metrics = train(folder, 3, 3, dtype, sizes, load=f"{out}/{number}")
+        start, _ = train(folder, 1, 0, dtype, sizes)
+        answers.append(
+            {
+                "weights": largest_difference(whole, parts),
+                "metrics": max(abs(metrics[0][name] - value) for name, value in all_metrics[2].items()),
+                "trained": largest_difference(whole, start),
+                "learning rates": len({step["optimizer/lr"] for step in all_metrics}),
+            }
+        )
+    return answers
+
+
+def save_and_go_on(folder: str, checkpoint: str, out: str) -> None:
+    """Write a checkpoint after two steps, and the weights after a third."""
+    train(folder, 1, 2, "float32", {}, save=checkpoint)
+    final, _ = train(folder, 1, 3, "float32", {})
+    if torch.distributed.get_rank() == 0:
+        save_file(final, out)
+
+
+def go_on_elsewhere(folder: str, checkpoint: str, expected: str, layouts: list[dict]) -> list[float | str]:
+    """The third step in each layout: mean difference from ``expected`` of the worst tensor, or the refusal.
+
+    The mean, because Adam makes a full step of a gradient that is nothing but rounding.
+    """
+    answers: list[float | str] = []
+    for sizes in layouts:
+        try:
+            final, _ = train(folder, 3, 3, "float32", sizes, load=checkpoint)
+            differences = [(tensor - final[name]).abs().mean() for name, tensor in load_file(expected).items()]
+            answers.append(float(max(differences)))
+        except InputError as error:
+            answers.append(str(error))
+    return answers

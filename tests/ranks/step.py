@@ -184,3 +184,8 @@ def compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -
     assert all(tensor.norm() > 0 for tensor in expected.values()), "a reference is zero: nothing was compared"
     differences = {n: float((found[n].double() - g).norm() / g.norm()) for n, g in expected.items()}
     return {"worst": max(differences.values()), "tensor": max(differences, key=differences.get)}
+
+
+def check_all(cases: list[list]) -> list[dict[str, float]]:
+    """``[name of a check, its arguments]`` one after the other, each in the layout that it asks for."""
+    return [globals()[check](**arguments) for check, arguments in cases]
