@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
-from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import Phases
@@ -59,10 +59,11 @@ class Collector:
     def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.engine: Engine | None = None
+        self.tokenizer: Tokenizer | None = None
         if not runtime.is_main:
             return
         rollout = config.rollout
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.path)
+        self.tokenizer = tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.path)
         max_model_len = rollout.max_model_len or hf_config["max_position_embeddings"]
         self._stream = PromptStream(
             config.data,

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_espo.metric_names import BOARD_LAYOUT
 from megatron_espo.types import Rollout
 
 # Keys say how values combine: "sum/x" over "count/x" gives the mean x; "total/x", "max/x" and "min/x" are themselves.
@@ -177,14 +178,21 @@ def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
 
 
 class MetricsWriter:
-    """Writes a step's numbers to TensorBoard and, one JSON object a line, to ``metrics.jsonl``. Only rank 0 has one."""
+    """Writes a step's numbers to TensorBoard and, one JSON object a line, to ``metrics.jsonl``. Only rank 0 has one.
 
-    def __init__(self, folder: str | Path) -> None:
+    Args:
+        folder: the run's.
+        trackers: further places for the same numbers (:class:`megatron_espo.trackers.Tracker`).
+    """
+
+    def __init__(self, folder: str | Path, trackers: Sequence[Any] = ()) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        self._board.add_custom_scalars(BOARD_LAYOUT)
         self._lines = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+        self._trackers = trackers
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write all of ``metrics`` at ``step`` (counted from 1) and flush."""
@@ -193,15 +201,38 @@ class MetricsWriter:
         self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
         self._lines.flush()
         self._board.flush()
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
     def text(self, name: str, value: str, step: int) -> None:
         """Write a text sample to TensorBoard."""
         self._board.add_text(name, value, step)
 
+    def histogram(self, name: str, counts: list[int], edges: list[float], step: int) -> None:
+        """Write a histogram of counted values to TensorBoard; ``edges`` has one more item than ``counts``."""
+        total = sum(counts)
+        if not total:
+            return
+        middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        occupied = [i for i, count in enumerate(counts) if count]
+        self._board.add_histogram_raw(
+            name,
+            min=edges[occupied[0]],
+            max=edges[occupied[-1] + 1],
+            num=total,
+            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )
+
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close both files, and what the trackers opened."""
         self._board.close()
         self._lines.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

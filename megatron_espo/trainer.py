@@ -6,6 +6,7 @@ Left out on purpose: checkpoints for resuming, asynchronous rollouts, several en
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from megatron_espo.config import Config
 from megatron_espo.data.packing import TrainSequence
 from megatron_espo.mcore import runtime as mcore_runtime
 from megatron_espo.mcore.learner import Learner
-from megatron_espo.metrics import MetricsWriter, rollout_metrics, step_line
 from megatron_espo.progress import Phases
+from megatron_espo.reporter import Reporter
 from megatron_espo.report import draw_learning_curve, write_summary
 from megatron_espo.weights.hf_io import save_hf
 from megatron_espo.weights.sync import WeightSync
@@ -26,8 +27,8 @@ from megatron_espo.weights.sync import WeightSync
 def train(config: Config) -> None:
     """Run ``config.run.steps`` rollout batches. Called on every rank; collective.
 
-    Writes under ``config.run.dir``: ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``summary.json``, ``learning_curve.png``,
-    ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
+    Writes under ``config.run.dir``: ``config.json``, ``metrics.jsonl``, ``samples.jsonl``, ``entropy.jsonl``, ``tensorboard/``, ``summary.json``,
+    ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
     """
     start, hf_config = time.perf_counter(), config.validate_model()
     folder = Path(config.run.dir)
@@ -40,48 +41,32 @@ def train(config: Config) -> None:
         phases = Phases(runtime.is_main)
         if runtime.is_main:
             print(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {folder / 'engine.log'}", flush=True)
-        learner = Learner(config, hf_config, runtime)
+        reporter = Reporter(config, hf_config, runtime, collector.tokenizer)
+        learner = Learner(config, hf_config, runtime, reporter.observe)
         sync = WeightSync(config, hf_config, learner.chunks, runtime, collector.engine)
         sync.push(version=0)
-        writer = MetricsWriter(folder) if runtime.is_main else None
         for step in range(1, config.run.steps + 1):
             began = time.perf_counter()
             groups = collector.collect(step, phases)
             advantages = advantages_of(groups, config)
+            sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, reporter.watch(groups))
             with phases.phase("train", step, config.run.steps) as on_progress:
-                metrics = learner.update(train_sequences(groups, advantages, config.algorithm.mask_truncated), on_progress)
+                metrics = learner.update(sequences, on_progress)
             with phases.phase("sync", step, config.run.steps):
                 sync.push(version=step)
-            if writer:
-                metrics |= rollout_metrics(groups.rollouts, groups.rewards, advantages)
-                metrics["rollout/replaced_prompts"] = float(groups.replaced)
-                metrics |= {f"time/{name}_s": seconds for name, seconds in phases.take().items()}
-                metrics["time/step_s"] = time.perf_counter() - began
-                writer.write(step, metrics)
-                print(step_line(step, config.run.steps, metrics), flush=True)
-                warn_of_gap(metrics, config.rollout.log_prob_gap_warn)
+            seconds = phases.take() | {"step": time.perf_counter() - began}
+            reporter.write(step, groups, advantages, metrics, seconds)
         if config.run.save_hf:
             dtype = getattr(torch, config.model.dtype)
             save_hf(learner.chunks, hf_config, folder / "hf", config.model.path, runtime.groups, dtype)
-        if writer:
-            writer.close()
+        reporter.close()
+        if runtime.is_main:
             summary = write_summary(folder, seconds=time.perf_counter() - start, seed=config.run.seed)
             picture = draw_learning_curve(folder, config.run.name)
             print(f"reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}; picture: {picture}")
     finally:
         collector.close()
     mcore_runtime.shutdown()
-
-
-def warn_of_gap(metrics: dict[str, float], limit: float) -> None:
-    """Say it when engine and trainer disagree about the same tokens: stale weights, or two different sampling distributions."""
-    gap = metrics.get("mismatch/logprob_gap_mean", 0.0)
-    if not gap <= limit:
-        print(
-            f"warning: mean |engine - trainer| log-prob gap {gap:.3g} nats, above rollout.log_prob_gap_warn = {limit:g}: "
-            "compare dtypes, temperature and weights of trainer and engine",
-            flush=True,
-        )
 
 
 def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
@@ -97,18 +82,21 @@ def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
     return group_advantages(rewards, normalize_std=config.algorithm.normalize_std)
 
 
-def train_sequences(groups: ScoredGroups, advantages: torch.Tensor, mask_truncated: bool) -> list[list[TrainSequence]]:
-    """Each rollout with its advantage, by prompt."""
+def train_sequences(
+    groups: ScoredGroups, advantages: torch.Tensor, mask_truncated: bool, watched: Mapping[tuple[int, int], int]
+) -> list[list[TrainSequence]]:
+    """Each rollout with its advantage, by prompt; ``watched`` numbers those ``(prompt, sample)`` that are shown."""
     return [
         [
             TrainSequence(
                 sample.prompt.token_ids,
                 sample.response_ids,
                 sample.logprobs,
-                float(advantage),
+                float(advantages[i, j]),
                 masked=mask_truncated and sample.truncated,
+                watched=watched.get((i, j)),
             )
-            for sample, advantage in zip(rollouts, row, strict=True)
+            for j, sample in enumerate(rollouts)
         ]
-        for rollouts, row in zip(groups.rollouts, advantages, strict=True)
+        for i, rollouts in enumerate(groups.rollouts)
     ]

@@ -47,6 +47,14 @@ class Run(Section):
     save_hf: bool = Field(
         True, description="Export the final model to <run.dir>/hf in Hugging Face format; false saves disk and time."
     )
+    samples_per_step: int = Field(
+        2,
+        ge=0,
+        description="Responses a step written to samples.jsonl and TensorBoard with each token's entropy and group; 0: none.",
+    )
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        (), strict=False, description="Further places for the metrics, if installed: wandb, mlflow; set up by their own environment variables."
+    )
 
 
 class Model(Section):
