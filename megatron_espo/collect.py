@@ -1,12 +1,12 @@
 """Rank 0's side of a step: prompts -> engine -> rewards; every rank receives the scored rollouts."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_espo.batch import ScoredGroups
 from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
@@ -15,31 +15,6 @@ from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import Phases
 from megatron_espo.rewards import RewardPool
 from megatron_espo.rollout import Engine, EngineConfig, resolve_transport
-from megatron_espo.types import Rollout
-
-
-@dataclass(frozen=True)
-class ScoredGroups:
-    """A step's rollouts and what they earned.
-
-    Attributes:
-        rollouts: ``[prompt][sample]``.
-        rewards: ``[prompts, group_size]`` float32, NaN where the verifier failed.
-        replaced: prompts whose rewards were all equal and that dynamic sampling replaced by others.
-    """
-
-    rollouts: list[list[Rollout]]
-    rewards: torch.Tensor
-    replaced: int = 0
-
-    @property
-    def vary(self) -> torch.Tensor:
-        """``[prompts]`` bool: whether the prompt's rewards differ, so that its responses have an advantage."""
-        return self.rewards.nan_to_num(-torch.inf).amax(1) > self.rewards.nan_to_num(torch.inf).amin(1)
-
-    def lengths(self) -> torch.Tensor:
-        """Response tokens, ``[prompts, group_size]``."""
-        return torch.tensor([[len(sample.response_ids) for sample in group] for group in self.rollouts])
 
 
 class Collector:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from megatron_espo.algo import group_advantages, overlong_penalty
-from megatron_espo.collect import Collector, ScoredGroups
+from megatron_espo.batch import ScoredGroups
+from megatron_espo.collect import Collector
 from megatron_espo.config import Config
 from megatron_espo.data.packing import TrainSequence
 from megatron_espo.mcore import runtime as mcore_runtime

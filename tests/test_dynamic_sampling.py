@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_espo.collect import Collector, ScoredGroups
+from megatron_espo.batch import ScoredGroups
+from megatron_espo.collect import Collector
 from megatron_espo.config import Algorithm, Reward, Rollout, Run
 from megatron_espo.errors import InputError
 from megatron_espo.progress import Phases

@@ -4,11 +4,12 @@ The format (``torch_dist``) stores whole tensors, so a checkpoint written in one
 pickle, which runs code when it is opened: nothing in a folder is read before the manifest has vouched for it.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
 from megatron_espo.mcore.model import rope_arguments
+from megatron_espo.mcore.runtime import on_rank_0
 from megatron_espo.weights.families import is_tied, model_sizes
 
 MANIFEST_NAME = "megatron_espo.json"
@@ -58,14 +60,14 @@ def save_checkpoint(
 
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
-    _on_rank_0(lambda: _begin(partial, out, state))
+    on_rank_0(lambda: _begin(partial, out, state))
     try:
         dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
         failure = None
     except Exception as error:  # Megatron's writer wraps what went wrong in several ways
         failure = OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}")
     _raise_anywhere(failure)
-    _on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype))
+    on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype))
 
 
 def load_checkpoint(
@@ -87,7 +89,7 @@ def load_checkpoint(
     """
     from megatron.core import dist_checkpointing
 
-    _on_rank_0(lambda: verify_files(path, read_manifest(path, hf_config)))
+    on_rank_0(lambda: verify_files(path, read_manifest(path, hf_config)))
     wanted = _sharded_state(chunks, optimizer, is_loading=True)
     loaded, only_there, only_here = dist_checkpointing.load(wanted, str(path), strict="return_all")
     # Which parameters a checkpoint lacks is known only to the ranks that asked for them.
@@ -148,12 +150,16 @@ def read_manifest(path: str | Path, hf_config: dict[str, Any]) -> dict[str, Any]
         raise InputError(f"{file}: expected a checkpoint's manifest, got {error!r}") from None
     if version != VERSION:
         raise InputError(f"{file}: expected version {VERSION}, got {version}; convert with the megatron_espo that wrote it")
-    expected = model_identity(hf_config)
-    keys = sorted(key for key in expected.keys() | model.keys() if expected.get(key) != model.get(key))
-    if keys:
-        listed = ", ".join(f"{key} {expected.get(key)} (checkpoint: {model.get(key)})" for key in keys)
-        raise InputError(f"{path}: expected a checkpoint of the model at model.path, got another model's: {listed}")
+    refuse_differences(f"{path}: expected a checkpoint of the model at model.path, got another model's", model_identity(hf_config), model)
     return manifest
+
+
+def refuse_differences(what: str, expected: dict[str, Any], found: dict[str, Any], way_out: str = "") -> None:
+    """InputError that lists the keys in which a checkpoint differs from what is expected of it."""
+    keys = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if keys:
+        listed = ", ".join(f"{key} {expected.get(key)} (checkpoint: {found.get(key)})" for key in keys)
+        raise InputError(f"{what}: {listed}" + (f"; {way_out}" if way_out else ""))
 
 
 def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
@@ -174,7 +180,26 @@ def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer, is_loading: boo
     model = {_chunk_key(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     if optimizer is None:
         return model
+    if is_loading:
+        _prepare_loading(optimizer)
     return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)}
+
+
+def _prepare_loading(optimizer) -> None:
+    """Two things that torch's Adam (used where Apex and Transformer Engine are absent) needs before Megatron loads into it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not hasattr(part, "_init_optimizer_states_with_dummy_values"):
+            continue  # only the distributed optimizer
+        if not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()  # there are no moments before the first step
+        if any("step" in state for state in part.optimizer.state.values()):
+            part._set_main_param_and_optimizer_states = functools.partial(_set_but_step, part)
+
+
+def _set_but_step(optimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    # Megatron loads "step" with the parameter groups, leaves it out of the tensors, and then misses it there.
+    step = optimizer._get_main_param_and_optimizer_states(parameter)["step"]
+    type(optimizer)._set_main_param_and_optimizer_states(optimizer, parameter, tensors | {"step": step})
 
 
 def _begin(partial: Path, out: Path, state: dict[str, Any] | None) -> None:
@@ -215,16 +240,3 @@ def _raise_anywhere(failure: Exception | None) -> None:
     for found in failures:
         if found is not None:
             raise found
-
-
-def _on_rank_0(work: Callable[[], None]) -> None:
-    """Do something on rank 0; its failure is raised on every rank. One broadcast over all ranks."""
-    failure: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except (InputError, OSError) as error:
-            failure[0] = error
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]

@@ -1,0 +1,31 @@
+"""What a step trains on, as rank 0 hands it to the others."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_espo.types import Rollout
+
+
+@dataclass(frozen=True)
+class ScoredGroups:
+    """A step's rollouts and what they earned.
+
+    Attributes:
+        rollouts: ``[prompt][sample]``.
+        rewards: ``[prompts, group_size]`` float32, NaN where the verifier failed.
+        replaced: prompts whose rewards were all equal and that dynamic sampling replaced by others.
+    """
+
+    rollouts: list[list[Rollout]]
+    rewards: torch.Tensor
+    replaced: int = 0
+
+    @property
+    def vary(self) -> torch.Tensor:
+        """``[prompts]`` bool: whether the prompt's rewards differ, so that its responses have an advantage."""
+        return self.rewards.nan_to_num(-torch.inf).amax(1) > self.rewards.nan_to_num(torch.inf).amin(1)
+
+    def lengths(self) -> torch.Tensor:
+        """Response tokens, ``[prompts, group_size]``."""
+        return torch.tensor([[len(sample.response_ids) for sample in group] for group in self.rollouts])

@@ -1,0 +1,124 @@
+"""A run's checkpoints: which one to continue from, whether it is this run's, and what is kept."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_espo.config import Config
+from megatron_espo.errors import InputError
+from megatron_espo.mcore.checkpoint import read_state, refuse_differences
+from megatron_espo.mcore.learner import Learner
+from megatron_espo.mcore.runtime import Runtime, on_rank_0
+
+_NAME = re.compile(r"step_(\d{6,})")
+# Settings that make a run what it is. The rest (learning rate, layout, number of steps, paths) may change when it goes on.
+FINGERPRINT = {
+    "algorithm": None,
+    "data": ("task_args", "system_prompt", "shuffle"),
+    "rollout": ("prompts_per_step", "group_size", "temperature", "top_p", "top_k", "max_response_tokens"),
+    "run": ("seed",),
+}
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """``{"section.key": value}`` of what may not change between parts of one run (the model has a check of its own)."""
+    sections = config.model_dump(mode="json")
+    return {
+        f"{section}.{key}": sections[section][key]
+        for section, keys in FINGERPRINT.items()
+        for key in (sections[section] if keys is None else keys)
+    }
+
+
+class Checkpoints:
+    """The folder ``<run.dir>/checkpoints``: ``step_000010/`` …, and ``latest``, which names one of them.
+
+    Args:
+        config: ``run.dir``, ``run.resume``, ``run.keep_checkpoints`` are used.
+        runtime: this rank's place.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.folder = Path(config.run.dir, "checkpoints")
+        self._resume, self._keep = config.run.resume, config.run.keep_checkpoints
+        self._fingerprint = fingerprint(config)
+        self._runtime = runtime
+
+    def find(self) -> Path | None:
+        """The checkpoint to continue from; ``None`` for a new run. One broadcast over all ranks.
+
+        Raises:
+            InputError: ``latest`` is empty or names nothing, ``run.resume`` names nothing, or the checkpoint is another run's.
+        """
+        return on_rank_0(self._find)
+
+    def load(self, path: Path, learner: Learner) -> dict[str, Any]:
+        """Put a checkpoint into the learner; returns the ``state`` saved with it. Collective.
+
+        Raises:
+            InputError: damage, by file, and which other checkpoints could be taken instead.
+        """
+        try:
+            return learner.load(path)
+        except InputError as error:
+            raise InputError(f"{error}{self._alternatives(besides=path)}") from None
+
+    def save(self, step: int, learner: Learner, state: dict[str, Any]) -> Path:
+        """Write ``step_<step>``, make it ``latest``, remove the oldest beyond ``run.keep_checkpoints``. Collective."""
+        path = self.folder / f"step_{step:06d}"
+        on_rank_0(lambda: shutil.rmtree(path, ignore_errors=True))  # of a part of the run that was taken back
+        learner.save(path, state | {"fingerprint": self._fingerprint})
+        on_rank_0(lambda: self._finish(path))
+        return path
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first: those that were renamed into their place."""
+        found = [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
+
+    def _find(self) -> Path | None:
+        if self._resume == "never":
+            return None
+        pointer = self.folder / "latest"
+        if self._resume == "latest":
+            if not pointer.exists():
+                if self.complete():
+                    raise InputError(f"{pointer}: expected the name of a checkpoint, found no file{self._alternatives()}")
+                return None
+            name, place = pointer.read_text().strip(), str(pointer)
+        else:
+            name, place = self._resume, "run.resume"
+        path = self.folder / name
+        if not _NAME.fullmatch(name) or not path.is_dir():
+            raise InputError(f'{place}: expected the name of a checkpoint in {self.folder}, got "{name}"{self._alternatives()}')
+        saved = read_state(path).get("fingerprint", {})
+        refuse_differences(f"{path} is another run's checkpoint", self._fingerprint, saved, "restore the settings, or give run.dir a new folder")
+        return path
+
+    def _alternatives(self, besides: Path | None = None) -> str:
+        names = [path.name for path in self.complete() if path != besides]
+        if not names:
+            return "; there is no other checkpoint: remove the folder to start anew"
+        return f"; to continue from an older one set run.resume to one of: {', '.join(names)}"
+
+    def _finish(self, path: Path) -> None:
+        pointer = self.folder / "latest"
+        write_durably(pointer, path.name + "\n")
+        for old in self.complete()[: -self._keep]:
+            if old != path:
+                shutil.rmtree(old)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file at once: after a crash it holds the old text or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
