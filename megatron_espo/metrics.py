@@ -183,15 +183,17 @@ class MetricsWriter:
     Args:
         folder: the run's.
         trackers: further places for the same numbers (:class:`megatron_espo.trackers.Tracker`).
+        after_step: the run goes on after this step; what was written for later ones is dropped. 0: a new run.
     """
 
-    def __init__(self, folder: str | Path, trackers: Sequence[Any] = ()) -> None:
+    def __init__(self, folder: str | Path, trackers: Sequence[Any] = (), after_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1 if after_step else None)
         self._board.add_custom_scalars(BOARD_LAYOUT)
-        self._lines = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+        keep_steps(self.folder / "metrics.jsonl", after_step)
+        self._lines = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         self._trackers = trackers
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -235,6 +237,15 @@ class MetricsWriter:
             tracker.close()
 
 
+def keep_steps(path: Path, last_step: int) -> None:
+    """Drop the lines of a JSONL file that belong to steps after ``last_step``: a run that goes on from there writes them anew."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last_step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The lines of a run's ``metrics.jsonl``; of a line that is just being written, nothing."""
+    lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

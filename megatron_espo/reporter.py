@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_espo.collect import ScoredGroups
+from megatron_espo.batch import ScoredGroups
 from megatron_espo.config import Config
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.entropies import EntropyRecorder, EntropyReport
 from megatron_espo.mcore.runtime import Runtime
-from megatron_espo.metrics import MetricsWriter, rollout_metrics, step_line
+from megatron_espo.metrics import MetricsWriter, keep_steps, rollout_metrics, step_line
 from megatron_espo.samples import Place, choose_samples, sample_record
 from megatron_espo.throughput import peak_flops, system_metrics, training_flops
 from megatron_espo.trackers import make_trackers
@@ -26,9 +26,12 @@ class Reporter:
         hf_config: the model's ``config.json``.
         runtime: this rank's place.
         tokenizer: rank 0's, for the text of samples; ``None`` elsewhere.
+        after_step: the run goes on after this step; what was written for later ones is dropped. 0: a new run.
     """
 
-    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, config: Config, hf_config: dict[str, Any], runtime: Runtime, tokenizer: Tokenizer | None, after_step: int = 0
+    ) -> None:
         self.config, self._hf_config, self._tokenizer = config, hf_config, tokenizer
         self._recorder = EntropyRecorder(
             len(config.algorithm.quantiles) + 1,
@@ -41,7 +44,9 @@ class Reporter:
         self._writer = None
         if runtime.is_main:
             self._folder = Path(config.run.dir)
-            self._writer = MetricsWriter(self._folder, make_trackers(config))
+            self._writer = MetricsWriter(self._folder, make_trackers(config), after_step)
+            for name in ("samples.jsonl", "entropy.jsonl"):
+                keep_steps(self._folder / name, after_step)
 
     def watch(self, groups: ScoredGroups) -> dict[Place, int]:
         """Before a step's training: the responses to show, ``(prompt, sample)``, with the numbers to watch them under."""

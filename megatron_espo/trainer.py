@@ -19,8 +19,8 @@ from megatron_espo.data.packing import TrainSequence
 from megatron_espo.mcore import runtime as mcore_runtime
 from megatron_espo.mcore.learner import Learner
 from megatron_espo.progress import Phases
-from megatron_espo.reporter import Reporter
 from megatron_espo.report import draw_learning_curve, write_summary
+from megatron_espo.reporter import Reporter
 from megatron_espo.weights.hf_io import save_hf
 from megatron_espo.weights.sync import WeightSync
 
