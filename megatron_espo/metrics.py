@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.metric_names import BOARD_LAYOUT
+from megatron_espo.run_files import keep_steps, read_jsonl
 from megatron_espo.types import Rollout
 
 # Keys say how values combine: "sum/x" over "count/x" gives the mean x; "total/x", "max/x" and "min/x" are themselves.
@@ -237,15 +238,6 @@ class MetricsWriter:
             tracker.close()
 
 
-def keep_steps(path: Path, last_step: int) -> None:
-    """Drop the lines of a JSONL file that belong to steps after ``last_step``: a run that goes on from there writes them anew."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last_step]
-        path.write_text("".join(kept), encoding="utf-8")
-
-
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``; of a line that is just being written, nothing."""
-    lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_jsonl(Path(folder, "metrics.jsonl"))

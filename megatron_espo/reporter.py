@@ -12,7 +12,8 @@ from megatron_espo.config import Config
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.entropies import EntropyRecorder, EntropyReport
 from megatron_espo.mcore.runtime import Runtime
-from megatron_espo.metrics import MetricsWriter, keep_steps, rollout_metrics, step_line
+from megatron_espo.metrics import MetricsWriter, rollout_metrics, step_line
+from megatron_espo.run_files import keep_steps
 from megatron_espo.samples import Place, choose_samples, sample_record
 from megatron_espo.throughput import peak_flops, system_metrics, training_flops
 from megatron_espo.trackers import make_trackers

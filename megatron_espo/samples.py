@@ -1,8 +1,6 @@
 """A few responses a step, token by token, in ``samples.jsonl``: what the report draws and a person reads."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,8 +57,3 @@ def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> 
             context, shown = shown, end
     return pieces
 
-
-def read_samples(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``samples.jsonl``; none where there is no such file."""
-    path = Path(folder, "samples.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
