@@ -14,12 +14,12 @@ class ScoredGroups:
     Attributes:
         rollouts: ``[prompt][sample]``.
         rewards: ``[prompts, group_size]`` float32, NaN where the verifier failed.
-        replaced: prompts whose rewards were all equal and that dynamic sampling replaced by others.
+        dispatched: prompts that were sampled for it; with dynamic sampling more than are left.
     """
 
     rollouts: list[list[Rollout]]
     rewards: torch.Tensor
-    replaced: int = 0
+    dispatched: int
 
     @property
     def vary(self) -> torch.Tensor:

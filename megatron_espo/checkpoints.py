@@ -1,5 +1,6 @@
 """A run's checkpoints: which one to continue from, whether it is this run's, and what is kept."""
 
+import json
 import os
 import re
 import shutil
@@ -42,9 +43,19 @@ class Checkpoints:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.folder = Path(config.run.dir, "checkpoints")
-        self._resume, self._keep = config.run.resume, config.run.keep_checkpoints
+        self._resume, self._keep, self._every = config.run.resume, config.run.keep_checkpoints, config.run.checkpoint_every
+        self._steps = config.run.steps
         self._fingerprint = fingerprint(config)
         self._runtime = runtime
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this run saves at all."""
+        return self._every is not None
+
+    def due(self, step: int) -> bool:
+        """Whether to save after ``step``: every ``run.checkpoint_every`` steps and after the last."""
+        return self.enabled and (step % self._every == 0 or step == self._steps)
 
     def find(self) -> Path | None:
         """The checkpoint to continue from; ``None`` for a new run. One broadcast over all ranks.
@@ -109,6 +120,15 @@ class Checkpoints:
         for old in self.complete()[: -self._keep]:
             if old != path:
                 shutil.rmtree(old)
+
+
+def write_status(config: Config, runtime: Runtime, state: str, why: str | None = None) -> None:
+    """``status.json`` for schedulers: ``running``, ``done``, ``requeue`` (stopped on request: the same command goes on) or ``failed``."""
+    folder = Path(config.run.dir)
+    if runtime.is_main or state == "failed":
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "status.json" if runtime.is_main else f"status-rank{runtime.rank}.json"
+        write_durably(folder / name, json.dumps({"state": state, "why": why, "rank": runtime.rank}) + "\n")
 
 
 def write_durably(path: Path, text: str) -> None:

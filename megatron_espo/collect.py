@@ -1,5 +1,6 @@
 """Rank 0's side of a step: prompts -> engine -> rewards; every rank receives the scored rollouts."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.batch import ScoredGroups
+from megatron_espo.checkpoints import fingerprint
 from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.mcore.runtime import Runtime
-from megatron_espo.progress import Phases
+from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
-from megatron_espo.rollout import Engine, EngineConfig, resolve_transport
+from megatron_espo.rollout import Engine, EngineConfig, EngineError, resolve_transport
+from megatron_espo.rollout_log import RolloutLog
+from megatron_espo.stopping import Stopped, StopRequest
+from megatron_espo.types import Prompt
 
 
 class Collector:
@@ -26,17 +31,20 @@ class Collector:
         config: the run's configuration.
         hf_config: the model's ``config.json``.
         runtime: this rank's place.
+        stop: polled while engine and verifiers work.
 
     Raises:
         InputError: bad rows, tokenizer or reward function (rank 0).
     """
 
-    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime) -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime, stop: StopRequest) -> None:
+        self.config, self.runtime, self._stop = config, runtime, stop
         self.engine: Engine | None = None
         self.tokenizer: Tokenizer | None = None
+        self._rewards: RewardPool | None = None
         if not runtime.is_main:
             return
+        self._log = RolloutLog(Path(config.run.replay or Path(config.run.dir, "rollouts")), fingerprint(config))
         rollout = config.rollout
         self.tokenizer = tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.path)
         max_model_len = rollout.max_model_len or hf_config["max_position_embeddings"]
@@ -47,6 +55,8 @@ class Collector:
             max_response_tokens=rollout.max_response_tokens,
             max_model_len=max_model_len,
         )
+        if config.run.replay:
+            return
         self._rewards = RewardPool(config.reward)
         self._rewards.start()
         self.engine = Engine(
@@ -54,7 +64,7 @@ class Collector:
                 model=config.model.path,
                 log_path=str(Path(config.run.dir, "engine.log")),
                 dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
-                transport=resolve_transport(rollout.transport),
+                transport=resolve_transport(rollout.transport, rollout.visible_devices),
                 max_response_tokens=rollout.max_response_tokens,
                 eos_ids=tokenizer.eos_ids,
                 max_model_len=max_model_len,
@@ -66,23 +76,86 @@ class Collector:
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
                 timeout_s=rollout.timeout_s,
+                start_timeout_s=rollout.timeout_s,
+                visible_devices=rollout.visible_devices,
             ),
             tokenizer.decode,
         ).start()
 
-    def collect(self, step: int, phases: Phases) -> ScoredGroups:
-        """Sample and judge one rollout batch. Collective over all ranks: one object broadcast from rank 0."""
-        box: list[ScoredGroups | None] = [None]
+    def canary(self) -> list[Prompt]:
+        """The first prompts of the stream on rank 0, which does not move on; none elsewhere."""
+        if not self.runtime.is_main:
+            return []
+        state = self._stream.state_dict()
+        prompts = self._stream.take(self.config.rollout.canary_prompts)
+        self._stream.load_state_dict(state)
+        return prompts
+
+    def collect(self, step: int, phases: Phases, recover: Callable[[], None]) -> ScoredGroups:
+        """Sample and judge one rollout batch, or take the one that was recorded. Collective: one object broadcast from rank 0.
+
+        Args:
+            recover: called on every rank when the engine failed; it brings it back (``WeightSync.recover``), and the same
+                prompts are sampled again, ``rollout.max_restarts`` times.
+
+        Raises:
+            Stopped: on every rank, if rank 0 was asked to stop; the prompt stream is where it was before.
+            EngineError: the engine failed once too often.
+        """
+        for restarts in range(self.config.rollout.max_restarts + 1):
+            box: list[ScoredGroups | Stopped | str] = [""]
+            if self.runtime.is_main:
+                box[0] = self._attempt(step, phases)
+            dist.broadcast_object_list(box, src=0)
+            if isinstance(box[0], ScoredGroups):
+                return box[0]
+            if isinstance(box[0], Stopped):
+                raise box[0]
+            if restarts < self.config.rollout.max_restarts:
+                if self.runtime.is_main:
+                    print(f"warning: {box[0]}\nrestarting the rollout engine", flush=True)
+                recover()
+        raise EngineError(f"{box[0]}\ngave up after {restarts} engine restarts")
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the prompt stream stands, as JSON values; ``None`` on ranks other than 0."""
+        return self._stream.state_dict() if self.runtime.is_main else None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a ``state_dict``."""
         if self.runtime.is_main:
-            box[0] = self._sample_and_judge(step, phases)
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            self._stream.load_state_dict(state)
+
+    def forget(self, step: int) -> None:
+        """A checkpoint holds everything up to ``step``: its rollouts are not needed any more, unless the run keeps them."""
+        if self.runtime.is_main and not self.config.run.keep_rollouts:
+            self._log.forget(step)
 
     def close(self) -> None:
         """End the engine and the reward workers."""
         if self.engine is not None:
             self.engine.close()
+        if self._rewards is not None:
             self._rewards.close()
+
+    def _attempt(self, step: int, phases: Phases) -> ScoredGroups | Stopped | str:
+        """The batch; or, with the stream put back, why there is none: a request to stop, or what befell the engine."""
+        before = self._stream.state_dict()
+        try:
+            found = self._log.read(step, None if self.config.run.replay else before)
+            if found:
+                groups, after = found
+                if not self.config.run.replay:
+                    self._stream.load_state_dict(after)
+                return groups
+            if self.config.run.replay:
+                raise InputError(f"run.replay: expected rollouts of step {step} in {self._log.folder}, found none; lower run.steps")
+            groups = self._sample_and_judge(step, phases)
+        except (EngineError, Stopped) as failure:
+            self._stream.load_state_dict(before)
+            return failure if isinstance(failure, Stopped) else str(failure)
+        self._log.write(step, groups, before=before, after=self._stream.state_dict())
+        return groups
 
     def _sample_and_judge(self, step: int, phases: Phases) -> ScoredGroups:
         """One batch; with dynamic sampling, groups of equal rewards give way to other prompts' that have some to learn from."""
@@ -106,19 +179,28 @@ class Collector:
         with phases.phase("rollout", step, steps) as on_progress:
             # A seed of its own for every step and round: rerunning a run gives the same rollouts.
             seed = self.config.run.seed * 1_000_003 + step + (round_number << 40)
-            groups = self.engine.generate(prompts, rollout.group_size, seed=seed, on_progress=on_progress)
+            polled = self._polling(on_progress)
+            groups = self.engine.generate(prompts, rollout.group_size, seed=seed, on_progress=polled)
         with phases.phase("reward", step, steps) as on_progress:
             items = [(sample.prompt, sample.text) for group in groups for sample in group]
-            scores = self._rewards.score(items, on_progress)
+            scores = self._rewards.score(items, self._polling(on_progress))
         rewards = torch.tensor([float("nan") if score is None else score for score in scores])
-        return ScoredGroups(groups, rewards.view(len(groups), rollout.group_size))
+        return ScoredGroups(groups, rewards.view(len(groups), rollout.group_size), len(groups))
+
+    def _polling(self, on_progress: OnProgress) -> OnProgress:
+        """``on_progress`` that raises Stopped when the run is to stop."""
+
+        def poll(finished: int, total: int) -> None:
+            self._stop.check()
+            on_progress(finished, total)
+
+        return poll
 
 
 def _replace_equal(groups: ScoredGroups, others: ScoredGroups) -> ScoredGroups:
     """Put those of ``others`` whose rewards vary in the place of groups whose rewards do not."""
     places, found = (~groups.vary).nonzero()[:, 0].tolist(), others.vary.nonzero()[:, 0].tolist()
     rollouts, rewards = list(groups.rollouts), groups.rewards.clone()
-    pairs = list(zip(places, found, strict=False))
-    for place, number in pairs:
+    for place, number in zip(places, found, strict=False):
         rollouts[place], rewards[place] = others.rollouts[number], others.rewards[number]
-    return ScoredGroups(rollouts, rewards, groups.replaced + len(pairs))
+    return ScoredGroups(rollouts, rewards, groups.dispatched + others.dispatched)

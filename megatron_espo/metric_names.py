@@ -42,12 +42,17 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "rollout/length_max": ("tokens", "longest response"),
         "rollout/truncated": ("share", "responses cut at the length limit"),
         "rollout/with_advantage": ("share", "responses whose advantage is not 0"),
-        "rollout/replaced_prompts": ("prompts", "replaced by dynamic sampling"),
+        "ledger/dispatched": ("prompts", "handed to the engine so far, restarts included"),
+        "ledger/trained": ("prompts", "part of an optimizer step's batch so far"),
+        "ledger/dropped_equal": ("prompts", "given up by dynamic sampling so far, because their rewards did not differ"),
     },
     "Mismatch": {
         "mismatch/logprob_gap_mean": ("nats", "mean |engine - trainer| log-prob of the same tokens"),
         "mismatch/logprob_gap_max": ("nats", "largest of them"),
         "mismatch/kl": ("nats", "mean (engine - trainer) log-prob: estimates KL(engine || trainer)"),
+        "mismatch/canary": ("nats", "largest mean gap of a canary prompt's sampled tokens before the weights were served"),
+        "sync/verified_tensors": ("tensors", "read back from the engine and found to be those that were sent"),
+        "sync/restarts": ("", "engine restarts that the sync needed"),
         "rollout_correction/weight": ("", "mean truncated importance weight trainer / engine"),
         "rollout_correction/truncated": ("share of tokens", "that weight is at its cap"),
     },
@@ -62,7 +67,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "train/tokens": ("tokens", "prompt and response tokens trained on, over all ranks and epochs"),
     },
     "Time": {
-        "time/<phase>_s": ("s", "seconds of a phase; `time/step_s`: of the whole step"),
+        "time/<phase>_s": ("s", "seconds of a phase; `time/step_s`: of the whole step; `verify` and `canary` are parts of `sync`"),
     },
     "Throughput": {
         "throughput/response_tokens_per_s": ("tokens/s", "response tokens / seconds of the rollout phase"),

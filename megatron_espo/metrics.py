@@ -184,17 +184,19 @@ class MetricsWriter:
     Args:
         folder: the run's.
         trackers: further places for the same numbers (:class:`megatron_espo.trackers.Tracker`).
-        after_step: the run goes on after this step; what was written for later ones is dropped. 0: a new run.
+        after_step: the last step of an earlier part of the run that is kept; what was written of later ones is taken back.
     """
 
     def __init__(self, folder: str | Path, trackers: Sequence[Any] = (), after_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1 if after_step else None)
+        # Steps of a part of the run that was lost are trained again: they must not stand there twice.
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
         self._board.add_custom_scalars(BOARD_LAYOUT)
-        keep_steps(self.folder / "metrics.jsonl", after_step)
-        self._lines = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        path = self.folder / "metrics.jsonl"
+        keep_steps(path, after_step)
+        self._lines = path.open("a", encoding="utf-8")
         self._trackers = trackers
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

@@ -27,13 +27,10 @@ class Reporter:
         hf_config: the model's ``config.json``.
         runtime: this rank's place.
         tokenizer: rank 0's, for the text of samples; ``None`` elsewhere.
-        after_step: the run goes on after this step; what was written for later ones is dropped. 0: a new run.
     """
 
-    def __init__(
-        self, config: Config, hf_config: dict[str, Any], runtime: Runtime, tokenizer: Tokenizer | None, after_step: int = 0
-    ) -> None:
-        self.config, self._hf_config, self._tokenizer = config, hf_config, tokenizer
+    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime, tokenizer: Tokenizer | None) -> None:
+        self.config, self._hf_config, self._runtime, self._tokenizer = config, hf_config, runtime, tokenizer
         self._recorder = EntropyRecorder(
             len(config.algorithm.quantiles) + 1,
             hf_config["vocab_size"],
@@ -42,10 +39,13 @@ class Reporter:
         )
         self.observe = self._recorder.observe
         self._places: list[Place] = []
-        self._writer = None
-        if runtime.is_main:
-            self._folder = Path(config.run.dir)
-            self._writer = MetricsWriter(self._folder, make_trackers(config), after_step)
+        self._folder = Path(config.run.dir)
+        self._writer: MetricsWriter | None = None
+
+    def open(self, after_step: int) -> None:
+        """Open the files. What an earlier part of the run wrote about steps after ``after_step`` is taken back."""
+        if self._runtime.is_main:
+            self._writer = MetricsWriter(self._folder, make_trackers(self.config), after_step)
             for name in ("samples.jsonl", "entropy.jsonl"):
                 keep_steps(self._folder / name, after_step)
 
@@ -69,7 +69,6 @@ class Reporter:
         if self._writer is None:
             return
         metrics = metrics | rollout_metrics(groups.rollouts, groups.rewards, advantages) | entropies.metrics()
-        metrics["rollout/replaced_prompts"] = float(groups.replaced)
         metrics |= {f"time/{name}_s": value for name, value in seconds.items()}
         metrics |= self._throughput(groups, advantages, metrics) | system_metrics()
         self._writer.write(step, metrics)

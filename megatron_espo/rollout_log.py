@@ -33,7 +33,7 @@ class RolloutLog:
             "fingerprint": self._fingerprint,
             "before": before,
             "after": after,
-            "replaced": groups.replaced,
+            "dispatched": groups.dispatched,
             "rewards": [[None if r != r else r for r in row] for row in groups.rewards.tolist()],
             "prompts": [asdict(group[0].prompt) for group in groups.rollouts],
             "rollouts": [[_sample(rollout) for rollout in group] for group in groups.rollouts],
@@ -70,7 +70,7 @@ class RolloutLog:
             for prompt, samples in zip(prompts, content["rollouts"], strict=True)
         ]
         rewards = torch.tensor([[float("nan") if r is None else r for r in row] for row in content["rewards"]])
-        return ScoredGroups(rollouts, rewards, content["replaced"]), content["after"]
+        return ScoredGroups(rollouts, rewards, content["dispatched"]), content["after"]
 
     def forget(self, up_to_step: int) -> None:
         """Remove what a checkpoint has made unnecessary."""

@@ -1,6 +1,7 @@
 """The files of a run's folder, read without torch."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,9 @@ def keep_steps(path: Path, last_step: int) -> None:
     if path.is_file():
         kept = [line for line in read_jsonl(path) if line["step"] <= last_step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def phase_names(metrics: Iterable[str]) -> list[str]:
+    """Phases of a step among metrics' names, in their order; not ``step``, and not what is part of another phase."""
+    names = dict.fromkeys(name[5:-2] for name in metrics if name.startswith("time/"))
+    return [name for name in names if name not in ("step", "verify", "canary")]

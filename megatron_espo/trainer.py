@@ -2,72 +2,154 @@
 
     prompts -> rollouts -> rewards -> advantages -> log-probs, entropy groups and the ESPO loss in Megatron's schedule -> weights -> engine
 
-Left out on purpose: checkpoints for resuming, asynchronous rollouts, several engines.
+Left out on purpose: asynchronous rollouts, several engines.
 """
 
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_espo.algo import group_advantages, overlong_penalty
 from megatron_espo.batch import ScoredGroups
+from megatron_espo.checkpoints import Checkpoints, write_status
 from megatron_espo.collect import Collector
 from megatron_espo.config import Config
 from megatron_espo.data.packing import TrainSequence
+from megatron_espo.ledger import Ledger
 from megatron_espo.mcore import runtime as mcore_runtime
 from megatron_espo.mcore.learner import Learner
 from megatron_espo.progress import Phases
 from megatron_espo.report import draw_learning_curve, write_summary
 from megatron_espo.reporter import Reporter
+from megatron_espo.stopping import Stopped, StopRequest
 from megatron_espo.weights.hf_io import save_hf
-from megatron_espo.weights.sync import WeightSync
+from megatron_espo.weights.sync import NoSync, WeightSync
 
 
 def train(config: Config) -> None:
-    """Run ``config.run.steps`` rollout batches. Called on every rank; collective.
+    """Train until ``config.run.steps`` rollout batches are done, from the latest checkpoint on. Called on every rank; collective.
 
-    Writes under ``config.run.dir``: ``config.json``, ``metrics.jsonl``, ``samples.jsonl``, ``entropy.jsonl``, ``tensorboard/``, ``summary.json``,
-    ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
+    Writes under ``config.run.dir``: ``config.json``, ``metrics.jsonl``, ``samples.jsonl``, ``entropy.jsonl``, ``tensorboard/``, ``checkpoints/``,
+    ``rollouts/``, ``status.json``, ``summary.json``, ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
     """
-    start, hf_config = time.perf_counter(), config.validate_model()
-    folder = Path(config.run.dir)
+    hf_config = config.validate_model()
     runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron), seed=config.run.seed)
-    if runtime.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
-    collector = Collector(config, hf_config, runtime)
+    write_status(config, runtime, "running")
     try:
-        phases = Phases(runtime.is_main)
-        if runtime.is_main:
-            print(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {folder / 'engine.log'}", flush=True)
-        reporter = Reporter(config, hf_config, runtime, collector.tokenizer)
-        learner = Learner(config, hf_config, runtime, reporter.observe)
-        sync = WeightSync(config, hf_config, learner.chunks, runtime, collector.engine)
-        sync.push(version=0)
-        for step in range(1, config.run.steps + 1):
-            began = time.perf_counter()
-            groups = collector.collect(step, phases)
-            advantages = advantages_of(groups, config)
-            sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, reporter.watch(groups))
-            with phases.phase("train", step, config.run.steps) as on_progress:
-                metrics = learner.update(sequences, on_progress)
-            with phases.phase("sync", step, config.run.steps):
-                sync.push(version=step)
-            seconds = phases.take() | {"step": time.perf_counter() - began}
-            reporter.write(step, groups, advantages, metrics, seconds)
-        if config.run.save_hf:
-            dtype = getattr(torch, config.model.dtype)
-            save_hf(learner.chunks, hf_config, folder / "hf", config.model.path, runtime.groups, dtype)
-        reporter.close()
-        if runtime.is_main:
-            summary = write_summary(folder, seconds=time.perf_counter() - start, seed=config.run.seed)
-            picture = draw_learning_curve(folder, config.run.name)
-            print(f"reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}; picture: {picture}")
-    finally:
-        collector.close()
+        with Run(config, hf_config, runtime) as run:
+            for step in range(run.step + 1, config.run.steps + 1):
+                began = time.perf_counter()
+                groups = run.collector.collect(step, run.phases, run.sync.recover)
+                advantages = advantages_of(groups, config)
+                sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
+                with run.phases.phase("train", step, config.run.steps) as on_progress:
+                    metrics = run.learner.update(sequences, on_progress)
+                with run.phases.phase("sync", step, config.run.steps):
+                    metrics |= run.sync.push(version=step)
+                run.finish_step(step, metrics, groups, advantages, began)
+            run.finish()
+        write_status(config, runtime, "done")
+    except Stopped as stopped:
+        write_status(config, runtime, "requeue", str(stopped))
+    except BaseException as error:
+        write_status(config, runtime, "failed", f"{type(error).__name__}: {error}")
+        raise
     mcore_runtime.shutdown()
+
+
+class Run:
+    """Everything that lives as long as a run, built in the order in which a mistake can be told.
+
+    Attributes:
+        step: the last step that is trained, saved or not.
+    """
+
+    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: mcore_runtime.Runtime) -> None:
+        self.config, self.hf_config, self.runtime = config, hf_config, runtime
+        self.folder, self.started = Path(config.run.dir), time.perf_counter()
+        self.stop = StopRequest(self.folder, config.run.max_seconds)
+        self.checkpoints = Checkpoints(config, runtime)
+        checkpoint = self.checkpoints.find()
+        self.collector = Collector(config, hf_config, runtime, self.stop)
+        self.phases, self.step = Phases(runtime.is_main), 0
+        self.reporter = Reporter(config, hf_config, runtime, self.collector.tokenizer)
+        self.say(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {self.folder / 'engine.log'}")
+        try:
+            self.learner = Learner(config, hf_config, runtime, self.reporter.observe)
+            self.ledger = Ledger()
+            if checkpoint:
+                state = self.checkpoints.load(checkpoint, self.learner)
+                self.step, self.ledger = state["step"], Ledger(**state["ledger"])
+                self.collector.load_state_dict(state["stream"])
+                self.say(f"going on after step {self.step} of {config.run.steps}, from {checkpoint}")
+            if self.step >= config.run.steps:
+                self.say(f"nothing to train: step {self.step} of {config.run.steps} is done; raise run.steps to go on")
+            self.sync = self._connect()
+            self.sync.push(version=self.step)
+        except BaseException:
+            self.collector.close()
+            raise
+        if runtime.is_main:
+            self.folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        self.reporter.open(after_step=self.step)
+
+    def _connect(self) -> WeightSync | NoSync:
+        if self.config.run.replay:
+            return NoSync()
+        collector = self.collector
+        return WeightSync(
+            self.config, self.hf_config, self.learner, self.runtime, collector.engine, collector.canary()
+        )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.collector.close()
+        self.reporter.close()
+        if kind is Stopped and self.checkpoints.enabled:
+            self._save()
+
+    def finish_step(self, step: int, metrics: dict[str, float], groups: ScoredGroups, advantages: torch.Tensor, began: float) -> None:
+        """Count, report, and save where it is due. Collective. Raises Stopped, on all ranks, if one was asked to stop."""
+        self.step = step
+        self.ledger.count(groups)
+        seconds = self.phases.take() | {"step": time.perf_counter() - began}
+        self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
+        reason = self.stop.agreed() if step < self.config.run.steps else None
+        if reason:
+            raise Stopped(reason)
+        if self.checkpoints.due(step):
+            with self.phases.phase("checkpoint", step, self.config.run.steps):
+                self._save()
+
+    def _save(self) -> None:
+        path = self.checkpoints.save(
+            self.step,
+            self.learner,
+            {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)},
+        )
+        self.collector.forget(self.step)
+        self.say(f"saved {path}")
+
+    def finish(self) -> None:
+        """Export the model, write summary and picture. Collective."""
+        if self.config.run.save_hf:
+            dtype = getattr(torch, self.config.model.dtype)
+            save_hf(self.learner.chunks, self.hf_config, self.folder / "hf", self.config.model.path, self.runtime.groups, dtype)
+        if self.runtime.is_main:
+            seconds = time.perf_counter() - self.started
+            summary = write_summary(self.folder, seconds=seconds, seed=self.config.run.seed)
+            picture = draw_learning_curve(self.folder, self.config.run.name)
+            self.say(f"reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}; picture: {picture}")
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.runtime.is_main:
+            print(text, flush=True)
 
 
 def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:

@@ -115,7 +115,7 @@ BAD_TEXTS = {
     "not a number": (GOOD + "optimizer:\n  lr: .nan\n", "run.yaml:6: optimizer.lr: expected number > 0, got NaN"),
     "unknown choice": (
         GOOD + "model_:\nrollout:\n  transport: tcp\n",
-        'run.yaml:7: rollout.transport: expected one of auto, shared_memory, ipc, nccl, got "tcp"',
+        'run.yaml:7: rollout.transport: expected one of auto, shared_memory, ipc, nccl, nccl_m2n, sharded_rdt, got "tcp"',
     ),
     "section is a number": (
         GOOD + "optimizer: 3\n",
@@ -244,7 +244,7 @@ BAD_OVERRIDES = {
     "optimizer.lr='1e-6'": "override 'optimizer.lr='1e-6'': optimizer.lr: expected number > 0, got \"1e-6\" (a "
     "string); drop the quotes",
     "model.pth=1": "override 'model.pth=1': model.pth: unknown key; did you mean \"model.path\"?",
-    "model.xyz=1": "override 'model.xyz=1': model.xyz: unknown key; the keys of model are path, tokenizer, dtype",
+    "model.xyz=1": "override 'model.xyz=1': model.xyz: unknown key; the keys of model are path, tokenizer, dtype, exporter",
     "rolout.top_k=1": "override 'rolout.top_k=1': rolout: unknown section; did you mean \"rollout\"?",
     "steps=3": "override 'steps=3': expected section.key=value, got no section; did you mean \"run.steps\"?",
     "run.steps": "override 'run.steps': expected section.key=value",

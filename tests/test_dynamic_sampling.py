@@ -10,6 +10,7 @@ from megatron_espo.batch import ScoredGroups
 from megatron_espo.collect import Collector
 from megatron_espo.config import Algorithm, Reward, Rollout, Run
 from megatron_espo.errors import InputError
+from megatron_espo.ledger import Ledger
 from megatron_espo.progress import Phases
 from megatron_espo.trainer import advantages_of, train_sequences
 from megatron_espo.types import Prompt
@@ -39,26 +40,31 @@ def collector(rounds: int, rewards=REWARDS) -> tuple[Collector, list]:
     made.config = SimpleNamespace(
         rollout=Rollout(prompts_per_step=3, group_size=2, max_resampling_rounds=rounds), run=Run(steps=9, seed=1)
     )
+    made._stop = SimpleNamespace(check=lambda: None)
     made._stream = SimpleNamespace(take=lambda n: [next(stream) for _ in range(n)])
     made.engine, made._rewards = SimpleNamespace(generate=generate), SimpleNamespace(score=score, last_failure="boom")
     return made, calls
 
 
 @pytest.mark.parametrize(
-    ("rounds", "kept", "replaced", "asked"),
+    ("rounds", "kept", "asked"),
     [
-        (0, ["0", "1", "2"], 0, [[0, 1, 2]]),
-        (1, ["4", "1", "2"], 1, [[0, 1, 2], [3, 4]]),
-        (5, ["4", "1", "5"], 2, [[0, 1, 2], [3, 4], [5]]),
+        (0, ["0", "1", "2"], [[0, 1, 2]]),
+        (1, ["4", "1", "2"], [[0, 1, 2], [3, 4]]),
+        (5, ["4", "1", "5"], [[0, 1, 2], [3, 4], [5]]),
     ],
 )
-def test_equal_groups_are_replaced(rounds, kept, replaced, asked):
+def test_equal_groups_are_replaced(rounds, kept, asked):
     made, calls = collector(rounds)
     groups = made._sample_and_judge(1, Phases(draw=False))
     assert [group[0].prompt.id for group in groups.rollouts] == kept
     assert groups.rewards.tolist() == [REWARDS[int(i)] for i in kept]
-    assert groups.replaced == replaced and [prompts for _, prompts in calls] == asked
+    assert [prompts for _, prompts in calls] == asked
     assert len({seed for seed, _ in calls}) == len(calls)
+    ledger = Ledger()
+    ledger.count(groups)
+    dispatched = sum(map(len, asked))
+    assert ledger == Ledger(dispatched, trained=3, dropped_equal=dispatched - 3)
 
 
 def test_a_batch_in_which_every_verifier_failed_ends_the_run():
@@ -68,7 +74,7 @@ def test_a_batch_in_which_every_verifier_failed_ends_the_run():
 
 
 def test_truncated_responses_are_masked_and_penalized():
-    groups = ScoredGroups([[make_sample(1, 2), make_sample(1, 4)]], torch.tensor([[1.0, 1.0]]))
+    groups = ScoredGroups([[make_sample(1, 2), make_sample(1, 4)]], torch.tensor([[1.0, 1.0]]), 1)
     config = SimpleNamespace(
         reward=Reward(overlong_buffer_tokens=2),
         rollout=Rollout(max_response_tokens=4, group_size=2),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import Engine, EngineConfig, EngineError, make_trainer_transport, push_weights
-from megatron_espo.rollout.engine import child_environment, request_seeds
+from megatron_espo.rollout.child import child_environment
+from megatron_espo.rollout.engine import request_seeds
 from megatron_espo.rollout.manifest import check_manifest
-from megatron_espo.rollout.transport import resolve_transport
+from megatron_espo.rollout.transport import check_placement, resolve_transport
 from megatron_espo.types import Prompt
 
 EOS, TEMPERATURE, RESPONSE_TOKENS = 2, 0.7, 12
@@ -182,11 +184,11 @@ def test_dropped_tensor_kills_the_update_and_a_restart_mends_it(engine, folder):
 
 
 def test_hung_engine_is_named_within_its_timeout(folder, engine):
-    os.killpg(engine._process.pid, signal.SIGSTOP)
+    os.killpg(engine.pid, signal.SIGSTOP)
     object.__setattr__(engine.config, "timeout_s", 1.0)
     with pytest.raises(EngineError, match=r"logprobs: the rollout engine gave no news for 1 s(.|\n)*engine.log"):
         engine.logprobs([(5, 6)])
-    assert engine.state == "dead" and engine._process.returncode == -signal.SIGKILL
+    assert engine.state == "dead" 
 
 
 # -- children that never get as far as a model ----------------------------------------------------------------------
@@ -194,7 +196,7 @@ def test_hung_engine_is_named_within_its_timeout(folder, engine):
 
 def test_killed_child_is_an_error_at_once(folder, tmp_path):
     engine = Engine(engine_config(folder, tmp_path / "engine.log"), decode=str).start()
-    os.killpg(engine._process.pid, signal.SIGKILL)
+    os.killpg(engine.pid, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match="start: the rollout engine has died"):
         engine.wait_ready()
@@ -215,7 +217,7 @@ def test_child_dies_with_its_killed_owner(folder, tmp_path):
     config = engine_config(folder, tmp_path / "engine.log")
     code = (
         "import time; from megatron_espo.rollout import Engine, EngineConfig\n"
-        f"engine = Engine({config!r}, decode=str).start(); print(engine._process.pid, flush=True); time.sleep(600)"
+        f"engine = Engine({config!r}, decode=str).start(); print(engine.pid, flush=True); time.sleep(600)"
     )
     owner = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
@@ -265,15 +267,35 @@ def test_manifest_reads_all_shards(tmp_path):
         check_manifest([("a", (2, 3))], tmp_path)
 
 
-def test_transport_names(monkeypatch):
+def test_transport_names_and_placement(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_transport("auto") == "shared_memory"
     with pytest.raises(InputError, match="'ipc' needs a GPU"):
         resolve_transport("ipc")
-    with pytest.raises(InputError, match=r"expected auto, shared_memory, ipc, nccl; got 'rdma'"):
+    with pytest.raises(InputError, match=r"expected auto, shared_memory, ipc, nccl, nccl_m2n, sharded_rdt; got 'rdma'"):
         resolve_transport("rdma")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [resolve_transport(name) for name in ("auto", "nccl")] == ["ipc", "nccl"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert resolve_transport("auto") == "ipc" and resolve_transport("auto", "6,7") == "nccl"
+    with pytest.raises(InputError, match="'nccl_m2n' needs the package 'nccl'"):
+        resolve_transport("nccl_m2n", "6,7")
+
+
+@pytest.mark.parametrize(
+    "name, devices, message",
+    [
+        ("nccl", None, r"transport nccl needs the engine on GPUs of its own, got null"),
+        ("sharded_rdt", "3,7", r"needs the engine on GPUs of its own, got '3,7', of which a trainer rank uses 3\."),
+        ("ipc", "7", r"transport ipc needs the engine on the trainer's GPU, got '7', which no trainer rank uses"),
+        ("nccl_m2n", "6,7", None),
+        ("ipc", None, None),
+        ("shared_memory", None, None),
+    ],
+)
+def test_engine_on_the_wrong_gpus(name, devices, message):
+    environment = {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "2,3,6,7"}
+    with nullcontext() if message is None else pytest.raises(InputError, match=message):
+        check_placement(name, devices, environment)
 
 
 def test_seeds_depend_on_prompt_and_position_only():

@@ -12,6 +12,8 @@ Problems = Iterator[tuple[str, str]]
 # vLLM raises any lower temperature to this one without failing; the sampled log-probs are then not the trained ones.
 LOWEST_TEMPERATURE = 0.01
 
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
 # Settings that would silently do nothing: their neutral value, and the objectives that use them.
 USED_BY = {
     "clip_low": (None, ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo")),
@@ -20,6 +22,11 @@ USED_BY = {
     "ratio": ("segment", ("espo", "gspo")),
     "dual_clip": (None, ("espo", "gspo", "grpo", "dr_grpo", "dapo")),
 }
+
+
+def model(c: "schema.Model") -> Problems:
+    if c.exporter is not None and not FUNCTION.fullmatch(c.exporter):
+        yield "exporter", f'expected "module:function" or null, got "{c.exporter}"'
 
 
 def megatron(c: "schema.Megatron") -> Problems:
@@ -109,7 +116,7 @@ def data(c: "schema.Data") -> Problems:
 
 def reward(c: "schema.Reward") -> Problems:
     known = ("auto", "reasoning_gym", "math_verify")
-    if c.function not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", c.function):
+    if c.function not in known and not FUNCTION.fullmatch(c.function):
         yield "function", f'expected one of {", ".join(known)}, or "module:function", got "{c.function}"'
 
 

@@ -44,6 +44,30 @@ class Run(Section):
         description="Rollout batches to train on (paper: 200); one has num_epochs x num_mini_batches updates.",
     )
     seed: int = Field(1, ge=0, le=2**31 - 1, description="Seed of prompt order, sampling and initial random states.")
+    checkpoint_every: int | None = Field(
+        20,
+        ge=1,
+        description="Steps between checkpoints (and one at the end): after whatever happens, the same command goes on "
+        "from the latest. null saves none.",
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept; older ones are removed.")
+    resume: str = Field(
+        "latest",
+        min_length=1,
+        description="Where to start: latest (a new run if there is no checkpoint), never (from model.path), or the "
+        "name of one, such as step_000020.",
+    )
+    keep_rollouts: bool = Field(
+        False, description="Keep every step's rollouts for run.replay; otherwise only those newer than a checkpoint."
+    )
+    replay: str | None = Field(
+        None, min_length=1, description="Train from the rollouts in this folder (<run.dir>/rollouts of another run): no engine."
+    )
+    max_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Save and end after so many seconds, counted from the start of the Slurm job where there is one.",
+    )
     save_hf: bool = Field(
         True, description="Export the final model to <run.dir>/hf in Hugging Face format; false saves disk and time."
     )
@@ -73,6 +97,15 @@ class Model(Section):
         description="Training precision. bfloat16 halves memory and keeps float32 master weights; float32 is exact "
         "and slow.",
     )
+    exporter: str | None = Field(
+        None,
+        min_length=1,
+        description="Your module:function(chunks, hf_config) on every rank: an iterator of (Hugging Face name, whole "
+        "tensor) that replaces the built-in export into the engine; null takes that.",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.model(self)
 
 
 class Megatron(Section):
@@ -258,8 +291,27 @@ class Rollout(Section):
         "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
-    transport: Literal["auto", "shared_memory", "ipc", "nccl"] = Field(
-        "auto", description="How weights reach the engine: shared_memory (CPU), ipc (same GPU), nccl (other GPUs)."
+    transport: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
+        "auto",
+        description="How weights reach the engine: shared_memory (CPU), ipc (same GPU), nccl (other GPUs), nccl_m2n "
+        "(other GPUs, from all ranks), sharded_rdt (other GPUs, over Ray).",
+    )
+    visible_devices: str | None = Field(
+        None, min_length=1, description="GPUs of the engine, such as 6,7; null shares those of the trainer."
+    )
+    verify_every: int = Field(
+        20,
+        ge=0,
+        description="Syncs between two comparisons of every tensor with what the engine serves; 0: at its start only.",
+    )
+    canary_prompts: int = Field(
+        4, ge=0, description="Prompts whose log-probs engine and trainer compare after every sync; 0 turns it off."
+    )
+    canary_tolerance: float | None = Field(
+        None, gt=0, description="Largest mean difference there, in nats a token; null: 0.1 in bfloat16, 0.001 in float32."
+    )
+    max_restarts: int = Field(
+        2, ge=0, description="Restarts of a failed engine, with a new weight sync, before the run is given up."
     )
     gpu_memory_utilization: float = Field(
         0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."

@@ -9,6 +9,7 @@ import torch
 
 from megatron_espo.config import Config
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
+from megatron_espo.mcore.canary import score_responses
 from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.loss import Observe
@@ -121,6 +122,10 @@ class Learner:
         state = load_checkpoint(self.chunks, self.hf_config, path, optimizer=self.policy.optimizer)
         self.policy.scheduler.load_state_dict(state.pop("scheduler"))
         return state
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Log-probs of each response's tokens given its prompt, on every rank; see ``canary.score_responses``."""
+        return score_responses(self.policy, self._forward_step, pairs, packing_options(self.config.megatron, self.groups))
 
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""

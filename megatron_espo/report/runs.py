@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_espo.errors import InputError
-from megatron_espo.run_files import read_json, read_jsonl
+from megatron_espo.run_files import phase_names, read_json, read_jsonl
 
 # The end of a Python traceback, with or without vLLM's prefix.
 _EXCEPTION = re.compile(r"(?:^|\] )((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout)\b.*)$")
@@ -61,13 +61,19 @@ class RunData:
     @property
     def phases(self) -> list[str]:
         """Names of the phases of a step, without ``step``."""
-        return [name[5:-2] for name in self.names(r"time/\w+_s") if name != "time/step_s"]
+        return phase_names(name for line in self.lines for name in line)
 
     def problems(self) -> list[str]:
         """What a reader should know before believing the curves, worst first."""
         found, last, steps = [], self.lines[-1]["step"], self.setting("run", "steps")
-        if not self.summary:
-            found.append(f"no summary.json: the run had not finished when this was written ({last} of {steps or '?'} steps)")
+        state = self.status.get("state")
+        if state in ("failed", "requeue"):
+            found.append(f"the run {'failed' if state == 'failed' else 'was asked to stop'} after step {last}: {self.status.get('why')}")
+        elif not self.summary:
+            found.append(f"the run had not finished when this was written ({last} of {steps or '?'} steps)")
+        restarts = {step: count for step, count in zip(*self.series("sync/restarts"), strict=True) if count}
+        if restarts:
+            found.append(f"the rollout engine was restarted {sum(restarts.values()):.0f} times, at the syncs of steps {_some(sorted(restarts))}")
         missing = sorted(set(range(1, last + 1)) - {line["step"] for line in self.lines})
         if missing:
             found.append(f"no metrics of {len(missing)} steps: {_some(missing)}")

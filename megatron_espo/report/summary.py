@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from statistics import mean
 
-from megatron_espo.run_files import read_jsonl
+from megatron_espo.run_files import phase_names, read_jsonl
 
 
 def write_summary(folder: str | Path, *, seconds: float, seed: int) -> dict[str, float]:
@@ -52,9 +52,8 @@ def draw_learning_curve(folder: str | Path, name: str | None = None) -> Path:
     if groups:
         entropy.legend()
 
-    phases = [name for name in lines[0] if name.startswith("time/") and name != "time/step_s"]
-    names = [name.removeprefix("time/").removesuffix("_s") for name in phases]
-    seconds.stackplot(steps, *([line.get(name, 0.0) for line in lines] for name in phases), labels=names)
+    phases = phase_names(name for line in lines for name in line)
+    seconds.stackplot(steps, *([line.get(f"time/{name}_s", 0.0) for line in lines] for name in phases), labels=phases)
     seconds.set(title="Seconds per step", xlabel="step", ylim=(0, None))
     seconds.legend(loc="upper right")
     for axes in (reward, entropy, seconds):

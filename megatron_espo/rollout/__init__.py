@@ -4,7 +4,9 @@ The only package that imports vllm, and only when a trainer connects to its engi
 the child process.
 """
 
-from megatron_espo.rollout.engine import Engine, EngineConfig, EngineError
+from megatron_espo.rollout.config import EngineConfig
+from megatron_espo.rollout.engine import Engine
+from megatron_espo.rollout.lifecycle import EngineError
 from megatron_espo.rollout.transport import make_trainer_transport, push_weights, register_transports, resolve_transport
 
 __all__ = [

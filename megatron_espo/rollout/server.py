@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from megatron_espo.rollout.engine import EngineConfig
+from megatron_espo.rollout.config import EngineConfig
 
 _PR_SET_PDEATHSIG = 1
 
@@ -74,7 +74,19 @@ class Server:
 
     def generate(self, requests: list[tuple[tuple[int, ...], int | None]]) -> list[tuple]:
         """(prompt token ids, seed) -> (response token ids, their processed log-probs, finish reason)."""
-        outputs = [request.outputs[0] for request in self._run(requests, self._sampling_params)]
+        return self._sample(requests, self._sampling_params)
+
+    def canary(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[tuple]:
+        """As ``generate``, but ``num_tokens`` tokens each from the whole distribution, always the same ones."""
+
+        def params(seed: int):
+            options = {"top_p": 1.0, "top_k": 0, "max_tokens": num_tokens, "stop_token_ids": []}
+            return self._sampling_params(seed, **options)
+
+        return self._sample([(prompt, seed) for seed, prompt in enumerate(prompts)], params)
+
+    def _sample(self, requests: list[tuple[tuple[int, ...], int | None]], make_params: Callable) -> list[tuple]:
+        outputs = [request.outputs[0] for request in self._run(requests, make_params)]
         return [(tuple(o.token_ids), tuple(o.logprobs.logprobs), o.finish_reason) for o in outputs]
 
     def logprobs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
@@ -89,21 +101,22 @@ class Server:
             for output, sequence in zip(outputs, sequences, strict=True)
         ]
 
-    def _sampling_params(self, seed: int | None):
+    def _sampling_params(self, seed: int | None, **changes):
         from vllm import SamplingParams
 
-        return SamplingParams(
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-            top_k=self.config.top_k,
-            seed=seed,
-            max_tokens=self.config.max_response_tokens,
-            stop_token_ids=sorted(self.config.eos_ids),
-            ignore_eos=True,  # the trainer's tokenizer, not the model's folder, says what ends a response
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-        )
+        options = {
+            "temperature": self.config.temperature,
+            "top_p": self.config.top_p,
+            "top_k": self.config.top_k,
+            "seed": seed,
+            "max_tokens": self.config.max_response_tokens,
+            "stop_token_ids": sorted(self.config.eos_ids),
+            "ignore_eos": True,  # the trainer's tokenizer, not the model's folder, says what ends a response
+            "logprobs": 0,
+            "flat_logprobs": True,
+            "detokenize": False,
+        }
+        return SamplingParams(**options | changes)
 
     def _run(self, requests: list[tuple], make_params: Callable) -> list:
         """Run all requests to their end, reporting those that finish. Outputs are in the order of the requests."""
@@ -123,6 +136,20 @@ class Server:
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         self.llm.init_weight_transfer_engine({"init_info": init_info})
 
+    def poison(self, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
+        self.llm.collective_rpc("poison_weights", args=(shapes,))
+
+    def served_checksums(self, dtype: str) -> dict[str, int]:
+        """The workers' partial sums, added up."""
+        total: dict[str, int] = {}
+        for part in self.llm.collective_rpc("served_checksums", args=(dtype,)):
+            for name, value in part.items():
+                total[name] = (total.get(name, 0) + value) % 2**64
+        return total
+
+    def transfer_seconds(self) -> dict[str, float]:
+        return self.llm.collective_rpc("transfer_seconds")[0]
+
     def start_weight_update(self) -> None:
         self.llm.start_weight_update()
 
@@ -132,7 +159,9 @@ class Server:
     def finish_weight_update(self, version: int) -> None:
         for rank, missing in enumerate(self.llm.collective_rpc("missing_weights")):
             if missing:
-                raise RuntimeError(f"{len(missing)} weights did not reach worker {rank}: {'; '.join(missing[:5])}")
+                raise RuntimeError(
+                    f"transfer: {len(missing)} weights did not reach worker {rank}: {'; '.join(missing[:5])}"
+                )
         self.llm.finish_weight_update(str(version))
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache still holds blocks of the old weights")

@@ -2,15 +2,18 @@
 
 The sender maps an anonymous memory file (``memfd_create``) that the engine's workers open through ``/proc``. It has no
 name, so nothing is left in /dev/shm whatever dies, and the 64 MB that containers give /dev/shm is no limit. One gather
-group (a decoder layer) at a time is written, described by offsets and CRC-32 sums, and loaded; the block is as large as
-the largest group. Importing this module registers both sides with vLLM's factories.
+group (a decoder layer) at a time is written, described by offsets and checksums, and loaded. Groups take turns at the
+block's two ends, so that the next is gathered while one is loaded; the block holds the two largest neighbours. Importing
+this module registers both sides with vLLM's factories.
 """
 
 import mmap
 import os
+import time
 import weakref
-import zlib
+from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import ClassVar, Self
@@ -27,6 +30,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+from megatron_espo.rollout.checksum import byte_sum
 
 BACKEND = "shared_memory"
 _ALIGNMENT = 64  # bytes; every dtype's view starts on a cache line
@@ -52,7 +57,7 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """One group: positions in the announced manifest, byte offsets in the block, CRC-32 of each tensor's bytes."""
+    """One group: positions in the announced manifest, byte offsets in the block, ``byte_sum`` of each tensor."""
 
     positions: list[int]
     offsets: list[int]
@@ -81,7 +86,11 @@ class SharedBlock:
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), capacity)
 
     def checksum(self, offset: int, size: int) -> int:
-        return zlib.crc32(memoryview(self.mapping)[offset : offset + size])
+        return byte_sum(memoryview(self.mapping), offset, size)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory is the block's."""
+        return 0 <= tensor.data_ptr() - self.bytes.data_ptr() < self.bytes.numel()
 
     def close(self) -> None:
         self._close_fd()
@@ -95,6 +104,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
     _block: SharedBlock | None = None
+    seconds: Counter[str]
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         self.shutdown()
@@ -106,10 +116,13 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         self._arrived: set[int] = set()
+        self.seconds = Counter()
         self._forget_expert_kernels()
         initialize_layerwise_reload(self.model)
+        self._layers = [get_layerwise_info(layer) for layer in self.model.modules() if layer._parameters]
 
     def update_weights(self, update_info: dict) -> None:
         # The base class ends with torch.accelerator.synchronize(), which raises without an accelerator; everything
@@ -119,23 +132,39 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-        weights = [
-            self._read(*item)
-            for item in zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
-        ]
-        with disable_mtp_completeness_check():
-            self.model.load_weights(weights)
+        items = zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
+        weights = [self._read(*item) for item in items]
+        began = time.perf_counter()
+        try:
+            with disable_mtp_completeness_check():
+                self.model.load_weights(weights)
+        except Exception as error:
+            names = f"{weights[0][0]} ... {weights[-1][0]}"
+            raise RuntimeError(f"vLLM could not load {names}: {type(error).__name__}: {error}") from error
+        self._copy_what_waits()
+        self.seconds["load"] += time.perf_counter() - began
 
     def _read(self, position: int, offset: int, checksum: int) -> tuple[str, torch.Tensor]:
+        began = time.perf_counter()
         meta = self._manifest[position]
         if position in self._arrived:
-            raise ValueError(f"Weight {meta.name!r} arrived twice in one sync.")
+            raise ValueError(f"transfer: weight {meta.name!r} arrived twice in one sync.")
         size = num_bytes(meta)
         if (found := self._block.checksum(offset, size)) != checksum:
-            raise ValueError(f"Weight {meta.name!r} arrived damaged: CRC-32 {found:08x}, sent {checksum:08x}.")
+            raise ValueError(
+                f"transfer: weight {meta.name!r} arrived damaged: checksum {found:016x}, sent {checksum:016x}."
+            )
         self._arrived.add(position)
-        # A copy: vLLM's loaders keep a tensor until its whole layer is there, the next group overwrites the block.
-        return meta.name, self._block.bytes[offset : offset + size].clone().view(meta.dtype).view(meta.shape)
+        self.seconds["checksum"] += time.perf_counter() - began
+        return meta.name, self._block.bytes[offset : offset + size].view(meta.dtype).view(meta.shape)
+
+    def _copy_what_waits(self) -> None:
+        # vLLM's loaders keep a tensor until its whole layer is there; a later group overwrites the block.
+        for info in self._layers:
+            for _, bound in info.loaded_weights:
+                for name, value in bound.arguments.items():
+                    if isinstance(value, torch.Tensor) and self._block.holds(value):
+                        bound.arguments[name] = value.clone()
 
     def missing_weights(self) -> list[str]:
         """Announced names that have not arrived in this update."""
@@ -145,9 +174,11 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         if missing := self.missing_weights():
-            raise ValueError(f"{len(missing)} announced weights did not arrive: {', '.join(missing[:5])}.")
+            raise ValueError(f"transfer: {len(missing)} announced weights did not arrive: {', '.join(missing[:5])}.")
+        began = time.perf_counter()
         finalize_layerwise_reload(self.model, self.model_config)
-        self._repack_tied_head()
+        repack_tied_head(self.model, self.model_config)
+        self.seconds["finish"] += time.perf_counter() - began
 
     def _forget_expert_kernels(self) -> None:
         # On CPU a layer of experts computes with packed weights, and vLLM packs them only where it builds the kernel,
@@ -158,15 +189,6 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             if isinstance(method := getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
                 method.moe_kernel = None
 
-    def _repack_tied_head(self) -> None:
-        # A tied head shares the embedding's weight, but on CPU it computes with a packed copy of its own, and vLLM's
-        # layerwise reload renews that of the layers that received tensors only: logits would come from old weights.
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-        if self.model_config.hf_text_config.tie_word_embeddings:
-            for layer in self.model.modules():
-                if isinstance(layer, ParallelLMHead):
-                    layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         if self._block is not None:
@@ -174,8 +196,25 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             self._block = None
 
 
+def repack_tied_head(model: torch.nn.Module, model_config) -> None:
+    """Renew the packed copy that a tied output layer computes with on a CPU.
+
+    It shares the embedding's weight, but vLLM's layerwise reload repacks only the layers that received tensors: logits
+    would come from old weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    if model_config.hf_text_config.tie_word_embeddings:
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
+
+
 class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[SharedMemoryTrainerInitInfo]):
-    """Trainer side. ``send_weights`` runs on every trainer rank; collectives are those of the source alone."""
+    """Trainer side. ``send_weights`` runs on every trainer rank; collectives are those of the source alone.
+
+    A source with an attribute ``allocate`` (``MegatronWeightSource``) gathers straight into the shared block.
+    """
 
     init_info_cls = SharedMemoryTrainerInitInfo
 
@@ -197,11 +236,16 @@ class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[Shared
 
     def _open(self, metas: list[ParamMeta], groups: list[list[str]]) -> None:
         self._metas = {meta.name: (i, meta) for i, meta in enumerate(metas)}
-        largest = max(sum(_aligned(num_bytes(self._metas[name][1])) for name in names) for names in groups)
-        self._block = SharedBlock.create(largest)
+        sizes = [sum(_aligned(num_bytes(self._metas[name][1])) for name in names) for names in groups]
+        capacity = max(map(sum, zip(sizes, [*sizes[1:], 0], strict=True)))
+        self._block = SharedBlock.create(capacity)
+        self._executor = ThreadPoolExecutor(1, "weight-sync")
+        self.seconds: Counter[str] = Counter()
+        if hasattr(self.source, "allocate"):
+            self.source.allocate = self._allocate
         init_info = SharedMemoryInitInfo(
             path=self._block.path,
-            capacity=largest,
+            capacity=capacity,
             names=[meta.name for meta in metas],
             dtype_names=[str(meta.dtype).removeprefix("torch.") for meta in metas],
             shapes=[list(meta.shape) for meta in metas],
@@ -213,39 +257,67 @@ class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[Shared
 
         An error of the engine is raised after the source is exhausted: the other ranks are inside its collectives.
         """
-        error = self._guarded(self.client.start_weight_update) if self.is_sender else None
+        if not self.is_sender:
+            for _ in self.source.iter_groups():
+                pass
+            return
+        self._sent, pending = 0, self._executor.submit(self.client.start_weight_update)
+        error: Exception | None = None
         for names, tensors in self.source.iter_groups():
-            if self.is_sender and error is None:
-                error = self._guarded(lambda n=names, t=tensors: self.client.update_weights(asdict(self._write(n, t))))
-        if error is not None:
+            # The group before the last is loaded, so this half of the block is free; the last is being loaded meanwhile.
+            try:
+                info = asdict(self._write(names, tensors)) if error is None else None
+            except Exception as problem:
+                error = problem
+            error = self._wait(pending) or error
+            if error is None:
+                pending = self._executor.submit(self.client.update_weights, info)
+        if error := error or self._wait(pending):
             raise error
-        if self.is_sender:
-            self.client.finish_weight_update()
+        self.client.finish_weight_update()
 
-    @staticmethod
-    def _guarded(call) -> Exception | None:
-        try:
-            call()
-        except Exception as error:
-            return error
-        return None
+    def _wait(self, pending: Future) -> Exception | None:
+        began = time.perf_counter()
+        error = pending.exception()
+        self.seconds["wait"] += time.perf_counter() - began
+        return error
+
+    def _side(self, size: int) -> int:
+        """Offset of a group of ``size`` bytes: even ones at the block's start, odd ones at its end."""
+        return 0 if self._sent % 2 == 0 else (self._block.bytes.numel() - size) // _ALIGNMENT * _ALIGNMENT
+
+    def _allocate(self, size: int) -> torch.Tensor:
+        """``size`` bytes for the next group."""
+        offset = self._side(size)
+        return self._block.bytes[offset : offset + size]
 
     def _write(self, names: Iterable[str], tensors: Iterable[torch.Tensor | None]) -> SharedMemoryUpdateInfo:
-        positions, offsets, checksums, offset = [], [], [], 0
+        began, items = time.perf_counter(), []
         for name, tensor in zip(names, tensors, strict=True):
             position, meta = self._metas[name]
             _check_tensor(meta, tensor)
-            size = num_bytes(meta)
-            target = self._block.bytes[offset : offset + size].view(meta.dtype).view(meta.shape)
-            target.copy_(tensor.detach())
-            positions.append(position)
-            offsets.append(offset)
-            checksums.append(self._block.checksum(offset, size))
-            offset += _aligned(size)
-        return SharedMemoryUpdateInfo(positions, offsets, checksums)
+            items.append((position, meta, tensor))
+        offset = self._side(sum(_aligned(num_bytes(meta)) for _, meta, _ in items))
+        info = SharedMemoryUpdateInfo([], [], [])
+        for position, meta, tensor in items:
+            size, place = num_bytes(meta), offset
+            if self._block.holds(tensor):
+                place = tensor.data_ptr() - self._block.bytes.data_ptr()
+            else:
+                self._block.bytes[offset : offset + size].view(meta.dtype).view(meta.shape).copy_(tensor.detach())
+                offset += _aligned(size)
+            info.positions.append(position)
+            info.offsets.append(place)
+            info.checksums.append(self._block.checksum(place, size))
+        self._sent += 1
+        self.seconds["write"] += time.perf_counter() - began
+        return info
 
     def shutdown(self) -> None:
         if self.is_sender:
+            self._executor.shutdown()
+            if hasattr(self.source, "allocate"):
+                self.source.allocate = None
             self._block.close()
 
 

@@ -1,8 +1,12 @@
 """Which of vLLM's weight transports a run uses, and how it is built. vllm is imported on first use."""
 
+import importlib.util
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from megatron_espo.errors import InputError
 from megatron_espo.rollout.engine import Engine
@@ -11,7 +15,17 @@ from megatron_espo.rollout.manifest import check_manifest
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 
-TRANSPORTS = ("shared_memory", "ipc", "nccl")
+# Name -> where the engine runs, and the package beyond vLLM that the transport needs.
+TRANSPORTS = {
+    "shared_memory": ("this machine", None),
+    "ipc": ("the trainer's GPU", None),
+    "nccl": ("GPUs of its own", None),
+    "nccl_m2n": ("GPUs of its own", "nccl"),
+    "sharded_rdt": ("GPUs of its own", "ray"),
+}
+# Every trainer rank takes part with its own copy or shard; elsewhere rank 0 sends all.
+ON_ALL_RANKS = ("ipc", "nccl_m2n", "sharded_rdt")
+_RAY_NAMESPACE = "megatron_espo"
 
 
 def register_transports() -> None:
@@ -19,23 +33,49 @@ def register_transports() -> None:
     import megatron_espo.rollout.shared_memory  # noqa: F401  registers on first import
 
 
-def resolve_transport(name: str) -> str:
-    """The transport that ``rollout.transport`` stands for on this machine.
+def resolve_transport(name: str, visible_devices: str | None = None) -> str:
+    """The transport that ``rollout.transport`` stands for on this machine, its placement checked.
 
-    ``auto``: ``ipc`` (trainer and engine share a GPU) where CUDA is available, else ``shared_memory``. ``nccl`` is for
-    an engine on GPUs of its own.
+    ``auto``: on a GPU, ``ipc`` where the engine shares the trainer's and ``nccl`` where ``visible_devices`` gives it its
+    own; else ``shared_memory``.
 
     Raises:
-        InputError: unknown name, or ``ipc``/``nccl`` without a GPU.
+        InputError: unknown name, no GPU, a package that is missing, or an engine on the wrong GPUs.
     """
     has_gpu = torch.cuda.is_available()
     if name == "auto":
-        return "ipc" if has_gpu else "shared_memory"
+        name = ("nccl" if visible_devices else "ipc") if has_gpu else "shared_memory"
     if name not in TRANSPORTS:
         raise InputError(f"rollout.transport: expected auto, {', '.join(TRANSPORTS)}; got {name!r}.")
     if name != "shared_memory" and not has_gpu:
         raise InputError(f"rollout.transport: {name!r} needs a GPU and none is available; use shared_memory or auto.")
+    check_placement(name, visible_devices, os.environ)
+    package = TRANSPORTS[name][1]
+    if package and importlib.util.find_spec(package) is None:
+        raise InputError(f"rollout.transport: {name!r} needs the package {package!r}; install it, or use nccl.")
     return name
+
+
+def check_placement(name: str, visible_devices: str | None, environment: Mapping[str, str]) -> None:
+    """InputError unless the engine's GPUs are where the transport needs them.
+
+    Args:
+        visible_devices: ``rollout.visible_devices``; None: the engine shares the trainer's GPUs.
+        environment: of this rank; torchrun's LOCAL_WORLD_SIZE and CUDA_VISIBLE_DEVICES tell the trainer's GPUs.
+    """
+    where = TRANSPORTS[name][0]
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    own = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks)))).split(",")[:ranks]
+    shared = sorted(set(own) & set((visible_devices or "").split(",")))
+    problem = None
+    if where == "GPUs of its own" and visible_devices is None:
+        problem = "null (the trainer's); name GPUs that no trainer rank uses"
+    elif where == "GPUs of its own" and shared:
+        problem = f"{visible_devices!r}, of which a trainer rank uses {', '.join(shared)}"
+    elif where == "the trainer's GPU" and visible_devices is not None and not shared:
+        problem = f"{visible_devices!r}, which no trainer rank uses; use nccl, or leave it null"
+    if problem:
+        raise InputError(f"rollout.visible_devices: transport {name} needs the engine on {where}, got {problem}.")
 
 
 def make_trainer_transport(
@@ -44,7 +84,7 @@ def make_trainer_transport(
     """Connect a trainer to its rollout engine. Called on every trainer rank, again after each engine restart.
 
     Args:
-        name: ``auto``, ``shared_memory``, ``ipc`` or ``nccl``; the same that the engine was started with.
+        name: one of ``TRANSPORTS``, or ``auto``; the same that the engine was started with.
         engine: the started engine on rank 0, which sends; None on the other ranks.
         source: this rank's view of the trained weights under Hugging Face names.
         rank: of this process among the trainer's ranks.
@@ -56,9 +96,11 @@ def make_trainer_transport(
         InputError: the transport is unknown or impossible here, differs from the engine's, or the source's names and
             shapes are not those of the engine's checkpoint (the message names the tensors).
 
-    Collectives: those of ``source.metadata()``; ``ipc`` uses the default group in every sync.
+    Collectives: those of ``source.metadata()``; ``nccl_m2n`` broadcasts the meeting point from rank 0; ``ipc`` uses the
+    default group in every sync.
     """
-    name = resolve_transport(name)
+    if name == "auto":
+        name = resolve_transport(name)
     metas = source.metadata()
     if rank == 0:
         if engine is None:
@@ -72,6 +114,7 @@ def make_trainer_transport(
 
 
 def _init_info(name: str, engine: Engine | None, rank: int) -> "TrainerInitInfo":
+    workers = engine.config.tensor_parallel_size if engine is not None else 0
     if name == "shared_memory":
         from megatron_espo.rollout.shared_memory import SharedMemoryTrainerInitInfo
 
@@ -80,22 +123,59 @@ def _init_info(name: str, engine: Engine | None, rank: int) -> "TrainerInitInfo"
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         return IPCTrainerInitInfo(rank=rank, packed=True)
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    if name == "sharded_rdt":
+        import ray
+        from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo
+
+        ray.init(address="auto", namespace=_RAY_NAMESPACE, ignore_reinit_error=True)
+        (workers,) = _from_rank_0([workers])
+        return ShardedRDTTrainerInitInfo(
+            rank=rank, num_consumers=workers, workers_per_replica=workers, trainer_actor_namespace=_RAY_NAMESPACE
+        )
     from vllm.utils.network_utils import get_open_port
 
-    # Only rank 0 and the engine's workers meet, on this machine: the engine is a child of rank 0.
-    workers = engine.config.tensor_parallel_size if engine is not None else 0
     port = get_open_port() if engine is not None else 0
+    if name == "nccl_m2n":
+        from vllm.distributed.weight_transfer.m2n_trainer import M2NTrainerInitInfo
+
+        ranks = dist.get_world_size()
+        # The engine is a child of rank 0, so it is rank 0's machine where all meet.
+        address, port, workers = _from_rank_0([os.environ.get("MASTER_ADDR", "127.0.0.1"), port, workers])
+        return M2NTrainerInitInfo(
+            rank=rank, master_address=address, master_port=port, world_size=ranks + workers, num_trainer_ranks=ranks
+        )
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    # Only rank 0 and the engine's workers meet, on this machine: the engine is a child of rank 0.
     return NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=port, world_size=1 + workers, rank=rank)
 
 
-def push_weights(transport: "TrainerWeightTransferEngine", engine: Engine | None, version: int) -> None:
-    """Send the trainer's weights; the engine then serves policy ``version``. Called on every trainer rank.
+def _from_rank_0(values: list) -> list:
+    dist.broadcast_object_list(values, src=0)
+    return values
+
+
+def send_weights(transport: "TrainerWeightTransferEngine", engine: Engine | None, version: int) -> None:
+    """Bring the trainer's weights into the engine, which does not serve them before ``engine.serve()``.
+
+    Called on every trainer rank.
 
     Raises:
         EngineError: on rank 0, when the engine refused or died. It then serves nothing until it is restarted and
             synced; the other ranks return normally, so agree on success before the next collective.
     """
+    try:
+        if engine is not None:
+            engine.announce_version(version)
+        transport.send_weights()
+    except BaseException:
+        if engine is not None:
+            engine.reject()
+        raise
+
+
+def push_weights(transport: "TrainerWeightTransferEngine", engine: Engine | None, version: int) -> None:
+    """``send_weights``, and serve them as policy ``version`` without further checks (``weights.sync`` has those)."""
+    send_weights(transport, engine, version)
     if engine is not None:
-        engine.announce_version(version)
-    transport.send_weights()
+        engine.serve()

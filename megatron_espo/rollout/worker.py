@@ -1,15 +1,35 @@
-"""What vLLM's workers get from this project (``worker_extension_cls``): the shared-memory transport and one check."""
+"""What vLLM's workers get from this project (``worker_extension_cls``): the shared-memory transport and the checks."""
 
+import torch
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
-import megatron_espo.rollout.shared_memory  # noqa: F401  registers the transport in this process
+from megatron_espo.rollout.served import served_checksums
+from megatron_espo.rollout.shared_memory import repack_tied_head  # registers the transport in this process
 
 
 class WorkerExtension:
     """Mixed into vLLM's worker class; ``LLM.collective_rpc`` finds its methods by name."""
+
+    def poison_weights(self, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
+        """Load NaN into every named weight, by the way that real ones come."""
+        model = self.model_runner.get_model()
+        nan = torch.tensor(torch.nan, dtype=self.model_config.dtype, device=self.device)
+        initialize_layerwise_reload(model)
+        model.load_weights((name, nan.expand(shape)) for name, shape in shapes)
+        finalize_layerwise_reload(model, self.model_config)
+        repack_tied_head(model, self.model_config)
+
+    def served_checksums(self, dtype: str) -> dict[str, int]:
+        """See ``served.served_checksums``."""
+        return served_checksums(self.model_runner.get_model(), getattr(torch, dtype))
+
+    def transfer_seconds(self) -> dict[str, float]:
+        """Where this worker spent the last weight update, as far as its transport measures it."""
+        return dict(getattr(self.weight_transfer_engine, "seconds", {}))
 
     def missing_weights(self) -> list[str]:
         """What a running weight update lacks: tensors where the transport knows, else layers with too few elements.

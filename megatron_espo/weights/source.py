@@ -54,6 +54,9 @@ class MegatronWeightSource:
         InputError: the model and the naming table do not match (see ``binding.bind``).
     """
 
+    # Called with a number of bytes where the whole tensors of the next group should lie (host memory only).
+    allocate: Callable[[int], torch.Tensor] | None = None
+
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
@@ -120,7 +123,7 @@ class MegatronWeightSource:
     def _gather(self, index: int) -> list[torch.Tensor]:
         """One group's whole tensors: views of one flat buffer in the wire dtype."""
         shapes = [shape for mapping in self._groups[index] for _, shape in mapping.huggingface]
-        flat = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
+        flat = self._empty(sum(map(_numel, shapes)))
         tensors = _views(flat, shapes)
         owner = self._owners[index]
         if owner == self._pp.rank():
@@ -128,6 +131,11 @@ class MegatronWeightSource:
         if self._gather_pipeline and self._pp.size() > 1:
             dist.broadcast(flat, src=dist.get_global_rank(self._pp, owner), group=self._pp)
         return tensors
+
+    def _empty(self, numel: int) -> torch.Tensor:
+        if self.allocate is None or self._device.type != "cpu":
+            return torch.empty(numel, dtype=self._dtype, device=self._device)
+        return self.allocate(numel * self._dtype.itemsize).view(self._dtype)
 
     def _merge(self, group: list[Mapping], bound: list[Bound], tensors: list[torch.Tensor]) -> None:
         """Fill the group's whole tensors from the shards of all ranks that have one: one all-gather for each kind of part."""
@@ -148,14 +156,14 @@ class MegatronWeightSource:
 
     def _all_gather(self, parameters: list[torch.nn.Parameter], sharing: Any) -> list[list[torch.Tensor]]:
         """For each rank of the process group its parameters in the wire dtype; shapes are equal on all. One all-gather."""
+        if sharing.size() == 1:
+            return [[self._read(parameter) for parameter in parameters]]
         shapes = [tuple(parameter.shape) for parameter in parameters]
         local = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
         for view, parameter in zip(_views(local, shapes), parameters, strict=True):
             view.copy_(self._read(parameter))
-        gathered = local
-        if sharing.size() > 1:
-            gathered = local.new_empty(sharing.size() * local.numel())
-            dist.all_gather_into_tensor(gathered, local, group=sharing)
+        gathered = local.new_empty(sharing.size() * local.numel())
+        dist.all_gather_into_tensor(gathered, local, group=sharing)
         return [_views(shard, shapes) for shard in gathered.chunk(sharing.size())]
 
 

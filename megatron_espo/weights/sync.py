@@ -1,51 +1,242 @@
-"""The trainer's weights into the rollout engine, version by version."""
+"""The trainer's weights into the rollout engine, version by version, checked before they are served."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_espo.config import Config
+from megatron_espo.errors import InputError
 from megatron_espo.mcore.runtime import Runtime
-from megatron_espo.rollout import Engine, make_trainer_transport, push_weights, resolve_transport
-from megatron_espo.weights.vllm_source import MegatronWeightSource
+from megatron_espo.rollout import Engine, EngineError, make_trainer_transport, resolve_transport
+from megatron_espo.rollout.lifecycle import State
+from megatron_espo.rollout.manifest import check_manifest
+from megatron_espo.rollout.transport import ON_ALL_RANKS, send_weights
+from megatron_espo.types import Prompt
+from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
+from megatron_espo.weights.verification import TOLERANCE, CanarySample, canary_gap, wrong_tensors
+from megatron_espo.weights.vllm_source import GatherError, MegatronWeightSource, ObservedSource
+
+_CANARY_TOKENS = 8
+_CANARY_PROMPT_TOKENS = 128
+
+
+class WeightSyncError(RuntimeError):
+    """The engine could not be given a version of the weights. The message names version, rank, phase and tensor."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt failed. ``final``: another one would fail in the same way; ``mistake``: it is the user's."""
+
+    rank: int
+    phase: str
+    detail: str
+    final: bool = False
+    mistake: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, phase {self.phase}: {self.detail}"
 
 
 class WeightSync:
-    """Connects the model to the engine once, then pushes each new version.
+    """Connects the model to the engine and pushes each new version; restarts the engine when that fails.
+
+    Before the first sync of an engine process its weights are poisoned with NaN. A version is served when all ranks
+    agree that it arrived, when the tensors read back from the engine have the trainer's checksums (first sync of a
+    process, then every ``rollout.verify_every``) and when engine and trainer agree on the log-probs of the canary.
 
     Args:
         config: the run's configuration.
         hf_config: the model's ``config.json``.
-        chunks: this rank's model chunks.
+        learner: the trained model: ``chunks`` of this rank, and ``score`` of (prompt, response) pairs.
         runtime: this rank's place.
-        engine: the engine on rank 0, ``None`` elsewhere; waits until it is up.
-
-    Raises:
-        InputError: the engine's model and ours differ in names or shapes.
-        EngineError: the engine did not start.
+        engine: the started engine on rank 0, ``None`` elsewhere.
+        canary: prompts for the canary on rank 0.
     """
 
     def __init__(
         self,
         config: Config,
         hf_config: dict[str, Any],
-        chunks: Sequence[torch.nn.Module],
+        learner: Any,
         runtime: Runtime,
         engine: Engine | None,
+        canary: Sequence[Prompt] = (),
     ) -> None:
-        name = resolve_transport(config.rollout.transport)
-        dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
-        source = MegatronWeightSource(
-            chunks, hf_config, runtime.groups, dtype=getattr(torch, dtype), all_replicas=name == "ipc"
-        )
-        self._engine = engine
-        self._transport = make_trainer_transport(name, engine=engine, source=source, rank=runtime.rank)
+        self._config, self._rank = config.rollout, runtime.rank
+        self._name = resolve_transport(config.rollout.transport, config.rollout.visible_devices)
+        self._dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+        dtypes = {self._dtype, config.model.dtype}
+        self._tolerance = config.rollout.canary_tolerance or max(TOLERANCE[dtype] for dtype in dtypes)
+        self._learner, self._engine, self._canary = learner, engine, list(canary)
+        self._source = ObservedSource(self._make_source(config, hf_config, runtime), runtime.world_size)
+        self._transport: Any = None
+        self._pushes = 0
+        self.version: int | None = None
 
-    def push(self, version: int) -> None:
-        """Make the engine serve the current weights as policy ``version``. Collective: the gathers of ``MegatronWeightSource``.
+    def _make_source(self, config: Config, hf_config: dict[str, Any], runtime: Runtime) -> Any:
+        dtype, chunks = getattr(torch, self._dtype), self._learner.chunks
+        if config.model.exporter:
+            return ExportedWeightSource(load_exporter(config.model.exporter, chunks, hf_config), dtype)
+        return MegatronWeightSource(
+            chunks,
+            hf_config,
+            runtime.groups,
+            dtype=dtype,
+            gather_pipeline=self._name != "sharded_rdt",
+            all_replicas=self._name in ON_ALL_RANKS,
+        )
+
+    def push(self, version: int) -> dict[str, float]:
+        """Make the engine serve the current weights as policy ``version``. Collective over all ranks.
+
+        Returns:
+            On rank 0 ``sync/restarts`` and, where they ran, ``time/verify_s``, ``time/canary_s`` and ``mismatch/canary``
+            (mean |engine - trainer| log-prob gap, nats); on the others nothing.
 
         Raises:
-            EngineError: on rank 0; the engine then serves nothing.
+            WeightSyncError: on every rank, after ``rollout.max_restarts`` restarts or a failure that none would mend;
+                on the rank alone whose gather failed, because its peers wait inside it.
+            InputError: on every rank, the engine's model and ours differ in names or shapes.
         """
-        push_weights(self._transport, self._engine, version)
+        for restarts in range(self._config.max_restarts + 1):
+            metrics: dict[str, float] = {}
+            failure = self._connect() or self._transfer(version, metrics) or self._check_canary(version, metrics)
+            if failure is None:
+                self.version, self._pushes = version, self._pushes + 1
+                if self._engine is not None:
+                    self._engine.serve()
+                    metrics["sync/restarts"] = restarts
+                return metrics
+            self._disconnect()
+            if failure.mistake:
+                raise InputError(failure.detail)
+            if failure.final or restarts == self._config.max_restarts:
+                break
+            if self._engine is not None:
+                print(f"warning: weights of version {version}: {failure}\nrestarting the rollout engine", flush=True)
+        raise WeightSyncError(f"weights of version {version}: {failure}\ngave up after {restarts} engine restarts")
+
+    def recover(self) -> None:
+        """Restart an engine that failed between two syncs and give it the version that it had. Collective, as ``push``."""
+        self._disconnect()
+        self.push(self.version)
+
+    def _disconnect(self) -> None:
+        if self._transport is not None:
+            self._transport.shutdown()
+        self._transport, self._pushes = None, 0
+        if self._engine is not None:
+            self._engine.close()
+
+    def _connect(self) -> Failure | None:
+        """A running, poisoned engine and a transport to it. Collective."""
+        if self._transport is not None:
+            return None
+
+        shapes = [(meta.name, tuple(meta.shape)) for meta in self._source.metadata()]
+
+        def start() -> None:
+            if self._engine is not None:
+                check_manifest(shapes, self._engine.config.model)  # before the seconds that the engine takes to start
+                if self._engine.state == State.DEAD:
+                    self._engine.start()
+                self._engine.wait_ready()
+
+        def connect() -> None:
+            self._transport = make_trainer_transport(
+                self._name, engine=self._engine, source=self._source, rank=self._rank
+            )
+            if self._engine is not None:
+                self._engine.poison(shapes)
+
+        return self._agree("connect", start) or self._agree("connect", connect)
+
+    def _transfer(self, version: int, metrics: dict[str, float]) -> Failure | None:
+        """Send the weights; where it is due, compare what is served with what was sent. Collective."""
+        every = self._config.verify_every
+        due = self._engine is not None and (self._pushes == 0 or (every > 0 and self._pushes % every == 0))
+        self._source.checksums = {} if due else None
+
+        def send() -> None:
+            with self._source.one_pass():
+                send_weights(self._transport, self._engine, version)
+
+        def verify() -> None:
+            began = time.perf_counter()
+            served = self._engine.served_checksums(self._dtype)
+            if wrong := wrong_tensors(self._source.checksums, served):
+                raise EngineError(wrong, "verify")
+            metrics["sync/verified_tensors"] = len(served.keys() & self._source.checksums.keys())
+            metrics["time/verify_s"] = time.perf_counter() - began
+
+        return self._agree("transfer", send) or (self._agree("verify", verify if due else _nothing))
+
+    def _check_canary(self, version: int, metrics: dict[str, float]) -> Failure | None:
+        """Compare log-probs of freshly decoded tokens with the trainer's. Collective: all ranks run the forward pass."""
+        began = time.perf_counter()
+        box: list[list[CanarySample]] = [[]]
+
+        def sample() -> None:
+            if self._engine is not None and self._canary:
+                cropped = [prompt.token_ids[:_CANARY_PROMPT_TOKENS] for prompt in self._canary]
+                answers = self._engine.canary(cropped, min(_CANARY_TOKENS, self._engine.config.max_response_tokens))
+                box[0] = [
+                    CanarySample(prompt.id, ids, response, logprobs)
+                    for prompt, ids, (response, logprobs, _) in zip(self._canary, cropped, answers, strict=True)
+                ]
+
+        if failure := self._agree("canary", sample):
+            return failure
+        dist.broadcast_object_list(box, src=0)
+        if not box[0]:
+            return None
+        trained = self._learner.score([(sample.prompt_ids, sample.response_ids) for sample in box[0]])
+        gap, worst = canary_gap(box[0], trained)  # the same on every rank, and so is what follows
+        if not gap <= self._tolerance:
+            limit = f"rollout.canary_tolerance {self._tolerance:g}"
+            if self._engine is not None:
+                self._engine.reject()
+            return Failure(0, "canary", f"mean |engine - trainer| log-prob gap {gap:.4g} nats, above {limit}; {worst}")
+        if self._engine is not None:
+            metrics |= {"mismatch/canary": gap, "time/canary_s": time.perf_counter() - began}
+        return None
+
+    def _agree(self, phase: str, action: Callable[[], None]) -> Failure | None:
+        """Run ``action`` on this rank; the first rank's failure, on every rank. One small collective."""
+        own = None
+        try:
+            action()
+        except GatherError as error:
+            # Other ranks are inside the gather that failed here: they cannot be asked.
+            raise WeightSyncError(f"weights: rank {self._rank}, phase gather, {error}") from error
+        except EngineError as error:
+            own = Failure(self._rank, error.phase, str(error))
+        except InputError as error:
+            own = Failure(self._rank, phase, str(error), final=True, mistake=True)
+        except Exception as error:
+            own = Failure(self._rank, phase, f"{type(error).__name__}: {error}", final=True)
+        if own is not None and own.phase in ("transfer", "load"):
+            own = replace(own, detail=f"{own.detail}\nThe group of {self._source.current} was gathered last.")
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, own)
+        return next((outcome for outcome in outcomes if outcome is not None), None)
+
+
+class NoSync:
+    """In the place of a :class:`WeightSync` where there is no engine (``run.replay``)."""
+
+    def push(self, version: int) -> dict[str, float]:
+        """Nothing to do."""
+        return {}
+
+    def recover(self) -> None:
+        """Nothing can fail."""
+
+
+def _nothing() -> None:
+    pass

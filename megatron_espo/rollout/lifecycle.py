@@ -1,0 +1,47 @@
+"""What a rollout engine may do next. Standard library only."""
+
+from enum import StrEnum
+
+
+class EngineError(RuntimeError):
+    """The rollout engine died, hung, refused a call, or was asked for something its state forbids.
+
+    Attributes:
+        phase: what was going on: ``start``, ``connect``, ``rollout``, or a phase of a weight sync (``transfer``,
+            ``load``, ``finish``, ``verify``, ``canary``).
+    """
+
+    def __init__(self, message: str, phase: str = "rollout"):
+        super().__init__(message)
+        self.phase = phase
+
+
+class State(StrEnum):
+    """Only ``ready`` serves rollouts.
+
+    ``starting``: vLLM loads. ``stale``: it runs, without weights that may be served. ``updating``: weights arrive or are
+    being checked. ``ready``: they are served. ``dead``: no process.
+    """
+
+    STARTING = "starting"
+    STALE = "stale"
+    UPDATING = "updating"
+    READY = "ready"
+    DEAD = "dead"
+
+
+TRANSITIONS = {
+    State.DEAD: {State.STARTING, State.DEAD},
+    State.STARTING: {State.STALE, State.DEAD},
+    State.STALE: {State.UPDATING, State.DEAD},
+    State.UPDATING: {State.READY, State.STALE, State.DEAD},
+    State.READY: {State.UPDATING, State.DEAD},
+}
+
+
+def transition(current: State, following: State, action: str) -> State:
+    """``following``, or EngineError where ``action`` is not possible in the ``current`` state."""
+    if following not in TRANSITIONS[current]:
+        allowed = " or ".join(state for state in State if following in TRANSITIONS[state])
+        raise EngineError(f"{action}: the rollout engine is {current}; expected {allowed}.")
+    return following

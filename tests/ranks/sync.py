@@ -1,0 +1,287 @@
+"""Weight syncs from real Megatron ranks into a real engine, with and without faults; runs on every rank."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_espo.config import Config
+from megatron_espo.mcore import runtime
+from megatron_espo.mcore.model import read_hf_config
+from megatron_espo.rollout import EngineError
+from megatron_espo.types import Prompt
+from megatron_espo.weights.hf_io import save_hf
+from tests.test_rollout import engine_config, is_alive
+
+PROMPTS = [Prompt(f"row-{i}", "", "", tuple(range(4 + i, 10 + 2 * i))) for i in range(4)]
+
+
+def start(folder: str, engine_type=None, exporter: str | None = None, tensor: int = 1, pipeline: int = 1, **rollout):
+    """Config, learner, engine (rank 0) and sync on this rank."""
+    from megatron_espo.mcore import cpu
+
+    cpu.install()
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    place = runtime.initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    from megatron_espo.mcore.learner import Learner
+    from megatron_espo.rollout import Engine
+    from megatron_espo.weights.sync import WeightSync
+
+    settings = {"temperature": 0.7, "timeout_s": 60.0, "max_response_tokens": 12} | rollout
+    greedy = settings.pop("greedy", False)
+    config = Config.model_validate(
+        {
+            "model": {"path": folder, "dtype": "float32", "exporter": exporter},
+            "megatron": {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline},
+            "rollout": settings,
+            "data": {"prompts": "reasoning_gym:chain_sum"},
+        }
+    )
+    hf_config = config.validate_model()
+    engine = None
+    if place.is_main:
+        engine = (engine_type or Engine)(
+            engine_config(
+                folder,
+                Path(folder, "engine.log"),
+                temperature=0.0 if greedy else 0.7,
+                tensor_parallel_size=config.rollout.tensor_parallel_size,
+            ),
+            decode=str,
+        ).start()
+    learner = Learner(config, hf_config, place)
+    return learner, engine, WeightSync(config, hf_config, learner, place, engine, PROMPTS if engine else [])
+
+
+@torch.no_grad()
+def change(learner, factor: float = 1.3) -> None:
+    """Another policy, the same on all ranks."""
+    for chunk in learner.chunks:
+        for parameter in chunk.parameters():
+            parameter.mul_(factor)
+
+
+def failure(sync, version: int) -> str:
+    """The message of a push that fails, the same on all ranks; of a gather, which each rank reports itself, rank 0's."""
+    try:
+        sync.push(version)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    else:
+        message = "no error"
+    messages = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    assert len(set(messages)) == 1 or all("phase gather" in text for text in messages), messages
+    return messages[0]
+
+
+def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
+    """Four versions; with ``kill`` an engine killed between two syncs and one inside a sync; then what is served."""
+    learner, engine, sync = start(folder, verify_every=2, max_restarts=1, **sizes)
+    metrics = []
+    for version in range(4):
+        metrics.append(sync.push(version))
+        change(learner, 1.1)
+    if kill:
+        if engine is not None:
+            os.kill(engine.pid, signal.SIGKILL)
+            try:
+                engine.generate(PROMPTS, 1, seed=1)
+            except EngineError as error:
+                assert "has died" in str(error), error
+            assert engine.state == "dead"
+        sync.recover()
+        if engine is not None:
+            assert engine.policy_version == 3
+            arm_killer(engine)
+    metrics.append(sync.push(4))
+    pairs, logprobs = [], []
+    if engine is not None:
+        for (rollout,) in engine.generate(PROMPTS, 1, seed=3):
+            assert rollout.policy_version == 4
+            pairs.append((rollout.prompt.token_ids, rollout.response_ids))
+            logprobs.append(rollout.logprobs)
+    box = [pairs]
+    dist.broadcast_object_list(box, src=0)
+    trained = learner.score(box[0])
+    if engine is None:
+        return {}
+    engine.close()
+    gap = max(abs(a - b) for row, other in zip(logprobs, trained, strict=True) for a, b in zip(row, other, strict=True))
+    return {"metrics": metrics, "gap": gap}
+
+
+def arm_killer(engine) -> None:
+    """Kill the engine's process in the middle of its next sync, once."""
+    deliver, calls = engine.update_weights, []
+
+    def update_weights(info):
+        calls.append(info)
+        if len(calls) == 2:
+            os.kill(engine.pid, signal.SIGKILL)
+        deliver(info)
+
+    engine.update_weights = update_weights
+
+
+def faults(folder: str) -> dict[str, str]:
+    """Messages of syncs that cannot succeed: a damaged tensor, and an engine that answers OK and loads nothing."""
+    from megatron_espo.rollout import Engine
+    from megatron_espo.rollout.lifecycle import State
+
+    class Liar(Engine):
+        """Its weight transfer answers OK, always."""
+
+        lies = False
+
+        def start_weight_update(self):
+            self._move(State.UPDATING, "start") if self.lies else super().start_weight_update()
+
+        def update_weights(self, info):
+            None if self.lies else super().update_weights(info)
+
+        def finish_weight_update(self, weight_version=None):
+            if not self.lies:
+                return super().finish_weight_update(weight_version)
+            self._arrived_version = self._next_version
+
+    def lie(value: bool) -> None:
+        if engine is not None:
+            engine.lies = value
+
+    learner, engine, sync = start(folder, Liar, max_restarts=0, tensor=2)
+    found = {}
+    lie(True)
+    found["nothing loaded at start"] = failure(sync, 0)
+    lie(False)
+    sync.push(1)
+    change(learner)
+    lie(True)
+    found["nothing loaded later"] = failure(sync, 2)
+    lie(False)
+    damage_in_transit("model.layers.1.self_attn.k_proj.weight")
+    found["damaged"] = failure(sync, 4)
+    if engine is not None:
+        assert engine.state == "dead" and engine.policy_version is None
+    return found
+
+
+def damage_in_transit(name: str) -> None:
+    """From now on a bit of this tensor flips between sender and engine."""
+    from megatron_espo.rollout.shared_memory import SharedMemoryTrainerWeightTransferEngine as Sender
+
+    write = Sender._write
+
+    def flip(self, names, tensors):
+        info = write(self, names, tensors)
+        if name in names:
+            self._block.bytes[info.offsets[names.index(name)]] ^= 4
+        return info
+
+    Sender._write = flip
+
+
+def sync_two_workers(folder: str, out: str) -> dict:
+    """An engine of two tensor-parallel workers, synced from two Megatron ranks; the weights also go to ``out``."""
+    learner, engine, sync = start(folder, tensor=2, tensor_parallel_size=2, greedy=True, canary_prompts=0)
+    sync._canary = []  # greedy decoding reports other log-probs than the trainer computes
+    change(learner)
+    metrics = sync.push(0)
+    change(learner, 0.9)
+    sync._config = sync._config.model_copy(update={"verify_every": 1})
+    metrics = sync.push(1)
+    save_hf(learner.chunks, read_hf_config(folder), out, folder, learner.groups, torch.float32)
+    if engine is None:
+        return {}
+    rollouts = engine.generate(PROMPTS, 1)
+    members = process_group(engine.pid)
+    engine.close()
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, members)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # they are killed; the kernel takes its time
+    return {
+        "samples": [(r.response_ids, r.logprobs, r.finish_reason) for (r,) in rollouts],
+        "sent": sync._source.checksums,
+        "metrics": metrics,
+        "processes": len(members),
+        "left": [pid for pid in members if is_alive(pid)],
+    }
+
+
+def process_group(leader: int) -> list[int]:
+    """Living processes of the group that ``leader`` leads."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [pid for pid in pids if is_alive(pid) and group_of(pid) == leader]
+
+
+def group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def exporter_faults(folder: str) -> dict[str, str]:
+    """Messages for exporters that do not fit the engine's checkpoint, and the good one's metrics."""
+    found = {}
+    for name in ("transposed", "fickle"):
+        learner, engine, sync = start(folder, exporter=f"tests.ranks.sync:{name}", max_restarts=0)
+        found[name] = failure(sync, 0)
+        if engine is not None:
+            assert engine.state != "ready"
+            engine.close()
+    learner, engine, sync = start(folder, exporter="tests.ranks.sync:whole")
+    found["whole"] = sync.push(0)
+    if engine is not None:
+        engine.close()
+    return found
+
+
+def whole(chunks, hf_config):
+    """A user's exporter: the final norm and the head before the layers, as some do."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_espo.weights import MegatronWeightSource
+
+    assert parallel_state.is_initialized()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    source = MegatronWeightSource(chunks, hf_config, groups, dtype=torch.float32, all_replicas=True)
+    return iter(sorted(source, key=lambda item: "layers" in item[0]))
+
+
+def transposed(chunks, hf_config):
+    return ((name, tensor.T if "mlp.up_proj" in name else tensor) for name, tensor in whole(chunks, hf_config))
+
+
+fickle_passes = []
+
+
+def fickle(chunks, hf_config):
+    """Another order in the second pass."""
+    fickle_passes.append(1)
+    items = list(whole(chunks, hf_config))
+    return iter(items if len(fickle_passes) % 2 else items[::-1])
+
+
+def die_midway(folder: str, pid_file: str) -> None:
+    """Rank 0 kills itself while the engine loads the second group."""
+    _, engine, sync = start(folder, tensor=2, tensor_parallel_size=2)
+    sync.push(0)
+    if engine is not None:
+        Path(pid_file).write_text(" ".join(map(str, process_group(engine.pid))))
+        deliver, calls = engine.update_weights, []
+
+        def update_weights(info):
+            calls.append(info)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            deliver(info)
+
+        engine.update_weights = update_weights
+    sync.push(1)

@@ -1,0 +1,156 @@
+"""Weights from Megatron ranks into a real engine: verified, checked by the canary, mended or refused by name."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from safetensors.torch import load_file
+
+from megatron_espo.rollout.checksum import byte_sum, tensor_checksum
+from megatron_espo.rollout.lifecycle import TRANSITIONS, EngineError, State, transition
+from megatron_espo.weights.verification import CanarySample, canary_gap, wrong_tensors
+from tests.distributed import run_ranks
+from tests.fresh_engine import ask_fresh_engine
+from tests.ranks.sync import PROMPTS
+from tests.test_rollout import engine_config, is_alive
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> str:
+    """With biases and an output layer of its own."""
+    return str(save_tiny_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tie_word_embeddings=False, hidden_size=128))
+
+
+# -- ranks and engines ------------------------------------------------------------------------------------------------
+
+
+def test_syncs_are_verified_and_a_killed_engine_comes_back(folder):
+    answer = run_ranks(2, "tests.ranks.sync:sync_and_recover", folder=folder, kill=True, tensor=2)
+    # Versions 0 and 2 by rollout.verify_every=2; 4 is the first of an engine that was killed inside that sync.
+    assert [m.get("sync/verified_tensors") for m in answer["metrics"]] == [20, None, 20, None, 20]
+    assert [m["sync/restarts"] for m in answer["metrics"]] == [0, 0, 0, 0, 1]
+    assert all(0 < m["mismatch/canary"] < 1e-4 and m["time/canary_s"] > 0 for m in answer["metrics"])
+    assert answer["gap"] < 1e-4
+
+
+def test_pipeline_stages_biases_and_an_output_layer_are_verified(untied):
+    answer = run_ranks(2, "tests.ranks.sync:sync_and_recover", folder=untied, kill=False, pipeline=2)
+    count = len(load_file(Path(untied, "model.safetensors")))
+    assert [m.get("sync/verified_tensors") for m in answer["metrics"]] == [count, None, count, None, count]
+    assert all(0 < m["mismatch/canary"] < 1e-4 for m in answer["metrics"]) and answer["gap"] < 1e-4
+
+
+def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(folder, tmp_path):
+    out = str(tmp_path / "export")
+    answer = run_ranks(2, "tests.ranks.sync:sync_two_workers", folder=folder, out=out)
+    config = engine_config(out, tmp_path / "fresh.log", temperature=0.0)
+    fresh = ask_fresh_engine(config, [prompt.token_ids for prompt in PROMPTS], tmp_path / "answer.json")
+    for (ids, logprobs, _), (fresh_ids, fresh_logprobs, _) in zip(answer["samples"], fresh["samples"], strict=True):
+        assert ids == fresh_ids
+        assert max(abs(a - b) for a, b in zip(logprobs, fresh_logprobs, strict=True)) <= 1e-4
+    # The trainer's tensors, and what a fresh engine holds: equal checksums; two workers' shards were equal too.
+    assert wrong_tensors(answer["sent"], fresh["served"]) is None and len(fresh["served"]) == len(answer["sent"]) + 1
+    assert answer["metrics"]["sync/verified_tensors"] == len(answer["sent"]) == 20
+    assert answer["processes"] >= 3 and answer["left"] == []
+
+
+def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
+    found = run_ranks(2, "tests.ranks.sync:faults", folder=folder)
+    served = r"are not served as they were sent: model\.embed_tokens\.weight, .*\(and \d+ more\)"
+    expected = {
+        "nothing loaded at start": rf"weights of version 0: rank 0, phase verify: 21 of 21 tensors {served}"
+        r"\ngave up after 0 engine restarts",
+        "nothing loaded later": r"weights of version 2: rank 0, phase canary: mean \|engine - trainer\| log-prob gap "
+        r"\S+ nats, above rollout\.canary_tolerance 0\.001; prompt 'row-\d', token \d \(id \d+\): engine -\S+, trainer -",
+        "damaged": r"weights of version 4: rank 0, phase transfer: update_weights: the rollout engine failed: "
+        r".*weight 'model\.layers\.1\.self_attn\.k_proj\.weight' arrived damaged: checksum",
+    }
+    for fault, pattern in expected.items():
+        assert re.match(f"WeightSyncError: {pattern}", found[fault]), (fault, found[fault])
+
+
+def test_exporters_are_checked_before_the_first_byte(folder):
+    found = run_ranks(2, "tests.ranks.sync:exporter_faults", folder=folder)
+    assert re.match(r"InputError: .*up_proj.weight: shape \(64, 128\), expected \(128, 64\)", found["transposed"])
+    assert "phase gather" in found["fickle"] and "as in its first pass" in found["fickle"]
+    assert found["whole"]["sync/verified_tensors"] == 20 and found["whole"]["mismatch/canary"] < 1e-4
+
+
+def test_engine_dies_with_a_rank_that_is_killed_inside_a_sync(folder, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="SIGKILL|exitcode: -9|Signal 9"):
+        run_ranks(2, "tests.ranks.sync:die_midway", folder=folder, pid_file=str(tmp_path / "pid"), timeout=120)
+    assert time.monotonic() - began < 90  # the other rank did not wait for a collective's timeout
+    processes = [int(pid) for pid in (tmp_path / "pid").read_text().split()]
+    assert len(processes) >= 3  # the engine and its two workers
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, processes)):
+        assert time.monotonic() < deadline, "the engine, or one of its workers, outlived its owner"
+        time.sleep(0.1)
+
+
+# -- pure parts -------------------------------------------------------------------------------------------------------
+
+
+def test_every_transition_of_the_engine_is_legal_or_refused_by_name():
+    legal = {
+        ("dead", "starting"), ("starting", "stale"), ("stale", "updating"), ("updating", "ready"),
+        ("updating", "stale"), ("ready", "updating"),
+    } | {(state, "dead") for state in State}  # fmt: skip
+    assert {(a, b) for a in State for b in TRANSITIONS[a]} == legal
+    for current in State:
+        for following in State:
+            if (current, following) in legal:
+                assert transition(current, following, "act") == following
+            else:
+                with pytest.raises(EngineError, match=f"act: the rollout engine is {current}; expected "):
+                    transition(current, following, "act")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksums_add_up_over_shards_and_see_every_change(dtype):
+    tensor = torch.randn(24, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = tensor_checksum(tensor)
+    blocks = [(r, c) for r in (0, 8, 16) for c in (0, 5)]
+    assert sum(tensor_checksum(tensor[r : r + 8, c : c + 5], r, c) for r, c in blocks) % 2**64 == whole
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    for bit in range(bits.itemsize * 8):
+        damaged = tensor.clone()
+        damaged.view(bits)[17, 3] ^= 1 << bit if bit < bits.itemsize * 8 - 1 else torch.iinfo(bits).min
+        assert tensor_checksum(damaged) != whole, bit
+    assert tensor_checksum(tensor[torch.randperm(24, generator=torch.Generator().manual_seed(1))]) != whole
+    assert tensor_checksum(tensor.T.contiguous().T) == whole
+    zeros = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny / 4], dtype=dtype)
+    assert tensor_checksum(zeros) == 0
+
+
+def test_byte_sum_sees_every_bit_at_any_length():
+    data = bytearray(range(200))
+    for size in (0, 1, 7, 8, 67):
+        clean = byte_sum(memoryview(data), 3, size)
+        for i in range(3, 3 + size):
+            data[i] ^= 16
+            assert byte_sum(memoryview(data), 3, size) != clean
+            data[i] ^= 16
+
+
+def test_comparison_names_what_differs():
+    sent = {"model.embed_tokens.weight": 1, "b": 2, "experts": 3}
+    assert wrong_tensors(sent, {"model.embed_tokens.weight": 1, "b": 2, "lm_head.weight": 1}) is None
+    assert "1 of 4 tensors are not served as they were sent: b" in wrong_tensors(sent, {"b": 5})
+    assert "lm_head.weight" in wrong_tensors(sent, {"lm_head.weight": 9})
+    samples = [CanarySample("p", (1,), (7, 8), (-1.0, -2.0)), CanarySample("q", (1,), (9,), (-3.0,))]
+    gap, worst = canary_gap(samples, [[-1.0, -2.5], [-3.1]])
+    assert gap == pytest.approx(0.2) and worst == "prompt 'p', token 1 (id 8): engine -2.0000, trainer -2.5000"
+    gap, worst = canary_gap(samples, [[-1.0, float("nan")], [-3.1]])
+    assert gap != gap and "trainer nan" in worst
