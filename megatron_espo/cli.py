@@ -36,7 +36,7 @@ class _ReferenceHelp(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,convert,parity,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,report,tail,convert,parity,doctor}")
 
     train = commands.add_parser(
         "train",
@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("-h", "--help", action=_ReferenceHelp)
     _add_config(train)
+
+    _add_run_views(commands)
 
     convert = commands.add_parser("convert", help="Hugging Face weights to a Megatron checkpoint, or back")
     directions = convert.add_subparsers(dest="direction", required=True, metavar="{to-megatron,to-hf}")
@@ -65,6 +67,16 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what works on this machine, and what to do about the rest")
     doctor.add_argument("--timeout", type=float, default=180.0, help="seconds for one package to import (%(default)g)")
     return parser
+
+
+def _add_run_views(commands: Any) -> None:
+    report = commands.add_parser("report", help="one HTML page about one or several runs", description="Write one self-contained HTML page.")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    report.add_argument("--out", metavar="PAGE.html", help="default: RUN/report.html, or comparison.html beside the first of several")
+    tail = commands.add_parser("tail", help="watch a run on one screen", description="Watch a run until it ends, or Ctrl-C.")
+    tail.add_argument("run", metavar="RUN", help="run folder")
+    tail.add_argument("--once", action="store_true", help="print the screen once and leave")
+    tail.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="look again after so long (%(default)g)")
 
 
 def _add_parity(commands: Any) -> None:
@@ -114,6 +126,15 @@ def main(argv: list[str] | None = None) -> int:
             request = command.make_request(args)
             _silence_dependencies()
             return command.main(request)
+        if args.command == "report":
+            from megatron_espo.report.page import write_report
+
+            print(f"report: {write_report(args.runs, args.out)}")
+            return 0
+        if args.command == "tail":
+            from megatron_espo.report.tail import tail
+
+            return tail(args.run, once=args.once, every_s=args.every)
         config = _checked_config(args)
         checked = True
         _work(args, config)

@@ -107,12 +107,13 @@ def _draw(chart: Chart, runs: Sequence[RunData]) -> Picture | None:
             if not steps:
                 continue
             color = COLORS[(number if len(runs) > 1 else kind) % len(COLORS)]
-            label = _label(metric, metrics) if number == 0 and len(metrics) > 1 else None
             x, y = thin(steps, values)
-            canvas.axes.plot(x, y, color=color, linestyle=_DASHES[kind % 4 if len(runs) > 1 else 0], label=label, marker="o" if len(x) < 3 else None)
+            style = _DASHES[kind % 4] if len(runs) > 1 else "-"
+            canvas.axes.plot(x, y, color=color, linestyle=style, label=_label(metric, metrics), marker="o" if len(x) < 3 else None)
             _draw_band(canvas, chart, run, metric, color)
     if len(metrics) > 1:
-        canvas.legend()
+        dashes = {_label(metric, metrics): _DASHES[kind % 4] for kind, metric in enumerate(metrics)}
+        canvas.legend(dashes=dashes if len(runs) > 1 else None)
     canvas.axes.set_xlabel("step")
     if chart.log:
         canvas.axes.set_yscale("log")
@@ -163,7 +164,7 @@ def _draw_phases(runs: Sequence[RunData]) -> list[Picture]:
         width = [sum(run.series(f"time/{phase}_s")[1]) / len(run.lines) for run in runs]
         bars.axes.barh([run.name for run in runs], width, left=left, color=color, label=phase, height=0.6)
         left = [a + b for a, b in zip(left, width, strict=True)]
-    bars.axes.invert_yaxis()
+    bars.axes.set_ylim(max(len(runs), 3) - 0.5, -0.5)  # from the top; a single bar is not a wall
     bars.axes.grid(axis="y", visible=False)
     bars.axes.set_xlabel("seconds")
     bars.legend(below=True)
@@ -197,7 +198,8 @@ def _draw_histograms(runs: Sequence[RunData]) -> list[Picture]:
                 bottom = [a + b for a, b in zip(bottom, share, strict=True)]
             for border in filter(None, line["borders"]):
                 canvas.axes.axvline(border, color=COLORS[2], linestyle="--", label="border (mean over responses)")
-            canvas.axes.set(xlabel="nats", ylabel="share of tokens")
+            occupied = max(i for i, share in enumerate(bottom) if share)
+            canvas.axes.set(xlabel="nats", ylabel="share of tokens", xlim=(0, (occupied + 2) * width))
             canvas.legend()
             pictures.append(canvas.finish(integer_steps=False))
     return pictures

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 # The light palette; each colour stands for the CSS variable of its name, which has a dark value too. Distinct for readers who
@@ -71,14 +72,16 @@ class Canvas:
             self.axes: Axes = self._figure.subplots()
             self.axes.set_title(title)
 
-    def legend(self, *, below: bool = False) -> None:
-        """Name the curves inside the axes, or in one row ``below`` the picture."""
+    def legend(self, *, below: bool = False, dashes: dict[str, str] | None = None) -> None:
+        """Name the curves inside the axes, or in one row ``below`` the picture; or, where colours stand for runs, name the ``dashes``."""
+        handles, labels = self.axes.get_legend_handles_labels()
+        if dashes:
+            handles, labels = [Line2D([], [], color=MUTED, linestyle=style) for style in dashes.values()], list(dashes)
         with rc_context(_STYLE):
             if below:
-                handles, labels = self.axes.get_legend_handles_labels()
                 self._figure.legend(handles, labels, loc="outside lower center", ncols=5)
             else:
-                self.axes.legend()
+                self.axes.legend(handles, labels)
 
     def finish(self, *, integer_steps: bool = True) -> Picture:
         """Both forms of the picture."""

@@ -12,14 +12,14 @@ def settings_table(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     defaults = _defaults()
     rows = []
     for section, key in dict.fromkeys((s, k) for run in runs for s, keys in run.config.items() if isinstance(keys, dict) for k in keys):
-        values = [_as_text(run.setting(section, key)) for run in runs]
+        values = [_as_text(run.setting(section, key)) if key in run.config.get(section, {}) else "–" for run in runs]
         default, help_text = defaults.get((section, key), (None, ""))
         rows.append(
             {
                 "key": f"{section}.{key}",
                 "values": values,
                 "differs": len(set(values)) > 1,
-                "changed": any(value != default for value in values),
+                "changed": any(value not in (default, "–") for value in values),
                 "help": help_text,
             }
         )
