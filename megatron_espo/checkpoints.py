@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
+from megatron_espo.faults import inject
 from megatron_espo.mcore.checkpoint import read_state, refuse_differences
 from megatron_espo.mcore.learner import Learner
 from megatron_espo.mcore.runtime import Runtime, on_rank_0
@@ -116,6 +117,7 @@ class Checkpoints:
 
     def _finish(self, path: Path) -> None:
         pointer = self.folder / "latest"
+        inject("latest")
         write_durably(pointer, path.name + "\n")
         for old in self.complete()[: -self._keep]:
             if old != path:

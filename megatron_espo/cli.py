@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_espo.errors import InputError
 from megatron_espo.parity import cases
+from megatron_espo.plan import command as plan
 
 PARITY_EXAMPLES = """\
 this machine:    megatron-espo parity
@@ -17,6 +18,10 @@ a cluster:       srun torchrun ... -m megatron_espo parity --folder /shared/pari
 TRAIN_EXAMPLES = """\
 one process:     megatron-espo train run.yaml optimizer.lr=2e-6
 several ranks:   torchrun --nproc-per-node 8 -m megatron_espo train run.yaml megatron.tensor_model_parallel_size=2
+"""
+EVAL_EXAMPLES = """\
+greedy:          megatron-espo eval run.yaml eval.prompts=math500.jsonl eval.samples=1 eval.temperature=0
+after a run:     megatron-espo eval run.yaml model.path=runs/mine/hf eval.samples=16
 """
 
 
@@ -36,7 +41,7 @@ class _ReferenceHelp(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,report,tail,convert,parity,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,plan,eval,report,tail,convert,parity,doctor}")
 
     train = commands.add_parser(
         "train",
@@ -49,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("-h", "--help", action=_ReferenceHelp)
     _add_config(train)
 
+    plan.add_parser(commands, _add_config)
     _add_run_views(commands)
 
     convert = commands.add_parser("convert", help="Hugging Face weights to a Megatron checkpoint, or back")
@@ -70,6 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_run_views(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="avg@k and pass@k of a model on held-out prompts",
+        description="Sample and judge eval.prompts (data.prompts where there are none) with the weights of model.path; no Megatron needed.",
+        epilog=EVAL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(evaluate)
+    evaluate.add_argument("--out", metavar="FILE.json", help="default: eval.json in run.dir")
     report = commands.add_parser("report", help="one HTML page about one or several runs", description="Write one self-contained HTML page.")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
     report.add_argument("--out", metavar="PAGE.html", help="default: RUN/report.html, or comparison.html beside the first of several")
@@ -126,6 +141,9 @@ def main(argv: list[str] | None = None) -> int:
             request = command.make_request(args)
             _silence_dependencies()
             return command.main(request)
+        if args.command == "plan":
+            _silence_dependencies()
+            return plan.run(args)
         if args.command == "report":
             from megatron_espo.report.page import write_report
 
@@ -174,6 +192,10 @@ def _work(args: argparse.Namespace, config: Any) -> None:
         from megatron_espo.trainer import train
 
         train(config)
+    elif args.command == "eval":
+        from megatron_espo.evaluate import evaluate_model
+
+        evaluate_model(config, args.out)
     elif args.direction == "to-megatron":
         from megatron_espo.mcore.convert import hf_to_megatron
 

@@ -18,6 +18,7 @@ from megatron_espo.checkpoints import Checkpoints, write_status
 from megatron_espo.collect import Collector
 from megatron_espo.config import Config
 from megatron_espo.data.packing import TrainSequence
+from megatron_espo.faults import at_step
 from megatron_espo.ledger import Ledger
 from megatron_espo.mcore import runtime as mcore_runtime
 from megatron_espo.mcore.learner import Learner
@@ -42,6 +43,7 @@ def train(config: Config) -> None:
         with Run(config, hf_config, runtime) as run:
             for step in range(run.step + 1, config.run.steps + 1):
                 began = time.perf_counter()
+                at_step(step)
                 groups = run.collector.collect(step, run.phases, run.sync.recover)
                 advantages = advantages_of(groups, config)
                 sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))

@@ -104,7 +104,7 @@ def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) ->
     """The model's Hugging Face config, once layout, lengths and (if it is read here) files fit; or InputError."""
     if hf_config is None:
         _refuse(config, _folder_problems(config))
-        hf_config = _read_hf_config(config)
+        hf_config = read_hf_config(config)
     architectures = hf_config.get("architectures") or ["(none named)"]
     if architectures[0] not in ARCHITECTURES:
         message = f"expected an architecture out of {', '.join(ARCHITECTURES)}, got {', '.join(architectures)}"
@@ -129,7 +129,8 @@ def validate_prompt_file(config: "Config") -> None:
         _refuse(config, iter([("data.prompts", message)]))
 
 
-def _read_hf_config(config: "Config") -> dict[str, Any]:
+def read_hf_config(config: "Config") -> dict[str, Any]:
+    """The content of the model folder's ``config.json``, or InputError; other files are not looked at."""
     path = Path(config.model.path, "config.json")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))

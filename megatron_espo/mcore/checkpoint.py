@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
+from megatron_espo.faults import inject
 from megatron_espo.mcore.model import rope_arguments
 from megatron_espo.mcore.runtime import on_rank_0
 from megatron_espo.weights.families import is_tied, model_sizes
@@ -62,6 +63,7 @@ def save_checkpoint(
     partial = out.with_name(out.name + ".partial")
     on_rank_0(lambda: _begin(partial, out, state))
     try:
+        inject("save")
         dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
         failure = None
     except Exception as error:  # Megatron's writer wraps what went wrong in several ways
@@ -221,6 +223,7 @@ def _finish(partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dt
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    inject("rename")
     partial.rename(out)
 
 

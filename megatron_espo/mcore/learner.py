@@ -1,11 +1,14 @@
 """The trained policy of a run: builds Megatron's model from the configuration and updates it from rollouts."""
 
+import json
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_espo.config import Config
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
@@ -56,6 +59,14 @@ def packing_options(megatron, groups) -> dict[str, Any]:
     }
 
 
+# Optimizer steps without a finite gradient before the run ends.
+MOST_SKIPPED = 3
+
+
+class NonFiniteGradient(RuntimeError):
+    """Several gradients in a row had NaN or infinity; none was used."""
+
+
 class Learner:
     """Megatron's model, DDP, optimizer and schedule, and the objective that drives them.
 
@@ -81,6 +92,7 @@ class Learner:
             head_budget_bytes=budget and budget << 20,
             observe=observe,
         )
+        self.skipped_in_a_row = 0
         self.reference = ReferencePolicy(self.chunks) if config.algorithm.kl_coef else None
 
     def update(self, groups: Sequence[Sequence[TrainSequence]], on_progress: OnProgress) -> dict[str, float]:
@@ -95,7 +107,8 @@ class Learner:
         Returns:
             The step's metrics on every rank, averaged over its optimizer steps. Collective over all ranks.
         """
-        mini_batches = [self._pack(part) for part in _split(groups, self.config.algorithm.num_mini_batches)]
+        parts = _split(groups, self.config.algorithm.num_mini_batches)
+        mini_batches = [self._pack(part) for part in parts]
         count = sum(map(len, mini_batches))
         scores_old, scores_reference = self.updates_per_step > 1, self.reference is not None
         tick = _Ticker(on_progress, count * (self.config.algorithm.num_epochs + scores_old + scores_reference))
@@ -105,12 +118,29 @@ class Learner:
             with self.reference.lent():
                 mini_batches = [self._score(batches, tick, "reference_logprob") for batches in mini_batches]
         results = [
-            self._metrics(self.policy.step(self._forward_step, batches, tick))
+            self._step(batches, part, tick)
             for _ in range(self.config.algorithm.num_epochs)
-            for batches in mini_batches
+            for batches, part in zip(mini_batches, parts, strict=True)
         ]
         trained = sum(batches[0].totals.num_tokens for batches in mini_batches) * self.config.algorithm.num_epochs
         return average_steps(results) | {"train/tokens": float(trained)}
+
+    def _step(self, batches: list[MicroBatch], part: Sequence[Sequence[TrainSequence]], tick: "_Ticker") -> dict[str, float]:
+        """One optimizer step, skipped if a gradient is not finite; the third in a row ends the run. Its batch is written down."""
+        result = self.policy.step(self._forward_step, batches, tick)
+        self.skipped_in_a_row = 0 if result.bad_rank is None else self.skipped_in_a_row + 1
+        if result.bad_rank is not None:
+            path = Path(self.config.run.dir, "bad_batches", f"{time.strftime('%Y%m%d-%H%M%S')}-{self.skipped_in_a_row}.json")
+            what = f"gradient: expected finite values, got NaN or infinity first on rank {result.bad_rank}; no step taken, batch in {path}"
+            if dist.get_rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps([asdict(sequence) for group in part for sequence in group]))
+                print(f"warning: {what}", flush=True)
+            if self.skipped_in_a_row == MOST_SKIPPED:
+                raise NonFiniteGradient(f"{what}; the {MOST_SKIPPED}rd in a row: lower optimizer.lr, or look for bad data in the batch")
+        metrics = reduce_metrics_everywhere(result.metrics, self.groups.dp_cp)
+        optimizer = {"grad_norm": result.grad_norm, "lr": result.lr, "skipped": float(result.bad_rank is not None)}
+        return metrics | {f"optimizer/{name}": value for name, value in optimizer.items()}
 
     def save(self, out: str | Path, state: dict[str, Any]) -> None:
         """Write model, optimizer, learning-rate schedule and ``state`` (JSON values); see :func:`save_checkpoint`. Collective."""
@@ -146,11 +176,6 @@ class Learner:
             replace(batch, **dict(zip(names, values, strict=False)))
             for batch, values in zip(batches, scored, strict=True)
         ]
-
-    def _metrics(self, result) -> dict[str, float]:
-        """Loss metrics of the last stage, sent to every rank, with the optimizer's."""
-        metrics = reduce_metrics_everywhere(result.metrics, self.groups.dp_cp)
-        return metrics | {"optimizer/grad_norm": result.grad_norm, "optimizer/lr": result.lr}
 
 
 class _Ticker:

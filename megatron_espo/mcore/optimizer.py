@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.data.packing import MicroBatch
+from megatron_espo.faults import inject
 
 Tick = Callable[[], None]
 
@@ -15,17 +16,21 @@ def _no_tick() -> None:
     pass
 
 
-class NonFiniteGradient(RuntimeError):
-    """Some rank's gradient has NaN or infinity; no rank took the step."""
-
-
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: global gradient norm before clipping, learning rate used, and the last stage's metrics per micro-batch."""
+    """One optimizer step.
+
+    Attributes:
+        grad_norm: global gradient norm before clipping; NaN where no step was taken.
+        lr: learning rate used.
+        metrics: the last stage's, per micro-batch.
+        bad_rank: the first rank whose gradient was not finite, so that no rank changed a weight; ``None``: the step was taken.
+    """
 
     grad_norm: float
     lr: float
     metrics: list[dict[str, torch.Tensor]]
+    bad_rank: int | None = None
 
 
 class Policy:
@@ -70,6 +75,9 @@ class Policy:
             end_wd=settings.weight_decay,
             wd_incr_steps=train_steps,
             wd_incr_style="constant",
+            # A run that goes on follows its configuration: a checkpoint only tells how far it is.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -117,15 +125,15 @@ class Policy:
                     dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
     def step(self, forward_step, micro_batches: Sequence[MicroBatch], tick: Tick = _no_tick) -> StepResult:
-        """One optimizer step. Collective over all ranks.
-
-        Raises:
-            NonFiniteGradient: on every rank, before any weight changed, when one rank's gradient is not finite.
-        """
+        """One optimizer step, or none on any rank if one rank's gradient is not finite. Collective over all ranks."""
         metrics = self.backward(forward_step, micro_batches, tick)
-        self._vote_finite()
-        _, grad_norm, _ = self.optimizer.step()
+        if inject("gradient") == "nan":
+            self.chunks[0].buffers[0].grad_data[-1] = torch.nan
         lr = self.optimizer.param_groups[0]["lr"]
+        bad_rank = self._vote_finite()
+        if bad_rank is not None:
+            return StepResult(float("nan"), lr, metrics, bad_rank)
+        _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return StepResult(float(grad_norm), lr, metrics)
 
@@ -134,17 +142,18 @@ class Policy:
         """Forward only: ``[2, response_tokens]`` log-probs and entropies of each micro-batch on the last pipeline stage, ``[]`` elsewhere."""
         return self.run(forward_step, micro_batches, tick, forward_only=True, collect_non_loss_data=True)
 
-    def _vote_finite(self) -> None:
+    def _vote_finite(self) -> int | None:
+        """The first rank whose gradient is not finite; the same answer on all ranks. One all-reduce of an integer."""
         # A norm clip does not see NaN (nan > x is False), so without the vote one bad rank would poison every weight.
         buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
         finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in buffers]).all()
         vote = torch.where(finite, dist.get_world_size(), dist.get_rank()).to(torch.int64)
         dist.all_reduce(vote, op=dist.ReduceOp.MIN)
-        if int(vote) < dist.get_world_size():
-            raise NonFiniteGradient(f"gradient: expected finite values, got NaN or infinity first on rank {int(vote)}; no step taken")
+        return int(vote) if int(vote) < dist.get_world_size() else None
 
 
 def _ticking(micro_batches: Sequence[MicroBatch], tick: Tick) -> Iterator[MicroBatch]:
     for batch in micro_batches:
         tick()
+        inject("backward")
         yield batch

@@ -1,0 +1,34 @@
+"""Fault injection for tests: ``MEGATRON_ESPO_FAULT=point:rank:step:action`` makes one rank fail at one place. Off without the variable.
+
+Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``raise`` (RuntimeError), ``full`` (OSError: no space left), or a word that the place itself understands
+(``nan``). Each happens once in a process.
+"""
+
+import errno
+import os
+import signal
+
+VARIABLE = "MEGATRON_ESPO_FAULT"
+_step = 0
+
+
+def at_step(step: int) -> None:
+    """Tell the step that is being trained."""
+    global _step
+    _step = step
+
+
+def inject(point: str) -> str | None:
+    """Fail here if this point, rank and step are meant; returns the action where it is the caller's to take."""
+    wanted = os.environ.get(VARIABLE, "").split(":")
+    if wanted[:3] != [point, os.environ.get("RANK", "0"), str(_step)]:
+        return None
+    action = wanted[3]
+    del os.environ[VARIABLE]
+    if action in ("kill", "freeze"):
+        os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+    elif action == "raise":
+        raise RuntimeError(f"injected at {point}, step {_step}")
+    elif action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"injected at {point}")
+    return action

@@ -1,0 +1,140 @@
+"""Bytes on one GPU of each pipeline stage, at the worst moment of a step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from megatron_espo.mcore.meta import BuiltRank
+from megatron_espo.numerics.plan import plan_head
+from megatron_espo.plan.activations import Sharding, layer_sizes, norm_bytes, stack_bytes
+from megatron_espo.plan.pipeline import Pipeline
+from megatron_espo.weights.families import Mapping
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One GPU of a pipeline stage, in bytes.
+
+    Attributes:
+        weights, gradients, main_weights, adam: what it holds between steps; read off the built model and optimizer.
+        activations: kept for backward by all micro-batches in flight.
+        working: recomputed activations and gradients of one chunk, for the moment.
+        head: final norm, logits and their gradient (last stage).
+        sync: extra while weights are gathered for the engine, when there are no activations.
+        engine: the share of an engine on the same GPU.
+        peak: of the trainer: what it holds and the worst of the moments (layers' backward, head, sync).
+    """
+
+    stage: int
+    in_flight: int
+    weights: int
+    gradients: int
+    main_weights: int
+    adam: int
+    activations: int
+    working: int
+    head: int
+    sync: int
+    engine: int
+
+    @property
+    def static(self) -> int:
+        return self.weights + self.gradients + self.main_weights + self.adam
+
+    @property
+    def peak(self) -> int:
+        return self.static + max(self.activations + max(self.working, self.head), self.sync)
+
+    @property
+    def total(self) -> int:
+        """Trainer and engine."""
+        return self.peak + self.engine
+
+
+def plan_memory(
+    rank: BuiltRank,
+    config: Any,
+    hf_config: dict[str, Any],
+    groups: Sequence[Sequence[Mapping]],
+    pipeline: Pipeline,
+    *,
+    on_gpu: bool,
+    sync: int,
+    engine: int,
+) -> StageMemory:
+    """Memory of one GPU that holds what ``rank`` holds.
+
+    Args:
+        groups: of ``families.model_groups``.
+        on_gpu: a GPU with Transformer Engine where the configuration leaves it open; else a CPU.
+        sync: extra bytes while weights are gathered.
+        engine: bytes of an engine on the same GPU.
+    """
+    megatron = config.megatron
+    how = sharding(config, pipeline, on_gpu)
+    layers = sorted({held.group for held in rank.held} - {0, len(groups) - 1})
+    sizes = [layer_sizes(groups[index], hf_config) for index in layers]
+    per_chunk = max(1, len(sizes) // pipeline.chunks)
+    chunks = [sizes[start : start + per_chunk] for start in range(0, len(sizes), per_chunk)]
+    stacks = [stack_bytes(chunk, how, megatron.recompute_method, megatron.recompute_num_layers) for chunk in chunks]
+    in_flight = pipeline.in_flight(rank.stage)
+    kept = max((stack.kept_bytes for stack in stacks), default=0)
+    is_last = rank.stage == pipeline.stages - 1
+    if not is_last:  # the stage's output waits there until its gradient comes back
+        kept += int(hf_config["hidden_size"] * how.itemsize * how.tokens / how.sp)
+    working = max((stack.backward_bytes for stack in stacks), default=0)
+    if not how.transformer_engine:  # a linear's gradient is a tensor of its own before it is added to DDP's buffer
+        working += max(prod(held.shape) for held in rank.held if 0 < held.group < len(groups) - 1) * how.itemsize
+    return StageMemory(
+        stage=rank.stage,
+        in_flight=in_flight,
+        weights=rank.parameter_bytes,
+        gradients=rank.gradient_bytes,
+        main_weights=rank.main_bytes,
+        adam=rank.adam_bytes,
+        activations=in_flight * kept,
+        working=working,
+        head=head_bytes(hf_config, how, megatron.head_memory_mib, on_gpu) if is_last else 0,
+        sync=sync,
+        engine=engine,
+    )
+
+
+def sharding(config: Any, pipeline: Pipeline, on_gpu: bool) -> Sharding:
+    """How activations are cut and kept."""
+    megatron = config.megatron
+    tp = megatron.tensor_model_parallel_size
+    auto = on_gpu if megatron.transformer_impl == "auto" else megatron.transformer_impl == "transformer_engine"
+    return Sharding(
+        tokens=-(-pipeline.tokens // megatron.context_parallel_size),
+        itemsize=getattr(torch, config.model.dtype).itemsize,
+        tp=tp,
+        cp=megatron.context_parallel_size,
+        expert_tp=megatron.expert_tensor_parallel_size or tp,
+        sequence_parallel=megatron.sequence_parallel,
+        transformer_engine=auto,
+        granularity=megatron.recompute_granularity,
+    )
+
+
+def head_bytes(hf_config: dict[str, Any], how: Sharding, budget_mib: int | None, on_gpu: bool) -> int:
+    """Final norm and fused output layer with every token scored: the plan that ``numerics`` makes, and what that leaves out."""
+    hidden = hf_config["hidden_size"]
+    columns = -(-hf_config["vocab_size"] // how.tp)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[how.itemsize]
+    logits = plan_head(
+        how.tokens,
+        columns,
+        dtype=dtype,
+        budget_bytes=None if budget_mib is None else budget_mib << 20,
+        float32_logits=True,
+        convert_gradient=not on_gpu and how.itemsize < 4,
+    )
+    # Scored rows, their gradient, and the gradient of all rows twice: before and after it is summed over the ranks.
+    rows = 4 * hidden * how.itemsize * how.tokens
+    stand_in = columns * hidden * how.itemsize  # autograd wants a gradient of the weight, although DDP's buffer has it
+    return int(logits.training_bytes + rows + stand_in + norm_bytes(hidden, how) * how.tokens)
+

@@ -1,0 +1,205 @@
+"""Which rank contributes which bytes of which Hugging Face tensor on the way into the engine, and how long that takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from megatron_espo.mcore.meta import BuiltRank, Held
+from megatron_espo.weights.families import Mapping
+from megatron_espo.weights.layouts import plan_pieces
+
+Groups = Sequence[Sequence[Mapping]]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """Indices ``start:stop`` of a tensor's cut dimension, from one global rank."""
+
+    rank: int
+    start: int
+    stop: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the stream: whole shape and bytes in the engine's dtype, the dimension that is cut, and its sources."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    stage: int
+    dim: int
+    contributions: tuple[Contribution, ...]
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The embedding, one decoder layer, or the head: what is gathered and sent at once.
+
+    Attributes:
+        gathered_bytes: whole tensors.
+        shard_bytes: largest contribution of a rank to one all-gather.
+        gather_ranks: ranks in the largest all-gather.
+        peak_bytes: extra memory on a rank of the owning stage while it is gathered.
+    """
+
+    name: str
+    stage: int
+    tensors: int
+    gathered_bytes: int
+    shard_bytes: int
+    gather_ranks: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Links:
+    """Speeds in bytes a second and direction: between GPUs of a node, and between nodes of ``gpus_per_node``."""
+
+    gpu: float
+    network: float
+    gpus_per_node: int
+
+    def between(self, ranks: Sequence[int]) -> float:
+        """The slowest link that a collective over ``ranks`` crosses."""
+        return self.gpu if len({rank // self.gpus_per_node for rank in ranks}) == 1 else self.network
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The whole push of one version.
+
+    Attributes:
+        sender: who hands the tensors to the engine.
+        gather_s, pipeline_s, engine_s: estimated seconds, one after the other.
+        peak_bytes: largest extra memory of a rank.
+    """
+
+    transport: str
+    sender: str
+    bytes: int
+    gather_s: float
+    pipeline_s: float
+    engine_s: float
+    peak_bytes: int
+    groups: tuple[GroupPlan, ...]
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds of one push."""
+        return self.gather_s + self.pipeline_s + self.engine_s
+
+
+def plan_transfer(
+    ranks: Sequence[BuiltRank], groups: Groups, itemsize: int, transport: str, stage_ranks: int, links: Links
+) -> Transfer:
+    """Follow ``MegatronWeightSource`` group by group.
+
+    Args:
+        ranks: of ``build_ranks``.
+        groups: of ``families.model_groups``.
+        itemsize: bytes of an element on the wire.
+        transport: ``ipc``, ``nccl`` or ``shared_memory``.
+        stage_ranks: ranks of a pipeline stage.
+
+    Raises:
+        RuntimeError: a tensor that is not covered exactly once.
+    """
+    sources = _sources(ranks)
+    stages = max(rank.stage for rank in ranks) + 1
+    tensors: list[TensorPlan] = []
+    plans: list[GroupPlan] = []
+    gather_s = pipeline_s = previous = 0.0
+    for index, mappings in enumerate(groups):
+        holders = [sources[mapping.huggingface[0][0]] for mapping in mappings]
+        stage = min(stage for stage, _ in holders[0])
+        shards = [[held for at, held in found if at == stage] for found in holders]
+        own = [_tensor_plans(mapping, held[0], stage, itemsize) for mapping, held in zip(mappings, shards, strict=True)]
+        found = [tensor for plans in own for tensor in plans]
+        size = sum(tensor.bytes for tensor in found)
+        gathers = _gathers([held for copies in shards for held in copies[:1]], itemsize)
+        # The tensors handed out last are still alive while the next group is gathered.
+        merge = max(shard + (shard * len(members) if len(members) > 1 else 0) for shard, members in gathers)
+        shard_bytes, members = max(gathers, key=lambda gather: gather[0] * len(gather[1]))
+        group = GroupPlan(
+            _group_name(index, mappings), stage, len(found), size, shard_bytes, len(members), int(previous) + size + merge
+        )
+        previous = size
+        gather_s += sum(shard * (len(among) - 1) / links.between(among) for shard, among in gathers)
+        if stages > 1:
+            pipeline_s += size / links.between(range(0, stages * stage_ranks, stage_ranks))
+        plans.append(group)
+        tensors += found
+    check_coverage(tensors, groups)
+    total = sum(tensor.bytes for tensor in tensors)
+    # With ipc each worker of the engine reads from the memory of its own GPU; nothing crosses a link.
+    engine_s = 0.0 if transport == "ipc" else total / links.gpu
+    sender = "the trainer's rank on the same GPU" if transport == "ipc" else "rank 0"
+    peak = max(group.peak_bytes for group in plans)
+    return Transfer(
+        transport, sender, total, gather_s, pipeline_s, engine_s, peak, tuple(plans), tuple(tensors)
+    )
+
+
+def check_coverage(tensors: Sequence[TensorPlan], groups: Groups) -> None:
+    """RuntimeError unless the plan has every tensor of the model once, and every index of each from exactly one rank."""
+    expected = [name for group in groups for mapping in group for name, _ in mapping.huggingface]
+    if sorted(expected) != sorted(tensor.name for tensor in tensors):
+        raise RuntimeError("plan: the transfer's tensors are not those of the model")
+    for tensor in tensors:
+        position = 0
+        for piece in sorted(tensor.contributions, key=lambda piece: piece.start):
+            if piece.start != position:
+                what = "missing" if piece.start > position else "sent twice"
+                raise RuntimeError(f"plan: {tensor.name}: {what} around index {position} of dimension {tensor.dim}")
+            position = piece.stop
+        if position != tensor.shape[tensor.dim] or sum(piece.bytes for piece in tensor.contributions) != tensor.bytes:
+            raise RuntimeError(f"plan: {tensor.name}: covered up to index {position} of {tensor.shape[tensor.dim]}")
+
+
+def _sources(ranks: Sequence[BuiltRank]) -> dict[str, list[tuple[int, Held]]]:
+    """First Hugging Face name of each parameter -> the stages that hold it, with how."""
+    found: dict[str, list[tuple[int, Held]]] = {}
+    for rank in ranks:
+        for held in rank.held:
+            found.setdefault(held.mapping.huggingface[0][0], []).append((rank.stage, held))
+    return found
+
+
+def _tensor_plans(mapping: Mapping, held: Held, stage: int, itemsize: int) -> list[TensorPlan]:
+    """The tensors that one parameter is made of."""
+    dim = mapping.layout.dim
+    extents = [shape[dim] for _, shape in mapping.huggingface]
+    contributions: list[list[Contribution]] = [[] for _ in extents]
+    for piece in plan_pieces(mapping.layout, extents, len(held.sharing), mapping.query_groups, held.shape[dim]):
+        row = prod(mapping.huggingface[piece.source][1]) // extents[piece.source] * itemsize
+        stop = piece.start + piece.length
+        contributions[piece.source].append(
+            Contribution(held.sharing[piece.rank], piece.start, stop, piece.length * row)
+        )
+    return [
+        TensorPlan(name, shape, prod(shape) * itemsize, stage, dim, tuple(parts))
+        for (name, shape), parts in zip(mapping.huggingface, contributions, strict=True)
+    ]
+
+
+def _gathers(held: Sequence[Held], itemsize: int) -> list[tuple[int, list[int]]]:
+    """The group's all-gathers: bytes from each rank, and the ranks; the dense part's and that of experts."""
+    gathers = []
+    for is_expert in (False, True):
+        part = [item for item in held if item.is_expert == is_expert]
+        if part:
+            members = sorted({rank for item in part for rank in item.sharing})
+            total = sum(prod(item.shape) * len(item.sharing) for item in part)
+            gathers.append((total // len(members) * itemsize, members))
+    return gathers
+
+
+def _group_name(index: int, mappings: Sequence[Mapping]) -> str:
+    """Where in the checkpoint the group's tensors are."""
+    if index == 0:
+        return "embedding"
+    name = mappings[0].huggingface[0][0].split(".")
+    return ".".join(name[:3]) if name[1] == "layers" else "head"

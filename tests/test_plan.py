@@ -1,0 +1,253 @@
+"""``megatron-espo plan``: parameters, the weight transfer, the pipeline, what it prints."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from math import ceil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_espo.plan.pipeline import Pipeline
+from megatron_espo.plan.transfer import Contribution, TensorPlan, check_coverage
+from megatron_espo.weights.families import model_groups
+from tests.distributed import run_ranks
+from tests.plan_models import LLAMA_3_70B, QWEN2_5_72B, QWEN3_235B_A22B, QWEN3_SMALL, plan_command
+
+TP8_PP4 = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4, "sequence_parallel": True}
+TP8_PP5_VPP4 = TP8_PP4 | {"pipeline_model_parallel_size": 5, "virtual_pipeline_model_parallel_size": 4}
+TP4_PP2_EP16 = {
+    "tensor_model_parallel_size": 4,
+    "pipeline_model_parallel_size": 2,
+    "expert_model_parallel_size": 16,
+    "sequence_parallel": True,
+}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def hf_shapes(hf_config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as transformers' own model has them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {name: value for name, value in hf_config.items() if name not in ("architectures", "model_type")}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(hf_config["model_type"], **sizes))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def per_gpu(hf, tp: int, layers: int, first: bool, last: bool) -> int:
+    """Parameters of one rank of a dense model without tied embeddings, written out by hand."""
+    h, f, heads = hf["hidden_size"], hf["intermediate_size"], hf["num_attention_heads"]
+    qkv = (heads + 2 * hf["num_key_value_heads"]) * (h // heads)
+    bias = qkv // tp if hf["model_type"] == "qwen2" else 0
+    layer = 2 * h + (qkv * h + h * h + 3 * f * h) // tp + bias
+    return layers * layer + (first + last) * ceil(hf["vocab_size"] / tp) * h + last * h
+
+
+@pytest.mark.parametrize(
+    "hf_config, gpus, layout, total",
+    [
+        pytest.param(LLAMA_3_70B, 64, TP8_PP4, 70_553_706_496, id="Llama-3-70B, 64"),
+        pytest.param(LLAMA_3_70B, 520, TP8_PP5_VPP4, 70_553_706_496, id="Llama-3-70B, 520, interleaved"),
+        pytest.param(QWEN2_5_72B, 512, TP8_PP4, 72_706_203_648, id="Qwen2.5-72B, 512"),
+    ],
+)
+def test_big_models_are_counted_and_every_tensor_is_sent_once(tmp_path, hf_config, gpus, layout, total):
+    code, text, plan = plan_command(tmp_path, hf_config, "--gpus", str(gpus), megatron=layout, rollout={"tensor_parallel_size": 8})
+    assert code in (0, 1), text
+    shapes = hf_shapes(hf_config)
+    assert plan["total_parameters"] == total == sum(torch.Size(shape).numel() for shape in shapes.values())
+    stages = plan["parameters"]
+    assert sum(stage["whole"] for stage in stages) == total
+    tp, pp = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
+    for stage in stages:
+        position = stage["stage"]
+        assert stage["per_gpu"] == per_gpu(hf_config, tp, 80 // pp, position == 0, position == pp - 1)
+    memory = plan["memory"][0]
+    assert memory["weights"] == pytest.approx(2 * stages[0]["per_gpu"], rel=1e-5)  # DDP pads its buffers a little
+    assert memory["gradients"] == 2 * memory["weights"]
+    assert memory["main_weights"] * plan["data_parallel_size"] == pytest.approx(2 * memory["weights"], rel=1e-5)
+    assert memory["adam"] == 2 * memory["main_weights"]
+    check_transfer(plan, shapes, gpus // pp)
+
+
+def check_transfer(plan, shapes, stage_ranks: int) -> None:
+    """Names, shapes and bytes of the transfer's tensors; each index of each once, from ranks of the stage it is planned on."""
+    tensors = plan["transfer"]["tensors"]
+    assert {tensor["name"]: tuple(tensor["shape"]) for tensor in tensors} == shapes and len(tensors) == len(shapes)
+    for tensor in tensors:
+        numel, extent = torch.Size(tensor["shape"]).numel(), tensor["shape"][tensor["dim"]]
+        covered = Counter()
+        for piece in tensor["contributions"]:
+            covered.update([piece["start"], -piece["stop"]])
+            assert piece["bytes"] == 2 * numel // extent * (piece["stop"] - piece["start"])
+            assert piece["rank"] // stage_ranks == tensor["stage"]
+        assert sum(piece["bytes"] for piece in tensor["contributions"]) == tensor["bytes"] == 2 * numel
+    assert sum(group["gathered_bytes"] for group in plan["transfer"]["groups"]) == plan["transfer"]["bytes"]
+
+
+def test_experts_are_sent_by_the_ranks_that_hold_them(tmp_path):
+    code, text, plan = plan_command(tmp_path, QWEN3_235B_A22B, "--gpus", "256", megatron=TP4_PP2_EP16)
+    assert code in (0, 1), text
+    shapes = hf_shapes(QWEN3_235B_A22B)
+    if not any(".experts.0." in name for name in shapes):  # transformers 5 stacks a layer's experts
+        shapes = {name: shape for group in model_groups(QWEN3_235B_A22B) for m in group for name, shape in m.huggingface}
+    assert plan["total_parameters"] == 235_093_634_560
+    check_transfer(plan, shapes, 128)
+    senders = {
+        tensor["name"]: {piece["rank"] for piece in tensor["contributions"]}
+        for tensor in plan["transfer"]["tensors"]
+        if ".experts." in tensor["name"]
+    }
+    for expert in (0, 7, 8, 127):  # eight experts on each expert-parallel rank, cut over TP = 4
+        first = expert // 8 * 4
+        assert senders[f"model.layers.0.mlp.experts.{expert}.up_proj.weight"] == set(range(first, first + 4))
+
+
+@pytest.mark.slow
+def test_transfer_is_what_the_ranks_really_send(tmp_path):
+    """Each rank's parameters hold its number: the numbers that arrive are the planned contributors."""
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    small = QWEN3_SMALL | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1025, "num_hidden_layers": 2}
+    model = {"path": str(tmp_path), "dtype": "float32"}
+    _, text, plan = plan_command(tmp_path, small, megatron=sizes, model=model, rollout={"transport": "nccl"})
+    assert plan, text
+    real = run_ranks(4, "tests.ranks.plan:contributors", folder=str(tmp_path), sizes=sizes)
+    assert plan["transfer"]["sender"] == "rank 0"
+    for tensor in plan["transfer"]["tensors"]:
+        merged: list[list[int]] = []
+        for piece in sorted(tensor["contributions"], key=lambda piece: piece["start"]):
+            if merged and merged[-1][0] == piece["rank"]:
+                merged[-1][2] = piece["stop"]
+            else:
+                merged.append([piece["rank"], piece["start"], piece["stop"]])
+        assert real["runs"][tensor["name"]][tensor["dim"]] == merged, tensor["name"]
+    assert set(real["runs"]) == {tensor["name"] for tensor in plan["transfer"]["tensors"]}
+    # gloo gathers into memory of its own first; NCCL does not.
+    peaks = [group["peak_bytes"] + group["shard_bytes"] * group["gather_ranks"] for group in plan["transfer"]["groups"]]
+    assert real["peak"] == pytest.approx(max(peaks), rel=0.001)
+
+
+@pytest.mark.parametrize("damage, message", [("gap", "missing"), ("twice", "sent twice"), ("short", "covered up to"), ("name", "not those")])
+def test_a_transfer_with_a_hole_is_refused(damage, message):
+    tiny = QWEN3_SMALL | {"num_hidden_layers": 1}
+    tensors = [
+        TensorPlan(name, shape, 2 * torch.Size(shape).numel(), 0, 0, (Contribution(0, 0, shape[0], 2 * torch.Size(shape).numel()),))
+        for group in model_groups(tiny)
+        for mapping in group
+        for name, shape in mapping.huggingface
+    ]
+    check_coverage(tensors, model_groups(tiny))
+    whole = tensors[1].contributions[0]
+    half = whole.stop // 2
+    parts = {
+        "gap": (replace(whole, stop=half), replace(whole, start=half + 1)),
+        "twice": (replace(whole, stop=half), replace(whole, start=half - 1)),
+        "short": (replace(whole, stop=half),),
+        "name": (whole,),
+    }[damage]
+    tensors[1] = replace(tensors[1], contributions=parts, name="other" if damage == "name" else tensors[1].name)
+    with pytest.raises(RuntimeError, match=message):
+        check_coverage(tensors, model_groups(tiny))
+
+
+def simulate_1f1b(stages: int, micro_batches: int) -> tuple[float, list[int]]:
+    """Idle share and most micro-batches in flight of each stage when a forward and a backward pass take 1 and 2."""
+    order = []
+    for stage in range(stages):
+        warm_up = min(stages - stage - 1, micro_batches)
+        steady = [item for i in range(micro_batches - warm_up) for item in (("f", warm_up + i), ("b", i))]
+        order.append([("f", i) for i in range(warm_up)] + steady + [("b", i) for i in range(micro_batches - warm_up, micro_batches)])
+    done: dict[tuple[str, int, int], int] = {}
+    clock, position = [0] * stages, [0] * stages
+    while any(position[s] < len(order[s]) for s in range(stages)):
+        for s in range(stages):
+            if position[s] == len(order[s]):
+                continue
+            kind, i = order[s][position[s]]
+            before = ("f", i, s - 1) if kind == "f" else ("b", i, s + 1)
+            if 0 <= before[2] < stages and before not in done:
+                continue
+            clock[s] = max(clock[s], done.get(before, 0)) + (1 if kind == "f" else 2)
+            done[kind, i, s] = clock[s]
+            position[s] += 1
+    flying = []
+    for steps in order:
+        held = [sum(1 if kind == "f" else -1 for kind, _ in steps[: n + 1]) for n in range(len(steps))]
+        flying.append(max(held))
+    return 1 - 3 * micro_batches / max(clock), flying
+
+
+@pytest.mark.parametrize("stages, micro_batches", [(1, 3), (4, 2), (4, 4), (4, 32), (8, 11)])
+def test_bubble_and_micro_batches_in_flight_are_those_of_1f1b(stages, micro_batches):
+    from megatron_espo.plan.pipeline import plan_pipeline
+
+    config = SimpleNamespace(
+        megatron=SimpleNamespace(
+            pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=None, max_tokens_per_micro_batch=100,
+            micro_batch_size=None,
+        ),
+        rollout=SimpleNamespace(max_model_len=50, max_response_tokens=25, prompts_per_step=micro_batches * 2, group_size=4),
+        algorithm=SimpleNamespace(num_mini_batches=1),
+    )  # fmt: skip
+    pipeline = plan_pipeline(config, {}, data_parallel_size=2, expected_tokens=25)  # four responses in a micro-batch
+    idle, flying = simulate_1f1b(stages, micro_batches)
+    assert pipeline.micro_batches == micro_batches
+    assert pipeline.bubble == pytest.approx(idle)
+    assert [pipeline.in_flight(stage) for stage in range(stages)] == flying
+
+
+def test_interleaving_keeps_more_in_flight_and_idles_less():
+    """Warm-up of Megatron's interleaved schedule: 2 (PP - stage - 1) + (VPP - 1) PP forward passes, then one more."""
+    pipeline = Pipeline(4, 2, 1, 1, 8, 3 / (2 * 8 + 3))
+    assert [pipeline.in_flight(stage) for stage in range(4)] == [11, 9, 7, 5]
+    assert replace(pipeline, micro_batches=4).in_flight(0) == 8  # no more than there are
+
+
+def test_it_prints_a_table_of_100_columns_and_a_verdict(tmp_path):
+    layout = {"megatron": TP8_PP4 | RECOMPUTE, "rollout": {"tensor_parallel_size": 8}}
+    code, text, plan = plan_command(tmp_path, LLAMA_3_70B, "--gpus", "64", **layout)
+    assert code == 0 and plan["fits"] and not plan["problems"]
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.splitlines()[-1].startswith("fits: ")
+    assert "70,553,706,496" in text and "2,270,765,056" in text
+    # What the formula of the sync says, by hand: all bytes over NVLink once less one rank's, over the network once.
+    size = 2 * 70_553_706_496
+    norms = 2 * (161 * 8192)  # held whole by every rank, gathered from each
+    assert plan["transfer"]["gather_s"] == pytest.approx((size + 7 * norms) * 7 / 8 / 450e9, rel=1e-6)
+    assert plan["transfer"]["pipeline_s"] == pytest.approx(size / 50e9)
+
+
+def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path):
+    layout = TP8_PP4 | {"pipeline_model_parallel_size": 2}
+    code, text, plan = plan_command(tmp_path, LLAMA_3_70B, "--gpus", "64", megatron=layout)
+    assert code == 1 and not plan["fits"]
+    assert text.splitlines()[-1].startswith("does not fit") and "GB" in plan["problems"][0]
+    settings = plan["fixes"][0].rpartition(": ")[0].split()
+    overrides = {}
+    for setting in settings:
+        section, _, rest = setting.partition(".")
+        key, _, value = rest.partition("=")
+        overrides.setdefault(section, {})[key] = json.loads(value) if value[0].isdigit() or value in ("true", "null") else value
+    overrides["megatron"] = layout | overrides.get("megatron", {})
+    code, text, _ = plan_command(tmp_path, LLAMA_3_70B, "--gpus", "64", **overrides)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    "options, changes, words",
+    [
+        (["--gpus", "60"], {}, ["megatron.tensor_model_parallel_size", "multiple of 32", "got 60"]),
+        (["--gpus", "0"], {}, ["--gpus", "above 0"]),
+        (["--gpu-memory", "80 apples"], {}, ["--gpu-memory", "80 apples"]),
+        ([], {"model": {"path": "nowhere"}}, ["model.path", "config.json", "nowhere"]),
+        ([], {"megatron": {"tensor_model_parallel_size": 3}}, ["tensor_model_parallel_size", "divisor", "got 3"]),
+    ],
+)
+def test_mistakes_are_one_clear_message(tmp_path, options, changes, words):
+    sections = {"megatron": TP8_PP4} | changes
+    code, text, plan = plan_command(tmp_path, LLAMA_3_70B, *options, **sections)
+    assert code == 2 and plan is None
+    assert text.startswith("error: ") and "Traceback" not in text
+    assert all(word in text for word in words), text
