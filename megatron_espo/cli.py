@@ -170,12 +170,15 @@ def _checked_config(args: argparse.Namespace) -> Any:
     config = load_config(args.config, args.overrides)
     config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
     config.validate_model()
-    if args.command == "train":
+    if args.command in ("train", "eval"):
         config.validate_data()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
 
-            read_rows(config.data.prompts, config.data.task_args, config.run.seed)  # a bad row ends the run here
+            # A bad row ends the run here.
+            read_rows(config.data.prompts, config.data.task_args, config.run.seed)
+            if config.eval.prompts:
+                read_rows(config.eval.prompts, config.eval.task_args, config.run.seed)
     return config
 
 
@@ -193,7 +196,7 @@ def _work(args: argparse.Namespace, config: Any) -> None:
 
         train(config)
     elif args.command == "eval":
-        from megatron_espo.evaluate import evaluate_model
+        from megatron_espo.evaluator import evaluate_model
 
         evaluate_model(config, args.out)
     elif args.direction == "to-megatron":

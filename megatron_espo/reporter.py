@@ -46,7 +46,7 @@ class Reporter:
         """Open the files. What an earlier part of the run wrote about steps after ``after_step`` is taken back."""
         if self._runtime.is_main:
             self._writer = MetricsWriter(self._folder, make_trackers(self.config), after_step)
-            for name in ("samples.jsonl", "entropy.jsonl"):
+            for name in ("samples.jsonl", "entropy.jsonl", "eval.jsonl"):
                 keep_steps(self._folder / name, after_step)
 
     def watch(self, groups: ScoredGroups) -> dict[Place, int]:

@@ -119,6 +119,7 @@ class Run:
         """Count, report, and save where it is due. Collective. Raises Stopped, on all ranks, if one was asked to stop."""
         self.step = step
         self.ledger.count(groups)
+        metrics |= self.collector.evaluate(step, self.phases, self.sync.recover)
         seconds = self.phases.take() | {"step": time.perf_counter() - began}
         self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
         reason = self.stop.agreed() if step < self.config.run.steps else None

@@ -153,9 +153,10 @@ def across_sections(c: "schema.Config") -> Problems:
     if c.optimizer.lr_warmup_iters >= last:
         source = "optimizer.lr_decay_iters" if c.optimizer.lr_decay_iters else "the run's optimizer steps"
         yield "optimizer.lr_warmup_iters", f"expected less than {source} ({last}), got {c.optimizer.lr_warmup_iters}"
-    if c.reward.function == "reasoning_gym" and not c.data.prompts.startswith("reasoning_gym:"):
-        yield (
-            "reward.function",
-            f'expected math_verify or "module:function" with data.prompts "{c.data.prompts}", got reasoning_gym, '
-            "whose verifiers need its own tasks",
-        )
+    for key, prompts in (("data.prompts", c.data.prompts), ("eval.prompts", c.eval.prompts)):
+        if c.reward.function == "reasoning_gym" and prompts and not prompts.startswith("reasoning_gym:"):
+            yield (
+                "reward.function",
+                f'expected math_verify or "module:function" with {key} "{prompts}", got reasoning_gym, '
+                "whose verifiers need its own tasks",
+            )

@@ -347,5 +347,5 @@ class Config(Section):
         return placement.validate_model(self, hf_config)
 
     def validate_data(self) -> None:
-        """InputError where ``data.prompts`` names a file that cannot be read."""
+        """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
         placement.validate_prompt_file(self)
