@@ -144,3 +144,7 @@ BOARD_LAYOUT = {
     },
     "System": {"Memory (GiB)": _chart("system/rss_gib", "system/host_memory_gib", "system/gpu_memory_gib", "system/gpu_peak_allocated_gib")},
 }
+
+
+if __name__ == "__main__":
+    print(render_table(), end="")

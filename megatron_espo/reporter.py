@@ -16,7 +16,7 @@ from megatron_espo.metrics import MetricsWriter, rollout_metrics, step_line
 from megatron_espo.run_files import keep_steps
 from megatron_espo.samples import Place, choose_samples, sample_record
 from megatron_espo.throughput import peak_flops, system_metrics, training_flops
-from megatron_espo.trackers import make_trackers
+from megatron_espo.trackers import check_trackers, make_trackers
 
 
 class Reporter:
@@ -30,6 +30,7 @@ class Reporter:
     """
 
     def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime, tokenizer: Tokenizer | None) -> None:
+        check_trackers(config)  # on every rank, before the model is loaded
         self.config, self._hf_config, self._runtime, self._tokenizer = config, hf_config, runtime, tokenizer
         self._recorder = EntropyRecorder(
             len(config.algorithm.quantiles) + 1,

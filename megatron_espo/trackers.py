@@ -51,13 +51,13 @@ class MlflowTracker:
 TRACKERS: dict[str, Any] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 
 
-def make_trackers(config: Config) -> list[Tracker]:
-    """Those of ``run.trackers``.
-
-    Raises:
-        InputError: one is not installed.
-    """
+def check_trackers(config: Config) -> None:
+    """InputError if one of ``run.trackers`` is not installed."""
     for name in config.run.trackers:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"run.trackers: expected installed packages, got {name}, which is not; pip install {name}, or leave it out")
+
+
+def make_trackers(config: Config) -> list[Tracker]:
+    """Those of ``run.trackers``."""
     return [TRACKERS[name](config) for name in config.run.trackers]

@@ -13,7 +13,8 @@ from megatron_espo import cli
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
 from megatron_espo.report.drawing import MOST_POINTS, thin
-from megatron_espo.report.page import SAMPLE_TOKENS, number, sample_steps, write_report
+from megatron_espo.report.numbers import number
+from megatron_espo.report.page import SAMPLE_TOKENS, sample_steps, write_report
 from megatron_espo.report.runs import read_runs
 from tests.browser import Browser, find_browser
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_espo.report.charts import draw_sections
 from megatron_espo.report.drawing import COLORS, VARIABLES
+from megatron_espo.report.numbers import number
 from megatron_espo.report.runs import RunData, read_runs
 from megatron_espo.report.settings import settings_table
 
@@ -116,13 +117,3 @@ def _shown(sample: dict[str, Any], highest: float) -> dict[str, Any]:
             }
         )
     return sample | {"shown": tokens, "cut": len(sample["pieces"]) - len(tokens)}
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A number for a table: so many significant digits, no exponent for everyday sizes, a dash for none."""
-    if not isinstance(value, int | float) or math.isnan(value):
-        return "–"
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits - 1}e}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{max(0, min(decimals, digits))}f}"
