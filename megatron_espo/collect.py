@@ -127,7 +127,7 @@ class Collector:
 
     def forget(self, step: int) -> None:
         """A checkpoint holds everything up to ``step``: its rollouts are not needed any more, unless the run keeps them."""
-        if self.runtime.is_main and not self.config.run.keep_rollouts:
+        if self.runtime.is_main and not (self.config.run.keep_rollouts or self.config.run.replay):
             self._log.forget(step)
 
     def close(self) -> None:

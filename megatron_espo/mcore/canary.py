@@ -1,22 +1,23 @@
 """Log-probs of given tokens by the trained model: the trainer's half of a canary."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
+from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.mcore.optimizer import Policy
 
+Pair = tuple[Sequence[int], Sequence[int]]
 
-def score_responses(
-    policy: Policy, forward_step, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], packing: dict[str, Any]
-) -> list[list[float]]:
+
+def score_responses(policy: Policy, forward_step, pairs: Sequence[Pair], packing: dict[str, Any]) -> list[list[float]]:
     """Log-probs (nats, at the temperature of ``forward_step``) of each response's tokens given its prompt.
 
-    Every data-parallel replica computes all of them, each in a micro-batch of its own. Collective over all ranks: one forward-only pass through Megatron's
-    schedule and one object broadcast from the last rank, which is on the last pipeline stage.
+    Every data-parallel replica computes all of them, in one micro-batch. Collective over all ranks: one forward-only pass
+    through Megatron's schedule, under context parallelism one all-reduce of the log-probs, and one object broadcast from the last rank, which is
+    on the last pipeline stage.
 
     Args:
         pairs: (prompt token ids, response token ids), the same on every rank.
@@ -25,25 +26,22 @@ def score_responses(
     Returns:
         The same lists on every rank.
     """
-    if not pairs:
-        return []
-    everyone = packing | {"data_parallel_rank": 0, "data_parallel_size": 1, "share_prompts": False, "max_sequences": 1}
-    # Longest first, as ``pack`` lays them out: one micro-batch each, in this order.
-    order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+    one_batch = {"data_parallel_rank": 0, "data_parallel_size": 1, "max_tokens": sys.maxsize, "max_sequences": None}
+    # The order in which ``pack`` lays sequences out, which share no prompt here.
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
     sequences = [TrainSequence(*pairs[i], [0.0] * len(pairs[i][1]), 0.0) for i in order]
-    totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=1)
-    batches = pack(sequences, totals, **everyone)
-    scored = policy.score(forward_step, batches)
-    whole = [_whole(batch, values[0], policy.groups.cp) for batch, values in zip(batches, scored, strict=False)]
-    box = [dict(zip(order, whole, strict=False))]
+    lengths = [len(sequence.response_ids) for sequence in sequences]
+    totals = batch_totals(sequences, num_responses=len(pairs), num_response_tokens=sum(lengths))
+    batches = pack(sequences, totals, **packing | one_batch | {"share_prompts": False})
+    assert batches[0].lengths.tolist() == lengths
+    box = [[]]
+    if scored := policy.score(forward_step, batches):
+        logprob = scored[0][0]
+        if batches[0].scored is not None:
+            mine = batches[0].scored.to(logprob.device)
+            logprob = logprob.new_zeros(sum(lengths)).index_copy_(0, mine, logprob)
+            dist.all_reduce(logprob, group=policy.groups.cp)
+        box = [[part.tolist() for part in logprob.split(lengths)]]
     dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
-    return [box[0][i] for i in range(len(pairs))]
-
-
-def _whole(batch: MicroBatch, logprob: Tensor, cp_group) -> list[float]:
-    """All response tokens' log-probs from the context-parallel ranks' slices."""
-    if batch.scored is None:
-        return logprob.tolist()
-    everything = logprob.new_zeros(int(batch.lengths.sum())).index_copy_(0, batch.scored.to(logprob.device), logprob)
-    dist.all_reduce(everything, group=cp_group)
-    return everything.tolist()
+    by_index = dict(zip(order, box[0], strict=True))
+    return [by_index[i] for i in range(len(pairs))]

@@ -105,6 +105,7 @@ def load_checkpoint(
         chunk.load_state_dict(loaded[_chunk_key(i)], strict=False)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+        _separate_step_counts(optimizer)
     return read_state(path)
 
 
@@ -202,6 +203,14 @@ def _set_but_step(optimizer, parameter: torch.nn.Parameter, tensors: dict[str, t
     # Megatron loads "step" with the parameter groups, leaves it out of the tensors, and then misses it there.
     step = optimizer._get_main_param_and_optimizer_states(parameter)["step"]
     type(optimizer)._set_main_param_and_optimizer_states(optimizer, parameter, tensors | {"step": step})
+
+
+def _separate_step_counts(optimizer) -> None:
+    # Megatron gives all parameters one tensor as their step count, and torch's Adam counts it up once for each of them.
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
 
 
 def _begin(partial: Path, out: Path, state: dict[str, Any] | None) -> None:

@@ -20,7 +20,7 @@ from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
 from megatron_espo.weights.verification import TOLERANCE, CanarySample, canary_gap, wrong_tensors
 from megatron_espo.weights.vllm_source import GatherError, MegatronWeightSource, ObservedSource
 
-_CANARY_TOKENS = 8
+_CANARY_TOKENS = 4
 _CANARY_PROMPT_TOKENS = 128
 
 
