@@ -169,9 +169,10 @@ def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
 
 
 def train_sequences(
-    groups: ScoredGroups, advantages: torch.Tensor, mask_truncated: bool, watched: Mapping[tuple[int, int], int]
+    groups: ScoredGroups, advantages: torch.Tensor, mask_truncated: bool, watched: Mapping[tuple[int, int], int] | None = None
 ) -> list[list[TrainSequence]]:
     """Each rollout with its advantage, by prompt; ``watched`` numbers those ``(prompt, sample)`` that are shown."""
+    watched = watched or {}
     return [
         [
             TrainSequence(
