@@ -168,7 +168,8 @@ def _checked_config(args: argparse.Namespace) -> Any:
     from megatron_espo.config import load_config
 
     config = load_config(args.config, args.overrides)
-    config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
+    if args.command != "eval":  # which has no ranks
+        config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
     config.validate_model()
     if args.command in ("train", "eval"):
         config.validate_data()

@@ -26,7 +26,7 @@ def engine_config(config: Config, tokenizer: Tokenizer, max_model_len: int, *, l
         model=config.model.path,
         log_path=str(Path(config.run.dir, "engine.log")),
         dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
-        transport=resolve_transport(rollout.transport, rollout.visible_devices),
+        transport="" if load_weights else resolve_transport(rollout.transport, rollout.visible_devices),
         max_response_tokens=rollout.max_response_tokens,
         eos_ids=tokenizer.eos_ids,
         max_model_len=max_model_len,

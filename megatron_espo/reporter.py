@@ -1,6 +1,7 @@
 """What a run tells while it runs: metrics, entropy histograms and samples, in files, in TensorBoard and on the terminal."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -153,4 +154,10 @@ def warn_of_gap(metrics: dict[str, float], limit: float) -> None:
 
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN."""
-    return {name: [None if v != v else v for v in value] if isinstance(value, list) else value for name, value in record.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return {name: plain(value) for name, value in record.items()}

@@ -26,14 +26,14 @@ def choose_samples(rewards: torch.Tensor, count: int) -> list[Place]:
 
 
 def sample_record(step: int, rollout: Rollout, reward: float, advantage: float, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """One line of ``samples.jsonl`` but for ``entropies`` (nats) and ``groups``, one a token. A missing reward is ``null``."""
+    """One line of ``samples.jsonl`` but for ``entropies`` (nats) and ``groups``, one a token."""
     return {
         "step": step,
         "prompt_id": rollout.prompt.id,
         "prompt": rollout.prompt.text,
         "answer": rollout.prompt.answer,
         "response": rollout.text,
-        "reward": None if reward != reward else reward,
+        "reward": reward,
         "advantage": advantage,
         "finish_reason": rollout.finish_reason,
         "policy_version": rollout.policy_version,

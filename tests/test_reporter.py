@@ -112,6 +112,7 @@ def test_no_samples_are_written_where_none_are_wanted(tmp_path, one_rank):
     reporter = make_reporter(tmp_path, samples_per_step=0)
     assert reporter.watch(two_groups()) == {}
     reporter.write(1, two_groups(), torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0})
+    assert json.loads((tmp_path / "entropy.jsonl").read_text())["borders"] == [None]  # NaN is no JSON
     assert not (tmp_path / "samples.jsonl").exists()
 
 

@@ -47,10 +47,10 @@ def test_half_a_character_at_the_end_is_shown():
     assert token_pieces(ids[:-1], decode) == ["a", "", "", "\N{REPLACEMENT CHARACTER}"]
 
 
-def test_a_record_has_no_nan():
+def test_a_record_has_a_piece_for_each_token():
     rollout = Rollout(Prompt("p", "What?", "4", (1,)), (52, 53), (-1.0, -2.0), "length", 3, "45")
-    record = sample_record(7, rollout, NAN, 0.0, lambda ids: bytes(ids).decode())
-    assert record["reward"] is None and record["pieces"] == ["4", "5"] and record["tokens"] == [52, 53]
+    record = sample_record(7, rollout, 1.0, 0.5, lambda ids: bytes(ids).decode())
+    assert record["pieces"] == ["4", "5"] and record["tokens"] == [52, 53] and record["reward"] == 1
     assert (record["step"], record["prompt_id"], record["policy_version"]) == (7, "p", 3)
 
 

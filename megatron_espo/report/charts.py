@@ -162,7 +162,7 @@ def _draw_phases(runs: Sequence[RunData]) -> list[Picture]:
     for phase, color in zip(phases, _cycle(len(phases)), strict=True):
         # A phase that not every step has counts as 0 in the others.
         width = [sum(run.series(f"time/{phase}_s")[1]) / len(run.lines) for run in runs]
-        bars.axes.barh([run.name for run in runs], width, left=left, color=color, label=phase, height=0.6)
+        bars.axes.barh([_short(run.name) for run in runs], width, left=left, color=color, label=phase, height=0.6)
         left = [a + b for a, b in zip(left, width, strict=True)]
     bars.axes.set_ylim(max(len(runs), 3) - 0.5, -0.5)  # from the top; a single bar is not a wall
     bars.axes.grid(axis="y", visible=False)
@@ -186,7 +186,7 @@ def _draw_histograms(runs: Sequence[RunData]) -> list[Picture]:
     for number, run in enumerate(runs):
         trained = [line for line in run.entropies if any(map(any, line["counts"]))]
         for when, line in dict(zip(("first", "last"), (trained[0], trained[-1]), strict=True)).items() if trained else ():
-            suffix = f", {run.name}" if len(runs) > 1 else ""
+            suffix = f", {_short(run.name)}" if len(runs) > 1 else ""
             canvas = Canvas(f"entropies_{number}_{when}", f"Entropies of trained tokens, step {line['step']}{suffix}")
             bins = len(line["counts"][0])
             width = line["highest"] / bins
@@ -203,6 +203,11 @@ def _draw_histograms(runs: Sequence[RunData]) -> list[Picture]:
             canvas.legend()
             pictures.append(canvas.finish(integer_steps=False))
     return pictures
+
+
+def _short(name: str) -> str:
+    """A run's name in a picture, where dollars would start a formula."""
+    return (name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}").replace("$", r"\$")
 
 
 def _cycle(count: int) -> list[str]:

@@ -14,8 +14,8 @@ from megatron_espo.report.numbers import number
 from megatron_espo.report.runs import RunData, read_runs
 from megatron_espo.report.settings import settings_table
 
-# Samples come from so many steps, spread evenly, and are cut after so many tokens: the page stays below 3 MB.
-SAMPLE_STEPS, SAMPLE_TOKENS, SAMPLES_A_STEP = 6, 800, 4
+# Of long samples only the beginning is shown: the page stays below 3 MB.
+SAMPLE_TOKENS, SAMPLES_A_STEP = 800, 4
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -90,16 +90,9 @@ def overview(run: RunData, position: int) -> dict[str, Any]:
 
 
 def sample_steps(run: RunData) -> list[dict[str, Any]]:
-    """Samples of a few steps over the run, with the heat of each token from 0 to 100: its entropy over the highest one shown."""
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for sample in run.samples:
-        by_step.setdefault(sample["step"], []).append(sample)
-    # Steps whose samples were trained have entropies to show.
-    steps = sorted(step for step, found in by_step.items() if any(s["entropies"] for s in found)) or sorted(by_step)
-    count = min(SAMPLE_STEPS, len(steps))
-    chosen = sorted({steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)})
-    highest = max((e for step in chosen for s in by_step[step] for e in s["entropies"] or [0.0]), default=0.0) or 1.0
-    return [{"step": step, "samples": [_shown(s, highest) for s in by_step[step][:SAMPLES_A_STEP]]} for step in chosen]
+    """A run's samples by step, with the heat of each token from 0 to 100: its entropy over the highest one shown."""
+    highest = max((e for samples in run.samples.values() for s in samples for e in s["entropies"] or [0.0]), default=0.0) or 1.0
+    return [{"step": step, "samples": [_shown(s, highest) for s in samples[:SAMPLES_A_STEP]]} for step, samples in run.samples.items()]
 
 
 def _shown(sample: dict[str, Any], highest: float) -> dict[str, Any]:

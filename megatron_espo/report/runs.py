@@ -1,5 +1,6 @@
 """A run's folder, read: metrics by name, settings, samples, and what went wrong."""
 
+import json
 import math
 import re
 from collections import Counter
@@ -14,7 +15,9 @@ from megatron_espo.run_files import phase_names, read_json, read_jsonl
 
 # The end of a Python traceback, with or without vLLM's prefix.
 _EXCEPTION = re.compile(r"(?:^|\] )((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout)\b.*)$")
+_STEP = re.compile(r'{"step": (\d+),')
 _MOST_PROBLEMS = 12
+SAMPLE_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class RunData:
         name: unique among the runs of a report.
         lines: ``metrics.jsonl`` by step; of a step that was repeated after a restart, the last line.
         config, summary, status: ``config.json``, ``summary.json``, ``status.json``; ``{}`` where there is none.
-        samples, entropies: lines of ``samples.jsonl`` and ``entropy.jsonl``.
+        samples: lines of ``samples.jsonl`` by step, of ``SAMPLE_STEPS`` steps spread evenly over those with trained samples.
+        entropies: lines of ``entropy.jsonl``.
         engine_exceptions: last lines of tracebacks in ``engine.log``, with how often each was there.
     """
 
@@ -36,7 +40,7 @@ class RunData:
     config: dict[str, Any]
     summary: dict[str, Any]
     status: dict[str, Any]
-    samples: list[dict[str, Any]]
+    samples: dict[int, list[dict[str, Any]]]
     entropies: list[dict[str, Any]]
     engine_exceptions: Counter[str]
 
@@ -115,12 +119,32 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
                 config=config,
                 summary=read_json(folder / "summary.json"),
                 status=read_json(folder / "status.json"),
-                samples=read_jsonl(folder / "samples.jsonl"),
+                samples=_read_samples(folder / "samples.jsonl"),
                 entropies=read_jsonl(folder / "entropy.jsonl"),
                 engine_exceptions=_exceptions(folder / "engine.log"),
             )
         )
     return runs
+
+
+def _read_samples(path: Path) -> dict[int, list[dict[str, Any]]]:
+    """A long run's file has hundreds of MB: only the lines that are shown are kept and parsed."""
+    if not path.is_file():
+        return {}
+    trained: dict[int, bool] = {}
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if match := _STEP.match(line):
+                step = int(match[1])
+                trained[step] = trained.get(step, False) or not line.endswith('"groups": null}\n')
+    steps = sorted(step for step, found in trained.items() if found) or sorted(trained)
+    count = min(SAMPLE_STEPS, len(steps))
+    chosen = {steps[round(i * (len(steps) - 1) / max(1, count - 1))]: [] for i in range(count)}
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if (match := _STEP.match(line)) and int(match[1]) in chosen and line.endswith("\n"):
+                chosen[int(match[1])].append(json.loads(line))
+    return chosen
 
 
 def _exceptions(log: Path) -> Counter[str]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from megatron_espo.errors import InputError
 from megatron_espo.report.numbers import number
-from megatron_espo.run_files import phase_names, read_json, read_jsonl
+from megatron_espo.run_files import last_line, phase_names, read_json
 
 ENDS = ("done", "failed", "requeue")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -50,12 +50,16 @@ class RunView:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"{folder}: expected a run's folder, found none")
+        self.config: dict[str, Any] = {}
+        self.status: dict[str, Any] = {}
         self.lines: list[dict[str, Any]] = []
         self._offset, self._unread = 0, b""
 
     def refresh(self) -> None:
         """Read new lines of ``metrics.jsonl``, and the small files again."""
-        self.config, self.status = read_json(self.folder / "config.json"), read_json(self.folder / "status.json")
+        # A file that is just being written reads as empty.
+        self.config = read_json(self.folder / "config.json") or self.config
+        self.status = read_json(self.folder / "status.json") or self.status
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
             return
@@ -118,8 +122,8 @@ class RunView:
         return ["", bar, legend]
 
     def _sample(self, width: int) -> list[Any]:
-        samples = read_jsonl(self.folder / "samples.jsonl")[-1:] if self.lines else []
-        return [Text(f"\nreward {number(s['reward'])}: {s['response'].strip()[: 3 * width]!r}", "dim", overflow="ellipsis") for s in samples]
+        sample = last_line(self.folder / "samples.jsonl")
+        return [Text(f"\nreward {number(sample['reward'])}: {sample['response'].strip()[: 3 * width]!r}", "dim")] if sample else []
 
     def _warnings(self) -> list[Any]:
         found = []

@@ -11,7 +11,7 @@ class EngineConfig:
         model: Hugging Face folder; its weights are not read, the first sync brings them, unless ``load_weights``.
         log_path: file that receives the output of vLLM.
         dtype: ``float32`` or ``bfloat16``.
-        transport: vLLM's weight transfer backend: one of ``transport.TRANSPORTS``.
+        transport: vLLM's weight transfer backend: one of ``transport.TRANSPORTS``; not used with ``load_weights``.
         max_model_len: tokens of prompt and response together; None: the model's context.
         max_response_tokens: a response is cut off there.
         eos_ids: token ids that end a response (the token is part of the response).

@@ -58,7 +58,7 @@ def build_llm(config: EngineConfig):
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
         hf_overrides={"head_dtype": "float32"},  # as the trainer's: a bfloat16 logit of 20 is off by up to 0.06 nats
-        weight_transfer_config={"backend": config.transport},
+        weight_transfer_config=None if config.load_weights else {"backend": config.transport},
         worker_extension_cls="megatron_espo.rollout.worker.WorkerExtension",
         disable_log_stats=True,
         **options,
