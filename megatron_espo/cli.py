@@ -72,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what works on this machine, and what to do about the rest")
     doctor.add_argument("--timeout", type=float, default=180.0, help="seconds for one package to import (%(default)g)")
+    doctor.add_argument(
+        "--cluster", action="store_true", help="check the nodes of a run together; start it on every rank (torchrun)"
+    )
+    doctor.add_argument("--folder", default=".", help="with --cluster: folder that all nodes share (%(default)s)")
     return parser
 
 
@@ -132,6 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     checked = False
     try:
         if args.command == "doctor":
+            if args.cluster:
+                from megatron_espo import preflight
+
+                return preflight.main(args.folder, args.timeout)
             from megatron_espo import doctor
 
             return doctor.main(args.timeout)

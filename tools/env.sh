@@ -90,6 +90,7 @@ espo_env() {
     fi
     pins="$root/requirements/cpu-py$(espo_version python | tr -d .).txt"
     # Two first runs at once must not install over each other; the lock ends with the subshell.
+    # shellcheck disable=SC2094 # flock locks the file it is given; nothing writes to it
     (flock 9 && espo_install "$root" "$pins") 9<"$pins" || return
     espo_say "ready: $VIRTUAL_ENV"
 }

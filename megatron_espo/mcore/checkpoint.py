@@ -26,8 +26,6 @@ from megatron_espo.weights.families import is_tied, model_sizes
 MANIFEST_NAME = "megatron_espo.json"
 STATE_NAME = "state.json"
 VERSION = 1
-# Megatron's optimizer state as whole tensors, which any layout can load.
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -64,12 +62,13 @@ def save_checkpoint(
     on_rank_0(lambda: _begin(partial, out, state))
     try:
         inject("save")
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
+        form = optimizer and optimizer_form(chunks[0].config, hf_config)
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial))
         failure = None
     except Exception as error:  # Megatron's writer wraps what went wrong in several ways
         failure = OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}")
     _raise_anywhere(failure)
-    on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype))
+    on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype, form))
 
 
 def load_checkpoint(
@@ -91,8 +90,9 @@ def load_checkpoint(
     """
     from megatron.core import dist_checkpointing
 
-    on_rank_0(lambda: verify_files(path, read_manifest(path, hf_config)))
-    wanted = _sharded_state(chunks, optimizer, is_loading=True)
+    manifest = on_rank_0(lambda: _verified_manifest(path, hf_config))
+    form = optimizer and _loadable_form(path, manifest.get("optimizer"), optimizer_form(chunks[0].config, hf_config))
+    wanted = _sharded_state(chunks, optimizer, form, is_loading=True)
     loaded, only_there, only_here = dist_checkpointing.load(wanted, str(path), strict="return_all")
     # Which parameters a checkpoint lacks is known only to the ranks that asked for them.
     differences: list[Any] = [None] * dist.get_world_size()
@@ -104,7 +104,8 @@ def load_checkpoint(
         # Not strict: Transformer Engine's extra state (FP8 scales) is absent where another layer implementation wrote the checkpoint.
         chunk.load_state_dict(loaded[_chunk_key(i)], strict=False)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        with torch.no_grad():
+            optimizer.load_state_dict(loaded["optimizer"])
         _separate_step_counts(optimizer)
     return read_state(path)
 
@@ -179,13 +180,42 @@ def _chunk_key(index: int) -> str:
     return f"model{index}"
 
 
-def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer, is_loading: bool) -> dict[str, Any]:
+def optimizer_form(config, hf_config: dict[str, Any]) -> dict[str, Any]:
+    """How the optimizer's state is stored: as whole tensors, which any layout can load; or as DDP's buckets, which need the same TP, PP and VPP.
+
+    Where an embedding tied over pipeline stages has a bucket of its own, Megatron-Core 0.16 cuts whole tensors at wrong places.
+    """
+    whole = not is_tied(hf_config) or config.pipeline_model_parallel_size == 1
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    layout = {name: getattr(config, name) for name in (*sizes, "expert_model_parallel_size")}
+    return {"format": "fully_reshardable" if whole else "dp_reshardable", **layout}
+
+
+def _loadable_form(path: str | Path, stored: dict[str, Any] | None, own: dict[str, Any]) -> dict[str, Any]:
+    if stored is None:
+        raise InputError(f"{path}: expected a run's checkpoint, got one of weights only; put it to use with `megatron-espo convert to-hf`")
+    if stored["format"] == "dp_reshardable":
+        what = f"{path}: its optimizer state can be loaded in the layout that wrote it only (another data-parallel size is fine)"
+        refuse_differences(what, own | {"format": "dp_reshardable"}, stored, "restore the layout, or convert the weights to Hugging Face")
+    return stored
+
+
+def _verified_manifest(path: str | Path, hf_config: dict[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(path, hf_config)
+    verify_files(path, manifest)
+    return manifest
+
+
+def _sharded_state(
+    chunks: Sequence[torch.nn.Module], optimizer, form: dict[str, Any] | None, is_loading: bool
+) -> dict[str, Any]:
     model = {_chunk_key(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     if optimizer is None:
         return model
     if is_loading:
         _prepare_loading(optimizer)
-    return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)}
+    metadata = {"distrib_optim_sharding_type": form["format"], "chained_optim_avoid_prefix": True}
+    return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
 
 
 def _prepare_loading(optimizer) -> None:
@@ -221,12 +251,13 @@ def _begin(partial: Path, out: Path, state: dict[str, Any] | None) -> None:
         (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
 
 
-def _finish(partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
+def _finish(partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dtype, form: dict[str, Any] | None) -> None:
     """Write the manifest, make everything durable and rename."""
     from megatron.core import __version__
 
     files = {name: _checksum(file) for name, file in _list_files(partial).items()}
-    manifest = {"version": VERSION, "megatron_core": __version__, "dtype": str(dtype), "model": model_identity(hf_config), "files": files}
+    manifest = {"version": VERSION, "megatron_core": __version__, "dtype": str(dtype), "optimizer": form}
+    manifest |= {"model": model_identity(hf_config), "files": files}
     (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
     for file in (*partial.iterdir(), partial):
         descriptor = os.open(file, os.O_RDONLY)

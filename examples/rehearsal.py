@@ -1,0 +1,98 @@
+"""What `run_espo_70b.sh --rehearse` changes about the 70B run: a tiny Llama of its shape, four CPU ranks, short texts.
+
+The settings are those of the run's YAML file; only sizes, folders and the reward are replaced. So the rehearsal goes
+through the same tensor, sequence, pipeline and interleaved parallelism, recomputation and distributed optimizer.
+"""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+RUN_DIR = "runs/rehearsal/run"
+SMALLER = [
+    "run.steps=3",
+    f"run.dir={RUN_DIR}",
+    "model.dtype=float32",
+    "megatron.tensor_model_parallel_size=2",
+    "megatron.pipeline_model_parallel_size=2",
+    "megatron.virtual_pipeline_model_parallel_size=2",
+    "megatron.max_tokens_per_micro_batch=96",
+    "optimizer.lr=3e-4",
+    "rollout.prompts_per_step=8",
+    "rollout.group_size=4",
+    "rollout.max_response_tokens=8",
+    "rollout.max_model_len=64",
+    "rollout.tensor_parallel_size=1",
+    "rollout.cpu_kv_cache_gib=0.25",
+    "rollout.timeout_s=300",
+    "reward.function=examples.rehearsal:starts_with_even_digit",
+    "reward.workers=1",
+]
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"0123456789", "+", "?", ".", "What", "is"]
+# Llama-3-70B: hidden 8192, 64 heads of 128, 8 of keys and values, feed-forward 3.5 x hidden, 80 layers.
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 4,  # one for each of PP 2 x VPP 2
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # the smallest that vLLM serves on a CPU
+    "max_position_embeddings": 128,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def starts_with_even_digit(prompt, response: str) -> float:
+    """The reward: a random model earns it now and then, so there is a gradient."""
+    return float(response.strip()[:1] in tuple("02468"))
+
+
+def prepare(folder: str = "runs/rehearsal/start", timeout_s: float = 300) -> list[str]:
+    """Overrides of the rehearsal. Rank 0 writes model, tokenizer and prompts into ``folder`` (on a file system that
+    all nodes share) unless they are there; the others wait for it."""
+    target = Path(folder)
+    if os.environ.get("RANK", "0") == "0":
+        _put_finished_away(Path(RUN_DIR))
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            _write(aside)
+            aside.rename(target)  # complete or absent
+    deadline = time.monotonic() + timeout_s
+    while not target.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{target.absolute()}: not there after {timeout_s:g} s; is it on a shared file system?")
+        time.sleep(0.2)
+    return [*SMALLER, f"model.path={target}", f"data.prompts={target / 'prompts.jsonl'}"]
+
+
+def _put_finished_away(run: Path) -> None:
+    """Keep an earlier rehearsal under its time: to go on from its last step would rehearse nothing."""
+    status = run / "status.json"
+    if status.exists() and json.loads(status.read_text())["state"] == "done":
+        run.rename(run.with_name(f"run-{time.strftime('%Y%m%d-%H%M%S', time.localtime(status.stat().st_mtime))}"))
+
+
+def _write(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), digits])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    with torch.no_grad():  # the usual 0.02 makes every token as likely: no groups of high and low entropy
+        model.lm_head.weight.mul_(4)
+    model.save_pretrained(folder)
+    rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(32)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,123 @@
+"""A real Slurm of two nodes on this machine: one slurmctld and two slurmd on loopback, private folders, no GPUs."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+KillWait=10
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=1
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> str | None:
+    """Why no cluster can be started here."""
+    path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
+    if absent := [name for name in PROGRAMS if not shutil.which(name, path=path)]:
+        return f"{', '.join(absent)} not installed (Debian: apt-get install slurm-wlm munge)"
+    return None if os.geteuid() == 0 else "Slurm's daemons start as root only"
+
+
+class Cluster:
+    """Start it with ``with``; its programs end with it.
+
+    Args:
+        folder: state, logs and sockets.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.env = folder, os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.env["PATH"] = f"{self.env['PATH']}{os.pathsep}/usr/sbin"
+        self._daemons: list[subprocess.Popen] = []
+
+    def __enter__(self) -> "Cluster":
+        for name in ("state", "spool-n1", "spool-n2"):
+            (self.folder / name).mkdir()
+        ports = _free_ports()
+        (self.folder / "slurm.conf").write_text(CONF.format(host=socket.gethostname(), folder=self.folder, ports=ports))
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        options = {"socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
+        paths = [f"--{option}={self.folder / name}" for option, name in options.items()]
+        self._start("munged", "--foreground", "--force", f"--key-file={key}", *paths)
+        self.until((self.folder / "munge.socket").exists)
+        self._start("slurmctld", "-D")
+        for node in ("n1", "n2"):
+            self._start("slurmd", "-D", "-N", node)
+        self.until(lambda: self.run("sinfo", "-h", "-o", "%T", check=False).split() == ["idle"])
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.run("scancel", "--user=root", check=False)
+        deadline = time.monotonic() + 30
+        while self.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.3)  # a job without its daemons would live on
+        for daemon in reversed(self._daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self._daemons:
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def run(self, *command: str, check: bool = True, **env: str) -> str:
+        """A Slurm command's output."""
+        done = subprocess.run(command, env=self.env | env, capture_output=True, text=True, timeout=60)
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """What Slurm knows about a job."""
+        words = self.run("scontrol", "show", "job", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def until(self, condition, timeout_s: float = 60) -> None:
+        """Wait until ``condition()``; AssertionError with the daemons' last words after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, self._last_words()
+            time.sleep(0.3)
+
+    def _start(self, *command: str) -> None:
+        log = (self.folder / f"{command[0]}-{len(self._daemons)}.out").open("wb")
+        self._daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT))
+
+    def _last_words(self) -> str:
+        files = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
+        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+
+
+def _free_ports() -> tuple[int, int, int]:
+    """One port, and two in a row."""
+    for first in range(17000, 27000, 10):
+        try:
+            with socket.create_server(("", first)), socket.create_server(("", first + 1)), socket.create_server(("", first + 2)):
+                return first, first + 1, first + 2
+        except OSError:
+            continue
+    raise AssertionError("no free ports")

@@ -1,0 +1,71 @@
+"""The cluster's preflight on two ranks under gloo; two torchruns that share this host stand for two nodes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_espo import preflight
+from megatron_espo.cli import main as command_line
+from megatron_espo.doctor import BROKEN, WORKS
+from tests.distributed import ROOT, run_ranks
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_two_nodes_pass_and_leave_nothing_behind(tmp_path):
+    """One rank on the first and two on the second, as where the engine has GPUs of the first node."""
+    port, env = str(free_port()), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1"]
+            + [f"--nproc-per-node={rank + 1}", f"--master-port={port}", "-m", "megatron_espo", "doctor", "--cluster", "--folder", str(tmp_path)],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    texts = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    lines = texts[0].splitlines()
+    names = [check.__name__.removesuffix("_row").replace("_", " ") for check in preflight.CHECKS]
+    assert [name for name in names if any(line.startswith(f"{name} ... ") for line in lines)] == names
+    assert lines[-1] == "Fit for a run." and list(tmp_path.iterdir()) == []
+    speed = next(line for line in lines if line.startswith("network bandwidth"))
+    assert float(speed.split(": ")[1].split()[0]) > 0 and "over gloo" in speed
+
+
+def test_every_check_finds_what_it_is_for():
+    """Each fault is put on rank 1 alone; both ranks must answer alike."""
+    rows = run_ranks(2, "tests.ranks.preflight:faults")
+    states = {name: [row["state"] for row in both] for name, both in rows.items()}
+    assert states == {name: [BROKEN, BROKEN] for name in states} | {"memlock": [WORKS, WORKS]}
+    texts = {name: f"{both[0]['found']} -> {both[0]['advice']}" for name, both in rows.items()}
+    assert all(first == second for first, second in rows.values())
+    assert "torch 0.0.1 on node1" in texts["versions"] and "one environment" in texts["versions"]
+    assert "node1 sees 0" in texts["gpu"]
+    assert "ulimit -n 128" in texts["files"] and "on node1" in texts["files"] and "65536" in texts["files"]
+    assert texts["clock"].startswith("at most 90") and "(node1)" in texts["clock"] and "chrony" in texts["clock"]
+    assert "no way to" in texts["ports"] and "on node0" in texts["ports"]
+    assert "another node's file is not readable" in texts["folder"] and "--folder" in texts["folder"]
+    assert "wrong sums on node1" in texts["bandwidth"]
+
+
+def test_without_torchrun_it_says_how(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert command_line(["doctor", "--cluster"]) == 2
+    assert "torchrun ... -m megatron_espo doctor --cluster" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["right 1", "other 1", None])
+def test_find_waits_for_the_right_content(tmp_path, written):
+    file = Path(tmp_path, "1")
+    if written:
+        file.write_text(written + "....")
+    answer = preflight._find(file, "right 1", patience_s=0.3)
+    assert answer == "" if written == "right 1" else answer.startswith("another node's file is")
