@@ -135,7 +135,7 @@ def test_the_heat_is_the_entropy_and_long_samples_are_cut(runs):
 def test_what_went_wrong_comes_first(tmp_path):
     folder = write_run(tmp_path / "run", 4)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    last = json.loads(lines[3]) | {"optimizer/grad_norm": math.nan, "reward/failed": 3.0, "sync/restarts": 2, "mismatch/logprob_gap_mean": 0.2}
+    last = json.loads(lines[3]) | {"optimizer/grad_norm": math.nan, "reward/failed": 3.0, "sync/restarts": 2, "optimizer/skipped": 0.5, "mismatch/logprob_gap_mean": 0.2}
     repeated = json.loads(lines[0]) | {"reward/mean": 0.125}
     (folder / "metrics.jsonl").write_text("\n".join([*lines[:2], json.dumps(last), json.dumps(repeated)]) + '\n{"step": 5, "rew')
     (folder / "status.json").write_text('{"state": "failed", "why": "EngineError: gave up", "rank": 0}')
@@ -147,6 +147,7 @@ def test_what_went_wrong_comes_first(tmp_path):
         "the rollout engine was restarted 2 times, at the syncs of steps 4",
         "no metrics of 1 steps: 3",
         "NaN or infinity in optimizer/grad_norm",
+        "updates were skipped in steps 4, because a gradient was not finite (bad_batches/)",
         "3 responses were not judged: the verifier crashed, hung or returned no number",
         "engine and trainer differ by more than 0.05 nats a token (rollout.log_prob_gap_warn) in steps 4",
         "engine.log: vllm.errors.DeadError: gone (2 times)",

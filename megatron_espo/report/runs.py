@@ -84,6 +84,9 @@ class RunData:
         broken = [name for name in self.names(r".+/.+") if not all(map(math.isfinite, self.series(name)[1]))]
         if broken:
             found.append(f"NaN or infinity in {', '.join(broken)}")
+        skipped = [step for step, share in zip(*self.series("optimizer/skipped"), strict=True) if share]
+        if skipped:
+            found.append(f"updates were skipped in steps {_some(skipped)}, because a gradient was not finite (bad_batches/)")
         failed = sum(self.series("reward/failed")[1])
         if failed:
             found.append(f"{failed:.0f} responses were not judged: the verifier crashed, hung or returned no number")

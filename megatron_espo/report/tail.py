@@ -132,6 +132,8 @@ class RunView:
         limit = self.config.get("rollout", {}).get("log_prob_gap_warn", math.inf)
         if (gaps := self.series(r"mismatch/logprob_gap_mean")) and not gaps[-1] <= limit:
             found.append(f"engine and trainer differ by {gaps[-1]:.3g} nats a token, above rollout.log_prob_gap_warn = {limit:g}")
+        if skipped := sum(map(bool, self.series(r"optimizer/skipped"))):
+            found.append(f"{skipped} steps had updates skipped, because a gradient was not finite")
         if failed := sum(self.series(r"reward/failed")):
             found.append(f"{failed:.0f} responses were not judged so far")
         if restarts := sum(self.series(r"sync/restarts")):
