@@ -132,7 +132,7 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 1 doctor's no, 2 a user's mistake, 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    args = _parse(build_parser(), argv)
     checked = False
     try:
         if args.command == "doctor":
@@ -170,6 +170,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """argparse takes positional arguments in one piece only; overrides may also follow options."""
+    args, rest = parser.parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _checked_config(args: argparse.Namespace) -> Any:
