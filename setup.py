@@ -30,6 +30,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_espo", "megatron_espo.*"]),
+    package_data={"megatron_espo.report": ["page.html.j2"]},
     install_requires=["torch>=2.8", "pydantic>=2.12", "pyyaml>=6"],
     extras_require={
         # A third party's build of vLLM for CPUs. It imports as `vllm`, so never install it beside the GPU build.

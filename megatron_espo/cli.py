@@ -19,6 +19,10 @@ TRAIN_EXAMPLES = """\
 one process:     megatron-espo train run.yaml optimizer.lr=2e-6
 several ranks:   torchrun --nproc-per-node 8 -m megatron_espo train run.yaml megatron.tensor_model_parallel_size=2
 """
+EVAL_EXAMPLES = """\
+greedy:          megatron-espo eval run.yaml eval.prompts=math500.jsonl eval.samples=1 eval.temperature=0
+after a run:     megatron-espo eval run.yaml model.path=runs/mine/hf eval.samples=16
+"""
 
 
 class _ReferenceHelp(argparse.Action):
@@ -37,7 +41,7 @@ class _ReferenceHelp(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,plan,convert,parity,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,plan,eval,report,tail,convert,parity,doctor}")
 
     train = commands.add_parser(
         "train",
@@ -51,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(train)
 
     plan.add_parser(commands, _add_config)
+    _add_run_views(commands)
 
     convert = commands.add_parser("convert", help="Hugging Face weights to a Megatron checkpoint, or back")
     directions = convert.add_subparsers(dest="direction", required=True, metavar="{to-megatron,to-hf}")
@@ -72,6 +77,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--folder", default=".", help="with --cluster: folder that all nodes share (%(default)s)")
     return parser
+
+
+def _add_run_views(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="avg@k and pass@k of a model on held-out prompts",
+        description="Sample and judge eval.prompts (data.prompts where there are none) with the weights of model.path; no Megatron needed.",
+        epilog=EVAL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(evaluate)
+    evaluate.add_argument("--out", metavar="FILE.json", help="default: eval.json in run.dir")
+    report = commands.add_parser("report", help="one HTML page about one or several runs", description="Write one self-contained HTML page.")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    report.add_argument("--out", metavar="PAGE.html", help="default: RUN/report.html, or comparison.html beside the first of several")
+    tail = commands.add_parser("tail", help="watch a run on one screen", description="Watch a run until it ends, or Ctrl-C.")
+    tail.add_argument("run", metavar="RUN", help="run folder")
+    tail.add_argument("--once", action="store_true", help="print the screen once and leave")
+    tail.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="look again after so long (%(default)g)")
 
 
 def _add_parity(commands: Any) -> None:
@@ -128,6 +152,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "plan":
             _silence_dependencies()
             return plan.run(args)
+        if args.command == "report":
+            from megatron_espo.report.page import write_report
+
+            print(f"report: {write_report(args.runs, args.out)}")
+            return 0
+        if args.command == "tail":
+            from megatron_espo.report.tail import tail
+
+            return tail(args.run, once=args.once, every_s=args.every)
         config = _checked_config(args)
         checked = True
         _work(args, config)
@@ -154,14 +187,18 @@ def _checked_config(args: argparse.Namespace) -> Any:
     from megatron_espo.config import load_config
 
     config = load_config(args.config, args.overrides)
-    config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
+    if args.command != "eval":  # which has no ranks
+        config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
     config.validate_model()
-    if args.command == "train":
+    if args.command in ("train", "eval"):
         config.validate_data()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
 
-            read_rows(config.data.prompts, config.data.task_args, config.run.seed)  # a bad row ends the run here
+            # A bad row ends the run here.
+            read_rows(config.data.prompts, config.data.task_args, config.run.seed)
+            if config.eval.prompts:
+                read_rows(config.eval.prompts, config.eval.task_args, config.run.seed)
     return config
 
 
@@ -178,6 +215,10 @@ def _work(args: argparse.Namespace, config: Any) -> None:
         from megatron_espo.trainer import train
 
         train(config)
+    elif args.command == "eval":
+        from megatron_espo.evaluator import evaluate_model
+
+        evaluate_model(config, args.out)
     elif args.direction == "to-megatron":
         from megatron_espo.mcore.convert import hf_to_megatron
 

@@ -1,5 +1,6 @@
 """Rank 0's side of a step: prompts -> engine -> rewards; every rank receives the scored rollouts."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from megatron_espo.batch import ScoredGroups
 from megatron_espo.checkpoints import fingerprint
 from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
-from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.errors import InputError
+from megatron_espo.evaluator import Evaluator, engine_config
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
-from megatron_espo.rollout import Engine, EngineConfig, EngineError, resolve_transport
+from megatron_espo.rollout import Engine, EngineError
 from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.stopping import Stopped, StopRequest
 from megatron_espo.types import Prompt
@@ -40,12 +42,13 @@ class Collector:
     def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime, stop: StopRequest) -> None:
         self.config, self.runtime, self._stop = config, runtime, stop
         self.engine: Engine | None = None
+        self.tokenizer: Tokenizer | None = None
         self._rewards: RewardPool | None = None
         if not runtime.is_main:
             return
         self._log = RolloutLog(Path(config.run.replay or Path(config.run.dir, "rollouts")), fingerprint(config))
         rollout = config.rollout
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.path)
+        self.tokenizer = tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.path)
         max_model_len = rollout.max_model_len or hf_config["max_position_embeddings"]
         self._stream = PromptStream(
             config.data,
@@ -58,28 +61,8 @@ class Collector:
             return
         self._rewards = RewardPool(config.reward)
         self._rewards.start()
-        self.engine = Engine(
-            EngineConfig(
-                model=config.model.path,
-                log_path=str(Path(config.run.dir, "engine.log")),
-                dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
-                transport=resolve_transport(rollout.transport, rollout.visible_devices),
-                max_response_tokens=rollout.max_response_tokens,
-                eos_ids=tokenizer.eos_ids,
-                max_model_len=max_model_len,
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-                top_k=rollout.top_k,
-                seed=config.run.seed,
-                tensor_parallel_size=rollout.tensor_parallel_size,
-                gpu_memory_utilization=rollout.gpu_memory_utilization,
-                cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
-                timeout_s=rollout.timeout_s,
-                start_timeout_s=rollout.timeout_s,
-                visible_devices=rollout.visible_devices,
-            ),
-            tokenizer.decode,
-        ).start()
+        self._evaluator = Evaluator(config, tokenizer, max_model_len) if config.eval.prompts else None
+        self.engine = Engine(engine_config(config, tokenizer, max_model_len), tokenizer.decode).start()
 
     def canary(self) -> list[Prompt]:
         """The first prompts of the stream on rank 0, which does not move on; none elsewhere."""
@@ -101,15 +84,32 @@ class Collector:
             Stopped: on every rank, if rank 0 was asked to stop; the prompt stream is where it was before.
             EngineError: the engine failed once too often.
         """
+        return self._agreed(lambda: self._attempt(step, phases), recover)
+
+    def evaluate(self, step: int, phases: Phases, recover: Callable[[], None]) -> dict[str, float]:
+        """``eval/*`` metrics of the held-out prompts where they are due after ``step``, else none; ``eval.jsonl`` gets every prompt's rewards.
+
+        Collective where it is due: one object broadcast from rank 0. A request to stop gives the evaluation up, quietly.
+
+        Args:
+            recover: as in :meth:`collect`.
+        """
+        settings, run = self.config.eval, self.config.run
+        if not settings.prompts or run.replay or (step % settings.every and step != run.steps):
+            return {}
+        return self._agreed(lambda: self._attempt_evaluation(step, phases), recover)
+
+    def _agreed(self, attempt: Callable[[], Any], recover: Callable[[], None]) -> Any:
+        """Rank 0's ``attempt`` on every rank, again after the engine's failures, which it returns as text; it may return Stopped too."""
         for restarts in range(self.config.rollout.max_restarts + 1):
-            box: list[ScoredGroups | Stopped | str] = [""]
+            box: list[Any] = [""]
             if self.runtime.is_main:
-                box[0] = self._attempt(step, phases)
+                box[0] = attempt()
             dist.broadcast_object_list(box, src=0)
-            if isinstance(box[0], ScoredGroups):
-                return box[0]
             if isinstance(box[0], Stopped):
                 raise box[0]
+            if not isinstance(box[0], str):
+                return box[0]
             if restarts < self.config.rollout.max_restarts:
                 if self.runtime.is_main:
                     print(f"warning: {box[0]}\nrestarting the rollout engine", flush=True)
@@ -155,6 +155,18 @@ class Collector:
             return failure if isinstance(failure, Stopped) else str(failure)
         self._log.write(step, groups, before=before, after=self._stream.state_dict())
         return groups
+
+    def _attempt_evaluation(self, step: int, phases: Phases) -> dict[str, float] | str:
+        try:
+            found = self._evaluator.run(self.engine, self._rewards, phases, step, self.config.run.steps, self._polling)
+        except Stopped:
+            return {}
+        except EngineError as failure:
+            return str(failure)
+        record = found.record(step=step)
+        with open(Path(self.config.run.dir, "eval.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return record["metrics"]
 
     def _sample_and_judge(self, step: int, phases: Phases) -> ScoredGroups:
         """One batch; with dynamic sampling, groups of equal rewards give way to other prompts' that have some to learn from."""

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_espo.metric_names import BOARD_LAYOUT
+from megatron_espo.run_files import keep_steps, read_jsonl
 from megatron_espo.types import Rollout
 
 # Keys say how values combine: "sum/x" over "count/x" gives the mean x; "total/x", "max/x" and "min/x" are themselves.
@@ -181,19 +183,21 @@ class MetricsWriter:
 
     Args:
         folder: the run's.
+        trackers: further places for the same numbers (:class:`megatron_espo.trackers.Tracker`).
         after_step: the last step of an earlier part of the run that is kept; what was written of later ones is taken back.
     """
 
-    def __init__(self, folder: str | Path, after_step: int = 0) -> None:
+    def __init__(self, folder: str | Path, trackers: Sequence[Any] = (), after_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
         # Steps of a part of the run that was lost are trained again: they must not stand there twice.
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
+        self._board.add_custom_scalars(BOARD_LAYOUT)
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= after_step] if after_step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        keep_steps(path, after_step)
         self._lines = path.open("a", encoding="utf-8")
+        self._trackers = trackers
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write all of ``metrics`` at ``step`` (counted from 1) and flush."""
@@ -202,17 +206,40 @@ class MetricsWriter:
         self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
         self._lines.flush()
         self._board.flush()
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
     def text(self, name: str, value: str, step: int) -> None:
         """Write a text sample to TensorBoard."""
         self._board.add_text(name, value, step)
 
+    def histogram(self, name: str, counts: list[int], edges: list[float], step: int) -> None:
+        """Write a histogram of counted values to TensorBoard; ``edges`` has one more item than ``counts``."""
+        total = sum(counts)
+        if not total:
+            return
+        middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        occupied = [i for i, count in enumerate(counts) if count]
+        self._board.add_histogram_raw(
+            name,
+            min=edges[occupied[0]],
+            max=edges[occupied[-1] + 1],
+            num=total,
+            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )
+
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close both files, and what the trackers opened."""
         self._board.close()
         self._lines.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The lines of a run's ``metrics.jsonl``; of a line that is just being written, nothing."""
+    return read_jsonl(Path(folder, "metrics.jsonl"))

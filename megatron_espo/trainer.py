@@ -6,6 +6,7 @@ Left out on purpose: asynchronous rollouts, several engines.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from megatron_espo.faults import at_step
 from megatron_espo.ledger import Ledger
 from megatron_espo.mcore import runtime as mcore_runtime
 from megatron_espo.mcore.learner import Learner
-from megatron_espo.metrics import MetricsWriter, rollout_metrics, step_line
 from megatron_espo.progress import Phases
 from megatron_espo.report import draw_learning_curve, write_summary
+from megatron_espo.reporter import Reporter
 from megatron_espo.stopping import Stopped, StopRequest
 from megatron_espo.weights.hf_io import save_hf
 from megatron_espo.weights.sync import NoSync, WeightSync
@@ -32,8 +33,8 @@ from megatron_espo.weights.sync import NoSync, WeightSync
 def train(config: Config) -> None:
     """Train until ``config.run.steps`` rollout batches are done, from the latest checkpoint on. Called on every rank; collective.
 
-    Writes under ``config.run.dir``: ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, ``rollouts/``, ``status.json``, ``summary.json``,
-    ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
+    Writes under ``config.run.dir``: ``config.json``, ``metrics.jsonl``, ``samples.jsonl``, ``entropy.jsonl``, ``tensorboard/``, ``checkpoints/``,
+    ``rollouts/``, ``status.json``, ``summary.json``, ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
     """
     hf_config = config.validate_model()
     runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron), seed=config.run.seed)
@@ -45,8 +46,9 @@ def train(config: Config) -> None:
                 at_step(step)
                 groups = run.collector.collect(step, run.phases, run.sync.recover)
                 advantages = advantages_of(groups, config)
+                sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
                 with run.phases.phase("train", step, config.run.steps) as on_progress:
-                    metrics = run.learner.update(train_sequences(groups, advantages, config.algorithm.mask_truncated), on_progress)
+                    metrics = run.learner.update(sequences, on_progress)
                 with run.phases.phase("sync", step, config.run.steps):
                     metrics |= run.sync.push(version=step)
                 run.finish_step(step, metrics, groups, advantages, began)
@@ -74,10 +76,11 @@ class Run:
         self.checkpoints = Checkpoints(config, runtime)
         checkpoint = self.checkpoints.find()
         self.collector = Collector(config, hf_config, runtime, self.stop)
-        self.phases, self.step, self.writer = Phases(runtime.is_main), 0, None
+        self.phases, self.step = Phases(runtime.is_main), 0
+        self.reporter = Reporter(config, hf_config, runtime, self.collector.tokenizer)
         self.say(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {self.folder / 'engine.log'}")
         try:
-            self.learner = Learner(config, hf_config, runtime)
+            self.learner = Learner(config, hf_config, runtime, self.reporter.observe)
             self.ledger = Ledger()
             if checkpoint:
                 state = self.checkpoints.load(checkpoint, self.learner)
@@ -93,7 +96,7 @@ class Run:
             raise
         if runtime.is_main:
             self.folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
-            self.writer = MetricsWriter(self.folder, after_step=self.step)
+        self.reporter.open(after_step=self.step)
 
     def _connect(self) -> WeightSync | NoSync:
         if self.config.run.replay:
@@ -108,8 +111,7 @@ class Run:
 
     def __exit__(self, kind, *_) -> None:
         self.collector.close()
-        if self.writer:
-            self.writer.close()
+        self.reporter.close()
         if kind is Stopped and self.checkpoints.enabled:
             self._save()
 
@@ -117,13 +119,9 @@ class Run:
         """Count, report, and save where it is due. Collective. Raises Stopped, on all ranks, if one was asked to stop."""
         self.step = step
         self.ledger.count(groups)
-        if self.writer:
-            metrics |= rollout_metrics(groups.rollouts, groups.rewards, advantages) | self.ledger.metrics()
-            metrics |= {f"time/{name}_s": seconds for name, seconds in self.phases.take().items()}
-            metrics["time/step_s"] = time.perf_counter() - began
-            self.writer.write(step, metrics)
-            self.say(step_line(step, self.config.run.steps, metrics))
-            warn_of_gap(metrics, self.config.rollout.log_prob_gap_warn)
+        metrics |= self.collector.evaluate(step, self.phases, self.sync.recover)
+        seconds = self.phases.take() | {"step": time.perf_counter() - began}
+        self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
         reason = self.stop.agreed() if step < self.config.run.steps else None
         if reason:
             raise Stopped(reason)
@@ -145,7 +143,7 @@ class Run:
         if self.config.run.save_hf:
             dtype = getattr(torch, self.config.model.dtype)
             save_hf(self.learner.chunks, self.hf_config, self.folder / "hf", self.config.model.path, self.runtime.groups, dtype)
-        if self.writer:
+        if self.runtime.is_main:
             seconds = time.perf_counter() - self.started
             summary = write_summary(self.folder, seconds=seconds, seed=self.config.run.seed)
             picture = draw_learning_curve(self.folder, self.config.run.name)
@@ -155,17 +153,6 @@ class Run:
         """Print on rank 0."""
         if self.runtime.is_main:
             print(text, flush=True)
-
-
-def warn_of_gap(metrics: dict[str, float], limit: float) -> None:
-    """Say it when engine and trainer disagree about the same tokens: stale weights, or two different sampling distributions."""
-    gap = metrics.get("mismatch/logprob_gap_mean", 0.0)
-    if not gap <= limit:
-        print(
-            f"warning: mean |engine - trainer| log-prob gap {gap:.3g} nats, above rollout.log_prob_gap_warn = {limit:g}: "
-            "compare dtypes, temperature and weights of trainer and engine",
-            flush=True,
-        )
 
 
 def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
@@ -181,18 +168,22 @@ def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
     return group_advantages(rewards, normalize_std=config.algorithm.normalize_std)
 
 
-def train_sequences(groups: ScoredGroups, advantages: torch.Tensor, mask_truncated: bool) -> list[list[TrainSequence]]:
-    """Each rollout with its advantage, by prompt."""
+def train_sequences(
+    groups: ScoredGroups, advantages: torch.Tensor, mask_truncated: bool, watched: Mapping[tuple[int, int], int] | None = None
+) -> list[list[TrainSequence]]:
+    """Each rollout with its advantage, by prompt; ``watched`` numbers those ``(prompt, sample)`` that are shown."""
+    watched = watched or {}
     return [
         [
             TrainSequence(
                 sample.prompt.token_ids,
                 sample.response_ids,
                 sample.logprobs,
-                float(advantage),
+                float(advantages[i, j]),
                 masked=mask_truncated and sample.truncated,
+                watched=watched.get((i, j)),
             )
-            for sample, advantage in zip(rollouts, row, strict=True)
+            for j, sample in enumerate(rollouts)
         ]
-        for rollouts, row in zip(groups.rollouts, advantages, strict=True)
+        for i, rollouts in enumerate(groups.rollouts)
     ]

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_espo"
 FILES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
-STAGES = ("algo", "data", "mcore", "metrics", "weights")
+STAGES = ("algo", "data", "mcore", "reporter", "weights")
 
 
 def imports(tree: ast.AST) -> set[str]:

@@ -225,7 +225,7 @@ BAD_TEXTS = {
     "not a mapping": (
         "- 1\n",
         "run.yaml:1: expected a mapping of sections (run, model, megatron, optimizer, algorithm, rollout, "
-        "data, reward), "
+        "data, reward, eval), "
         "got [1]",
     ),
     "empty file": ("# nothing\n", "run.yaml:1: the file is empty; model.path and data.prompts are required"),

@@ -202,7 +202,7 @@ def test_written_metrics_are_read_back(tmp_path):
     for name in lines[0]:
         events = [(event.step, event.value) for event in board.Scalars(name)]
         assert events == [(step, pytest.approx(line[name])) for step, line in enumerate(lines, 1)]
-    assert board.Tags()["tensors"] == ["samples/text_summary"]
+    assert board.Tags()["tensors"] == ["custom_scalars__config__", "samples/text_summary"]
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):

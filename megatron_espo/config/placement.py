@@ -122,11 +122,11 @@ def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) ->
 
 
 def validate_prompt_file(config: "Config") -> None:
-    """InputError where ``data.prompts`` names a file that cannot be read."""
-    prompts = config.data.prompts
-    if not prompts.startswith("reasoning_gym:") and not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
-        message = f'expected a readable file (relative to the current directory, {os.getcwd()}), got "{prompts}"'
-        _refuse(config, iter([("data.prompts", message)]))
+    """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
+    for key, prompts in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts or "reasoning_gym:")):
+        if not prompts.startswith("reasoning_gym:") and not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
+            message = f'expected a readable file (relative to the current directory, {os.getcwd()}), got "{prompts}"'
+            _refuse(config, iter([(key, message)]))
 
 
 def read_hf_config(config: "Config") -> dict[str, Any]:

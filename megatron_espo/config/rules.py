@@ -107,11 +107,26 @@ def rollout(c: "schema.Rollout") -> Problems:
 
 
 def data(c: "schema.Data") -> Problems:
-    is_task = c.prompts.startswith("reasoning_gym:")
-    if c.prompts == "reasoning_gym:" or not (is_task or c.prompts.endswith((".jsonl", ".parquet"))):
-        yield "prompts", f'expected "reasoning_gym:<task>", a *.jsonl or a *.parquet file, got "{c.prompts}"'
-    elif c.task_args and not is_task:
-        yield "task_args", f'expected none with a file of prompts ("{c.prompts}"); they belong to reasoning_gym tasks'
+    yield from _prompt_source(c.prompts, c.task_args)
+
+
+def evaluation(c: "schema.Eval") -> Problems:
+    if c.prompts is not None:
+        yield from _prompt_source(c.prompts, c.task_args)
+    elif c.task_args:
+        yield "task_args", "expected none without eval.prompts; they belong to a reasoning_gym task there"
+    if c.temperature == 0 and c.samples > 1:
+        yield "samples", f"expected 1 with temperature 0 (greedy responses are all the same), got {c.samples}"
+    if c.temperature is not None and 0 < c.temperature < LOWEST_TEMPERATURE:
+        yield "temperature", f"expected 0 or at least {LOWEST_TEMPERATURE} (vLLM silently raises anything lower to it), got {c.temperature:g}"
+
+
+def _prompt_source(prompts: str, task_args: dict) -> Problems:
+    is_task = prompts.startswith("reasoning_gym:")
+    if prompts == "reasoning_gym:" or not (is_task or prompts.endswith((".jsonl", ".parquet"))):
+        yield "prompts", f'expected "reasoning_gym:<task>", a *.jsonl or a *.parquet file, got "{prompts}"'
+    elif task_args and not is_task:
+        yield "task_args", f'expected none with a file of prompts ("{prompts}"); they belong to reasoning_gym tasks'
 
 
 def reward(c: "schema.Reward") -> Problems:
@@ -138,9 +153,10 @@ def across_sections(c: "schema.Config") -> Problems:
     if c.optimizer.lr_warmup_iters >= last:
         source = "optimizer.lr_decay_iters" if c.optimizer.lr_decay_iters else "the run's optimizer steps"
         yield "optimizer.lr_warmup_iters", f"expected less than {source} ({last}), got {c.optimizer.lr_warmup_iters}"
-    if c.reward.function == "reasoning_gym" and not c.data.prompts.startswith("reasoning_gym:"):
-        yield (
-            "reward.function",
-            f'expected math_verify or "module:function" with data.prompts "{c.data.prompts}", got reasoning_gym, '
-            "whose verifiers need its own tasks",
-        )
+    for key, prompts in (("data.prompts", c.data.prompts), ("eval.prompts", c.eval.prompts)):
+        if c.reward.function == "reasoning_gym" and prompts and not prompts.startswith("reasoning_gym:"):
+            yield (
+                "reward.function",
+                f'expected math_verify or "module:function" with {key} "{prompts}", got reasoning_gym, '
+                "whose verifiers need its own tasks",
+            )

@@ -4,28 +4,11 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from megatron_espo.config import placement, rules
-
-
-class Section(BaseModel):
-    """Strict, frozen settings. ``problems`` yields ``(key or section.key, message)`` for rules over several keys."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield every broken rule that one field's type and limits cannot express."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _refuse_problems(self) -> "Section":
-        found = list(self.problems())
-        if found:
-            text = "; ".join(f"{key}: {message}" for key, message in found)
-            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": found})
-        return self
+from megatron_espo.config.section import Section
+from megatron_espo.config.tasks import Data, Eval, Reward
 
 
 class Run(Section):
@@ -70,6 +53,14 @@ class Run(Section):
     )
     save_hf: bool = Field(
         True, description="Export the final model to <run.dir>/hf in Hugging Face format; false saves disk and time."
+    )
+    samples_per_step: int = Field(
+        2,
+        ge=0,
+        description="Responses a step written to samples.jsonl and TensorBoard with each token's entropy and group; 0: none.",
+    )
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        (), strict=False, description="Further places for the metrics, if installed: wandb, mlflow; set up by their own environment variables."
     )
 
 
@@ -322,44 +313,6 @@ class Rollout(Section):
         yield from rules.rollout(self)
 
 
-class Data(Section):
-    """The questions."""
-
-    prompts: str = Field(
-        min_length=1,
-        description="reasoning_gym:<task>, or a *.jsonl or *.parquet file (path from the current directory).",
-    )
-    task_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the reasoning_gym task.")
-    system_prompt: str | None = Field(None, description="System message put before every prompt; null for none.")
-    shuffle: bool = Field(True, description="New prompt order each epoch (from run.seed); false keeps the file's.")
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.data(self)
-
-
-class Reward(Section):
-    """The verifier, run in processes that can be killed."""
-
-    function: str = Field(
-        "auto",
-        min_length=1,
-        description="auto (fits data.prompts), reasoning_gym, math_verify, or your module:function.",
-    )
-    timeout_s: float = Field(
-        10.0, gt=0, description="Seconds for one response; then the verifier is killed and the response left out."
-    )
-    overlong_buffer_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="DAPO's soft overlong penalty: rewards fall over the last so many tokens before the limit.",
-    )
-    overlong_penalty: float = Field(1.0, gt=0, description="What a response at the length limit loses by it.")
-    workers: int = Field(2, ge=1, description="Verifier processes on each node; each takes one CPU core.")
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.reward(self)
-
-
 class Config(Section):
     """All settings of one run. ``load_config`` makes one; ``validate_*`` check it against the machine and the model."""
 
@@ -371,6 +324,7 @@ class Config(Section):
     rollout: Rollout = Field(default_factory=Rollout)
     data: Data
     reward: Reward = Field(default_factory=Reward)
+    eval: Eval = Field(default_factory=Eval)
 
     @cached_property
     def origins(self) -> dict[str, str]:
@@ -393,5 +347,5 @@ class Config(Section):
         return placement.validate_model(self, hf_config)
 
     def validate_data(self) -> None:
-        """InputError where ``data.prompts`` names a file that cannot be read."""
+        """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
         placement.validate_prompt_file(self)

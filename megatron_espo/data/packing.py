@@ -25,6 +25,7 @@ class TrainSequence:
         masked: gives no gradient (a truncated response, for example), but counts in the denominators.
         old_logprobs, old_entropies: the old policy's (nats), where they are known already; ``None``: from a scoring pass, or
             the policy itself on the first step on these rollouts.
+        watched: number of the response among those whose entropies are to be reported token by token; ``None``: not among them.
 
     Raises:
         ValueError: an empty prompt or response, or per-token values that do not match the response.
@@ -37,6 +38,7 @@ class TrainSequence:
     masked: bool = False
     old_logprobs: Sequence[float] | None = None
     old_entropies: Sequence[float] | None = None
+    watched: int | None = None
 
     def __post_init__(self) -> None:
         prompt, response, logprobs = len(self.prompt_ids), len(self.response_ids), len(self.rollout_logprobs)
@@ -94,6 +96,7 @@ class MicroBatch:
         old_logprob, old_entropy: ``[response_tokens]`` float32, of the old policy (nats), from a scoring pass; ``None`` when the
             step is the first on its rollouts, where the policy itself is the old policy.
         reference_logprob: ``[response_tokens]`` float32, of the frozen reference (nats); ``None`` without a KL penalty.
+        watched: for each response its :attr:`TrainSequence.watched`.
     """
 
     tokens: Tensor
@@ -112,6 +115,7 @@ class MicroBatch:
     old_logprob: Tensor | None = None
     old_entropy: Tensor | None = None
     reference_logprob: Tensor | None = None
+    watched: tuple[int | None, ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on ``device``."""
@@ -305,6 +309,7 @@ def _micro_batch(
         totals=totals,
         num_tokens=sum(sequence.num_tokens for sequence in sequences),
         branches=tuple(branches) if any(len(lengths) > 1 for lengths in branches) else None,
+        watched=tuple(sequence.watched for sequence in sequences),
     )
 
 

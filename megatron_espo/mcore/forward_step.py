@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.mcore.head import LogProbEntropyHead, forward_with_head
-from megatron_espo.mcore.loss import PolicyLoss
+from megatron_espo.mcore.loss import Observe, PolicyLoss
 
 
 def make_forward_step(
@@ -20,6 +20,7 @@ def make_forward_step(
     temperature: float = 1.0,
     max_response_tokens: int | None = None,
     head_budget_bytes: int | None = None,
+    observe: Observe | None = None,
 ) -> Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]:
     """Build the ``forward_step_func`` that Megatron's ``get_forward_backward_func()`` takes.
 
@@ -36,6 +37,8 @@ def make_forward_step(
         temperature: the sampling temperature of the rollouts.
         max_response_tokens: the generation limit; only Dr. GRPO's weights need it.
         head_budget_bytes: limit of the memory for logits (:func:`megatron_espo.numerics.plan_head`); ``None``: no limit.
+        observe: called with each trained micro-batch and its annotation on the last pipeline stage, to report on them; it must not talk to
+            other ranks.
     """
     head = LogProbEntropyHead(
         groups.tp,
@@ -44,7 +47,13 @@ def make_forward_step(
         entropy_grad=bool(algorithm.entropy_coef),
         budget_bytes=head_budget_bytes,
     )
-    loss = PolicyLoss(algorithm, cp_group=groups.cp, vocab_size=vocab_size, max_response_tokens=max_response_tokens)
+    loss = PolicyLoss(
+        algorithm,
+        cp_group=groups.cp,
+        vocab_size=vocab_size,
+        max_response_tokens=max_response_tokens,
+        observe=observe,
+    )
 
     def forward_step(data_iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
         batch = next(data_iterator).to(torch.cuda.current_device())

@@ -15,6 +15,7 @@ from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, 
 from megatron_espo.mcore.canary import score_responses
 from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_espo.mcore.forward_step import make_forward_step
+from megatron_espo.mcore.loss import Observe
 from megatron_espo.mcore.model import Layout, build_model, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.reference import ReferencePolicy
@@ -73,9 +74,10 @@ class Learner:
         config: the run's configuration.
         hf_config: the model's ``config.json``.
         runtime: this rank's place.
+        observe: see :func:`megatron_espo.mcore.forward_step.make_forward_step`.
     """
 
-    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime) -> None:
+    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime, observe: Observe | None = None) -> None:
         self.config, self.hf_config, self.groups = config, hf_config, runtime.groups
         self.updates_per_step = config.algorithm.num_epochs * config.algorithm.num_mini_batches
         self.chunks = build_chunks(config, hf_config, runtime)
@@ -88,6 +90,7 @@ class Learner:
             temperature=config.rollout.temperature,
             max_response_tokens=config.rollout.max_response_tokens,
             head_budget_bytes=budget and budget << 20,
+            observe=observe,
         )
         self.skipped_in_a_row = 0
         self.reference = ReferencePolicy(self.chunks) if config.algorithm.kl_coef else None
@@ -119,7 +122,8 @@ class Learner:
             for _ in range(self.config.algorithm.num_epochs)
             for batches, part in zip(mini_batches, parts, strict=True)
         ]
-        return average_steps(results)
+        trained = sum(batches[0].totals.num_tokens for batches in mini_batches) * self.config.algorithm.num_epochs
+        return average_steps(results) | {"train/tokens": float(trained)}
 
     def _step(self, batches: list[MicroBatch], part: Sequence[Sequence[TrainSequence]], tick: "_Ticker") -> dict[str, float]:
         """One optimizer step, skipped if a gradient is not finite; the third in a row ends the run. Its batch is written down."""

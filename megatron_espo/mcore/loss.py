@@ -1,5 +1,6 @@
 """The loss function that Megatron's schedule calls: head's output of one micro-batch -> objective, regularizers, metrics."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from megatron_espo.algo import Annotation, annotate, kl_estimate, policy_loss, rollout_correction
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.metrics import loss_metrics
+
+Observe = Callable[[MicroBatch, Annotation], None]
 
 
 class PolicyLoss:
@@ -21,13 +24,17 @@ class PolicyLoss:
         cp_group: context-parallel process group.
         vocab_size: the true vocabulary.
         max_response_tokens: the generation limit; only Dr. GRPO's weights need it.
+        observe: called with each trained micro-batch and the annotation of its whole responses, to report on them.
     """
 
-    def __init__(self, algorithm, *, cp_group, vocab_size: int, max_response_tokens: int | None) -> None:
+    def __init__(
+        self, algorithm, *, cp_group, vocab_size: int, max_response_tokens: int | None, observe: Observe | None = None
+    ) -> None:
         self.algorithm = algorithm
         self.cp_group = cp_group
         self.vocab_size = vocab_size
         self.max_response_tokens = max_response_tokens
+        self.observe = observe
 
     def __call__(self, batch: MicroBatch, output: Tensor, non_loss_data: bool = False):
         """``(loss sum, token count, metrics)``; with ``non_loss_data`` (scoring) the detached ``output``.
@@ -71,6 +78,8 @@ class PolicyLoss:
             num_tokens=batch.totals.num_response_tokens,
             max_response_tokens=self.max_response_tokens,
         )
+        if self.observe is not None:
+            self.observe(batch, annotation)
         return annotation if batch.scored is None else annotation.take(batch.scored)
 
     def _sum_over_slices(self, values: Tensor) -> Tensor:

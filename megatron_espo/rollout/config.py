@@ -8,10 +8,10 @@ class EngineConfig:
     """Settings of one engine.
 
     Attributes:
-        model: Hugging Face folder; its weights are not read, the first sync brings them.
+        model: Hugging Face folder; its weights are not read, the first sync brings them, unless ``load_weights``.
         log_path: file that receives the output of vLLM.
         dtype: ``float32`` or ``bfloat16``.
-        transport: vLLM's weight transfer backend: one of ``transport.TRANSPORTS``.
+        transport: vLLM's weight transfer backend: one of ``transport.TRANSPORTS``; not used with ``load_weights``.
         max_model_len: tokens of prompt and response together; None: the model's context.
         max_response_tokens: a response is cut off there.
         eos_ids: token ids that end a response (the token is part of the response).
@@ -23,6 +23,7 @@ class EngineConfig:
         timeout_s: a call fails after so many seconds without news (in ``generate``: without a finished response).
         start_timeout_s: the same for loading vLLM and building the model.
         visible_devices: CUDA_VISIBLE_DEVICES of the child; None: inherited.
+        load_weights: read the folder's weights, and serve them as version 0 without a sync: for evaluations.
     """
 
     model: str
@@ -42,3 +43,4 @@ class EngineConfig:
     timeout_s: float = 600.0
     start_timeout_s: float = 600.0
     visible_devices: str | None = None
+    load_weights: bool = False

@@ -55,7 +55,7 @@ class Engine:
         return self
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Wait until the model is built (state ``stale``). EngineError after ``timeout`` seconds (default: the
+        """Wait until the model is built (state ``stale``; ``ready`` with ``load_weights``). EngineError after ``timeout`` seconds (default: the
         configured one) or when the child dies."""
         if self.state == State.DEAD:
             raise EngineError("wait_ready: the rollout engine is not running; call start() or restart().", "start")
@@ -63,6 +63,9 @@ class Engine:
             limit = timeout or self.config.start_timeout_s
             self.max_model_len = self._guarded(self._child.receive, "start", limit)
             self._move(State.STALE, "wait_ready")
+            if self.config.load_weights:
+                self._move(State.READY, "wait_ready")
+                self.policy_version = 0
 
     def restart(self) -> "Engine":
         """Close what is left of the child and start another; not waiting for it."""
@@ -96,6 +99,7 @@ class Engine:
         *,
         seed: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        sampling: dict[str, Any] | None = None,
     ) -> list[list[Rollout]]:
         """Sample ``group_size`` responses to each prompt.
 
@@ -106,6 +110,7 @@ class Engine:
                 batched or spread over engines; give each training step its own. None: the engine's running generator.
             on_progress: called with (finished, total) responses, at least twice a second; what it raises ends the
                 engine.
+            sampling: ``temperature``, ``top_p``, ``top_k`` or ``max_tokens`` in place of the configuration's, for this call.
 
         Returns:
             One list of ``group_size`` rollouts a prompt, in order; log-probs in nats.
@@ -115,13 +120,14 @@ class Engine:
             EngineError: the engine is not ready, died, or finished no response for ``timeout_s`` seconds.
         """
         self._require(State.READY, "generate")
-        self._check_lengths(prompts)
+        sampling = sampling or {}
+        self._check_lengths(prompts, sampling.get("max_tokens", self.config.max_response_tokens))
         requests = [
             (prompt.token_ids, request_seed)
             for prompt, seeds in zip(prompts, request_seeds(prompts, group_size, seed), strict=True)
             for request_seed in seeds
         ]
-        samples: list[Sample] = self._call("generate", requests, on_progress=on_progress)
+        samples: list[Sample] = self._call("generate", requests, sampling, on_progress=on_progress)
         rollouts = [
             Rollout(prompts[i // group_size], ids, logprobs, reason, self.policy_version, self._decode(ids))
             for i, (ids, logprobs, reason) in enumerate(samples)
@@ -140,13 +146,13 @@ class Engine:
         self._require(State.READY, "logprobs")
         return self._call("logprobs", [tuple(sequence) for sequence in sequences])
 
-    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
+    def _check_lengths(self, prompts: Sequence[Prompt], max_response_tokens: int) -> None:
         for prompt in prompts:
-            length = len(prompt.token_ids) + self.config.max_response_tokens
+            length = len(prompt.token_ids) + max_response_tokens
             if not prompt.token_ids or length > self.max_model_len:
                 raise InputError(
                     f"Prompt {prompt.id!r} has {len(prompt.token_ids)} tokens: expected at least 1, and with "
-                    f"rollout.max_response_tokens={self.config.max_response_tokens} at most "
+                    f"max_response_tokens={max_response_tokens} at most "
                     f"rollout.max_model_len={self.max_model_len}. Filter long prompts or raise rollout.max_model_len."
                 )
 

@@ -19,7 +19,8 @@ class EngineError(RuntimeError):
 class State(StrEnum):
     """Only ``ready`` serves rollouts.
 
-    ``starting``: vLLM loads. ``stale``: it runs, without weights that may be served. ``updating``: weights arrive or are
+    ``starting``: vLLM loads. ``stale``: it runs, without weights that may be served (an engine that
+    loaded a model's own goes on to ``ready`` at once). ``updating``: weights arrive or are
     being checked. ``ready``: they are served. ``dead``: no process.
     """
 
@@ -33,7 +34,7 @@ class State(StrEnum):
 TRANSITIONS = {
     State.DEAD: {State.STARTING, State.DEAD},
     State.STARTING: {State.STALE, State.DEAD},
-    State.STALE: {State.UPDATING, State.DEAD},
+    State.STALE: {State.UPDATING, State.READY, State.DEAD},
     State.UPDATING: {State.READY, State.STALE, State.DEAD},
     State.READY: {State.UPDATING, State.DEAD},
 }

@@ -4,6 +4,7 @@ Started by ``megatron_espo.rollout.engine.Engine`` as ``python -m megatron_espo.
 """
 
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ def die_with_owner(owner_pid: int) -> None:
 
 
 def build_llm(config: EngineConfig):
-    """The vLLM engine for ``config``, with random weights until the first sync."""
+    """The vLLM engine for ``config``, with random weights until the first sync, unless it loads the model's own."""
     import torch
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -53,11 +54,11 @@ def build_llm(config: EngineConfig):
         tensor_parallel_size=config.tensor_parallel_size,
         enable_prefix_caching=True,
         skip_tokenizer_init=True,
-        load_format="dummy",
+        load_format="auto" if config.load_weights else "dummy",
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
         hf_overrides={"head_dtype": "float32"},  # as the trainer's: a bfloat16 logit of 20 is off by up to 0.06 nats
-        weight_transfer_config={"backend": config.transport},
+        weight_transfer_config=None if config.load_weights else {"backend": config.transport},
         worker_extension_cls="megatron_espo.rollout.worker.WorkerExtension",
         disable_log_stats=True,
         **options,
@@ -72,9 +73,9 @@ class Server:
         self.llm = build_llm(config)
         self.report_progress = report_progress
 
-    def generate(self, requests: list[tuple[tuple[int, ...], int | None]]) -> list[tuple]:
+    def generate(self, requests: list[tuple[tuple[int, ...], int | None]], sampling: dict) -> list[tuple]:
         """(prompt token ids, seed) -> (response token ids, their processed log-probs, finish reason)."""
-        return self._sample(requests, self._sampling_params)
+        return self._sample(requests, functools.partial(self._sampling_params, **sampling))
 
     def canary(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[tuple]:
         """As ``generate``, but ``num_tokens`` tokens each from the whole distribution, always the same ones."""

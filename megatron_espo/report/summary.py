@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 from statistics import mean
 
-from megatron_espo.metrics import read_metrics
+from megatron_espo.run_files import phase_names, read_jsonl
 
 
 def write_summary(folder: str | Path, *, seconds: float, seed: int) -> dict[str, float]:
     """Write ``summary.json``: mean reward of the first and last three steps, steps, seconds of the whole run, seed."""
-    rewards = [line["reward/mean"] for line in read_metrics(folder)]
+    rewards = [line["reward/mean"] for line in read_jsonl(Path(folder, "metrics.jsonl"))]
     summary = {
         "reward_first3": mean(rewards[:3]),
         "reward_last3": mean(rewards[-3:]),
@@ -30,7 +30,7 @@ def draw_learning_curve(folder: str | Path, name: str | None = None) -> Path:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
     from matplotlib.ticker import MaxNLocator
 
-    lines = read_metrics(folder)
+    lines = read_jsonl(Path(folder, "metrics.jsonl"))
     steps = [line["step"] for line in lines]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     figure.suptitle(name or Path(folder).name)
@@ -52,9 +52,8 @@ def draw_learning_curve(folder: str | Path, name: str | None = None) -> Path:
     if groups:
         entropy.legend()
 
-    phases = [name for name in lines[0] if name.startswith("time/") and name != "time/step_s"]
-    names = [name.removeprefix("time/").removesuffix("_s") for name in phases]
-    seconds.stackplot(steps, *([line.get(name, 0.0) for line in lines] for name in phases), labels=names)
+    phases = phase_names(name for line in lines for name in line)
+    seconds.stackplot(steps, *([line.get(f"time/{name}_s", 0.0) for line in lines] for name in phases), labels=phases)
     seconds.set(title="Seconds per step", xlabel="step", ylim=(0, None))
     seconds.legend(loc="upper right")
     for axes in (reward, entropy, seconds):

@@ -1,0 +1,217 @@
+"""What a step leaves behind: TensorBoard's pages, samples, throughput, trackers, and one table of all names."""
+
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_espo.batch import ScoredGroups
+from megatron_espo.config import Config
+from megatron_espo.entropies import BINS
+from megatron_espo.errors import InputError
+from megatron_espo.metric_names import BOARD_LAYOUT, METRICS, as_pattern, category_of, render_table
+from megatron_espo.metrics import MetricsWriter
+from megatron_espo.reporter import Reporter, as_markdown
+from megatron_espo.throughput import matmul_parameters, system_metrics, training_flops
+from megatron_espo.trackers import make_trackers
+from megatron_espo.types import Prompt, Rollout
+from tests.distributed import ROOT
+
+HF = {"vocab_size": 24, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+
+
+def make_config(folder: Path, **run) -> Config:
+    sections = {"run": {"dir": str(folder), "steps": 2, **run}, "model": {"path": "m"}, "data": {"prompts": "reasoning_gym:chain_sum"}}
+    return Config.model_validate(sections)
+
+
+class OneRank:
+    """A process group of one."""
+
+    def rank(self) -> int:
+        return 0
+
+
+def make_reporter(folder: Path, **run) -> Reporter:
+    runtime = types.SimpleNamespace(groups=types.SimpleNamespace(tp=OneRank(), cp=OneRank()), is_main=True, device="cpu")
+    tokenizer = types.SimpleNamespace(decode=lambda ids: "".join(f" {i}" for i in ids))
+    reporter = Reporter(make_config(folder, **run), HF, runtime, tokenizer)
+    reporter.open(after_step=0)
+    return reporter
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def two_groups() -> ScoredGroups:
+    prompts = [Prompt("easy", "1 + 1", "2", (1, 2, 3)), Prompt("hard", "7 * 8", "56", (4, 5))]
+    rollouts = [[Rollout(p, (10 + j, 11, 12), (-1.0,) * 3, "stop", 0, "text") for j in range(2)] for p in prompts]
+    return ScoredGroups(rollouts, torch.tensor([[1.0, 1.0], [0.0, 1.0]]), dispatched=2)
+
+
+def test_a_step_is_written_everywhere(tmp_path, one_rank, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reporter = make_reporter(tmp_path)
+    groups, advantages = two_groups(), torch.tensor([[0.0, 0.0], [-1.0, 1.0]])
+    assert reporter.watch(groups) == {(1, 1): 0, (1, 0): 1}
+    batch = types.SimpleNamespace(lengths=torch.tensor([3, 3]), watched=(1, None))
+    entropy = torch.tensor([0.1, 2.0, 0.2, 0.3, 3.0, 0.4])
+    annotation = types.SimpleNamespace(
+        entropy=entropy,
+        group=torch.tensor([0, 1, 0, 0, 1, 0]),
+        response=torch.tensor([0, 0, 0, 1, 1, 1]),
+        length=torch.tensor([3, 3]),
+    )
+    reporter.observe(batch, annotation)
+    metrics = {"optimizer/grad_norm": 0.5, "train/tokens": 10.0, "mismatch/logprob_gap_mean": 0.3}
+    reporter.write(1, groups, advantages, metrics, {"rollout": 2.0, "train": 4.0, "step": 7.0})
+    reporter.close()
+
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["throughput/response_tokens_per_s"] == 12 / 2 and line["throughput/trained_tokens_per_s"] == 10 / 4
+    assert line["entropy/border1"] == pytest.approx(2.5) and line["reward/mean"] == 0.75 and line["time/step_s"] == 7
+    assert all(category_of(name) for name in line if name != "step")
+    first, second = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    assert first["entropies"] is None and first["reward"] == 1 and first["prompt_id"] == second["prompt_id"] == "hard"
+    assert second["entropies"] == pytest.approx([0.1, 2.0, 0.2]) and second["groups"] == [0, 1, 0] and second["pieces"] == [" 10", " 11", " 12"]
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    assert set(board.Tags()["scalars"]) == line.keys() - {"step"}
+    assert {"entropy/group0", "entropy/group1"} == set(board.Tags()["histograms"])
+    (histogram,) = board.Histograms("entropy/group1")
+    value = histogram.histogram_value
+    assert value.num == 2 and value.sum == pytest.approx(5.0, abs=2 * 3.18 / BINS) and 1.9 < value.min < 2 < 3 < value.max < 3.1
+    assert {"samples/0/text_summary", "samples/1/text_summary"} <= set(board.Tags()["tensors"])
+    text = board.Tensors("samples/1/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "reward **0.0**" in text and "    7 * 8" in text and text.endswith(" 10 **11** 12")
+    printed = capsys.readouterr().out
+    assert printed.startswith("step 1/2  reward 0.750") and "warning: mean |engine - trainer| log-prob gap 0.3 nats" in printed
+
+
+def test_a_run_that_goes_on_takes_later_steps_back(tmp_path, one_rank):
+    reporter = make_reporter(tmp_path, samples_per_step=1)
+    for step in (1, 2, 3):
+        reporter.watch(two_groups())
+        reporter.write(step, two_groups(), torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0})
+    reporter.close()
+    reporter.open(after_step=2)
+    reporter.close()
+    for name in ("metrics", "samples", "entropy"):
+        assert [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == [1, 2], name
+
+
+def test_no_samples_are_written_where_none_are_wanted(tmp_path, one_rank):
+    reporter = make_reporter(tmp_path, samples_per_step=0)
+    assert reporter.watch(two_groups()) == {}
+    reporter.write(1, two_groups(), torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0})
+    assert json.loads((tmp_path / "entropy.jsonl").read_text())["borders"] == [None]  # NaN is no JSON
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+def test_markdown_of_a_sample_keeps_stars_and_lines():
+    record = {"reward": 1.0, "advantage": 0.5, "tokens": [1, 2, 3], "finish_reason": "stop", "prompt": "a\nb"}
+    text = as_markdown(record | {"pieces": ["2*3", " is\n", " 6"], "groups": [0, 1, 1]})
+    assert text.endswith("    a\n    b\n\n2\\*3 **is**  \n **6**")
+    assert "**6**" not in as_markdown(record | {"pieces": ["2", "=", "6"], "groups": None})
+
+
+def test_tensorboards_layout_has_only_metrics_that_exist_and_every_category():
+    known = [as_pattern(name) for names in METRICS.values() for name in names]
+    for charts in BOARD_LAYOUT.values():
+        for _, (kind, tags) in charts.items():
+            assert kind == "Multiline" and all(tag in known for tag in tags)
+    assert {"Reward", "ESPO groups", "Lengths", "Mismatch", "Optimisation", "Time", "Throughput", "System"} == BOARD_LAYOUT.keys()
+
+
+def test_the_layout_reaches_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    MetricsWriter(tmp_path).close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = board.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == list(BOARD_LAYOUT)
+    tags = list(layout.category[1].chart[0].multiline.tag)
+    assert any(re.match(tag, "group1/entropy") for tag in tags) and not any(re.match(tag, "group1/epsilon") for tag in tags)
+
+
+def test_the_documented_table_is_the_one_in_the_code():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    assert text.endswith(render_table()), "python -m megatron_espo.metric_names prints the table of docs/metrics.md"
+
+
+def test_names_in_the_source_are_in_the_table():
+    """Names written out anywhere in the package, such as "reward/mean", are known."""
+    prefixes = "reward|rollout|mismatch|policy|loss|optimizer|train|ledger|sync|kl|rollout_correction|throughput|system|eval|entropy"
+    found = set()
+    for path in (ROOT / "megatron_espo").rglob("*.py"):
+        if path.name not in ("metric_names.py", "cases.py"):
+            found |= set(re.findall(rf'"((?:{prefixes})/[a-z_]+)"', path.read_text()))
+    assert len(found) > 20 and {name for name in found if not category_of(name)} == set()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_flops_are_those_that_torch_counts(tmp_path, family):
+    """torch counts every product of a real forward and backward; it counts the masked half of causal attention too."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **sizes, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    length = 24
+    with FlopCounterMode(display=False) as counter:
+        model(torch.ones(1, length, dtype=torch.long)).logits.sum().backward()
+    masked = 6 * 3 * 4 * 32 * length**2
+    # The rotary angles are a product of a few FLOPs that is not the model's.
+    assert counter.get_total_flops() - masked == pytest.approx(training_flops(config.to_dict(), [length]), rel=1e-3)
+
+
+def test_parameters_of_experts_are_those_that_a_token_meets():
+    mixture = HF | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    assert matmul_parameters(mixture) - matmul_parameters(HF) == 3 * 8 * 16 + 8 * 4
+
+
+def test_memory_is_this_machines():
+    found = system_metrics()
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+    assert 0.01 < found["system/rss_gib"] <= peak + 0.01 and found["system/host_memory_gib"] > found["system/rss_gib"] / 2
+
+
+def stand_in(calls: list, *names: str) -> types.ModuleType:
+    """A module that writes down what is called."""
+    module = types.ModuleType("stand_in")
+    for name in names:
+        setattr(module, name, lambda *args, _name=name, **kwargs: calls.append((_name, args, kwargs)) or module)
+    return module
+
+
+def test_trackers_get_the_same_names(tmp_path, monkeypatch):
+    """Against stand-ins for wandb and mlflow: neither service nor package is here."""
+    calls: list = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "wandb", stand_in(calls, "init", "log", "finish"))
+    monkeypatch.setitem(sys.modules, "mlflow", stand_in(calls, "start_run", "log_params", "log_metrics", "end_run"))
+    writer = MetricsWriter(tmp_path, make_trackers(make_config(tmp_path, name="mine", trackers=["wandb", "mlflow"])))
+    writer.write(3, {"reward/mean": 0.5, "eval/avg@4": 0.25})
+    writer.close()
+    by_name = {name: (args, kwargs) for name, args, kwargs in calls}
+    assert by_name["init"][1]["name"] == "mine" and by_name["init"][1]["config"]["run"]["steps"] == 2
+    assert by_name["log"] == (({"reward/mean": 0.5, "eval/avg@4": 0.25},), {"step": 3})
+    assert by_name["start_run"][1] == {"run_name": "mine"} and by_name["log_params"][0][0]["algorithm.alpha"] == 0.02
+    assert by_name["log_metrics"] == (({"reward/mean": 0.5, "eval/avg_at_4": 0.25},), {"step": 3})
+    assert {"finish", "end_run"} <= by_name.keys()
+
+
+def test_an_absent_tracker_is_refused(tmp_path):
+    with pytest.raises(InputError, match="run.trackers: expected installed packages, got wandb"):
+        make_reporter(tmp_path, trackers=["wandb"])
