@@ -24,8 +24,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 model=models/SmolLM2-135M-Instruct
 [ -e "$model" ] || python tools/prepare_smollm2.py "$model"
 
-# The run goes to runs/quickstart, unless run.dir says otherwise; an earlier run there is kept under its time.
-[ ! -e runs/quickstart ] || mv runs/quickstart "runs/quickstart-$(date -r runs/quickstart +%Y%m%d-%H%M%S)"
+# The run goes to runs/quickstart, unless run.dir says otherwise. One that was cut short goes on from its checkpoint; a
+# finished one is kept under its time.
+[ ! -e runs/quickstart/summary.json ] || mv runs/quickstart "runs/quickstart-$(date -r runs/quickstart +%Y%m%d-%H%M%S)"
 
 # --standalone picks a free port, so two runs can share a machine. `exec` leaves no shell between Ctrl-C and torchrun,
 # which ends its ranks.

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import queue
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def save_checkpoint(
 ) -> None:
     """Write this rank's part into ``<out>.partial``, which becomes ``out`` when all ranks are done. Collective over all ranks.
 
-    ``out`` lies on a file system that all ranks share. Megatron's writer starts processes: a script needs its ``__main__`` guard.
+    ``out`` lies on a file system that all ranks share.
 
     Args:
         chunks: this rank's model chunks, not wrapped in DDP.
@@ -62,6 +63,7 @@ def save_checkpoint(
     on_rank_0(lambda: _begin(partial, out, state))
     try:
         inject("save")
+        _keep_results_here()
         form = optimizer and optimizer_form(chunks[0].config, hf_config)
         dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial))
         failure = None
@@ -274,6 +276,15 @@ def _list_files(folder: Path) -> dict[str, Path]:
 def _checksum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _keep_results_here() -> None:
+    # Megatron hands its writers' results over in a queue that lives in a process of its own, which outlives a killed rank (and wants scripts to have
+    # a ``__main__`` guard). A save that is waited for needs no such process.
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def _raise_anywhere(failure: Exception | None) -> None:

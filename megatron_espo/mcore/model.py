@@ -169,8 +169,22 @@ def build_model(
             from megatron_espo.mcore.attention import BranchedRotary
 
             chunk.rotary_pos_emb = BranchedRotary(chunk.rotary_pos_emb)
+        _mark_shards(chunk)
         chunks.append(chunk.cuda())
     return chunks
+
+
+def _mark_shards(chunk: torch.nn.Module) -> None:
+    """Say which weights are shards. Megatron says so while it initializes them, which is skipped here; unmarked ones it takes for copies, and the
+    gradient's norm, by which it clips, would count the first tensor-parallel rank's only."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    for module in chunk.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) and weight is not None:
+            if not getattr(weight, "tensor_model_parallel", False):
+                set_tensor_model_parallel_attributes(weight, True, int(isinstance(module, RowParallelLinear)), 1)
 
 
 def rope_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:

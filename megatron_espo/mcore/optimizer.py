@@ -109,6 +109,11 @@ class Policy:
         self.optimizer.zero_grad()
         return self.run(forward_step, micro_batches, tick, forward_only=False)
 
+    def grad_norm(self) -> float:
+        """After :meth:`backward`, the global gradient norm by which Megatron clips; the same on every rank. Collective."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
     @torch.no_grad()
     def gather_gradients(self) -> None:
         """After :meth:`backward`, make the gradient whole on every data-parallel rank: one all-gather for each of DDP's buckets.

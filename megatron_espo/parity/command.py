@@ -136,8 +136,8 @@ def run_layout(request: Request, name: str, config: Config, hf_config: dict[str,
     for micro_batch in request.selection.micro_batches:
         megatron = Megatron(**base | MICRO_BATCHES[micro_batch])
         for objective in request.selection.objectives:
-            loss = model.backward(sequences, megatron, objective)
-            found = measure.compare(model, loss, objective, folder)
+            loss, norm = model.backward(sequences, megatron, objective)
+            found = measure.compare(model, loss, norm, objective, folder)
             if found:
                 mark = "" if found.within(request.tolerance) else "  DIFFERS"
                 print(

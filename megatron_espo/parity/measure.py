@@ -25,8 +25,8 @@ class Difference:
     """One gradient against the reference's.
 
     Attributes:
-        loss, grad_norm: of this layout.
-        loss_error, norm_error: relative to the reference's.
+        loss, grad_norm: of this layout; the norm is the one by which Megatron clips.
+        loss_error, norm_error: relative to the reference's loss and to the norm of all its tensors.
         worst: largest relative difference (L2 norm of the difference over that of the reference) of a tensor.
         tensor: that tensor's Hugging Face name.
     """
@@ -65,11 +65,12 @@ class Model:
         scored = self.policy.score(self._forward_step("espo"), batches)
         return [values[0].tolist() for values in scored], [values[1].tolist() for values in scored]
 
-    def backward(self, sequences: list[TrainSequence], megatron: Megatron, objective: str) -> float:
-        """Compute the gradient; returns the loss on every rank."""
+    def backward(self, sequences: list[TrainSequence], megatron: Megatron, objective: str) -> tuple[float, float]:
+        """Compute the gradient; returns the loss, and the norm by which Megatron would clip, on every rank."""
         reports = self.policy.backward(self._forward_step(objective), self._pack(sequences, megatron))
+        norm = self.policy.grad_norm()
         self.policy.gather_gradients()
-        return reduce_metrics_everywhere(reports, self.runtime.groups.dp_cp)["loss/policy"]
+        return reduce_metrics_everywhere(reports, self.runtime.groups.dp_cp)["loss/policy"], norm
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole gradients under Hugging Face names, on rank 0 and whoever gathers with it."""
@@ -93,7 +94,7 @@ def write_reference(model: Model, sequences: list[TrainSequence], objectives: tu
     """Write loss, norm and gradients of one rank."""
     numbers = {}
     for objective in objectives:
-        loss = model.backward(sequences, model.config.megatron, objective)
+        loss, _ = model.backward(sequences, model.config.megatron, objective)
         gradients = {name: tensor.clone() for name, tensor in model.gradients()}
         norm = torch.stack([tensor.double().norm() for tensor in gradients.values()]).norm()
         numbers[objective] = {"loss": loss, "grad_norm": float(norm)}
@@ -101,22 +102,20 @@ def write_reference(model: Model, sequences: list[TrainSequence], objectives: tu
     (folder / "reference.json").write_text(json.dumps(numbers))
 
 
-def compare(model: Model, loss: float, objective: str, folder: Path) -> Difference | None:
+def compare(model: Model, loss: float, norm: float, objective: str, folder: Path) -> Difference | None:
     """The gradient that ``model`` now holds against the reference's; ``None`` on all ranks but rank 0."""
     is_main = model.runtime.is_main
-    errors, squares = {}, 0.0
+    errors = {}
     reference = safe_open(folder / f"{objective}.safetensors", "pt") if is_main else None
     for name, tensor in model.gradients():
         if is_main:
             wanted, found = reference.get_tensor(name).double(), tensor.cpu().double()
             errors[name] = _relative(float((found - wanted).norm()), float(wanted.norm()))
-            squares += float(found.square().sum())
     if not is_main:
         return None
     missing = set(reference.keys()) ^ set(errors)
     assert not missing, missing
     numbers = json.loads((folder / "reference.json").read_text())[objective]
-    norm = squares**0.5
     # NaN is the worst of all.
     tensor = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return Difference(
