@@ -54,7 +54,7 @@ def save_checkpoint(
 
     Raises:
         InputError: ``out`` exists; nothing is written.
-        OSError: a full or failing disk; ``out`` does not appear.
+        OSError: a full or failing disk, on the rank that met it; ``out`` does not appear.
     """
     from megatron.core import dist_checkpointing
 
@@ -66,10 +66,9 @@ def save_checkpoint(
         _keep_results_here()
         form = optimizer and optimizer_form(chunks[0].config, hf_config)
         dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial))
-        failure = None
-    except Exception as error:  # Megatron's writer wraps what went wrong in several ways
-        failure = OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}")
-    _raise_anywhere(failure)
+    except Exception as error:
+        # Nobody is asked: the others are inside Megatron's collectives, and end when this rank is gone.
+        raise OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}") from error
     on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype, form))
 
 
@@ -285,12 +284,3 @@ def _keep_results_here() -> None:
 
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.SimpleQueue()
-
-
-def _raise_anywhere(failure: Exception | None) -> None:
-    """Raise some rank's failure on every rank. One all-gather of objects over all ranks."""
-    failures: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for found in failures:
-        if found is not None:
-            raise found
