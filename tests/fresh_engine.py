@@ -30,7 +30,7 @@ def main() -> None:
 
     config = EngineConfig(**settings | {"eos_ids": frozenset(settings["eos_ids"])})
     server = Server(config, lambda done, total: None)
-    samples = server.generate([(tuple(prompt), None) for prompt in prompts])
+    samples = server.generate([(tuple(prompt), None) for prompt in prompts], {})
     Path(answer).write_text(json.dumps({"samples": samples, "served": server.served_checksums("float32")}))
 
 

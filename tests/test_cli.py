@@ -157,3 +157,13 @@ def test_the_program_runs_under_torchrun(folder):
     done = run(folder, *torchrun, "-m", "megatron_espo", "train", "run.yaml", "run.steps=0")
     assert done.stderr.count("error: override 'run.steps=0': run.steps: expected integer >= 1, got 0") == 1
     assert done.returncode != 0
+
+
+def test_overrides_may_follow_options(capsys):
+    parser = cli.build_parser()
+    args = cli._parse(parser, ["plan", "run.yaml", "run.steps=1", "--gpus", "64", "run.seed=2"])
+    assert args.overrides == ["run.steps=1", "run.seed=2"] and args.gpus == 64
+    for wrong in (["plan", "run.yaml", "--bogus"], ["plan", "run.yaml", "--gpus", "64", "steps"], ["doctor", "a=b"]):
+        with pytest.raises(SystemExit):
+            cli._parse(parser, wrong)
+        assert "unrecognized arguments" in capsys.readouterr().err
