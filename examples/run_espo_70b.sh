@@ -77,6 +77,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-if __name__ == "__main__":  # saving a checkpoint starts processes that import this file
+if __name__ == "__main__":
     sys.exit(run())
 # end of the Python half

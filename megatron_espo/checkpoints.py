@@ -38,25 +38,22 @@ class Checkpoints:
     """The folder ``<run.dir>/checkpoints``: ``step_000010/`` …, and ``latest``, which names one of them.
 
     Args:
-        config: ``run.dir``, ``run.resume``, ``run.keep_checkpoints`` are used.
-        runtime: this rank's place.
+        config: its ``run`` section and its fingerprint are used.
     """
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
+    def __init__(self, config: Config) -> None:
         self.folder = Path(config.run.dir, "checkpoints")
-        self._resume, self._keep, self._every = config.run.resume, config.run.keep_checkpoints, config.run.checkpoint_every
-        self._steps = config.run.steps
-        self._fingerprint = fingerprint(config)
-        self._runtime = runtime
-
-    @property
-    def enabled(self) -> bool:
-        """Whether this run saves at all."""
-        return self._every is not None
+        self._settings, self._fingerprint = config.run, fingerprint(config)
+        self._newest = -1  # the step of the last one that was saved or loaded
 
     def due(self, step: int) -> bool:
         """Whether to save after ``step``: every ``run.checkpoint_every`` steps and after the last."""
-        return self.enabled and (step % self._every == 0 or step == self._steps)
+        every = self._settings.checkpoint_every
+        return every is not None and (step % every == 0 or step == self._settings.steps)
+
+    def due_at_stop(self, step: int) -> bool:
+        """Whether to save a run that stops after ``step``: unless it never saves, or just has."""
+        return self._settings.checkpoint_every is not None and step != self._newest
 
     def find(self) -> Path | None:
         """The checkpoint to continue from; ``None`` for a new run. One broadcast over all ranks.
@@ -73,35 +70,39 @@ class Checkpoints:
             InputError: damage, by file, and which other checkpoints could be taken instead.
         """
         try:
-            return learner.load(path)
+            state = learner.load(path)
         except InputError as error:
             raise InputError(f"{error}{self._alternatives(besides=path)}") from None
+        self._newest = _step(path)
+        return state
 
     def save(self, step: int, learner: Learner, state: dict[str, Any]) -> Path:
-        """Write ``step_<step>``, make it ``latest``, remove the oldest beyond ``run.keep_checkpoints``. Collective."""
+        """Write ``step_<step>``, make it ``latest``, remove the oldest beyond ``run.keep_checkpoints``, and those of later steps, which this run has
+        taken back. Collective."""
         path = self.folder / f"step_{step:06d}"
-        on_rank_0(lambda: shutil.rmtree(path, ignore_errors=True))  # of a part of the run that was taken back
+        on_rank_0(lambda: shutil.rmtree(path, ignore_errors=True))  # one that was taken back
         learner.save(path, state | {"fingerprint": self._fingerprint})
         on_rank_0(lambda: self._finish(path))
+        self._newest = step
         return path
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first: those that were renamed into their place."""
         found = [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name[5:]))
+        return sorted(found, key=_step)
 
     def _find(self) -> Path | None:
-        if self._resume == "never":
+        if self._settings.resume == "never":
             return None
         pointer = self.folder / "latest"
-        if self._resume == "latest":
+        if self._settings.resume == "latest":
             if not pointer.exists():
                 if self.complete():
                     raise InputError(f"{pointer}: expected the name of a checkpoint, found no file{self._alternatives()}")
                 return None
             name, place = pointer.read_text().strip(), str(pointer)
         else:
-            name, place = self._resume, "run.resume"
+            name, place = self._settings.resume, "run.resume"
         path = self.folder / name
         if not _NAME.fullmatch(name) or not path.is_dir():
             raise InputError(f'{place}: expected the name of a checkpoint in {self.folder}, got "{name}"{self._alternatives()}')
@@ -119,9 +120,14 @@ class Checkpoints:
         pointer = self.folder / "latest"
         inject("latest")
         write_durably(pointer, path.name + "\n")
-        for old in self.complete()[: -self._keep]:
-            if old != path:
-                shutil.rmtree(old)
+        up_to_now = [other for other in self.complete() if _step(other) <= _step(path)]
+        for other in self.complete():
+            if other not in up_to_now[-self._settings.keep_checkpoints :]:
+                shutil.rmtree(other)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def write_status(config: Config, runtime: Runtime, state: str, why: str | None = None) -> None:

@@ -50,7 +50,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "mismatch/logprob_gap_mean": ("nats", "mean |engine - trainer| log-prob of the same tokens"),
         "mismatch/logprob_gap_max": ("nats", "largest of them"),
         "mismatch/kl": ("nats", "mean (engine - trainer) log-prob: estimates KL(engine || trainer)"),
-        "mismatch/canary": ("nats", "largest mean gap of a canary prompt's sampled tokens before the weights were served"),
+        "mismatch/canary": ("nats", "mean |engine - trainer| log-prob of the canary's tokens, before the weights were served"),
         "sync/verified_tensors": ("tensors", "read back from the engine and found to be those that were sent"),
         "sync/restarts": ("", "engine restarts that the sync needed"),
         "rollout_correction/weight": ("", "mean truncated importance weight trainer / engine"),
@@ -82,19 +82,12 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "system/gpu_peak_allocated_gib": ("GiB", "most that rank 0's torch has allocated"),
     },
 }
-_PLACEHOLDERS = {"<g>": r"\d+", "<k>": r"\d+", "<objective>": r"\w+", "<phase>": r"\w+"}
+_PLACEHOLDERS = {"g": r"\d+", "k": r"\d+", "objective": r"\w+", "phase": r"\w+"}
 
 
 def as_pattern(name: str) -> str:
     """A regular expression for the metrics that a name of :data:`METRICS` stands for."""
-    for placeholder, pattern in _PLACEHOLDERS.items():
-        name = name.replace(placeholder, pattern)
-    return f"^{name}$"
-
-
-def category_of(name: str) -> str | None:
-    """The heading of a metric in :data:`METRICS`; ``None`` for an unknown one."""
-    return next((c for c, names in METRICS.items() if any(re.match(as_pattern(known), name) for known in names)), None)
+    return "^" + re.sub("<(.*?)>", lambda placeholder: _PLACEHOLDERS[placeholder[1]], name) + "$"
 
 
 def render_table() -> str:

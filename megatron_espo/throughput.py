@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_espo.config.experts import read_experts
+from megatron_espo.weights.families import model_sizes
+
 GIB = 2**30
 # Dense bfloat16 FLOP/s from the vendors' data sheets; the first name found in the device's counts.
 PEAK_BFLOAT16 = {
@@ -22,28 +25,20 @@ PEAK_BFLOAT16 = {
 
 def matmul_parameters(hf_config: dict[str, Any]) -> int:
     """Weights that one token is multiplied with: attention, feed-forward (the chosen experts' only) and output layer."""
-    hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
-    head_dim = hf_config.get("head_dim") or hidden // heads
-    kv_heads = hf_config.get("num_key_value_heads") or heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    layers, step = hf_config["num_hidden_layers"], hf_config.get("decoder_sparse_step") or 1
-    dense = hf_config.get("mlp_only_layers") or []
-    feed_forward = 0
-    for layer in range(layers):
-        if hf_config.get("num_experts") and layer not in dense and (layer + 1) % step == 0:
-            experts = hf_config["num_experts_per_tok"] * 3 * hidden * hf_config["moe_intermediate_size"]
-            feed_forward += experts + hidden * hf_config["num_experts"]
-        else:
-            feed_forward += 3 * hidden * hf_config["intermediate_size"]
-    return layers * attention + feed_forward + hidden * hf_config["vocab_size"]
+    size, experts = model_sizes(hf_config), read_experts(hf_config)
+    layers = hf_config["num_hidden_layers"]
+    sparse = sum(experts.layers) if experts else 0
+    attention = 2 * size["hidden"] * (size["query"] + size["key"])
+    feed_forward = (layers - sparse) * 3 * size["ffn"]
+    if experts:
+        feed_forward += sparse * (experts.per_token * 3 * experts.ffn + experts.count)  # the router too
+    return layers * attention + size["hidden"] * (feed_forward + size["vocab"])
 
 
 def training_flops(hf_config: dict[str, Any], lengths: Sequence[int]) -> float:
     """FLOPs of forward and backward over sequences of ``lengths`` tokens with causal attention; nothing is counted twice (no recomputation)."""
-    heads = hf_config["num_attention_heads"]
-    width = heads * (hf_config.get("head_dim") or hf_config["hidden_size"] // heads)
-    # Two products (scores, values) of 2 x width FLOPs for each of T^2 / 2 pairs; backward is twice the forward.
-    attention = 6 * hf_config["num_hidden_layers"] * width
+    # Two products (scores, values) of 2 x query width FLOPs for each of T^2 / 2 pairs; backward is twice the forward.
+    attention = 6 * hf_config["num_hidden_layers"] * model_sizes(hf_config)["query"]
     return 6.0 * matmul_parameters(hf_config) * sum(lengths) + attention * sum(length**2 for length in lengths)
 
 

@@ -73,7 +73,7 @@ class Run:
         self.config, self.hf_config, self.runtime = config, hf_config, runtime
         self.folder, self.started = Path(config.run.dir), time.perf_counter()
         self.stop = StopRequest(self.folder, config.run.max_seconds)
-        self.checkpoints = Checkpoints(config, runtime)
+        self.checkpoints = Checkpoints(config)
         checkpoint = self.checkpoints.find()
         self.collector = Collector(config, hf_config, runtime, self.stop)
         self.phases, self.step = Phases(runtime.is_main), 0
@@ -112,7 +112,7 @@ class Run:
     def __exit__(self, kind, *_) -> None:
         self.collector.close()
         self.reporter.close()
-        if kind is Stopped and self.checkpoints.enabled:
+        if kind is Stopped and self.checkpoints.due_at_stop(self.step):
             self._save()
 
     def finish_step(self, step: int, metrics: dict[str, float], groups: ScoredGroups, advantages: torch.Tensor, began: float) -> None:

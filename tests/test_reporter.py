@@ -13,13 +13,14 @@ from megatron_espo.batch import ScoredGroups
 from megatron_espo.config import Config
 from megatron_espo.entropies import BINS
 from megatron_espo.errors import InputError
-from megatron_espo.metric_names import BOARD_LAYOUT, METRICS, as_pattern, category_of, render_table
+from megatron_espo.metric_names import BOARD_LAYOUT, METRICS, as_pattern, render_table
 from megatron_espo.metrics import MetricsWriter
 from megatron_espo.reporter import Reporter, as_markdown
 from megatron_espo.throughput import matmul_parameters, system_metrics, training_flops
 from megatron_espo.trackers import make_trackers
 from megatron_espo.types import Prompt, Rollout
 from tests.distributed import ROOT
+from tests.documented import is_documented
 
 HF = {"vocab_size": 24, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
 
@@ -79,7 +80,7 @@ def test_a_step_is_written_everywhere(tmp_path, one_rank, capsys):
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["throughput/response_tokens_per_s"] == 12 / 2 and line["throughput/trained_tokens_per_s"] == 10 / 4
     assert line["entropy/border1"] == pytest.approx(2.5) and line["reward/mean"] == 0.75 and line["time/step_s"] == 7
-    assert all(category_of(name) for name in line if name != "step")
+    assert all(is_documented(name) for name in line if name != "step")
     first, second = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
     assert first["entropies"] is None and first["reward"] == 1 and first["prompt_id"] == second["prompt_id"] == "hard"
     assert second["entropies"] == pytest.approx([0.1, 2.0, 0.2]) and second["groups"] == [0, 1, 0] and second["pieces"] == [" 10", " 11", " 12"]
@@ -156,7 +157,7 @@ def test_names_in_the_source_are_in_the_table():
     for path in (ROOT / "megatron_espo").rglob("*.py"):
         if path.name not in ("metric_names.py", "cases.py"):
             found |= set(re.findall(rf'"((?:{prefixes})/[a-z_]+)"', path.read_text()))
-    assert len(found) > 20 and {name for name in found if not category_of(name)} == set()
+    assert len(found) > 20 and {name for name in found if not is_documented(name)} == set()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

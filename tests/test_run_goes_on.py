@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_espo.batch import ScoredGroups
+from megatron_espo.checkpoints import Checkpoints
 from megatron_espo.config import load_config
 from megatron_espo.faults import VARIABLE
 from megatron_espo.rollout_log import RolloutLog
@@ -215,9 +217,11 @@ def test_damage_is_named_and_falling_back_needs_a_word(folder, saved, damage):
 
 def test_an_older_checkpoint_by_name_gives_the_same_end(folder, saved, undisturbed):
     flip(shard(folder, saved))
-    done = train(folder, saved, "run.resume=step_000004")
+    done = train(folder, saved, "run.resume=step_000004", "run.checkpoint_every=5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_end(folder, saved, undisturbed)
+    kept = sorted(p.name for p in (folder / saved / "checkpoints").iterdir())
+    assert kept == ["latest", "step_000005", "step_000006"]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +259,26 @@ def test_nan_gradient_is_skipped_and_its_batch_kept(folder):
     (file,) = (folder / "nan" / "bad_batches").iterdir()
     assert len(json.loads(file.read_text())) == 8
     assert all(tensor.isfinite().all() for tensor in weights(folder, "nan").values())
+
+
+def test_a_save_removes_old_checkpoints_and_those_of_steps_taken_back(folder, tmp_path):
+    checkpoints = Checkpoints(load_config(str(folder / "run.yaml"), [f"run.dir={tmp_path}"]))
+    paths = [checkpoints.folder / f"step_{step:06d}" for step in (2, 4, 5, 8, 10)]
+    for path in paths:
+        path.mkdir(parents=True)
+    checkpoints._finish(paths[2])
+    assert checkpoints.complete() == paths[1:3] and (checkpoints.folder / "latest").read_text() == "step_000005\n"
+
+
+def test_a_stop_saves_only_what_is_not_saved(folder, tmp_path):
+    overrides = [f"run.dir={tmp_path}"]
+    checkpoints = Checkpoints(load_config(str(folder / "run.yaml"), overrides))
+    learner = SimpleNamespace(load=lambda path: {"step": 4})
+    assert checkpoints.due_at_stop(0)
+    checkpoints.load(checkpoints.folder / "step_000004", learner)
+    assert not checkpoints.due_at_stop(4) and checkpoints.due_at_stop(5)
+    never = Checkpoints(load_config(str(folder / "run.yaml"), [*overrides, "run.checkpoint_every=null"]))
+    assert not never.due_at_stop(5) and not never.due(6)
 
 
 def test_configuration_of_the_fixture_is_valid(folder):

@@ -5,13 +5,11 @@ the order that Megatron-Core's rotary embedding and Transformer Engine expect. P
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_espo.data.packing import MicroBatch
+from megatron_espo.data.batches import MicroBatch
 
 
 def zigzag(borders: Tensor, rank: int, size: int) -> Tensor:
@@ -28,7 +26,7 @@ def zigzag(borders: Tensor, rank: int, size: int) -> Tensor:
     return torch.cat(parts)
 
 
-def slice_micro_batch(batch: "MicroBatch", rank: int, size: int) -> "MicroBatch":
+def slice_micro_batch(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     """One context-parallel rank's tokens, and those response tokens that they predict.
 
     Borders and lengths stay those of the whole; ``scored`` says which of the whole micro-batch's response tokens are here.

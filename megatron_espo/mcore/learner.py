@@ -16,7 +16,7 @@ from megatron_espo.mcore.canary import score_responses
 from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.loss import Observe
-from megatron_espo.mcore.model import Layout, build_model, use_transformer_engine
+from megatron_espo.mcore.model import build_configured, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.reference import ReferencePolicy
 from megatron_espo.mcore.runtime import Runtime
@@ -27,9 +27,7 @@ from megatron_espo.weights.hf_io import load_hf_weights
 
 def build_chunks(config: Config, hf_config: dict[str, Any], runtime: Runtime) -> list[torch.nn.Module]:
     """This rank's model chunks in the configured layout, with the weights of ``model.path``. Zero collectives."""
-    layout = Layout(**{name: getattr(config.megatron, name) for name in Layout.__dataclass_fields__})
-    dtype = getattr(torch, config.model.dtype)
-    chunks = build_model(hf_config, layout, runtime.groups, dtype=dtype, transformer_impl=config.megatron.transformer_impl)
+    chunks = build_configured(config, hf_config, runtime.groups)
     load_hf_weights(chunks, hf_config, config.model.path, runtime.groups)
     return chunks
 
@@ -126,7 +124,7 @@ class Learner:
         return average_steps(results) | {"train/tokens": float(trained)}
 
     def _step(self, batches: list[MicroBatch], part: Sequence[Sequence[TrainSequence]], tick: "_Ticker") -> dict[str, float]:
-        """One optimizer step, skipped if a gradient is not finite; the third in a row ends the run. Its batch is written down."""
+        """One optimizer step, skipped if a gradient is not finite; ``MOST_SKIPPED`` in a row end the run. The batch is written down."""
         result = self.policy.step(self._forward_step, batches, tick)
         self.skipped_in_a_row = 0 if result.bad_rank is None else self.skipped_in_a_row + 1
         if result.bad_rank is not None:
@@ -137,7 +135,7 @@ class Learner:
                 path.write_text(json.dumps([asdict(sequence) for group in part for sequence in group]))
                 print(f"warning: {what}", flush=True)
             if self.skipped_in_a_row == MOST_SKIPPED:
-                raise NonFiniteGradient(f"{what}; the {MOST_SKIPPED}rd in a row: lower optimizer.lr, or look for bad data in the batch")
+                raise NonFiniteGradient(f"{what}; {MOST_SKIPPED} in a row: lower optimizer.lr, or look for bad data in the batch")
         metrics = reduce_metrics_everywhere(result.metrics, self.groups.dp_cp)
         optimizer = {"grad_norm": result.grad_norm, "lr": result.lr, "skipped": float(result.bad_rank is not None)}
         return metrics | {f"optimizer/{name}": value for name, value in optimizer.items()}

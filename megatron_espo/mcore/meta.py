@@ -131,12 +131,9 @@ def _build(
     from megatron_espo.mcore.model import Layout, build_model
     from megatron_espo.mcore.optimizer import Policy
 
-    layout = Layout(**{name: getattr(config.megatron, name) for name in Layout.__dataclass_fields__})
-    # Context parallelism changes no parameter, but without Transformer Engine not every attention accepts it.
-    layout = replace(layout, context_parallel_size=1)
     dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"), _OnMeta():
-        chunks = build_model(hf_config, layout, process_groups, dtype=dtype, transformer_impl="local")
+        chunks = build_model(hf_config, Layout.of(config.megatron), process_groups, dtype=dtype, transformer_impl="local")
         held = tuple(_held(chunks, groups, process_groups))
         policy = Policy(chunks, process_groups, config.optimizer, train_steps=1)
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ class Layout:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+
+    @classmethod
+    def of(cls, megatron: Any) -> "Layout":
+        """From the ``megatron`` section of the configuration."""
+        return cls(**{field.name: getattr(megatron, field.name) for field in fields(cls)})
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -172,6 +177,12 @@ def build_model(
         _mark_shards(chunk)
         chunks.append(chunk.cuda())
     return chunks
+
+
+def build_configured(config, hf_config: dict[str, Any], groups) -> list[torch.nn.Module]:
+    """:func:`build_model` in the layout, dtype and implementation of a run's :class:`megatron_espo.config.Config`."""
+    megatron, dtype = config.megatron, getattr(torch, config.model.dtype)
+    return build_model(hf_config, Layout.of(megatron), groups, dtype=dtype, transformer_impl=megatron.transformer_impl)
 
 
 def _mark_shards(chunk: torch.nn.Module) -> None:

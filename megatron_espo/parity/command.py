@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_espo.config import Config, Data, Megatron, Model, Rollout, Run, load_config
+from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
 from megatron_espo.parity.cases import LAYOUTS, MICRO_BATCHES, OBJECTIVES, SHORT, Layout, Selection
 
@@ -99,7 +100,7 @@ def run_ranks(request: Request) -> int:
     dist.broadcast_object_list(box, src=0)
     breaches, compared, worst = 0, 0, 0.0
     for name, config, hf_config in models(request, Path(box[0])):
-        for layout in request.selection.of_world(runtime.world_size, has_experts="num_experts" in hf_config):
+        for layout in request.selection.of_world(runtime.world_size, has_experts=read_experts(hf_config) is not None):
             for difference in run_layout(request, name, config, hf_config, layout, Path(box[0], name)):
                 compared += 1
                 breaches += not difference.within(request.tolerance)
@@ -157,7 +158,7 @@ def record(request: Request) -> None:
     if request.config is None:
         wanted = {layout.moe for layout in LAYOUTS if layout.name in request.selection.layouts}
         for name, hf_config in MODELS.items():
-            if ("num_experts" in hf_config) in wanted:
+            if (read_experts(hf_config) is not None) in wanted:
                 write_model(folder / name / "model", hf_config)
     for name, config, hf_config in models(request, folder):
         (folder / name).mkdir(parents=True, exist_ok=True)

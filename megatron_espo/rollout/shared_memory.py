@@ -189,7 +189,6 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             if isinstance(method := getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
                 method.moe_kernel = None
 
-
     def shutdown(self) -> None:
         if self._block is not None:
             self._block.close()

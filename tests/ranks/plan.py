@@ -41,7 +41,7 @@ def measure_step(settings: dict[str, Any], lengths: list[int]) -> dict[str, int]
     config = Config.model_validate(settings)
     hf_config = json.loads(Path(config.model.path, "config.json").read_text())
     groups = runtime.initialize(**runtime.parallel_sizes(config.megatron)).groups
-    layout = Layout(**{name: getattr(config.megatron, name) for name in Layout.__dataclass_fields__})
+    layout = Layout.of(config.megatron)
     dtype = getattr(torch, config.model.dtype)
     generator = torch.Generator().manual_seed(3)
 
