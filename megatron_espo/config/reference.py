@@ -22,7 +22,7 @@ _PLAIN = {
 
 def sections() -> dict[str, type[BaseModel]]:
     """Section name to its model, in the order of the reference."""
-    return {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
 
 
 def expectation(field: FieldInfo) -> str:
