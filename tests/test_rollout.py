@@ -188,7 +188,7 @@ def test_hung_engine_is_named_within_its_timeout(folder, engine):
     object.__setattr__(engine.config, "timeout_s", 1.0)
     with pytest.raises(EngineError, match=r"logprobs: the rollout engine gave no news for 1 s(.|\n)*engine.log"):
         engine.logprobs([(5, 6)])
-    assert engine.state == "dead" 
+    assert engine.state == "dead"
 
 
 # -- children that never get as far as a model ----------------------------------------------------------------------
