@@ -1,6 +1,7 @@
 """Table, pictures and page of ``compare_objectives.py``."""
 
 import datetime
+import json
 import math
 import os
 import platform
@@ -60,11 +61,11 @@ def write_results(found: list[tuple[str, str, int, Path]], out: Path, page: Path
     runs = [Run(task, variant, seed, read_metrics(folder)) for task, variant, seed, folder in found]
     folder = page.parent if page else out
     pictures = draw_all(runs, folder)
-    seconds = fmean(line["time/step_s"] for run in runs for line in run.lines)
+    seconds = fmean(json.loads((run_folder / "summary.json").read_text())["seconds"] for *_, run_folder in found)
     cores = len(os.sched_getaffinity(0))
     text = [
         f"`{command}` on {datetime.date.today()}: {len(runs)} runs of {len(runs[0].lines)} steps on {cores} cores "
-        f"({platform.machine()}), {seconds:.1f} s a step.\n",
+        f"({platform.machine()}), {seconds:.0f} s a run.\n",
         table(runs),
         "Means over seeds, in brackets the lowest and the highest. Shares are of the tokens of responses that have an advantage.\n",
         claims(runs),

@@ -26,7 +26,7 @@ def test_every_run_is_valid_and_has_the_same_compute(tmp_path):
     assert [job.seed for job in planned] == sorted(job.seed for job in planned), "a study that is cut short has whole seeds"
     configs = [load_config(ROOT / "examples" / "quickstart.yaml", [f"run.dir={job.folder}", *job.settings]) for job in planned]
     assert len({config.model_dump_json(exclude={"algorithm", "run", "data", "eval"}) for config in configs}) == 1
-    assert {(c.run.steps, c.algorithm.num_mini_batches, c.algorithm.num_epochs, c.rollout.max_resampling_rounds) for c in configs} == {(12, 4, 1, 0)}
+    assert {(c.run.steps, c.algorithm.num_mini_batches, c.algorithm.num_epochs, c.rollout.max_resampling_rounds) for c in configs} == {(10, 4, 1, 0)}
     assert {c.algorithm.objective for c in configs} == set(study.OBJECTIVES)
     assert all(c.eval.task_args["seed"] != c.run.seed and c.eval.prompts == c.data.prompts for c in configs)
 
@@ -35,8 +35,10 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_refused(tmp_path):
     (job,) = jobs(tmp_path, seeds=[1], tasks=["sums"], variants=["espo"])
     job.folder.mkdir()
     (job.folder / "settings.json").write_text(json.dumps(job.settings))
-    assert not job.finished(), "no summary.json: it was cut short"
+    assert not job.finished(), "cut short"
     (job.folder / "summary.json").write_text("{}")
+    assert not job.finished(), "stopped in its evaluation"
+    (job.folder / "eval.jsonl").write_text("{}")
     assert job.finished()
     (longer,) = jobs(tmp_path, seeds=[1], tasks=["sums"], variants=["espo"], overrides=["run.steps=99"])
     with pytest.raises(SystemExit, match="run.steps=99"):
@@ -44,7 +46,7 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_refused(tmp_path):
 
 
 def run(task, variant, seed, rewards, clipped) -> Run:
-    lines = [{"step": i, "reward/mean": reward, "policy/clipped": clipped, "time/step_s": 1.0} for i, reward in enumerate(rewards, 1)]
+    lines = [{"step": i, "reward/mean": reward, "policy/clipped": clipped} for i, reward in enumerate(rewards, 1)]
     lines[0].pop("policy/clipped")  # a step that trained nothing
     return Run(task, variant, seed, lines)
 
@@ -69,6 +71,7 @@ def test_the_page_keeps_what_stands_around_the_results(tmp_path):
     for one in RUNS:
         folder = tmp_path / f"{one.variant}-{one.seed}"
         folder.mkdir()
+        (folder / "summary.json").write_text('{"seconds": 5}')
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in one.lines))
         found.append((one.task, one.variant, one.seed, folder))
     page = tmp_path / "page.md"
