@@ -306,6 +306,13 @@ class Rollout(Section):
         0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
     )
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: sample the next batch while this one is trained, with weights one version older (needs "
+        "algorithm.rollout_correction token or sequence); 0: wait for each other.",
+    )
     timeout_s: float = Field(
         900.0,
         gt=0,
