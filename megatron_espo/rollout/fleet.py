@@ -31,7 +31,7 @@ class Fleet:
 
     def __init__(self, engine: Engine | None, owners: Sequence[int]) -> None:
         self._engine, self._others = engine, []
-        if len(owners) == 1:
+        if len(owners) <= 1:
             return
         box: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -79,6 +79,7 @@ class Fleet:
             for other, share in zip(busy, shares[1:], strict=False):
                 other.begin((share, group_size, seed, sampling))
             own = self._engine.generate(shares[0], group_size, seed=seed, on_progress=relay, sampling=sampling)
+            relay(len(shares[0]) * group_size, 0)
             while waiting := [other.connection for other in busy if other.answer is None]:
                 wait(waiting, _POLL_SECONDS)
                 relay(len(shares[0]) * group_size, 0)
@@ -135,7 +136,7 @@ class _Remote:
         self._waits = False
         if kind == "error":
             raise EngineError(f"the engine of rank {self._rank}: {payload}")
-        self.answer = payload
+        self.answer, self.finished = payload, sum(map(len, payload))
 
     def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
         try:
