@@ -115,17 +115,17 @@ def _name(location: yaml_source.Path) -> str:
 
 
 def _expected(location: yaml_source.Path) -> str:
-    section = sections()[location[0]]
+    section = sections()[str(location[0])]
     if len(location) == 1:
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         return "a mapping of keys" + (f" with {', '.join(required)}" if required else "")
-    field = section.model_fields[location[1]]
+    field = section.model_fields[str(location[1])]
     return item_expectation(field) if len(location) > 2 else expectation(field)
 
 
 def _suggest(location: yaml_source.Path) -> str:
     if len(location) > 1:
-        return _suggest_key(location[0], str(location[1]))
+        return _suggest_key(str(location[0]), str(location[1]))
     name = str(location[0])
     if close := difflib.get_close_matches(name, sections(), n=1):
         return f'; did you mean "{close[0]}"?'
