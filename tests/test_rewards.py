@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import reward_throughput
 from megatron_espo.config.tasks import Reward
 from megatron_espo.doctor import reward_isolation_row
 from megatron_espo.errors import InputError
@@ -197,6 +198,19 @@ def test_math_verify_hang_is_killed_and_the_others_are_judged():
         assert rewards.score(items) == [1.0, 1.0, None, 1.0, None, 1.0]
         assert rewards.failures == {"timeout": 2}
         assert rewards.score(items[:2]) == [1.0, 1.0]
+
+
+def test_many_math_answers_and_hostile_ones():
+    """A thousand take 5 s on two idle cores (benchmarks/reward_throughput.py); the bound here is for busy ones."""
+    items, verdicts = reward_throughput.make_items(200)
+    hostile = [(prompt("9"), response) for response in reward_throughput.HOSTILE.values()]
+    with pool("math_verify", timeout_s=3.0) as rewards:
+        rewards.start()
+        began = time.monotonic()
+        assert rewards.score(items) == verdicts
+        assert time.monotonic() - began < 20
+        assert set(rewards.score(hostile)) <= {None, 0.0} and set(rewards.failures) <= {"timeout", "crash", "exception"}
+        assert rewards.score(items[:2]) == verdicts[:2]
 
 
 def test_scores_keep_their_places(hostile):
