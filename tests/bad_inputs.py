@@ -76,10 +76,6 @@ class Bad:
     ranks: int = 1
     check: Callable[["Bad"], object] | None = None
 
-    @property
-    def command(self) -> list[str]:
-        return ["train", "run.yaml", *self.overrides]
-
 
 def rows(*lines: str) -> dict[str, str]:
     return {"prompts.jsonl": "".join(f"{line}\n" for line in lines)}
@@ -309,12 +305,13 @@ def message_of(bad: Bad) -> str:
                 bad.check(bad)
                 return "nothing was said"
             with contextlib.redirect_stderr(output):
-                code = cli.main(bad.command)
-            return output.getvalue().removeprefix("error: ").strip() if code == 2 else f"exit code {code}"
+                code = cli.main(["train", "run.yaml", *bad.overrides])
+            message = output.getvalue().removeprefix("error: ").strip() if code == 2 else f"exit code {code}"
         except InputError as error:
-            return str(error).replace(os.path.realpath(folder), "/home/me/work")
+            message = str(error)
         finally:
             sys.path[:] = [entry for entry in sys.path if entry != folder]
+        return message.replace(os.path.realpath(folder), "/home/me/work")
 
 
 def messages() -> dict[str, str]:
@@ -329,15 +326,17 @@ def messages() -> dict[str, str]:
     return {key: found[key] for key in (f"{section}: {bad.what}" for section, bad in all_rows())}
 
 
+def render_row(bad: Bad, message: str) -> str:
+    lines = message.replace("|", "\\|").splitlines()
+    return f"| {bad.what} | {'<br>'.join(f'`` {line} ``' if '`' in line else f'`{line}`' for line in lines)} |"
+
+
 def render(told: dict[str, str]) -> str:
     """The page."""
     lines = [HEAD]
     for section, bads in TABLE.items():
         lines += [f"\n## {section}\n", "| what is wrong | what you are told |", "|---|---|"]
-        for bad in bads:
-            text = told[f"{section}: {bad.what}"].replace("|", "\\|")
-            cells = "<br>".join(f"`` {line} ``" if "`" in line else f"`{line}`" for line in text.splitlines())
-            lines.append(f"| {bad.what} | {cells} |")
+        lines += [render_row(bad, told[f"{section}: {bad.what}"]) for bad in bads]
     return "\n".join(lines) + "\n"
 
 

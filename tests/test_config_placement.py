@@ -180,9 +180,9 @@ def test_a_model_folder_is_complete_or_refused(tmp_path, monkeypatch):
     (folder / "config.json").write_text("[1]")
     assert "found a Git LFS pointer" in told()
     (folder / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")  # no tensors
-    assert "expected a JSON object in model/config.json: got a JSON list" in told()
+    assert "expected a JSON object in model/config.json, got a JSON list" in told()
     (folder / "config.json").write_text("{")
-    assert "expected a JSON object in model/config.json: Expecting property name" in told()
+    assert "expected a JSON object in model/config.json, got JSONDecodeError (Expecting property name" in told()
     (folder / "config.json").write_text(json.dumps(HF))
     assert config.validate_model() == HF
     (folder / "tokenizer.json").rename(folder / "spm.model")

@@ -145,10 +145,10 @@ def read_hf_config(config: "Config") -> dict[str, Any]:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(loaded, dict):
             return loaded
-        reason = f"got a JSON {type(loaded).__name__}"
+        reason = f"a JSON {type(loaded).__name__}"
     except (OSError, ValueError) as error:
-        reason = str(error)
-    _refuse(config, iter([("model.path", f"expected a JSON object in {path}: {reason}")]))
+        reason = f"{type(error).__name__} ({error})"
+    _refuse(config, iter([("model.path", f"expected a JSON object in {path}, got {reason}; fetch it again")]))
     raise AssertionError("unreachable")
 
 
@@ -186,7 +186,7 @@ def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str
             f"expected a divisor of the model's {heads} attention heads, got {config.rollout.tensor_parallel_size}",
         )
     if hf.get("quantization_config"):
-        yield "model.path", "expected unquantised weights, got a quantization_config in config.json"
+        yield "model.path", "expected unquantised weights, got a quantization_config in config.json; use the model in bfloat16"
 
 
 def _expert_problems(m: Any, experts: Experts | None, architecture: str) -> Iterator[tuple[str, str]]:

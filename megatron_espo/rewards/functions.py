@@ -43,7 +43,12 @@ def load_reward_function(name: str) -> RewardFunction:
     if not (module_name and colon and attribute):
         known = ", ".join(BUILT_IN)
         raise InputError(f"reward.function: expected {known} or module:function, got {name!r}")
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        raise InputError(f"reward.function: expected a module {module_name} on Python's path or in the current directory, found none") from None
     if not hasattr(module, attribute):
         close = difflib.get_close_matches(attribute, dir(module), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

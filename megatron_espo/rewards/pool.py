@@ -118,7 +118,7 @@ class RewardPool:
         if failed > self._config.max_failed * total:
             raise InputError(
                 f"reward.function: expected a number for each response, but {failed} of {total} of step {step} failed, more than "
-                f"reward.max_failed = {self._config.max_failed:g}; the last one: {self.last_failure}"
+                f"reward.max_failed = {self._config.max_failed:g}; mend the function or raise it; the last one: {self.last_failure}"
             )
 
     def close(self) -> None:
@@ -207,7 +207,7 @@ class RewardPool:
         end = worker.kill(grace_s=1.0)
         self._remove(worker)
         if "refused" in reply:
-            raise InputError(f"reward.function: {self._config.function} cannot be loaded: {reply['refused']}")
+            raise InputError(str(reply["refused"]))
         if self._failed_starts == MAX_FAILED_STARTS:
             self._failed_starts = 0
             raise InputError(

@@ -38,7 +38,8 @@ def main(request_fd: int, reply_fd: int, owner_pid: int) -> None:
 
         function = load_reward_function(setup["function"])
     except BaseException as error:
-        reply(refused=str(error) if type(error).__name__ == "InputError" else _describe(error))
+        told = type(error).__name__ == "InputError"
+        reply(refused=str(error) if told else f"reward.function: {setup['function']} cannot be loaded: {_describe(error)}")
         return
     reply(ready=missing)
 
@@ -65,7 +66,7 @@ def _receive(requests) -> object | None:
 
 def _describe(error: BaseException) -> str:
     """Type, message, and the innermost place, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {str(error)[:500]}{place}"
 
