@@ -191,7 +191,7 @@ def _checked_config(args: argparse.Namespace) -> Any:
         config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
     config.validate_model()
     if args.command in ("train", "eval"):
-        config.validate_data()
+        config.validate_paths()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
 

@@ -177,11 +177,7 @@ class Collector:
             if not missing:
                 break
             best = _replace_equal(best, self._sample_round(missing, step, round_number, phases))
-        if bool(best.rewards.isnan().all()):
-            raise InputError(
-                f"reward.function: expected a number for each response, but all {best.rewards.numel()} of step {step} failed; "
-                f"the last one: {self._rewards.last_failure}"
-            )
+        self._rewards.refuse_failures(int(best.rewards.isnan().sum()), best.rewards.numel(), step)
         return best
 
     def _sample_round(self, count: int, step: int, round_number: int, phases: Phases) -> ScoredGroups:

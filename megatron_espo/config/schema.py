@@ -346,6 +346,6 @@ class Config(Section):
         """
         return placement.validate_model(self, hf_config)
 
-    def validate_data(self) -> None:
-        """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
-        placement.validate_prompt_file(self)
+    def validate_paths(self) -> None:
+        """InputError where ``run.dir`` cannot be written, ``run.replay`` holds no rollouts, or a prompt file cannot be read."""
+        placement.validate_paths(self)
