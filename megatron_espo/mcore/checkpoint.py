@@ -4,6 +4,7 @@ The format (``torch_dist``) stores whole tensors, so a checkpoint written in one
 pickle, which runs code when it is opened: nothing in a folder is read before the manifest has vouched for it.
 """
 
+import collections
 import functools
 import hashlib
 import json
@@ -11,13 +12,16 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.serialization import set_crc32_options
 
 from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
@@ -31,6 +35,7 @@ MANIFEST_NAME = "megatron_espo.json"
 STATE_NAME = "state.json"
 VERSION = 1
 _CHECKSUM_THREADS = 4
+_SHARD = re.compile(r"__(\d+)_")  # by the rank that wrote it
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -61,6 +66,8 @@ def save_checkpoint(
         OSError: a full or failing disk, on the rank that met it; ``out`` does not appear.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
@@ -71,11 +78,15 @@ def save_checkpoint(
         if state is not None:
             save_rng(partial)
         form = optimizer and optimizer_form(chunks[0].config, hf_config)
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial))
+        # Without it the first of several data-parallel ranks would write everything.
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
+        set_crc32_options(False)  # SHA-256 finds more
+        with _checksums_while_written(partial) as shards:
+            dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial), strategy)
     except Exception as error:
         # Nobody is asked: the others are inside Megatron's collectives, and end when this rank is gone.
         raise OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}") from error
-    files = _checksums(partial)
+    files = _checksums(partial, shards)
     on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype, form, files))
 
 
@@ -272,22 +283,53 @@ def _finish(
     partial.rename(out)
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def _checksums(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint but the manifest, the same on every rank. One all-gather of objects where there are ranks.
 
-    Each rank reads what it wrote, several files at a time, and its share of the rest.
+    Each rank reads what it wrote, several files at a time, and its share of the rest; not what it knows already.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_NAME)
-    writers = [re.match(r"__(\d+)_", name) for name in names]
-    mine = [name for i, (name, writer) in enumerate(zip(names, writers, strict=True)) if int(writer[1] if writer else i) % ranks == rank]
+    writers = [_SHARD.match(name) for name in names]
+    mine = {name for i, (name, writer) in enumerate(zip(names, writers, strict=True)) if int(writer[1] if writer else i) % ranks == rank}
+    found = known or {}
     with ThreadPoolExecutor(_CHECKSUM_THREADS) as pool:  # hashlib lets other threads run
-        found = dict(zip(mine, pool.map(lambda name: _checksum(folder / name), mine), strict=True))
+        unknown = sorted(mine - found.keys())
+        found = found | dict(zip(unknown, pool.map(lambda name: _checksum(folder / name), unknown), strict=True))
     everyone: list[Any] = [found]
     if ranks > 1:
         everyone = [None] * ranks
         dist.all_gather_object(everyone, found)
     return {name: digest for part in everyone for name, digest in part.items()}
+
+
+@contextmanager
+def _checksums_while_written(folder: Path) -> Iterator[dict[str, str]]:
+    """SHA-256 of this rank's shards, complete when the block is left. Megatron's writers only ever append to them, so a thread can read after them
+    while the disk is busy."""
+    digests: dict[str, Any] = collections.defaultdict(hashlib.sha256)
+    positions: dict[str, int] = collections.defaultdict(int)
+    written, found = threading.Event(), {}
+
+    def follow() -> None:
+        last = False
+        while not last:
+            last = written.wait(0.05)
+            for file in folder.glob(f"__{dist.get_rank()}_*"):
+                with file.open("rb") as stream:
+                    stream.seek(positions[file.name])
+                    while piece := stream.read(1 << 20):
+                        digests[file.name].update(piece)
+                    positions[file.name] = stream.tell()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        written.set()
+        thread.join()
+        found |= {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _checksum(file: Path) -> str:
