@@ -14,7 +14,7 @@ from megatron_espo.faults import inject
 from megatron_espo.mcore.checkpoint import read_state, refuse_differences
 from megatron_espo.mcore.learner import Learner
 from megatron_espo.mcore.runtime import on_rank_0
-from megatron_espo.run_files import read_json
+from megatron_espo.run_files import read_json, write_durably
 
 _NAME = re.compile(r"step_(\d{6,})")
 # Settings that make a run what it is. The rest (learning rate, layout, number of steps, paths) may change when it goes on.
@@ -148,16 +148,3 @@ def write_status(folder: Path, state: str, why: str | None = None) -> None:
     path = folder / "status.json"
     if state != "failed" or read_json(path).get("state") != "failed":
         write_durably(path, json.dumps({"state": state, "why": why, "rank": int(os.environ.get("RANK", 0))}) + "\n")
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file at once: after a crash it holds the old text or the new, never a part."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)

@@ -51,8 +51,8 @@ class Watchdog:
         self._tick = min(_MOST_TICK_S, limit_s / 20)
         self._place = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._seen: dict[int, tuple[int, float]] = {}
-        self._count, self._ended = 0, threading.Event()
-        self.beat("start", 0)
+        self._count, self._ended, self._writing = 0, threading.Event(), threading.Lock()
+        self.phase, self.step, self._beaten = "start", 0, time.monotonic()
 
     @staticmethod
     def clear(folder: Path) -> None:
@@ -74,13 +74,14 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         self.beat("ended")
-        self._write()
 
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
-        """The main thread makes progress; costs nothing."""
-        self.phase = self.phase if phase is None else phase
+        """The main thread makes progress; a new phase is written at once, the rest costs nothing."""
         self.step = self.step if step is None else step
         self._beaten = time.monotonic()
+        if phase is not None:
+            self.phase = phase
+            self._write()
 
     def verdict(self) -> str | None:
         """What ended the run, if a watchdog did."""
@@ -99,10 +100,10 @@ class Watchdog:
                 self._end_process()
 
     def _write(self) -> None:
-        self._count += 1
-        record = self._place | {"phase": self.phase, "step": self.step, "age_s": self._age(), "count": self._count, "waits_in": self._waits_in()}
         path = self.folder / f"rank{self.rank}.json"
-        with contextlib.suppress(OSError):  # a full disk has ways of its own to end a run
+        with self._writing, contextlib.suppress(OSError):  # a full disk has ways of its own to end a run
+            self._count += 1
+            record = self._place | {"phase": self.phase, "step": self.step, "age_s": self._age(), "count": self._count, "waits_in": self._waits_in()}
             path.with_suffix(".partial").write_text(json.dumps(record) + "\n")
             path.with_suffix(".partial").replace(path)
 

@@ -35,7 +35,7 @@ MANIFEST_NAME = "megatron_espo.json"
 STATE_NAME = "state.json"
 VERSION = 1
 _CHECKSUM_THREADS = 4
-_SHARD = re.compile(r"__(\d+)_")  # by the rank that wrote it
+_WRITER = re.compile(r"(?:__|rng_)(\d+)")  # rank; of other files, 0
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -71,18 +71,20 @@ def save_checkpoint(
 
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
-    on_rank_0(lambda: _begin(partial, out, state))
+    on_rank_0(lambda: _begin(partial, out))
     try:
         inject("save")
         _keep_results_here()
-        if state is not None:
-            save_rng(partial)
         form = optimizer and optimizer_form(chunks[0].config, hf_config)
         # Without it the first of several data-parallel ranks would write everything.
         strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
         set_crc32_options(False)  # SHA-256 finds more
         with _checksums_while_written(partial) as shards:
             dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial), strategy)
+        if state is not None:
+            save_rng(partial)
+            if dist.get_rank() == 0:
+                (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
     except Exception as error:
         # Nobody is asked: the others are inside Megatron's collectives, and end when this rank is gone.
         raise OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}") from error
@@ -258,12 +260,10 @@ def _separate_step_counts(optimizer) -> None:
                 state["step"] = state["step"].clone()
 
 
-def _begin(partial: Path, out: Path, state: dict[str, Any] | None) -> None:
+def _begin(partial: Path, out: Path) -> None:
     refuse_existing(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if state is not None:
-        (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
 
 
 def _finish(
@@ -286,15 +286,14 @@ def _finish(
 def _checksums(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint but the manifest, the same on every rank. One all-gather of objects where there are ranks.
 
-    Each rank reads what it wrote, several files at a time, and its share of the rest; not what it knows already.
+    Each rank reads what it wrote (or, of more ranks' files, its share), several files at a time; not what it knows already.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_NAME)
-    writers = [_SHARD.match(name) for name in names]
-    mine = {name for i, (name, writer) in enumerate(zip(names, writers, strict=True)) if int(writer[1] if writer else i) % ranks == rank}
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_NAME)
+    writers = {name: int(match[1]) if (match := _WRITER.match(name)) else 0 for name in names}
     found = known or {}
+    unknown = [name for name, writer in writers.items() if writer % ranks == rank and name not in found]
     with ThreadPoolExecutor(_CHECKSUM_THREADS) as pool:  # hashlib lets other threads run
-        unknown = sorted(mine - found.keys())
         found = found | dict(zip(unknown, pool.map(lambda name: _checksum(folder / name), unknown), strict=True))
     everyone: list[Any] = [found]
     if ranks > 1:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_espo.run_files import write_durably
+
 
 def save_rng(folder: Path) -> None:
-    """Write this rank's states into ``folder``. Zero collectives."""
-    _file(folder, dist.get_rank()).write_text(json.dumps(_states()) + "\n")
+    """Write this rank's states into ``folder``, durably. Zero collectives."""
+    write_durably(_file(folder, dist.get_rank()), json.dumps(_states()) + "\n")
 
 
 def load_rng(folder: Path) -> bool:

@@ -76,7 +76,7 @@ class Runs:
     def train(self, run: str, *overrides: str, ranks: int = 2, fault: str | None = None) -> subprocess.CompletedProcess:
         """One launch, to its end."""
         command = self.command(run, *overrides, ranks=ranks)
-        done = subprocess.run(command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=580)
         self.assert_no_orphans(run)
         return done
 
