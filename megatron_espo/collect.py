@@ -15,7 +15,6 @@ from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.evaluator import Evaluator, engine_config
-from megatron_espo.faults import inject
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
@@ -141,9 +140,7 @@ class Collector:
     def _attempt(self, step: int, phases: Phases) -> ScoredGroups | Stopped | str:
         """The batch; or, with the stream put back, why there is none: a request to stop, or what befell the engine."""
         before = self._stream.state_dict()
-        inject("collect")
         try:
-            self._stop.check()
             found = self._log.read(step, None if self.config.run.replay else before)
             if found:
                 groups, after = found

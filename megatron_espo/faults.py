@@ -1,5 +1,7 @@
 """Fault injection for tests: ``MEGATRON_ESPO_FAULT=point:rank:step:action`` makes one rank fail at one place. Off without the variable.
 
+Points: every phase of a step (``rollout``, ``reward``, ``train``, ``sync``, ``eval``, ``checkpoint``, ``export``), and places inside them that call :func:`inject`.
+
 Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``loop`` (an endless one), ``term`` (SIGTERM), ``raise`` (RuntimeError), ``full`` (OSError: no space left),
 ``oom`` (MemoryError), or a word that the place itself understands (``nan``, ``spike``, ``flip``). Each happens once in a process.
 """

@@ -19,14 +19,18 @@ from tests.faults.runs import Runs, environment
 
 EVERY, FAULT_EVERY = 5, 10
 # Injected at a random step and rank; those of a checkpoint at a step that saves, on the rank that is there.
-INJECTED = ("backward:kill", "backward:freeze", "backward:loop", "backward:oom", "backward:term", "gradient:raise", "gradient:kill", "weights:flip", "save:kill", "save:full")
-ON_RANK_0 = ("collect:kill", "collect:term", "collect:freeze", "rename:kill", "rename:full", "latest:kill", "latest:full")
-AT_A_CHECKPOINT = ("save", "rename", "latest")
+INJECTED = (
+    *("backward:kill", "backward:freeze", "backward:loop", "backward:oom", "train:term", "train:kill", "sync:kill", "sync:term", "gradient:raise"),
+    *("gradient:kill", "weights:flip", "checkpoint:term", "save:kill", "save:full"),
+)
+ON_RANK_0 = ("rename:kill", "rename:full", "latest:kill", "latest:full")
+AT_A_CHECKPOINT = ("checkpoint", "save", "rename", "latest")
 FROM_OUTSIDE = ("STOP file", "SIGTERM to torchrun", "SIGKILL to a rank")
 
 
-def disturb(runs: Runs, run: str, draw: random.Random, first: int) -> str:
-    """One launch with one fault at a step from ``first`` (or what is done) to ``first + 9``; what it was, and how the launch ended."""
+def disturb(runs: Runs, run: str, number: int, seed: int) -> str:
+    """One launch with the fault of this number, within its ten steps; what it was, and how the launch ended."""
+    draw, first = random.Random(f"{seed}-{number}"), number * FAULT_EVERY + 1
     first = max(first, len(read_jsonl(runs.folder / run / "metrics.jsonl")) + 1)
     step, rank = first + draw.randrange(FAULT_EVERY), draw.randrange(2)
     kind = draw.choice((*INJECTED, *ON_RANK_0, *FROM_OUTSIDE))
@@ -61,9 +65,9 @@ def _from_outside(runs: Runs, run: str, kind: str, step: int) -> str:
 
 def soak(runs: Runs, undisturbed: dict[str, torch.Tensor], faults: int, seed: int, run: str = "soak") -> None:
     """``faults`` disturbed launches and a last one; AssertionError unless everything ends as without them."""
-    draw, began = random.Random(seed), time.monotonic()
+    began = time.monotonic()
     for number in range(faults):
-        print(f"{time.monotonic() - began:5.0f} s  {disturb(runs, run, draw, number * FAULT_EVERY + 1)}", flush=True)
+        print(f"{time.monotonic() - began:5.0f} s  {disturb(runs, run, number, seed)}", flush=True)
     done = runs.train(run)
     assert done.returncode == 0, done.stdout + done.stderr
     runs.assert_same_end(run, undisturbed)

@@ -29,9 +29,10 @@ FAULTS = {
     "backward:0:4:freeze": (r"rank 0 \(.*\) stands still: step 4, phase train, \d+ s without progress .*its process does not run", FAILED),
     "backward:1:4:loop": (r"rank 1 \(.*\) stands still: step 4, phase train, \d+ s without progress .*inside no collective", FAILED),
     "backward:0:5:oom": (r"rank 0, step 5, phase train: .*out of memory in the layers: lower megatron.max_tokens_per_micro_batch \(16384\)", FAILED),
-    "backward:1:4:term": ("", ENDED),  # a request to stop while it trains
-    "collect:0:5:term": ("", ENDED),  # before a batch is sampled
-    "save:0:2:term": ("", ENDED),  # while a checkpoint is written
+    # Requests to stop; during rollout, reward, sync and evaluation of a run with an engine: test_stop_with_engine.py.
+    "train:1:4:term": ("", ENDED),
+    "sync:0:5:term": ("", ENDED),
+    "checkpoint:0:2:term": ("", ENDED),
     "weights:1:4:flip": (r"step 4, phase train: Disagreement: .*weight of .*: expected the same .* on rank 0; .* on rank 1;", FAILED),
     "save:1:2:full": (r"rank 1 could not write its part: .*No space left on device", FAILED),
     "save:1:4:kill": (r"rank 1 \(process \d+ on \S+\) has died; rank 0, step 4, phase checkpoint", FAILED),  # between the writing of shards
@@ -42,9 +43,9 @@ FAULTS = {
 }
 # Each chain is one run, disturbed once a launch.
 CHAINS = {
-    "short": ["save:1:2:full", "backward:1:3:freeze", "latest:0:4:kill", "weights:1:4:flip", "backward:0:5:oom", "collect:0:5:term"],
+    "short": ["save:1:2:full", "backward:1:3:freeze", "latest:0:4:kill", "weights:1:4:flip", "backward:0:5:oom", "sync:0:5:term"],
     "killed": ["backward:1:1:kill", "backward:0:4:kill", "save:1:4:kill", "rename:0:4:kill", "backward:1:5:kill"],
-    "stopped": ["save:0:2:term", "backward:1:4:loop", "rename:0:4:full", "backward:0:4:freeze", "gradient:1:3:raise", "backward:1:4:term"],
+    "stopped": ["checkpoint:0:2:term", "backward:1:4:loop", "rename:0:4:full", "backward:0:4:freeze", "gradient:1:3:raise", "train:1:4:term"],
 }
 
 
