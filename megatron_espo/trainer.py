@@ -37,6 +37,7 @@ def train(config: Config) -> None:
     ``rollouts/``, ``status.json``, ``summary.json``, ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
     """
     hf_config = config.validate_model()
+    config.validate_router(hf_config)
     runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron), seed=config.run.seed)
     write_status(config, runtime, "running")
     try:

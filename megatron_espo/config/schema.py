@@ -256,6 +256,11 @@ class Rollout(Section):
     allow_truncated_sampling: bool = Field(
         False, description="Accept top_p < 1 or top_k > 0 although importance ratios are then biased."
     )
+    allow_router_mismatch: bool = Field(
+        False,
+        description="Train a mixture of experts although engine and trainer each choose a token's experts for themselves, and "
+        "now and then differ (there is no router replay).",
+    )
     max_response_tokens: int = Field(
         2048, ge=1, description="Longest response, in tokens (paper: 16384); longer ones are cut and counted."
     )
@@ -352,6 +357,10 @@ class Config(Section):
         InputError lists what fails.
         """
         return placement.validate_model(self, hf_config)
+
+    def validate_router(self, hf_config: dict[str, Any]) -> None:
+        """InputError for a mixture of experts whose router would not be replayed, unless that is allowed."""
+        placement.validate_router(self, hf_config)
 
     def validate_data(self) -> None:
         """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
