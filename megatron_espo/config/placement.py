@@ -117,6 +117,18 @@ def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) ->
     return hf_config
 
 
+def validate_router(config: "Config", hf_config: dict[str, Any]) -> None:
+    """InputError for a mixture of experts, unless ``rollout.allow_router_mismatch``."""
+    if read_experts(hf_config) and not config.rollout.allow_router_mismatch:
+        message = (
+            "expected true for a model with experts, got false: rounding makes engine and trainer send some tokens to different "
+            "experts, whose importance ratios are then wrong, and large models have collapsed of it; the engine's choices are not "
+            "replayed. Set it to true and algorithm.rollout_correction to token, and watch mismatch/logprob_gap_max; "
+            "float32 engines and trainers hardly differ"
+        )
+        _refuse(config, iter([("rollout.allow_router_mismatch", message)]))
+
+
 def validate_paths(config: "Config") -> None:
     """InputError where ``run.dir`` cannot be written, ``run.replay`` holds no rollouts, or a prompt file cannot be read."""
     _refuse(config, _path_problems(config))
