@@ -297,8 +297,8 @@ class Rollout(Section):
     engines: int = Field(
         1,
         ge=1,
-        description="Engines, spread evenly over the trainer's ranks: each is a child of every (world size / engines)-th. "
-        "On GPUs one a node, or more.",
+        description="Engines, spread evenly over the trainer's ranks: every (world size / engines)-th has one as "
+        "its child. On GPUs: one a node, or more.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
     transport: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
