@@ -89,7 +89,10 @@ class Watchdog:
 
     def gone(self) -> list[str]:
         """Ranks of this machine whose process has died."""
-        return [_name(record) for record in self._records().values() if record["host"] == self._place["host"] and not _runs(record["pid"])]
+        return [_name(record) for record in self._records().values() if self._has_died(record)]
+
+    def _has_died(self, record: dict[str, Any]) -> bool:
+        return record["phase"] != "ended" and record["host"] == self._place["host"] and not _runs(record["pid"])
 
     def _watch(self) -> None:
         while not self._ended.wait(self._tick):
@@ -110,23 +113,21 @@ class Watchdog:
     def _judge(self) -> None:
         """Blame a rank if all are late."""
         records, now = self._records(), time.monotonic()
-        silent = set()
         for rank in range(self._world_size):
             count = records.get(rank, {}).get("count", 0)
             if self._seen.get(rank, (None, 0))[0] != count:
                 self._seen[rank] = (count, now)
-            if now - self._seen[rank][1] > _SILENT_TICKS * self._tick:
-                silent.add(rank)
-        late = {r for r, record in records.items() if record["phase"] == "ended" or record["age_s"] > self._limit_of(record["phase"])}
-        if len(late | silent) < self._world_size:
-            return
-        suspects = [record for record in records.values() if record["phase"] != "ended"]
-        not_running = [record for record in suspects if record["rank"] in silent]
-        apart = not_running or [record for record in suspects if not record["waits_in"]] or suspects
-        self._publish(max(apart, key=lambda record: record["age_s"] + now - self._seen[record["rank"]][1]), bool(not_running))
+        silent = {rank for rank, (_, since) in self._seen.items() if now - since > _SILENT_TICKS * self._tick}
+        ages = {rank: record["age_s"] + now - self._seen[rank][1] for rank, record in records.items()}
+        late = {rank for rank, age in ages.items() if age > self._limit_of(records[rank]["phase"])}
+        suspects = {rank: record for rank, record in records.items() if record["phase"] != "ended"}
+        not_running = silent & suspects.keys()
+        if len(late | not_running) == self._world_size:
+            apart = not_running or {rank for rank, record in suspects.items() if not record["waits_in"]} or suspects.keys()
+            culprit = max(apart, key=ages.__getitem__)
+            self._publish(records[culprit], ages[culprit], bool(not_running))
 
-    def _publish(self, culprit: dict[str, Any], frozen: bool) -> None:
-        seconds = culprit["age_s"] + time.monotonic() - self._seen[culprit["rank"]][1]
+    def _publish(self, culprit: dict[str, Any], seconds: float, frozen: bool) -> None:
         how = "its process does not run" if frozen else f"waits in {culprit['waits_in']}" if culprit["waits_in"] else "inside no collective"
         why = (
             f"{_name(culprit)} stands still: step {culprit['step']}, phase {culprit['phase']}, {seconds:.0f} s without progress (run.watchdog_s "
