@@ -51,6 +51,7 @@ class Watchdog:
         self._tick = min(_MOST_TICK_S, limit_s / 20)
         self._place = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._seen: dict[int, tuple[int, float]] = {}
+        self._own_verdict: dict[str, Any] = {}
         self._count, self._ended, self._writing = 0, threading.Event(), threading.Lock()
         self.phase, self.step, self._beaten = "start", 0, time.monotonic()
 
@@ -85,11 +86,14 @@ class Watchdog:
 
     def verdict(self) -> str | None:
         """What ended the run, if a watchdog did."""
-        return read_json(self.folder / "verdict.json").get("why")
+        return self._verdict().get("why")
 
     def gone(self) -> list[str]:
         """Ranks of this machine whose process has died."""
         return [_name(record) for record in self._records().values() if self._has_died(record)]
+
+    def _verdict(self) -> dict[str, Any]:
+        return read_json(self.folder / "verdict.json") or self._own_verdict
 
     def _has_died(self, record: dict[str, Any]) -> bool:
         return record["phase"] != "ended" and record["host"] == self._place["host"] and not _runs(record["pid"])
@@ -133,18 +137,20 @@ class Watchdog:
             f"{_name(culprit)} stands still: step {culprit['step']}, phase {culprit['phase']}, {seconds:.0f} s without progress (run.watchdog_s "
             f"{self._limit:g}), {how}; stacks of the living ranks in {self.folder}; the same command goes on"
         )
-        own = self.folder / f"verdict.{self.rank}"
-        own.write_text(json.dumps({"why": why, "culprit": culprit, "frozen": frozen}))
-        try:
-            os.link(own, self.folder / "verdict.json")  # whole, and by one rank only
-        except FileExistsError:
-            return
+        self._own_verdict = {"why": why, "culprit": culprit, "frozen": frozen}
+        with contextlib.suppress(OSError):  # a full disk: then this rank ends the run alone
+            own = self.folder / f"verdict.{self.rank}"
+            own.write_text(json.dumps(self._own_verdict))
+            try:
+                os.link(own, self.folder / "verdict.json")  # whole, and by one rank only
+            except FileExistsError:
+                return
+            self._tell(why)
         print(f"error: {why}", file=sys.stderr, flush=True)
-        self._tell(why)
 
     def _end_process(self) -> None:
         faulthandler.dump_traceback(self._stacks)
-        verdict = read_json(self.folder / "verdict.json")
+        verdict = self._verdict()
         culprit = verdict["culprit"]
         kill = verdict["frozen"] and culprit["host"] == self._place["host"] and culprit["pid"] != os.getpid()
         with contextlib.suppress(ProcessLookupError):
