@@ -119,15 +119,12 @@ class Run:
         if reason:
             raise Stopped(reason)
         if self.checkpoints.due(step):
-            with self.phases.phase("checkpoint", step, self.config.run.steps):
-                self._save()
+            self._save()
 
     def _save(self) -> None:
-        path = self.checkpoints.save(
-            self.step,
-            self.learner,
-            {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)},
-        )
+        with self.phases.phase("checkpoint", self.step, self.config.run.steps):
+            state = {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)}
+            path = self.checkpoints.save(self.step, self.learner, state)
         self.collector.forget(self.step)
         self.say(f"saved {path}")
 
