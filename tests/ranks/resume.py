@@ -132,6 +132,7 @@ def check_rng(folder: str) -> list[bool]:
     first = drawn()
     assert load_rng(Path(folder))
     again = drawn()
+    torch.distributed.barrier()
     Path(folder, "rng_00002.json").touch()
     following = (load_rng(Path(folder)), drawn())
     everyone = [None] * 2
