@@ -62,7 +62,8 @@ def _tell_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> Non
         return
     why = f"{type(error).__name__}: {error}"
     if not isinstance(error, InputError):
-        gone = "".join(f"{name} has died; " for name in watchdog.gone())
+        lost = any(word in why for word in ("peer", "remote process"))  # as gloo and NCCL say it
+        gone = "".join(f"{name} has died; " for name in watchdog.gone(wait_s=2.0 * lost))
         line = why.strip().partition("\n")[0]
         why = f"{gone}rank {watchdog.rank}, step {watchdog.step}, phase {watchdog.phase}: {line}; the same command goes on from the latest checkpoint"
         print(f"error: {why}", file=sys.stderr, flush=True)

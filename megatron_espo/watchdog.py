@@ -88,9 +88,12 @@ class Watchdog:
         """What ended the run, if a watchdog did."""
         return self._verdict().get("why")
 
-    def gone(self) -> list[str]:
-        """Ranks of this machine whose process has died."""
-        return [_name(record) for record in self._records().values() if self._has_died(record)]
+    def gone(self, wait_s: float = 0.0) -> list[str]:
+        """Ranks of this machine whose process has died, or dies within ``wait_s``: its connections are closed a moment before."""
+        deadline = time.monotonic() + wait_s
+        while not (names := [_name(record) for record in self._records().values() if self._has_died(record)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return names
 
     def _verdict(self) -> dict[str, Any]:
         return read_json(self.folder / "verdict.json") or self._own_verdict
