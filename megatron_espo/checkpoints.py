@@ -52,7 +52,7 @@ class Checkpoints:
     def __init__(self, config: Config) -> None:
         self.folder = Path(config.run.dir, "checkpoints")
         self._settings, self._fingerprint = config.run, fingerprint(config)
-        self._newest = -1  # the step of the last one that was saved or loaded
+        self._newest = 0  # the step of the last one that was saved or loaded; there is nothing to save before the first
 
     def due(self, step: int) -> bool:
         """Whether to save after ``step``: every ``run.checkpoint_every`` steps and after the last."""

@@ -1,7 +1,10 @@
 """Rank 0's side of a step: prompts -> engine -> rewards; every rank receives the scored rollouts."""
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,15 @@ from megatron_espo.stopping import Stopped, StopRequest
 from megatron_espo.types import Prompt
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """The next step's batch, in the making: what comes of it, the seconds it takes, and where the prompt stream stood before it."""
+
+    outcome: "Future[ScoredGroups | Stopped | str]"
+    phases: Phases
+    before: dict[str, Any]
+
+
 class Collector:
     """The prompt stream, the rollout engine and the reward workers. They live on rank 0; other ranks hold ``None``.
 
@@ -44,6 +56,10 @@ class Collector:
         self.engine: Engine | None = None
         self.tokenizer: Tokenizer | None = None
         self._rewards: RewardPool | None = None
+        self._ahead: Ahead | None = None
+        self._closing = threading.Event()
+        # One for the whole run: reward workers die with the thread that started them.
+        self._thread = ThreadPoolExecutor(1, "rollouts")
         if not runtime.is_main:
             return
         self._log = RolloutLog(Path(config.run.replay or Path(config.run.dir, "rollouts")), fingerprint(config))
@@ -84,7 +100,51 @@ class Collector:
             Stopped: on every rank, if rank 0 was asked to stop; the prompt stream is where it was before.
             EngineError: the engine failed once too often.
         """
-        return self._agreed(lambda: self._attempt(step, phases), recover)
+
+        def attempt() -> ScoredGroups | Stopped | str:
+            ahead, self._ahead = self._ahead, None
+            if ahead is None:
+                return self._attempt(step, phases)
+            phases.add(ahead.phases.take())
+            return ahead.outcome.result()
+
+        return self._agreed(attempt, recover)
+
+    def sample_ahead(self, step: int) -> None:
+        """With ``rollout.max_staleness``: begin ``step``'s batch in the background, with the weights that the engine has.
+
+        Between this and :meth:`settle` nobody else may use the engine.
+        """
+        run = self.config.run
+        if self.runtime.is_main and self.config.rollout.max_staleness and not run.replay and step <= run.steps:
+            phases, before = Phases(draw=False), self._stream.state_dict()
+            self._ahead = Ahead(self._thread.submit(self._attempt, step, phases), phases, before)
+
+    def settle(self, step: int, phases: Phases, disconnect: Callable[[], None]) -> None:
+        """Wait until the batch that was begun in the background is sampled and judged, so that the engine is free. Collective.
+
+        Args:
+            disconnect: called on every rank when the engine failed; the next sync then starts another, and the batch's prompts
+                are sampled by it.
+
+        Raises:
+            Stopped: on every rank, if rank 0 was asked to stop; the engine is gone, the prompt stream is where it was before.
+            EngineError: the engine failed and may not be restarted.
+        """
+        if self.config.rollout.max_staleness and not self.config.run.replay:
+            with phases.phase("wait", step, self.config.run.steps) as on_progress:
+                self._agreed(lambda: self._failure_ahead(on_progress), disconnect)
+
+    def _failure_ahead(self, on_progress: OnProgress) -> Stopped | str | None:
+        if self._ahead is None:
+            return None
+        while wait([self._ahead.outcome], timeout=1).not_done:
+            on_progress(0, 1)  # the engine's own limits end what lasts too long
+        outcome = self._ahead.outcome.result()
+        if not isinstance(outcome, Stopped | str):
+            return None
+        self._ahead = None
+        return outcome
 
     def evaluate(self, step: int, phases: Phases, recover: Callable[[], None]) -> dict[str, float]:
         """``eval/*`` metrics of the held-out prompts where they are due after ``step``, else none; ``eval.jsonl`` gets every prompt's rewards.
@@ -117,8 +177,10 @@ class Collector:
         raise EngineError(f"{box[0]}\ngave up after {restarts} engine restarts")
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where the prompt stream stands, as JSON values; ``None`` on ranks other than 0."""
-        return self._stream.state_dict() if self.runtime.is_main else None
+        """Where the prompt stream stands after the batches that were handed out, as JSON values; ``None`` on ranks other than 0."""
+        if not self.runtime.is_main:
+            return None
+        return self._ahead.before if self._ahead else self._stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a ``state_dict``."""
@@ -131,7 +193,9 @@ class Collector:
             self._log.forget(step)
 
     def close(self) -> None:
-        """End the engine and the reward workers."""
+        """End what is done in the background, the engine and the reward workers."""
+        self._closing.set()
+        self._thread.shutdown()
         if self.engine is not None:
             self.engine.close()
         if self._rewards is not None:
@@ -142,7 +206,8 @@ class Collector:
         before = self._stream.state_dict()
         try:
             found = self._log.read(step, None if self.config.run.replay else before)
-            if found:
+            # Too stale: written by a run that went on with a lower bound.
+            if found and (self.config.run.replay or found[0].staleness(step) <= self.config.rollout.max_staleness):
                 groups, after = found
                 if not self.config.run.replay:
                     self._stream.load_state_dict(after)
@@ -158,6 +223,7 @@ class Collector:
 
     def _attempt_evaluation(self, step: int, phases: Phases) -> dict[str, float] | str:
         try:
+            self._stop.check()
             found = self._evaluator.run(self.engine, self._rewards, phases, step, self.config.run.steps, self._polling)
         except Stopped:
             return {}
@@ -177,11 +243,7 @@ class Collector:
             if not missing:
                 break
             best = _replace_equal(best, self._sample_round(missing, step, round_number, phases))
-        if bool(best.rewards.isnan().all()):
-            raise InputError(
-                f"reward.function: expected a number for each response, but all {best.rewards.numel()} of step {step} failed; "
-                f"the last one: {self._rewards.last_failure}"
-            )
+        self._rewards.refuse_failures(int(best.rewards.isnan().sum()), best.rewards.numel(), step)
         return best
 
     def _sample_round(self, count: int, step: int, round_number: int, phases: Phases) -> ScoredGroups:
@@ -203,6 +265,8 @@ class Collector:
 
         def poll(finished: int, total: int) -> None:
             self._stop.check()
+            if self._closing.is_set():
+                raise Stopped("the run ends")
             on_progress(finished, total)
 
         return poll

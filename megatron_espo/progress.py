@@ -39,7 +39,12 @@ class Phases:
                 yield on_progress
             self._beat(BETWEEN, step)  # a phase that fails stays the current one
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.add({name: time.perf_counter() - start})
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Enter phases that were timed elsewhere."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
         """Seconds per phase since the last call."""

@@ -81,6 +81,7 @@ class Reporter:
         if self._writer is None:
             return
         metrics = metrics | rollout_metrics(groups.rollouts, groups.rewards, advantages) | entropies.metrics()
+        metrics["rollout/staleness"] = groups.staleness(step)
         metrics |= {f"time/{name}_s": value for name, value in seconds.items()}
         metrics |= self._throughput(groups, advantages, metrics) | system_metrics()
         self._writer.write(step, metrics)

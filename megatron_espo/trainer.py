@@ -2,7 +2,7 @@
 
     prompts -> rollouts -> rewards -> advantages -> log-probs, entropy groups and the ESPO loss in Megatron's schedule -> weights -> engine
 
-Left out on purpose: asynchronous rollouts, several engines.
+With ``rollout.max_staleness: 1`` the engine samples a step's batch while the step before is trained. Left out on purpose: several engines.
 """
 
 import time
@@ -38,18 +38,19 @@ def train(config: Config) -> None:
     ``rollouts/``, ``status.json``, ``summary.json``, ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
     """
     hf_config = config.validate_model()
+    config.validate_router(hf_config)
     runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron), seed=config.run.seed)
     with reported(config, runtime) as beat, Run(config, hf_config, runtime, beat) as run:
         for step in range(run.step + 1, config.run.steps + 1):
             began = time.perf_counter()
             at_step(step)
             groups = run.collector.collect(step, run.phases, run.sync.recover)
+            run.collector.sample_ahead(step + 1)
             advantages = advantages_of(groups, config)
             sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
             with run.phases.phase("train", step, config.run.steps) as on_progress:
                 metrics = run.learner.update(sequences, on_progress)
-            with run.phases.phase("sync", step, config.run.steps):
-                metrics |= run.sync.push(version=step)
+            metrics |= run.push(version=step)
             run.finish_step(step, metrics, groups, advantages, began)
         run.finish()
     mcore_runtime.shutdown()
@@ -107,6 +108,15 @@ class Run:
         self.reporter.close()
         if kind is Stopped and self.checkpoints.due_at_stop(self.step):
             self._save()
+
+    def push(self, version: int) -> dict[str, float]:
+        """Give the engine the weights of ``version`` once it is free. Collective. A run that is to stop leaves it, and is stopped by ``finish_step``."""
+        try:
+            self.collector.settle(version, self.phases, self.sync.disconnect)
+        except Stopped:
+            return {}
+        with self.phases.phase("sync", version, self.config.run.steps):
+            return self.sync.push(version)
 
     def finish_step(self, step: int, metrics: dict[str, float], groups: ScoredGroups, advantages: torch.Tensor, began: float) -> None:
         """Count, report, and save where it is due. Collective. Raises Stopped, on all ranks, if one was asked to stop."""

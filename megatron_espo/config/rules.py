@@ -142,6 +142,12 @@ def across_sections(c: "schema.Config") -> Problems:
             f"expected a divisor of rollout.prompts_per_step = {c.rollout.prompts_per_step} (a mini-batch holds whole "
             f"groups), got {c.algorithm.num_mini_batches}",
         )
+    if c.rollout.max_staleness and c.algorithm.rollout_correction not in ("token", "sequence"):
+        yield (
+            "algorithm.rollout_correction",
+            f"expected token or sequence with rollout.max_staleness {c.rollout.max_staleness} (the rollouts are an older policy's, "
+            f"which the weights then correct), got {c.algorithm.rollout_correction}",
+        )
     buffer = c.reward.overlong_buffer_tokens
     if buffer is not None and buffer > c.rollout.max_response_tokens:
         yield (

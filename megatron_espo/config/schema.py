@@ -272,6 +272,11 @@ class Rollout(Section):
     allow_truncated_sampling: bool = Field(
         False, description="Accept top_p < 1 or top_k > 0 although importance ratios are then biased."
     )
+    allow_router_mismatch: bool = Field(
+        False,
+        description="Train a mixture of experts although engine and trainer each choose a token's experts for themselves, and "
+        "now and then differ (there is no router replay).",
+    )
     max_response_tokens: int = Field(
         2048, ge=1, description="Longest response, in tokens (paper: 16384); longer ones are cut and counted."
     )
@@ -316,6 +321,13 @@ class Rollout(Section):
         0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
     )
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: sample the next batch while this one is trained, with weights one version older (needs "
+        "algorithm.rollout_correction token or sequence); 0: wait for each other.",
+    )
     timeout_s: float = Field(
         900.0,
         gt=0,
@@ -365,6 +377,10 @@ class Config(Section):
         """
         return placement.validate_model(self, hf_config)
 
-    def validate_data(self) -> None:
-        """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
-        placement.validate_prompt_file(self)
+    def validate_router(self, hf_config: dict[str, Any]) -> None:
+        """InputError for a mixture of experts whose router would not be replayed, unless that is allowed."""
+        placement.validate_router(self, hf_config)
+
+    def validate_paths(self) -> None:
+        """InputError where ``run.dir`` cannot be written, ``run.replay`` holds no rollouts, or a prompt file cannot be read."""
+        placement.validate_paths(self)

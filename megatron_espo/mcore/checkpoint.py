@@ -133,9 +133,12 @@ def load_checkpoint(
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The JSON values saved with a checkpoint."""
+    """The JSON values saved with a checkpoint. InputError: damage."""
     file = Path(path, STATE_NAME)
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{file}: expected JSON, found damage ({error}); copy it again") from None
 
 
 def _must_match(key: str, optimizer) -> bool:

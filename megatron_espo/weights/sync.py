@@ -112,7 +112,7 @@ class WeightSync:
                     self._engine.serve()
                     metrics["sync/restarts"] = restarts
                 return metrics
-            self._disconnect()
+            self.disconnect()
             if failure.mistake:
                 raise InputError(failure.detail)
             if failure.final or restarts == self._config.max_restarts:
@@ -123,10 +123,11 @@ class WeightSync:
 
     def recover(self) -> None:
         """Restart an engine that failed between two syncs and give it the version that it had. Collective, as ``push``."""
-        self._disconnect()
+        self.disconnect()
         self.push(self.version)
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
+        """End the engine; the next push starts another. Called on every rank."""
         if self._transport is not None:
             self._transport.shutdown()
         self._transport, self._pushes = None, 0
@@ -236,6 +237,8 @@ class NoSync:
 
     def recover(self) -> None:
         """Nothing can fail."""
+
+    disconnect = recover
 
 
 def _nothing() -> None:
