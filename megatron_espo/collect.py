@@ -18,6 +18,7 @@ from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.evaluator import Evaluator, engine_config
+from megatron_espo.lengths import LengthEstimates
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
@@ -58,6 +59,7 @@ class Collector:
         self._rewards: RewardPool | None = None
         self._ahead: Ahead | None = None
         self._closing = threading.Event()
+        self._lengths = LengthEstimates()
         # One for the whole run: reward workers die with the thread that started them.
         self._thread = ThreadPoolExecutor(1, "rollouts")
         if not runtime.is_main:
@@ -253,7 +255,10 @@ class Collector:
             # A seed of its own for every step and round: rerunning a run gives the same rollouts.
             seed = self.config.run.seed * 1_000_003 + step + (round_number << 40)
             polled = self._polling(on_progress)
-            groups = self.engine.generate(prompts, rollout.group_size, seed=seed, on_progress=polled)
+            order = self._lengths.longest_first(prompts) if rollout.longest_first else range(count)
+            found = self.engine.generate([prompts[i] for i in order], rollout.group_size, seed=seed, on_progress=polled)
+            groups = [group for _, group in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+            self._lengths.learn(groups)
         with phases.phase("reward", step, steps) as on_progress:
             items = [(sample.prompt, sample.text) for group in groups for sample in group]
             scores = self._rewards.score(items, self._polling(on_progress))

@@ -11,6 +11,7 @@ from megatron_espo.collect import Collector
 from megatron_espo.config import Algorithm, Reward, Rollout, Run
 from megatron_espo.errors import InputError
 from megatron_espo.ledger import Ledger
+from megatron_espo.lengths import LengthEstimates
 from megatron_espo.progress import Phases
 from megatron_espo.trainer import advantages_of, train_sequences
 from megatron_espo.types import Prompt
@@ -32,6 +33,8 @@ def collector(rounds: int, rewards=REWARDS) -> tuple[Collector, list]:
     def generate(prompts, group_size, *, seed, on_progress):
         calls.append((seed, list(prompts)))
         return [[make_sample(p)] * group_size for p in prompts]
+
+    made._lengths = LengthEstimates()
 
     def score(items, on_progress):
         numbers = [int(prompt.id) for prompt, _ in items]

@@ -16,6 +16,7 @@ import yaml
 from megatron_espo.collect import Collector
 from megatron_espo.config import Algorithm, Config, Data, Eval, Model, Rollout, Run, load_config
 from megatron_espo.errors import InputError
+from megatron_espo.lengths import LengthEstimates
 from megatron_espo.progress import Phases
 from megatron_espo.rollout import EngineError
 from megatron_espo.rollout_log import RolloutLog
@@ -234,6 +235,20 @@ def test_the_same_data_are_trained(folder, synchronous):
             assert (a.policy_version, b.policy_version) == (max(0, step - 2), step - 1)
     assert [line["rollout/staleness"] for line in lines(folder, "still")] == [0, 1, 1, 1, 1]
     assert [line["rollout/staleness"] for line in lines(folder, "synchronous")] == [0] * STEPS
+
+
+def test_the_longest_first_changes_the_order_of_work_alone(folder, synchronous):
+    """More steps than an epoch has, so that there are estimates to order by."""
+    run(folder, "longest", "rollout.max_staleness=0", "optimizer.lr=1e-30", "rollout.longest_first=true", ranks=2)
+    for one, other in zip(recorded(folder, "longest"), recorded(folder, "synchronous"), strict=True):
+        assert torch.equal(one.rewards, other.rewards) and one.rollouts == other.rollouts
+
+
+def test_order_of_the_longest_first():
+    estimates = LengthEstimates()
+    prompts = [make_sample(number).prompt for number in range(5)]
+    estimates.learn([[make_sample(0, 2), make_sample(0, 4)], [make_sample(1, 5)], [make_sample(3, 3)], [make_sample(4, 1)]])
+    assert estimates.longest_first(prompts) == [2, 1, 0, 3, 4], "never sampled, 5, 3, 3, 1 tokens"
 
 
 def test_what_was_recorded_gives_the_same_weights(folder, synchronous):
