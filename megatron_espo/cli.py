@@ -193,7 +193,7 @@ def _checked_config(args: argparse.Namespace) -> Any:
     if args.command == "train":
         config.validate_router(hf_config)
     if args.command in ("train", "eval"):
-        config.validate_data()
+        config.validate_paths()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
 

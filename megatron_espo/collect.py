@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,11 +134,15 @@ class Collector:
             EngineError: the engine failed and may not be restarted.
         """
         if self.config.rollout.max_staleness and not self.config.run.replay:
-            with phases.phase("wait", step, self.config.run.steps):
-                self._agreed(self._failure_ahead, disconnect)
+            with phases.phase("wait", step, self.config.run.steps) as on_progress:
+                self._agreed(lambda: self._failure_ahead(on_progress), disconnect)
 
-    def _failure_ahead(self) -> Stopped | str | None:
-        outcome = self._ahead.outcome.result() if self._ahead else None
+    def _failure_ahead(self, on_progress: OnProgress) -> Stopped | str | None:
+        if self._ahead is None:
+            return None
+        while not wait([self._ahead.outcome], timeout=1.0).done:
+            on_progress(0, 1)  # the thread has timeouts of its own
+        outcome = self._ahead.outcome.result()
         if not isinstance(outcome, Stopped | str):
             return None
         self._ahead = None
@@ -241,11 +245,7 @@ class Collector:
             if not missing:
                 break
             best = _replace_equal(best, self._sample_round(missing, step, round_number, phases))
-        if bool(best.rewards.isnan().all()):
-            raise InputError(
-                f"reward.function: expected a number for each response, but all {best.rewards.numel()} of step {step} failed; "
-                f"the last one: {self._rewards.last_failure}"
-            )
+        self._rewards.refuse_failures(int(best.rewards.isnan().sum()), best.rewards.numel(), step)
         return best
 
     def _sample_round(self, count: int, step: int, round_number: int, phases: Phases) -> ScoredGroups:

@@ -65,7 +65,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "kl/reference": ("nats", "mean KL estimate to the initial policy, with `algorithm.kl_coef`"),
         "optimizer/grad_norm": ("", "global L2 norm before clipping"),
         "optimizer/lr": ("", "learning rate"),
-        "optimizer/skipped": ("share of updates", "not made, because a gradient was not finite"),
+        "optimizer/skipped": ("share of updates", "not made, because a gradient was not finite, or a spike"),
         "train/tokens": ("tokens", "prompt and response tokens trained on, over all ranks and epochs"),
     },
     "Time": {

@@ -13,6 +13,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.ledger import Ledger
 from megatron_espo.lengths import LengthEstimates
 from megatron_espo.progress import Phases
+from megatron_espo.rewards import RewardPool
 from megatron_espo.trainer import advantages_of, train_sequences
 from megatron_espo.types import Prompt
 from megatron_espo.types import Rollout as Sample
@@ -45,7 +46,8 @@ def collector(rounds: int, rewards=REWARDS) -> tuple[Collector, list]:
     )
     made._stop = SimpleNamespace(check=lambda: None)
     made._stream = SimpleNamespace(take=lambda n: [next(stream) for _ in range(n)])
-    made.engine, made._rewards = SimpleNamespace(generate=generate), SimpleNamespace(score=score, last_failure="boom")
+    made.engine, made._rewards = SimpleNamespace(generate=generate), RewardPool(Reward())
+    made._rewards.score, made._rewards.last_failure = score, "boom"
     return made, calls
 
 
@@ -72,7 +74,7 @@ def test_equal_groups_are_replaced(rounds, kept, asked):
 
 def test_a_batch_in_which_every_verifier_failed_ends_the_run():
     made, _ = collector(0, {n: [math.nan, math.nan] for n in range(3)})
-    with pytest.raises(InputError, match="all 6 of step 1 failed; the last one: boom"):
+    with pytest.raises(InputError, match="6 of 6 of step 1 failed.*the last one: boom"):
         made._sample_and_judge(1, Phases(draw=False))
 
 

@@ -70,5 +70,5 @@ def test_rehearsal_accepts(path, tmp_path_factory, monkeypatch):
     assert config.validate_for(4) >= 1
     hf_config = config.validate_model()
     config.validate_router(hf_config)
-    config.validate_data()
+    config.validate_paths()
     assert config.megatron.expert_model_parallel_size == (2 if "a3b" in path.stem else 1)

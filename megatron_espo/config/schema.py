@@ -51,6 +51,18 @@ class Run(Section):
         gt=0,
         description="Save and end after so many seconds, counted from the start of the Slurm job where there is one.",
     )
+    watchdog_s: float = Field(
+        900.0,
+        gt=0,
+        lt=1800,
+        description="Seconds in which no rank makes progress before the rank that stands still is named and the run ends.",
+    )
+    agree_every: int = Field(
+        10,
+        ge=0,
+        description="Steps between comparisons of the weights of ranks that hold the same ones (a step's data and gradient norm are compared "
+        "every step); 0: none.",
+    )
     save_hf: bool = Field(
         True, description="Export the final model to <run.dir>/hf in Hugging Face format; false saves disk and time."
     )
@@ -169,6 +181,10 @@ class Optimizer(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
     adam_eps: float = Field(1e-8, gt=0, description="Added to the denominator of Adam's update.")
+    spike_factor: float | None = Field(
+        None, gt=1, description="Skip an update whose gradient norm is above so many times the recent median; null: none is skipped."
+    )
+    spike_window: int = Field(50, ge=1, description="Latest gradient norms in that median; the guard begins after 10, or so many if fewer.")
     clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm (L2); 0 turns clipping off.")
     use_distributed_optimizer: bool = Field(
         True, description="Shard optimizer states over the data-parallel ranks: 12 bytes a parameter / DP."
@@ -325,6 +341,9 @@ class Rollout(Section):
     log_prob_gap_warn: float = Field(
         0.05, gt=0, description="Warn above this mean |engine - trainer| log-prob difference, in nats a token."
     )
+    log_prob_gap_stop: float | None = Field(
+        None, gt=0, description="End the run above this mean difference, before its step is saved; null: never."
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from rules.rollout(self)
@@ -367,6 +386,6 @@ class Config(Section):
         """InputError for a mixture of experts whose router would not be replayed, unless that is allowed."""
         placement.validate_router(self, hf_config)
 
-    def validate_data(self) -> None:
-        """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
-        placement.validate_prompt_file(self)
+    def validate_paths(self) -> None:
+        """InputError where ``run.dir`` cannot be written, ``run.replay`` holds no rollouts, or a prompt file cannot be read."""
+        placement.validate_paths(self)

@@ -162,6 +162,8 @@ def child_environment(config: EngineConfig) -> dict[str, str]:
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine core lives in the child, which is process enough
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="0",  # nobody sends it pickled functions
+        VLLM_HOST_IP="127.0.0.1",  # an engine spans one node
         PYTHONUNBUFFERED="1",
     )
     if not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """The trainer's side of a rollout engine: relays calls to its process, and knows what it may serve."""
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from megatron_espo.types import Prompt, Rollout
 
 # A response: token ids, their log-probs (nats) after temperature, why it ended.
 Sample = tuple[tuple[int, ...], tuple[float, ...], str]
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -117,7 +120,8 @@ class Engine:
 
         Raises:
             InputError: a prompt leaves no room for a response of ``max_response_tokens``.
-            EngineError: the engine is not ready, died, or finished no response for ``timeout_s`` seconds.
+            EngineError: the engine is not ready, died, finished no response for ``timeout_s`` seconds, or lost the response
+                to a prompt twice.
         """
         self._require(State.READY, "generate")
         sampling = sampling or {}
@@ -127,7 +131,8 @@ class Engine:
             for prompt, seeds in zip(prompts, request_seeds(prompts, group_size, seed), strict=True)
             for request_seed in seeds
         ]
-        samples: list[Sample] = self._call("generate", requests, sampling, on_progress=on_progress)
+        names = [prompt.id for prompt in prompts for _ in range(group_size)]
+        samples = self._sample(requests, names, sampling, on_progress)
         rollouts = [
             Rollout(prompts[i // group_size], ids, logprobs, reason, self.policy_version, self._decode(ids))
             for i, (ids, logprobs, reason) in enumerate(samples)
@@ -136,6 +141,20 @@ class Engine:
             if not all(map(math.isfinite, rollout.logprobs)):
                 raise EngineError(f"generate: a log-prob for prompt {rollout.prompt.id!r} is not finite.")
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+    def _sample(self, requests: list, names: list[str], sampling: dict[str, Any], on_progress: Callable | None) -> list[Sample]:
+        """A sample for each request; a lost one is asked for once more."""
+        samples: list[Sample | None] = self._call("generate", requests, sampling, on_progress=on_progress)
+        lost = [i for i, sample in enumerate(samples) if sample is None]
+        if lost:
+            logger.warning("%d of %d responses never came back (prompt %r); asking again", len(lost), len(samples), names[lost[0]])
+            again = self._call("generate", [requests[i] for i in lost], sampling, on_progress=on_progress)
+            for i, sample in zip(lost, again, strict=True):
+                samples[i] = sample
+        lost_twice = sorted({names[i] for i in lost if samples[i] is None})
+        if lost_twice:
+            raise EngineError(f"generate: the rollout engine lost the responses to {len(lost_twice)} prompts twice: {', '.join(lost_twice[:5])}")
+        return samples
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs (nats, temperature 1) of tokens 1, 2, ... of each sequence given those before: one forward pass.
