@@ -21,8 +21,9 @@ from megatron_espo.progress import Phases
 from megatron_espo.rollout import EngineError
 from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.stopping import Stopped
+from tests.distributed import ROOT
+from tests.faults.runs import Runs, environment
 from tests.test_dynamic_sampling import make_sample
-from tests.test_run_goes_on import command, environment, train, wait_for_step, weights
 from tests.tiny import save_tiny_model
 
 STEPS, PROMPTS, GROUP = 5, 4, 2
@@ -191,9 +192,18 @@ def folder(tmp_path_factory):
 
 
 def run(folder, name: str, *overrides: str, ranks: int = 1, fault: str | None = None) -> str:
-    done = train(folder, name, *overrides, ranks=ranks, fault=fault)
+    done = Runs(folder, STEPS).train(name, *overrides, ranks=ranks, fault=fault)
     assert done.returncode == 0 or fault, done.stdout + done.stderr
     return done.stdout
+
+
+def launch(folder, name: str) -> subprocess.Popen:
+    """A run under way, whose first step is done."""
+    runs = Runs(folder, STEPS)
+    command = runs.command(name, ranks=1)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    runs.wait_for_step(process, name, 1)
+    return process
 
 
 def recorded(folder, name: str) -> list:
@@ -212,7 +222,7 @@ def assert_whole(folder, name: str) -> None:
     assert found[-1]["ledger/trained"] == found[-1]["ledger/dispatched"] == PROMPTS * STEPS
     assert prompts(folder, name) == prompts(folder, "synchronous")
     run(folder, f"{name}-again", f"run.replay={folder / name / 'rollouts'}")
-    one, other = weights(folder, name), weights(folder, f"{name}-again")
+    one, other = (Runs(folder, STEPS).weights(which) for which in (name, f"{name}-again"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -268,8 +278,7 @@ def test_a_killed_run_goes_on(folder, synchronous):
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on(folder, synchronous):
-    process = subprocess.Popen(command(folder, "stopped", ranks=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(process, folder, "stopped", 1)
+    process = launch(folder, "stopped")
     (folder / "stopped" / "STOP").touch()
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and "restarting the rollout engine" not in output, output
@@ -280,8 +289,7 @@ def test_a_stopped_run_goes_on(folder, synchronous):
 
 @pytest.mark.slow
 def test_a_killed_engine_is_replaced(folder, synchronous):
-    process = subprocess.Popen(command(folder, "engine", ranks=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(process, folder, "engine", 1)
+    process = launch(folder, "engine")
     (rank,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     children = subprocess.run(["pgrep", "-P", rank, "-f", "rollout.server"], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), signal.SIGKILL)
