@@ -93,7 +93,9 @@ def make_collector(tmp_path, engine, **rollout) -> Collector:
     made = Collector(config, {}, SimpleNamespace(is_main=False), stop)  # as another rank's, which has nothing; then given all
     made.runtime = SimpleNamespace(is_main=True)
     made._log, made._stream, made.engine = RolloutLog(tmp_path / "rollouts", {}), Numbers(), engine
-    made._rewards = SimpleNamespace(score=lambda items, on_progress: [float(i % 2) for i in range(len(items))], close=lambda: None)
+    made._rewards = SimpleNamespace(
+        score=lambda items, on_progress: [float(i % 2) for i in range(len(items))], refuse_failures=lambda *_: None, close=lambda: None
+    )
     return made
 
 
