@@ -23,7 +23,7 @@ from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.stopping import Stopped
 from tests.distributed import ROOT
 from tests.faults.runs import Runs, environment
-from tests.test_dynamic_sampling import make_sample
+from tests.test_dynamic_sampling import FakeRewards, make_sample
 from tests.tiny import save_tiny_model
 
 STEPS, PROMPTS, GROUP = 5, 4, 2
@@ -93,9 +93,7 @@ def make_collector(tmp_path, engine, **rollout) -> Collector:
     made = Collector(config, {}, SimpleNamespace(is_main=False), stop)  # as another rank's, which has nothing; then given all
     made.runtime = SimpleNamespace(is_main=True)
     made._log, made._stream, made.engine = RolloutLog(tmp_path / "rollouts", {}), Numbers(), engine
-    made._rewards = SimpleNamespace(
-        score=lambda items, on_progress: [float(i % 2) for i in range(len(items))], refuse_failures=lambda *_: None, close=lambda: None
-    )
+    made._rewards = FakeRewards(lambda items, on_progress: [float(i % 2) for i in range(len(items))])
     return made
 
 
@@ -247,6 +245,15 @@ def test_the_same_data_are_trained(folder, synchronous):
             assert (a.policy_version, b.policy_version) == (max(0, step - 2), step - 1)
     assert [line["rollout/staleness"] for line in lines(folder, "still")] == [0, 1, 1, 1, 1]
     assert [line["rollout/staleness"] for line in lines(folder, "synchronous")] == [0] * STEPS
+
+
+@pytest.mark.parametrize("ahead", ["0", "1"])
+def test_judging_while_sampling_changes_no_reward(folder, synchronous, ahead):
+    switches = (f"rollout.max_staleness={ahead}", "optimizer.lr=1e-30", "reward.overlap=true", "rollout.longest_first=true")
+    run(folder, f"overlap{ahead}", *switches, ranks=2)
+    for one, other in zip(recorded(folder, f"overlap{ahead}"), recorded(folder, "synchronous"), strict=True):
+        assert torch.equal(one.rewards, other.rewards)
+        assert [[s.response_ids for s in group] for group in one.rollouts] == [[s.response_ids for s in group] for group in other.rollouts]
 
 
 def test_the_longest_first_changes_the_order_of_work_alone(folder, synchronous):
