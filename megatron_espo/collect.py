@@ -140,8 +140,8 @@ class Collector:
     def _failure_ahead(self, on_progress: OnProgress) -> Stopped | str | None:
         if self._ahead is None:
             return None
-        while not wait([self._ahead.outcome], timeout=1.0).done:
-            on_progress(0, 1)  # the thread has timeouts of its own
+        while wait([self._ahead.outcome], timeout=1).not_done:
+            on_progress(0, 1)  # the engine's own limits end what lasts too long
         outcome = self._ahead.outcome.result()
         if not isinstance(outcome, Stopped | str):
             return None
