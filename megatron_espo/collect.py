@@ -18,6 +18,7 @@ from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.evaluator import Evaluator, engine_config
+from megatron_espo.lengths import LengthEstimates
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
@@ -63,6 +64,7 @@ class Collector:
         self._rewards: RewardPool | None = None
         self._ahead: Ahead | None = None
         self._closing = threading.Event()
+        self._lengths = LengthEstimates()
         # One for the whole run: reward workers die with the thread that started them.
         self._thread = ThreadPoolExecutor(1, "rollouts")
         owners = [] if config.run.replay else engine_owners(config.rollout.engines, runtime.world_size)
@@ -262,14 +264,30 @@ class Collector:
     def _sample_round(self, count: int, step: int, round_number: int, phases: Phases) -> ScoredGroups:
         rollout, steps = self.config.rollout, self.config.run.steps
         prompts = self._stream.take(count)
-        with phases.phase("rollout", step, steps) as on_progress:
-            # A seed of its own for every step and round: rerunning a run gives the same rollouts.
-            seed = self.config.run.seed * 1_000_003 + step + (round_number << 40)
-            polled = self._polling(on_progress)
-            groups = self._fleet.generate(prompts, rollout.group_size, seed=seed, on_progress=polled)
-        with phases.phase("reward", step, steps) as on_progress:
-            items = [(sample.prompt, sample.text) for group in groups for sample in group]
-            scores = self._rewards.score(items, self._polling(on_progress))
+        order = self._lengths.longest_first(prompts) if rollout.longest_first else list(range(count))
+        dealt = [prompts[i] for i in order]
+        # A seed of its own for every step and round: rerunning a run gives the same rollouts.
+        seed = self.config.run.seed * 1_000_003 + step + (round_number << 40)
+        with self._rewards.scoring() as scoring:
+
+            def judge(number: int, text: str) -> None:
+                place, position = divmod(number, rollout.group_size)
+                scoring.add(order[place] * rollout.group_size + position, dealt[place], text)
+
+            def keep_judging(finished: int, total: int) -> None:
+                scoring.pump()
+                polled(finished, total)
+
+            overlap = {"on_finished": judge} if self.config.reward.overlap else {}
+            with phases.phase("rollout", step, steps) as on_progress:
+                polled = self._polling(on_progress)
+                found = self._fleet.generate(dealt, rollout.group_size, seed=seed, on_progress=keep_judging, **overlap)
+            groups = [group for _, group in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+            self._lengths.learn(groups)
+            with phases.phase("reward", step, steps) as on_progress:
+                for number, sample in enumerate(sample for group in groups for sample in group):
+                    scoring.add(number, sample.prompt, sample.text)
+                scores = scoring.finish(self._polling(on_progress))
         rewards = torch.tensor([float("nan") if score is None else score for score in scores])
         return ScoredGroups(groups, rewards.view(len(groups), rollout.group_size), len(groups))
 

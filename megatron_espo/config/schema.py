@@ -327,6 +327,11 @@ class Rollout(Section):
         0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
     )
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
+    longest_first: bool = Field(
+        False,
+        description="Give the engine those prompts first whose responses were longest when they were last sampled, new prompts "
+        "before all: fewer long responses are left alone at a batch's end. The same responses come of it.",
+    )
     max_staleness: int = Field(
         0,
         ge=0,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_espo.rollout.engine import Engine
+from megatron_espo.rollout.engine import Engine, request_seeds
 from megatron_espo.rollout.lifecycle import EngineError
 from megatron_espo.types import Prompt, Rollout
 
@@ -40,7 +40,8 @@ class Fleet:
                 box[0] = (listener.address, key)
                 dist.broadcast_object_list(box, src=0)
                 connections = [listener.accept() for _ in owners[1:]]
-            self._others = [_Remote(connection, connection.recv()) for connection in connections]
+            by_rank = {connection.recv(): connection for connection in connections}
+            self._others = [_Remote(by_rank[rank], rank) for rank in owners[1:]]
         else:
             dist.broadcast_object_list(box, src=0)
             if engine is not None:
@@ -57,6 +58,7 @@ class Fleet:
         seed: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         sampling: dict[str, Any] | None = None,
+        on_finished: Callable[[int, str], None] | None = None,
     ) -> list[list[Rollout]]:
         """:meth:`Engine.generate` with all engines: prompt ``i`` goes to engine ``i`` modulo their number. Rank 0 only.
 
@@ -66,8 +68,21 @@ class Fleet:
             EngineError: one of the engines failed, by its rank. What ``on_progress`` raises ends this rank's engine and interrupts the others.
         """
         count = 1 + len(self._others)
-        shares = [list(prompts[i::count]) for i in range(count)]
-        busy = [other for other, share in zip(self._others, shares[1:], strict=True) if share]
+        if count == 1:
+            return self._engine.generate(prompts, group_size, seed=seed, on_progress=on_progress, sampling=sampling, on_finished=on_finished)
+        seeds = request_seeds(prompts, group_size, seed)
+        shares = [(list(prompts[i::count]), group_size, seeds[i::count], sampling) for i in range(count) if i < len(prompts)]
+        busy = self._others[: len(shares) - 1]
+        own_responses = len(shares[0][0]) * group_size
+
+        def tell_of(share: int) -> Callable[[int, str], None] | None:
+            """``on_finished`` for an engine that numbers its own share."""
+
+            def tell(number: int, text: str) -> None:
+                place, position = divmod(number, group_size)
+                on_finished((place * count + share) * group_size + position, text)
+
+            return on_finished and tell
 
         def relay(finished: int, _: int) -> None:
             for other in busy:
@@ -76,13 +91,13 @@ class Fleet:
                 on_progress(finished + sum(other.finished for other in busy), len(prompts) * group_size)
 
         try:
-            for other, share in zip(busy, shares[1:], strict=False):
-                other.begin((share, group_size, seed, sampling))
-            own = self._engine.generate(shares[0], group_size, seed=seed, on_progress=relay, sampling=sampling)
-            relay(len(shares[0]) * group_size, 0)
+            for i, other in enumerate(busy, start=1):
+                other.begin(shares[i], tell_of(i))
+            own = _generate(self._engine, shares[0], relay, tell_of(0))
+            relay(own_responses, 0)
             while waiting := [other.connection for other in busy if other.answer is None]:
                 wait(waiting, _POLL_SECONDS)
-                relay(len(shares[0]) * group_size, 0)
+                relay(own_responses, 0)
         finally:
             for other in busy:
                 other.interrupt()
@@ -108,10 +123,11 @@ class _Remote:
     def __init__(self, connection: Connection, rank: int) -> None:
         self.connection, self._rank = connection, rank
         self.finished, self.answer, self._waits = 0, None, False
+        self._tell: Callable[[int, str], None] | None = None
 
-    def begin(self, request: tuple) -> None:
-        self.finished, self.answer, self._waits = 0, None, True
-        self._guarded(self.connection.send, request)
+    def begin(self, share: tuple, tell: Callable[[int, str], None] | None) -> None:
+        self.finished, self.answer, self._waits, self._tell = 0, None, True, tell
+        self._guarded(self.connection.send, (share, tell is not None))
 
     def take_news(self) -> None:
         """Read what has come. EngineError: the engine has failed."""
@@ -133,6 +149,9 @@ class _Remote:
         if kind == "progress":
             self.finished = payload
             return
+        if kind == "finished":
+            self._tell(*payload)
+            return
         self._waits = False
         if kind == "error":
             raise EngineError(f"the engine of rank {self._rank}: {payload}")
@@ -150,6 +169,11 @@ class _Interrupted(Exception):
     """Rank 0 does not want the answer any more."""
 
 
+def _generate(engine: Engine, share: tuple, on_progress: Callable[[int, int], None], tell: Callable[[int, str], None] | None) -> list[list[Rollout]]:
+    prompts, group_size, seeds, sampling = share
+    return engine.generate(prompts, group_size, seed=seeds, on_progress=on_progress, sampling=sampling, on_finished=tell)
+
+
 def _serve(engine: Engine, connection: Connection) -> None:
     """Answer rank 0's requests until it closes the conversation."""
 
@@ -158,15 +182,17 @@ def _serve(engine: Engine, connection: Connection) -> None:
         if connection.poll():
             raise _Interrupted(connection.recv())
 
+    def tell(number: int, text: str) -> None:
+        connection.send(("finished", (number, text)))
+
     while True:
         try:
             request = connection.recv()
             if request is None:
                 continue  # it had been answered already
-            prompts, group_size, seed, sampling = request
+            share, tells = request
             try:
-                groups = engine.generate(prompts, group_size, seed=seed, on_progress=report, sampling=sampling)
-                answer = ("groups", groups)
+                answer = ("groups", _generate(engine, share, report, tell if tells else None))
             except (EOFError, OSError):
                 raise
             except Exception as error:
