@@ -334,7 +334,7 @@ def test_limits(hostile, isolate):
             before = rewards.failures[cause]
             assert rewards.score([(prompt(), response), (prompt(), "number 1")]) == [None, 1.0], response
             assert rewards.failures[cause] == before + 1
-            assert rewards.last_failure.startswith(f"prompt 'p': {cause}: ") and message in rewards.last_failure
+            assert rewards.last_failure.startswith("prompt 'p': ") and message in rewards.last_failure
         assert rewards.score([(prompt(), "memory 1")]) == [float(1 << 30)]
 
 

@@ -216,9 +216,9 @@ class RewardPool:
             )
 
     def _count_failure(self, cause: str, worker: "_Worker", message: str) -> None:
-        self.last_failure = f"prompt {worker.prompt_id!r}: {cause}: {message}"
+        self.last_failure = f"prompt {worker.prompt_id!r}: {message}"
         if not self.failures[cause]:
-            logger.warning("a response could not be judged; later ones are only counted: %s", self.last_failure)
+            logger.warning("a response could not be judged (%s): %s; later ones are only counted", cause, self.last_failure)
         self.failures[cause] += 1
 
 
