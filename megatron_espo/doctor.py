@@ -250,7 +250,7 @@ def reward_isolation_row() -> Row:
     code = "import sys\nfrom megatron_espo.rewards import sandbox\nprint(sandbox.isolate(sys.argv[1], 1 << 20))"
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
-    refused = (done.stdout or done.stderr).strip().splitlines()[-1]
+    refused = (done.stdout or done.stderr or "no answer").strip().splitlines()[-1]
     if refused == "None":
         return Row("reward isolation", WORKS, "no network, files, orphans")
     advice = f"{refused}; verifiers keep their limits only: see docs/rewards.md"

@@ -102,12 +102,9 @@ def assert_serves(engine, model, atol=1e-4):
 
 def test_engine_listens_to_this_machine_only(engine):
     inodes = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(process.name)) == engine.pid:
-                inodes |= {os.readlink(fd).removeprefix("socket:[").rstrip("]") for fd in (process / "fd").iterdir()}
-        except OSError:
-            pass
+    for pid in living_in_group(engine.pid):
+        inodes |= {os.readlink(fd).removeprefix("socket:[").rstrip("]") for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    assert inodes
     for table, loopback in (("tcp", "0100007F"), ("tcp6", "01000000".rjust(32, "0"))):
         rows = [line.split() for line in Path("/proc/net", table).read_text().splitlines()[1:]]
         addresses = {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}  # 0A: listening
@@ -254,30 +251,45 @@ def test_error_of_the_child_arrives_with_its_log_and_code_in_the_folder_never_ru
     assert not (tmp_path / "ran").exists()
 
 
-def test_child_dies_with_its_killed_owner(folder, tmp_path):
-    config = engine_config(folder, tmp_path / "engine.log")
-    code = (
-        "import time; from megatron_espo.rollout import Engine, EngineConfig\n"
-        f"engine = Engine({config!r}, decode=str).start(); print(engine.pid, flush=True); time.sleep(600)"
-    )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-    )
-    child = int(owner.stdout.readline())
+OWNER = """
+import sys, time
+from tests.test_rollout import Engine, EngineConfig
+if __name__ == "__main__":
+    engine = Engine({config!r}, decode=str).start()
+    {wait}
+    print(engine.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_engine_dies_with_its_killed_owner(folder, tmp_path, tensor_parallel_size):
+    """One that starts, and one whose tensor-parallel workers run."""
+    config = engine_config(folder, tmp_path / "engine.log", tensor_parallel_size=tensor_parallel_size, load_weights=True)
+    (tmp_path / "owner.py").write_text(OWNER.format(config=config, wait="engine.wait_ready()" if tensor_parallel_size > 1 else ""))
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    owner = subprocess.Popen([sys.executable, str(tmp_path / "owner.py")], stdout=subprocess.PIPE, text=True, env=environment)
+    engine = int(owner.stdout.readline())
+    assert len(living_in_group(engine)) >= (1 if tensor_parallel_size == 1 else 3)
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    deadline = time.monotonic() + 15
-    while is_alive(child):
+    deadline = time.monotonic() + 30
+    while living_in_group(engine):
         assert time.monotonic() < deadline, "the engine outlived its owner"
         time.sleep(0.1)
 
 
-def is_alive(pid):
-    """Running, not merely waiting to be reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def living_in_group(group):
+    """Processes that run, not merely wait to be reaped."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == group and (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                found.append(int(process.name))
+        except OSError:
+            pass
+    return found
 
 
 # -- without an engine ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -221,9 +220,9 @@ class RewardPool:
             )
 
     def _count_failure(self, cause: str, worker: "_Worker", message: str) -> None:
-        self.last_failure = f"prompt {worker.prompt_id!r}: {cause}: {message}"
+        self.last_failure = f"prompt {worker.prompt_id!r}: {message}"
         if not self.failures[cause]:
-            logger.warning("a response could not be judged; later ones are only counted: %s", self.last_failure)
+            logger.warning("a response could not be judged (%s): %s; later ones are only counted", cause, self.last_failure)
         self.failures[cause] += 1
 
 
@@ -261,7 +260,7 @@ class _Worker:
     """One worker process and its two pipes. Nothing here blocks."""
 
     def __init__(self, config: RewardConfig):
-        self._folder = tempfile.mkdtemp(prefix="megatron-espo-reward-")
+        self._home = tempfile.TemporaryDirectory(prefix="megatron-espo-reward-", ignore_cleanup_errors=True)
         child_request, self.request_fd = os.pipe()
         self.reply_fd, child_reply = os.pipe()
         command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
@@ -272,8 +271,8 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # the caller's standard output is its own
                 pass_fds=(child_request, child_reply),
-                cwd=self._folder,
-                env=passed | {"HOME": self._folder, "TMPDIR": self._folder, "OMP_NUM_THREADS": "1"},
+                cwd=self._home.name,
+                env=passed | {"HOME": self._home.name, "TMPDIR": self._home.name, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # one kill reaches what the verifier started
             )
         finally:
@@ -348,7 +347,7 @@ class _Worker:
             os.close(self.request_fd)
             os.close(self.reply_fd)
             self.request_fd = self.reply_fd = -1
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._home.cleanup()
         return _end_in_words(self.process.returncode)
 
 

@@ -26,7 +26,7 @@ def limit_resources(*, memory_bytes: int, file_bytes: int) -> None:
     RLIMIT_DATA, not RLIMIT_AS: libraries reserve far more address space than they use.
     """
     for what, limit in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, file_bytes), (resource.RLIMIT_DATA, memory_bytes)):
-        resource.setrlimit(what, (limit, limit))
+        _limit(what, limit, for_ever=True)
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # out of memory: the kernel takes this process, not the trainer
@@ -36,8 +36,14 @@ def limit_resources(*, memory_bytes: int, file_bytes: int) -> None:
 
 def limit_cpu(seconds: float) -> None:
     """SIGXCPU after ``seconds`` of processor time from now, in whole seconds."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), hard))
+    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds), for_ever=False)
+
+
+def _limit(what: int, limit: int, *, for_ever: bool) -> None:
+    _, hard = resource.getrlimit(what)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(what, (limit, limit if for_ever else hard))
 
 
 def die_with_parent() -> None:

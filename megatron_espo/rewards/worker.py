@@ -3,8 +3,9 @@
 Run as a script by ``pool``. Only the standard library is imported before the owner's ``sys.path`` has arrived, and before the worker is isolated.
 
 Requests: 8 bytes of length, then a pickle; first the set-up, then ``(number, prompt, response)``.
-Replies: one JSON object a line: ``{"ready"}`` (null, or what of the isolation the kernel refused), ``{"refused"}``, or ``{"item", "score"}`` / ``{"item", "failure"}``. They are
-JSON because the owner must not unpickle what a process that ran a model's output has written.
+Replies: one JSON object a line: ``{"ready"}`` (null, or what of the isolation the kernel refused), ``{"refused"}``, or
+``{"item", "score"}`` / ``{"item", "failure"}``. They are JSON because the owner must not unpickle what a process that ran a
+model's output has written.
 """
 
 import json
