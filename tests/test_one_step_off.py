@@ -20,8 +20,8 @@ from megatron_espo.progress import Phases
 from megatron_espo.rollout import EngineError
 from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.stopping import Stopped
+from tests.faults.runs import Runs, environment
 from tests.test_dynamic_sampling import make_sample
-from tests.test_run_goes_on import command, environment, train, wait_for_step, weights
 from tests.tiny import save_tiny_model
 
 STEPS, PROMPTS, GROUP = 5, 4, 2
@@ -190,7 +190,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, name: str, *overrides: str, ranks: int = 1, fault: str | None = None) -> str:
-    done = train(folder, name, *overrides, ranks=ranks, fault=fault)
+    done = Runs(folder, STEPS).train(name, *overrides, ranks=ranks, fault=fault)
     assert done.returncode == 0 or fault, done.stdout + done.stderr
     return done.stdout
 
@@ -211,7 +211,7 @@ def assert_whole(folder, name: str) -> None:
     assert found[-1]["ledger/trained"] == found[-1]["ledger/dispatched"] == PROMPTS * STEPS
     assert prompts(folder, name) == prompts(folder, "synchronous")
     run(folder, f"{name}-again", f"run.replay={folder / name / 'rollouts'}")
-    one, other = weights(folder, name), weights(folder, f"{name}-again")
+    one, other = Runs(folder, STEPS).weights(name), Runs(folder, STEPS).weights(f"{name}-again")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -253,8 +253,8 @@ def test_a_killed_run_goes_on(folder, synchronous):
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on(folder, synchronous):
-    process = subprocess.Popen(command(folder, "stopped", ranks=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(process, folder, "stopped", 1)
+    process = subprocess.Popen(Runs(folder, STEPS).command("stopped", ranks=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    Runs(folder, STEPS).wait_for_step(process, "stopped", 1)
     (folder / "stopped" / "STOP").touch()
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and "restarting the rollout engine" not in output, output
@@ -265,8 +265,8 @@ def test_a_stopped_run_goes_on(folder, synchronous):
 
 @pytest.mark.slow
 def test_a_killed_engine_is_replaced(folder, synchronous):
-    process = subprocess.Popen(command(folder, "engine", ranks=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(process, folder, "engine", 1)
+    process = subprocess.Popen(Runs(folder, STEPS).command("engine", ranks=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    Runs(folder, STEPS).wait_for_step(process, "engine", 1)
     (rank,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     children = subprocess.run(["pgrep", "-P", rank, "-f", "rollout.server"], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), signal.SIGKILL)
