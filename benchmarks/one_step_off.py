@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ONE_STEP_OFF = ["rollout.max_staleness=1", "algorithm.rollout_correction=token"]
+WAYS = {"synchronous": [], "one-step-off": ["rollout.max_staleness=1", "algorithm.rollout_correction=token"]}
 DROPPED = 2
 
 
@@ -28,10 +28,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="for example to shift the balance")
     args = parser.parse_args()
-    found: dict[str, list[dict]] = {"synchronous": [], "one-step-off": []}
+    found: dict[str, list[dict]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.rounds):
-            for name, extra in (("synchronous", []), ("one-step-off", ONE_STEP_OFF)):
+            for name, extra in WAYS.items():
                 found[name] += run(Path(folder, f"{name}{turn}"), args, extra)
     medians = {name: report(name, lines) for name, lines in found.items()}
     print(f"ratio {medians['one-step-off'] / medians['synchronous']:.2f}")

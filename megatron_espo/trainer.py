@@ -2,7 +2,7 @@
 
     prompts -> rollouts -> rewards -> advantages -> log-probs, entropy groups and the ESPO loss in Megatron's schedule -> weights -> engine
 
-With ``rollout.max_staleness: 1`` the engine samples a step's batch while the step before is trained. Left out on purpose: several engines.
+With ``rollout.max_staleness: 1`` the engine samples a step's batch while the step before is trained.
 """
 
 import time

@@ -16,12 +16,14 @@ import yaml
 from megatron_espo.collect import Collector
 from megatron_espo.config import Algorithm, Config, Data, Eval, Model, Rollout, Run, load_config
 from megatron_espo.errors import InputError
+from megatron_espo.lengths import LengthEstimates
 from megatron_espo.progress import Phases
 from megatron_espo.rollout import EngineError
 from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.stopping import Stopped
+from tests.distributed import ROOT
 from tests.faults.runs import Runs, environment
-from tests.test_dynamic_sampling import make_sample
+from tests.test_dynamic_sampling import FakeRewards, make_sample
 from tests.tiny import save_tiny_model
 
 STEPS, PROMPTS, GROUP = 5, 4, 2
@@ -91,7 +93,7 @@ def make_collector(tmp_path, engine, **rollout) -> Collector:
     made = Collector(config, {}, SimpleNamespace(is_main=False), stop)  # as another rank's, which has nothing; then given all
     made.runtime = SimpleNamespace(is_main=True)
     made._log, made._stream, made.engine = RolloutLog(tmp_path / "rollouts", {}), Numbers(), engine
-    made._rewards = SimpleNamespace(score=lambda items, on_progress: [float(i % 2) for i in range(len(items))], close=lambda: None)
+    made._rewards = FakeRewards(lambda items, on_progress: [float(i % 2) for i in range(len(items))])
     return made
 
 
@@ -195,6 +197,15 @@ def run(folder, name: str, *overrides: str, ranks: int = 1, fault: str | None = 
     return done.stdout
 
 
+def launch(folder, name: str) -> subprocess.Popen:
+    """A run under way, whose first step is done."""
+    runs = Runs(folder, STEPS)
+    command = runs.command(name, ranks=1)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    runs.wait_for_step(process, name, 1)
+    return process
+
+
 def recorded(folder, name: str) -> list:
     log = RolloutLog(folder / name / "rollouts", {})
     return [log.read(step, None)[0] for step in range(1, STEPS + 1)]
@@ -211,7 +222,7 @@ def assert_whole(folder, name: str) -> None:
     assert found[-1]["ledger/trained"] == found[-1]["ledger/dispatched"] == PROMPTS * STEPS
     assert prompts(folder, name) == prompts(folder, "synchronous")
     run(folder, f"{name}-again", f"run.replay={folder / name / 'rollouts'}")
-    one, other = Runs(folder, STEPS).weights(name), Runs(folder, STEPS).weights(f"{name}-again")
+    one, other = (Runs(folder, STEPS).weights(which) for which in (name, f"{name}-again"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -236,6 +247,29 @@ def test_the_same_data_are_trained(folder, synchronous):
     assert [line["rollout/staleness"] for line in lines(folder, "synchronous")] == [0] * STEPS
 
 
+@pytest.mark.parametrize("ahead", ["0", "1"])
+def test_judging_while_sampling_changes_no_reward(folder, synchronous, ahead):
+    switches = (f"rollout.max_staleness={ahead}", "optimizer.lr=1e-30", "reward.overlap=true", "rollout.longest_first=true")
+    run(folder, f"overlap{ahead}", *switches, ranks=2)
+    for one, other in zip(recorded(folder, f"overlap{ahead}"), recorded(folder, "synchronous"), strict=True):
+        assert torch.equal(one.rewards, other.rewards)
+        assert [[s.response_ids for s in group] for group in one.rollouts] == [[s.response_ids for s in group] for group in other.rollouts]
+
+
+def test_the_longest_first_changes_the_order_of_work_alone(folder, synchronous):
+    """More steps than an epoch has, so that there are estimates to order by."""
+    run(folder, "longest", "rollout.max_staleness=0", "optimizer.lr=1e-30", "rollout.longest_first=true", ranks=2)
+    for one, other in zip(recorded(folder, "longest"), recorded(folder, "synchronous"), strict=True):
+        assert torch.equal(one.rewards, other.rewards) and one.rollouts == other.rollouts
+
+
+def test_order_of_the_longest_first():
+    estimates = LengthEstimates()
+    prompts = [make_sample(number).prompt for number in range(5)]
+    estimates.learn([[make_sample(0, 2), make_sample(0, 4)], [make_sample(1, 5)], [make_sample(3, 3)], [make_sample(4, 1)]])
+    assert estimates.longest_first(prompts) == [2, 1, 0, 3, 4], "never sampled, 5, 3, 3, 1 tokens"
+
+
 def test_what_was_recorded_gives_the_same_weights(folder, synchronous):
     run(folder, "moving")
     assert_whole(folder, "moving")
@@ -253,8 +287,7 @@ def test_a_killed_run_goes_on(folder, synchronous):
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on(folder, synchronous):
-    process = subprocess.Popen(Runs(folder, STEPS).command("stopped", ranks=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    Runs(folder, STEPS).wait_for_step(process, "stopped", 1)
+    process = launch(folder, "stopped")
     (folder / "stopped" / "STOP").touch()
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and "restarting the rollout engine" not in output, output
@@ -265,8 +298,7 @@ def test_a_stopped_run_goes_on(folder, synchronous):
 
 @pytest.mark.slow
 def test_a_killed_engine_is_replaced(folder, synchronous):
-    process = subprocess.Popen(Runs(folder, STEPS).command("engine", ranks=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    Runs(folder, STEPS).wait_for_step(process, "engine", 1)
+    process = launch(folder, "engine")
     (rank,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     children = subprocess.run(["pgrep", "-P", rank, "-f", "rollout.server"], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), signal.SIGKILL)

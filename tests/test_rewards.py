@@ -355,7 +355,7 @@ def test_failures_above_the_rate_end_the_run(hostile):
     with pool(hostile, max_failed=0.5) as rewards:
         rewards.score([(prompt(), "none")])
         rewards.refuse_failures(4, 8, step=3)
-        with pytest.raises(InputError, match=r"5 of 8 of step 3 failed, more than reward.max_failed = 0.5; the last one: prompt 'p': .*NoneType"):
+        with pytest.raises(InputError, match=r"5 of 8 of step 3 failed, more than reward.max_failed = 0.5; .*the last one: prompt 'p': .*NoneType"):
             rewards.refuse_failures(5, 8, step=3)
 
 
@@ -447,3 +447,32 @@ def test_workers_die_with_their_owner(tmp_path, last):
     program.kill()
     program.communicate()
     assert all(map(gone, pids))
+
+
+def test_items_are_judged_while_others_come(hostile):
+    """Three of half a second each, one worker: when the last one comes, the others are done, and each is judged once."""
+    with pool(hostile, workers=1) as judges:
+        judges.start()
+        with judges.scoring() as scoring:
+            judged = []
+            for number in (2, 0, 1):
+                scoring.add(number, prompt(""), "sleep 0.5" if number else "number 4")
+                scoring.add(number, prompt(""), "number 7")
+                begun = time.monotonic()
+                while time.monotonic() < begun + 1.5:
+                    judged.append(scoring.pump())
+                    time.sleep(0.05)
+            assert judged[-1] == 3 and sorted(judged) == judged and 1 in judged
+            begun = time.monotonic()
+            assert scoring.finish() == [4.0, 1.0, 1.0] and time.monotonic() < begun + 0.4
+        assert judges.score([(prompt(""), "number 5")]) == [5.0]
+
+
+def test_what_interrupts_the_judging_leaves_no_answer_behind(hostile):
+    with pool(hostile, workers=1) as judges:
+        judges.start()
+        with pytest.raises(KeyboardInterrupt), judges.scoring() as scoring:
+            scoring.add(0, prompt(""), "sleep 0.5")
+            scoring.pump()
+            raise KeyboardInterrupt
+        assert judges.score([(prompt(""), "number 5")]) == [5.0]

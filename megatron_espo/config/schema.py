@@ -294,6 +294,12 @@ class Rollout(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
     )
+    engines: int = Field(
+        1,
+        ge=1,
+        description="Engines, spread evenly over the trainer's ranks: every (world size / engines)-th has one as "
+        "its child. On GPUs: one a node, or more.",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
     transport: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
         "auto",
@@ -321,6 +327,11 @@ class Rollout(Section):
         0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
     )
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
+    longest_first: bool = Field(
+        False,
+        description="Give the engine those prompts first whose responses were longest when they were last sampled, new prompts "
+        "before all: fewer long responses are left alone at a batch's end. The same responses come of it.",
+    )
     max_staleness: int = Field(
         0,
         ge=0,

@@ -57,6 +57,9 @@ class Reward(Section):
         min_length=1,
         description="auto (fits data.prompts), reasoning_gym, math_verify, or your module:function.",
     )
+    overlap: bool = Field(
+        False, description="Judge responses while others are still sampled, for verifiers that take long; they share the engine's host."
+    )
     timeout_s: float = Field(
         10.0, gt=0, description="Seconds for one response; then the verifier is killed and the response left out."
     )

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,20 +99,20 @@ class RewardPool:
         Raises:
             InputError: the reward function cannot be loaded.
         """
-        results: list[float | None] = [None] * len(items)
-        todo = collections.deque(enumerate(items))
+        with self.scoring() as scoring:
+            for number, (prompt, response) in enumerate(items):
+                scoring.add(number, prompt, response)
+            return scoring.finish(on_progress)
+
+    @contextmanager
+    def scoring(self) -> Iterator["Scoring"]:
+        """Judge items while more of them come; nobody else may use the pool meanwhile."""
         with self._lock:
             try:
-                while (busy := sum(worker.item is not None for worker in self._workers)) or todo:
-                    if on_progress:
-                        on_progress(len(items) - len(todo) - busy, len(items))
-                    self._dispatch(todo)
-                    for worker, reply in self._replies(PROGRESS_INTERVAL_S):
-                        self._settle(worker, reply, results)
+                yield Scoring(self)
             except BaseException:
                 self._kill_all()  # a worker in the middle of an item would answer the next call with it
                 raise
-        return results
 
     def refuse_failures(self, failed: int, total: int, step: int) -> None:
         """InputError where more than ``max_failed`` of a step's responses have no score."""
@@ -132,6 +133,11 @@ class RewardPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def busy(self) -> int:
+        """Workers in the middle of an item."""
+        return sum(worker.item is not None for worker in self._workers)
+
     def _kill_all(self) -> None:
         for worker in self._workers:
             worker.kill()
@@ -150,8 +156,7 @@ class RewardPool:
 
     def _dispatch(self, todo: collections.deque[tuple[int, tuple[Prompt, str]]]) -> None:
         """Give every idle worker one item; one at a time, so that its clock is the item's own."""
-        busy = sum(worker.item is not None for worker in self._workers)
-        self._replace_dead_workers(min(self._config.workers, busy + len(todo)))
+        self._replace_dead_workers(min(self._config.workers, self.busy + len(todo)))
         for worker in self._workers:
             if todo and worker.ready and worker.item is None:
                 index, (prompt, response) = todo.popleft()
@@ -180,7 +185,7 @@ class RewardPool:
         late = [worker for worker in waiting if worker not in answered and worker.deadline <= time.monotonic()]
         return replies + [(worker, {"lost": "timeout"}) for worker in late]
 
-    def _settle(self, worker: "_Worker", reply: dict[str, Any], results: list[float | None]) -> None:
+    def _settle(self, worker: "_Worker", reply: dict[str, Any], results: list[float | None] | dict[int, float | None]) -> None:
         if not worker.ready:
             self._settle_start(worker, reply)
             return
@@ -220,6 +225,36 @@ class RewardPool:
         if not self.failures[cause]:
             logger.warning("a response could not be judged; later ones are only counted: %s", self.last_failure)
         self.failures[cause] += 1
+
+
+class Scoring:
+    """Items under judgement, by number; made by :meth:`RewardPool.scoring`."""
+
+    def __init__(self, pool: RewardPool) -> None:
+        self._pool, self._todo = pool, collections.deque()
+        self._scores: dict[int, float | None] = {}
+
+    def add(self, number: int, prompt: Prompt, response: str) -> None:
+        """Judge a response, once."""
+        if number not in self._scores:
+            self._scores[number] = None
+            self._todo.append((number, (prompt, response)))
+
+    def pump(self, wait_s: float = 0.0) -> int:
+        """Hand items to idle workers and take answers for at most ``wait_s`` seconds; how many items are judged."""
+        self._pool._dispatch(self._todo)
+        for worker, reply in self._pool._replies(wait_s):
+            self._pool._settle(worker, reply, self._scores)
+        return len(self._scores) - len(self._todo) - self._pool.busy
+
+    def finish(self, on_progress: Callable[[int, int], None] | None = None) -> list[float | None]:
+        """Wait for all; scores by number. See :meth:`RewardPool.score`."""
+        judged = self.pump()
+        while self._todo or self._pool.busy:
+            if on_progress:
+                on_progress(judged, len(self._scores))
+            judged = self.pump(PROGRESS_INTERVAL_S)
+        return [self._scores[number] for number in range(len(self._scores))]
 
 
 class _Worker:

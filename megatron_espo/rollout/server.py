@@ -73,14 +73,17 @@ def build_llm(config: EngineConfig):
 class Server:
     """The calls that an owner may make. Any exception is fatal for the engine: the owner kills it."""
 
-    def __init__(self, config: EngineConfig, report_progress: Callable[[int, int], None]):
+    def __init__(self, config: EngineConfig, report: Callable[[str, object], None]):
         self.config = config
         self.llm = build_llm(config)
-        self.report_progress = report_progress
+        self.report = report
 
-    def generate(self, requests: list[tuple[tuple[int, ...], int | None]], sampling: dict) -> list[tuple | None]:
-        """(prompt token ids, seed) -> (response token ids, their processed log-probs, finish reason); None: vLLM lost it."""
-        return self._sample(requests, functools.partial(self._sampling_params, **sampling))
+    def generate(self, requests: list[tuple[tuple[int, ...], int | None]], sampling: dict, tell: bool = False) -> list[tuple | None]:
+        """(prompt token ids, seed) -> (response token ids, their processed log-probs, finish reason); None: vLLM lost it.
+
+        With ``tell``, (seed, response token ids) of each is reported as soon as it is finished.
+        """
+        return self._sample(requests, functools.partial(self._sampling_params, **sampling), tell)
 
     def canary(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[tuple]:
         """As ``generate``, but ``num_tokens`` tokens each from the whole distribution, always the same ones."""
@@ -91,8 +94,8 @@ class Server:
 
         return _all_there(self._sample([(prompt, seed) for seed, prompt in enumerate(prompts)], params))
 
-    def _sample(self, requests: list[tuple[tuple[int, ...], int | None]], make_params: Callable) -> list[tuple | None]:
-        outputs = [request and request.outputs[0] for request in self._run(requests, make_params)]
+    def _sample(self, requests: list[tuple[tuple[int, ...], int | None]], make_params: Callable, tell: bool = False) -> list[tuple | None]:
+        outputs = [request and request.outputs[0] for request in self._run(requests, make_params, tell)]
         return [o and (tuple(o.token_ids), tuple(o.logprobs.logprobs), o.finish_reason) for o in outputs]
 
     def logprobs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
@@ -124,7 +127,7 @@ class Server:
         }
         return SamplingParams(**options | changes)
 
-    def _run(self, requests: list[tuple], make_params: Callable) -> list:
+    def _run(self, requests: list[tuple], make_params: Callable, tell: bool = False) -> list:
         """Run all requests to their end, reporting those that finish. Outputs are in the order of the requests; None for
         one that vLLM lost: neither finished nor, for most of ``timeout_s``, followed by another that did."""
         names = self.llm.enqueue(
@@ -136,12 +139,15 @@ class Server:
         if inject("reply") == "lose":
             engine.engine_core.abort_requests(names[:1])  # the engine core forgets it; its front waits for ever
         names = [name.partition("-")[0] for name in names]  # vLLM appends a random part, which outputs lack
+        seeds = {name: seed for name, (_, seed) in zip(names, requests, strict=True)}
         news = time.monotonic()
         while engine.has_unfinished_requests() and time.monotonic() < news + _LOST_AFTER * self.config.timeout_s:
             finished = {output.request_id: output for output in engine.step() if output.finished}
             if finished:
                 outputs |= finished
-                self.report_progress(len(outputs), len(requests))
+                self.report("progress", (len(outputs), len(requests)))
+                if tell:
+                    self.report("finished", [(seeds[name], tuple(output.outputs[0].token_ids)) for name, output in finished.items()])
                 news = time.monotonic()
         engine.abort_request([name for name in names if name not in outputs])
         return [outputs.get(name) for name in names]
@@ -198,7 +204,7 @@ def serve(connection: Connection) -> None:
             return
         try:
             if method == "start":
-                server = Server(*args, lambda done, total: connection.send(("progress", (done, total))))
+                server = Server(*args, lambda kind, news: connection.send((kind, news)))
                 result = server.llm.model_config.max_model_len
             else:
                 result = getattr(server, method)(*args)
