@@ -62,7 +62,7 @@ class Watchdog:
         (folder / "heartbeats").mkdir(parents=True)
 
     def __enter__(self) -> "Watchdog":
-        self._stacks = open(self.folder / f"rank{self.rank}.stacks.txt", "w")  # noqa: SIM115 - for the process's life
+        self._stacks = open(self.folder / f"rank{self.rank}.stacks.txt", "w")  # for the process's life
         faulthandler.enable(self._stacks)  # a segmentation fault leaves its stacks there too
         faulthandler.register(signal.SIGUSR2, self._stacks)
         self._main = threading.get_ident()
@@ -84,10 +84,6 @@ class Watchdog:
             self.phase = phase
             self._write()
 
-    def verdict(self) -> str | None:
-        """What ended the run, if a watchdog did."""
-        return self._verdict().get("why")
-
     def gone(self, wait_s: float = 0.0) -> list[str]:
         """Ranks of this machine whose process has died, or dies within ``wait_s``: its connections are closed a moment before."""
         deadline = time.monotonic() + wait_s
@@ -96,6 +92,7 @@ class Watchdog:
         return names
 
     def _verdict(self) -> dict[str, Any]:
+        """Who is to blame, of whichever rank found it; ``{}``: nobody."""
         return read_json(self.folder / "verdict.json") or self._own_verdict
 
     def _has_died(self, record: dict[str, Any]) -> bool:
@@ -104,10 +101,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(self._tick):
             self._write()
-            if self.verdict() is None and self._age() > self._limit_of(self.phase):
+            if not self._verdict() and self._age() > self._limit_of(self.phase):
                 self._judge()
-            if self.verdict() is not None:
-                self._end_process()
+            if self._verdict():
+                self._end_process(self._verdict())
 
     def _write(self) -> None:
         path = self.folder / f"rank{self.rank}.json"
@@ -151,9 +148,8 @@ class Watchdog:
             self._tell(why)
         print(f"error: {why}", file=sys.stderr, flush=True)
 
-    def _end_process(self) -> None:
+    def _end_process(self, verdict: dict[str, Any]) -> None:
         faulthandler.dump_traceback(self._stacks)
-        verdict = self._verdict()
         culprit = verdict["culprit"]
         kill = verdict["frozen"] and culprit["host"] == self._place["host"] and culprit["pid"] != os.getpid()
         with contextlib.suppress(ProcessLookupError):
