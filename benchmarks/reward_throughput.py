@@ -4,10 +4,12 @@
 """
 
 import argparse
+import os
 import time
 
 from megatron_espo.config import Reward
 from megatron_espo.rewards import RewardPool
+from megatron_espo.rewards.functions import load_math_verify
 from megatron_espo.types import Prompt
 
 # Answer, what the model writes, whether that is right.
@@ -58,6 +60,10 @@ def main() -> None:
         seconds = time.perf_counter() - started
         print(f"{args.workers} workers: first one ready after {started - began:.1f} s")
         print(f"{args.answers} answers: {seconds:.1f} s, {args.answers / seconds:.0f} a second; wrong verdicts: {sum(map(float.__ne__, scores, verdicts))}")
+        judge, began = load_math_verify(), time.process_time()
+        for item in items[:200]:
+            judge(*item)
+        print(f"processor time of one answer: {(time.process_time() - began) / 200 * 1e3:.1f} ms (load average {os.getloadavg()[0]:.1f})")
         for name, response in HOSTILE.items():
             before = time.perf_counter()
             (score,) = rewards.score([(Prompt(name, "", "9", (1,)), response)])

@@ -2,7 +2,7 @@
 
     source tools/env.sh && python tools/prepare_smollm2.py models/SmolLM2-135M-Instruct
     python examples/compare_objectives.py --page docs/study.md        # every run that is not there yet, then table and pictures
-    python examples/compare_objectives.py --tasks sums --variants espo grpo --seeds 1 run.steps=4 --out runs/small
+    python examples/compare_objectives.py run.steps=4 --tasks sums --variants espo grpo --seeds 1 --out runs/small
 
 Every run is the quick start's model with the same prompts, rollouts, optimizer steps and seeds; `algorithm.num_mini_batches=4`, so that three of four
 updates are off-policy and clipping decides what they may change. As many runs as there are cores go at once, one core each. A run that is
@@ -31,12 +31,8 @@ COMMON = [
     "rollout.canary_prompts=0", "rollout.verify_every=0",
     "eval.samples=1", "eval.temperature=0",
 ]  # fmt: skip
-SUMS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
-PRODUCTS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
-TASKS = {
-    "sums": ("reasoning_gym:chain_sum", SUMS),
-    "products": ("reasoning_gym:products", PRODUCTS),
-}
+TASKS = {"sums": "reasoning_gym:chain_sum", "products": "reasoning_gym:products"}
+TASK_ARGS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
 OBJECTIVES = {name: [f"algorithm.objective={name}"] for name in ("espo", "gspo", "grpo", "dapo", "cispo", "gmpo")}
 # On the first task. The fixed clip range is about the mean that Eq. 8 gives this model (1.1 nats x 0.02 / ln 49152).
 ABLATIONS = {
@@ -86,12 +82,11 @@ def plan(args: argparse.Namespace) -> Iterator[Job]:
     """All runs, so that a study that is cut short has every variant of the first seed."""
     for seed in args.seeds:
         for task in args.tasks:
-            prompts, task_args = TASKS[task]
             for variant, settings in (OBJECTIVES | ABLATIONS).items():
                 if variant not in args.variants or (variant in ABLATIONS and task != next(iter(TASKS))):
                     continue
-                data = [f"data.prompts={prompts}", f"data.task_args={{{task_args}}}", f"run.seed={seed}"]
-                held_out = [f"eval.prompts={prompts}", f"eval.task_args={{{task_args}, seed: 12345, size: 64}}", "eval.every=1000"]
+                data = [f"data.prompts={TASKS[task]}", f"data.task_args={{{TASK_ARGS}}}", f"run.seed={seed}"]
+                held_out = [f"eval.prompts={TASKS[task]}", f"eval.task_args={{{TASK_ARGS}, seed: 12345, size: 64}}", "eval.every=1000"]
                 folder = (args.out / f"{task}-{variant}-{seed}").absolute()
                 yield Job(task, variant, seed, folder, tuple(COMMON + data + held_out + settings + args.overrides))
 
@@ -139,9 +134,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=OBJECTIVES | ABLATIONS, default=[*OBJECTIVES, *ABLATIONS])
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--page", type=Path, help="Markdown file whose part between the results' marks is written anew")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run")
-    args, rest = parser.parse_known_args()
-    args.overrides += rest
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run; before the options")
+    args = parser.parse_args()
     jobs = list(plan(args))
     failed = run_all(jobs, sorted(os.sched_getaffinity(0)))
     runs = [(job.task, job.variant, job.seed, job.folder) for job in jobs if job.finished()]

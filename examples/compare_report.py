@@ -96,8 +96,8 @@ def table(runs: list[Run]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    mean = nanmean(values)
-    return f"{mean:.2f}" + (f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else "")
+    known = [value for value in values if not math.isnan(value)]
+    return f"{nanmean(known):.2f}" + (f" ({min(known):.2f}–{max(known):.2f})" if len(known) > 1 else "")
 
 
 def claims(runs: list[Run]) -> str:
@@ -115,7 +115,7 @@ def claims(runs: list[Run]) -> str:
         for other in others:
             keys = [(task, seed) for task, seed, variant in of if variant == other and (task, seed, first) in of]
             gaps = [number(of[*key, first]) - number(of[*key, other]) for key in keys]
-            if gaps:
+            if gaps := [gap for gap in gaps if not math.isnan(gap)]:
                 rows.append(f"| {claim} | {other} | {sum(gap > 0 for gap in gaps)} of {len(gaps)} | {nanmean(gaps):+.3f} |")
     return "\n".join(rows) + "\n"
 
@@ -168,7 +168,7 @@ def draw_clipping(runs: list[Run], path: Path) -> Path:
         bars.plot([place] * len(shares), shares, "k.", markersize=4)
         entropies, clipped = ([v for run in mine for v in run.curve(name)] for name in ("policy/entropy", "policy/clipped"))
         points.plot(entropies, clipped, ".", color=f"C{place}", label=variant, markersize=5)
-    bars.set(title="Share of tokens outside the clip range", xticks=range(place + 1), yscale="log")
+    bars.set(title="Share of tokens outside the clip range", xticks=range(place + 1))
     bars.set_xticklabels(dict.fromkeys(run.variant for run in runs))
     points.set(title="Each step of each run", xlabel="entropy of trained tokens (nats)", ylabel="share outside the clip range")
     points.legend(fontsize="small")

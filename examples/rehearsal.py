@@ -26,6 +26,7 @@ SMALLER = [
     "rollout.group_size=4",
     "rollout.max_response_tokens=8",
     "rollout.max_model_len=64",
+    "rollout.engines=1",
     "rollout.tensor_parallel_size=1",
     "rollout.cpu_kv_cache_gib=0.25",
     "rollout.timeout_s=300",

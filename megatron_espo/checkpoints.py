@@ -1,8 +1,6 @@
 """A run's checkpoints: which one to continue from, whether it is this run's, and what is kept."""
 
 import hashlib
-import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +12,7 @@ from megatron_espo.faults import inject
 from megatron_espo.mcore.checkpoint import read_state, refuse_differences
 from megatron_espo.mcore.learner import Learner
 from megatron_espo.mcore.runtime import on_rank_0
-from megatron_espo.run_files import read_json, write_durably
+from megatron_espo.run_files import write_durably
 
 _NAME = re.compile(r"step_(\d{6,})")
 # Settings that make a run what it is. The rest (learning rate, layout, number of steps, paths) may change when it goes on.
@@ -54,7 +52,7 @@ class Checkpoints:
     def __init__(self, config: Config) -> None:
         self.folder = Path(config.run.dir, "checkpoints")
         self._settings, self._fingerprint = config.run, fingerprint(config)
-        self._newest = -1  # the step of the last one that was saved or loaded
+        self._newest = 0  # the step of the last one that was saved or loaded; there is nothing to save before the first
 
     def due(self, step: int) -> bool:
         """Whether to save after ``step``: every ``run.checkpoint_every`` steps and after the last."""
@@ -138,13 +136,3 @@ class Checkpoints:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
-
-
-def write_status(folder: Path, state: str, why: str | None = None) -> None:
-    """``status.json`` for schedulers: ``running``, ``done``, ``requeue`` (stopped on request: the same command goes on) or ``failed``.
-
-    The first failure stays: what other ranks then meet are its consequences.
-    """
-    path = folder / "status.json"
-    if state != "failed" or read_json(path).get("state") != "failed":
-        write_durably(path, json.dumps({"state": state, "why": why, "rank": int(os.environ.get("RANK", 0))}) + "\n")

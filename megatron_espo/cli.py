@@ -207,7 +207,8 @@ def _checked_config(args: argparse.Namespace) -> Any:
 def _silence_dependencies() -> None:
     """Megatron, torch and vLLM tell every rank what is absent or deprecated; ``doctor`` tells it once."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    for name in ("vllm", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|megatron_espo\.mcore\.cpu")
 
 

@@ -22,7 +22,7 @@ from megatron_espo.lengths import LengthEstimates
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
-from megatron_espo.rollout import Engine, EngineError
+from megatron_espo.rollout import Engine, EngineError, Fleet, engine_owners
 from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.stopping import Stopped, StopRequest
 from megatron_espo.types import Prompt
@@ -38,7 +38,7 @@ class Ahead:
 
 
 class Collector:
-    """The prompt stream, the rollout engine and the reward workers. They live on rank 0; other ranks hold ``None``.
+    """The prompt stream, the rollout engines and the reward workers. They live on rank 0, but for the engines of other ranks (``rollout.engines``).
 
     Data and reward function are checked here, before any rank builds its model; the engine starts in the background meanwhile.
 
@@ -47,6 +47,11 @@ class Collector:
         hf_config: the model's ``config.json``.
         runtime: this rank's place.
         stop: polled while engine and verifiers work.
+
+    Attributes:
+        engine: this rank's, or ``None``.
+
+    Collectives: with several engines, one broadcast of an object.
 
     Raises:
         InputError: bad rows, tokenizer or reward function (rank 0).
@@ -62,34 +67,41 @@ class Collector:
         self._lengths = LengthEstimates()
         # One for the whole run: reward workers die with the thread that started them.
         self._thread = ThreadPoolExecutor(1, "rollouts")
-        if not runtime.is_main:
-            return
+        owners = [] if config.run.replay else engine_owners(config.rollout.engines, runtime.world_size)
+        if runtime.is_main or runtime.rank in owners:
+            self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.path)
+            max_model_len = config.rollout.max_model_len or hf_config["max_position_embeddings"]
+        if runtime.is_main:
+            self._read(config, max_model_len)
+        if runtime.rank in owners:
+            self.engine = Engine(engine_config(config, self.tokenizer, max_model_len), self.tokenizer.decode).start()
+        self._fleet = Fleet(self.engine, owners)
+
+    def _read(self, config: Config, max_model_len: int) -> None:
+        """Prompts, recorded rollouts and the reward function, before anything else."""
         self._log = RolloutLog(Path(config.run.replay or Path(config.run.dir, "rollouts")), fingerprint(config))
-        rollout = config.rollout
-        self.tokenizer = tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.path)
-        max_model_len = rollout.max_model_len or hf_config["max_position_embeddings"]
         self._stream = PromptStream(
             config.data,
-            tokenizer,
+            self.tokenizer,
             config.run.seed,
-            max_response_tokens=rollout.max_response_tokens,
+            max_response_tokens=config.rollout.max_response_tokens,
             max_model_len=max_model_len,
         )
         if config.run.replay:
             return
         self._rewards = RewardPool(config.reward)
         self._rewards.start()
-        self._evaluator = Evaluator(config, tokenizer, max_model_len) if config.eval.prompts else None
-        self.engine = Engine(engine_config(config, tokenizer, max_model_len), tokenizer.decode).start()
+        self._evaluator = Evaluator(config, self.tokenizer, max_model_len) if config.eval.prompts else None
 
     def canary(self) -> list[Prompt]:
-        """The first prompts of the stream on rank 0, which does not move on; none elsewhere."""
-        if not self.runtime.is_main:
-            return []
-        state = self._stream.state_dict()
-        prompts = self._stream.take(self.config.rollout.canary_prompts)
-        self._stream.load_state_dict(state)
-        return prompts
+        """The first prompts of the stream, which does not move on. One broadcast of an object from rank 0."""
+        box: list[list[Prompt]] = [[]]
+        if self.runtime.is_main:
+            state = self._stream.state_dict()
+            box[0] = self._stream.take(self.config.rollout.canary_prompts)
+            self._stream.load_state_dict(state)
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def collect(self, step: int, phases: Phases, recover: Callable[[], None]) -> ScoredGroups:
         """Sample and judge one rollout batch, or take the one that was recorded. Collective: one object broadcast from rank 0.
@@ -198,6 +210,7 @@ class Collector:
         """End what is done in the background, the engine and the reward workers."""
         self._closing.set()
         self._thread.shutdown()
+        self._fleet.close()
         if self.engine is not None:
             self.engine.close()
         if self._rewards is not None:
@@ -226,7 +239,7 @@ class Collector:
     def _attempt_evaluation(self, step: int, phases: Phases) -> dict[str, float] | str:
         try:
             self._stop.check()
-            found = self._evaluator.run(self.engine, self._rewards, phases, step, self.config.run.steps, self._polling)
+            found = self._evaluator.run(self._fleet, self._rewards, phases, step, self.config.run.steps, self._polling)
         except Stopped:
             return {}
         except EngineError as failure:
@@ -268,7 +281,7 @@ class Collector:
             overlap = {"on_finished": judge} if self.config.reward.overlap else {}
             with phases.phase("rollout", step, steps) as on_progress:
                 polled = self._polling(on_progress)
-                found = self.engine.generate(dealt, rollout.group_size, seed=seed, on_progress=keep_judging, **overlap)
+                found = self._fleet.generate(dealt, rollout.group_size, seed=seed, on_progress=keep_judging, **overlap)
             groups = [group for _, group in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
             self._lengths.learn(groups)
             with phases.phase("reward", step, steps) as on_progress:

@@ -37,8 +37,8 @@ class Phases:
                     draw(finished, total)
 
                 yield on_progress
+            self._beat(BETWEEN, step)  # a phase that fails stays the current one
         finally:
-            self._beat(BETWEEN, step)
             self.add({name: time.perf_counter() - start})
 
     def add(self, seconds: dict[str, float]) -> None:

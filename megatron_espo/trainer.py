@@ -2,13 +2,11 @@
 
     prompts -> rollouts -> rewards -> advantages -> log-probs, entropy groups and the ESPO loss in Megatron's schedule -> weights -> engine
 
-With ``rollout.max_staleness: 1`` the engine samples a step's batch while the step before is trained. Left out on purpose: several engines.
+With ``rollout.max_staleness: 1`` the engine samples a step's batch while the step before is trained.
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,19 @@ import torch
 
 from megatron_espo.algo import group_advantages, overlong_penalty
 from megatron_espo.batch import ScoredGroups
-from megatron_espo.checkpoints import Checkpoints, write_status
+from megatron_espo.checkpoints import Checkpoints
 from megatron_espo.collect import Collector
 from megatron_espo.config import Config
 from megatron_espo.data.packing import TrainSequence
-from megatron_espo.errors import InputError
 from megatron_espo.faults import at_step
 from megatron_espo.ledger import Ledger
 from megatron_espo.mcore import runtime as mcore_runtime
 from megatron_espo.mcore.learner import Learner
-from megatron_espo.mcore.runtime import on_rank_0
 from megatron_espo.progress import Phases
 from megatron_espo.report import draw_learning_curve, write_summary
 from megatron_espo.reporter import Reporter
+from megatron_espo.status import reported
 from megatron_espo.stopping import Stopped, StopRequest
-from megatron_espo.watchdog import Watchdog
 from megatron_espo.weights.hf_io import save_hf
 from megatron_espo.weights.sync import NoSync, WeightSync
 
@@ -44,58 +40,20 @@ def train(config: Config) -> None:
     hf_config = config.validate_model()
     config.validate_router(hf_config)
     runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron), seed=config.run.seed)
-    with watched(config, runtime) as watchdog:
-        try:
-            with Run(config, hf_config, runtime, watchdog.beat) as run:
-                for step in range(run.step + 1, config.run.steps + 1):
-                    began = time.perf_counter()
-                    at_step(step)
-                    groups = run.collector.collect(step, run.phases, run.sync.recover)
-                    run.collector.sample_ahead(step + 1)
-                    advantages = advantages_of(groups, config)
-                    sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
-                    with run.phases.phase("train", step, config.run.steps) as on_progress:
-                        metrics = run.learner.update(sequences, on_progress)
-                    metrics |= run.push(version=step)
-                    run.finish_step(step, metrics, groups, advantages, began)
-                run.finish()
-            on_rank_0(lambda: write_status(Path(config.run.dir), "done"))
-        except Stopped as stopped:
-            on_rank_0(lambda why=str(stopped): write_status(Path(config.run.dir), "requeue", why))
-        except BaseException as error:
-            tell_failure(Path(config.run.dir), watchdog, error)
-            raise
+    with reported(config, runtime) as beat, Run(config, hf_config, runtime, beat) as run:
+        for step in range(run.step + 1, config.run.steps + 1):
+            began = time.perf_counter()
+            at_step(step)
+            groups = run.collector.collect(step, run.phases, run.sync.recover)
+            run.collector.sample_ahead(step + 1)
+            advantages = advantages_of(groups, config)
+            sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
+            with run.phases.phase("train", step, config.run.steps) as on_progress:
+                metrics = run.learner.update(sequences, on_progress)
+            metrics |= run.push(version=step)
+            run.finish_step(step, metrics, groups, advantages, began)
+        run.finish()
     mcore_runtime.shutdown()
-
-
-def watched(config: Config, runtime: mcore_runtime.Runtime) -> Watchdog:
-    """The watchdog of a run that begins now; ``status.json`` says ``running``. One broadcast over all ranks."""
-    folder = Path(config.run.dir)
-
-    def begin() -> None:
-        Watchdog.clear(folder)
-        write_status(folder, "running")
-
-    on_rank_0(begin)
-    return Watchdog(
-        folder,
-        runtime.rank,
-        runtime.world_size,
-        limit_s=config.run.watchdog_s,
-        slow_s=config.rollout.timeout_s,
-        tell=partial(write_status, folder, "failed"),
-    )
-
-
-def tell_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> None:
-    """Write why the run failed to ``status.json`` and, on one line, to the terminal; mistakes are told by the command line."""
-    why = f"{type(error).__name__}: {error}"
-    if not isinstance(error, InputError):
-        gone = [f"{name} has died; " for name in watchdog.gone()]
-        line = why.strip().splitlines()[0]
-        why = watchdog.verdict() or f"{''.join(gone)}rank {watchdog.rank}, step {watchdog.step}, phase {watchdog.phase}: {line}"
-        print(f"error: {why}; the same command goes on from the latest checkpoint", file=sys.stderr, flush=True)
-    write_status(folder, "failed", why)
 
 
 class Run:
@@ -105,9 +63,7 @@ class Run:
         step: the last step that is trained, saved or not.
     """
 
-    def __init__(
-        self, config: Config, hf_config: dict[str, Any], runtime: mcore_runtime.Runtime, beat: Callable[..., None] = lambda *_: None
-    ) -> None:
+    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: mcore_runtime.Runtime, beat: Callable[..., None]) -> None:
         self.config, self.hf_config, self.runtime = config, hf_config, runtime
         self.folder, self.started = Path(config.run.dir), time.perf_counter()
         self.stop = StopRequest(self.folder, config.run.max_seconds)
@@ -173,15 +129,12 @@ class Run:
         if reason:
             raise Stopped(reason)
         if self.checkpoints.due(step):
-            with self.phases.phase("checkpoint", step, self.config.run.steps):
-                self._save()
+            self._save()
 
     def _save(self) -> None:
-        path = self.checkpoints.save(
-            self.step,
-            self.learner,
-            {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)},
-        )
+        with self.phases.phase("checkpoint", self.step, self.config.run.steps):
+            state = {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)}
+            path = self.checkpoints.save(self.step, self.learner, state)
         self.collector.forget(self.step)
         self.say(f"saved {path}")
 

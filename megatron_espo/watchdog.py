@@ -51,6 +51,7 @@ class Watchdog:
         self._tick = min(_MOST_TICK_S, limit_s / 20)
         self._place = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._seen: dict[int, tuple[int, float]] = {}
+        self._own_verdict: dict[str, Any] = {}
         self._count, self._ended, self._writing = 0, threading.Event(), threading.Lock()
         self.phase, self.step, self._beaten = "start", 0, time.monotonic()
 
@@ -85,11 +86,20 @@ class Watchdog:
 
     def verdict(self) -> str | None:
         """What ended the run, if a watchdog did."""
-        return read_json(self.folder / "verdict.json").get("why")
+        return self._verdict().get("why")
 
-    def gone(self) -> list[str]:
-        """Ranks of this machine whose process has died."""
-        return [_name(record) for record in self._records().values() if record["host"] == self._place["host"] and not _runs(record["pid"])]
+    def gone(self, wait_s: float = 0.0) -> list[str]:
+        """Ranks of this machine whose process has died, or dies within ``wait_s``: its connections are closed a moment before."""
+        deadline = time.monotonic() + wait_s
+        while not (names := [_name(record) for record in self._records().values() if self._has_died(record)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return names
+
+    def _verdict(self) -> dict[str, Any]:
+        return read_json(self.folder / "verdict.json") or self._own_verdict
+
+    def _has_died(self, record: dict[str, Any]) -> bool:
+        return record["phase"] != "ended" and record["host"] == self._place["host"] and not _runs(record["pid"])
 
     def _watch(self) -> None:
         while not self._ended.wait(self._tick):
@@ -110,40 +120,40 @@ class Watchdog:
     def _judge(self) -> None:
         """Blame a rank if all are late."""
         records, now = self._records(), time.monotonic()
-        silent = set()
         for rank in range(self._world_size):
             count = records.get(rank, {}).get("count", 0)
             if self._seen.get(rank, (None, 0))[0] != count:
                 self._seen[rank] = (count, now)
-            if now - self._seen[rank][1] > _SILENT_TICKS * self._tick:
-                silent.add(rank)
-        late = {r for r, record in records.items() if record["phase"] == "ended" or record["age_s"] > self._limit_of(record["phase"])}
-        if len(late | silent) < self._world_size:
-            return
-        suspects = [record for record in records.values() if record["phase"] != "ended"]
-        not_running = [record for record in suspects if record["rank"] in silent]
-        apart = not_running or [record for record in suspects if not record["waits_in"]] or suspects
-        self._publish(max(apart, key=lambda record: record["age_s"] + now - self._seen[record["rank"]][1]), bool(not_running))
+        silent = {rank for rank, (_, since) in self._seen.items() if now - since > _SILENT_TICKS * self._tick}
+        ages = {rank: record["age_s"] + now - self._seen[rank][1] for rank, record in records.items()}
+        late = {rank for rank, age in ages.items() if age > self._limit_of(records[rank]["phase"])}
+        suspects = {rank: record for rank, record in records.items() if record["phase"] != "ended"}
+        not_running = silent & suspects.keys()
+        if len(late | not_running) == self._world_size:
+            apart = not_running or {rank for rank, record in suspects.items() if not record["waits_in"]} or suspects.keys()
+            culprit = max(apart, key=ages.__getitem__)
+            self._publish(records[culprit], ages[culprit], bool(not_running))
 
-    def _publish(self, culprit: dict[str, Any], frozen: bool) -> None:
-        seconds = culprit["age_s"] + time.monotonic() - self._seen[culprit["rank"]][1]
+    def _publish(self, culprit: dict[str, Any], seconds: float, frozen: bool) -> None:
         how = "its process does not run" if frozen else f"waits in {culprit['waits_in']}" if culprit["waits_in"] else "inside no collective"
         why = (
             f"{_name(culprit)} stands still: step {culprit['step']}, phase {culprit['phase']}, {seconds:.0f} s without progress (run.watchdog_s "
             f"{self._limit:g}), {how}; stacks of the living ranks in {self.folder}; the same command goes on"
         )
-        own = self.folder / f"verdict.{self.rank}"
-        own.write_text(json.dumps({"why": why, "culprit": culprit, "frozen": frozen}))
-        try:
-            os.link(own, self.folder / "verdict.json")  # whole, and by one rank only
-        except FileExistsError:
-            return
+        self._own_verdict = {"why": why, "culprit": culprit, "frozen": frozen}
+        with contextlib.suppress(OSError):  # a full disk: then this rank ends the run alone
+            own = self.folder / f"verdict.{self.rank}"
+            own.write_text(json.dumps(self._own_verdict))
+            try:
+                os.link(own, self.folder / "verdict.json")  # whole, and by one rank only
+            except FileExistsError:
+                return
+            self._tell(why)
         print(f"error: {why}", file=sys.stderr, flush=True)
-        self._tell(why)
 
     def _end_process(self) -> None:
         faulthandler.dump_traceback(self._stacks)
-        verdict = read_json(self.folder / "verdict.json")
+        verdict = self._verdict()
         culprit = verdict["culprit"]
         kill = verdict["frozen"] and culprit["host"] == self._place["host"] and culprit["pid"] != os.getpid()
         with contextlib.suppress(ProcessLookupError):

@@ -91,8 +91,7 @@ def config_json(**changes: Any) -> dict[str, Any]:
 def find_checkpoint(bad: Bad) -> None:
     """As a run does: find, then verify before anything is loaded."""
     from megatron_espo.checkpoints import Checkpoints, fingerprint
-    from megatron_espo.mcore.checkpoint import _checksum, _verified_manifest, model_identity
-
+    from megatron_espo.mcore.checkpoint import _checksum, model_identity, read_manifest, verify_files
     good, config = load_config("run.yaml"), load_config("run.yaml", bad.overrides)
     folder = Path("out/checkpoints/step_000002")
     for path in (folder, folder.with_name("step_000001")):
@@ -105,7 +104,7 @@ def find_checkpoint(bad: Bad) -> None:
     write({name.removeprefix("after/"): content for name, content in bad.files.items() if name.startswith("after/")})
     checkpoints = Checkpoints(config)
     hf_config = json.loads(Path("model/config.json").read_text())
-    learner = SimpleNamespace(load=lambda path: _verified_manifest(path, hf_config))
+    learner = SimpleNamespace(load=lambda path: verify_files(path, read_manifest(path, hf_config)))
     checkpoints.load(checkpoints._find(), learner)
 
 

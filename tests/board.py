@@ -32,8 +32,12 @@ class Board:
         self.browser.call("Emulation.setDeviceMetricsOverride", width=1300, height=900, deviceScaleFactor=1, mobile=False)
 
     def __enter__(self) -> "Board":
-        self._wait(lambda: self.answer("/data/runs"), "TensorBoard read no run")
-        self.browser.call("Page.navigate", url=self.address)
+        try:
+            self._wait(lambda: self.answer("/data/runs"), "TensorBoard read no run")
+            self.browser.call("Page.navigate", url=self.address)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_) -> None:

@@ -21,7 +21,7 @@ from tests.pages import PAGES, Snippet, anchors, command_lines, links, prose, sn
 BASE = {"model": {"path": "model"}, "data": {"prompts": "prompts.jsonl"}}
 # Programs of others, and what each needs.
 OTHERS = {"tensorboard": "install_requires", "touch": "", "pip": "", "pre-commit": "dev"}
-# Snippets that take minutes are run as a whole elsewhere.
+# What takes minutes is run elsewhere, as it stands or as the program and settings that it starts.
 RUN_BY = {
     "bash examples/quickstart.sh": "tests/test_tensorboard.py::test_every_documented_tag_has_data",
     "torchrun --nproc-per-node 4 examples/run_espo_70b.sh --rehearse": "tests/test_run_espo_70b.py::test_rehearsal_trains_and_writes_tensorboard",

@@ -167,7 +167,7 @@ def test_ten_problems_are_shown_and_all_are_counted(tmp_path):
     source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}] * 25)
     with pytest.raises(InputError, match="25 problems") as error:
         read_rows(str(source), {}, 0)
-    shown = [line for line in str(error.value).splitlines() if "answer: missing" in line]
+    shown = [line for line in str(error.value).splitlines() if "answer: expected this key" in line]
     assert len(shown) == 10 and ":10: " in shown[-1] and "and 15 more" in str(error.value)
 
 

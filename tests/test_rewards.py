@@ -355,7 +355,7 @@ def test_failures_above_the_rate_end_the_run(hostile):
     with pool(hostile, max_failed=0.5) as rewards:
         rewards.score([(prompt(), "none")])
         rewards.refuse_failures(4, 8, step=3)
-        with pytest.raises(InputError, match=r"5 of 8 of step 3 failed, more than reward.max_failed = 0.5; the last one: prompt 'p': .*NoneType"):
+        with pytest.raises(InputError, match=r"5 of 8 of step 3 failed, more than reward.max_failed = 0.5; .*the last one: prompt 'p': .*NoneType"):
             rewards.refuse_failures(5, 8, step=3)
 
 

@@ -27,4 +27,7 @@ def on_page_markdown(markdown: str, *, config, **_) -> str:
 
 
 def _mathml(match: re.Match) -> str:
-    return convert(match[1] or match[2], display="block" if match[1] else "inline")
+    if match[1]:
+        return convert(match[1], display="block")
+    # In a span: a line that began with <math> would be a block of its own.
+    return f"<span>{convert(match[2])}</span>"

@@ -64,6 +64,13 @@ def validate_world_size(config: "Config", world_size: int) -> int:
             )
             return
         yield from _expert_rank_problems(m, dp)
+        engines, each = config.rollout.engines, config.rollout.tensor_parallel_size
+        if world_size % engines or (engines > 1 and engines * each > world_size):
+            yield (
+                "rollout.engines",
+                f"expected a divisor of the {world_size} ranks with engines x rollout.tensor_parallel_size <= {world_size} "
+                f"(engines do not share GPUs with each other), got {engines} x {each}",
+            )
         batch = config.rollout.prompts_per_step * config.rollout.group_size
         needed = dp * config.algorithm.num_mini_batches
         if batch < needed:

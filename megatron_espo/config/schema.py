@@ -294,6 +294,12 @@ class Rollout(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
     )
+    engines: int = Field(
+        1,
+        ge=1,
+        description="Engines, spread evenly over the trainer's ranks: every (world size / engines)-th has one as "
+        "its child. On GPUs: one a node, or more.",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
     transport: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
         "auto",

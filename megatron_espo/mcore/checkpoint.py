@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.serialization import set_crc32_options
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
@@ -78,7 +78,6 @@ def save_checkpoint(
         form = optimizer and optimizer_form(chunks[0].config, hf_config)
         # Without it the first of several data-parallel ranks would write everything.
         strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
-        set_crc32_options(False)  # SHA-256 finds more
         with _checksums_while_written(partial) as shards:
             dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial), strategy)
         if state is not None:
@@ -307,11 +306,11 @@ def _checksums(folder: Path, known: dict[str, str] | None = None) -> dict[str, s
 
 @contextmanager
 def _checksums_while_written(folder: Path) -> Iterator[dict[str, str]]:
-    """SHA-256 of this rank's shards, complete when the block is left. Megatron's writers only ever append to them, so a thread can read after them
-    while the disk is busy."""
+    """SHA-256 of this rank's shards, there when the block is left. Megatron's writers only append to them, so a thread can read after them while the disk
+    is busy. torch's own, weaker checksums are left out meanwhile."""
     digests: dict[str, Any] = collections.defaultdict(hashlib.sha256)
     positions: dict[str, int] = collections.defaultdict(int)
-    written, found = threading.Event(), {}
+    written, found, crc32 = threading.Event(), {}, get_crc32_options()
 
     def follow() -> None:
         last = False
@@ -325,13 +324,15 @@ def _checksums_while_written(folder: Path) -> Iterator[dict[str, str]]:
                     positions[file.name] = stream.tell()
 
     thread = threading.Thread(target=follow, daemon=True)
+    set_crc32_options(False)
     thread.start()
     try:
         yield found
     finally:
         written.set()
         thread.join()
-        found |= {name: digest.hexdigest() for name, digest in digests.items()}
+        set_crc32_options(crc32)
+        found |= {name: digest.hexdigest() for name, digest in digests.items() if positions[name] == (folder / name).stat().st_size}
 
 
 def _checksum(file: Path) -> str:

@@ -161,8 +161,8 @@ class Learner:
         """Continue from what :meth:`save` wrote, in this or another layout; returns the ``state``. Collective."""
         state = load_checkpoint(self.chunks, self.hf_config, path, optimizer=self.policy.optimizer)
         self.policy.scheduler.load_state_dict(state.pop("scheduler"))
-        self.skipped_in_a_row = state.pop("skipped_in_a_row")
-        self.policy.spikes.norms.extend(state.pop("grad_norms"))
+        self.skipped_in_a_row = state.pop("skipped_in_a_row", 0)
+        self.policy.spikes.norms.extend(state.pop("grad_norms", []))
         return state
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
@@ -178,7 +178,7 @@ class Learner:
             parameter = next(self.chunks[0].parameters())
             parameter.data.view(torch.uint8)[0, -1] ^= 1
         refuse_disagreement(data_claims([s for group in groups for s in group], [b for batches in mini_batches for b in batches], self.groups))
-        if every and self._updates % every == 0:
+        if every and self._updates % every == 0 and dist.get_world_size() > 1:
             refuse_other_weights(self.chunks, self.groups)
         self._updates += 1
 

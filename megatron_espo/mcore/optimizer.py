@@ -134,8 +134,8 @@ class Policy:
     def step(self, forward_step, micro_batches: Sequence[MicroBatch], tick: Tick = _no_tick) -> StepResult:
         """One optimizer step; or none on any rank, if one rank's gradient is not finite or the norm is a spike. Collective over all ranks."""
         metrics = self.backward(forward_step, micro_batches, tick)
-        if (fault := inject("gradient")) in ("nan", "spike"):
-            self.chunks[0].buffers[0].grad_data[-1] = torch.nan if fault == "nan" else 1e6
+        if fault := inject("gradient"):
+            self.chunks[0].buffers[0].grad_data *= {"nan": torch.nan, "spike": 1e6}[fault]
         lr = self.optimizer.param_groups[0]["lr"]
         bad_rank = self._vote_finite()
         if bad_rank is not None:

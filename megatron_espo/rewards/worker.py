@@ -67,7 +67,8 @@ def _receive(requests) -> object | None:
 def _describe(error: BaseException) -> str:
     """Type, message, and the innermost place, in one line."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    # A syntax error tells its own place; the innermost frame is the one that imported it.
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
     return f"{type(error).__name__}: {str(error)[:500]}{place}"
 
 

@@ -100,7 +100,7 @@ class Engine:
         prompts: Sequence[Prompt],
         group_size: int,
         *,
-        seed: int | None = None,
+        seed: int | Sequence[Sequence[int | None]] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         sampling: dict[str, Any] | None = None,
         on_finished: Callable[[int, str], None] | None = None,
@@ -111,7 +111,8 @@ class Engine:
             prompts: given to the engine as token ids.
             group_size: responses a prompt.
             seed: makes every response a function of (seed, prompt id, position in its group), however the prompts are
-                batched or spread over engines; give each training step its own. None: the engine's running generator.
+                batched or spread over engines; give each training step its own. None: the engine's running generator. Or one for
+                each response, by prompt (``request_seeds``).
             on_progress: called with (finished, total) responses, at least twice a second; what it raises ends the
                 engine.
             sampling: ``temperature``, ``top_p``, ``top_k`` or ``max_tokens`` in place of the configuration's, for this call.
@@ -129,11 +130,8 @@ class Engine:
         self._require(State.READY, "generate")
         sampling = sampling or {}
         self._check_lengths(prompts, sampling.get("max_tokens", self.config.max_response_tokens))
-        requests = [
-            (prompt.token_ids, request_seed)
-            for prompt, seeds in zip(prompts, request_seeds(prompts, group_size, seed), strict=True)
-            for request_seed in seeds
-        ]
+        seeds = request_seeds(prompts, group_size, seed) if seed is None or isinstance(seed, int) else seed
+        requests = [(prompt.token_ids, each) for prompt, of_prompt in zip(prompts, seeds, strict=True) for each in of_prompt]
         names = [prompt.id for prompt in prompts for _ in range(group_size)]
         numbers = {request_seed: i for i, (_, request_seed) in enumerate(requests)}
 

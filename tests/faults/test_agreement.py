@@ -12,16 +12,17 @@ CASES = {
     "pp2": {"sizes": {"pipeline_model_parallel_size": 2}, "weights": ["output_layer.weight", NORM]},
     "cp2": {"sizes": {"context_parallel_size": 2}, "weights": [EMBEDDING]},
 }
+WHOLE = f"{EMBEDDING} of tensor-parallel rank 0, pipeline stage 0"
 # "" is left alone: there are no two of it.
 PLACES = {
-    "dp2": {"tokens": "", NORM: f"{NORM} of pipeline stage 0", EMBEDDING: "tied embedding of tensor-parallel rank 0"},
+    "dp2": {"tokens": "", NORM: f"{NORM} of pipeline stage 0", EMBEDDING: WHOLE},
     "tp2": {"tokens": "micro-batches of data-parallel rank 0, context-parallel rank 0", NORM: f"{NORM} of pipeline stage 0", EMBEDDING: ""},
     "pp2": {
         "tokens": "micro-batches of data-parallel rank 0, context-parallel rank 0",
         "output_layer.weight": "tied embedding of tensor-parallel rank 0",
         NORM: "",
     },
-    "cp2": {"tokens": "", EMBEDDING: "tied embedding of tensor-parallel rank 0"},
+    "cp2": {"tokens": "", EMBEDDING: WHOLE},
 }
 
 

@@ -209,7 +209,7 @@ def test_a_stop_saves_only_what_is_not_saved(runs, tmp_path):
     overrides = [f"run.dir={tmp_path}"]
     checkpoints = Checkpoints(load_config(str(runs.folder / "run.yaml"), overrides))
     learner = SimpleNamespace(load=lambda path: {"step": 4})
-    assert checkpoints.due_at_stop(0)
+    assert not checkpoints.due_at_stop(0) and checkpoints.due_at_stop(1)
     checkpoints.load(checkpoints.folder / "step_000004", learner)
     assert not checkpoints.due_at_stop(4) and checkpoints.due_at_stop(5)
     never = Checkpoints(load_config(str(runs.folder / "run.yaml"), [*overrides, "run.checkpoint_every=null"]))
