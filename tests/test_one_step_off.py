@@ -66,6 +66,9 @@ class FakeEngine:
             raise error
         return [[replace(make_sample(p), policy_version=self.version)] * group_size for p in prompts]
 
+    def close(self):
+        pass
+
 
 @pytest.fixture
 def one_rank(tmp_path):
@@ -90,9 +93,9 @@ def make_collector(tmp_path, engine, **rollout) -> Collector:
         data=Data(prompts="reasoning_gym:none"),
         eval=Eval(prompts="reasoning_gym:none", every=1),
     )
-    made = Collector(config, {}, SimpleNamespace(is_main=False), stop)  # as another rank's, which has nothing; then given all
+    made = Collector(config, {}, SimpleNamespace(is_main=False, rank=1, world_size=1), stop)  # as another rank's, which has nothing; then given all
     made.runtime = SimpleNamespace(is_main=True)
-    made._log, made._stream, made.engine = RolloutLog(tmp_path / "rollouts", {}), Numbers(), engine
+    made._log, made._stream, made._fleet = RolloutLog(tmp_path / "rollouts", {}), Numbers(), engine
     made._rewards = FakeRewards(lambda items, on_progress: [float(i % 2) for i in range(len(items))])
     return made
 
@@ -150,7 +153,6 @@ def test_a_stop_request_gives_up_what_is_in_flight(tmp_path, one_rank):
 
 def test_a_closing_run_does_not_wait_for_the_batch(tmp_path, one_rank):
     engine = FakeEngine()
-    engine.close = lambda: None
     collector = make_collector(tmp_path, engine)
     collector.sample_ahead(1)
     collector.close()
