@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="for example to shift the balance")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     found: dict[str, list[dict]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.rounds):

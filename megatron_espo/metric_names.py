@@ -68,6 +68,11 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "optimizer/skipped": ("share of updates", "not made, because a gradient was not finite, or a spike"),
         "train/tokens": ("tokens", "prompt and response tokens trained on, over all ranks and epochs"),
     },
+    "Experts": {
+        "moe/load_max": ("", "tokens of a layer's busiest expert / those of its average one, mean over layers; 1 is even"),
+        "moe/load_min": ("", "the same of the idlest"),
+        "moe/idle_experts": ("share", "experts that got no token in the step"),
+    },
     "Time": {
         "time/wait_s": ("s", "with `rollout.max_staleness`: training is done, and the batch sampled meanwhile (`rollout`, `reward`) is not"),
         "time/<phase>_s": ("s", "seconds of a phase; `time/step_s`: of the whole step; `verify` and `canary` are parts of `sync`"),

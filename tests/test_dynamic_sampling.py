@@ -64,7 +64,7 @@ def collector(rounds: int, rewards=REWARDS) -> tuple[Collector, list]:
     )
     made._stop = SimpleNamespace(check=lambda: None)
     made._stream = SimpleNamespace(take=lambda n: [next(stream) for _ in range(n)])
-    made.engine, made._rewards = SimpleNamespace(generate=generate), FakeRewards(score)
+    made._fleet, made._rewards = SimpleNamespace(generate=generate), FakeRewards(score)
     made._rewards.last_failure = "boom"
     return made, calls
 

@@ -16,6 +16,7 @@ from megatron_espo.faults import inject
 from megatron_espo.mcore.agreement import data_claims, refuse_disagreement, refuse_other_norms, refuse_other_weights
 from megatron_espo.mcore.canary import score_responses
 from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
+from megatron_espo.mcore.expert_load import ExpertLoad
 from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.guards import naming_the_knob
 from megatron_espo.mcore.loss import Observe
@@ -94,6 +95,7 @@ class Learner:
             observe=observe,
         )
         self.skipped_in_a_row = self._updates = 0
+        self._expert_load = ExpertLoad(self.chunks, hf_config)
         self.reference = ReferencePolicy(self.chunks) if config.algorithm.kl_coef else None
 
     def update(self, groups: Sequence[Sequence[TrainSequence]], on_progress: OnProgress) -> dict[str, float]:
@@ -129,7 +131,7 @@ class Learner:
             for batches, part in zip(mini_batches, parts, strict=True)
         ]
         trained = sum(batches[0].totals.num_tokens for batches in mini_batches) * self.config.algorithm.num_epochs
-        return average_steps(results) | {"train/tokens": float(trained)}
+        return average_steps(results) | {"train/tokens": float(trained)} | self._expert_load.take()
 
     def _step(self, batches: list[MicroBatch], part: Sequence[Sequence[TrainSequence]], tick: "_Ticker") -> dict[str, float]:
         """One optimizer step, skipped if its gradient is refused; ``MOST_SKIPPED`` in a row end the run. The batch is written down."""
