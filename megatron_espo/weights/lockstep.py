@@ -1,0 +1,85 @@
+"""Ranks that wait for each other for a limited time only, and say for whom."""
+
+import time
+from collections.abc import Collection
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_FAREWELL_SECONDS = 5.0
+
+
+class RankLostError(RuntimeError):
+    """A rank ended or did not come in time. The message names it, and what the others waited to do."""
+
+
+class Lockstep:
+    """Rank 0 finds out who is late and tells everybody. Small messages over gloo, beside whatever moves the data.
+
+    Args:
+        timeout_s: how long rank 0 waits for another rank.
+        main_timeout_s: how long the others wait for rank 0, which may be waiting for somebody itself.
+
+    Collectives: construction makes one process group of all ranks.
+    """
+
+    def __init__(self, timeout_s: float, main_timeout_s: float) -> None:
+        self._rank, self._others = dist.get_rank(), range(1, dist.get_world_size())
+        self._limit = timeout_s if self._rank == 0 else main_timeout_s
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_s, main_timeout_s)))
+
+    def collect(self, ranks: Collection[int], what: str) -> None:
+        """Rank 0 waits until each of ``ranks`` (without 0) has called this: they are through with ``what``.
+
+        Raises:
+            RankLostError: on rank 0, one of them is missing; on them, rank 0 is.
+        """
+        if self._rank == 0:
+            missing = self._wait([(rank, self._receive(rank)[1]) for rank in ranks], self._limit)
+            if missing:
+                here = [rank for rank in ranks if rank not in missing]
+                self._wait([(rank, self._send(rank, missing[0])) for rank in here], _FAREWELL_SECONDS)
+                raise self._lost(missing[0], what)
+        elif self._rank in ranks and self._wait([(0, self._send(0))], self._limit):
+            raise self._lost(0, what)
+
+    def release(self, ranks: Collection[int], what: str) -> None:
+        """``ranks`` (without 0) wait until rank 0 calls this: they may begin with ``what``.
+
+        Raises:
+            RankLostError: on them, rank 0 is missing or says who is; on rank 0, one of them is missing.
+        """
+        if self._rank == 0:
+            if missing := self._wait([(rank, self._send(rank)) for rank in ranks], self._limit):
+                raise self._lost(missing[0], what)
+        elif self._rank in ranks:
+            lost, work = self._receive(0)
+            if self._wait([(0, work)], self._limit) or lost.item():
+                raise self._lost(int(lost), what)
+
+    def meet(self, what: str, ranks: Collection[int] | None = None) -> None:
+        """Rank 0 and ``ranks`` (default: all) go on once each of them is here; RankLostError otherwise."""
+        ranks = self._others if ranks is None else ranks
+        self.collect(ranks, what)
+        self.release(ranks, what)
+
+    def _send(self, to: int, lost: int = 0) -> dist.Work:
+        return dist.isend(torch.tensor([lost]), dst=to, group=self._group)
+
+    def _receive(self, source: int) -> tuple[torch.Tensor, dist.Work]:
+        message = torch.zeros(1, dtype=torch.int64)
+        return message, dist.irecv(message, src=source, group=self._group)
+
+    def _wait(self, works: list[tuple[int, dist.Work]], seconds: float) -> list[int]:
+        """The ranks whose message was not exchanged within ``seconds``."""
+        deadline, missing = time.monotonic() + seconds, []
+        for rank, work in works:
+            try:
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except RuntimeError:  # late, or the connection is gone
+                missing.append(rank)
+        return missing
+
+    def _lost(self, rank: int, what: str) -> RankLostError:
+        return RankLostError(f"rank {rank} ended, or did not come within {self._limit:g} s, for {what}")
