@@ -43,8 +43,8 @@ class GroupPlan:
         gathered_bytes: whole tensors.
         shard_bytes: most that a rank contributes, of its dense part or of its experts.
         gather_ranks: ranks that it is shared with.
-        peak_bytes: extra memory on a rank of the owning stage meanwhile: the whole tensors, and either the buffers of the
-            largest collective or (``shared_memory``) the group before, which is still being loaded.
+        peak_bytes: extra memory on a rank of the owning stage meanwhile: the whole tensors, those before that are still
+            held (one tensor; with ``shared_memory`` the group), and the buffers of the largest collective.
     """
 
     name: str
@@ -137,9 +137,11 @@ def plan_transfer(
         if stages > 1:
             buffers.append(_buffer_elements([tensor.shape for tensor in found], room) * itemsize)
         shard_bytes, members, _ = max(gathers, key=lambda gather: gather.bytes * len(gather.members), default=Gather(0, (0,), ()))
-        # Ranks write into the shared block, which holds two neighbours; elsewhere they gather into buffers.
-        peak_bytes = size + (previous if transport == "shared_memory" else max(buffers, default=0))
-        previous = size
+        # Ranks write into a block that holds two neighbours. Elsewhere vLLM still has the tensor before in its hands, and
+        # shards are gathered into buffers.
+        in_block = transport == "shared_memory"
+        peak_bytes = previous + size + (0 if in_block else max(buffers, default=0))
+        previous = size if in_block else found[-1].bytes
         group = GroupPlan(_group_name(index, mappings), stage, len(found), size, shard_bytes, len(members), peak_bytes)
         gather_s += sum(shard * (len(among) - 1) / links.between(among) for shard, among, _ in gathers)
         if stages > 1:
