@@ -306,8 +306,9 @@ def die_midway(folder: str, pid_file: str) -> None:
 
 def freeze_midway(folder: str, rank: int, out: str) -> None:
     """``rank`` stops (SIGSTOP) inside the second sync; the other one writes its error, and the seconds that it took."""
-    learner, engine, sync = start(folder, tensor=2, timeout_s=4.0, canary_prompts=0)
-    sync.push(0)
+    learner, engine, sync = start(folder, tensor=2, canary_prompts=0)
+    sync.push(0)  # with time for the engine to start
+    sync._lockstep._limit = 4.0 if engine is not None else 16.0
     pids = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     if dist.get_rank() == rank:
