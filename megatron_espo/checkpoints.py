@@ -1,7 +1,6 @@
 """A run's checkpoints: which one to continue from, whether it is this run's, and what is kept."""
 
-import json
-import os
+import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,8 @@ from megatron_espo.errors import InputError
 from megatron_espo.faults import inject
 from megatron_espo.mcore.checkpoint import read_state, refuse_differences
 from megatron_espo.mcore.learner import Learner
-from megatron_espo.mcore.runtime import Runtime, on_rank_0
+from megatron_espo.mcore.runtime import on_rank_0
+from megatron_espo.run_files import write_durably
 
 _NAME = re.compile(r"step_(\d{6,})")
 # Settings that make a run what it is. The rest (learning rate, layout, number of steps, paths) may change when it goes on.
@@ -22,16 +22,24 @@ FINGERPRINT = {
     "rollout": ("prompts_per_step", "group_size", "temperature", "top_p", "top_k", "max_response_tokens"),
     "run": ("seed",),
 }
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "*.model")
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
     """``{"section.key": value}`` of what may not change between parts of one run (the model has a check of its own)."""
     sections = config.model_dump(mode="json")
-    return {
+    settings = {
         f"{section}.{key}": sections[section][key]
         for section, keys in FINGERPRINT.items()
         for key in (sections[section] if keys is None else keys)
     }
+    return settings | _tokenizer_digests(Path(config.model.tokenizer or config.model.path))
+
+
+def _tokenizer_digests(path: Path) -> dict[str, str]:
+    """``{"tokenizer file <name>": SHA-256}``: token ids and chat template are part of what a run is."""
+    files = [path] if path.is_file() else sorted(file for pattern in TOKENIZER_FILES for file in path.glob(pattern) if file.is_file())
+    return {f"tokenizer file {file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 class Checkpoints:
@@ -44,7 +52,7 @@ class Checkpoints:
     def __init__(self, config: Config) -> None:
         self.folder = Path(config.run.dir, "checkpoints")
         self._settings, self._fingerprint = config.run, fingerprint(config)
-        self._newest = -1  # the step of the last one that was saved or loaded
+        self._newest = 0  # the step of the last one that was saved or loaded; there is nothing to save before the first
 
     def due(self, step: int) -> bool:
         """Whether to save after ``step``: every ``run.checkpoint_every`` steps and after the last."""
@@ -128,25 +136,3 @@ class Checkpoints:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
-
-
-def write_status(config: Config, runtime: Runtime, state: str, why: str | None = None) -> None:
-    """``status.json`` for schedulers: ``running``, ``done``, ``requeue`` (stopped on request: the same command goes on) or ``failed``."""
-    folder = Path(config.run.dir)
-    if runtime.is_main or state == "failed":
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "status.json" if runtime.is_main else f"status-rank{runtime.rank}.json"
-        write_durably(folder / name, json.dumps({"state": state, "why": why, "rank": runtime.rank}) + "\n")
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file at once: after a crash it holds the old text or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)

@@ -189,9 +189,11 @@ def _checked_config(args: argparse.Namespace) -> Any:
     config = load_config(args.config, args.overrides)
     if args.command != "eval":  # which has no ranks
         config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
-    config.validate_model()
+    hf_config = config.validate_model()
+    if args.command == "train":
+        config.validate_router(hf_config)
     if args.command in ("train", "eval"):
-        config.validate_data()
+        config.validate_paths()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
 
@@ -205,7 +207,8 @@ def _checked_config(args: argparse.Namespace) -> Any:
 def _silence_dependencies() -> None:
     """Megatron, torch and vLLM tell every rank what is absent or deprecated; ``doctor`` tells it once."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    for name in ("vllm", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|megatron_espo\.mcore\.cpu")
 
 

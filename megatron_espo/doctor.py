@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -228,6 +229,7 @@ def machine_rows() -> list[Row]:
         Row("cores", WORKS, f"{cores} usable of {os.cpu_count()}"),
         Row("memory", WORKS, f"{kib['MemAvailable'] * 1024 / GIB:.1f} GiB free of {kib['MemTotal'] * 1024 / GIB:.1f}"),
         shared_memory_row("/dev/shm"),
+        reward_isolation_row(),
         Row("open files", WORKS, f"{files}", f"raise it: ulimit -n {min(hard, 65536)}" if few else ""),
     ]
 
@@ -241,6 +243,18 @@ def shared_memory_row(folder: str) -> Row:
     free = stat.f_bavail * stat.f_frsize
     state = WORKS if free >= 256 * 2**20 else BROKEN
     return Row("shared memory", state, f"{free / GIB:.2f} GiB free", advice if free < 2 * GIB else "", needed=True)
+
+
+def reward_isolation_row() -> Row:
+    """Whether verifiers run in namespaces of their own, which some containers forbid."""
+    code = "import sys\nfrom megatron_espo.rewards import sandbox\nprint(sandbox.isolate(sys.argv[1], 1 << 20))"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    refused = (done.stdout or done.stderr).strip().splitlines()[-1]
+    if refused == "None":
+        return Row("reward isolation", WORKS, "no network, files, orphans")
+    advice = f"{refused}; verifiers keep their limits only: see docs/rewards.md"
+    return Row("reward isolation", MISSING, "", advice)
 
 
 def _print_table(rows: list[Row]) -> None:

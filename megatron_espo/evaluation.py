@@ -98,5 +98,3 @@ def render_table(metrics: dict[str, float], prompts: int, confidence: float) -> 
         interval = f"   {metrics[f'{name}_low']:.4f} – {metrics[f'{name}_high']:.4f}" if f"{name}_low" in metrics else ""
         lines.append(f"  {name.removeprefix('eval/'):<12} {value:>10.4f}{interval}")
     return "\n".join(lines)
-
-

@@ -12,7 +12,7 @@ from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.evaluation import Evaluation, render_table
 from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
-from megatron_espo.rollout import Engine, EngineConfig, resolve_transport
+from megatron_espo.rollout import Engine, EngineConfig, Fleet, engine_devices, resolve_transport
 
 Polling = Callable[[OnProgress], OnProgress]
 # Held-out entries of a reasoning-gym task without a seed of its own must not be the training run's.
@@ -21,10 +21,10 @@ _SEED_OFFSET = 1_000_003
 
 def engine_config(config: Config, tokenizer: Tokenizer, max_model_len: int, *, load_weights: bool = False) -> EngineConfig:
     """What the run's rollout engine is started with."""
-    rollout = config.rollout
+    rollout, rank = config.rollout, int(os.environ.get("RANK", "0"))
     return EngineConfig(
         model=config.model.path,
-        log_path=str(Path(config.run.dir, "engine.log")),
+        log_path=str(Path(config.run.dir, f"engine-rank{rank}.log" if rank else "engine.log")),
         dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
         transport="" if load_weights else resolve_transport(rollout.transport, rollout.visible_devices),
         max_response_tokens=rollout.max_response_tokens,
@@ -39,7 +39,7 @@ def engine_config(config: Config, tokenizer: Tokenizer, max_model_len: int, *, l
         cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
         timeout_s=rollout.timeout_s,
         start_timeout_s=rollout.timeout_s,
-        visible_devices=rollout.visible_devices,
+        visible_devices=engine_devices(rollout.visible_devices, rollout.engines, rollout.tensor_parallel_size, os.environ),
         load_weights=load_weights,
     )
 
@@ -75,7 +75,7 @@ class Evaluator:
         self.sampling = {"temperature": temperature, "top_p": settings.top_p, "top_k": 0, "max_tokens": longest}
 
     def run(
-        self, engine: Engine, rewards: RewardPool, phases: Phases, step: int, steps: int, polling: Polling = lambda on_progress: on_progress
+        self, engine: Engine | Fleet, rewards: RewardPool, phases: Phases, step: int, steps: int, polling: Polling = lambda on_progress: on_progress
     ) -> Evaluation:
         """Sample and judge. The same random numbers every time, so that two evaluations differ by their weights alone.
 

@@ -51,6 +51,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "mismatch/logprob_gap_max": ("nats", "largest of them"),
         "mismatch/kl": ("nats", "mean (engine - trainer) log-prob: estimates KL(engine || trainer)"),
         "mismatch/canary": ("nats", "mean |engine - trainer| log-prob of the canary's tokens, before the weights were served"),
+        "rollout/staleness": ("versions", "of the weights that the step starts from, less that of those that sampled; mean over responses"),
         "sync/verified_tensors": ("tensors", "read back from the engine and found to be those that were sent"),
         "sync/restarts": ("", "engine restarts that the sync needed"),
         "rollout_correction/weight": ("", "mean truncated importance weight trainer / engine"),
@@ -64,10 +65,11 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "kl/reference": ("nats", "mean KL estimate to the initial policy, with `algorithm.kl_coef`"),
         "optimizer/grad_norm": ("", "global L2 norm before clipping"),
         "optimizer/lr": ("", "learning rate"),
-        "optimizer/skipped": ("share of updates", "not made, because a gradient was not finite"),
+        "optimizer/skipped": ("share of updates", "not made, because a gradient was not finite, or a spike"),
         "train/tokens": ("tokens", "prompt and response tokens trained on, over all ranks and epochs"),
     },
     "Time": {
+        "time/wait_s": ("s", "with `rollout.max_staleness`: training is done, and the batch sampled meanwhile (`rollout`, `reward`) is not"),
         "time/<phase>_s": ("s", "seconds of a phase; `time/step_s`: of the whole step; `verify` and `canary` are parts of `sync`"),
     },
     "Throughput": {

@@ -19,6 +19,12 @@ from megatron_espo.samples import Place, choose_samples, sample_record
 from megatron_espo.throughput import peak_flops, system_metrics, training_flops
 from megatron_espo.trackers import check_trackers, make_trackers
 
+_GAP_ADVICE = "compare dtypes, temperature and weights of trainer and engine"
+
+
+class LogProbGap(RuntimeError):
+    """Engine and trainer disagree about the same tokens by more than ``rollout.log_prob_gap_stop``."""
+
 
 class Reporter:
     """Every rank has one, because entropies are on the last pipeline stage; rank 0 writes.
@@ -66,11 +72,16 @@ class Reporter:
         Args:
             metrics: of training, and of the evaluation where there was one.
             seconds: by phase, and ``step``.
+
+        Raises:
+            LogProbGap: on every rank; the step is not written.
         """
+        refuse_gap(metrics, self.config.rollout.log_prob_gap_stop)
         entropies = self._recorder.gather()
         if self._writer is None:
             return
         metrics = metrics | rollout_metrics(groups.rollouts, groups.rewards, advantages) | entropies.metrics()
+        metrics["rollout/staleness"] = groups.staleness(step)
         metrics |= {f"time/{name}_s": value for name, value in seconds.items()}
         metrics |= self._throughput(groups, advantages, metrics) | system_metrics()
         self._writer.write(step, metrics)
@@ -146,10 +157,16 @@ def warn_of_gap(metrics: dict[str, float], limit: float) -> None:
     gap = metrics.get("mismatch/logprob_gap_mean", 0.0)
     if not gap <= limit:
         print(
-            f"warning: mean |engine - trainer| log-prob gap {gap:.3g} nats, above rollout.log_prob_gap_warn = {limit:g}: "
-            "compare dtypes, temperature and weights of trainer and engine",
+            f"warning: mean |engine - trainer| log-prob gap {gap:.3g} nats, above rollout.log_prob_gap_warn = {limit:g}: {_GAP_ADVICE}",
             flush=True,
         )
+
+
+def refuse_gap(metrics: dict[str, float], limit: float | None) -> None:
+    """LogProbGap above ``limit``; NaN is above every limit."""
+    gap = metrics.get("mismatch/logprob_gap_mean", 0.0)
+    if limit is not None and not gap <= limit:
+        raise LogProbGap(f"mean |engine - trainer| log-prob gap {gap:.3g} nats, above rollout.log_prob_gap_stop = {limit:g}: {_GAP_ADVICE}")
 
 
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:

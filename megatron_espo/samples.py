@@ -56,4 +56,3 @@ def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> 
         if whole:
             context, shown = shown, end
     return pieces
-

@@ -2,11 +2,11 @@
 
     prompts -> rollouts -> rewards -> advantages -> log-probs, entropy groups and the ESPO loss in Megatron's schedule -> weights -> engine
 
-Left out on purpose: asynchronous rollouts, several engines.
+With ``rollout.max_staleness: 1`` the engine samples a step's batch while the step before is trained.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from megatron_espo.algo import group_advantages, overlong_penalty
 from megatron_espo.batch import ScoredGroups
-from megatron_espo.checkpoints import Checkpoints, write_status
+from megatron_espo.checkpoints import Checkpoints
 from megatron_espo.collect import Collector
 from megatron_espo.config import Config
 from megatron_espo.data.packing import TrainSequence
@@ -25,6 +25,7 @@ from megatron_espo.mcore.learner import Learner
 from megatron_espo.progress import Phases
 from megatron_espo.report import draw_learning_curve, write_summary
 from megatron_espo.reporter import Reporter
+from megatron_espo.status import reported
 from megatron_espo.stopping import Stopped, StopRequest
 from megatron_espo.weights.hf_io import save_hf
 from megatron_espo.weights.sync import NoSync, WeightSync
@@ -37,28 +38,21 @@ def train(config: Config) -> None:
     ``rollouts/``, ``status.json``, ``summary.json``, ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained model in ``hf/``.
     """
     hf_config = config.validate_model()
+    config.validate_router(hf_config)
     runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron), seed=config.run.seed)
-    write_status(config, runtime, "running")
-    try:
-        with Run(config, hf_config, runtime) as run:
-            for step in range(run.step + 1, config.run.steps + 1):
-                began = time.perf_counter()
-                at_step(step)
-                groups = run.collector.collect(step, run.phases, run.sync.recover)
-                advantages = advantages_of(groups, config)
-                sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
-                with run.phases.phase("train", step, config.run.steps) as on_progress:
-                    metrics = run.learner.update(sequences, on_progress)
-                with run.phases.phase("sync", step, config.run.steps):
-                    metrics |= run.sync.push(version=step)
-                run.finish_step(step, metrics, groups, advantages, began)
-            run.finish()
-        write_status(config, runtime, "done")
-    except Stopped as stopped:
-        write_status(config, runtime, "requeue", str(stopped))
-    except BaseException as error:
-        write_status(config, runtime, "failed", f"{type(error).__name__}: {error}")
-        raise
+    with reported(config, runtime) as beat, Run(config, hf_config, runtime, beat) as run:
+        for step in range(run.step + 1, config.run.steps + 1):
+            began = time.perf_counter()
+            at_step(step)
+            groups = run.collector.collect(step, run.phases, run.sync.recover)
+            run.collector.sample_ahead(step + 1)
+            advantages = advantages_of(groups, config)
+            sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
+            with run.phases.phase("train", step, config.run.steps) as on_progress:
+                metrics = run.learner.update(sequences, on_progress)
+            metrics |= run.push(version=step)
+            run.finish_step(step, metrics, groups, advantages, began)
+        run.finish()
     mcore_runtime.shutdown()
 
 
@@ -69,14 +63,14 @@ class Run:
         step: the last step that is trained, saved or not.
     """
 
-    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: mcore_runtime.Runtime) -> None:
+    def __init__(self, config: Config, hf_config: dict[str, Any], runtime: mcore_runtime.Runtime, beat: Callable[..., None]) -> None:
         self.config, self.hf_config, self.runtime = config, hf_config, runtime
         self.folder, self.started = Path(config.run.dir), time.perf_counter()
         self.stop = StopRequest(self.folder, config.run.max_seconds)
         self.checkpoints = Checkpoints(config)
         checkpoint = self.checkpoints.find()
         self.collector = Collector(config, hf_config, runtime, self.stop)
-        self.phases, self.step = Phases(runtime.is_main), 0
+        self.phases, self.step = Phases(runtime.is_main, beat), 0
         self.reporter = Reporter(config, hf_config, runtime, self.collector.tokenizer)
         self.say(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {self.folder / 'engine.log'}")
         try:
@@ -115,6 +109,15 @@ class Run:
         if kind is Stopped and self.checkpoints.due_at_stop(self.step):
             self._save()
 
+    def push(self, version: int) -> dict[str, float]:
+        """Give the engine the weights of ``version`` once it is free. Collective. A run that is to stop leaves it, and is stopped by ``finish_step``."""
+        try:
+            self.collector.settle(version, self.phases, self.sync.disconnect)
+        except Stopped:
+            return {}
+        with self.phases.phase("sync", version, self.config.run.steps):
+            return self.sync.push(version)
+
     def finish_step(self, step: int, metrics: dict[str, float], groups: ScoredGroups, advantages: torch.Tensor, began: float) -> None:
         """Count, report, and save where it is due. Collective. Raises Stopped, on all ranks, if one was asked to stop."""
         self.step = step
@@ -126,23 +129,21 @@ class Run:
         if reason:
             raise Stopped(reason)
         if self.checkpoints.due(step):
-            with self.phases.phase("checkpoint", step, self.config.run.steps):
-                self._save()
+            self._save()
 
     def _save(self) -> None:
-        path = self.checkpoints.save(
-            self.step,
-            self.learner,
-            {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)},
-        )
+        with self.phases.phase("checkpoint", self.step, self.config.run.steps):
+            state = {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)}
+            path = self.checkpoints.save(self.step, self.learner, state)
         self.collector.forget(self.step)
         self.say(f"saved {path}")
 
     def finish(self) -> None:
         """Export the model, write summary and picture. Collective."""
         if self.config.run.save_hf:
-            dtype = getattr(torch, self.config.model.dtype)
-            save_hf(self.learner.chunks, self.hf_config, self.folder / "hf", self.config.model.path, self.runtime.groups, dtype)
+            dtype, steps = getattr(torch, self.config.model.dtype), self.config.run.steps
+            with self.phases.phase("export", steps, steps):
+                save_hf(self.learner.chunks, self.hf_config, self.folder / "hf", self.config.model.path, self.runtime.groups, dtype)
         if self.runtime.is_main:
             seconds = time.perf_counter() - self.started
             summary = write_summary(self.folder, seconds=seconds, seed=self.config.run.seed)

@@ -51,7 +51,7 @@ def folder(tmp_path):
     sizes |= {"vocab_size": 32, "max_position_embeddings": 4096}
     (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
     (model / "tokenizer.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"\0" * 16)
+    (model / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")  # no tensors
     return tmp_path
 
 

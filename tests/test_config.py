@@ -229,7 +229,7 @@ BAD_TEXTS = {
         "got [1]",
     ),
     "empty file": ("# nothing\n", "run.yaml:1: the file is empty; model.path and data.prompts are required"),
-    "not YAML": (GOOD + "run: a: b\n", "run.yaml:5: not valid YAML: mapping values are not allowed here"),
+    "not YAML": (GOOD + "run: a: b\n", "run.yaml:5: not valid YAML: mapping values are not allowed here; a value with : # [ or { in it needs quotes"),
     "anchor in itself": ("a: &a [*a]\n", "run.yaml:1: not valid here: an anchor that contains itself"),
 }
 
@@ -249,7 +249,8 @@ BAD_OVERRIDES = {
     "steps=3": "override 'steps=3': expected section.key=value, got no section; did you mean \"run.steps\"?",
     "run.steps": "override 'run.steps': expected section.key=value",
     "run..steps=1": "override 'run..steps=1': expected section.key=value",
-    "run.name=[": "override 'run.name=[': not valid YAML: expected the node content, but found '<stream end>'",
+    "run.name=[": "override 'run.name=[': not valid YAML: expected the node content, but found '<stream end>'"
+    "; a value with : # [ or { in it needs quotes",
     "data.prompts.x=1": "override 'data.prompts.x=1': data.prompts is not a mapping, so x cannot be set in it",
 }
 
@@ -283,7 +284,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot read the configuration file: Is a directory"):
         load_config(str(tmp_path), [])
     (tmp_path / "latin1.yaml").write_bytes(b"run: {name: \xe9}")
-    with pytest.raises(InputError, match="expected UTF-8 text, got byte 0xe9"):
+    with pytest.raises(InputError, match="latin1.yaml:1: expected UTF-8 text, got byte 0xe9"):
         load_config(str(tmp_path / "latin1.yaml"), [])
 
 

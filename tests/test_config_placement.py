@@ -179,10 +179,10 @@ def test_a_model_folder_is_complete_or_refused(tmp_path, monkeypatch):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (folder / "config.json").write_text("[1]")
     assert "found a Git LFS pointer" in told()
-    (folder / "model.safetensors").write_bytes(b"\0" * 16)
-    assert "expected a JSON object in model/config.json: got a JSON list" in told()
+    (folder / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")  # no tensors
+    assert "expected a JSON object in model/config.json, got a JSON list" in told()
     (folder / "config.json").write_text("{")
-    assert "expected a JSON object in model/config.json: Expecting property name" in told()
+    assert "expected a JSON object in model/config.json, got JSONDecodeError (Expecting property name" in told()
     (folder / "config.json").write_text(json.dumps(HF))
     assert config.validate_model() == HF
     (folder / "tokenizer.json").rename(folder / "spm.model")
@@ -195,9 +195,9 @@ def test_a_missing_prompt_file_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match="override 'data.prompts=questions.jsonl': data.prompts: expected a readable file"
     ):
-        config.validate_data()
+        config.validate_paths()
     (tmp_path / "questions.jsonl").write_text("{}\n")
-    config.validate_data()
+    config.validate_paths()
 
 
 def test_the_head_needs_memory_for_one_token(tmp_path, monkeypatch):

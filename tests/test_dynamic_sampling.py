@@ -1,6 +1,7 @@
 """Prompts whose rewards are all equal give way to others, and every prompt is judged as it was sampled."""
 
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,9 @@ from megatron_espo.collect import Collector
 from megatron_espo.config import Algorithm, Reward, Rollout, Run
 from megatron_espo.errors import InputError
 from megatron_espo.ledger import Ledger
+from megatron_espo.lengths import LengthEstimates
 from megatron_espo.progress import Phases
+from megatron_espo.rewards import RewardPool
 from megatron_espo.trainer import advantages_of, train_sequences
 from megatron_espo.types import Prompt
 from megatron_espo.types import Rollout as Sample
@@ -24,6 +27,23 @@ def make_sample(number: int, length: int = 2) -> Sample:
     return Sample(prompt, (2,) * length, (-1.0,) * length, "length" if length > 3 else "stop", 0, f"{number}")
 
 
+class FakeRewards(RewardPool):
+    """A pool without workers, whose items are judged together when all of them are there."""
+
+    def __init__(self, score):
+        super().__init__(Reward())
+        self.judge = score
+
+    @contextmanager
+    def scoring(self):
+        items = {}
+        yield SimpleNamespace(
+            add=lambda number, prompt, text: items.setdefault(number, (prompt, text)),
+            pump=lambda: 0,
+            finish=lambda on_progress: self.judge([items[i] for i in range(len(items))], on_progress),
+        )
+
+
 def collector(rounds: int, rewards=REWARDS) -> tuple[Collector, list]:
     """A collector over numbered prompts whose engine and verifier are these few lines."""
     made, calls = Collector.__new__(Collector), []
@@ -33,16 +53,19 @@ def collector(rounds: int, rewards=REWARDS) -> tuple[Collector, list]:
         calls.append((seed, list(prompts)))
         return [[make_sample(p)] * group_size for p in prompts]
 
+    made._lengths = LengthEstimates()
+
     def score(items, on_progress):
         numbers = [int(prompt.id) for prompt, _ in items]
         return [rewards[n][i % 2] for i, n in enumerate(numbers)]
 
     made.config = SimpleNamespace(
-        rollout=Rollout(prompts_per_step=3, group_size=2, max_resampling_rounds=rounds), run=Run(steps=9, seed=1)
+        rollout=Rollout(prompts_per_step=3, group_size=2, max_resampling_rounds=rounds), run=Run(steps=9, seed=1), reward=Reward()
     )
     made._stop = SimpleNamespace(check=lambda: None)
     made._stream = SimpleNamespace(take=lambda n: [next(stream) for _ in range(n)])
-    made.engine, made._rewards = SimpleNamespace(generate=generate), SimpleNamespace(score=score, last_failure="boom")
+    made.engine, made._rewards = SimpleNamespace(generate=generate), FakeRewards(score)
+    made._rewards.last_failure = "boom"
     return made, calls
 
 
@@ -69,7 +92,7 @@ def test_equal_groups_are_replaced(rounds, kept, asked):
 
 def test_a_batch_in_which_every_verifier_failed_ends_the_run():
     made, _ = collector(0, {n: [math.nan, math.nan] for n in range(3)})
-    with pytest.raises(InputError, match="all 6 of step 1 failed; the last one: boom"):
+    with pytest.raises(InputError, match="6 of 6 of step 1 failed.*the last one: boom"):
         made._sample_and_judge(1, Phases(draw=False))
 
 

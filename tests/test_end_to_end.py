@@ -103,7 +103,10 @@ def test_experts_reach_the_engine_every_step(folder):
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     save_tiny_model(folder / "moe", "qwen3_moe", **experts)
     layout = ["megatron.tensor_model_parallel_size=1", "megatron.expert_model_parallel_size=2"]
-    done = run_training(folder, *layout, f"model.path={folder / 'moe'}", f"run.dir={folder / 'moe_run'}", "run.steps=4")
+    layout += [f"model.path={folder / 'moe'}", f"run.dir={folder / 'moe_run'}", "run.steps=4"]
+    refused = run_training(folder, *layout)
+    assert refused.returncode != 0 and "rollout.allow_router_mismatch: expected true for a model with experts" in refused.stderr
+    done = run_training(folder, *layout, "rollout.allow_router_mismatch=true")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (folder / "moe_run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [line["mismatch/logprob_gap_mean"] for line in lines if line["rollout/with_advantage"]]

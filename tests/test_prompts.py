@@ -126,7 +126,7 @@ def test_parquet_equals_jsonl(tmp_path):
     with pytest.raises(InputError, match="expected the columns prompt and answer, got question, answer"):
         read_rows(str(tmp_path / "columns.parquet"), {}, 0)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(InputError, match="broken.parquet: not a readable Parquet file"):
+    with pytest.raises(InputError, match="broken.parquet: expected a Parquet file"):
         read_rows(str(tmp_path / "broken.parquet"), {}, 0)
 
 
@@ -136,8 +136,8 @@ def test_parquet_equals_jsonl(tmp_path):
         ('{"prompt": "x", ', "expected one JSON object in UTF-8, got"),
         ("[" * 100_000, "expected one JSON object"),
         ("[1, 2]", "expected an object with prompt and answer, got list"),
-        ({"prompt": "x"}, "answer: missing; got the keys prompt"),
-        ({"answer": "x"}, "prompt: missing; got the keys answer"),
+        ({"prompt": "x"}, "answer: expected this key, got prompt"),
+        ({"answer": "x"}, "prompt: expected this key, got answer"),
         ({"prompt": "x", "answer": 42}, "answer: expected text, got int 42"),
         ({"prompt": "x", "answer": None}, "answer: expected text, got NoneType"),
         ({"prompt": " ", "answer": "x"}, "prompt: expected text, got an empty one"),
@@ -167,7 +167,7 @@ def test_ten_problems_are_shown_and_all_are_counted(tmp_path):
     source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}] * 25)
     with pytest.raises(InputError, match="25 problems") as error:
         read_rows(str(source), {}, 0)
-    shown = [line for line in str(error.value).splitlines() if "answer: missing" in line]
+    shown = [line for line in str(error.value).splitlines() if "answer: expected this key" in line]
     assert len(shown) == 10 and ":10: " in shown[-1] and "and 15 more" in str(error.value)
 
 
@@ -176,7 +176,7 @@ def test_bad_sources(tmp_path):
     for source, args, message in [
         (tmp_path / "absent.jsonl", {}, "no such file: .*absent.jsonl"),
         (tmp_path / "p.csv", {}, r"expected reasoning_gym:<task>, \*.jsonl or \*.parquet"),
-        (tmp_path / "empty.jsonl", {}, "no rows"),
+        (tmp_path / "empty.jsonl", {}, "expected at least one row"),
         (tmp_path / "empty.jsonl", {"size": 3}, "task_args: only for reasoning_gym"),
         ("reasoning_gym:chain_sun", {}, "unknown reasoning-gym task 'chain_sun'; did you mean chain_sum"),
         ("reasoning_gym:chain_sum", {"max_term": 3}, "task_args.max_term: not an arg.*did you mean max_terms"),
@@ -199,7 +199,7 @@ def test_token_ids_outside_the_model_are_refused(tmp_path, plain):
     small = SimpleNamespace(
         vocab_size=100, has_chat_template=False, encode_prompt=plain.encode_prompt, render=plain.render
     )
-    with pytest.raises(InputError, match="p.jsonl:1: expected token ids below 100, got id"):
+    with pytest.raises(InputError, match="p.jsonl:1: expected token ids below 100, the model's vocab_size, got id"):
         stream(numbered(tmp_path / "p.jsonl", 1), small)
 
 

@@ -57,3 +57,8 @@ def test_tied_pipelines_go_on_in_their_own_layout_only(folder, tmp_path):
         checkpoint=str(tmp_path / "0"), expected="", layouts=[TP2],
     )  # fmt: skip
     assert "can be loaded in the layout that wrote it only" in refusal and "pipeline_model_parallel_size 1 (checkpoint: 2)" in refusal
+
+
+def test_random_number_states_are_restored(tmp_path):
+    """Megatron's tracker (which differs between tensor-parallel ranks), torch's, Python's and NumPy's."""
+    assert run_ranks(2, "tests.ranks.resume:check_rng", folder=str(tmp_path)) == [True, True, True]

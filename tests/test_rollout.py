@@ -100,6 +100,20 @@ def assert_serves(engine, model, atol=1e-4):
 # -- one engine: stale, synced, synced again, broken, restarted ----------------------------------------------------
 
 
+def test_engine_listens_to_this_machine_only(engine):
+    inodes = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == engine.pid:
+                inodes |= {os.readlink(fd).removeprefix("socket:[").rstrip("]") for fd in (process / "fd").iterdir()}
+        except OSError:
+            pass
+    for table, loopback in (("tcp", "0100007F"), ("tcp6", "01000000".rjust(32, "0"))):
+        rows = [line.split() for line in Path("/proc/net", table).read_text().splitlines()[1:]]
+        addresses = {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}  # 0A: listening
+        assert addresses <= {loopback}
+
+
 def test_unsynced_engine_serves_nothing(engine):
     assert engine.state == "stale" and engine.policy_version is None and engine.max_model_len == 128
     for call in (lambda: engine.generate(make_prompts(), 1), lambda: engine.logprobs([(5, 6)])):
@@ -188,7 +202,30 @@ def test_hung_engine_is_named_within_its_timeout(folder, engine):
     object.__setattr__(engine.config, "timeout_s", 1.0)
     with pytest.raises(EngineError, match=r"logprobs: the rollout engine gave no news for 1 s(.|\n)*engine.log"):
         engine.logprobs([(5, 6)])
-    assert engine.state == "dead" 
+    assert engine.state == "dead"
+
+
+def test_lost_reply_is_asked_for_once_more(engine, folder, monkeypatch, caplog):
+    monkeypatch.setenv("MEGATRON_ESPO_FAULT", "reply:0:0:lose")
+    object.__setattr__(engine.config, "timeout_s", 10.0)
+    engine.restart().wait_ready()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    push_weights(connect(engine, model), engine, 9)
+    with_loss, without = (engine.generate(make_prompts(), 2, seed=3) for _ in range(2))
+    assert with_loss == without and "1 of 12 responses never came back (prompt 'p0')" in caplog.text
+    monkeypatch.setattr(engine, "_call", lambda method, requests, *_, **__: [None] * len(requests))
+    with pytest.raises(EngineError, match="lost the responses to 2 prompts twice: p0, p1"):
+        engine.generate(make_prompts(2), 3, seed=3)
+
+
+def test_engine_killed_while_it_samples_is_an_error_at_once(engine):
+    def kill(done, total):
+        os.killpg(engine.pid, signal.SIGKILL)
+
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"generate: the rollout engine has died(.|\n)*engine.log"):
+        engine.generate(make_prompts(), 8, on_progress=kill)
+    assert engine.state == "dead" and time.monotonic() - began < 5
 
 
 # -- children that never get as far as a model ----------------------------------------------------------------------
@@ -204,13 +241,17 @@ def test_killed_child_is_an_error_at_once(folder, tmp_path):
     engine.close()
 
 
-def test_error_of_the_child_arrives_with_its_log(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchModel"]}')
+def test_error_of_the_child_arrives_with_its_log_and_code_in_the_folder_never_runs(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["NoSuchModel"], "auto_map": {"AutoModel": "code.Model", "AutoModelForCausalLM": "code.Model"}}'
+    )
+    (tmp_path / "code.py").write_text(f"from pathlib import Path; Path({str(tmp_path / 'ran')!r}).touch()")
     with Engine(engine_config(tmp_path, tmp_path / "engine.log"), decode=str) as engine:
         with pytest.raises(
             EngineError, match=r"start: the rollout engine failed(.|\n)*NoSuchModel(.|\n)*Last lines of"
         ):
             engine.start().wait_ready()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_child_dies_with_its_killed_owner(folder, tmp_path):
@@ -311,11 +352,12 @@ def test_child_environment_is_free_of_the_launcher(monkeypatch, folder, tmp_path
     for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "77")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     environment = child_environment(engine_config(folder, tmp_path / "log", visible_devices="3"))
     assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_RANK"} & set(environment)
     threads = environment.get("OMP_NUM_THREADS")
     assert threads == (None if torch.cuda.is_available() else str(len(os.sched_getaffinity(0))))
-    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3" and environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
 def test_vllm_is_not_imported_early():

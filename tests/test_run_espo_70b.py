@@ -25,11 +25,12 @@ MODELS = {
     "qwen2.5_72b": LLAMA
     | {"architectures": ["Qwen2ForCausalLM"], "intermediate_size": 29568, "vocab_size": 152064}
     | {"max_position_embeddings": 32768},
-    "qwen3_4b": QWEN3 | {"intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-    "qwen3_14b": QWEN3 | {"intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "qwen3_4b": QWEN3
+    | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": True},
+    "qwen3_14b": QWEN3 | {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40},
     "qwen3_30b_a3b": QWEN3
-    | {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 48, "num_attention_heads": 32}
-    | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    | {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}
+    | {"num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
 }
 
 
@@ -119,7 +120,7 @@ def test_rehearsal_starts_anew_after_a_finished_one_and_goes_on_with_a_stopped_o
     Path(RUN_DIR).mkdir(parents=True)
     Path(RUN_DIR, "status.json").write_text(json.dumps({"state": state, "why": None}))
     Path("start").mkdir()
-    assert f"run.dir={RUN_DIR}" in prepare("start")
+    assert f"run.dir={RUN_DIR}" in prepare(str(CONFIGS[0]), "start")
     assert Path(RUN_DIR).exists() == kept and len(list(Path(RUN_DIR).parent.iterdir())) == 1
 
 

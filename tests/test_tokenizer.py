@@ -104,7 +104,7 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(InputError, match="broken.model is not a readable SentencePiece"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="cannot be loaded by transformers"):
+    with pytest.raises(InputError, match="that transformers can load, got"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: not readable JSON"):

@@ -41,10 +41,10 @@ def overlong_penalty(lengths: Tensor, *, max_tokens: int, buffer_tokens: int, fa
     """DAPO's soft overlong penalty: 0 up to ``max_tokens - buffer_tokens``, falling to ``-factor`` at ``max_tokens``.
 
     Args:
-        lengths: response tokens, any shape.
+        lengths: response tokens, any shape, at most ``max_tokens``.
 
     Returns:
         What is added to the rewards, of the same shape, float32.
     """
-    beyond = (lengths - (max_tokens - buffer_tokens)).clamp(min=0, max=buffer_tokens)
+    beyond = (lengths - (max_tokens - buffer_tokens)).clamp(min=0)
     return -factor * beyond.float() / buffer_tokens

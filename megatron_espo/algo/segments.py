@@ -103,8 +103,8 @@ def annotate(
     objective = OBJECTIVES[algorithm.objective]
     response, _ = _response_index(lengths)
     group = entropy_groups(entropy, lengths, tuple(algorithm.quantiles))
-    key = {"entropy": response * (len(algorithm.quantiles) + 1) + group, "response": response}
-    key = key.get(objective.segments, torch.arange(entropy.numel(), device=entropy.device))
+    keys = {"entropy": response * (len(algorithm.quantiles) + 1) + group, "response": response}
+    key = keys.get(objective.segments, torch.arange(entropy.numel(), device=entropy.device))
     _, segment, size = torch.unique(key, return_inverse=True, return_counts=True)
 
     if objective.segments == "entropy":

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from typing import Any
 
 from pydantic import ValidationError
@@ -43,13 +44,14 @@ def _read(path: str) -> tuple[dict[str, Any], Places]:
         with open(path, encoding="utf-8") as stream:
             tree, lines = yaml_source.parse(stream.read())
     except FileNotFoundError:
-        raise InputError(f"{path}: expected a YAML configuration file, found none") from None
+        raise InputError(f"{path}: expected a YAML configuration file, found none in {os.getcwd()}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration file: {error.strerror}") from None
     except yaml_source.YamlError as error:
         raise InputError("\n".join(f"{path}:{line}: {message}" for line, message in error.problems)) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: expected UTF-8 text, got byte {error.object[error.start]:#04x}; save it as UTF-8") from None
     if tree is None:
         raise InputError(f"{path}:1: the file is empty; model.path and data.prompts are required")
     if not isinstance(tree, dict):
@@ -115,17 +117,17 @@ def _name(location: yaml_source.Path) -> str:
 
 
 def _expected(location: yaml_source.Path) -> str:
-    section = sections()[location[0]]
+    section = sections()[str(location[0])]
     if len(location) == 1:
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         return "a mapping of keys" + (f" with {', '.join(required)}" if required else "")
-    field = section.model_fields[location[1]]
+    field = section.model_fields[str(location[1])]
     return item_expectation(field) if len(location) > 2 else expectation(field)
 
 
 def _suggest(location: yaml_source.Path) -> str:
     if len(location) > 1:
-        return _suggest_key(location[0], str(location[1]))
+        return _suggest_key(str(location[0]), str(location[1]))
     name = str(location[0])
     if close := difflib.get_close_matches(name, sections(), n=1):
         return f'; did you mean "{close[0]}"?'

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_espo.config import model_folder
 from megatron_espo.config.experts import Experts, read_experts
 from megatron_espo.errors import InputError
 
@@ -30,12 +32,6 @@ SIZES = (
     "max_position_embeddings",
 )
 EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-# One of these sets of files makes a tokenizer.
-TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-NO_HUB = (
-    "models are never looked up on a hub; download it once where there is a network "
-    "(`hf download <owner>/<name> --local-dir <folder>`) and give the folder (relative to the current directory)"
-)
 
 
 def _refuse(config: "Config", problems: Iterator[tuple[str, str]]) -> None:
@@ -68,6 +64,13 @@ def validate_world_size(config: "Config", world_size: int) -> int:
             )
             return
         yield from _expert_rank_problems(m, dp)
+        engines, each = config.rollout.engines, config.rollout.tensor_parallel_size
+        if world_size % engines or (engines > 1 and engines * each > world_size):
+            yield (
+                "rollout.engines",
+                f"expected a divisor of the {world_size} ranks with engines x rollout.tensor_parallel_size <= {world_size} "
+                f"(engines do not share GPUs with each other), got {engines} x {each}",
+            )
         batch = config.rollout.prompts_per_step * config.rollout.group_size
         needed = dp * config.algorithm.num_mini_batches
         if batch < needed:
@@ -103,7 +106,7 @@ def _expert_rank_problems(m: Any, dp: int) -> Iterator[tuple[str, str]]:
 def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
     """The model's Hugging Face config, once layout, lengths and (if it is read here) files fit; or InputError."""
     if hf_config is None:
-        _refuse(config, _folder_problems(config))
+        _refuse(config, model_folder.problems(config))
         hf_config = read_hf_config(config)
     architectures = hf_config.get("architectures") or ["(none named)"]
     if architectures[0] not in ARCHITECTURES:
@@ -121,12 +124,37 @@ def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) ->
     return hf_config
 
 
-def validate_prompt_file(config: "Config") -> None:
-    """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
+def validate_router(config: "Config", hf_config: dict[str, Any]) -> None:
+    """InputError for a mixture of experts, unless ``rollout.allow_router_mismatch``."""
+    if read_experts(hf_config) and not config.rollout.allow_router_mismatch:
+        message = (
+            "expected true for a model with experts, got false: rounding makes engine and trainer send some tokens to different "
+            "experts, whose importance ratios are then wrong, and large models have collapsed of it; the engine's choices are not "
+            "replayed. Set it to true and algorithm.rollout_correction to token, and watch mismatch/logprob_gap_max; "
+            "float32 engines and trainers hardly differ"
+        )
+        _refuse(config, iter([("rollout.allow_router_mismatch", message)]))
+
+
+def validate_paths(config: "Config") -> None:
+    """InputError where ``run.dir`` cannot be written, ``run.replay`` holds no rollouts, or a prompt file cannot be read."""
+    _refuse(config, _path_problems(config))
+
+
+def _path_problems(config: "Config") -> Iterator[tuple[str, str]]:
     for key, prompts in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts or "reasoning_gym:")):
         if not prompts.startswith("reasoning_gym:") and not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
-            message = f'expected a readable file (relative to the current directory, {os.getcwd()}), got "{prompts}"'
-            _refuse(config, iter([(key, message)]))
+            yield key, f'expected a readable file (relative to the current directory, {os.getcwd()}), got "{prompts}"'
+    replay = config.run.replay
+    if replay and not any(Path(replay).glob("step_*.json.gz")):
+        message = f'expected the rollouts folder of another run (step_000001.json.gz ...), got "{replay}"'
+        yield "run.replay", f"{message}; a run keeps all of its rollouts with run.keep_rollouts=true"
+    try:
+        os.makedirs(config.run.dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.run.dir):
+            pass
+    except OSError as error:
+        yield "run.dir", f'expected a folder that can be made and written to, got "{config.run.dir}" ({error.strerror})'
 
 
 def read_hf_config(config: "Config") -> dict[str, Any]:
@@ -136,41 +164,11 @@ def read_hf_config(config: "Config") -> dict[str, Any]:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(loaded, dict):
             return loaded
-        reason = f"got a JSON {type(loaded).__name__}"
+        reason = f"a JSON {type(loaded).__name__}"
     except (OSError, ValueError) as error:
-        reason = str(error)
-    _refuse(config, iter([("model.path", f"expected a JSON object in {path}: {reason}")]))
+        reason = f"{type(error).__name__} ({error})"
+    _refuse(config, iter([("model.path", f"expected a JSON object in {path}, got {reason}; fetch it again")]))
     raise AssertionError("unreachable")
-
-
-def _folder_problems(config: "Config") -> Iterator[tuple[str, str]]:
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        found = "a file" if folder.is_file() else "nothing"
-        yield "model.path", f'expected a model folder, found {found} at "{folder}" (in {os.getcwd()}); {NO_HUB}'
-        return
-    if not (folder / "config.json").is_file():
-        yield "model.path", f'expected config.json in "{folder}", found none; {NO_HUB}'
-    weights = list(folder.glob("*.safetensors"))
-    if not weights:
-        yield (
-            "model.path",
-            f'expected *.safetensors in "{folder}", found none; other formats are converted by '
-            "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)`",
-        )
-    for file in sorted(weights):
-        with file.open("rb") as stream:
-            if stream.read(8) == b"version ":
-                yield "model.path", f"expected weights in {file}, found a Git LFS pointer; run `git lfs pull` there"
-    tokenizer = Path(config.model.tokenizer or config.model.path)
-    key = "model.tokenizer" if config.model.tokenizer else "model.path"
-    is_file_set = any(all((tokenizer / name).is_file() for name in names) for names in TOKENIZER_FILES)
-    if not is_file_set and not (tokenizer.is_file() and tokenizer.suffix == ".model"):
-        yield (
-            key,
-            f'expected tokenizer files in "{tokenizer}" ({" or ".join(" + ".join(n) for n in TOKENIZER_FILES)}), '
-            "found none; set model.tokenizer to a folder that has them, or to a SentencePiece *.model file",
-        )
 
 
 def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -207,7 +205,7 @@ def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str
             f"expected a divisor of the model's {heads} attention heads, got {config.rollout.tensor_parallel_size}",
         )
     if hf.get("quantization_config"):
-        yield "model.path", "expected unquantised weights, got a quantization_config in config.json"
+        yield "model.path", "expected unquantised weights, got a quantization_config in config.json; use the model in bfloat16"
 
 
 def _expert_problems(m: Any, experts: Experts | None, architecture: str) -> Iterator[tuple[str, str]]:

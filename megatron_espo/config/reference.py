@@ -1,4 +1,4 @@
-"""Every setting in words: for ``--help``, and for the "expected ..." part of error messages."""
+"""Every setting in words: for ``--help``, for ``docs/configuration.md``, and for the "expected ..." part of error messages."""
 
 import json
 import textwrap
@@ -22,7 +22,7 @@ _PLAIN = {
 
 def sections() -> dict[str, type[BaseModel]]:
     """Section name to its model, in the order of the reference."""
-    return {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
 
 
 def expectation(field: FieldInfo) -> str:
@@ -65,6 +65,24 @@ def render_reference(width: int = 100) -> str:
                 textwrap.fill(field.description or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
             )
     return "\n".join(blocks)
+
+
+def render_markdown() -> str:
+    """``docs/configuration.md``: every field, a table for each section."""
+    blocks = [
+        "# Configuration\n",
+        "<!-- Written by `bash tools/docs.sh` from megatron_espo/config; change it there. -->\n",
+        "A run's settings are a YAML file of these sections; `section.key=value` on the command line wins over it. Unknown keys, wrong types and",
+        "settings that contradict each other are errors before anything is loaded.",
+    ]
+    for section, model in sections().items():
+        rows = [
+            f"| `{key}` | {expectation(field)} | {'required' if field.is_required() else f'`{_default(field)}`'} | {field.description} |"
+            for key, field in model.model_fields.items()
+        ]
+        blocks += [f"\n## {section}\n", f"{model.__doc__}\n", "| key | value | default | what |", "|---|---|---|---|"]
+        blocks += [row.replace("<", "&lt;") for row in rows]
+    return "\n".join(blocks) + "\n"
 
 
 def _default(field: FieldInfo) -> str:

@@ -98,6 +98,8 @@ def rollout(c: "schema.Rollout") -> Problems:
             yield "top_p", f"expected 1.0 (off), got {c.top_p:g}; {way_out}"
         if c.top_k > 0:
             yield "top_k", f"expected 0 or -1 (off), got {c.top_k}; {way_out}"
+    if c.engines > 1 and c.transport in ("nccl_m2n", "sharded_rdt"):
+        yield "engines", f"expected 1 with transport {c.transport} (it has one meeting of all ranks with one engine), got {c.engines}; or take nccl or ipc"
     if c.max_model_len is not None and c.max_response_tokens >= c.max_model_len:
         yield (
             "max_response_tokens",
@@ -141,6 +143,12 @@ def across_sections(c: "schema.Config") -> Problems:
             "algorithm.num_mini_batches",
             f"expected a divisor of rollout.prompts_per_step = {c.rollout.prompts_per_step} (a mini-batch holds whole "
             f"groups), got {c.algorithm.num_mini_batches}",
+        )
+    if c.rollout.max_staleness and c.algorithm.rollout_correction not in ("token", "sequence"):
+        yield (
+            "algorithm.rollout_correction",
+            f"expected token or sequence with rollout.max_staleness {c.rollout.max_staleness} (the rollouts are an older policy's, "
+            f"which the weights then correct), got {c.algorithm.rollout_correction}",
         )
     buffer = c.reward.overlong_buffer_tokens
     if buffer is not None and buffer > c.rollout.max_response_tokens:

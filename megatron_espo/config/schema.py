@@ -51,6 +51,18 @@ class Run(Section):
         gt=0,
         description="Save and end after so many seconds, counted from the start of the Slurm job where there is one.",
     )
+    watchdog_s: float = Field(
+        900.0,
+        gt=0,
+        lt=1800,
+        description="Seconds in which no rank makes progress before the rank that stands still is named and the run ends.",
+    )
+    agree_every: int = Field(
+        10,
+        ge=0,
+        description="Steps between comparisons of the weights of ranks that hold the same ones (a step's data and gradient norm are compared "
+        "every step); 0: none.",
+    )
     save_hf: bool = Field(
         True, description="Export the final model to <run.dir>/hf in Hugging Face format; false saves disk and time."
     )
@@ -169,6 +181,10 @@ class Optimizer(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
     adam_eps: float = Field(1e-8, gt=0, description="Added to the denominator of Adam's update.")
+    spike_factor: float | None = Field(
+        None, gt=1, description="Skip an update whose gradient norm is above so many times the recent median; null: none is skipped."
+    )
+    spike_window: int = Field(50, ge=1, description="Latest gradient norms in that median; the guard begins after 10, or so many if fewer.")
     clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm (L2); 0 turns clipping off.")
     use_distributed_optimizer: bool = Field(
         True, description="Shard optimizer states over the data-parallel ranks: 12 bytes a parameter / DP."
@@ -256,6 +272,11 @@ class Rollout(Section):
     allow_truncated_sampling: bool = Field(
         False, description="Accept top_p < 1 or top_k > 0 although importance ratios are then biased."
     )
+    allow_router_mismatch: bool = Field(
+        False,
+        description="Train a mixture of experts although engine and trainer each choose a token's experts for themselves, and "
+        "now and then differ (there is no router replay).",
+    )
     max_response_tokens: int = Field(
         2048, ge=1, description="Longest response, in tokens (paper: 16384); longer ones are cut and counted."
     )
@@ -272,6 +293,12 @@ class Rollout(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
+    )
+    engines: int = Field(
+        1,
+        ge=1,
+        description="Engines, spread evenly over the trainer's ranks: every (world size / engines)-th has one as "
+        "its child. On GPUs: one a node, or more.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
     transport: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
@@ -300,6 +327,18 @@ class Rollout(Section):
         0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
     )
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
+    longest_first: bool = Field(
+        False,
+        description="Give the engine those prompts first whose responses were longest when they were last sampled, new prompts "
+        "before all: fewer long responses are left alone at a batch's end. The same responses come of it.",
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: sample the next batch while this one is trained, with weights one version older (needs "
+        "algorithm.rollout_correction token or sequence); 0: wait for each other.",
+    )
     timeout_s: float = Field(
         900.0,
         gt=0,
@@ -307,6 +346,9 @@ class Rollout(Section):
     )
     log_prob_gap_warn: float = Field(
         0.05, gt=0, description="Warn above this mean |engine - trainer| log-prob difference, in nats a token."
+    )
+    log_prob_gap_stop: float | None = Field(
+        None, gt=0, description="End the run above this mean difference, before its step is saved; null: never."
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -346,6 +388,10 @@ class Config(Section):
         """
         return placement.validate_model(self, hf_config)
 
-    def validate_data(self) -> None:
-        """InputError where ``data.prompts`` or ``eval.prompts`` names a file that cannot be read."""
-        placement.validate_prompt_file(self)
+    def validate_router(self, hf_config: dict[str, Any]) -> None:
+        """InputError for a mixture of experts whose router would not be replayed, unless that is allowed."""
+        placement.validate_router(self, hf_config)
+
+    def validate_paths(self) -> None:
+        """InputError where ``run.dir`` cannot be written, ``run.replay`` holds no rollouts, or a prompt file cannot be read."""
+        placement.validate_paths(self)

@@ -57,8 +57,27 @@ class Reward(Section):
         min_length=1,
         description="auto (fits data.prompts), reasoning_gym, math_verify, or your module:function.",
     )
+    overlap: bool = Field(
+        False, description="Judge responses while others are still sampled, for verifiers that take long; they share the engine's host."
+    )
     timeout_s: float = Field(
         10.0, gt=0, description="Seconds for one response; then the verifier is killed and the response left out."
+    )
+    cpu_seconds: float | None = Field(
+        None, gt=0, description="Processor seconds for one response, in whole seconds; null: timeout_s."
+    )
+    memory_gib: float = Field(4.0, gt=0, description="Most memory of one verifier process, in GiB.")
+    file_mib: int = Field(64, ge=1, description="Longest file that a verifier may write, in MiB.")
+    isolate: bool = Field(
+        True,
+        description="Verifiers have no network, write to a temporary folder only (their working directory and home), and leave no process "
+        "behind, where the kernel grants it; false for one that asks a server.",
+    )
+    environment: tuple[str, ...] = Field(
+        (), strict=False, description="Environment variables that verifiers see, such as the key of a server; the others stay hidden."
+    )
+    max_failed: float = Field(
+        0.5, ge=0, le=1, description="Largest share of a step's responses that may go unjudged (no advantage, no gradient) before the run ends."
     )
     overlong_buffer_tokens: int | None = Field(
         None,

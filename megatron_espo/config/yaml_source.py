@@ -50,7 +50,7 @@ def parse(text: str) -> tuple[Any, dict[Path, int]]:
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise YamlError([(mark.line + 1 if mark else 1, f"not valid YAML: {error.problem or error.context}")]) from None
+        raise YamlError([(mark.line + 1 if mark else 1, f"not valid YAML: {error.problem or error.context}; a value with : # [ or {{ in it needs quotes")]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, YamlError):
             raise

@@ -118,7 +118,7 @@ class PromptStream:
                 continue
             if not token_ids or max(token_ids) >= self._tokenizer.vocab_size:
                 got = f"id {max(token_ids)}" if token_ids else "none"
-                problems.add(row.where, f"expected token ids below {self._tokenizer.vocab_size}, got {got}")
+                problems.add(row.where, f"expected token ids below {self._tokenizer.vocab_size}, the model's vocab_size, got {got}; is the tokenizer another model's?")
             elif len(token_ids) + max_response_tokens > max_model_len:
                 problems.add(
                     row.where,

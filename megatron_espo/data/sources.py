@@ -90,7 +90,7 @@ def read_rows(prompts: str, task_args: dict[str, Any], seed: int) -> list[Row]:
         rows.append(row)
     problems.raise_if_any(str(path))
     if not rows:
-        raise InputError(f"{path}: no rows")
+        raise InputError(f"{path}: expected at least one row, found none")
     return rows
 
 
@@ -125,7 +125,7 @@ def _parquet_records(path: Path, problems: Problems) -> Iterator[tuple[str, int,
                     number += 1
                     yield f"{path}:row {number}", number, record
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from error
+        raise InputError(f"{path}: expected a Parquet file, got one that cannot be read ({error}); write it again") from error
 
 
 def _check_record(where: str, default_id: str, record: Any, problems: Problems) -> Row | None:
@@ -136,7 +136,7 @@ def _check_record(where: str, default_id: str, record: Any, problems: Problems) 
     before = problems.count
     for name in ("prompt", "answer"):
         if name not in record:
-            problems.add(where, f"{name}: missing; got the keys {', '.join(record) or 'none'}")
+            problems.add(where, f"{name}: expected this key, got {', '.join(record) or 'none'}; rename or add it")
     if "prompt" in record:
         _check_prompt(where, record["prompt"], problems)
     if "answer" in record and not isinstance(record["answer"], str):

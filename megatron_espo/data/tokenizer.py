@@ -73,10 +73,12 @@ class HuggingFaceTokenizer:
             # trust_remote_code=False refuses at once; left out, transformers asks on standard input.
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever the broken file led it to
-            raise InputError(f"tokenizer: {folder} cannot be loaded by transformers: {error}") from error
+            raise InputError(
+                f"tokenizer: expected files in {folder} that transformers can load, got {type(error).__name__}: {error}; fetch them again"
+            ) from error
         own = self._tokenizer.eos_token_id
-        self.eos_ids = _require_eos(eos_ids | (frozenset() if own is None else {own}), folder)
         self.vocab_size = vocab_size or len(self._tokenizer)
+        self.eos_ids = _require_eos(eos_ids | (frozenset() if own is None else {own}), self.vocab_size, folder)
         self.has_chat_template = bool(self._tokenizer.chat_template)
 
     def render(self, prompt: str | Messages) -> str:
@@ -113,8 +115,8 @@ class SentencePieceTokenizer:
             raise InputError(f"tokenizer: {file} is not a readable SentencePiece model: {error}") from error
         own, bos = self._processor.eos_id(), self._processor.bos_id()
         self._prefix = [bos] if bos >= 0 else []
-        self.eos_ids = _require_eos(eos_ids | ({own} if own >= 0 else frozenset()), file)
         self.vocab_size = vocab_size or self._processor.vocab_size()
+        self.eos_ids = _require_eos(eos_ids | ({own} if own >= 0 else frozenset()), self.vocab_size, file)
 
     def render(self, prompt: str | Messages) -> str:
         if not isinstance(prompt, str):
@@ -168,10 +170,15 @@ def _declared_eos(config: dict[str, Any]) -> frozenset[int]:
     return frozenset(declared if isinstance(declared, list) else [declared])
 
 
-def _require_eos(eos_ids: frozenset[int], where: Path) -> frozenset[int]:
+def _require_eos(eos_ids: frozenset[int], vocab_size: int, where: Path) -> frozenset[int]:
     if not eos_ids:
         raise InputError(
             f"tokenizer: {where} declares no end-of-sequence token, so no response would ever end;"
             " set eos_token_id in the model folder's generation_config.json"
+        )
+    if max(eos_ids) >= vocab_size:
+        raise InputError(
+            f"tokenizer: expected end-of-sequence ids below {vocab_size}, the model's vocab_size, got {max(eos_ids)} for {where};"
+            " is the tokenizer another model's?"
         )
     return eos_ids

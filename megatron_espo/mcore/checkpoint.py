@@ -4,29 +4,38 @@ The format (``torch_dist``) stores whole tensors, so a checkpoint written in one
 pickle, which runs code when it is opened: nothing in a folder is read before the manifest has vouched for it.
 """
 
+import collections
 import functools
 import hashlib
 import json
 import os
 import queue
+import re
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
 from megatron_espo.faults import inject
 from megatron_espo.mcore.model import rope_arguments
+from megatron_espo.mcore.rng import load_rng, save_rng
 from megatron_espo.mcore.runtime import on_rank_0
 from megatron_espo.weights.families import is_tied, model_sizes
 
 MANIFEST_NAME = "megatron_espo.json"
 STATE_NAME = "state.json"
 VERSION = 1
+_CHECKSUM_THREADS = 4
+_WRITER = re.compile(r"(?:__|rng_)(\d+)")  # rank; of other files, 0
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -57,19 +66,29 @@ def save_checkpoint(
         OSError: a full or failing disk, on the rank that met it; ``out`` does not appear.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
-    on_rank_0(lambda: _begin(partial, out, state))
+    on_rank_0(lambda: _begin(partial, out))
     try:
         inject("save")
         _keep_results_here()
         form = optimizer and optimizer_form(chunks[0].config, hf_config)
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial))
+        # Without it the first of several data-parallel ranks would write everything.
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
+        with _checksums_while_written(partial) as shards:
+            dist_checkpointing.save(_sharded_state(chunks, optimizer, form, is_loading=False), str(partial), strategy)
+        if state is not None:
+            save_rng(partial)
+            if dist.get_rank() == 0:
+                (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
     except Exception as error:
         # Nobody is asked: the others are inside Megatron's collectives, and end when this rank is gone.
         raise OSError(f"{partial}: rank {dist.get_rank()} could not write its part: {error}") from error
-    on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype, form))
+    files = _checksums(partial, shards)
+    on_rank_0(lambda: _finish(partial, out, hf_config, chunks[0].config.params_dtype, form, files))
 
 
 def load_checkpoint(
@@ -84,14 +103,15 @@ def load_checkpoint(
         optimizer: Megatron's optimizer, if its state is wanted too.
 
     Returns:
-        The ``state`` that was saved with it.
+        The ``state`` that was saved with it. Random number states are restored where as many ranks saved theirs.
 
     Raises:
         InputError: missing, foreign, damaged, another model's, without an optimizer's state, or a parameter too few or too many.
     """
     from megatron.core import dist_checkpointing
 
-    manifest = on_rank_0(lambda: _verified_manifest(path, hf_config))
+    manifest = on_rank_0(lambda: read_manifest(path, hf_config))
+    verify_files(path, manifest)
     form = optimizer and _loadable_form(path, manifest.get("optimizer"), optimizer_form(chunks[0].config, hf_config))
     wanted = _sharded_state(chunks, optimizer, form, is_loading=True)
     loaded, only_there, only_here = dist_checkpointing.load(wanted, str(path), strict="return_all")
@@ -108,13 +128,17 @@ def load_checkpoint(
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
         _separate_step_counts(optimizer)
+        load_rng(Path(path))
     return read_state(path)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The JSON values saved with a checkpoint."""
+    """The JSON values saved with a checkpoint. InputError: damage."""
     file = Path(path, STATE_NAME)
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{file}: expected JSON, found damage ({error}); copy it again") from None
 
 
 def _must_match(key: str, optimizer) -> bool:
@@ -168,12 +192,12 @@ def refuse_differences(what: str, expected: dict[str, Any], found: dict[str, Any
 
 
 def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
-    """InputError unless the folder holds exactly the manifest's files, byte by byte. Reads all of them once."""
-    found, expected = _list_files(Path(path)), manifest["files"]
+    """InputError, on every rank, unless the folder holds exactly the manifest's files, byte by byte. Collective as :func:`_checksums`."""
+    found, expected = _checksums(Path(path)), manifest["files"]
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected:
             raise InputError(f"{path}: {name} is {'missing' if name in expected else 'not part of the checkpoint; remove it'}")
-        if _checksum(found[name]) != expected[name]:
+        if found[name] != expected[name]:
             raise InputError(f"{path}: {name} is not the file that was written (SHA-256 differs); convert or copy it again")
 
 
@@ -199,12 +223,6 @@ def _loadable_form(path: str | Path, stored: dict[str, Any] | None, own: dict[st
         what = f"{path}: its optimizer state can be loaded in the layout that wrote it only (another data-parallel size is fine)"
         refuse_differences(what, own | {"format": "dp_reshardable"}, stored, "restore the layout, or convert the weights to Hugging Face")
     return stored
-
-
-def _verified_manifest(path: str | Path, hf_config: dict[str, Any]) -> dict[str, Any]:
-    manifest = read_manifest(path, hf_config)
-    verify_files(path, manifest)
-    return manifest
 
 
 def _sharded_state(
@@ -244,19 +262,18 @@ def _separate_step_counts(optimizer) -> None:
                 state["step"] = state["step"].clone()
 
 
-def _begin(partial: Path, out: Path, state: dict[str, Any] | None) -> None:
+def _begin(partial: Path, out: Path) -> None:
     refuse_existing(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if state is not None:
-        (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
 
 
-def _finish(partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dtype, form: dict[str, Any] | None) -> None:
+def _finish(
+    partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dtype, form: dict[str, Any] | None, files: dict[str, str]
+) -> None:
     """Write the manifest, make everything durable and rename."""
     from megatron.core import __version__
 
-    files = {name: _checksum(file) for name, file in _list_files(partial).items()}
     manifest = {"version": VERSION, "megatron_core": __version__, "dtype": str(dtype), "optimizer": form}
     manifest |= {"model": model_identity(hf_config), "files": files}
     (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -268,8 +285,54 @@ def _finish(partial: Path, out: Path, hf_config: dict[str, Any], dtype: torch.dt
     partial.rename(out)
 
 
-def _list_files(folder: Path) -> dict[str, Path]:
-    return {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_NAME}
+def _checksums(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint but the manifest, the same on every rank. One all-gather of objects where there are ranks.
+
+    Each rank reads what it wrote (or, of more ranks' files, its share), several files at a time; not what it knows already.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_NAME)
+    writers = {name: int(match[1]) if (match := _WRITER.match(name)) else 0 for name in names}
+    found = known or {}
+    unknown = [name for name, writer in writers.items() if writer % ranks == rank and name not in found]
+    with ThreadPoolExecutor(_CHECKSUM_THREADS) as pool:  # hashlib lets other threads run
+        found = found | dict(zip(unknown, pool.map(lambda name: _checksum(folder / name), unknown), strict=True))
+    everyone: list[Any] = [found]
+    if ranks > 1:
+        everyone = [None] * ranks
+        dist.all_gather_object(everyone, found)
+    return {name: digest for part in everyone for name, digest in part.items()}
+
+
+@contextmanager
+def _checksums_while_written(folder: Path) -> Iterator[dict[str, str]]:
+    """SHA-256 of this rank's shards, there when the block is left. Megatron's writers only append to them, so a thread can read after them while the disk
+    is busy. torch's own, weaker checksums are left out meanwhile."""
+    digests: dict[str, Any] = collections.defaultdict(hashlib.sha256)
+    positions: dict[str, int] = collections.defaultdict(int)
+    written, found, crc32 = threading.Event(), {}, get_crc32_options()
+
+    def follow() -> None:
+        last = False
+        while not last:
+            last = written.wait(0.05)
+            for file in folder.glob(f"__{dist.get_rank()}_*"):
+                with file.open("rb") as stream:
+                    stream.seek(positions[file.name])
+                    while piece := stream.read(1 << 20):
+                        digests[file.name].update(piece)
+                    positions[file.name] = stream.tell()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    set_crc32_options(False)
+    thread.start()
+    try:
+        yield found
+    finally:
+        written.set()
+        thread.join()
+        set_crc32_options(crc32)
+        found |= {name: digest.hexdigest() for name, digest in digests.items() if positions[name] == (folder / name).stat().st_size}
 
 
 def _checksum(file: Path) -> str:

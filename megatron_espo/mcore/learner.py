@@ -12,9 +12,12 @@ import torch.distributed as dist
 
 from megatron_espo.config import Config
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
+from megatron_espo.faults import inject
+from megatron_espo.mcore.agreement import data_claims, refuse_disagreement, refuse_other_norms, refuse_other_weights
 from megatron_espo.mcore.canary import score_responses
 from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_espo.mcore.forward_step import make_forward_step
+from megatron_espo.mcore.guards import naming_the_knob
 from megatron_espo.mcore.loss import Observe
 from megatron_espo.mcore.model import build_configured, use_transformer_engine
 from megatron_espo.mcore.optimizer import Policy
@@ -57,12 +60,12 @@ def packing_options(megatron, groups) -> dict[str, Any]:
     }
 
 
-# Optimizer steps without a finite gradient before the run ends.
+# Optimizer steps in a row whose gradient is not used before the run ends.
 MOST_SKIPPED = 3
 
 
-class NonFiniteGradient(RuntimeError):
-    """Several gradients in a row had NaN or infinity; none was used."""
+class BadGradients(RuntimeError):
+    """Several gradients in a row were not finite, or spikes; none was used."""
 
 
 class Learner:
@@ -90,7 +93,7 @@ class Learner:
             head_budget_bytes=budget and budget << 20,
             observe=observe,
         )
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = self._updates = 0
         self.reference = ReferencePolicy(self.chunks) if config.algorithm.kl_coef else None
 
     def update(self, groups: Sequence[Sequence[TrainSequence]], on_progress: OnProgress) -> dict[str, float]:
@@ -105,8 +108,13 @@ class Learner:
         Returns:
             The step's metrics on every rank, averaged over its optimizer steps. Collective over all ranks.
         """
+        with naming_the_knob(self.config.megatron, self.config.optimizer):
+            return self._update(groups, on_progress)
+
+    def _update(self, groups: Sequence[Sequence[TrainSequence]], on_progress: OnProgress) -> dict[str, float]:
         parts = _split(groups, self.config.algorithm.num_mini_batches)
         mini_batches = [self._pack(part) for part in parts]
+        self._compare_ranks(groups, mini_batches)
         count = sum(map(len, mini_batches))
         scores_old, scores_reference = self.updates_per_step > 1, self.reference is not None
         tick = _Ticker(on_progress, count * (self.config.algorithm.num_epochs + scores_old + scores_reference))
@@ -124,36 +132,53 @@ class Learner:
         return average_steps(results) | {"train/tokens": float(trained)}
 
     def _step(self, batches: list[MicroBatch], part: Sequence[Sequence[TrainSequence]], tick: "_Ticker") -> dict[str, float]:
-        """One optimizer step, skipped if a gradient is not finite; ``MOST_SKIPPED`` in a row end the run. The batch is written down."""
+        """One optimizer step, skipped if its gradient is refused; ``MOST_SKIPPED`` in a row end the run. The batch is written down."""
         result = self.policy.step(self._forward_step, batches, tick)
-        self.skipped_in_a_row = 0 if result.bad_rank is None else self.skipped_in_a_row + 1
-        if result.bad_rank is not None:
+        refuse_other_norms(result.grad_norm)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.refused else 0
+        if result.refused:
             path = Path(self.config.run.dir, "bad_batches", f"{time.strftime('%Y%m%d-%H%M%S')}-{self.skipped_in_a_row}.json")
-            what = f"gradient: expected finite values, got NaN or infinity first on rank {result.bad_rank}; no step taken, batch in {path}"
+            what = f"gradient: {result.refused}; no step taken, batch in {path}"
             if dist.get_rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps([asdict(sequence) for group in part for sequence in group]))
                 print(f"warning: {what}", flush=True)
             if self.skipped_in_a_row == MOST_SKIPPED:
-                raise NonFiniteGradient(f"{what}; {MOST_SKIPPED} in a row: lower optimizer.lr, or look for bad data in the batch")
+                raise BadGradients(f"{what}; {MOST_SKIPPED} in a row: lower optimizer.lr, or look for bad data in the batch")
         metrics = reduce_metrics_everywhere(result.metrics, self.groups.dp_cp)
-        optimizer = {"grad_norm": result.grad_norm, "lr": result.lr, "skipped": float(result.bad_rank is not None)}
+        optimizer = {"grad_norm": result.grad_norm, "lr": result.lr, "skipped": float(bool(result.refused))}
         return metrics | {f"optimizer/{name}": value for name, value in optimizer.items()}
 
     def save(self, out: str | Path, state: dict[str, Any]) -> None:
         """Write model, optimizer, learning-rate schedule and ``state`` (JSON values); see :func:`save_checkpoint`. Collective."""
         state = state | {"scheduler": self.policy.scheduler.state_dict()}
+        state |= {"skipped_in_a_row": self.skipped_in_a_row, "grad_norms": list(self.policy.spikes.norms)}
         save_checkpoint(self.chunks, self.hf_config, out, optimizer=self.policy.optimizer, state=state)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Continue from what :meth:`save` wrote, in this or another layout; returns the ``state``. Collective."""
         state = load_checkpoint(self.chunks, self.hf_config, path, optimizer=self.policy.optimizer)
         self.policy.scheduler.load_state_dict(state.pop("scheduler"))
+        self.skipped_in_a_row = state.pop("skipped_in_a_row", 0)
+        self.policy.spikes.norms.extend(state.pop("grad_norms", []))
         return state
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Log-probs of each response's tokens given its prompt, on every rank; see ``canary.score_responses``."""
         return score_responses(self.policy, self._forward_step, pairs, packing_options(self.config.megatron, self.groups))
+
+    def _compare_ranks(self, groups: Sequence[Sequence[TrainSequence]], mini_batches: Sequence[list[MicroBatch]]) -> None:
+        """Disagreement, on every rank, where ranks would train on different data or hold different weights. Collective."""
+        every = self.config.run.agree_every
+        if inject("tokens") == "flip":
+            mini_batches[0][0].tokens[0, 0] ^= 1
+        if inject("weights") == "flip":
+            parameter = next(self.chunks[0].parameters())
+            parameter.data.view(torch.uint8)[0, -1] ^= 1
+        refuse_disagreement(data_claims([s for group in groups for s in group], [b for batches in mini_batches for b in batches], self.groups))
+        if every and self._updates % every == 0 and dist.get_world_size() > 1:
+            refuse_other_weights(self.chunks, self.groups)
+        self._updates += 1
 
     def _pack(self, groups: Sequence[Sequence[TrainSequence]]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of one optimizer step."""

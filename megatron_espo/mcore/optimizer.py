@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.faults import inject
+from megatron_espo.mcore.guards import SpikeGuard
 
 Tick = Callable[[], None]
 
@@ -21,16 +22,16 @@ class StepResult:
     """One optimizer step.
 
     Attributes:
-        grad_norm: global gradient norm before clipping; NaN where no step was taken.
+        grad_norm: global gradient norm before clipping; NaN where it is not finite.
         lr: learning rate used.
         metrics: the last stage's, per micro-batch.
-        bad_rank: the first rank whose gradient was not finite, so that no rank changed a weight; ``None``: the step was taken.
+        refused: why no rank changed a weight; ``None``: the step was taken.
     """
 
     grad_norm: float
     lr: float
     metrics: list[dict[str, torch.Tensor]]
-    bad_rank: int | None = None
+    refused: str | None = None
 
 
 class Policy:
@@ -79,6 +80,7 @@ class Policy:
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
+        self.spikes = SpikeGuard(settings.spike_factor, settings.spike_window)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
 
@@ -130,14 +132,18 @@ class Policy:
                     dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
     def step(self, forward_step, micro_batches: Sequence[MicroBatch], tick: Tick = _no_tick) -> StepResult:
-        """One optimizer step, or none on any rank if one rank's gradient is not finite. Collective over all ranks."""
+        """One optimizer step; or none on any rank, if one rank's gradient is not finite or the norm is a spike. Collective over all ranks."""
         metrics = self.backward(forward_step, micro_batches, tick)
-        if inject("gradient") == "nan":
-            self.chunks[0].buffers[0].grad_data[-1] = torch.nan
+        if fault := inject("gradient"):
+            self.chunks[0].buffers[0].grad_data *= {"nan": torch.nan, "spike": 1e6}[fault]
         lr = self.optimizer.param_groups[0]["lr"]
         bad_rank = self._vote_finite()
         if bad_rank is not None:
-            return StepResult(float("nan"), lr, metrics, bad_rank)
+            return StepResult(float("nan"), lr, metrics, f"expected finite values, got NaN or infinity first on rank {bad_rank}")
+        if self.spikes.factor is not None:
+            norm = self.grad_norm()
+            if spike := self.spikes.refuse(norm):
+                return StepResult(norm, lr, metrics, spike)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return StepResult(float(grad_norm), lr, metrics)

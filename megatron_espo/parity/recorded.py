@@ -131,5 +131,3 @@ def save_sequences(path: Path, sequences: Sequence[TrainSequence]) -> None:
 def load_sequences(path: Path) -> list[TrainSequence]:
     """Read what :func:`save_sequences` wrote."""
     return [TrainSequence(**entry) for entry in json.loads(path.read_text())]
-
-

@@ -11,11 +11,12 @@ from megatron_espo.weights.layouts import Layout
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine, per GPU.
+    """One engine, per GPU; all are alike.
 
     Attributes:
+        number: of engines.
         gpus: GPUs it spans (``rollout.tensor_parallel_size``).
-        shares_gpus: whether they are also the trainer's (transport ``ipc``); the first ranks' then.
+        shares_gpus: whether they are also the trainer's (transport ``ipc``); those of its owner and the next ranks then.
         budget_bytes: what vLLM takes, ``rollout.gpu_memory_utilization`` of the GPU.
         weight_bytes: the model.
         kv_bytes_per_token: keys and values of one token.
@@ -23,6 +24,7 @@ class Engine:
         max_model_len: longest prompt and response.
     """
 
+    number: int
     gpus: int
     shares_gpus: bool
     budget_bytes: int
@@ -46,7 +48,7 @@ def plan_engine(
     budget = int(config.rollout.gpu_memory_utilization * gpu_memory)
     longest = config.rollout.max_model_len or hf_config["max_position_embeddings"]
     return Engine(
-        gpus, transport == "ipc", budget, weights, per_token, max(0, budget - weights) // per_token, longest
+        config.rollout.engines, gpus, transport == "ipc", budget, weights, per_token, max(0, budget - weights) // per_token, longest
     )
 
 

@@ -15,6 +15,7 @@ from megatron_espo.plan.memory import StageMemory, plan_memory
 from megatron_espo.plan.parameters import StageParameters, count_parameters, total_parameters
 from megatron_espo.plan.pipeline import Pipeline, plan_pipeline
 from megatron_espo.plan.transfer import Links, Transfer, plan_transfer
+from megatron_espo.rollout.config import engine_owners
 from megatron_espo.weights.families import model_groups
 
 GB = 10**9
@@ -148,7 +149,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
     built = build(config, world_size)
     pipeline = plan_pipeline(config, hf_config, data_parallel_size, machine.expected_tokens)
     engine = build.engine(config)
-    hosts = engine.gpus if engine.shares_gpus else 0  # the first ranks
+    hosts = {owner + i for owner in engine_owners(engine.number, world_size) for i in range(engine.gpus)} if engine.shares_gpus else set()
     memory = [
         plan_memory(
             rank,
@@ -158,7 +159,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
             pipeline,
             on_gpu=machine.on_gpu,
             sync=built.transfer.peak_bytes,
-            engine=engine.budget_bytes if rank.stage * stage_ranks < hosts else 0,
+            engine=engine.budget_bytes if not hosts.isdisjoint(range(rank.rank, rank.rank + stage_ranks)) else 0,
         )
         for rank in built.ranks
         if rank.rank % stage_ranks == 0

@@ -137,4 +137,3 @@ def head_bytes(hf_config: dict[str, Any], how: Sharding, budget_mib: int | None,
     rows = 4 * hidden * how.itemsize * how.tokens
     stand_in = columns * hidden * how.itemsize  # autograd wants a gradient of the weight, although DDP's buffer has it
     return int(logits.training_bytes + rows + stand_in + norm_bytes(hidden, how) * how.tokens)
-

@@ -54,4 +54,3 @@ def plan_pipeline(config: Any, hf_config: dict[str, Any], data_parallel_size: in
     if chunks > 1:  # the interleaved schedule takes a multiple of the stages
         count = ceil(count / stages) * stages
     return Pipeline(stages, chunks, largest, expected, count, (stages - 1) / (chunks * count + stages - 1))
-

@@ -83,12 +83,12 @@ def _memory(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> str:
     pipeline, engine = plan.pipeline, plan.engine
-    where = ", on the trainer's first GPUs" if engine.shares_gpus else ", on GPUs of its own"
+    where = "the trainer's GPUs" if engine.shares_gpus else "GPUs of their own"
     return (
         "total = weights + grads + main (float32 copy) + Adam + max(activ. + work, sync) + engine\n"
         "activ.: of all micro-batches in flight; work: for the moment, in one chunk's backward or the head\n\n"
-        f"vLLM{where}: {engine.gpus} x {_gb(engine.budget_bytes)} GB, of which weights {_gb(engine.weight_bytes)} GB; "
-        f"the rest caches\n{engine.kv_tokens:,} tokens of {engine.kv_bytes_per_token:,} bytes, or "
+        f"vLLM: {engine.number} x {engine.gpus} of {where}, {_gb(engine.budget_bytes)} GB of each: weights {_gb(engine.weight_bytes)} GB, the rest\n"
+        f"caches {engine.kv_tokens:,} tokens of {engine.kv_bytes_per_token:,} bytes an engine, or "
         f"{engine.kv_tokens / engine.max_model_len:.1f} sequences of {engine.max_model_len:,} tokens\n\n"
         f"Pipeline: {pipeline.micro_batches} micro-batches in a step if a prompt with its response has "
         f"{pipeline.expected_tokens:,} tokens\n(--expected-tokens); a stage idles {pipeline.bubble:.1%} of the step\n"

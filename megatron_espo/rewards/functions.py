@@ -3,6 +3,7 @@
 import difflib
 import functools
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -34,7 +35,7 @@ def load_reward_function(name: str) -> RewardFunction:
             ``math_verify``, or ``module:function``, looked up on ``sys.path``.
 
     Raises:
-        InputError: no such module or function, or it is not callable. What the import itself raises passes through.
+        InputError: no such module or function, or it cannot be called with a prompt and a response. What the import itself raises passes through.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]()
@@ -42,7 +43,12 @@ def load_reward_function(name: str) -> RewardFunction:
     if not (module_name and colon and attribute):
         known = ", ".join(BUILT_IN)
         raise InputError(f"reward.function: expected {known} or module:function, got {name!r}")
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        raise InputError(f"reward.function: expected a module {module_name} on Python's path or in the current directory, found none") from None
     if not hasattr(module, attribute):
         close = difflib.get_close_matches(attribute, dir(module), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -50,6 +56,12 @@ def load_reward_function(name: str) -> RewardFunction:
     function = getattr(module, attribute)
     if not callable(function):
         raise InputError(f"reward.function: {name} is not callable but a {type(function).__name__}")
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise InputError(f"reward.function: expected {name} to take (prompt, response), got {inspect.signature(function)}: {error}") from None
+    except ValueError:
+        pass  # written in C, without a signature
     return function
 
 

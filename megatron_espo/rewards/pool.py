@@ -7,12 +7,15 @@ import math
 import os
 import pickle
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +26,8 @@ START_TIMEOUT_S = 180.0  # imports from a cold network file system
 MAX_FAILED_STARTS = 3
 MAX_REPLY_BYTES = 1 << 16
 PROGRESS_INTERVAL_S = 1.0
+# What Python and its libraries need; everything else of the trainer's environment (keys, tokens) stays there.
+ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +38,21 @@ class RewardConfig(Protocol):
     function: str
     timeout_s: float
     workers: int
+    cpu_seconds: float | None
+    memory_gib: float
+    file_mib: int
+    isolate: bool
+    environment: Sequence[str]
+    max_failed: float
 
 
 class RewardPool:
     """Scores responses in persistent worker processes, started on first use.
 
-    A worker is a fresh interpreter (no fork of the caller's threads, no second run of its ``__main__``). It is killed with
-    its process group when one item takes longer than ``timeout_s`` of wall-clock time, and replaced. Workers write to
-    standard error only and die with the thread that started them. ``module:function`` is looked up on the caller's ``sys.path``,
+    A worker is a fresh interpreter (no fork of the caller's threads, no second run of its ``__main__``) in a session, an
+    almost empty environment and a temporary folder of its own, which is its home; see ``sandbox`` for its limits and for what
+    ``isolate`` adds. It is killed with its process group when one item takes longer than ``timeout_s`` of wall-clock time, and
+    replaced. Workers write to standard error only and die with the thread that started them. ``module:function`` is looked up on the caller's ``sys.path``,
     then in the working directory.
 
     Args:
@@ -56,6 +68,7 @@ class RewardPool:
         self._config = config
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+        self._told = False
         self._lock = threading.Lock()
         self.failures: collections.Counter[str] = collections.Counter()
         self.last_failure = ""
@@ -86,20 +99,28 @@ class RewardPool:
         Raises:
             InputError: the reward function cannot be loaded.
         """
-        results: list[float | None] = [None] * len(items)
-        todo = collections.deque(enumerate(items))
+        with self.scoring() as scoring:
+            for number, (prompt, response) in enumerate(items):
+                scoring.add(number, prompt, response)
+            return scoring.finish(on_progress)
+
+    @contextmanager
+    def scoring(self) -> Iterator["Scoring"]:
+        """Judge items while more of them come; nobody else may use the pool meanwhile."""
         with self._lock:
             try:
-                while (busy := sum(worker.item is not None for worker in self._workers)) or todo:
-                    if on_progress:
-                        on_progress(len(items) - len(todo) - busy, len(items))
-                    self._dispatch(todo)
-                    for worker, reply in self._replies(PROGRESS_INTERVAL_S):
-                        self._settle(worker, reply, results)
+                yield Scoring(self)
             except BaseException:
                 self._kill_all()  # a worker in the middle of an item would answer the next call with it
                 raise
-        return results
+
+    def refuse_failures(self, failed: int, total: int, step: int) -> None:
+        """InputError where more than ``max_failed`` of a step's responses have no score."""
+        if failed > self._config.max_failed * total:
+            raise InputError(
+                f"reward.function: expected a number for each response, but {failed} of {total} of step {step} failed, more than "
+                f"reward.max_failed = {self._config.max_failed:g}; mend the function or raise it; the last one: {self.last_failure}"
+            )
 
     def close(self) -> None:
         """Kill the workers. The pool may be used again; it then starts new ones."""
@@ -112,6 +133,11 @@ class RewardPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def busy(self) -> int:
+        """Workers in the middle of an item."""
+        return sum(worker.item is not None for worker in self._workers)
+
     def _kill_all(self) -> None:
         for worker in self._workers:
             worker.kill()
@@ -122,7 +148,7 @@ class RewardPool:
         for worker in [w for w in self._workers if w.ready and w.item is None and w.process.poll() is not None]:
             self._remove(worker)
         while len(self._workers) < wanted:
-            self._workers.append(_Worker(self._config.function))
+            self._workers.append(_Worker(self._config))
 
     def _remove(self, worker: "_Worker") -> None:
         worker.kill()
@@ -130,13 +156,13 @@ class RewardPool:
 
     def _dispatch(self, todo: collections.deque[tuple[int, tuple[Prompt, str]]]) -> None:
         """Give every idle worker one item; one at a time, so that its clock is the item's own."""
-        busy = sum(worker.item is not None for worker in self._workers)
-        self._replace_dead_workers(min(self._config.workers, busy + len(todo)))
+        self._replace_dead_workers(min(self._config.workers, self.busy + len(todo)))
         for worker in self._workers:
             if todo and worker.ready and worker.item is None:
                 index, (prompt, response) = todo.popleft()
                 worker.send((index, prompt, response))
-                worker.item, worker.deadline = index, time.monotonic() + self._config.timeout_s
+                worker.item, worker.prompt_id = index, prompt.id
+                worker.deadline = time.monotonic() + self._config.timeout_s
 
     def _replies(self, wait_s: float) -> list[tuple["_Worker", dict[str, Any]]]:
         """Move bytes for at most ``wait_s`` seconds; what workers said, where ``{"lost": cause}`` stands for a dead one."""
@@ -159,7 +185,7 @@ class RewardPool:
         late = [worker for worker in waiting if worker not in answered and worker.deadline <= time.monotonic()]
         return replies + [(worker, {"lost": "timeout"}) for worker in late]
 
-    def _settle(self, worker: "_Worker", reply: dict[str, Any], results: list[float | None]) -> None:
+    def _settle(self, worker: "_Worker", reply: dict[str, Any], results: list[float | None] | dict[int, float | None]) -> None:
         if not worker.ready:
             self._settle_start(worker, reply)
             return
@@ -167,22 +193,26 @@ class RewardPool:
         if "lost" in reply or reply.get("item") != index:
             cause = reply.get("lost", "crash")
             end = worker.kill(grace_s=0.0 if cause == "timeout" else 1.0)
-            self._count_failure(cause, f"reward worker: {cause}, {end}")
+            late = f"no answer in {self._config.timeout_s:g} s (reward.timeout_s)"
+            self._count_failure(cause, worker, late if cause == "timeout" else f"the worker ended with {end}")
             self._remove(worker)
         elif isinstance(score, float) and math.isfinite(score):
             results[index] = score
         else:
-            self._count_failure("exception", str(reply.get("failure")))
+            self._count_failure("exception", worker, str(reply.get("failure")))
 
     def _settle_start(self, worker: "_Worker", reply: dict[str, Any]) -> None:
         if "ready" in reply:
             worker.ready, self._failed_starts = True, 0
+            if reply["ready"] and not self._told:
+                self._told = True
+                logger.warning("reward workers are limited, but not isolated (%s): see docs/rewards.md", reply["ready"])
             return
         self._failed_starts += 1
         end = worker.kill(grace_s=1.0)
         self._remove(worker)
         if "refused" in reply:
-            raise InputError(f"reward.function: {self._config.function} cannot be loaded: {reply['refused']}")
+            raise InputError(str(reply["refused"]))
         if self._failed_starts == MAX_FAILED_STARTS:
             self._failed_starts = 0
             raise InputError(
@@ -190,27 +220,60 @@ class RewardPool:
                 f" ({reply.get('lost', 'nonsense')}, {end}); its last words are on standard error"
             )
 
-    def _count_failure(self, cause: str, message: str) -> None:
+    def _count_failure(self, cause: str, worker: "_Worker", message: str) -> None:
+        self.last_failure = f"prompt {worker.prompt_id!r}: {cause}: {message}"
         if not self.failures[cause]:
-            logger.warning("a response could not be judged (%s): %s; later ones are only counted", cause, message)
+            logger.warning("a response could not be judged; later ones are only counted: %s", self.last_failure)
         self.failures[cause] += 1
-        self.last_failure = message
+
+
+class Scoring:
+    """Items under judgement, by number; made by :meth:`RewardPool.scoring`."""
+
+    def __init__(self, pool: RewardPool) -> None:
+        self._pool, self._todo = pool, collections.deque()
+        self._scores: dict[int, float | None] = {}
+
+    def add(self, number: int, prompt: Prompt, response: str) -> None:
+        """Judge a response, once."""
+        if number not in self._scores:
+            self._scores[number] = None
+            self._todo.append((number, (prompt, response)))
+
+    def pump(self, wait_s: float = 0.0) -> int:
+        """Hand items to idle workers and take answers for at most ``wait_s`` seconds; how many items are judged."""
+        self._pool._dispatch(self._todo)
+        for worker, reply in self._pool._replies(wait_s):
+            self._pool._settle(worker, reply, self._scores)
+        return len(self._scores) - len(self._todo) - self._pool.busy
+
+    def finish(self, on_progress: Callable[[int, int], None] | None = None) -> list[float | None]:
+        """Wait for all; scores by number. See :meth:`RewardPool.score`."""
+        judged = self.pump()
+        while self._todo or self._pool.busy:
+            if on_progress:
+                on_progress(judged, len(self._scores))
+            judged = self.pump(PROGRESS_INTERVAL_S)
+        return [self._scores[number] for number in range(len(self._scores))]
 
 
 class _Worker:
     """One worker process and its two pipes. Nothing here blocks."""
 
-    def __init__(self, function: str):
+    def __init__(self, config: RewardConfig):
+        self._folder = tempfile.mkdtemp(prefix="megatron-espo-reward-")
         child_request, self.request_fd = os.pipe()
         self.reply_fd, child_reply = os.pipe()
         command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
+        passed = {name: os.environ[name] for name in (*ENVIRONMENT, *config.environment) if name in os.environ}
         try:
             self.process = subprocess.Popen(
                 [*command, str(child_request), str(child_reply), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # the caller's standard output is its own
                 pass_fds=(child_request, child_reply),
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                cwd=self._folder,
+                env=passed | {"HOME": self._folder, "TMPDIR": self._folder, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # one kill reaches what the verifier started
             )
         finally:
@@ -219,11 +282,20 @@ class _Worker:
         os.set_blocking(self.request_fd, False)
         os.set_blocking(self.reply_fd, False)
         self.unsent, self._unread = memoryview(b""), b""
-        self.ready, self.item = False, None
+        self.ready, self.item, self.prompt_id = False, None, None
         self.deadline = time.monotonic() + START_TIMEOUT_S
         cwd = os.getcwd()
         path = [entry or cwd for entry in sys.path]
-        self.send({"sys_path": path if cwd in path else [*path, cwd], "function": function})
+        self.send(
+            {
+                "sys_path": path if cwd in path else [*path, cwd],
+                "function": config.function,
+                "cpu_seconds": config.cpu_seconds or config.timeout_s,
+                "memory_bytes": int(config.memory_gib * 2**30),
+                "file_bytes": config.file_mib << 20,
+                "isolate": config.isolate,
+            }
+        )
 
     def send(self, request: object) -> None:
         body = pickle.dumps(request)
@@ -258,7 +330,7 @@ class _Worker:
         return reply if isinstance(reply, dict) and not rest else {"lost": "crash"}
 
     def kill(self, grace_s: float = 0.0) -> str:
-        """Kill the process group, reap the process, close the pipes; says how the process ended. Harmless twice.
+        """Kill the process group, reap the process, close the pipes, remove its folder; says how the process ended. Harmless twice.
 
         Args:
             grace_s: wait so long for a process that is already ending, to learn its own exit status.
@@ -276,4 +348,14 @@ class _Worker:
             os.close(self.request_fd)
             os.close(self.reply_fd)
             self.request_fd = self.reply_fd = -1
-        return f"exit status {self.process.returncode}"
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return _end_in_words(self.process.returncode)
+
+
+def _end_in_words(code: int) -> str:
+    """Exit status, or signal: of the process itself (negative), or of the isolated worker that it waited for (128 + n)."""
+    number = -code if code < 0 else code - 128
+    if number not in set(signal.Signals):
+        return f"exit status {code}"
+    name = signal.Signals(number).name
+    return f"signal {name} (more processor time than reward.cpu_seconds)" if number == signal.SIGXCPU else f"signal {name}"

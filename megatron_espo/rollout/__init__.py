@@ -4,15 +4,25 @@ The only package that imports vllm, and only when a trainer connects to its engi
 the child process.
 """
 
-from megatron_espo.rollout.config import EngineConfig
+from megatron_espo.rollout.config import EngineConfig, engine_owners
 from megatron_espo.rollout.engine import Engine
+from megatron_espo.rollout.fleet import Fleet
 from megatron_espo.rollout.lifecycle import EngineError
-from megatron_espo.rollout.transport import make_trainer_transport, push_weights, register_transports, resolve_transport
+from megatron_espo.rollout.transport import (
+    engine_devices,
+    make_trainer_transport,
+    push_weights,
+    register_transports,
+    resolve_transport,
+)
 
 __all__ = [
     "Engine",
     "EngineConfig",
     "EngineError",
+    "Fleet",
+    "engine_devices",
+    "engine_owners",
     "make_trainer_transport",
     "push_weights",
     "register_transports",

@@ -63,11 +63,16 @@ class Child:
         return self._process.returncode
 
     def call(
-        self, method: str, args: tuple, timeout: float, on_progress: Callable[[int, int], None] | None = None
+        self,
+        method: str,
+        args: tuple,
+        timeout: float,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_finished: Callable[[list], None] | None = None,
     ) -> Any:
         """Answer of the child. EngineError when it refuses, dies, or gives no news for ``timeout`` seconds."""
         self.send(method, args)
-        return self.receive(method, timeout, on_progress)
+        return self.receive(method, timeout, on_progress, on_finished)
 
     def send(self, method: str, args: tuple) -> None:
         try:
@@ -75,7 +80,13 @@ class Child:
         except OSError:
             raise self._failed(method, "has died") from None
 
-    def receive(self, method: str, timeout: float, on_progress: Callable[[int, int], None] | None = None) -> Any:
+    def receive(
+        self,
+        method: str,
+        timeout: float,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_finished: Callable[[list], None] | None = None,
+    ) -> Any:
         progress, deadline = (0, 0), time.monotonic() + timeout
         try:
             while time.monotonic() < deadline:
@@ -85,7 +96,11 @@ class Child:
                         return payload
                     if kind == "error":
                         raise self._failed(method, f"failed: {payload}")
-                    progress, deadline = payload, time.monotonic() + timeout
+                    deadline = time.monotonic() + timeout
+                    if kind == "finished":
+                        on_finished(payload)
+                    else:
+                        progress = payload
                 elif not self.is_alive:
                     raise EOFError
                 if on_progress is not None:
@@ -162,6 +177,8 @@ def child_environment(config: EngineConfig) -> dict[str, str]:
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine core lives in the child, which is process enough
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="0",  # nobody sends it pickled functions
+        VLLM_HOST_IP="127.0.0.1",  # an engine spans one node
         PYTHONUNBUFFERED="1",
     )
     if not torch.cuda.is_available():

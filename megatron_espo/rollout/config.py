@@ -44,3 +44,8 @@ class EngineConfig:
     start_timeout_s: float = 600.0
     visible_devices: str | None = None
     load_weights: bool = False
+
+
+def engine_owners(engines: int, world_size: int) -> list[int]:
+    """The trainer's ranks that have an engine: every ``world_size / engines``-th, from rank 0 on; ``engines`` divides ``world_size``."""
+    return list(range(0, world_size, world_size // engines))

@@ -1,6 +1,7 @@
 """The trainer's side of a rollout engine: relays calls to its process, and knows what it may serve."""
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from megatron_espo.types import Prompt, Rollout
 
 # A response: token ids, their log-probs (nats) after temperature, why it ended.
 Sample = tuple[tuple[int, ...], tuple[float, ...], str]
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -97,9 +100,10 @@ class Engine:
         prompts: Sequence[Prompt],
         group_size: int,
         *,
-        seed: int | None = None,
+        seed: int | Sequence[Sequence[int | None]] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         sampling: dict[str, Any] | None = None,
+        on_finished: Callable[[int, str], None] | None = None,
     ) -> list[list[Rollout]]:
         """Sample ``group_size`` responses to each prompt.
 
@@ -107,27 +111,35 @@ class Engine:
             prompts: given to the engine as token ids.
             group_size: responses a prompt.
             seed: makes every response a function of (seed, prompt id, position in its group), however the prompts are
-                batched or spread over engines; give each training step its own. None: the engine's running generator.
+                batched or spread over engines; give each training step its own. None: the engine's running generator. Or one for
+                each response, by prompt (``request_seeds``).
             on_progress: called with (finished, total) responses, at least twice a second; what it raises ends the
                 engine.
             sampling: ``temperature``, ``top_p``, ``top_k`` or ``max_tokens`` in place of the configuration's, for this call.
+            on_finished: called with each response's number (prompt x ``group_size`` + position) and text when it is finished, while
+                others are not; needs a ``seed``.
 
         Returns:
             One list of ``group_size`` rollouts a prompt, in order; log-probs in nats.
 
         Raises:
             InputError: a prompt leaves no room for a response of ``max_response_tokens``.
-            EngineError: the engine is not ready, died, or finished no response for ``timeout_s`` seconds.
+            EngineError: the engine is not ready, died, finished no response for ``timeout_s`` seconds, or lost the response
+                to a prompt twice.
         """
         self._require(State.READY, "generate")
         sampling = sampling or {}
         self._check_lengths(prompts, sampling.get("max_tokens", self.config.max_response_tokens))
-        requests = [
-            (prompt.token_ids, request_seed)
-            for prompt, seeds in zip(prompts, request_seeds(prompts, group_size, seed), strict=True)
-            for request_seed in seeds
-        ]
-        samples: list[Sample] = self._call("generate", requests, sampling, on_progress=on_progress)
+        seeds = request_seeds(prompts, group_size, seed) if seed is None or isinstance(seed, int) else seed
+        requests = [(prompt.token_ids, each) for prompt, of_prompt in zip(prompts, seeds, strict=True) for each in of_prompt]
+        names = [prompt.id for prompt in prompts for _ in range(group_size)]
+        numbers = {request_seed: i for i, (_, request_seed) in enumerate(requests)}
+
+        def tell(finished: list[tuple[int, tuple[int, ...]]]) -> None:
+            for request_seed, ids in finished:
+                on_finished(numbers[request_seed], self._decode(ids))
+
+        samples = self._sample(requests, names, sampling, on_progress, on_finished and tell)
         rollouts = [
             Rollout(prompts[i // group_size], ids, logprobs, reason, self.policy_version, self._decode(ids))
             for i, (ids, logprobs, reason) in enumerate(samples)
@@ -136,6 +148,23 @@ class Engine:
             if not all(map(math.isfinite, rollout.logprobs)):
                 raise EngineError(f"generate: a log-prob for prompt {rollout.prompt.id!r} is not finite.")
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+    def _sample(
+        self, requests: list, names: list[str], sampling: dict[str, Any], on_progress: Callable | None, tell: Callable | None
+    ) -> list[Sample]:
+        """A sample for each request; a lost one is asked for once more."""
+        samples: list[Sample | None] = self._call("generate", requests, sampling, bool(tell), on_progress=on_progress, on_finished=tell)
+        lost = [i for i, sample in enumerate(samples) if sample is None]
+        if lost:
+            logger.warning("%d of %d responses never came back (prompt %r); asking again", len(lost), len(samples), names[lost[0]])
+            missing = [requests[i] for i in lost]
+            again = self._call("generate", missing, sampling, bool(tell), on_progress=on_progress, on_finished=tell)
+            for i, sample in zip(lost, again, strict=True):
+                samples[i] = sample
+        lost_twice = sorted({names[i] for i in lost if samples[i] is None})
+        if lost_twice:
+            raise EngineError(f"generate: the rollout engine lost the responses to {len(lost_twice)} prompts twice: {', '.join(lost_twice[:5])}")
+        return samples
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs (nats, temperature 1) of tokens 1, 2, ... of each sequence given those before: one forward pass.
@@ -250,10 +279,12 @@ class Engine:
         if state != State.READY:
             self.policy_version = self._arrived_version = None
 
-    def _call(self, method: str, *args: Any, on_progress: Callable[[int, int], None] | None = None) -> Any:
+    def _call(
+        self, method: str, *args: Any, on_progress: Callable[[int, int], None] | None = None, on_finished: Callable | None = None
+    ) -> Any:
         if self.state == State.DEAD:
             raise EngineError(f"{method}: the rollout engine is not running; restart it and sync its weights.")
-        return self._guarded(self._child.call, method, args, self.config.timeout_s, on_progress)
+        return self._guarded(self._child.call, method, args, self.config.timeout_s, on_progress, on_finished)
 
     def _guarded(self, call: Callable, *args: Any) -> Any:
         """Whatever the child's call raises, the child is dead then."""

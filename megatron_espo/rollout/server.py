@@ -8,13 +8,17 @@ import functools
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+from megatron_espo.faults import inject
 from megatron_espo.rollout.config import EngineConfig
 
 _PR_SET_PDEATHSIG = 1
+# Share of ``timeout_s`` without a finished request after which the rest are lost: before the owner gives the engine up.
+_LOST_AFTER = 0.8
 
 
 def die_with_owner(owner_pid: int) -> None:
@@ -52,6 +56,7 @@ def build_llm(config: EngineConfig):
         seed=config.seed,
         max_model_len=config.max_model_len,
         tensor_parallel_size=config.tensor_parallel_size,
+        trust_remote_code=False,
         enable_prefix_caching=True,
         skip_tokenizer_init=True,
         load_format="auto" if config.load_weights else "dummy",
@@ -68,14 +73,17 @@ def build_llm(config: EngineConfig):
 class Server:
     """The calls that an owner may make. Any exception is fatal for the engine: the owner kills it."""
 
-    def __init__(self, config: EngineConfig, report_progress: Callable[[int, int], None]):
+    def __init__(self, config: EngineConfig, report: Callable[[str, object], None]):
         self.config = config
         self.llm = build_llm(config)
-        self.report_progress = report_progress
+        self.report = report
 
-    def generate(self, requests: list[tuple[tuple[int, ...], int | None]], sampling: dict) -> list[tuple]:
-        """(prompt token ids, seed) -> (response token ids, their processed log-probs, finish reason)."""
-        return self._sample(requests, functools.partial(self._sampling_params, **sampling))
+    def generate(self, requests: list[tuple[tuple[int, ...], int | None]], sampling: dict, tell: bool = False) -> list[tuple | None]:
+        """(prompt token ids, seed) -> (response token ids, their processed log-probs, finish reason); None: vLLM lost it.
+
+        With ``tell``, (seed, response token ids) of each is reported as soon as it is finished.
+        """
+        return self._sample(requests, functools.partial(self._sampling_params, **sampling), tell)
 
     def canary(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[tuple]:
         """As ``generate``, but ``num_tokens`` tokens each from the whole distribution, always the same ones."""
@@ -84,11 +92,11 @@ class Server:
             options = {"top_p": 1.0, "top_k": 0, "max_tokens": num_tokens, "stop_token_ids": []}
             return self._sampling_params(seed, **options)
 
-        return self._sample([(prompt, seed) for seed, prompt in enumerate(prompts)], params)
+        return _all_there(self._sample([(prompt, seed) for seed, prompt in enumerate(prompts)], params))
 
-    def _sample(self, requests: list[tuple[tuple[int, ...], int | None]], make_params: Callable) -> list[tuple]:
-        outputs = [request.outputs[0] for request in self._run(requests, make_params)]
-        return [(tuple(o.token_ids), tuple(o.logprobs.logprobs), o.finish_reason) for o in outputs]
+    def _sample(self, requests: list[tuple[tuple[int, ...], int | None]], make_params: Callable, tell: bool = False) -> list[tuple | None]:
+        outputs = [request and request.outputs[0] for request in self._run(requests, make_params, tell)]
+        return [o and (tuple(o.token_ids), tuple(o.logprobs.logprobs), o.finish_reason) for o in outputs]
 
     def logprobs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         from vllm import SamplingParams
@@ -96,7 +104,7 @@ class Server:
         def params(_seed: None) -> SamplingParams:
             return SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
 
-        outputs = self._run([(sequence, None) for sequence in sequences], params)
+        outputs = _all_there(self._run([(sequence, None) for sequence in sequences], params))
         return [
             [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
             for output, sequence in zip(outputs, sequences, strict=True)
@@ -119,20 +127,30 @@ class Server:
         }
         return SamplingParams(**options | changes)
 
-    def _run(self, requests: list[tuple], make_params: Callable) -> list:
-        """Run all requests to their end, reporting those that finish. Outputs are in the order of the requests."""
-        self.llm.enqueue(
+    def _run(self, requests: list[tuple], make_params: Callable, tell: bool = False) -> list:
+        """Run all requests to their end, reporting those that finish. Outputs are in the order of the requests; None for
+        one that vLLM lost: neither finished nor, for most of ``timeout_s``, followed by another that did."""
+        names = self.llm.enqueue(
             [{"prompt_token_ids": list(token_ids)} for token_ids, _ in requests],
             [make_params(seed) for _, seed in requests],
             use_tqdm=False,
         )
-        outputs, engine = [], self.llm.llm_engine
-        while engine.has_unfinished_requests():
-            finished = [output for output in engine.step() if output.finished]
+        outputs, engine = {}, self.llm.llm_engine
+        if inject("reply") == "lose":
+            engine.engine_core.abort_requests(names[:1])  # the engine core forgets it; its front waits for ever
+        names = [name.partition("-")[0] for name in names]  # vLLM appends a random part, which outputs lack
+        seeds = {name: seed for name, (_, seed) in zip(names, requests, strict=True)}
+        news = time.monotonic()
+        while engine.has_unfinished_requests() and time.monotonic() < news + _LOST_AFTER * self.config.timeout_s:
+            finished = {output.request_id: output for output in engine.step() if output.finished}
             if finished:
-                outputs += finished
-                self.report_progress(len(outputs), len(requests))
-        return sorted(outputs, key=lambda output: int(output.request_id))
+                outputs |= finished
+                self.report("progress", (len(outputs), len(requests)))
+                if tell:
+                    self.report("finished", [(seeds[name], tuple(output.outputs[0].token_ids)) for name, output in finished.items()])
+                news = time.monotonic()
+        engine.abort_request([name for name in names if name not in outputs])
+        return [outputs.get(name) for name in names]
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         self.llm.init_weight_transfer_engine({"init_info": init_info})
@@ -168,6 +186,12 @@ class Server:
             raise RuntimeError("the prefix cache still holds blocks of the old weights")
 
 
+def _all_there(outputs: list) -> list:
+    if None in outputs:
+        raise RuntimeError(f"vLLM lost {outputs.count(None)} of {len(outputs)} requests")
+    return outputs
+
+
 def serve(connection: Connection) -> None:
     """Answer calls until the owner says ``close`` or is gone. Each gets ("result", value) or ("error", text)."""
     server = None
@@ -180,7 +204,7 @@ def serve(connection: Connection) -> None:
             return
         try:
             if method == "start":
-                server = Server(*args, lambda done, total: connection.send(("progress", (done, total))))
+                server = Server(*args, lambda kind, news: connection.send((kind, news)))
                 result = server.llm.model_config.max_model_len
             else:
                 result = getattr(server, method)(*args)

@@ -283,8 +283,10 @@ class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[Shared
             dist.broadcast_object_list(box, src=0)
             if not self.is_sender:
                 self._block = SharedBlock.attach_if_here(*box[0])
+            # Another sender has an engine and a block of its own: each has to gather then.
+            has_same = dist.get_rank() == 0 or (not self.is_sender and self._block is not None)
             here: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(here, self._block is not None)
+            dist.all_gather_object(here, has_same)
             is_shared = all(here)
         if hasattr(self.source, "use_memory") and (self.is_sender or is_shared):
             self.source.use_memory(self._take, is_shared)

@@ -64,8 +64,7 @@ def check_placement(name: str, visible_devices: str | None, environment: Mapping
         environment: of this rank; torchrun's LOCAL_WORLD_SIZE and CUDA_VISIBLE_DEVICES tell the trainer's GPUs.
     """
     where = TRANSPORTS[name][0]
-    ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    own = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks)))).split(",")[:ranks]
+    own = _trainer_devices(environment)
     shared = sorted(set(own) & set((visible_devices or "").split(",")))
     problem = None
     if where == "GPUs of its own" and visible_devices is None:
@@ -78,6 +77,35 @@ def check_placement(name: str, visible_devices: str | None, environment: Mapping
         raise InputError(f"rollout.visible_devices: transport {name} needs the engine on {where}, got {problem}.")
 
 
+def engine_devices(visible_devices: str | None, engines: int, workers: int, environment: Mapping[str, str]) -> str | None:
+    """CUDA_VISIBLE_DEVICES of this rank's engine; None: inherited.
+
+    Several engines that share the trainer's GPUs take those of their owner and of the ranks after it on its machine.
+
+    Args:
+        visible_devices: ``rollout.visible_devices``, which holds on every machine with an engine.
+        environment: of this rank, with torchrun's LOCAL_RANK.
+
+    Raises:
+        InputError: the engine would reach beyond its owner's machine.
+    """
+    if visible_devices is not None or engines == 1 or not torch.cuda.is_available():
+        return visible_devices
+    own, first = _trainer_devices(environment), int(environment.get("LOCAL_RANK", "0"))
+    if first + workers > len(own):
+        raise InputError(
+            f"rollout.engines: expected the engine of rank {environment.get('RANK', '0')} to fit on the {len(own) - first} GPUs from its "
+            f"own on, got rollout.tensor_parallel_size {workers}; as many ranks a machine and engines as make each start a machine or a part of one"
+        )
+    return ",".join(own[first : first + workers])
+
+
+def _trainer_devices(environment: Mapping[str, str]) -> list[str]:
+    """GPUs of the trainer's ranks on this machine."""
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    return environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks)))).split(",")[:ranks]
+
+
 def make_trainer_transport(
     name: str, *, engine: Engine | None, source: "WeightSource", rank: int
 ) -> "TrainerWeightTransferEngine":
@@ -85,7 +113,7 @@ def make_trainer_transport(
 
     Args:
         name: one of ``TRANSPORTS``, or ``auto``; the same that the engine was started with.
-        engine: the started engine on rank 0, which sends; None on the other ranks.
+        engine: the started engine on rank 0 and on every other rank that has one; None elsewhere. Its rank sends to it.
         source: this rank's view of the trained weights under Hugging Face names.
         rank: of this process among the trainer's ranks.
 
@@ -102,9 +130,9 @@ def make_trainer_transport(
     if name == "auto":
         name = resolve_transport(name)
     metas = source.metadata()
-    if rank == 0:
-        if engine is None:
-            raise InputError("Rank 0 sends the weights, so it needs the rollout engine; got engine=None.")
+    if engine is None and rank == 0:
+        raise InputError("Rank 0 sends the weights, so it needs the rollout engine; got engine=None.")
+    if engine is not None:
         if engine.config.transport != name:
             raise InputError(f"The engine was started with transport {engine.config.transport!r}, not {name!r}.")
         check_manifest([(meta.name, tuple(meta.shape)) for meta in metas], engine.config.model)
@@ -115,6 +143,8 @@ def make_trainer_transport(
 
 def _init_info(name: str, engine: Engine | None, rank: int) -> "TrainerInitInfo":
     workers = engine.config.tensor_parallel_size if engine is not None else 0
+    if name not in ("nccl_m2n", "sharded_rdt") and engine is not None:
+        rank = 0  # vLLM's word for the sender; there is one for each engine
     if name == "shared_memory":
         from megatron_espo.rollout.shared_memory import SharedMemoryTrainerInitInfo
 

@@ -23,7 +23,7 @@ from megatron_espo.weights.vllm_source import GatherError, MegatronWeightSource,
 
 _CANARY_TOKENS = 4
 _CANARY_PROMPT_TOKENS = 128
-# Rank 0 waits for so many answers of the engine at most before the others hear of it again; each has a timeout.
+# A rank waits for so many answers of its engine at most before the others hear of it again; each has a timeout.
 _ENGINE_CALLS = 4
 
 
@@ -57,8 +57,8 @@ class WeightSync:
         hf_config: the model's ``config.json``.
         learner: the trained model: ``chunks`` of this rank, and ``score`` of (prompt, response) pairs.
         runtime: this rank's place.
-        engine: the started engine on rank 0, ``None`` elsewhere.
-        canary: prompts for the canary on rank 0.
+        engine: the started engine on rank 0 and on every other rank that has one, ``None`` elsewhere.
+        canary: prompts for the canary on ranks with an engine.
     """
 
     def __init__(
@@ -76,8 +76,9 @@ class WeightSync:
         dtypes = {self._dtype, config.model.dtype}
         self._tolerance = config.rollout.canary_tolerance or max(TOLERANCE[dtype] for dtype in dtypes)
         self._learner, self._engine, self._canary = learner, engine, list(canary)
-        limit = config.rollout.timeout_s
-        self._lockstep = Lockstep(limit, _ENGINE_CALLS * limit)
+        answers = _ENGINE_CALLS * config.rollout.timeout_s
+        limit = config.rollout.timeout_s if config.rollout.engines == 1 else answers  # others may wait for engines too
+        self._lockstep = Lockstep(limit, limit + answers)
         self._source = ObservedSource(self._make_source(config, hf_config, runtime), runtime.world_size)
         self._transport: Any = None
         self._pushes = 0
@@ -93,7 +94,7 @@ class WeightSync:
             runtime.groups,
             dtype=dtype,
             sharded=self._name == "sharded_rdt",
-            all_replicas=self._name in ON_ALL_RANKS,
+            all_replicas=self._name in ON_ALL_RANKS or config.rollout.engines > 1,
             lockstep=self._lockstep,
         )
 
@@ -118,21 +119,22 @@ class WeightSync:
                     self._engine.serve()
                     metrics["sync/restarts"] = restarts
                 return metrics
-            self._disconnect()
+            self.disconnect()
             if failure.mistake:
                 raise InputError(failure.detail)
             if failure.final or restarts == self._config.max_restarts:
                 break
-            if self._engine is not None:
+            if self._rank == 0:
                 print(f"warning: weights of version {version}: {failure}\nrestarting the rollout engine", flush=True)
         raise WeightSyncError(f"weights of version {version}: {failure}\ngave up after {restarts} engine restarts")
 
     def recover(self) -> None:
         """Restart an engine that failed between two syncs and give it the version that it had. Collective, as ``push``."""
-        self._disconnect()
+        self.disconnect()
         self.push(self.version)
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
+        """End the engine; the next push starts another. Called on every rank."""
         if self._transport is not None:
             self._transport.shutdown()
         self._transport, self._pushes = None, 0
@@ -185,31 +187,39 @@ class WeightSync:
     def _check_canary(self, version: int, metrics: dict[str, float]) -> Failure | None:
         """Compare log-probs of freshly decoded tokens with the trainer's. Collective: all ranks run the forward pass."""
         began = time.perf_counter()
-        box: list[list[CanarySample]] = [[]]
+        own: list[CanarySample] = []
 
         def sample() -> None:
             if self._engine is not None and self._canary:
                 cropped = [prompt.token_ids[:_CANARY_PROMPT_TOKENS] for prompt in self._canary]
                 answers = self._engine.canary(cropped, min(_CANARY_TOKENS, self._engine.config.max_response_tokens))
-                box[0] = [
+                own.extend(
                     CanarySample(prompt.id, ids, response, logprobs)
                     for prompt, ids, (response, logprobs, _) in zip(self._canary, cropped, answers, strict=True)
-                ]
+                )
 
         if failure := self._agree("canary", sample):
             return failure
-        dist.broadcast_object_list(box, src=0)
-        if not box[0]:
+        answered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answered, own)
+        if not any(answered):
             return None
-        trained = self._learner.score([(sample.prompt_ids, sample.response_ids) for sample in box[0]])
-        gap, worst = canary_gap(box[0], trained)  # the same on every rank, and so is what follows
-        if not gap <= self._tolerance:
-            limit = f"rollout.canary_tolerance {self._tolerance:g}"
-            if self._engine is not None:
-                self._engine.reject()
-            return Failure(0, "canary", f"mean |engine - trainer| log-prob gap {gap:.4g} nats, above {limit}; {worst}")
+        trained = self._learner.score([(sample.prompt_ids, sample.response_ids) for samples in answered for sample in samples])
+        # What follows is the same on every rank.
+        gaps = []
+        for rank, samples in enumerate(answered):
+            if not samples:
+                continue
+            gap, worst = canary_gap(samples, trained[: len(samples)])
+            trained = trained[len(samples) :]
+            gaps.append(gap)
+            if not gap <= self._tolerance:
+                limit = f"rollout.canary_tolerance {self._tolerance:g}"
+                if self._engine is not None:
+                    self._engine.reject()
+                return Failure(rank, "canary", f"mean |engine - trainer| log-prob gap {gap:.4g} nats, above {limit}; {worst}")
         if self._engine is not None:
-            metrics |= {"mismatch/canary": gap, "time/canary_s": time.perf_counter() - began}
+            metrics |= {"mismatch/canary": max(gaps), "time/canary_s": time.perf_counter() - began}
         return None
 
     def _agree(self, phase: str, action: Callable[[], None]) -> Failure | None:
@@ -248,6 +258,8 @@ class NoSync:
 
     def recover(self) -> None:
         """Nothing can fail."""
+
+    disconnect = recover
 
 
 def _nothing() -> None:

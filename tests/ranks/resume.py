@@ -1,7 +1,9 @@
 """A learner saved and loaded again; runs on every rank."""
 
 import random
+from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -111,3 +113,28 @@ def go_on_elsewhere(folder: str, checkpoint: str, expected: str, layouts: list[d
         except InputError as error:
             answers.append(str(error))
     return answers
+
+
+def check_rng(folder: str) -> list[bool]:
+    """Every generator draws again what it drew after its state was saved; another number of ranks changes nothing."""
+    runtime.initialize(tensor_model_parallel_size=2)
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megatron_espo.mcore.rng import load_rng, save_rng
+
+    def drawn() -> list[float]:
+        with get_cuda_rng_tracker().fork():
+            forked = float(torch.rand(()))
+        return [forked, float(torch.rand(())), random.random(), float(np.random.rand())]
+
+    save_rng(Path(folder))
+    torch.distributed.barrier()
+    first = drawn()
+    assert load_rng(Path(folder))
+    again = drawn()
+    torch.distributed.barrier()
+    Path(folder, "rng_00002.json").touch()
+    following = (load_rng(Path(folder)), drawn())
+    everyone = [None] * 2
+    torch.distributed.all_gather_object(everyone, first)
+    return [first == again, following[0] is False and following[1] != first, everyone[0][0] != everyone[1][0]]

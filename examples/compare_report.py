@@ -1,0 +1,176 @@
+"""Table, pictures and page of ``compare_objectives.py``."""
+
+import datetime
+import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from megatron_espo.metrics import read_metrics
+
+BEGIN, END = "<!-- results: written by examples/compare_objectives.py -->", "<!-- end of results -->"
+LAST = 3  # steps that count as the end of a run
+PANELS = {
+    "reward/mean": "Reward",
+    "policy/entropy": "Entropy of trained tokens (nats)",
+    "policy/clipped": "Share outside the clip range",
+    "with_gradient": "Share with a gradient",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run's numbers."""
+
+    task: str
+    variant: str
+    seed: int
+    lines: list[dict[str, float]]
+
+    def curve(self, name: str) -> list[float]:
+        """One metric over the steps; NaN where a step trained nothing."""
+        if name == "with_gradient":
+            return [1 - line.get("policy/no_gradient", math.nan) for line in self.lines]
+        return [line.get(name, math.nan) for line in self.lines]
+
+    def mean(self, name: str, last: int = 0) -> float:
+        return nanmean(self.curve(name)[-last:])
+
+
+def nanmean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
+
+
+NUMBERS: dict[str, Callable[[Run], float]] = {
+    "held-out, greedy": lambda run: run.mean("eval/avg@1"),
+    f"reward, last {LAST}": lambda run: run.mean("reward/mean", LAST),
+    "reward, all": lambda run: run.mean("reward/mean"),
+    f"entropy, last {LAST}": lambda run: run.mean("policy/entropy", LAST),
+    "outside clip range": lambda run: run.mean("policy/clipped"),
+    "with a gradient": lambda run: run.mean("with_gradient"),
+}
+
+
+def write_results(found: list[tuple[str, str, int, Path]], out: Path, page: Path | None, command: str) -> str:
+    """Pictures and the results' part of the page, in ``out`` or, with ``page``, beside and inside it; returns what to print."""
+    runs = [Run(task, variant, seed, read_metrics(folder)) for task, variant, seed, folder in found]
+    folder = page.parent if page else out
+    pictures = draw_all(runs, folder)
+    seconds = fmean(line["time/step_s"] for run in runs for line in run.lines)
+    cores = len(os.sched_getaffinity(0))
+    text = [
+        f"`{command}` on {datetime.date.today()}: {len(runs)} runs of {len(runs[0].lines)} steps on {cores} cores "
+        f"({platform.machine()}), {seconds:.1f} s a step.\n",
+        table(runs),
+        "Means over seeds, in brackets the lowest and the highest. Shares are of the tokens of responses that have an advantage.\n",
+        claims(runs),
+        *(f"![{caption}]({path.name})\n" for caption, path in pictures.items()),
+    ]
+    body = "\n".join(text)
+    target = page or out / "study.md"
+    old = page.read_text() if page else f"# Study\n\n{BEGIN}\n{END}\n"
+    before, rest = old.split(BEGIN)
+    target.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{rest.split(END)[1]}")
+    return f"{table(runs)}\n{claims(runs)}\nwritten: {target} and {len(pictures)} pictures beside it"
+
+
+def grouped(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Task and variant to its seeds, in the order of the plan."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.task, run.variant), []).append(run)
+    return dict(sorted(groups.items(), key=lambda item: item[0][0], reverse=True))
+
+
+def table(runs: list[Run]) -> str:
+    """A row for each task and variant."""
+    rows = [f"| task | variant | seeds | {' | '.join(NUMBERS)} |", "|---" * (len(NUMBERS) + 3) + "|"]
+    for (task, variant), seeds in grouped(runs).items():
+        cells = [spread([number(run) for run in seeds]) for number in NUMBERS.values()]
+        rows.append(f"| {task} | {variant} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    known = [value for value in values if not math.isnan(value)]
+    return f"{nanmean(known):.2f}" + (f" ({min(known):.2f}–{max(known):.2f})" if len(known) > 1 else "")
+
+
+def claims(runs: list[Run]) -> str:
+    """What the paper found, and in how many pairs of runs with the same task and seed it was so here."""
+    of = {(run.task, run.seed, run.variant): run for run in runs}
+    reward, clipped, entropy = NUMBERS[f"reward, last {LAST}"], NUMBERS["outside clip range"], NUMBERS[f"entropy, last {LAST}"]
+    pairs: list[tuple[str, Callable[[Run], float], str, list[str]]] = [
+        ("ESPO ends with a higher reward than", reward, "espo", ["gspo", "grpo", "dapo", "cispo", "gmpo"]),
+        ("ESPO ends with a higher entropy than", entropy, "espo", ["grpo", "dapo", "cispo"]),
+        ("more tokens outside the clip range under ESPO than under (Figure 4)", clipped, "espo", ["grpo", "dapo", "cispo"]),
+        ("ablations: ESPO as it is ends with a higher reward than", reward, "espo", sorted({r.variant for r in runs if r.variant[:5] == "espo-"})),
+    ]
+    rows = ["| | than | pairs in which it was so | mean difference |", "|---|---|---|---|"]
+    for claim, number, first, others in pairs:
+        for other in others:
+            keys = [(task, seed) for task, seed, variant in of if variant == other and (task, seed, first) in of]
+            gaps = [number(of[*key, first]) - number(of[*key, other]) for key in keys]
+            if gaps := [gap for gap in gaps if not math.isnan(gap)]:
+                rows.append(f"| {claim} | {other} | {sum(gap > 0 for gap in gaps)} of {len(gaps)} | {nanmean(gaps):+.3f} |")
+    return "\n".join(rows) + "\n"
+
+
+def draw_all(runs: list[Run], folder: Path) -> dict[str, Path]:
+    """Caption to file of every picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    objectives = [run for run in runs if "-" not in run.variant]
+    ablations = [run for run in runs if run.variant.startswith("espo")]
+    pictures = {}
+    for task in dict.fromkeys(run.task for run in runs):
+        mine = {variant: seeds for (t, variant), seeds in grouped(objectives).items() if t == task}
+        pictures[f"Objectives on {task}: mean over seeds, bands from the lowest to the highest"] = draw_curves(mine, folder / f"study-{task}.png")
+    pictures["Clipped share by objective, in the manner of the paper's Figure 4; entropy against clipped share, of its Figure 5"] = draw_clipping(
+        objectives, folder / "study-clipping.png"
+    )
+    if len({run.variant for run in ablations}) > 1:
+        mine = {variant: seeds for (task, variant), seeds in grouped(ablations).items() if task == runs[0].task}
+        pictures["Ablations of ESPO"] = draw_curves(mine, folder / "study-ablations.png")
+    return pictures
+
+
+def draw_curves(variants: dict[str, list[Run]], path: Path) -> Path:
+    """A panel for each of :data:`PANELS`: mean over seeds, and from the lowest to the highest seed as a band."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for variant, seeds in variants.items():
+            columns = [[v for v in column if not math.isnan(v)] or [math.nan] for column in zip(*(run.curve(name) for run in seeds), strict=False)]
+            steps = range(1, len(columns) + 1)
+            (line,) = axes.plot(steps, [fmean(column) for column in columns], label=variant, linewidth=1.5)
+            axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), alpha=0.15, color=line.get_color())
+        axes.set(title=title, xlabel="step", ylim=(0, None))
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_clipping(runs: list[Run], path: Path) -> Path:
+    """Bars of the clipped share, a dot a seed; and a point a step of entropy against clipped share."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    bars, points = figure.subplots(1, 2)
+    for place, variant in enumerate(dict.fromkeys(run.variant for run in runs)):
+        mine = [run for run in runs if run.variant == variant]
+        shares = [run.mean("policy/clipped") for run in mine]
+        bars.bar(place, nanmean(shares), color=f"C{place}", alpha=0.6)
+        bars.plot([place] * len(shares), shares, "k.", markersize=4)
+        entropies, clipped = ([v for run in mine for v in run.curve(name)] for name in ("policy/entropy", "policy/clipped"))
+        points.plot(entropies, clipped, ".", color=f"C{place}", label=variant, markersize=5)
+    bars.set(title="Share of tokens outside the clip range", xticks=range(place + 1))
+    bars.set_xticklabels(dict.fromkeys(run.variant for run in runs))
+    points.set(title="Each step of each run", xlabel="entropy of trained tokens (nats)", ylabel="share outside the clip range")
+    points.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,127 @@
+"""Tiny runs on recorded rollouts (``run.replay``, so no engine), made to fail at one place, and what they must look like afterwards."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron_espo.batch import ScoredGroups
+from megatron_espo.faults import VARIABLE
+from megatron_espo.rollout_log import RolloutLog
+from megatron_espo.types import Prompt, Rollout
+from tests.distributed import ROOT
+from tests.tiny import WORDS, save_tiny_model
+
+
+def record_rollouts(folder: Path, steps: int) -> None:
+    """Made-up rollouts: four prompts a step, two responses each."""
+    log, draw = RolloutLog(folder, {}), random.Random(1)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(4, len(WORDS)) for _ in range(count))
+
+    for step in range(1, steps + 1):
+        prompts = [Prompt(f"{step}-{i}", "", "", ids(5)) for i in range(4)]
+        groups = []
+        for prompt in prompts:
+            lengths = [draw.randint(1, 6) for _ in range(2)]
+            groups.append([Rollout(prompt, ids(n), (-2.0,) * n, "stop", step - 1, "") for n in lengths])
+        rewards = torch.tensor([[draw.random(), draw.random()] for _ in prompts])
+        log.write(step, ScoredGroups(groups, rewards, 4), before={}, after={})
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of one configuration in one folder.
+
+    Attributes:
+        folder: holds ``run.yaml``, model, rollouts and the runs.
+        steps: of a run.
+    """
+
+    folder: Path
+    steps: int
+
+    @staticmethod
+    def prepare(folder: Path, *, steps: int, every: int) -> "Runs":
+        """Model, rollouts (of two steps more) and configuration; a checkpoint ``every`` so many steps."""
+        save_tiny_model(folder / "model")
+        record_rollouts(folder / "rollouts", steps + 2)
+        rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(9)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = {"dir": "(given)", "steps": steps, "checkpoint_every": every, "replay": str(folder / "rollouts"), "agree_every": 1}
+        config = {
+            "run": run | {"watchdog_s": 10.0},
+            "model": {"path": str(folder / "model"), "dtype": "bfloat16"},
+            "optimizer": {"lr": 0.003},
+            "rollout": {"prompts_per_step": 4, "group_size": 2, "max_response_tokens": 6},
+            "data": {"prompts": str(folder / "prompts.jsonl")},
+            "reward": {"function": "tests.test_end_to_end:shortness"},
+        }
+        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        return Runs(folder, steps)
+
+    def command(self, run: str, *overrides: str, ranks: int = 2) -> list[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        return [*launcher, "-m", "megatron_espo", "train", str(self.folder / "run.yaml"), f"run.dir={self.folder / run}", *overrides]
+
+    def train(self, run: str, *overrides: str, ranks: int = 2, fault: str | None = None) -> subprocess.CompletedProcess:
+        """One launch, to its end."""
+        command = self.command(run, *overrides, ranks=ranks)
+        done = subprocess.run(command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=580)
+        self.assert_no_orphans(run)
+        return done
+
+    def weights(self, run: str) -> dict[str, torch.Tensor]:
+        return {name: t for file in (self.folder / run / "hf").glob("*.safetensors") for name, t in load_file(file).items()}
+
+    def status(self, run: str) -> dict:
+        return json.loads((self.folder / run / "status.json").read_text())
+
+    def wait_for_step(self, process: subprocess.Popen, run: str, step: int) -> None:
+        metrics = self.folder / run / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended too early"
+            time.sleep(0.02)
+
+    def assert_no_orphans(self, run: str) -> None:
+        """No process of the run lives on (they name its folder, or inherit the command line)."""
+        needle, deadline = f"run.dir={self.folder / run}".encode() + b"\0", time.monotonic() + 10
+        while left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if needle in _read(path)]:
+            assert time.monotonic() < deadline, f"still there: {left}"
+            time.sleep(0.1)
+
+    def assert_same_end(self, run: str, undisturbed: dict[str, torch.Tensor]) -> None:
+        """Equal weights, and every step once in both records."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        final = self.weights(run)
+        assert final.keys() == undisturbed.keys()
+        assert all(torch.equal(final[name], undisturbed[name]) for name in final)
+        lines = [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, self.steps + 1))
+        assert lines[-1]["ledger/dispatched"] == lines[-1]["ledger/trained"] == 4 * self.steps
+        board = EventAccumulator(str(self.folder / run / "tensorboard"), size_guidance={"scalars": 0})
+        board.Reload()
+        assert [event.step for event in board.Scalars("reward/mean")] == list(range(1, self.steps + 1))
+
+
+def environment(fault: str | None = None) -> dict[str, str]:
+    """Of a launch with an injected fault (see :mod:`megatron_espo.faults`)."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({VARIABLE: fault} if fault else {})
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes() + b"\0"
+    except OSError:
+        return b""

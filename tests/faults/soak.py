@@ -1,0 +1,92 @@
+"""A long run with a random fault every ten steps, started again by the same command until it is done; its weights are the undisturbed run's.
+
+    python -m tests.faults.soak --steps 200 --seed 1
+"""
+
+import argparse
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_espo.run_files import read_jsonl
+from tests.distributed import ROOT
+from tests.faults.runs import Runs, environment
+
+EVERY, FAULT_EVERY = 5, 10
+# Injected at a random step and rank; those of a checkpoint at a step that saves, on the rank that is there.
+INJECTED = (
+    *("backward:kill", "backward:freeze", "backward:loop", "backward:oom", "train:term", "train:kill", "sync:kill", "sync:term", "gradient:raise"),
+    *("gradient:kill", "weights:flip", "checkpoint:term", "save:kill", "save:full"),
+)
+ON_RANK_0 = ("rename:kill", "rename:full", "latest:kill", "latest:full")
+AT_A_CHECKPOINT = ("checkpoint", "save", "rename", "latest")
+FROM_OUTSIDE = ("STOP file", "SIGTERM to torchrun", "SIGKILL to a rank")
+
+
+def disturb(runs: Runs, run: str, number: int, seed: int) -> str:
+    """One launch with the fault of this number, within its ten steps; what it was, and how the launch ended."""
+    draw, first = random.Random(f"{seed}-{number}"), number * FAULT_EVERY + 1
+    first = max(first, len(read_jsonl(runs.folder / run / "metrics.jsonl")) + 1)
+    step, rank = first + draw.randrange(FAULT_EVERY), draw.randrange(2)
+    kind = draw.choice((*INJECTED, *ON_RANK_0, *FROM_OUTSIDE))
+    if kind in FROM_OUTSIDE:
+        return f"{kind} after step {step}: {_from_outside(runs, run, kind, step)}"
+    point, action = kind.split(":")
+    if point in AT_A_CHECKPOINT:
+        step = -(-step // EVERY) * EVERY
+    fault = f"{point}:{0 if kind in ON_RANK_0 else rank}:{step}:{action}"
+    done = runs.train(run, fault=fault)
+    stopped = action == "term"
+    assert (done.returncode == 0) == stopped, (fault, done.stdout, done.stderr)
+    status = runs.status(run)
+    assert status["state"] == ("requeue" if stopped else "failed"), (fault, status)
+    return f"{fault}: {status['why']}"
+
+
+def _from_outside(runs: Runs, run: str, kind: str, step: int) -> str:
+    process = subprocess.Popen(runs.command(run), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs.wait_for_step(process, run, step)
+    if kind == "STOP file":
+        (runs.folder / run / "STOP").touch()
+    elif kind == "SIGTERM to torchrun":
+        process.send_signal(signal.SIGTERM)
+    else:
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        subprocess.run(["kill", "-KILL", children[-1]])
+    process.wait(timeout=200)
+    runs.assert_no_orphans(run)
+    return str(runs.status(run)["why"])
+
+
+def soak(runs: Runs, undisturbed: dict[str, torch.Tensor], faults: int, seed: int, run: str = "soak") -> None:
+    """``faults`` disturbed launches and a last one; AssertionError unless everything ends as without them."""
+    began = time.monotonic()
+    for number in range(faults):
+        print(f"{time.monotonic() - began:5.0f} s  {disturb(runs, run, number, seed)}", flush=True)
+    done = runs.train(run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs.assert_same_end(run, undisturbed)
+    print(f"{time.monotonic() - began:5.0f} s  done: {runs.steps} steps, {faults} faults, weights equal bit for bit", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs.prepare(Path(folder), steps=args.steps, every=EVERY)
+        began = time.monotonic()
+        done = runs.train("undisturbed")
+        assert done.returncode == 0, done.stdout + done.stderr
+        print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
+        soak(runs, runs.weights("undisturbed"), (args.steps - 1) // FAULT_EVERY, args.seed)
+
+
+if __name__ == "__main__":
+    main()

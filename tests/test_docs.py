@@ -1,0 +1,213 @@
+"""What README, CONTRIBUTING and docs/ say is there: links, functions, settings, messages; their snippets are accepted or run."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_espo import cli
+from megatron_espo.config import load_config
+from megatron_espo.config.reference import render_markdown, sections
+from megatron_espo.errors import InputError
+from tests.distributed import ROOT
+from tests.pages import PAGES, Snippet, anchors, command_lines, links, prose, snippets
+
+BASE = {"model": {"path": "model"}, "data": {"prompts": "prompts.jsonl"}}
+# Programs of others, and what each needs.
+OTHERS = {"tensorboard": "install_requires", "touch": "", "pip": "", "pre-commit": "dev"}
+# What takes minutes is run elsewhere, as it stands or as the program and settings that it starts.
+RUN_BY = {
+    "bash examples/quickstart.sh": "tests/test_tensorboard.py::test_every_documented_tag_has_data",
+    "torchrun --nproc-per-node 4 examples/run_espo_70b.sh --rehearse": "tests/test_run_espo_70b.py::test_rehearsal_trains_and_writes_tensorboard",
+    "python examples/existing_megatron_script.py": "tests/test_existing_script.py::test_reward_rises",
+    "megatron-espo parity": "tests/test_parity.py::test_short_matrix_agrees",
+    "megatron-espo report runs/mine": "tests/test_report.py::test_the_command_names_the_page",
+    "sbatch examples/slurm/espo_colocated.sbatch": "tests/test_slurm.py::test_run_is_saved_requeued_and_finished",
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_link_is_dead(page):
+    dead = []
+    for text, target in links(page):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            dead.append(target)
+        if file.suffix == ".py" and text.startswith("`") and not text.strip("`").endswith(".py"):
+            dead += [] if defines(file, text.strip("`")) else [f"{target} has no {text}"]
+    assert dead == []
+
+
+@cache
+def defined(file: Path) -> frozenset[str]:
+    """Functions, classes, methods (``Class.method``) and constants of a module."""
+    names = []
+    for node in ast.parse(file.read_text()).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        names += [node.name] if hasattr(node, "name") else [t.id for t in targets if isinstance(t, ast.Name)]
+        if isinstance(node, ast.ClassDef):
+            names += [f"{node.name}.{inner.name}" for inner in node.body if hasattr(inner, "name")]
+    return frozenset(names)
+
+
+def defines(file: Path, name: str) -> bool:
+    return name in defined(file)
+
+
+def test_the_algorithm_page_links_every_public_function_of_algo():
+    linked = {text.strip("`") for text, _ in links(ROOT / "docs" / "algorithm.md")}
+    public = {"group_advantages", "overlong_penalty", "entropy_groups", "annotate", "policy_loss", "rollout_correction", "kl_estimate", "OBJECTIVES"}
+    assert public <= linked
+
+
+def test_the_configuration_page_is_the_generated_one():
+    assert (ROOT / "docs" / "configuration.md").read_text() == render_markdown(), "bash tools/docs.sh writes it"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_that_are_named_exist(page):
+    known = {f"{name}.{key}" for name, model in sections().items() for key in model.model_fields}
+    text = prose(page)
+    if page.name == "migration.md":  # ours are in the first column
+        text = "\n".join(line.split(" | ")[0] for line in text.splitlines())
+    named = re.findall(rf"`((?:{'|'.join(sections())})\.[a-z]\w*)(?=[`:=\s.])", text)
+    wrong = {name for name in named if name not in known and not re.search(r"\.(yaml|json|jsonl|py|md|layers|embed_tokens|norm)$", name)}
+    assert wrong == set()
+
+
+@cache
+def constants() -> str:
+    """Every string of the package's source."""
+    nodes = [node for file in (ROOT / "megatron_espo").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_source():
+    headings = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(headings) >= 20
+    pieces = [(heading, piece.strip()) for heading in headings for piece in heading.split("...")]
+    assert [entry for entry in pieces if entry[1] not in constants()] == []
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    pytest.importorskip("latex2mathml", reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    algorithm = (tmp_path / "site" / "algorithm.html").read_text()
+    assert algorithm.count("<math") > 30 and "$$" not in algorithm
+    assert {page.stem for page in (tmp_path / "site").glob("*.html")} >= {page.stem for page in PAGES if page.parent == ROOT / "docs"}
+
+
+def test_every_snippet_says_its_language():
+    assert {str(snippet) for snippet in snippets() if snippet.language not in ("bash", "python", "yaml", "text")} == set()
+    program = r"^    (megatron-espo|bash|python|torchrun|sbatch|srun) "
+    assert [page.name for page in PAGES if page.name != "CHANGELOG.md" and re.search(program, prose(page), re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)
+def test_settings_snippets_are_accepted(snippet, tmp_path):
+    tree = BASE | yaml.safe_load(snippet.text)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    load_config(tmp_path / "run.yaml", [])
+
+
+@pytest.mark.parametrize("snippet", snippets("bash"), ids=str)
+def test_commands_are_accepted(snippet, tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    for words in command_lines(snippet):
+        check_command(words, tmp_path / "base.yaml")
+
+
+def check_command(words: list[str], base: Path) -> None:
+    """The program exists, its options too, and its settings are valid."""
+    line = " ".join(words)
+    if "-m" in words and words[words.index("-m") + 1].startswith("megatron_espo"):
+        words = ["megatron-espo", *words[words.index("-m") + 2 :]]
+    if words[0] == "megatron-espo":
+        if words[-1] == "--help":
+            return check_help(words[1:])
+        args = cli._parse(cli.build_parser(), words[1:])
+        settings = ROOT / (getattr(args, "config", None) or "")
+        load_config(settings if settings.is_file() else base, getattr(args, "overrides", []))
+        return
+    script = next((word for word in words if (ROOT / word).is_file() and re.search(r"\.(py|sh|sbatch)$", word)), None)
+    if script is None:
+        assert words[0] in OTHERS or line == "python -m megatron_espo.metric_names", f"{line}: no such program or script"
+        extras = re.findall(r"\.\[(\w+)\]", line)
+        assert all(f'"{extra}": [' in (ROOT / "setup.py").read_text() for extra in extras), line
+        return
+    assert words[0] in ("bash", "source", "python", "torchrun", "sbatch", "srun"), line
+    arguments = words[words.index(script) + 1 :]
+    # A template hands its arguments on to the program, a wrapper to pytest.
+    source = "\n".join(path.read_text() for path in [ROOT / script, ROOT / "examples" / "run_espo_70b.sh"])
+    if script == "tools/test.sh":
+        assert all((ROOT / word).is_file() for word in arguments if word.startswith("tests/")), line
+        return
+    assert all(word.split("=")[0] in source for word in arguments if word.startswith("--")), f"{line}: unknown option"
+    load_config(base, [word for word in arguments if re.match(r"[a-z]+\.\w+(\.\w+)*=", word)])
+
+
+def check_help(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 0
+
+
+def test_a_wrong_command_is_noticed(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    for line, wrong in {
+        "megatron-espo trian run.yaml": SystemExit,
+        "megatron-espo train run.yaml run.stops=3": InputError,
+        "torchrun -m megatron_espo train run.yaml --speed 3": SystemExit,
+        "bash examples/quickstart.sh --sed 3": AssertionError,
+        "bash examples/quickstart.sh algorithm.objective=best": InputError,
+        "bash examples/gone.sh": AssertionError,
+    }.items():
+        with pytest.raises(wrong):
+            check_command(line.split(), tmp_path / "base.yaml")
+
+
+def test_what_takes_minutes_is_run_by_a_test_that_exists():
+    lines = [" ".join(words) for snippet in snippets("bash") for words in command_lines(snippet)]
+    for command, test in RUN_BY.items():
+        assert any(line.startswith(command) for line in lines), command
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), test
+
+
+PRELUDE = """
+import sys
+sys.path.insert(0, "examples")
+from existing_megatron_script import *
+initialize()
+model, groups, vocab_size = build_model(), ProcessGroupCollection.use_mpu_process_groups(), VOCAB
+draw = torch.Generator().manual_seed(SEED)
+prompts = torch.randint(VOCAB, (PROMPTS, PROMPT), generator=draw).repeat_interleave(GROUP, 0)
+responses, logprobs = sample(model, prompts, draw)
+rewards = (responses % 2 == 0).float().mean(1).view(PROMPTS, GROUP)
+rollouts = list(zip(prompts.tolist(), responses.tolist(), logprobs.tolist(), strict=True))
+model.zero_grad_buffer()
+"""
+CHECKS = {
+    "README.md": "assert all(p.main_grad.norm() > 0 for p in model.parameters())",
+    "docs/existing_script.md": "assert callable(forward_step)",
+}
+
+
+@pytest.mark.parametrize("snippet", snippets("python"), ids=str)
+def test_python_snippets_run(snippet: Snippet):
+    program = "\n".join([PRELUDE, snippet.text, CHECKS[snippet.page], "print('ran to the end')"])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert "ran to the end" in done.stdout, done.stderr

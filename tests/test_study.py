@@ -1,0 +1,81 @@
+"""The study of objectives: equal compute for all, finished runs are kept, and the table counts what the files say."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_espo.config import load_config
+from tests.distributed import ROOT
+
+sys.path.insert(0, str(ROOT / "examples"))
+import compare_objectives as study
+from compare_report import BEGIN, END, Run, claims, table, write_results
+
+
+def jobs(out: Path, **changes):
+    everything = {"seeds": [1, 2, 3], "tasks": list(study.TASKS), "variants": [*study.OBJECTIVES, *study.ABLATIONS], "out": out, "overrides": []}
+    return list(study.plan(Namespace(**everything | changes)))
+
+
+def test_every_run_is_valid_and_has_the_same_compute(tmp_path):
+    planned = jobs(tmp_path)
+    assert len(planned) == 3 * (2 * 6 + 6) == len({job.folder for job in planned})
+    assert [job.seed for job in planned] == sorted(job.seed for job in planned), "a study that is cut short has whole seeds"
+    configs = [load_config(ROOT / "examples" / "quickstart.yaml", [f"run.dir={job.folder}", *job.settings]) for job in planned]
+    assert len({config.model_dump_json(exclude={"algorithm", "run", "data", "eval"}) for config in configs}) == 1
+    assert {(c.run.steps, c.algorithm.num_mini_batches, c.algorithm.num_epochs, c.rollout.max_resampling_rounds) for c in configs} == {(12, 4, 1, 0)}
+    assert {c.algorithm.objective for c in configs} == set(study.OBJECTIVES)
+    assert all(c.eval.task_args["seed"] != c.run.seed and c.eval.prompts == c.data.prompts for c in configs)
+
+
+def test_a_finished_run_is_kept_and_one_with_other_settings_refused(tmp_path):
+    (job,) = jobs(tmp_path, seeds=[1], tasks=["sums"], variants=["espo"])
+    job.folder.mkdir()
+    (job.folder / "settings.json").write_text(json.dumps(job.settings))
+    assert not job.finished(), "no summary.json: it was cut short"
+    (job.folder / "summary.json").write_text("{}")
+    assert job.finished()
+    (longer,) = jobs(tmp_path, seeds=[1], tasks=["sums"], variants=["espo"], overrides=["run.steps=99"])
+    with pytest.raises(SystemExit, match="run.steps=99"):
+        longer.finished()
+
+
+def run(task, variant, seed, rewards, clipped) -> Run:
+    lines = [{"step": i, "reward/mean": reward, "policy/clipped": clipped, "time/step_s": 1.0} for i, reward in enumerate(rewards, 1)]
+    lines[0].pop("policy/clipped")  # a step that trained nothing
+    return Run(task, variant, seed, lines)
+
+
+RUNS = [
+    run("sums", "espo", 1, [0, 0, 0.3, 0.6, 0.9], 0.5), run("sums", "espo", 2, [0, 0, 0, 0, 0.3], 0.7),
+    run("sums", "grpo", 1, [0, 0, 0.3, 0.3, 0.3], 0.1), run("sums", "grpo", 2, [0, 0, 0.3, 0.3, 0.3], 0.1),
+]  # fmt: skip
+
+
+def test_the_table_and_the_pairs_equal_those_counted_by_hand():
+    rows = {row.split(" | ")[1]: [cell.strip(" |") for cell in row.split(" | ")] for row in table(RUNS).splitlines()[2:]}
+    assert rows["espo"][2:] == ["2", "nan", "0.35 (0.10–0.60)", "0.21 (0.06–0.36)", "nan", "0.60 (0.50–0.70)", "nan"]
+    assert rows["grpo"][4] == "0.30 (0.30–0.30)"
+    text = claims(RUNS)
+    assert "ESPO ends with a higher reward than | grpo | 1 of 2 | +0.050 |" in text
+    assert "(Figure 4) | grpo | 2 of 2 | +0.500 |" in text and "entropy" not in text
+
+
+def test_the_page_keeps_what_stands_around_the_results(tmp_path):
+    found = []
+    for one in RUNS:
+        folder = tmp_path / f"{one.variant}-{one.seed}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in one.lines))
+        found.append((one.task, one.variant, one.seed, folder))
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        write_results(found, tmp_path, page, "python study.py")
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith(f"{END}\nafter\n") and "old" not in text and text.count("`python study.py` on ") == 1
+    assert {path.name for path in tmp_path.glob("*.png")} == {"study-sums.png", "study-clipping.png"}
+    assert BEGIN in (ROOT / "docs" / "study.md").read_text() and END in (ROOT / "docs" / "study.md").read_text()
