@@ -62,13 +62,17 @@ def measure(args: argparse.Namespace, place: runtime.Runtime, engine) -> None:
     from megatron_espo.mcore.model import Layout, build_model, read_hf_config
     from megatron_espo.rollout import make_trainer_transport, push_weights
     from megatron_espo.weights.hf_io import load_hf_weights
+    from megatron_espo.weights.lockstep import Lockstep
     from megatron_espo.weights.vllm_source import MegatronWeightSource, ObservedSource
 
     hf_config, dtype = read_hf_config(args.model), getattr(torch, args.dtype)
     layout = Layout(tensor_model_parallel_size=args.tensor)
     chunks = build_model(hf_config, layout, place.groups, dtype=dtype)
     load_hf_weights(chunks, hf_config, args.model, place.groups)
-    source = ObservedSource(MegatronWeightSource(chunks, hf_config, place.groups, dtype=dtype), place.world_size)
+    lockstep = Lockstep(600, 600)
+    source = ObservedSource(
+        MegatronWeightSource(chunks, hf_config, place.groups, dtype=dtype, lockstep=lockstep), place.world_size
+    )
     sizes = {meta.name: meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in source.metadata()}
     groups = [sum(sizes[name] for name in names) for names in source.groups()]
     total = sum(groups)
@@ -102,10 +106,12 @@ def report(rounds: list[dict[str, float]], total: int, groups: list[int], extra:
     arrival = statistics.median(
         row["memcpy"] / (row["trainer: gather"] + row["trainer: write"] + row["engine: checksum"]) for row in rounds
     )
+    added = statistics.median(row["memcpy"] / (row["sync"] - row["engine: load"] - row["engine: finish"]) for row in rounds)
     print(f"{total / 1e6:.0f} MB in {len(groups)} groups, {len(rounds)} rounds, medians")
     for name, value in middle.items():
         print(f"  {name:<18} {value * 1e3:7.1f} ms  {total / value / 1e9:6.2f} GB/s")
     print(f"into the engine's memory (gather, write, checksums): {arrival:.0%} of memcpy's speed")
+    print(f"what that adds to vLLM's load, which it overlaps with: {added:.0%} of memcpy's speed")
     print(f"until it could serve (vLLM's load and repacking too): {share:.0%} of memcpy's speed")
     layer = statistics.median(groups)
     print(

@@ -13,6 +13,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
 from megatron_espo.rollout.shared_memory import (
+    SharedBlock,
     SharedMemoryTrainerInitInfo,
     SharedMemoryWeightTransferEngine,
     num_bytes,
@@ -171,6 +172,20 @@ def test_other_ranks_iterate_and_send_nothing():
     transport.send_weights()
     transport.shutdown()
     assert client is None and source.taken == len(weights)
+
+
+def test_only_the_very_block_is_attached():
+    """A rank on another machine finds nothing, or something else, under the sender's path."""
+    block = SharedBlock.create(4096)
+    block.bytes[:4] = torch.tensor([1, 2, 3, 4])
+    ours = SharedBlock.attach_if_here(block.path, 4096, bytes([1, 2, 3, 4]))
+    ours.bytes[9] = 7
+    assert block.bytes[9] == 7
+    assert SharedBlock.attach_if_here(block.path, 4096, bytes([1, 2, 3, 5])) is None
+    assert SharedBlock.attach_if_here(block.path, 8192, bytes([1, 2, 3, 4])) is None
+    assert SharedBlock.attach_if_here("/proc/1/fd/999999", 4096, b"") is None
+    ours.close()
+    block.close()
 
 
 def test_shutdown_frees_the_block():

@@ -1,5 +1,6 @@
 """Weights from Megatron ranks into a real engine: verified, checked by the canary, mended or refused by name."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -50,6 +51,20 @@ def test_pipeline_stages_biases_and_an_output_layer_are_verified(untied):
     assert all(0 < m["mismatch/canary"] < 1e-4 for m in answer["metrics"]) and answer["gap"] < 1e-4
 
 
+def test_experts_are_read_back_from_two_workers(tmp_path):
+    """Experts of 72 columns over two workers: 36 each, which vLLM pads to 64 and packs."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "norm_topk_prob": True}
+    moe = str(save_tiny_model(tmp_path / "moe", "qwen3_moe", **sizes))
+    answer = run_ranks(2, "tests.ranks.sync:sync_two_workers", folder=moe, out=str(tmp_path / "export"), expert=2)
+    names = set(answer["sent"])
+    assert sum(".experts." in name for name in names) == 2 * 4 * 3
+    assert answer["metrics"]["sync/verified_tensors"] == len(names) == len(load_file(Path(moe, "model.safetensors")))
+    config = engine_config(str(tmp_path / "export"), tmp_path / "fresh.log", temperature=0.0)
+    fresh = ask_fresh_engine(config, [prompt.token_ids for prompt in PROMPTS], tmp_path / "answer.json")
+    assert wrong_tensors(answer["sent"], fresh["served"]) is None and names <= fresh["served"].keys()
+    assert [ids for ids, _, _ in answer["samples"]] == [ids for ids, _, _ in fresh["samples"]]
+
+
 def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(folder, tmp_path):
     out = str(tmp_path / "export")
     answer = run_ranks(2, "tests.ranks.sync:sync_two_workers", folder=folder, out=out)
@@ -82,6 +97,7 @@ def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
 def test_exporters_are_checked_before_the_first_byte(folder):
     found = run_ranks(2, "tests.ranks.sync:exporter_faults", folder=folder)
     assert re.match(r"InputError: .*up_proj.weight: shape \(64, 128\), expected \(128, 64\)", found["transposed"])
+    assert "1.mlp.up_proj.weight: missing" in found["renamed"] and "1.mlp.upper_proj.weight: unknown" in found["renamed"]
     assert "phase gather" in found["fickle"] and "as in its first pass" in found["fickle"]
     assert found["whole"]["sync/verified_tensors"] == 20 and found["whole"]["mismatch/canary"] < 1e-4
 
@@ -97,6 +113,15 @@ def test_engine_dies_with_a_rank_that_is_killed_inside_a_sync(folder, tmp_path):
     while any(map(is_alive, processes)):
         assert time.monotonic() < deadline, "the engine, or one of its workers, outlived its owner"
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("rank, limit", [(1, 4), pytest.param(0, 16, marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_inside_a_sync_is_named_in_time(folder, tmp_path, rank, limit):
+    with pytest.raises(AssertionError, match="freeze_midway on 2 ranks failed"):
+        run_ranks(2, "tests.ranks.sync:freeze_midway", folder=folder, rank=rank, out=str(tmp_path / "out"), timeout=150)
+    message, seconds = json.loads((tmp_path / "out").read_text())
+    assert re.match(rf"WeightSyncError: weights: phase transfer: rank {rank} .* for the weights of model\.", message), message
+    assert limit <= seconds < limit + 6
 
 
 # -- pure parts -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from megatron_espo.errors import InputError
 from megatron_espo.weights.binding import Cut, Place, bind
 from megatron_espo.weights.families import model_groups
-from megatron_espo.weights.layouts import Layout, local_shape, merge_into, shard_into
+from megatron_espo.weights.layouts import Layout, local_shape, shard_into, unshard_into
 from tests.weights_models import FAMILIES, make_model, per_expert
 
 # Names of a decoder layer as Megatron-Core's layer specs give them (gpt_layer_specs.py; TELayerNormColumnParallelLinear
@@ -72,7 +72,8 @@ def test_round_trip_is_exact(family, tp_size):
             for rank, shard in enumerate(shards):
                 shard_into(shard, sources, mapping.layout, rank, tp_size, mapping.query_groups)
             outputs = [torch.full_like(source, float("nan")) for source in sources]
-            merge_into(outputs, shards, mapping.layout, mapping.query_groups)
+            for rank, shard in enumerate(shards):
+                unshard_into(outputs, shard, mapping.layout, rank, tp_size, mapping.query_groups)
             assert all(map(torch.equal, outputs, sources)), mapping
 
 

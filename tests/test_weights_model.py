@@ -73,6 +73,16 @@ def test_layouts(models, tmp_path, world_size):
         assert not export.with_name(export.name + ".partial").exists()
 
 
+@pytest.mark.parametrize("sizes", [{TP: 2}, {TP: 3}, {PP: 2}, {TP: 2, PP: 2}], ids=str)
+def test_the_stream_takes_less_than_two_layers(tmp_path, sizes):
+    """Layers of 2.6 MB and an embedding of 2.4 MB, padded."""
+    shape = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6, "num_key_value_heads": 6}
+    save_model("llama", tmp_path, vocab_size=3071, num_hidden_layers=2, **shape)
+    ranks = sizes.get(TP, 1) * sizes.get(PP, 1)
+    measured = run_ranks(ranks, "tests.ranks.weights:stream_peak", folder=str(tmp_path), sizes=sizes)
+    assert measured["layer"] <= measured["peak"] < 2 * measured["layer"], measured
+
+
 @pytest.mark.slow
 def test_vllm_class_has_the_same_groups(models):
     run_ranks(1, "tests.ranks.weights:check_vllm_class", folder=next(iter(models)))

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from megatron_espo.mcore.meta import BuiltRank, Held
 from megatron_espo.weights.families import Mapping
-from megatron_espo.weights.layouts import plan_pieces
+from megatron_espo.weights.layouts import Layout, plan_pieces
+from megatron_espo.weights.source import batches, gather_bytes
 
 Groups = Sequence[Sequence[Mapping]]
 
@@ -39,9 +41,10 @@ class GroupPlan:
 
     Attributes:
         gathered_bytes: whole tensors.
-        shard_bytes: largest contribution of a rank to one all-gather.
-        gather_ranks: ranks in the largest all-gather.
-        peak_bytes: extra memory on a rank of the owning stage while it is gathered.
+        shard_bytes: most that a rank contributes, of its dense part or of its experts.
+        gather_ranks: ranks that it is shared with.
+        peak_bytes: extra memory on a rank of the owning stage meanwhile: the whole tensors, those before that are still
+            held (one tensor; with ``shared_memory`` the group), and the buffers of the largest collective.
     """
 
     name: str
@@ -51,6 +54,14 @@ class GroupPlan:
     shard_bytes: int
     gather_ranks: int
     peak_bytes: int
+
+
+class Gather(NamedTuple):
+    """Bytes from each rank, the ranks, and the shapes of each rank's shards."""
+
+    bytes: int
+    members: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,9 @@ def plan_transfer(
     stages = max(rank.stage for rank in ranks) + 1
     tensors: list[TensorPlan] = []
     plans: list[GroupPlan] = []
-    gather_s = pipeline_s = previous = 0.0
+    gather_s = pipeline_s = 0.0
+    previous = 0
+    room = gather_bytes(groups, itemsize) // itemsize
     for index, mappings in enumerate(groups):
         holders = [sources[mapping.huggingface[0][0]] for mapping in mappings]
         stage = min(stage for stage, _ in holders[0])
@@ -120,14 +133,17 @@ def plan_transfer(
         found = [tensor for plans in own for tensor in plans]
         size = sum(tensor.bytes for tensor in found)
         gathers = _gathers([held for copies in shards for held in copies[:1]], itemsize)
-        # The tensors handed out last are still alive while the next group is gathered.
-        merge = max(shard + (shard * len(members) if len(members) > 1 else 0) for shard, members in gathers)
-        shard_bytes, members = max(gathers, key=lambda gather: gather[0] * len(gather[1]))
-        group = GroupPlan(
-            _group_name(index, mappings), stage, len(found), size, shard_bytes, len(members), int(previous) + size + merge
-        )
-        previous = size
-        gather_s += sum(shard * (len(among) - 1) / links.between(among) for shard, among in gathers)
+        buffers = [_buffer_bytes(gather, room, itemsize) for gather in gathers]
+        if stages > 1:
+            buffers.append(_buffer_elements([tensor.shape for tensor in found], room) * itemsize)
+        shard_bytes, members, _ = max(gathers, key=lambda gather: gather.bytes * len(gather.members), default=Gather(0, (0,), ()))
+        # Ranks write into a block that holds two neighbours. Elsewhere vLLM still has the tensor before in its hands, and
+        # shards are gathered into buffers.
+        in_block = transport == "shared_memory"
+        peak_bytes = previous + size + (0 if in_block else max(buffers, default=0))
+        previous = size if in_block else found[-1].bytes
+        group = GroupPlan(_group_name(index, mappings), stage, len(found), size, shard_bytes, len(members), peak_bytes)
+        gather_s += sum(shard * (len(among) - 1) / links.between(among) for shard, among, _ in gathers)
         if stages > 1:
             pipeline_s += size / links.between(range(0, stages * stage_ranks, stage_ranks))
         plans.append(group)
@@ -185,16 +201,27 @@ def _tensor_plans(mapping: Mapping, held: Held, stage: int, itemsize: int) -> li
     ]
 
 
-def _gathers(held: Sequence[Held], itemsize: int) -> list[tuple[int, list[int]]]:
-    """The group's all-gathers: bytes from each rank, and the ranks; the dense part's and that of experts."""
+def _gathers(held: Sequence[Held], itemsize: int) -> list[Gather]:
+    """What is gathered of a group: the dense part's shards and the experts."""
     gathers = []
     for is_expert in (False, True):
-        part = [item for item in held if item.is_expert == is_expert]
+        part = [item for item in held if item.is_expert == is_expert and item.mapping.layout is not Layout.REPLICATED]
         if part:
-            members = sorted({rank for item in part for rank in item.sharing})
-            total = sum(prod(item.shape) * len(item.sharing) for item in part)
-            gathers.append((total // len(members) * itemsize, members))
+            members = tuple(sorted({rank for item in part for rank in item.sharing}))
+            shapes = tuple(item.shape for item in part if item.sharing == part[0].sharing)
+            gathers.append(Gather(sum(map(prod, shapes)) * itemsize, members, shapes))
     return gathers
+
+
+def _buffer_bytes(gather: Gather, room: int, itemsize: int) -> int:
+    """One rank's shards and all ranks', of the largest collective."""
+    ranks = len(gather.members)
+    return _buffer_elements(gather.shapes, room // ranks) * (ranks + 1) * itemsize if ranks > 1 else 0
+
+
+def _buffer_elements(shapes: Sequence[Sequence[int]], limit: int) -> int:
+    rows = [prod(shape[1:]) for shape in shapes]
+    return max(sum((part.stop - part.start) * rows[i] for i, part in batch) for batch in batches(shapes, limit))
 
 
 def _group_name(index: int, mappings: Sequence[Mapping]) -> str:

@@ -9,6 +9,7 @@ this module registers both sides with vLLM's factories.
 
 import mmap
 import os
+import secrets
 import time
 import weakref
 from collections import Counter
@@ -16,9 +17,10 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
@@ -85,6 +87,18 @@ class SharedBlock:
         """The block that another process of this user created."""
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), capacity)
 
+    @classmethod
+    def attach_if_here(cls, path: str, capacity: int, start: bytes) -> Self | None:
+        """The block of a process that may run on another machine; None unless the one at ``path`` begins with ``start``."""
+        try:
+            block = cls.attach(path, capacity)
+        except (OSError, ValueError):
+            return None
+        if block.mapping[: len(start)] == start:
+            return block
+        block.close()
+        return None
+
     def checksum(self, offset: int, size: int) -> int:
         return byte_sum(memoryview(self.mapping), offset, size)
 
@@ -120,7 +134,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
 
         self._arrived: set[int] = set()
         self.seconds = Counter()
-        self._forget_expert_kernels()
+        forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
         self._layers = [get_layerwise_info(layer) for layer in self.model.modules() if layer._parameters]
 
@@ -180,19 +194,23 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         repack_tied_head(self.model, self.model_config)
         self.seconds["finish"] += time.perf_counter() - began
 
-    def _forget_expert_kernels(self) -> None:
-        # On CPU a layer of experts computes with packed weights, and vLLM packs them only where it builds the kernel,
-        # not where it reloads: the kernel would take the new weights for packed ones.
-        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-        for layer in self.model.modules():
-            if isinstance(method := getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
-                method.moe_kernel = None
-
     def shutdown(self) -> None:
         if self._block is not None:
             self._block.close()
             self._block = None
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Have vLLM build the kernels of experts again when it has loaded their weights; call it before.
+
+    On a CPU a layer of experts computes with padded and packed weights, and vLLM packs them only where it builds the
+    kernel, not where it reloads: the kernel would take the new weights for packed ones.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for layer in model.modules():
+        if isinstance(method := getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
 
 
 def repack_tied_head(model: torch.nn.Module, model_config) -> None:
@@ -210,12 +228,16 @@ def repack_tied_head(model: torch.nn.Module, model_config) -> None:
 
 
 class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[SharedMemoryTrainerInitInfo]):
-    """Trainer side. ``send_weights`` runs on every trainer rank; collectives are those of the source alone.
+    """Trainer side. ``send_weights`` runs on every trainer rank; collectives are the source's, and in the first sync ``_connect``'s.
 
-    A source with an attribute ``allocate`` (``MegatronWeightSource``) gathers straight into the shared block.
+    A source with a method ``use_memory`` (``MegatronWeightSource``) gathers straight into the shared block; with a
+    ``lockstep`` and all its ranks on this machine each writes its own shards there, and nothing is gathered.
     """
 
     init_info_cls = SharedMemoryTrainerInitInfo
+
+    _block: SharedBlock | None = None
+    _is_connected = False
 
     @classmethod
     def trainer_init(
@@ -228,9 +250,8 @@ class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[Shared
         if source is None:
             raise ValueError("The shared_memory transport needs a WeightSource.")
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        metas, groups = source.metadata(), source.groups()
         if engine.is_sender:
-            engine._open(metas, groups)
+            engine._open(source.metadata(), source.groups())
         return engine
 
     def _open(self, metas: list[ParamMeta], groups: list[list[str]]) -> None:
@@ -240,8 +261,6 @@ class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[Shared
         self._block = SharedBlock.create(capacity)
         self._executor = ThreadPoolExecutor(1, "weight-sync")
         self.seconds: Counter[str] = Counter()
-        if hasattr(self.source, "allocate"):
-            self.source.allocate = self._allocate
         init_info = SharedMemoryInitInfo(
             path=self._block.path,
             capacity=capacity,
@@ -251,16 +270,40 @@ class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[Shared
         )
         self.client.init_weight_transfer_engine(asdict(init_info))
 
+    def _connect(self) -> None:
+        """Let the source write into the block. Once, on every rank; with a ``lockstep`` a broadcast and a gather over all."""
+        self._is_connected, is_shared = True, False
+        if (lockstep := getattr(self.source, "lockstep", None)) is not None:
+            lockstep.meet("the shared memory")
+            proof = secrets.token_bytes(_ALIGNMENT)
+            box = [None]
+            if self.is_sender:
+                self._block.bytes[:_ALIGNMENT] = torch.frombuffer(bytearray(proof), dtype=torch.uint8)
+                box = [(self._block.path, self._block.bytes.numel(), proof)]
+            dist.broadcast_object_list(box, src=0)
+            if not self.is_sender:
+                self._block = SharedBlock.attach_if_here(*box[0])
+            # Another sender has an engine and a block of its own: each has to gather then.
+            has_same = dist.get_rank() == 0 or (not self.is_sender and self._block is not None)
+            here: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(here, has_same)
+            is_shared = all(here)
+        if hasattr(self.source, "use_memory") and (self.is_sender or is_shared):
+            self.source.use_memory(self._take, is_shared)
+
     def send_weights(self) -> None:
         """One full sync: start, one update per group, finish.
 
         An error of the engine is raised after the source is exhausted: the other ranks are inside its collectives.
         """
+        self._taken = 0
+        if not self._is_connected:
+            self._connect()
         if not self.is_sender:
             for _ in self.source.iter_groups():
                 pass
             return
-        self._sent, pending = 0, self._executor.submit(self.client.start_weight_update)
+        pending = self._executor.submit(self.client.start_weight_update)
         error: Exception | None = None
         for names, tensors in self.source.iter_groups():
             # The group before the last is loaded, so this half of the block is free; the last is being loaded meanwhile.
@@ -281,13 +324,10 @@ class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[Shared
         self.seconds["wait"] += time.perf_counter() - began
         return error
 
-    def _side(self, size: int) -> int:
-        """Offset of a group of ``size`` bytes: even ones at the block's start, odd ones at its end."""
-        return 0 if self._sent % 2 == 0 else (self._block.bytes.numel() - size) // _ALIGNMENT * _ALIGNMENT
-
-    def _allocate(self, size: int) -> torch.Tensor:
-        """``size`` bytes for the next group."""
-        offset = self._side(size)
+    def _take(self, size: int) -> torch.Tensor:
+        """``size`` bytes for the next group: even ones at the block's start, odd ones at its end."""
+        offset = 0 if self._taken % 2 == 0 else (self._block.bytes.numel() - size) // _ALIGNMENT * _ALIGNMENT
+        self._taken += 1
         return self._block.bytes[offset : offset + size]
 
     def _write(self, names: Iterable[str], tensors: Iterable[torch.Tensor | None]) -> SharedMemoryUpdateInfo:
@@ -296,27 +336,32 @@ class SharedMemoryTrainerWeightTransferEngine(TrainerWeightTransferEngine[Shared
             position, meta = self._metas[name]
             _check_tensor(meta, tensor)
             items.append((position, meta, tensor))
-        offset = self._side(sum(_aligned(num_bytes(meta)) for _, meta, _ in items))
+        if not self._block.holds(items[0][2]):
+            items = self._copy(items)
         info = SharedMemoryUpdateInfo([], [], [])
         for position, meta, tensor in items:
-            size, place = num_bytes(meta), offset
-            if self._block.holds(tensor):
-                place = tensor.data_ptr() - self._block.bytes.data_ptr()
-            else:
-                self._block.bytes[offset : offset + size].view(meta.dtype).view(meta.shape).copy_(tensor.detach())
-                offset += _aligned(size)
+            place = tensor.data_ptr() - self._block.bytes.data_ptr()
             info.positions.append(position)
             info.offsets.append(place)
-            info.checksums.append(self._block.checksum(place, size))
-        self._sent += 1
+            info.checksums.append(self._block.checksum(place, num_bytes(meta)))
         self.seconds["write"] += time.perf_counter() - began
         return info
+
+    def _copy(self, items: list[tuple[int, ParamMeta, torch.Tensor]]) -> list[tuple[int, ParamMeta, torch.Tensor]]:
+        """The same items, their tensors in the block."""
+        sizes = [_aligned(num_bytes(meta)) for _, meta, _ in items]
+        copies = []
+        for (position, meta, tensor), room in zip(items, self._take(sum(sizes)).split(sizes), strict=True):
+            copy = room[: num_bytes(meta)].view(meta.dtype).view(meta.shape)
+            copies.append((position, meta, copy.copy_(tensor.detach())))
+        return copies
 
     def shutdown(self) -> None:
         if self.is_sender:
             self._executor.shutdown()
-            if hasattr(self.source, "allocate"):
-                self.source.allocate = None
+        if hasattr(self.source, "use_memory"):
+            self.source.use_memory(None)
+        if self._block is not None:
             self._block.close()
 
 

@@ -8,7 +8,9 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from megatron_espo.rollout.served import served_checksums
-from megatron_espo.rollout.shared_memory import repack_tied_head  # registers the transport in this process
+
+# The import registers the transport in this process.
+from megatron_espo.rollout.shared_memory import forget_expert_kernels, repack_tied_head
 
 
 class WorkerExtension:
@@ -18,6 +20,8 @@ class WorkerExtension:
         """Load NaN into every named weight, by the way that real ones come."""
         model = self.model_runner.get_model()
         nan = torch.tensor(torch.nan, dtype=self.model_config.dtype, device=self.device)
+        if self.device.type == "cpu":
+            forget_expert_kernels(model)
         initialize_layerwise_reload(model)
         model.load_weights((name, nan.expand(shape)) for name, shape in shapes)
         finalize_layerwise_reload(model, self.model_config)

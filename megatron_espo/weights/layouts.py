@@ -117,19 +117,39 @@ def shard_into(
             local.narrow(layout.dim, piece.offset, piece.length).copy_(part)
 
 
-def merge_into(
-    outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor], layout: Layout, query_groups: int = 1
+def unshard_into(
+    outputs: Sequence[torch.Tensor],
+    part: torch.Tensor,
+    layout: Layout,
+    rank: int,
+    tp_size: int,
+    query_groups: int = 1,
+    *,
+    first_row: int = 0,
+    local_rows: int | None = None,
 ) -> None:
-    """Fill whole Hugging Face tensors in place from all ranks' shards: the inverse of ``shard_into``.
+    """Write what one rank's shard holds into the whole Hugging Face tensors, casting to their dtype.
+
+    All ranks' shards together fill them: the inverse of ``shard_into``.
 
     Args:
         outputs: one tensor for each source, of its whole shape; a vocabulary's padding rows are dropped.
-        shards: one tensor for each tensor-parallel rank, in rank order.
+        part: the shard, or its rows from ``first_row`` on, of ``local_rows`` (default: all) in all.
     """
-    extents = [output.shape[layout.dim] for output in outputs]
-    for piece in plan_pieces(layout, extents, len(shards), query_groups, shards[0].shape[layout.dim]):
-        part = shards[piece.rank].narrow(layout.dim, piece.offset, piece.length)
-        outputs[piece.source].narrow(layout.dim, piece.start, piece.length).copy_(part)
+    extents = tuple(output.shape[layout.dim] for output in outputs)
+    local_extent = part.shape[1] if layout.dim else local_rows or len(part)
+    for piece in plan_pieces(layout, extents, tp_size, query_groups, local_extent):
+        if piece.rank != rank and layout is not Layout.REPLICATED:
+            continue
+        output = outputs[piece.source]
+        if layout.dim:
+            columns = part[:, piece.offset : piece.offset + piece.length]
+            output[first_row : first_row + len(part), piece.start : piece.start + piece.length].copy_(columns)
+            continue
+        start, stop = max(piece.offset, first_row), min(piece.offset + piece.length, first_row + len(part))
+        if start < stop:
+            shift = piece.start - piece.offset
+            output[start + shift : stop + shift].copy_(part[start - first_row : stop - first_row])
 
 
 def _shape(source: Any) -> Sequence[int]:

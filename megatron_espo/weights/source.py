@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.errors import InputError
-from megatron_espo.weights.binding import Bound, Place, bind
+from megatron_espo.weights.binding import Bound, Cut, Place, bind
 from megatron_espo.weights.families import Mapping, model_groups
-from megatron_espo.weights.layouts import merge_into
+from megatron_espo.weights.layouts import Layout, unshard_into
+from megatron_espo.weights.lockstep import Lockstep
+
+_GATHER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class MegatronWeightSource:
     It has the methods of ``vllm.distributed.weight_transfer.base.WeightSource`` without importing vLLM (seconds, and
     thousands of modules); ``vllm_source.MegatronWeightSource`` is the subclass of vLLM's class.
 
-    A *group* is the embedding, one decoder layer, or final norm with output layer. Each group costs one all-gather over
-    the tensor-parallel group of the stage that owns it, for a layer's experts one more over all ranks that share them,
-    and, where the pipeline is gathered, one broadcast over the pipeline-parallel group. Beyond the model this takes, for
-    one group at a time, its gathered shards and its whole tensors in the wire dtype. The tensors are fresh memory, never
-    the live parameters.
+    A *group* is the embedding, one decoder layer, or final norm with output layer. Its shards are gathered, as many at
+    once as ``gather_bytes`` says, over the tensor-parallel group of the stage that owns it (a layer's experts over all
+    ranks that share them); where the pipeline is gathered, broadcasts over the pipeline-parallel group follow. Beyond the
+    model this takes one group's whole tensors in the wire dtype, two and a half times ``gather_bytes``, and whatever
+    earlier tensors the caller still holds. The tensors are fresh memory, never the live parameters.
+
+    A transport can say where the whole tensors should lie (``use_memory``).
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
@@ -41,21 +46,19 @@ class MegatronWeightSource:
         pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``pp``, ``expt_tp``, ``ep``, ``tp_ep`` and ``tp_dp_cp`` are
             used.
         dtype: dtype of the stream; cast before anything is sent.
-        gather_pipeline: every stage yields the whole model (dense transports, where rank 0 sends all). Otherwise a
-            stage yields only the groups it owns (sharded transports).
+        sharded: a rank yields only what its pipeline stage and its expert-parallel rank hold, and None for the other
+            experts of its layers (sharded transports). Otherwise the whole model (dense ones, where rank 0 sends all).
         all_replicas: every rank gathers (CUDA IPC shares each rank's own memory). Otherwise only the first ranks of each
             stage do, as many as hold a replica of its dense part and one of its experts; iteration on the others ends at
             once.
         read: what to stream of a parameter: itself, or a tensor of its shape (its ``main_grad``).
+        lockstep: finds out who is late, before each gather on a CPU and before the first one elsewhere; None: nobody does.
 
-    Collectives: construction runs one ``all_gather_object`` over ``pp`` on every rank; iteration as above; else none.
+    Collectives: construction runs one ``all_gather_object`` over all ranks; iteration as above; else none.
 
     Raises:
         InputError: the model and the naming table do not match (see ``binding.bind``).
     """
-
-    # Called with a number of bytes where the whole tensors of the next group should lie (host memory only).
-    allocate: Callable[[int], torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -64,22 +67,26 @@ class MegatronWeightSource:
         pg_collection: Any,
         *,
         dtype: torch.dtype,
-        gather_pipeline: bool = True,
+        sharded: bool = False,
         all_replicas: bool = False,
         read: Callable[[torch.nn.Parameter], torch.Tensor] = torch.nn.Parameter.detach,
+        lockstep: Lockstep | None = None,
     ) -> None:
-        self._read = read
-        self._tp, self._tp_ep, self._pp = pg_collection.tp, pg_collection.tp_ep, pg_collection.pp
+        self._read, self.lockstep = read, lockstep
+        self.use_memory(None)
+        self._tp, self._pp = pg_collection.tp, pg_collection.pp
+        self._experts = pg_collection.expt_tp if sharded else pg_collection.tp_ep
         self._place = Place.of(pg_collection)
-        self._dtype = dtype
-        self._gather_pipeline = gather_pipeline
+        self._dtype, self._sharded = dtype, sharded
         self._groups = model_groups(hf_config)
+        self._gathered = gather_bytes(self._groups, dtype.itemsize) // dtype.itemsize
         self._bound = bind(chunks, self._groups, self._place)
-        self._owners = _find_owners(self._bound, self._groups, self._pp)
         self._device = next(chunks[0].parameters()).device
         # Tensor-parallel ranks and the ranks that share experts are blocks of neighbours within a stage.
-        replica = math.lcm(self._tp.size(), self._tp_ep.size())
-        self.participates = all_replicas or pg_collection.tp_dp_cp.rank() < replica
+        self._replica = pg_collection.tp_dp_cp.rank()
+        whole = math.lcm(self._tp.size(), pg_collection.tp_ep.size())
+        self.participates = all_replicas or self._replica < whole
+        self._owners, self._stage_of = _find_owners(self._bound, self._groups, self._pp.rank(), self.participates)
 
     def metadata(self) -> list[ParameterMetadata]:
         """Name, dtype and shape of every tensor of the whole model, in order, on every rank. Zero collectives."""
@@ -91,94 +98,180 @@ class MegatronWeightSource:
         ]
 
     def held_names(self) -> set[str] | None:
-        """Names that this rank's pipeline stage owns; None (all) where the pipeline is gathered."""
-        if self._gather_pipeline:
+        """Names that this rank's stage and expert-parallel rank hold; None (all) where the stream is whole."""
+        if not self._sharded:
             return None
-        return {name for index in self._yielded() for name in _names(self._groups[index])}
+        return {name for index in self._yielded() for name in _names(self._held(index))}
 
     def groups(self) -> list[list[str]]:
         """Names of the groups that iteration yields on this rank, in order. Zero collectives."""
         return [_names(self._groups[index]) for index in self._yielded()]
 
-    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor | None]]]:
         """Yield (names, whole tensors) for each group; every participating rank has to run it to its end, in step."""
         if not self.participates:
             return
         for index in self._yielded():
+            names = _names(self._groups[index])
             try:
-                tensors = self._gather(index)
+                yield names, self._gather(index)
             except RuntimeError as error:
-                error.add_note(f"while rank {dist.get_rank()} gathered the layer of {_names(self._groups[index])[0]!r}")
+                error.add_note(f"while rank {dist.get_rank()} gathered the layer of {names[0]!r}")
                 raise
-            yield _names(self._groups[index]), tensors
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         for names, tensors in self.iter_groups():
             yield from zip(names, tensors, strict=True)
+            del tensors  # or it would live until the next group is gathered
+
+    def use_memory(self, take: Callable[[int], torch.Tensor] | None, is_shared: bool = False) -> None:
+        """Put the whole tensors of each group into host memory of the caller's; None: into fresh memory.
+
+        Args:
+            take: called with the number of bytes of each group in turn.
+            is_shared: on all participating ranks ``take`` answers with the same memory. Then nothing is gathered: each
+                rank writes its own shards there when rank 0 wants the group, and rank 0 waits for them. Needs a
+                ``lockstep``; the tensors are whole on rank 0 only.
+        """
+        self._take, self._is_shared = take, is_shared
 
     def _yielded(self) -> list[int]:
-        return [i for i, owner in enumerate(self._owners) if self._gather_pipeline or owner == self._pp.rank()]
+        return [i for i, owner in enumerate(self._owners) if not self._sharded or owner == self._pp.rank()]
+
+    def _held(self, index: int) -> list[Mapping]:
+        """What of a group this rank yields."""
+        return [m for m in self._groups[index] if not self._sharded or self._place.holds(m)]
 
     @torch.no_grad()
-    def _gather(self, index: int) -> list[torch.Tensor]:
-        """One group's whole tensors: views of one flat buffer in the wire dtype."""
-        shapes = [shape for mapping in self._groups[index] for _, shape in mapping.huggingface]
-        flat = self._empty(sum(map(_numel, shapes)))
-        tensors = _views(flat, shapes)
-        owner = self._owners[index]
-        if owner == self._pp.rank():
-            self._merge(self._groups[index], self._bound[index], tensors)
-        if self._gather_pipeline and self._pp.size() > 1:
-            dist.broadcast(flat, src=dist.get_global_rank(self._pp, owner), group=self._pp)
-        return tensors
+    def _gather(self, index: int) -> list[torch.Tensor | None]:
+        """One group's whole tensors in the wire dtype; None for those that another rank yields."""
+        group, held = self._groups[index], self._held(index)
+        what = f"the weights of {_names(group)[0]}"
+        outputs = dict(zip(_names(held), self._empty([s for m in held for _, s in m.huggingface]), strict=True))
+        if self._is_shared:
+            self._write(index, outputs, what)
+            return list(outputs.values())
+        every = self._device.type == "cpu" and not self._sharded
+        if self.lockstep is not None and (every or index == self._yielded()[0]):
+            self.lockstep.meet(what, [rank for rank in self._stage_of if rank])
+        if self._owners[index] == self._pp.rank():
+            self._merge(index, outputs)
+        if not self._sharded and self._pp.size() > 1:
+            self._broadcast(list(outputs.values()), dist.get_global_rank(self._pp, self._owners[index]))
+        return [outputs.get(name) for name in _names(group)]
 
-    def _empty(self, numel: int) -> torch.Tensor:
-        if self.allocate is None or self._device.type != "cpu":
-            return torch.empty(numel, dtype=self._dtype, device=self._device)
-        return self.allocate(numel * self._dtype.itemsize).view(self._dtype)
+    def _empty(self, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        if self._take is None:
+            return [torch.empty(shape, dtype=self._dtype, device=self._device) for shape in shapes]
+        flat = self._take(sum(map(_numel, shapes)) * self._dtype.itemsize)
+        return _views(flat.view(self._dtype), shapes)
 
-    def _merge(self, group: list[Mapping], bound: list[Bound], tensors: list[torch.Tensor]) -> None:
-        """Fill the group's whole tensors from the shards of all ranks that have one: one all-gather for each kind of part."""
-        outputs = dict(zip(_names(group), tensors, strict=True))
-        for experts, sharing, owners in ((False, self._tp, 1), (True, self._tp_ep, self._place.ep.size)):
-            local = [parameter for mapping, parameter in bound if (mapping.expert is not None) == experts]
-            if not local:
-                continue
-            shards = self._all_gather(local, sharing)
-            size = len(shards) // owners
-            for owner in range(owners):
-                # An owner's parameters lie in the group's order, as they do in ``bound``.
-                parts = [m for m in group if (m.expert is not None) == experts and self._place.owner(m) == owner]
-                ranks = shards[owner * size : (owner + 1) * size]
-                for mapping, *of_ranks in zip(parts, *ranks, strict=True):
-                    own = [outputs[name] for name, _ in mapping.huggingface]
-                    merge_into(own, of_ranks, mapping.layout, mapping.query_groups)
+    def _write(self, index: int, outputs: dict[str, torch.Tensor], what: str) -> None:
+        """Put this rank's shards where all ranks have the group's whole tensors, once that place is free."""
+        writers = [rank for rank, stage in self._stage_of.items() if rank and stage == self._owners[index]]
+        self.lockstep.release(writers, what)
+        if self._owners[index] == self._pp.rank():
+            for mapping, parameter in self._bound[index]:
+                cut = self._place.cut(mapping)
+                copies = self._tp.size() if mapping.expert is None else self._experts.size()
+                is_copy = self._replica >= copies or (mapping.layout is Layout.REPLICATED and cut.rank)
+                if not is_copy:
+                    _put(outputs, mapping, self._read(parameter), cut)
+        self.lockstep.collect(writers, what)
 
-    def _all_gather(self, parameters: list[torch.nn.Parameter], sharing: Any) -> list[list[torch.Tensor]]:
-        """For each rank of the process group its parameters in the wire dtype; shapes are equal on all. One all-gather."""
-        if sharing.size() == 1:
-            return [[self._read(parameter) for parameter in parameters]]
-        shapes = [tuple(parameter.shape) for parameter in parameters]
+    def _merge(self, index: int, outputs: dict[str, torch.Tensor]) -> None:
+        """Fill the group's whole tensors from the shards of all ranks that have one."""
+        group, cut_up = self._groups[index], {False: [], True: []}
+        for bound in self._bound[index]:
+            is_expert = bound.mapping.expert is not None
+            if (self._experts if is_expert else self._tp).size() == 1 or bound.mapping.layout is Layout.REPLICATED:
+                _put(outputs, bound.mapping, self._read(bound.parameter), self._place.cut(bound.mapping))
+            else:
+                cut_up[is_expert].append(bound)
+        for is_expert, sharing in ((False, self._tp), (True, self._experts)):
+            own = cut_up[is_expert]
+            parts = [[mapping for mapping, _ in own]]
+            if is_expert and not self._sharded:
+                # An owner's parameters lie in the group's order, as they do in ``own``.
+                owners = range(self._place.ep.size)
+                parts = [[m for m in group if m.expert is not None and self._place.owner(m) == o] for o in owners]
+            tp_size = sharing.size() // len(parts)
+            parameters = [self._read(parameter) for _, parameter in own]
+            for batch in batches([p.shape for p in parameters], self._gathered // sharing.size()):
+                blocks = [parameters[position][rows] for position, rows in batch]
+                for rank, of_rank in enumerate(self._all_gather(blocks, sharing)):
+                    owner, cut = divmod(rank, tp_size)
+                    for (position, rows), block in zip(batch, of_rank, strict=True):
+                        mapping, size = parts[owner][position], len(parameters[position])
+                        _put(outputs, mapping, block, Cut(cut, tp_size), first_row=rows.start, local_rows=size)
+
+    def _all_gather(self, blocks: list[torch.Tensor], sharing: Any) -> list[list[torch.Tensor]]:
+        """For each rank of the process group its blocks in the wire dtype; shapes are equal on all. One all-gather."""
+        shapes = [tuple(block.shape) for block in blocks]
         local = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
-        for view, parameter in zip(_views(local, shapes), parameters, strict=True):
-            view.copy_(self._read(parameter))
+        for view, block in zip(_views(local, shapes), blocks, strict=True):
+            view.copy_(block)
         gathered = local.new_empty(sharing.size() * local.numel())
         dist.all_gather_into_tensor(gathered, local, group=sharing)
         return [_views(shard, shapes) for shard in gathered.chunk(sharing.size())]
 
+    def _broadcast(self, tensors: list[torch.Tensor], source: int) -> None:
+        """Whole tensors from one pipeline stage to the others; small ones travel together."""
+        for batch in batches([tensor.shape for tensor in tensors], self._gathered):
+            blocks = [tensors[position][rows] for position, rows in batch]
+            flat = blocks[0] if len(blocks) == 1 else torch.cat([block.view(-1) for block in blocks])
+            dist.broadcast(flat, src=source, group=self._pp)
+            if len(blocks) > 1:
+                for block, view in zip(blocks, _views(flat, [block.shape for block in blocks]), strict=True):
+                    block.copy_(view)
 
-def _find_owners(bound: list[list[Bound]], groups: list[list[Mapping]], pp_group: Any) -> list[int]:
-    """The first pipeline stage that holds each group (a tied embedding has a copy on the last)."""
-    held: list[Any] = [None] * pp_group.size()
-    dist.all_gather_object(held, [bool(group) for group in bound], group=pp_group)
+
+def gather_bytes(groups: Sequence[Sequence[Mapping]], itemsize: int) -> int:
+    """Most bytes that one collective of ``MegatronWeightSource`` brings together (unless a single row is more)."""
+    largest = max(sum(_numel(shape) for m in group for _, shape in m.huggingface) for group in groups)
+    return min(_GATHER_BYTES, largest * itemsize // 16)
+
+
+def batches(shapes: Sequence[Sequence[int]], limit: int) -> Iterator[list[tuple[int, slice]]]:
+    """All rows of tensors of these shapes in order, as (tensor's position, rows): at most ``limit`` elements at once, or
+    a single row."""
+    batch: list[tuple[int, slice]] = []
+    room = limit
+    for position, (rows, *row) in enumerate(shapes):
+        size, start = _numel(row), 0
+        while start < rows:
+            if batch and room < size:
+                yield batch
+                batch, room = [], limit
+            stop = min(rows, start + max(1, room // size))
+            batch.append((position, slice(start, stop)))
+            room -= (stop - start) * size
+            start = stop
+    if batch:
+        yield batch
+
+
+def _put(outputs: dict[str, torch.Tensor], mapping: Mapping, part: torch.Tensor, cut: Cut, **rows: int) -> None:
+    """Write a rank's shard of a parameter into the tensors it is made of (see ``unshard_into``)."""
+    own = [outputs[name] for name, _ in mapping.huggingface]
+    unshard_into(own, part, mapping.layout, cut.rank, cut.size, mapping.query_groups, **rows)
+
+
+def _find_owners(
+    bound: list[list[Bound]], groups: list[list[Mapping]], stage: int, participates: bool
+) -> tuple[list[int], dict[int, int]]:
+    """The first pipeline stage that holds each group (a tied embedding has a copy on the last); stages of the
+    participating ranks."""
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (stage, participates, [bool(group) for group in bound]))
     owners = []
     for index, group in enumerate(groups):
-        stages = [stage for stage, holds in enumerate(held) if holds[index]]
+        stages = [stage for stage, _, holds in answers if holds[index]]
         if not stages:
             name = group[0].megatron[0]
             raise InputError(f"no pipeline stage holds {name!r}; config.json must be the one the model was built from")
-        owners.append(stages[0])
-    return owners
+        owners.append(min(stages))
+    return owners, {rank: stage for rank, (stage, participates, _) in enumerate(answers) if participates}
 
 
 def _names(group: list[Mapping]) -> list[str]:

@@ -17,11 +17,14 @@ from megatron_espo.rollout.manifest import check_manifest
 from megatron_espo.rollout.transport import ON_ALL_RANKS, send_weights
 from megatron_espo.types import Prompt
 from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
+from megatron_espo.weights.lockstep import Lockstep, RankLostError
 from megatron_espo.weights.verification import TOLERANCE, CanarySample, canary_gap, wrong_tensors
 from megatron_espo.weights.vllm_source import GatherError, MegatronWeightSource, ObservedSource
 
 _CANARY_TOKENS = 4
 _CANARY_PROMPT_TOKENS = 128
+# A rank waits for so many answers of its engine at most before the others hear of it again; each has a timeout.
+_ENGINE_CALLS = 4
 
 
 class WeightSyncError(RuntimeError):
@@ -73,6 +76,9 @@ class WeightSync:
         dtypes = {self._dtype, config.model.dtype}
         self._tolerance = config.rollout.canary_tolerance or max(TOLERANCE[dtype] for dtype in dtypes)
         self._learner, self._engine, self._canary = learner, engine, list(canary)
+        answers = _ENGINE_CALLS * config.rollout.timeout_s
+        limit = config.rollout.timeout_s if config.rollout.engines == 1 else answers  # others may wait for engines too
+        self._lockstep = Lockstep(limit, limit + answers)
         self._source = ObservedSource(self._make_source(config, hf_config, runtime), runtime.world_size)
         self._transport: Any = None
         self._pushes = 0
@@ -87,8 +93,9 @@ class WeightSync:
             hf_config,
             runtime.groups,
             dtype=dtype,
-            gather_pipeline=self._name != "sharded_rdt",
+            sharded=self._name == "sharded_rdt",
             all_replicas=self._name in ON_ALL_RANKS or config.rollout.engines > 1,
+            lockstep=self._lockstep,
         )
 
     def push(self, version: int) -> dict[str, float]:
@@ -220,6 +227,8 @@ class WeightSync:
         own = None
         try:
             action()
+        except RankLostError as error:
+            raise WeightSyncError(f"weights: phase {phase}: {error}") from None
         except GatherError as error:
             # Other ranks are inside the gather that failed here: they cannot be asked.
             raise WeightSyncError(f"weights: rank {self._rank}, phase gather, {error}") from error
@@ -231,6 +240,10 @@ class WeightSync:
             own = Failure(self._rank, phase, f"{type(error).__name__}: {error}", final=True)
         if own is not None and own.phase in ("transfer", "load"):
             own = replace(own, detail=f"{own.detail}\nThe group of {self._source.current} was gathered last.")
+        try:
+            self._lockstep.meet("the end of this phase")
+        except RankLostError as error:
+            raise WeightSyncError(f"weights: phase {phase}: {error}{f'; before, {own}' if own else ''}") from None
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, own)
         return next((outcome for outcome in outcomes if outcome is not None), None)

@@ -12,6 +12,7 @@ from vllm.distributed.weight_transfer.m2n_source import M2NWeightSource
 
 from megatron_espo.rollout.checksum import tensor_checksum
 from megatron_espo.weights import source
+from megatron_espo.weights.lockstep import Lockstep, RankLostError
 
 
 class MegatronWeightSource(source.MegatronWeightSource, WeightSource):
@@ -49,14 +50,14 @@ class ObservedSource(M2NWeightSource):
         self._iterator: Iterator | None = None
 
     @property
-    def allocate(self) -> Callable[[int], torch.Tensor] | None:
-        """Where the inner source puts whole tensors, if it can be told (see ``source.MegatronWeightSource``)."""
-        return getattr(self._inner, "allocate", None)
+    def lockstep(self) -> Lockstep | None:
+        """The inner source's, if it has one."""
+        return getattr(self._inner, "lockstep", None)
 
-    @allocate.setter
-    def allocate(self, value: Callable[[int], torch.Tensor] | None) -> None:
-        if hasattr(self._inner, "allocate"):
-            self._inner.allocate = value
+    def use_memory(self, take: Callable[[int], torch.Tensor] | None, is_shared: bool = False) -> None:
+        """See ``source.MegatronWeightSource``; nothing where the inner source cannot be told."""
+        if hasattr(self._inner, "use_memory"):
+            self._inner.use_memory(take, is_shared)
 
     def mesh(self) -> M2NMesh:
         return M2NMesh((self._ranks, 1), 0)
@@ -97,6 +98,8 @@ class ObservedSource(M2NWeightSource):
                 names, tensors = next(groups)
             except StopIteration:
                 return
+            except RankLostError:
+                raise
             except Exception as error:
                 after = f"after the group of {self.current}" if self.current else "at the first group"
                 notes = "; ".join(getattr(error, "__notes__", []))
@@ -107,3 +110,4 @@ class ObservedSource(M2NWeightSource):
                 held = ((n, t) for n, t in zip(names, tensors, strict=True) if t is not None)
                 self.checksums.update((name, tensor_checksum(tensor)) for name, tensor in held)
             yield names, tensors
+            del tensors

@@ -1,5 +1,6 @@
 """Weight syncs from real Megatron ranks into a real engine, with and without faults; runs on every rank."""
 
+import json
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from tests.test_rollout import engine_config, is_alive
 PROMPTS = [Prompt(f"row-{i}", "", "", tuple(range(4 + i, 10 + 2 * i))) for i in range(4)]
 
 
-def start(folder: str, engine_type=None, exporter: str | None = None, tensor: int = 1, pipeline: int = 1, **rollout):
+def start(folder: str, engine_type=None, exporter: str | None = None, tensor: int = 1, pipeline: int = 1, expert: int = 1, **rollout):
     """Config, learner, engine (rank 0) and sync on this rank."""
     from megatron_espo.mcore import cpu
 
@@ -27,7 +28,9 @@ def start(folder: str, engine_type=None, exporter: str | None = None, tensor: in
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    place = runtime.initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    sizes["expert_model_parallel_size"] = expert
+    place = runtime.initialize(**sizes)
     from megatron_espo.mcore.learner import Learner
     from megatron_espo.rollout import Engine
     from megatron_espo.weights.sync import WeightSync
@@ -37,7 +40,7 @@ def start(folder: str, engine_type=None, exporter: str | None = None, tensor: in
     config = Config.model_validate(
         {
             "model": {"path": folder, "dtype": "float32", "exporter": exporter},
-            "megatron": {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline},
+            "megatron": sizes,
             "rollout": settings,
             "data": {"prompts": "reasoning_gym:chain_sum"},
         }
@@ -100,6 +103,7 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
             assert engine.policy_version == 3
             arm_killer(engine)
     metrics.append(sync.push(4))
+    assert sync._source._inner._is_shared
     pairs, logprobs = [], []
     if engine is not None:
         for (rollout,) in engine.generate(PROMPTS, 1, seed=3):
@@ -186,12 +190,21 @@ def damage_in_transit(name: str) -> None:
     Sender._write = flip
 
 
-def sync_two_workers(folder: str, out: str) -> dict:
-    """An engine of two tensor-parallel workers, synced from two Megatron ranks; the weights also go to ``out``."""
-    learner, engine, sync = start(folder, tensor=2, tensor_parallel_size=2, greedy=True, canary_prompts=0)
+def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
+    """An engine of two tensor-parallel workers, synced from two Megatron ranks; the weights also go to ``out``.
+
+    Two expert-parallel ranks write into its memory; two tensor-parallel ones do not, as if they were on two machines.
+    """
+    from megatron_espo.rollout.shared_memory import SharedBlock
+
+    sizes = {"expert": expert} if expert > 1 else {"tensor": 2}
+    if expert == 1:
+        SharedBlock.attach_if_here = lambda *block: None  # as on another machine
+    learner, engine, sync = start(folder, tensor_parallel_size=2, greedy=True, canary_prompts=0, **sizes)
     sync._canary = []  # greedy decoding reports other log-probs than the trainer computes
     change(learner)
     metrics = sync.push(0)
+    assert sync._source._inner._is_shared == (expert > 1)
     change(learner, 0.9)
     sync._config = sync._config.model_copy(update={"verify_every": 1})
     metrics = sync.push(1)
@@ -229,7 +242,7 @@ def group_of(pid: int) -> int | None:
 def exporter_faults(folder: str) -> dict[str, str]:
     """Messages for exporters that do not fit the engine's checkpoint, and the good one's metrics."""
     found = {}
-    for name in ("transposed", "fickle"):
+    for name in ("transposed", "renamed", "fickle"):
         learner, engine, sync = start(folder, exporter=f"tests.ranks.sync:{name}", max_restarts=0)
         found[name] = failure(sync, 0)
         if engine is not None:
@@ -259,6 +272,10 @@ def transposed(chunks, hf_config):
     return ((name, tensor.T if "mlp.up_proj" in name else tensor) for name, tensor in whole(chunks, hf_config))
 
 
+def renamed(chunks, hf_config):
+    return ((name.replace("1.mlp.up_proj", "1.mlp.upper_proj"), tensor) for name, tensor in whole(chunks, hf_config))
+
+
 fickle_passes = []
 
 
@@ -285,3 +302,30 @@ def die_midway(folder: str, pid_file: str) -> None:
 
         engine.update_weights = update_weights
     sync.push(1)
+
+
+def freeze_midway(folder: str, rank: int, out: str) -> None:
+    """``rank`` stops (SIGSTOP) inside the second sync; the other one writes its error, and the seconds that it took."""
+    learner, engine, sync = start(folder, tensor=2, canary_prompts=0)
+    sync.push(0)  # with time for the engine to start
+    sync._lockstep._limit = 4.0 if engine is not None else 16.0
+    pids = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    if dist.get_rank() == rank:
+        calls = []
+
+        def stop(parameter):
+            calls.append(parameter)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return parameter.detach()
+
+        sync._source._inner._read = stop
+    began = time.monotonic()
+    try:
+        sync.push(1)
+    except Exception as error:
+        assert engine is None or (engine.state == "dead" and engine.policy_version is None)
+        Path(out).write_text(json.dumps([f"{type(error).__name__}: {error}", time.monotonic() - began]))
+        os.kill(pids[rank], signal.SIGKILL)  # a stopped process would keep torchrun waiting
+        raise

@@ -1,6 +1,7 @@
 """Weight checks that run on every rank, on Megatron's real model."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megatron_espo.config.experts import read_experts
 from megatron_espo.mcore import runtime
 from megatron_espo.mcore.model import Layout, build_model, read_hf_config
 from megatron_espo.weights import MegatronWeightSource, load_hf_weights, save_hf
@@ -31,6 +33,8 @@ def check_layouts(folders: list[str], layouts: list[dict[str, Any]], out: str, o
             differences[case] = logits_difference(chunks, groups, load_file(folder + ".logits"))
             check_stream(chunks, config, groups, whole_checkpoint(folder))
             check_stage_stream(chunks, config, groups, whole_checkpoint(folder))
+            if "moe" in config["model_type"]:
+                check_held_names(chunks, config, groups)
             export = Path(out, f"{layouts.index(sizes)}", Path(folder).name)
             save_hf(chunks, config, export, folder, groups, torch.float32, max_file_bytes=20_000)
             check_padding(chunks, config, groups)
@@ -113,14 +117,54 @@ def check_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> N
 
 
 def check_stage_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> None:
-    """Without the pipeline's gather each stage yields what it holds; each name is held by exactly one stage."""
-    source = MegatronWeightSource(chunks, config, groups, dtype=torch.float32, gather_pipeline=False, all_replicas=True)
+    """A sharded stream has what its stage and expert-parallel rank hold, and None for the others' experts."""
+    source = MegatronWeightSource(chunks, config, groups, dtype=torch.float32, sharded=True, all_replicas=True)
     items = dict(source)
-    assert set(items) == source.held_names() == {name for group in source.groups() for name in group}
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in items.items())
+    assert list(items) == [name for group in source.groups() for name in group]
+    assert {name for name, tensor in items.items() if tensor is not None} == source.held_names()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in items.items() if tensor is not None)
     held: list[Any] = [None] * groups.pp.size()
-    dist.all_gather_object(held, sorted(items), group=groups.pp)
+    dist.all_gather_object(held, list(items), group=groups.pp)
     assert sorted(name for names in held for name in names) == sorted(m.name for m in source.metadata())
+
+
+def check_held_names(chunks, config, groups) -> None:
+    """Each expert's tensors are held by the ranks that have a shard of them, and all names once by every replica."""
+    source = MegatronWeightSource(chunks, config, groups, dtype=torch.float32, sharded=True, all_replicas=True)
+    names = {m.name for m in source.metadata()}
+    local = {int(found[1]) for c in chunks for n, _ in c.named_parameters() if (found := re.search(r"local_experts.(\d+)", n))}
+    experts = {groups.ep.rank() * read_experts(config).count // groups.ep.size() + number for number in local}
+    place = (groups.pp.rank(), groups.ep.rank(), groups.expt_tp.rank(), groups.expt_dp.rank())
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (place, sorted(source.held_names()), sorted(experts)))
+    for _, held, of_rank in answers:
+        assert {int(name.split(".")[5]) for name in held if ".experts." in name} == set(of_rank)
+    for shard, replica in {place[2:] for place, _, _ in answers}:
+        parts = [held for place, held, _ in answers if place[2:] == (shard, replica)]
+        expert_names = [name for held in parts for name in held if ".experts." in name]
+        assert sorted(expert_names) == sorted(name for name in names if ".experts." in name)
+        assert set().union(*parts) == names
+
+
+def stream_peak(folder: str, sizes: dict[str, Any]) -> dict[str, int]:
+    """Most bytes of tensors alive beyond the model on any rank while the stream passes, and those of the largest group."""
+    from tests.ranks.plan import Allocated
+
+    groups = start(sizes)
+    config = read_hf_config(folder)
+    source = MegatronWeightSource(load(config, folder, sizes, groups), config, groups, dtype=torch.float32)
+    sizes_of = {meta.name: 4 * torch.Size(meta.shape).numel() for meta in source.metadata()}
+    largest = max(sum(sizes_of[name] for name in names) for names in source.groups())
+    passes = []
+    for _ in range(3):  # gloo's threads may let go of a buffer late, which is not the stream's doing
+        dist.barrier()
+        with Allocated() as extra:
+            for _, tensor in source:
+                del tensor
+        passes.append(extra.peak)
+    peaks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(peaks, min(passes))
+    return {"peak": max(peaks), "layer": largest}
 
 
 def check_padding(chunks, config, groups) -> None:

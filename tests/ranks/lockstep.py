@@ -1,0 +1,32 @@
+"""Ranks that wait for a rank that does not come."""
+
+import time
+
+import torch.distributed as dist
+
+from megatron_espo.weights.lockstep import Lockstep, RankLostError
+
+
+def lose(rank: int) -> list[tuple[str, float]]:
+    """``rank`` sleeps instead of meeting the others; what they say, and after how many seconds."""
+    steps = Lockstep(2.0, 5.0)
+    for _ in range(3):
+        steps.meet("nothing yet")
+        steps.release([1], "its part")  # rank 2 has none
+        steps.collect([1], "its part")
+    others = dist.new_group([r for r in range(3) if r != rank])
+    dist.barrier()
+    began = time.monotonic()
+    if dist.get_rank() == rank:
+        time.sleep(7)
+        message = "asleep"
+    else:
+        try:
+            steps.meet("the test")
+            message = "no error"
+        except RankLostError as error:
+            message = str(error)
+    answers = [None, None]
+    if dist.get_rank() != rank:
+        dist.all_gather_object(answers, (message, time.monotonic() - began), group=others)
+    return answers
