@@ -3,7 +3,7 @@
 Points: every phase of a step (``rollout``, ``reward``, ``train``, ``sync``, ``eval``, ``checkpoint``, ``export``), and places inside them that call :func:`inject`.
 
 Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``loop`` (an endless one), ``term`` (SIGTERM), ``raise`` (RuntimeError), ``full`` (OSError: no space left),
-``oom`` (MemoryError), or a word that the place itself understands (``nan``, ``spike``, ``flip``). Each happens once in a process.
+``oom`` (MemoryError), or a word that the place itself understands (``nan``, ``spike``, ``flip``, ``lose``). Each happens once in a process.
 """
 
 import errno
