@@ -82,6 +82,14 @@ def test_two_engines_sample_what_one_does(folder, of_one_engine):
     assert max(line["mismatch/canary"] for line in lines) < 1e-4, "both engines have the trainer's weights"
 
 
+@pytest.mark.slow
+def test_two_engines_sample_ahead_what_one_does(folder):
+    ways = ["rollout.max_staleness=1", "algorithm.rollout_correction=token", "reward.overlap=true", "rollout.longest_first=true"]
+    train(folder, "one-ahead", *ways)
+    train(folder, "two-ahead", *ways, "rollout.engines=2")
+    assert recorded(folder, "two-ahead") == recorded(folder, "one-ahead")
+
+
 def engine_pid(log: Path) -> int | None:
     """The engine process that writes to ``log``."""
     for entry in Path("/proc").iterdir():

@@ -17,7 +17,7 @@ from megatron_espo.weights.verification import CanarySample, canary_gap, wrong_t
 from tests.distributed import run_ranks
 from tests.fresh_engine import ask_fresh_engine
 from tests.ranks.sync import PROMPTS
-from tests.test_rollout import engine_config, is_alive
+from tests.test_rollout import engine_config, living_in_group
 from tests.tiny import save_tiny_model
 
 
@@ -107,10 +107,10 @@ def test_engine_dies_with_a_rank_that_is_killed_inside_a_sync(folder, tmp_path):
     with pytest.raises(AssertionError, match="SIGKILL|exitcode: -9|Signal 9"):
         run_ranks(2, "tests.ranks.sync:die_midway", folder=folder, pid_file=str(tmp_path / "pid"), timeout=120)
     assert time.monotonic() - began < 90  # the other rank did not wait for a collective's timeout
-    processes = [int(pid) for pid in (tmp_path / "pid").read_text().split()]
-    assert len(processes) >= 3  # the engine and its two workers
+    engine, processes = map(int, (tmp_path / "pid").read_text().split())
+    assert processes >= 3  # the engine and its two workers
     deadline = time.monotonic() + 20
-    while any(map(is_alive, processes)):
+    while living_in_group(engine):
         assert time.monotonic() < deadline, "the engine, or one of its workers, outlived its owner"
         time.sleep(0.1)
 

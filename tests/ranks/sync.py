@@ -15,7 +15,7 @@ from megatron_espo.mcore.model import read_hf_config
 from megatron_espo.rollout import EngineError
 from megatron_espo.types import Prompt
 from megatron_espo.weights.hf_io import save_hf
-from tests.test_rollout import engine_config, is_alive
+from tests.test_rollout import engine_config, living_in_group
 
 PROMPTS = [Prompt(f"row-{i}", "", "", tuple(range(4 + i, 10 + 2 * i))) for i in range(4)]
 
@@ -212,31 +212,18 @@ def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
     if engine is None:
         return {}
     rollouts = engine.generate(PROMPTS, 1)
-    members = process_group(engine.pid)
+    group, processes = engine.pid, len(living_in_group(engine.pid))
     engine.close()
     deadline = time.monotonic() + 10
-    while any(map(is_alive, members)) and time.monotonic() < deadline:
+    while living_in_group(group) and time.monotonic() < deadline:
         time.sleep(0.1)  # they are killed; the kernel takes its time
     return {
         "samples": [(r.response_ids, r.logprobs, r.finish_reason) for (r,) in rollouts],
         "sent": sync._source.checksums,
         "metrics": metrics,
-        "processes": len(members),
-        "left": [pid for pid in members if is_alive(pid)],
+        "processes": processes,
+        "left": living_in_group(group),
     }
-
-
-def process_group(leader: int) -> list[int]:
-    """Living processes of the group that ``leader`` leads."""
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [pid for pid in pids if is_alive(pid) and group_of(pid) == leader]
-
-
-def group_of(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
 
 
 def exporter_faults(folder: str) -> dict[str, str]:
@@ -291,7 +278,7 @@ def die_midway(folder: str, pid_file: str) -> None:
     _, engine, sync = start(folder, tensor=2, tensor_parallel_size=2)
     sync.push(0)
     if engine is not None:
-        Path(pid_file).write_text(" ".join(map(str, process_group(engine.pid))))
+        Path(pid_file).write_text(f"{engine.pid} {len(living_in_group(engine.pid))}")
         deliver, calls = engine.update_weights, []
 
         def update_weights(info):
