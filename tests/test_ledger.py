@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_espo.collect import Collector
-from megatron_espo.config import Data, Rollout, Run
+from megatron_espo.config import Data, Reward, Rollout, Run
 from megatron_espo.data import PromptStream
 from megatron_espo.ledger import Ledger
 from megatron_espo.progress import Phases
@@ -16,6 +16,7 @@ from megatron_espo.rollout import EngineError
 from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.stopping import Stopped
 from megatron_espo.types import Rollout as Sample
+from tests.test_dynamic_sampling import FakeRewards
 
 STEPS, PROMPTS, ROWS, GROUP = 12, 3, 17, 2
 TOKENIZER = SimpleNamespace(
@@ -37,13 +38,13 @@ class Process:
     def __init__(self, folder, rounds: int, chance: random.Random, checkpoint: dict):
         self.chance, self.asked = chance, []
         rollout = Rollout(prompts_per_step=PROMPTS, group_size=GROUP, max_resampling_rounds=rounds)
-        config = SimpleNamespace(rollout=rollout, run=Run(steps=STEPS, seed=1))
+        config = SimpleNamespace(rollout=rollout, run=Run(steps=STEPS, seed=1), reward=Reward())
         stop = SimpleNamespace(check=self.fail)
-        self.collector = Collector(config, {}, SimpleNamespace(is_main=False), stop)
+        self.collector = Collector(config, {}, SimpleNamespace(is_main=False, rank=1, world_size=1), stop)
         self.collector.runtime = SimpleNamespace(is_main=True)
         self.collector._log = RolloutLog(folder / "rollouts", {})
         self.collector._stream = stream(folder)
-        self.collector.engine, self.collector._rewards = self, self
+        self.collector._fleet, self.collector._rewards = self, FakeRewards(self.score)
         self.step, self.ledger = checkpoint["step"], Ledger(**checkpoint["ledger"])
         self.collector.load_state_dict(checkpoint["stream"])
 
@@ -54,14 +55,11 @@ class Process:
     def generate(self, prompts, group_size, *, seed, on_progress):
         self.asked += [prompt.id for prompt in prompts]
         on_progress(0, 1)
-        return [[Sample(prompt, (1,), (-1.0,), "stop", 0, prompt.id)] * group_size for prompt in prompts]
+        return [[Sample(prompt, (1,), (-1.0,), "stop", self.step, prompt.id)] * group_size for prompt in prompts]
 
     def score(self, items, on_progress):
         on_progress(0, 1)
         return [float(i % 2 and hash_of(prompt.id) % 3 > 0) for i, (prompt, _) in enumerate(items)]
-
-    def refuse_failures(self, failed, total, step):
-        assert failed == 0
 
     def train(self, history: dict[int, tuple[list[str], list[str]]]) -> None:
         """One step; an engine that fails is asked again."""

@@ -114,7 +114,7 @@ def test_split_layout_fits_its_sixty_ranks():
     from megatron_espo.config import load_config
     from tests.test_run_espo_70b import MODELS
 
-    layout = [word for word in DISAGGREGATED.read_text().split() if word.startswith("megatron.")]
+    layout = [word for word in DISAGGREGATED.read_text().split() if word.startswith(("megatron.", "rollout.engines"))]
     config = load_config(str(ROOT / "examples/llama3_70b_8nodes.yaml"), layout)
-    assert len(layout) == 3 and config.validate_for(60) == 3
+    assert len(layout) == 4 and config.validate_for(60) == 3
     config.validate_model(MODELS["llama3_70b"])
