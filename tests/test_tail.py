@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -77,7 +78,9 @@ def test_trouble_is_shown(tmp_path):
 def start_tail(folder) -> subprocess.Popen:
     command = [sys.executable, "-m", "megatron_espo", "tail", str(folder), "--every", "0.1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "90", "LINES": "40"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that starts these tests in the background makes them, and their children, deaf to Ctrl-C.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 
 @pytest.mark.parametrize("state, code", [("done", 0), ("failed", 1)])
