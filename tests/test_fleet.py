@@ -101,6 +101,7 @@ def engine_pid(log: Path) -> int | None:
     return None
 
 
+@pytest.mark.slow
 def test_another_ranks_engine_that_is_killed_comes_back(folder, of_one_engine):
     process = start(folder, "killed", "rollout.engines=2")
     metrics, deadline = folder / "killed" / "metrics.jsonl", time.monotonic() + 200

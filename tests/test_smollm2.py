@@ -26,6 +26,7 @@ def test_logits_equal_transformers(smollm2, nproc):
     assert answer < 1e-3
 
 
+@pytest.mark.slow
 def test_engine_and_trainer_agree_in_bfloat16_at_temperature_0_7(smollm2, tmp_path):
     """Two steps of the quickstart's program: mean |Δ log-prob| of sampled tokens after the first sync and after a trained one.
 

@@ -51,6 +51,7 @@ def test_pipeline_stages_biases_and_an_output_layer_are_verified(untied):
     assert all(0 < m["mismatch/canary"] < 1e-4 for m in answer["metrics"]) and answer["gap"] < 1e-4
 
 
+@pytest.mark.slow
 def test_experts_are_read_back_from_two_workers(tmp_path):
     """Experts of 72 columns over two workers: 36 each, which vLLM pads to 64 and packs."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "norm_topk_prob": True}
@@ -94,6 +95,7 @@ def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
         assert re.match(f"WeightSyncError: {pattern}", found[fault]), (fault, found[fault])
 
 
+@pytest.mark.slow
 def test_exporters_are_checked_before_the_first_byte(folder):
     found = run_ranks(2, "tests.ranks.sync:exporter_faults", folder=folder)
     assert re.match(r"InputError: .*up_proj.weight: shape \(64, 128\), expected \(128, 64\)", found["transposed"])

@@ -35,7 +35,7 @@ def models(tmp_path_factory):
     return models
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_layouts(models, tmp_path, world_size):
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +73,7 @@ def test_layouts(models, tmp_path, world_size):
         assert not export.with_name(export.name + ".partial").exists()
 
 
-@pytest.mark.parametrize("sizes", [{TP: 2}, {TP: 3}, {PP: 2}, {TP: 2, PP: 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{TP: 2}, {TP: 3}, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ({PP: 2}, {TP: 2, PP: 2}))], ids=str)
 def test_the_stream_takes_less_than_two_layers(tmp_path, sizes):
     """Layers of 2.6 MB and an embedding of 2.4 MB, padded."""
     shape = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6, "num_key_value_heads": 6}
