@@ -12,8 +12,8 @@ from tests.browser import find_browser
 from tests.distributed import ROOT
 from tests.documented import is_documented
 
-# Only on GPUs, or where training and sampling overlap; docs/metrics.md says so.
-ELSEWHERE = {"throughput/mfu", "system/gpu_memory_gib", "system/gpu_peak_allocated_gib", "time/wait_s"}
+# Only on GPUs, for mixtures of experts, or where training and sampling overlap; docs/metrics.md says so.
+ELSEWHERE = {"throughput/mfu", "system/gpu_memory_gib", "system/gpu_peak_allocated_gib", "time/wait_s", *METRICS["Experts"]}
 EVERYTHING = [
     "run.steps=2", "run.save_hf=false", "run.checkpoint_every=null", "algorithm.kl_coef=0.001", "algorithm.num_mini_batches=2",
     "rollout.prompts_per_step=8", "rollout.verify_every=1", "eval.prompts=reasoning_gym:chain_sum", "eval.every=1", "eval.max_prompts=4",
