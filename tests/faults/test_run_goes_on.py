@@ -39,13 +39,13 @@ FAULTS = {
     "rename:0:4:kill": (r"rank 0 \(process \d+ on \S+\) has died; rank 1, step 4, phase checkpoint", FAILED),
     "rename:0:4:full": (r"step 4, phase checkpoint: OSError: .*No space left on device", FAILED),
     "latest:0:4:kill": (r"rank 0 \(process \d+ on \S+\) has died; rank 1, step 4, phase checkpoint", FAILED),
-    "gradient:1:3:raise": (r"rank 1, step 3, phase train: RuntimeError: injected at gradient", FAILED),
+    "gradient:1:4:raise": (r"rank 1, step 4, phase train: RuntimeError: injected at gradient", FAILED),
 }
 # Each chain is one run, disturbed once a launch.
 CHAINS = {
     "short": ["save:1:2:full", "backward:1:3:freeze", "latest:0:4:kill", "weights:1:4:flip", "backward:0:5:oom", "sync:0:5:term"],
     "killed": ["backward:1:1:kill", "backward:0:4:kill", "save:1:4:kill", "rename:0:4:kill", "backward:1:5:kill"],
-    "stopped": ["checkpoint:0:2:term", "backward:1:4:loop", "rename:0:4:full", "backward:0:4:freeze", "gradient:1:3:raise", "train:1:4:term"],
+    "stopped": ["checkpoint:0:2:term", "backward:1:4:loop", "rename:0:4:full", "backward:0:4:freeze", "gradient:1:4:raise", "train:1:4:term"],
 }
 
 
