@@ -1,6 +1,5 @@
 """Processes that beat, wait, loop and freeze: who is named? No torch: a rank is a process with a watchdog."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 
 import pytest
 
+from megatron_espo.run_files import read_json
 from megatron_espo.watchdog import EXIT_CODE, Watchdog
 from tests.distributed import ROOT
 
@@ -54,7 +54,7 @@ def end(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
 def test_a_frozen_process_is_named_and_killed(tmp_path):
     processes = start(tmp_path, "work(1); all_reduce()", "work(30)", "all_reduce()")
     deadline = time.monotonic() + 30
-    while not (tmp_path / "heartbeats" / "rank1.json").exists() or json.loads((tmp_path / "heartbeats" / "rank1.json").read_text())["phase"] != "train":
+    while read_json(tmp_path / "heartbeats" / "rank1.json").get("phase") != "train":
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(processes[1].pid, signal.SIGSTOP)
@@ -64,6 +64,17 @@ def test_a_frozen_process_is_named_and_killed(tmp_path):
     assert "its process does not run" in said and (tmp_path / "told").read_text() in said
     for rank in (0, 2):
         assert "in all_reduce" in (tmp_path / "heartbeats" / f"rank{rank}.stacks.txt").read_text()
+
+
+def test_a_process_frozen_in_a_collective_is_named_although_others_have_waited_longer(tmp_path):
+    processes = start(tmp_path, "all_reduce()", "work(0.5); all_reduce()")
+    deadline = time.monotonic() + 30
+    while not read_json(tmp_path / "heartbeats" / "rank1.json").get("waits_in"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    codes, said = end(processes)
+    assert codes == [EXIT_CODE, -signal.SIGKILL] and f"rank 1 (process {processes[1].pid} on " in said, said
 
 
 def test_an_endless_loop_is_named_although_others_have_waited_longer(tmp_path):
