@@ -105,7 +105,7 @@ def run_all(jobs: list[Job], cores: list[int]) -> list[Job]:
                     running[core] = (job, job.start(core), time.monotonic())
             time.sleep(0.5)
             for core, (job, process, started) in list(running.items()):
-                if process.poll() is None:
+                if not ended(process, job.folder):
                     continue
                 del running[core]
                 done += 1
@@ -117,6 +117,16 @@ def run_all(jobs: list[Job], cores: list[int]) -> list[Job]:
             process.terminate()
             process.wait()
     return failed
+
+
+def ended(process: subprocess.Popen, folder: Path) -> bool:
+    """Whether the run is over; its processor time (engine and verifiers included), which other work on the machine hardly changes, is written down."""
+    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if not pid:
+        return False
+    process.returncode = os.waitstatus_to_exitcode(status)
+    (folder / "processor_seconds.json").write_text(json.dumps(usage.ru_utime + usage.ru_stime))
+    return True
 
 
 def outcome(job: Job, returncode: int) -> str:

@@ -61,11 +61,8 @@ def write_results(found: list[tuple[str, str, int, Path]], out: Path, page: Path
     runs = [Run(task, variant, seed, read_metrics(folder)) for task, variant, seed, folder in found]
     folder = page.parent if page else out
     pictures = draw_all(runs, folder)
-    seconds = fmean(json.loads((run_folder / "summary.json").read_text())["seconds"] for *_, run_folder in found)
-    cores = len(os.sched_getaffinity(0))
     text = [
-        f"`{command}` on {datetime.date.today()}: {len(runs)} runs of {len(runs[0].lines)} steps on {cores} cores "
-        f"({platform.machine()}), {seconds:.0f} s a run.\n",
+        f"`{command}` on {datetime.date.today()}: {len(runs)} runs of {len(runs[0].lines)} steps. {cost([run_folder for *_, run_folder in found])}\n",
         table(runs),
         "Means over seeds, in brackets the lowest and the highest. Shares are of the tokens of responses that have an advantage.\n",
         claims(runs),
@@ -77,6 +74,17 @@ def write_results(found: list[tuple[str, str, int, Path]], out: Path, page: Path
     before, rest = old.split(BEGIN)
     target.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{rest.split(END)[1]}")
     return f"{table(runs)}\n{claims(runs)}\nwritten: {target} and {len(pictures)} pictures beside it"
+
+
+def cost(folders: list[Path]) -> str:
+    """What the runs took; processor time is what they would take on idle cores, one run a core."""
+    wall = [json.loads((folder / "summary.json").read_text())["seconds"] for folder in folders]
+    processor = [json.loads((folder / "processor_seconds.json").read_text()) for folder in folders]
+    cores = len(os.sched_getaffinity(0))
+    return (
+        f"{cores} cores ({platform.machine()}); a run took {fmean(wall):.0f} s, of which {fmean(processor):.0f} s of processor time, "
+        f"all together {sum(processor) / cores / 3600:.1f} hours of each core."
+    )
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:

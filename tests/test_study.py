@@ -72,6 +72,7 @@ def test_the_page_keeps_what_stands_around_the_results(tmp_path):
         folder = tmp_path / f"{one.variant}-{one.seed}"
         folder.mkdir()
         (folder / "summary.json").write_text('{"seconds": 5}')
+        (folder / "processor_seconds.json").write_text("7.2")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in one.lines))
         found.append((one.task, one.variant, one.seed, folder))
     page = tmp_path / "page.md"
