@@ -14,12 +14,14 @@ class ScoredGroups:
     Attributes:
         rollouts: ``[prompt][sample]``.
         rewards: ``[prompts, group_size]`` float32, NaN where the verifier failed.
-        dispatched: prompts that were sampled for it; with dynamic sampling more than are left.
+        dispatched: prompts that were newly given to the engine for it; with dynamic sampling more than are left.
+        in_flight: prompts whose responses are to be gone on with in the next step.
     """
 
     rollouts: list[list[Rollout]]
     rewards: torch.Tensor
     dispatched: int
+    in_flight: int = 0
 
     @property
     def vary(self) -> torch.Tensor:
@@ -34,3 +36,16 @@ class ScoredGroups:
     def lengths(self) -> torch.Tensor:
         """Response tokens, ``[prompts, group_size]``."""
         return torch.tensor([[len(sample.response_ids) for sample in group] for group in self.rollouts])
+
+
+@dataclass(frozen=True, eq=False)
+class InFlight:
+    """A prompt that the step in which it was begun, ``since``, did not train: its responses so far."""
+
+    since: int
+    rollouts: list[Rollout]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it only waits for its turn to be trained."""
+        return not any(rollout.unfinished for rollout in self.rollouts)

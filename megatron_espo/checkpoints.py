@@ -19,7 +19,7 @@ _NAME = re.compile(r"step_(\d{6,})")
 FINGERPRINT = {
     "algorithm": None,
     "data": ("task_args", "system_prompt", "shuffle"),
-    "rollout": ("prompts_per_step", "group_size", "temperature", "top_p", "top_k", "max_response_tokens"),
+    "rollout": ("prompts_per_step", "extra_prompts", "group_size", "temperature", "top_p", "top_k", "max_response_tokens"),
     "run": ("seed",),
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "*.model")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_espo.batch import ScoredGroups
@@ -18,12 +17,12 @@ from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.evaluator import Evaluator, engine_config
-from megatron_espo.lengths import LengthEstimates
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
 from megatron_espo.rollout import Engine, EngineError, Fleet, engine_owners
 from megatron_espo.rollout_log import RolloutLog
+from megatron_espo.sampling import Sampler
 from megatron_espo.stopping import Stopped, StopRequest
 from megatron_espo.types import Prompt
 
@@ -64,7 +63,6 @@ class Collector:
         self._rewards: RewardPool | None = None
         self._ahead: Ahead | None = None
         self._closing = threading.Event()
-        self._lengths = LengthEstimates()
         # One for the whole run: reward workers die with the thread that started them.
         self._thread = ThreadPoolExecutor(1, "rollouts")
         owners = [] if config.run.replay else engine_owners(config.rollout.engines, runtime.world_size)
@@ -76,6 +74,8 @@ class Collector:
         if runtime.rank in owners:
             self.engine = Engine(engine_config(config, self.tokenizer, max_model_len), self.tokenizer.decode).start()
         self._fleet = Fleet(self.engine, owners)
+        if runtime.is_main:
+            self._sampler = Sampler(config, self._stream, self._fleet, self._rewards, self._polling)
 
     def _read(self, config: Config, max_model_len: int) -> None:
         """Prompts, recorded rollouts and the reward function, before anything else."""
@@ -196,15 +196,22 @@ class Collector:
             return None
         return self._ahead.before if self._ahead else self._stream.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a ``state_dict``."""
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Continue after ``step`` from its ``state_dict``; responses that were in flight then are in the rollouts' folder.
+
+        Raises:
+            InputError: they are not.
+        """
         if self.runtime.is_main:
             self._stream.load_state_dict(state)
+            if step and self.config.rollout.extra_prompts and not self.config.run.replay:
+                self._sampler.in_flight = self._log.in_flight_after(step)
 
     def forget(self, step: int) -> None:
-        """A checkpoint holds everything up to ``step``: its rollouts are not needed any more, unless the run keeps them."""
+        """A checkpoint holds everything up to ``step``, but for what was in flight after it: earlier rollouts are not needed any more, unless the run
+        keeps them."""
         if self.runtime.is_main and not (self.config.run.keep_rollouts or self.config.run.replay):
-            self._log.forget(step)
+            self._log.forget(step - bool(self.config.rollout.extra_prompts))
 
     def close(self) -> None:
         """End what is done in the background, the engine and the reward workers."""
@@ -222,18 +229,18 @@ class Collector:
         try:
             found = self._log.read(step, None if self.config.run.replay else before)
             # Too stale: written by a run that went on with a lower bound.
-            if found and (self.config.run.replay or found[0].staleness(step) <= self.config.rollout.max_staleness):
-                groups, after = found
+            if found and (self.config.run.replay or found.groups.staleness(step) <= self.config.rollout.oldest):
                 if not self.config.run.replay:
-                    self._stream.load_state_dict(after)
-                return groups
+                    self._stream.load_state_dict(found.after)
+                    self._sampler.in_flight = found.in_flight
+                return found.groups
             if self.config.run.replay:
                 raise InputError(f"run.replay: expected rollouts of step {step} in {self._log.folder}, found none; lower run.steps")
-            groups = self._sample_and_judge(step, phases)
+            groups = self._sampler.batch(step, phases)
         except (EngineError, Stopped) as failure:
             self._stream.load_state_dict(before)
             return failure if isinstance(failure, Stopped) else str(failure)
-        self._log.write(step, groups, before=before, after=self._stream.state_dict())
+        self._log.write(step, groups, before=before, after=self._stream.state_dict(), in_flight=self._sampler.in_flight)
         return groups
 
     def _attempt_evaluation(self, step: int, phases: Phases) -> dict[str, float] | str:
@@ -249,48 +256,6 @@ class Collector:
             file.write(json.dumps(record) + "\n")
         return record["metrics"]
 
-    def _sample_and_judge(self, step: int, phases: Phases) -> ScoredGroups:
-        """One batch; with dynamic sampling, groups of equal rewards give way to other prompts' that have some to learn from."""
-        wanted = self.config.rollout.prompts_per_step
-        best = self._sample_round(wanted, step, 0, phases)
-        for round_number in range(1, self.config.rollout.max_resampling_rounds + 1):
-            missing = int((~best.vary).sum())
-            if not missing:
-                break
-            best = _replace_equal(best, self._sample_round(missing, step, round_number, phases))
-        self._rewards.refuse_failures(int(best.rewards.isnan().sum()), best.rewards.numel(), step)
-        return best
-
-    def _sample_round(self, count: int, step: int, round_number: int, phases: Phases) -> ScoredGroups:
-        rollout, steps = self.config.rollout, self.config.run.steps
-        prompts = self._stream.take(count)
-        order = self._lengths.longest_first(prompts) if rollout.longest_first else list(range(count))
-        dealt = [prompts[i] for i in order]
-        # A seed of its own for every step and round: rerunning a run gives the same rollouts.
-        seed = self.config.run.seed * 1_000_003 + step + (round_number << 40)
-        with self._rewards.scoring() as scoring:
-
-            def judge(number: int, text: str) -> None:
-                place, position = divmod(number, rollout.group_size)
-                scoring.add(order[place] * rollout.group_size + position, dealt[place], text)
-
-            def keep_judging(finished: int, total: int) -> None:
-                scoring.pump()
-                polled(finished, total)
-
-            overlap = {"on_finished": judge} if self.config.reward.overlap else {}
-            with phases.phase("rollout", step, steps) as on_progress:
-                polled = self._polling(on_progress)
-                found = self._fleet.generate(dealt, rollout.group_size, seed=seed, on_progress=keep_judging, **overlap)
-            groups = [group for _, group in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
-            self._lengths.learn(groups)
-            with phases.phase("reward", step, steps) as on_progress:
-                for number, sample in enumerate(sample for group in groups for sample in group):
-                    scoring.add(number, sample.prompt, sample.text)
-                scores = scoring.finish(self._polling(on_progress))
-        rewards = torch.tensor([float("nan") if score is None else score for score in scores])
-        return ScoredGroups(groups, rewards.view(len(groups), rollout.group_size), len(groups))
-
     def _polling(self, on_progress: OnProgress) -> OnProgress:
         """``on_progress`` that raises Stopped when the run is to stop."""
 
@@ -301,12 +266,3 @@ class Collector:
             on_progress(finished, total)
 
         return poll
-
-
-def _replace_equal(groups: ScoredGroups, others: ScoredGroups) -> ScoredGroups:
-    """Put those of ``others`` whose rewards vary in the place of groups whose rewards do not."""
-    places, found = (~groups.vary).nonzero()[:, 0].tolist(), others.vary.nonzero()[:, 0].tolist()
-    rollouts, rewards = list(groups.rollouts), groups.rewards.clone()
-    for place, number in zip(places, found, strict=False):
-        rollouts[place], rewards[place] = others.rollouts[number], others.rewards[number]
-    return ScoredGroups(rollouts, rewards, groups.dispatched + others.dispatched)

@@ -13,18 +13,22 @@ class Ledger:
         dispatched: handed to the rollout engine.
         trained: part of an optimizer step's batch.
         dropped_equal: given up by dynamic sampling, because their rewards did not differ.
+        in_flight: sampled in part, to be gone on with (partial rollouts).
     """
 
     dispatched: int = 0
     trained: int = 0
     dropped_equal: int = 0
+    in_flight: int = 0
 
     def count(self, groups: ScoredGroups) -> None:
         """Enter a step's batch, now trained."""
+        dropped = self.in_flight + groups.dispatched - len(groups.rollouts) - groups.in_flight
+        assert dropped >= 0, (self, groups)
         self.dispatched += groups.dispatched
         self.trained += len(groups.rollouts)
-        self.dropped_equal += groups.dispatched - len(groups.rollouts)
-        assert self.dispatched == self.trained + self.dropped_equal and self.dropped_equal >= 0, self
+        self.dropped_equal += dropped
+        self.in_flight = groups.in_flight
 
     def metrics(self) -> dict[str, float]:
         """``ledger/*``."""

@@ -44,6 +44,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "rollout/with_advantage": ("share", "responses whose advantage is not 0"),
         "ledger/dispatched": ("prompts", "handed to the engine so far, restarts included"),
         "ledger/trained": ("prompts", "part of an optimizer step's batch so far"),
+        "ledger/in_flight": ("prompts", "sampled in part, to be gone on with, with `rollout.extra_prompts`"),
         "ledger/dropped_equal": ("prompts", "given up by dynamic sampling so far, because their rewards did not differ"),
     },
     "Mismatch": {
@@ -51,7 +52,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "mismatch/logprob_gap_max": ("nats", "largest of them"),
         "mismatch/kl": ("nats", "mean (engine - trainer) log-prob: estimates KL(engine || trainer)"),
         "mismatch/canary": ("nats", "mean |engine - trainer| log-prob of the canary's tokens, before the weights were served"),
-        "rollout/staleness": ("versions", "of the weights that the step starts from, less that of those that sampled; mean over responses"),
+        "rollout/staleness": ("versions", "of the weights that the step starts from, less that of those that sampled a response's first token; mean over responses"),
         "sync/verified_tensors": ("tensors", "read back from the engine and found to be those that were sent"),
         "sync/restarts": ("", "engine restarts that the sync needed"),
         "rollout_correction/weight": ("", "mean truncated importance weight trainer / engine"),

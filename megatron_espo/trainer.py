@@ -79,7 +79,7 @@ class Run:
             if checkpoint:
                 state = self.checkpoints.load(checkpoint, self.learner)
                 self.step, self.ledger = state["step"], Ledger(**state["ledger"])
-                self.collector.load_state_dict(state["stream"])
+                self.collector.load_state_dict(state["stream"], self.step)
                 self.say(f"going on after step {self.step} of {config.run.steps}, from {checkpoint}")
             if self.step >= config.run.steps:
                 self.say(f"nothing to train: step {self.step} of {config.run.steps} is done; raise run.steps to go on")

@@ -30,9 +30,9 @@ class Rollout:
     Attributes:
         prompt: the prompt it answers.
         response_ids: sampled token ids, with the end-of-sequence token where the model emitted one.
-        logprobs: the engine's log-probs of ``response_ids`` after temperature (nats), one per token.
-        finish_reason: ``"stop"`` (end of sequence) or ``"length"`` (cut off at the limit).
-        policy_version: version of the weights that sampled it.
+        logprobs: the log-probs of ``response_ids`` after temperature (nats), one per token, of the engine at the time it sampled the token.
+        finish_reason: ``"stop"`` (end of sequence), ``"length"`` (cut off at the limit) or ``"unfinished"`` (to be gone on with; without text).
+        policy_version: version of the weights that sampled its first token.
         text: ``response_ids`` decoded by the trainer's tokenizer, without special tokens.
     """
 
@@ -47,3 +47,8 @@ class Rollout:
     def truncated(self) -> bool:
         """Whether the response hit the length limit."""
         return self.finish_reason == "length"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether tokens are still to come."""
+        return self.finish_reason == "unfinished"

@@ -26,11 +26,12 @@ def main() -> None:
     settings, prompts, answer = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
     build = vllm.LLM
     vllm.LLM = lambda **options: build(**options | {"load_format": "auto"})
+    from megatron_espo.rollout.requests import Request
     from megatron_espo.rollout.server import Server
 
     config = EngineConfig(**settings | {"eos_ids": frozenset(settings["eos_ids"])})
     server = Server(config, lambda done, total: None)
-    samples = server.generate([(tuple(prompt), None) for prompt in prompts], {})
+    samples = server.generate([Request(tuple(prompt), None, config.max_response_tokens) for prompt in prompts], {})
     Path(answer).write_text(json.dumps({"samples": samples, "served": server.served_checksums("float32")}))
 
 

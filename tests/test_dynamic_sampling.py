@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from megatron_espo.batch import ScoredGroups
-from megatron_espo.collect import Collector
 from megatron_espo.config import Algorithm, Reward, Rollout, Run
 from megatron_espo.errors import InputError
 from megatron_espo.ledger import Ledger
-from megatron_espo.lengths import LengthEstimates
 from megatron_espo.progress import Phases
 from megatron_espo.rewards import RewardPool
+from megatron_espo.sampling import Sampler
 from megatron_espo.trainer import advantages_of, train_sequences
 from megatron_espo.types import Prompt
 from megatron_espo.types import Rollout as Sample
@@ -44,29 +43,24 @@ class FakeRewards(RewardPool):
         )
 
 
-def collector(rounds: int, rewards=REWARDS) -> tuple[Collector, list]:
-    """A collector over numbered prompts whose engine and verifier are these few lines."""
-    made, calls = Collector.__new__(Collector), []
-    stream = iter(range(100))
+def sampler(rounds: int, rewards=REWARDS) -> tuple[Sampler, list]:
+    """A sampler over numbered prompts whose engine and verifier are these few lines."""
+    calls, stream = [], iter(range(100))
 
     def generate(prompts, group_size, *, seed, on_progress):
         calls.append((seed, list(prompts)))
         return [[make_sample(p)] * group_size for p in prompts]
 
-    made._lengths = LengthEstimates()
-
     def score(items, on_progress):
         numbers = [int(prompt.id) for prompt, _ in items]
         return [rewards[n][i % 2] for i, n in enumerate(numbers)]
 
-    made.config = SimpleNamespace(
+    config = SimpleNamespace(
         rollout=Rollout(prompts_per_step=3, group_size=2, max_resampling_rounds=rounds), run=Run(steps=9, seed=1), reward=Reward()
     )
-    made._stop = SimpleNamespace(check=lambda: None)
-    made._stream = SimpleNamespace(take=lambda n: [next(stream) for _ in range(n)])
-    made._fleet, made._rewards = SimpleNamespace(generate=generate), FakeRewards(score)
-    made._rewards.last_failure = "boom"
-    return made, calls
+    prompts, pool = SimpleNamespace(take=lambda n: [next(stream) for _ in range(n)]), FakeRewards(score)
+    pool.last_failure = "boom"
+    return Sampler(config, prompts, SimpleNamespace(generate=generate), pool, lambda on_progress: on_progress), calls
 
 
 @pytest.mark.parametrize(
@@ -78,8 +72,8 @@ def collector(rounds: int, rewards=REWARDS) -> tuple[Collector, list]:
     ],
 )
 def test_equal_groups_are_replaced(rounds, kept, asked):
-    made, calls = collector(rounds)
-    groups = made._sample_and_judge(1, Phases(draw=False))
+    made, calls = sampler(rounds)
+    groups = made.batch(1, Phases(draw=False))
     assert [group[0].prompt.id for group in groups.rollouts] == kept
     assert groups.rewards.tolist() == [REWARDS[int(i)] for i in kept]
     assert [prompts for _, prompts in calls] == asked
@@ -91,9 +85,9 @@ def test_equal_groups_are_replaced(rounds, kept, asked):
 
 
 def test_a_batch_in_which_every_verifier_failed_ends_the_run():
-    made, _ = collector(0, {n: [math.nan, math.nan] for n in range(3)})
+    made, _ = sampler(0, {n: [math.nan, math.nan] for n in range(3)})
     with pytest.raises(InputError, match="6 of 6 of step 1 failed.*the last one: boom"):
-        made._sample_and_judge(1, Phases(draw=False))
+        made.batch(1, Phases(draw=False))
 
 
 def test_truncated_responses_are_masked_and_penalized():

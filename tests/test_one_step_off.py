@@ -20,6 +20,7 @@ from megatron_espo.lengths import LengthEstimates
 from megatron_espo.progress import Phases
 from megatron_espo.rollout import EngineError
 from megatron_espo.rollout_log import RolloutLog
+from megatron_espo.sampling import Sampler
 from megatron_espo.stopping import Stopped
 from tests.distributed import ROOT
 from tests.faults.runs import Runs, environment
@@ -96,7 +97,8 @@ def make_collector(tmp_path, engine, **rollout) -> Collector:
     made = Collector(config, {}, SimpleNamespace(is_main=False, rank=1, world_size=1), stop)  # as another rank's, which has nothing; then given all
     made.runtime = SimpleNamespace(is_main=True)
     made._log, made._stream, made._fleet = RolloutLog(tmp_path / "rollouts", {}), Numbers(), engine
-    made._rewards = FakeRewards(lambda items, on_progress: [float(i % 2) for i in range(len(items))])
+    rewards = FakeRewards(lambda items, on_progress: [float(i % 2) for i in range(len(items))])
+    made._sampler = Sampler(config, made._stream, engine, rewards, made._polling)
     return made
 
 
@@ -165,7 +167,7 @@ def test_resumed_batches_are_taken_from_the_log(tmp_path, one_rank):
     saved = [state for _, state in zip(range(2), (state for _, state in loop(make_collector(tmp_path, engine), engine)), strict=False)]
     again = FakeEngine()
     collector = make_collector(tmp_path, again)
-    collector.load_state_dict(saved[-1])
+    collector.load_state_dict(saved[-1], 2)
     groups = collector.collect(3, Phases(draw=False), lambda: None)
     assert [int(group[0].prompt.id) for group in groups.rollouts] == IN_ORDER[2] and again.calls == []
     assert groups.staleness(3) == 1
@@ -210,7 +212,7 @@ def launch(folder, name: str) -> subprocess.Popen:
 
 def recorded(folder, name: str) -> list:
     log = RolloutLog(folder / name / "rollouts", {})
-    return [log.read(step, None)[0] for step in range(1, STEPS + 1)]
+    return [log.read(step, None).groups for step in range(1, STEPS + 1)]
 
 
 def lines(folder, name: str) -> list[dict]:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_espo.errors import InputError
-from megatron_espo.rollout import Engine, EngineConfig, EngineError, make_trainer_transport, push_weights
+from megatron_espo.rollout import Engine, EngineConfig, EngineError, Enough, make_trainer_transport, push_weights
 from megatron_espo.rollout.child import child_environment
-from megatron_espo.rollout.engine import request_seeds
 from megatron_espo.rollout.manifest import check_manifest
+from megatron_espo.rollout.requests import request_seeds
 from megatron_espo.rollout.transport import check_placement, resolve_transport
 from megatron_espo.types import Prompt
 
@@ -162,6 +162,31 @@ def test_groups_seeds_versions_and_finish_reasons(engine):
     ]
     other = engine.generate(prompts, 8, seed=12)
     assert [r.response_ids for group in other for r in group] != [r.response_ids for r in rollouts]
+
+
+def test_unfinished_responses_are_gone_on_with(engine, folder):
+    """Three calls: until one prompt has its responses; until the first of those begun has, which new ones join; to the end, with a newer version."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    push_weights(connect(engine, model), engine, 7)
+    prompts, options = make_prompts(10), {"sampling": {"max_tokens": 40}}
+    groups = engine.generate(prompts[:8], 1, seed=5, enough=Enough(1), **options)
+    assert groups == engine.generate(prompts[:8], 1, seed=5, enough=Enough(1), **options), "the same again"
+    begun = [group for group in groups if any(rollout.unfinished for rollout in group)]
+    assert 0 < len(begun) < 8, groups
+    more = engine.generate([group[0].prompt for group in begun] + prompts[8:], 1, seed=6, begun=begun, enough=Enough(1, first=1), **options)
+    assert not any(rollout.unfinished for rollout in more[0]) and all(rollout.unfinished for rollout in more[-1])
+    push_weights(connect(engine, model), engine, 8)
+    rest = [group for group in more if any(rollout.unfinished for rollout in group)]
+    ended = engine.generate([group[0].prompt for group in rest], 1, seed=7, begun=rest, **options)
+    for old, rollout in [*zip(sum(begun, []), sum(more, []), strict=False), *zip(sum(rest, []), sum(ended, []), strict=True)]:
+        assert rollout.response_ids[: len(old.response_ids)] == old.response_ids and rollout.logprobs[: len(old.logprobs)] == old.logprobs
+        assert rollout == old if not old.unfinished else len(rollout.response_ids) > len(old.response_ids)
+        assert rollout.policy_version == 7 and rollout.prompt is old.prompt
+    for rollout in sum(ended, []):
+        assert rollout.finish_reason == ("stop" if rollout.response_ids[-1] == EOS else "length")
+        assert len(rollout.response_ids) <= 40 and rollout.text == " ".join(map(str, rollout.response_ids))
+        expected = reference_logprobs(model, rollout.prompt.token_ids, rollout.response_ids, TEMPERATURE)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs).double(), expected, atol=1e-4, rtol=0)
 
 
 def test_prompt_without_room_for_a_response_is_refused(engine):

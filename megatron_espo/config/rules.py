@@ -100,6 +100,10 @@ def rollout(c: "schema.Rollout") -> Problems:
             yield "top_k", f"expected 0 or -1 (off), got {c.top_k}; {way_out}"
     if c.engines > 1 and c.transport in ("nccl_m2n", "sharded_rdt"):
         yield "engines", f"expected 1 with transport {c.transport} (it has one meeting of all ranks with one engine), got {c.engines}; or take nccl or ipc"
+    if c.extra_prompts > c.prompts_per_step:
+        yield "extra_prompts", f"expected at most prompts_per_step ({c.prompts_per_step}), so that what goes on can be trained, got {c.extra_prompts}"
+    if c.extra_prompts and c.max_resampling_rounds:
+        yield "max_resampling_rounds", f"expected 0 with extra_prompts (a step does not wait for more prompts), got {c.max_resampling_rounds}"
     if c.max_model_len is not None and c.max_response_tokens >= c.max_model_len:
         yield (
             "max_response_tokens",
@@ -144,12 +148,15 @@ def across_sections(c: "schema.Config") -> Problems:
             f"expected a divisor of rollout.prompts_per_step = {c.rollout.prompts_per_step} (a mini-batch holds whole "
             f"groups), got {c.algorithm.num_mini_batches}",
         )
-    if c.rollout.max_staleness and c.algorithm.rollout_correction not in ("token", "sequence"):
+    older = next((f"rollout.{key} {value}" for key in ("max_staleness", "extra_prompts") if (value := getattr(c.rollout, key))), None)
+    if older and c.algorithm.rollout_correction not in ("token", "sequence"):
         yield (
             "algorithm.rollout_correction",
-            f"expected token or sequence with rollout.max_staleness {c.rollout.max_staleness} (the rollouts are an older policy's, "
+            f"expected token or sequence with {older} (the rollouts are an older policy's, "
             f"which the weights then correct), got {c.algorithm.rollout_correction}",
         )
+    if c.rollout.extra_prompts and c.reward.overlap:
+        yield "reward.overlap", "expected false with rollout.extra_prompts (a response is judged when its prompt is trained), got true"
     buffer = c.reward.overlong_buffer_tokens
     if buffer is not None and buffer > c.rollout.max_response_tokens:
         yield (

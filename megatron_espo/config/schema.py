@@ -339,6 +339,15 @@ class Rollout(Section):
         description="1: sample the next batch while this one is trained, with weights one version older (needs "
         "algorithm.rollout_correction token or sequence); 0: wait for each other.",
     )
+    extra_prompts: int = Field(
+        0,
+        ge=0,
+        description="Partial rollouts: sample so many prompts more than prompts_per_step; a step ends when prompts_per_step of them have all their "
+        "responses, and the others go on in the next (needs algorithm.rollout_correction token or sequence). 0: wait for all.",
+    )
+    max_carried_steps: int = Field(
+        4, ge=1, description="Partial rollouts: a response goes on in at most so many further steps; the last one waits for it."
+    )
     timeout_s: float = Field(
         900.0,
         gt=0,
@@ -350,6 +359,11 @@ class Rollout(Section):
     log_prob_gap_stop: float | None = Field(
         None, gt=0, description="End the run above this mean difference, before its step is saved; null: never."
     )
+
+    @property
+    def oldest(self) -> int:
+        """Most versions between the weights that sampled a token and those that are trained on it."""
+        return self.max_staleness + (self.max_carried_steps if self.extra_prompts else 0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from rules.rollout(self)

@@ -8,6 +8,7 @@ from megatron_espo.rollout.config import EngineConfig, engine_owners
 from megatron_espo.rollout.engine import Engine
 from megatron_espo.rollout.fleet import Fleet
 from megatron_espo.rollout.lifecycle import EngineError
+from megatron_espo.rollout.requests import Enough
 from megatron_espo.rollout.transport import (
     engine_devices,
     make_trainer_transport,
@@ -20,6 +21,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineError",
+    "Enough",
     "Fleet",
     "engine_devices",
     "engine_owners",

@@ -1,9 +1,7 @@
 """The trainer's side of a rollout engine: relays calls to its process, and knows what it may serve."""
 
-import hashlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.rollout.child import Child
 from megatron_espo.rollout.config import EngineConfig
 from megatron_espo.rollout.lifecycle import EngineError, State, transition
+from megatron_espo.rollout.requests import Enough, Request, request_seeds
 from megatron_espo.types import Prompt, Rollout
 
 # A response: token ids, their log-probs (nats) after temperature, why it ended.
@@ -104,6 +103,8 @@ class Engine:
         on_progress: Callable[[int, int], None] | None = None,
         sampling: dict[str, Any] | None = None,
         on_finished: Callable[[int, str], None] | None = None,
+        begun: Sequence[Sequence[Rollout]] = (),
+        enough: Enough | None = None,
     ) -> list[list[Rollout]]:
         """Sample ``group_size`` responses to each prompt.
 
@@ -118,6 +119,8 @@ class Engine:
             sampling: ``temperature``, ``top_p``, ``top_k`` or ``max_tokens`` in place of the configuration's, for this call.
             on_finished: called with each response's number (prompt x ``group_size`` + position) and text when it is finished, while
                 others are not; needs a ``seed``.
+            begun: rollouts of the first prompts, of which the unfinished ones are gone on with.
+            enough: when to end without waiting for all; the rollouts of other prompts may be unfinished then.
 
         Returns:
             One list of ``group_size`` rollouts a prompt, in order; log-probs in nats.
@@ -128,32 +131,50 @@ class Engine:
                 to a prompt twice.
         """
         self._require(State.READY, "generate")
-        sampling = sampling or {}
-        self._check_lengths(prompts, sampling.get("max_tokens", self.config.max_response_tokens))
-        seeds = request_seeds(prompts, group_size, seed) if seed is None or isinstance(seed, int) else seed
-        requests = [(prompt.token_ids, each) for prompt, of_prompt in zip(prompts, seeds, strict=True) for each in of_prompt]
-        names = [prompt.id for prompt in prompts for _ in range(group_size)]
-        numbers = {request_seed: i for i, (_, request_seed) in enumerate(requests)}
+        sampling = dict(sampling or {})
+        limit = sampling.pop("max_tokens", self.config.max_response_tokens)
+        self._check_lengths(prompts, limit)
+        seeds = sum(request_seeds(prompts, group_size, seed) if seed is None or isinstance(seed, int) else seed, [])
+        rollouts = [rollout for group in begun for rollout in group]
+        rollouts += [Rollout(prompt, (), (), "unfinished", -1, "") for prompt in prompts[len(begun) :] for _ in range(group_size)]
+        numbers = [number for number, rollout in enumerate(rollouts) if rollout.unfinished]
+        by_seed = {seeds[number]: number for number in numbers}
 
         def tell(finished: list[tuple[int, tuple[int, ...]]]) -> None:
             for request_seed, ids in finished:
-                on_finished(numbers[request_seed], self._decode(ids))
+                number = by_seed[request_seed]
+                on_finished(number, self._decode(rollouts[number].response_ids + ids))
 
-        samples = self._sample(requests, names, sampling, on_progress, on_finished and tell)
-        rollouts = [
-            Rollout(prompts[i // group_size], ids, logprobs, reason, self.policy_version, self._decode(ids))
-            for i, (ids, logprobs, reason) in enumerate(samples)
+        requests = [
+            Request(rollouts[n].prompt.token_ids + rollouts[n].response_ids, seeds[n], limit - len(rollouts[n].response_ids), n // group_size)
+            for n in numbers
         ]
-        for rollout in rollouts:
-            if not all(map(math.isfinite, rollout.logprobs)):
-                raise EngineError(f"generate: a log-prob for prompt {rollout.prompt.id!r} is not finite.")
+        samples = self._sample(requests, [rollouts[n].prompt.id for n in numbers], sampling, enough, on_progress, on_finished and tell)
+        for number, sample in zip(numbers, samples, strict=True):
+            rollouts[number] = self._longer(rollouts[number], sample)
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
+    def _longer(self, rollout: Rollout, sample: Sample) -> Rollout:
+        """``rollout`` with what was sampled after it."""
+        ids, logprobs, reason = sample
+        if not all(map(math.isfinite, logprobs)):
+            raise EngineError(f"generate: a log-prob for prompt {rollout.prompt.id!r} is not finite.")
+        version = rollout.policy_version if rollout.response_ids else self.policy_version
+        ids = rollout.response_ids + ids
+        text = "" if reason == "unfinished" else self._decode(ids)
+        return Rollout(rollout.prompt, ids, rollout.logprobs + logprobs, reason, version, text)
+
     def _sample(
-        self, requests: list, names: list[str], sampling: dict[str, Any], on_progress: Callable | None, tell: Callable | None
+        self,
+        requests: list[Request],
+        names: list[str],
+        sampling: dict[str, Any],
+        enough: Enough | None,
+        on_progress: Callable | None,
+        tell: Callable | None,
     ) -> list[Sample]:
         """A sample for each request; a lost one is asked for once more."""
-        samples: list[Sample | None] = self._call("generate", requests, sampling, bool(tell), on_progress=on_progress, on_finished=tell)
+        samples: list[Sample | None] = self._call("generate", requests, sampling, bool(tell), enough, on_progress=on_progress, on_finished=tell)
         lost = [i for i, sample in enumerate(samples) if sample is None]
         if lost:
             logger.warning("%d of %d responses never came back (prompt %r); asking again", len(lost), len(samples), names[lost[0]])
@@ -293,17 +314,3 @@ class Engine:
         except BaseException:
             self._move(State.DEAD, "failure")
             raise
-
-
-def request_seeds(prompts: Sequence[Prompt], group_size: int, seed: int | None) -> list[list[int | None]]:
-    """A 63-bit seed for each response: a hash of (seed, prompt id, occurrence of that id, position in the group)."""
-    if seed is None:
-        return [[None] * group_size for _ in prompts]
-    seen: Counter[str] = Counter()
-    seeds = []
-    for prompt in prompts:
-        key = f"{seed}:{prompt.id}:{seen[prompt.id]}"
-        seen[prompt.id] += 1
-        digests = (hashlib.blake2b(f"{key}:{j}".encode(), digest_size=8).digest() for j in range(group_size))
-        seeds.append([int.from_bytes(digest, "little") >> 1 for digest in digests])
-    return seeds

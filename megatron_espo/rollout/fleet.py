@@ -5,12 +5,13 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron_espo.rollout.engine import Engine, request_seeds
+from megatron_espo.rollout.engine import Engine
 from megatron_espo.rollout.lifecycle import EngineError
+from megatron_espo.rollout.requests import Enough, request_seeds
 from megatron_espo.types import Prompt, Rollout
 
 _POLL_SECONDS = 0.5
@@ -59,21 +60,25 @@ class Fleet:
         on_progress: Callable[[int, int], None] | None = None,
         sampling: dict[str, Any] | None = None,
         on_finished: Callable[[int, str], None] | None = None,
+        begun: Sequence[Sequence[Rollout]] = (),
+        enough: Enough | None = None,
     ) -> list[list[Rollout]]:
         """:meth:`Engine.generate` with all engines: prompt ``i`` goes to engine ``i`` modulo their number. Rank 0 only.
 
-        With a ``seed`` the responses do not depend on how many engines there are.
+        With a ``seed`` the responses do not depend on how many engines there are; with ``enough``, of which each gets its share, their
+        number decides which are finished.
 
         Raises:
             EngineError: one of the engines failed, by its rank. What ``on_progress`` raises ends this rank's engine and interrupts the others.
         """
         count = 1 + len(self._others)
-        if count == 1:
-            return self._engine.generate(prompts, group_size, seed=seed, on_progress=on_progress, sampling=sampling, on_finished=on_finished)
         seeds = request_seeds(prompts, group_size, seed)
-        shares = [(list(prompts[i::count]), group_size, seeds[i::count], sampling) for i in range(count) if i < len(prompts)]
+        shares = [
+            _Share(prompts[i::count], group_size, seeds[i::count], sampling, begun[i::count], enough and enough.share(i, count))
+            for i in range(min(count, len(prompts)))
+        ]
         busy = self._others[: len(shares) - 1]
-        own_responses = len(shares[0][0]) * group_size
+        own_responses = len(shares[0].prompts) * group_size
 
         def tell_of(share: int) -> Callable[[int, str], None] | None:
             """``on_finished`` for an engine that numbers its own share."""
@@ -112,6 +117,17 @@ class Fleet:
             other.connection.close()
 
 
+class _Share(NamedTuple):
+    """One engine's part of a call of :meth:`Fleet.generate`."""
+
+    prompts: Sequence[Prompt]
+    group_size: int
+    seed: Sequence[Sequence[int | None]]
+    sampling: dict[str, Any] | None
+    begun: Sequence[Sequence[Rollout]]
+    enough: Enough | None
+
+
 class _Remote:
     """Rank 0's end of the conversation with another owner.
 
@@ -125,7 +141,7 @@ class _Remote:
         self.finished, self.answer, self._waits = 0, None, False
         self._tell: Callable[[int, str], None] | None = None
 
-    def begin(self, share: tuple, tell: Callable[[int, str], None] | None) -> None:
+    def begin(self, share: _Share, tell: Callable[[int, str], None] | None) -> None:
         self.finished, self.answer, self._waits, self._tell = 0, None, True, tell
         self._guarded(self.connection.send, (share, tell is not None))
 
@@ -169,9 +185,8 @@ class _Interrupted(Exception):
     """Rank 0 does not want the answer any more."""
 
 
-def _generate(engine: Engine, share: tuple, on_progress: Callable[[int, int], None], tell: Callable[[int, str], None] | None) -> list[list[Rollout]]:
-    prompts, group_size, seeds, sampling = share
-    return engine.generate(prompts, group_size, seed=seeds, on_progress=on_progress, sampling=sampling, on_finished=tell)
+def _generate(engine: Engine, share: _Share, on_progress: Callable[[int, int], None], tell: Callable[[int, str], None] | None) -> list[list[Rollout]]:
+    return engine.generate(**share._asdict(), on_progress=on_progress, on_finished=tell)
 
 
 def _serve(engine: Engine, connection: Connection) -> None:

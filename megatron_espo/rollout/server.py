@@ -15,10 +15,13 @@ from multiprocessing.connection import Connection
 
 from megatron_espo.faults import inject
 from megatron_espo.rollout.config import EngineConfig
+from megatron_espo.rollout.requests import Countdown, Enough, Request
 
 _PR_SET_PDEATHSIG = 1
 # Share of ``timeout_s`` without a finished request after which the rest are lost: before the owner gives the engine up.
 _LOST_AFTER = 0.8
+# vLLM's word for what was given up, and ours for what may be gone on with.
+_REASONS = {"abort": "unfinished"}
 
 
 def die_with_owner(owner_pid: int) -> None:
@@ -78,47 +81,46 @@ class Server:
         self.llm = build_llm(config)
         self.report = report
 
-    def generate(self, requests: list[tuple[tuple[int, ...], int | None]], sampling: dict, tell: bool = False) -> list[tuple | None]:
-        """(prompt token ids, seed) -> (response token ids, their processed log-probs, finish reason); None: vLLM lost it.
+    def generate(self, requests: list[Request], sampling: dict, tell: bool = False, enough: Enough | None = None) -> list[tuple | None]:
+        """For each request (sampled token ids, their processed log-probs, finish reason); None: vLLM lost it.
 
-        With ``tell``, (seed, response token ids) of each is reported as soon as it is finished.
+        Args:
+            sampling: in place of the configuration's.
+            tell: report (seed, sampled token ids) of each as soon as it is finished.
+            enough: when to leave the others ``"unfinished"``; None: all are waited for.
         """
-        return self._sample(requests, functools.partial(self._sampling_params, **sampling), tell)
+        return self._sample(requests, functools.partial(self._sampling_params, **sampling), tell, enough)
 
     def canary(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[tuple]:
         """As ``generate``, but ``num_tokens`` tokens each from the whole distribution, always the same ones."""
+        make_params = functools.partial(self._sampling_params, top_p=1.0, top_k=0, stop_token_ids=[])
+        return _all_there(self._sample([Request(prompt, seed, num_tokens) for seed, prompt in enumerate(prompts)], make_params))
 
-        def params(seed: int):
-            options = {"top_p": 1.0, "top_k": 0, "max_tokens": num_tokens, "stop_token_ids": []}
-            return self._sampling_params(seed, **options)
-
-        return _all_there(self._sample([(prompt, seed) for seed, prompt in enumerate(prompts)], params))
-
-    def _sample(self, requests: list[tuple[tuple[int, ...], int | None]], make_params: Callable, tell: bool = False) -> list[tuple | None]:
-        outputs = [request and request.outputs[0] for request in self._run(requests, make_params, tell)]
-        return [o and (tuple(o.token_ids), tuple(o.logprobs.logprobs), o.finish_reason) for o in outputs]
+    def _sample(self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None) -> list[tuple | None]:
+        outputs = [output and output.outputs[0] for output in self._run(requests, make_params, tell, enough)]
+        return [o and (tuple(o.token_ids), tuple(o.logprobs.logprobs), _REASONS.get(o.finish_reason, o.finish_reason)) for o in outputs]
 
     def logprobs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         from vllm import SamplingParams
 
-        def params(_seed: None) -> SamplingParams:
-            return SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        def params(request: Request) -> SamplingParams:
+            return SamplingParams(max_tokens=request.max_tokens, prompt_logprobs=0, detokenize=False)
 
-        outputs = _all_there(self._run([(sequence, None) for sequence in sequences], params))
+        outputs = _all_there(self._run([Request(sequence, None, 1) for sequence in sequences], params))
         return [
             [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
             for output, sequence in zip(outputs, sequences, strict=True)
         ]
 
-    def _sampling_params(self, seed: int | None, **changes):
+    def _sampling_params(self, request: Request, **changes):
         from vllm import SamplingParams
 
         options = {
             "temperature": self.config.temperature,
             "top_p": self.config.top_p,
             "top_k": self.config.top_k,
-            "seed": seed,
-            "max_tokens": self.config.max_response_tokens,
+            "seed": request.seed,
+            "max_tokens": request.max_tokens,
             "stop_token_ids": sorted(self.config.eos_ids),
             "ignore_eos": True,  # the trainer's tokenizer, not the model's folder, says what ends a response
             "logprobs": 0,
@@ -127,30 +129,41 @@ class Server:
         }
         return SamplingParams(**options | changes)
 
-    def _run(self, requests: list[tuple], make_params: Callable, tell: bool = False) -> list:
-        """Run all requests to their end, reporting those that finish. Outputs are in the order of the requests; None for
+    def _run(self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None) -> list:
+        """Run requests until all, or ``enough``, are finished, reporting those that are. Outputs are in the order of the requests; None for
         one that vLLM lost: neither finished nor, for most of ``timeout_s``, followed by another that did."""
-        names = self.llm.enqueue(
-            [{"prompt_token_ids": list(token_ids)} for token_ids, _ in requests],
-            [make_params(seed) for _, seed in requests],
-            use_tqdm=False,
+        keys = self.llm.enqueue(
+            [{"prompt_token_ids": list(request.token_ids)} for request in requests], [make_params(request) for request in requests], use_tqdm=False
         )
         outputs, engine = {}, self.llm.llm_engine
+        countdown = Countdown(enough or Enough(len(requests) + 1), requests)
         if inject("reply") == "lose":
-            engine.engine_core.abort_requests(names[:1])  # the engine core forgets it; its front waits for ever
-        names = [name.partition("-")[0] for name in names]  # vLLM appends a random part, which outputs lack
-        seeds = {name: seed for name, (_, seed) in zip(names, requests, strict=True)}
+            engine.engine_core.abort_requests(keys[:1])  # the engine core forgets it; its front waits for ever
+        names = [key.partition("-")[0] for key in keys]  # vLLM appends a random part, which outputs lack
+        by_name = dict(zip(names, requests, strict=True))
         news = time.monotonic()
-        while engine.has_unfinished_requests() and time.monotonic() < news + _LOST_AFTER * self.config.timeout_s:
+        while engine.has_unfinished_requests() and not countdown.is_over and time.monotonic() < news + _LOST_AFTER * self.config.timeout_s:
             finished = {output.request_id: output for output in engine.step() if output.finished}
             if finished:
                 outputs |= finished
+                for name in finished:
+                    countdown.finish(by_name[name])
                 self.report("progress", (len(outputs), len(requests)))
                 if tell:
-                    self.report("finished", [(seeds[name], tuple(output.outputs[0].token_ids)) for name, output in finished.items()])
+                    self.report("finished", [(by_name[name].seed, tuple(output.outputs[0].token_ids)) for name, output in finished.items()])
                 news = time.monotonic()
-        engine.abort_request([name for name in names if name not in outputs])
+        given_up = {name: key for name, key in zip(names, keys, strict=True) if name not in outputs}
+        if countdown.is_over:
+            outputs |= {name: self._so_far(key) for name, key in given_up.items()}
+        engine.abort_request(list(given_up))
         return [outputs.get(name) for name in names]
+
+    def _so_far(self, key: str):
+        """The output of a request that is about to be given up."""
+        from vllm.v1.engine import FinishReason
+
+        # What vLLM itself does for a request that is aborted, where somebody waits for its output.
+        return self.llm.llm_engine.output_processor.request_states[key].make_request_output([], None, FinishReason.ABORT, None)
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         self.llm.init_weight_transfer_engine({"init_info": init_info})

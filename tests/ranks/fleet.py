@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_espo.rollout import EngineError, Fleet
-from megatron_espo.rollout.engine import request_seeds
+from megatron_espo.rollout.requests import request_seeds
 from megatron_espo.types import Prompt
 
 
