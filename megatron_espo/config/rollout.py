@@ -1,0 +1,123 @@
+"""Settings of the rollouts and of the engines that make them."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_espo.config import rules
+from megatron_espo.config.section import Section
+
+
+class Rollout(Section):
+    """Sampling with vLLM."""
+
+    prompts_per_step: int = Field(128, ge=1, description="Prompts in one rollout batch (paper: 128).")
+    group_size: int = Field(
+        8, description="Responses for each prompt, at least 2 (paper: 8); advantages compare within this group."
+    )
+    temperature: float = Field(
+        1.0, ge=0, description="Sampling temperature; training log-probs use the same. Lower explores less."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus sampling; below 1 the trained distribution is not the sampled one."
+    )
+    top_k: int = Field(0, ge=-1, description="Sample from the k likeliest tokens only; 0 or -1 turns it off.")
+    allow_truncated_sampling: bool = Field(
+        False, description="Accept top_p < 1 or top_k > 0 although importance ratios are then biased."
+    )
+    allow_router_mismatch: bool = Field(
+        False,
+        description="Train a mixture of experts although engine and trainer each choose a token's experts for themselves, and "
+        "now and then differ (there is no router replay).",
+    )
+    max_response_tokens: int = Field(
+        2048, ge=1, description="Longest response, in tokens (paper: 16384); longer ones are cut and counted."
+    )
+    max_resampling_rounds: int = Field(
+        0,
+        ge=0,
+        description="DAPO's dynamic sampling: replace prompts whose responses have equal rewards by new ones, "
+        "at most so many times a step; 0 turns it off.",
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="Longest prompt + response, in tokens; null takes the model's context. Less saves memory.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
+    )
+    engines: int = Field(
+        1,
+        ge=1,
+        description="Engines, spread evenly over the trainer's ranks: every (world size / engines)-th has one as "
+        "its child. On GPUs: one a node, or more.",
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
+    transport: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
+        "auto",
+        description="How weights reach the engine: shared_memory (CPU), ipc (same GPU), nccl (other GPUs), nccl_m2n "
+        "(other GPUs, from all ranks), sharded_rdt (other GPUs, over Ray).",
+    )
+    visible_devices: str | None = Field(
+        None, min_length=1, description="GPUs of the engine, such as 6,7; null shares those of the trainer."
+    )
+    verify_every: int = Field(
+        20,
+        ge=0,
+        description="Syncs between two comparisons of every tensor with what the engine serves; 0: at its start only.",
+    )
+    canary_prompts: int = Field(
+        4, ge=0, description="Prompts whose log-probs engine and trainer compare after every sync; 0 turns it off."
+    )
+    canary_tolerance: float | None = Field(
+        None, gt=0, description="Largest mean difference there, in nats a token; null: 0.1 in bfloat16, 0.001 in float32."
+    )
+    max_restarts: int = Field(
+        2, ge=0, description="Restarts of a failed engine, with a new weight sync, before the run is given up."
+    )
+    gpu_memory_utilization: float = Field(
+        0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
+    )
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
+    longest_first: bool = Field(
+        False,
+        description="Give the engine those prompts first whose responses were longest when they were last sampled, new prompts "
+        "before all: fewer long responses are left alone at a batch's end. The same responses come of it.",
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: sample the next batch while this one is trained, with weights one version older (needs "
+        "algorithm.rollout_correction token or sequence); 0: wait for each other.",
+    )
+    extra_prompts: int = Field(
+        0,
+        ge=0,
+        description="Partial rollouts: sample so many prompts more than prompts_per_step; a step ends when prompts_per_step of them have all their "
+        "responses, and the others go on in the next (needs algorithm.rollout_correction token or sequence). 0: wait for all.",
+    )
+    max_carried_steps: int = Field(
+        4, ge=1, description="Partial rollouts: a response goes on in at most so many further steps; the last one waits for it."
+    )
+    timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="Seconds without news (start-up done, a finished response) before an engine is given up.",
+    )
+    log_prob_gap_warn: float = Field(
+        0.05, gt=0, description="Warn above this mean |engine - trainer| log-prob difference, in nats a token."
+    )
+    log_prob_gap_stop: float | None = Field(
+        None, gt=0, description="End the run above this mean difference, before its step is saved; null: never."
+    )
+
+    @property
+    def oldest(self) -> int:
+        """Most versions between the weights that sampled a token and those that are trained on it."""
+        return self.max_staleness + (self.max_carried_steps if self.extra_prompts else 0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from rules.rollout(self)
