@@ -66,7 +66,8 @@ PROBES = (
     Probe(
         "transformer-engine",
         ("transformer-engine", "transformer_engine"),
-        "import transformer_engine.pytorch",
+        "import transformer_engine.pytorch\nfrom transformer_engine.pytorch.fp8 import check_fp8_support\n"
+        "able, reason = check_fp8_support()\nfacts['note'] = 'with FP8' if able else f'no FP8: {reason}'",
         "GPU only: pip install 'transformer-engine[pytorch]'; without it Megatron-Core's local layers are used",
     ),
     Probe(

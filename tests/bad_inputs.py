@@ -176,6 +176,8 @@ TABLE: dict[str, list[Bad]] = {
         Bad("unequal mini-batches", overrides=("algorithm.num_mini_batches=3",)),
         Bad("a warm-up as long as the run", overrides=("run.steps=5", "optimizer.lr_warmup_iters=5")),
         Bad("full recomputation, but how?", overrides=("megatron.recompute_granularity=full", "megatron.recompute_num_layers=1")),
+        Bad("older rollouts without their correction", overrides=("rollout.prompts_per_step=8", "rollout.extra_prompts=4")),
+        Bad("8-bit products of float32 weights", overrides=("megatron.fp8=hybrid", "model.dtype=float32")),
         Bad("a response as long as the engine's context", overrides=("rollout.max_model_len=64",)),
     ],
     "Layout": [

@@ -194,6 +194,9 @@ def _layout_problems(config: "Config", hf: dict[str, Any]) -> Iterator[tuple[str
             f"expected PP x VPP to divide the model's {layers} layers, got {pp} x {vpp} = {pp * vpp}",
         )
     yield from _expert_problems(m, experts, hf["architectures"][0])
+    for what, count in {"hidden columns": hf["hidden_size"], "feed-forward columns a rank": (experts.ffn if experts else hf["intermediate_size"]) // tp}.items():
+        if m.fp8 and count % 16:
+            yield "megatron.fp8", f"expected null with {count} {what} (8-bit matrix products need multiples of 16), got {m.fp8}"
     # One row of float32 logits, and the same in the training dtype where that is narrower.
     row = hf["vocab_size"] // tp * (6 if config.model.dtype == "bfloat16" else 4)
     if m.head_memory_mib is not None and m.head_memory_mib << 20 < row:

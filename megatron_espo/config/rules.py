@@ -42,6 +42,8 @@ def megatron(c: "schema.Megatron") -> Problems:
             "virtual_pipeline_model_parallel_size",
             f"expected null with pipeline_model_parallel_size 1, got {c.virtual_pipeline_model_parallel_size}",
         )
+    if c.fp8 and c.transformer_impl == "local":
+        yield "fp8", f"expected null with transformer_impl local (Transformer Engine has the 8-bit matrix products), got {c.fp8}"
     full = c.recompute_granularity == "full"
     for key in ("recompute_method", "recompute_num_layers"):
         value = getattr(c, key)
@@ -157,6 +159,8 @@ def across_sections(c: "schema.Config") -> Problems:
         )
     if c.rollout.extra_prompts and c.reward.overlap:
         yield "reward.overlap", "expected false with rollout.extra_prompts (a response is judged when its prompt is trained), got true"
+    if c.megatron.fp8 and c.model.dtype != "bfloat16":
+        yield "megatron.fp8", f"expected null with model.dtype {c.model.dtype} (8-bit matrix products belong to bfloat16 weights), got {c.megatron.fp8}"
     buffer = c.reward.overlong_buffer_tokens
     if buffer is not None and buffer > c.rollout.max_response_tokens:
         yield (

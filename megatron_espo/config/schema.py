@@ -131,6 +131,14 @@ class Megatron(Section):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
         "auto", description="Layer implementation; auto takes Transformer Engine on a GPU where installed, else local."
     )
+    fp8: Literal["hybrid", "e4m3"] | None = Field(
+        None,
+        description="8-bit floating point in the layers' matrix products (hybrid: E4M3 forward, E5M2 backward); needs Transformer Engine and model.dtype "
+        "bfloat16, which weights keep. null: none.",
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
+        "tensorwise", description="How fp8 scales: by tensor, by its history, by blocks (H100), by small blocks (B200)."
+    )
     micro_batch_size: int | None = Field(
         None, ge=1, description="Most responses in one micro-batch; null leaves the limit to tokens alone."
     )

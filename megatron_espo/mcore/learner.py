@@ -53,12 +53,19 @@ def packing_options(megatron, groups) -> dict[str, Any]:
         "context_parallel_size": groups.cp.size(),
         "max_tokens": megatron.max_tokens_per_micro_batch,
         "max_sequences": megatron.micro_batch_size,
-        "multiple_of": groups.tp.size() if megatron.sequence_parallel else 1,
+        "multiple_of": _token_multiple(megatron.fp8, megatron.fp8_recipe) * (groups.tp.size() if megatron.sequence_parallel else 1),
         "count_multiple_of": groups.pp.size() if interleaved else 1,
         "share_prompts": branches and megatron.packed and groups.cp.size() == 1,
         "padded": not megatron.packed,
         "uniform": groups.pp.size() > 1,
     }
+
+
+def _token_multiple(fp8: str | None, recipe: str) -> int:
+    """What the number of tokens must divide by in a matrix product: each side, where it has 8 bits, by the size of the hardware's tiles."""
+    if not fp8:
+        return 1
+    return 32 if recipe == "mxfp8" else 16
 
 
 # Optimizer steps in a row whose gradient is not used before the run ends.

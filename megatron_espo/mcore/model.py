@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes and recomputation under Megatron's own names; the same fields as the configuration's ``megatron`` section."""
+    """Parallel sizes, recomputation and 8-bit arithmetic under Megatron's own names; the same fields as the configuration's ``megatron`` section."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -36,6 +36,8 @@ class Layout:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    fp8: str | None = None
+    fp8_recipe: str = "tensorwise"
 
     @classmethod
     def of(cls, megatron: Any) -> "Layout":
@@ -80,6 +82,8 @@ def transformer_config(hf_config: dict[str, Any], layout: Layout, dtype: torch.d
     qkv_bias, qk_layernorm = ARCHITECTURES[architecture]
     heads = hf_config["num_attention_heads"]
     te = use_transformer_engine(transformer_impl)
+    if not te:  # a plan of such a run, which has its shapes
+        layout = replace(layout, fp8=None)
     return TransformerConfig(
         num_layers=hf_config["num_hidden_layers"],
         hidden_size=hf_config["hidden_size"],
@@ -112,12 +116,12 @@ def transformer_config(hf_config: dict[str, Any], layout: Layout, dtype: torch.d
         masked_softmax_fusion=te,
         persist_layer_norm=te,
         moe_grouped_gemm=te,
-        **moe_arguments(hf_config),
+        **moe_arguments(hf_config, layout.fp8),
         **layout.__dict__,
     )
 
 
-def moe_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
+def moe_arguments(hf_config: dict[str, Any], fp8: str | None = None) -> dict[str, Any]:
     """What ``TransformerConfig`` has to know of a model's experts; empty for a dense model."""
     experts = read_experts(hf_config)
     if experts is None:
@@ -134,6 +138,8 @@ def moe_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
         # The policy's gradient alone: a balancing loss would move the weights where every advantage is zero.
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
+        # Matrix products in 8 bits want multiples of 16 tokens an expert.
+        "moe_router_padding_for_quantization": bool(fp8),
     }
 
 
@@ -180,8 +186,14 @@ def build_model(
 
 
 def build_configured(config, hf_config: dict[str, Any], groups) -> list[torch.nn.Module]:
-    """:func:`build_model` in the layout, dtype and implementation of a run's :class:`megatron_espo.config.Config`."""
+    """:func:`build_model` in the layout, dtype and implementation of a run's :class:`megatron_espo.config.Config`.
+
+    Raises:
+        InputError: ``megatron.fp8`` without Transformer Engine.
+    """
     megatron, dtype = config.megatron, getattr(torch, config.model.dtype)
+    if megatron.fp8 and not use_transformer_engine(megatron.transformer_impl):
+        raise InputError(f"megatron.fp8: expected null on a machine without GPUs or without Transformer Engine, got {megatron.fp8}; `megatron-espo doctor` tells which")
     return build_model(hf_config, Layout.of(megatron), groups, dtype=dtype, transformer_impl=megatron.transformer_impl)
 
 

@@ -1,0 +1,19 @@
+"""Log-probs with and without 8-bit matrix products."""
+
+from megatron_espo.config import Config, Data, Megatron, Model
+from megatron_espo.mcore import runtime
+from tests.ranks.step import make_batch
+
+
+def gap(folder: str) -> float:
+    """Mean |difference| of response log-probs, nats."""
+    place = runtime.initialize()
+    from megatron_espo.mcore.learner import Learner
+    from megatron_espo.mcore.model import read_hf_config
+
+    hf_config, scores = read_hf_config(folder), []
+    pairs = [(prompt, response) for prompt, response, _ in make_batch(hf_config["vocab_size"])]
+    for fp8 in (None, "hybrid"):
+        config = Config(model=Model(path=folder, dtype="bfloat16"), data=Data(prompts="p.jsonl"), megatron=Megatron(fp8=fp8))
+        scores.append([value for values in Learner(config, hf_config, place).score(pairs) for value in values])
+    return sum(abs(a - b) for a, b in zip(*scores, strict=True)) / len(scores[0])
