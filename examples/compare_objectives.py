@@ -1,4 +1,4 @@
-"""A small study on CPU cores: six objectives, two tasks, three seeds, and ESPO's ablations, at equal compute.
+"""A small study on CPU cores: six objectives, two tasks, three seeds, ESPO's ablations, and ESPO on older rollouts, at equal compute.
 
     source tools/env.sh && python tools/prepare_smollm2.py models/SmolLM2-135M-Instruct
     python examples/compare_objectives.py --page docs/study.md        # every run that is not there yet, then table and pictures
@@ -42,6 +42,12 @@ ABLATIONS = {
     "espo-alpha-0.01": ["algorithm.alpha=0.01"],
     "espo-alpha-0.05": ["algorithm.alpha=0.05"],
 }
+# ESPO on rollouts of older weights, also on the first task.
+ASYNCHRONOUS = {
+    "espo-one-step-off": ["rollout.max_staleness=1", "algorithm.rollout_correction=token"],
+    "espo-partial": ["rollout.extra_prompts=8", "algorithm.rollout_correction=token"],
+}
+VARIANTS = OBJECTIVES | ABLATIONS | ASYNCHRONOUS
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ def plan(args: argparse.Namespace) -> Iterator[Job]:
     """All runs, so that a study that is cut short has every variant of the first seed."""
     for seed in args.seeds:
         for task in args.tasks:
-            for variant, settings in (OBJECTIVES | ABLATIONS).items():
-                if variant not in args.variants or (variant in ABLATIONS and task != next(iter(TASKS))):
+            for variant, settings in VARIANTS.items():
+                if variant not in args.variants or (variant not in OBJECTIVES and task != next(iter(TASKS))):
                     continue
                 data = [f"data.prompts={TASKS[task]}", f"data.task_args={{{TASK_ARGS}}}", f"run.seed={seed}"]
                 held_out = [f"eval.prompts={TASKS[task]}", f"eval.task_args={{{TASK_ARGS}, seed: 12345, size: 64}}", "eval.every=1000"]
@@ -141,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--variants", nargs="+", choices=OBJECTIVES | ABLATIONS, default=[*OBJECTIVES, *ABLATIONS])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--page", type=Path, help="Markdown file whose part between the results' marks is written anew")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run; before the options")

@@ -117,7 +117,7 @@ def claims(runs: list[Run]) -> str:
         ("ESPO ends with a higher reward than", reward, "espo", ["gspo", "grpo", "dapo", "cispo", "gmpo"]),
         ("ESPO ends with a higher entropy than", entropy, "espo", ["grpo", "dapo", "cispo"]),
         ("more tokens outside the clip range under ESPO than under (Figure 4)", clipped, "espo", ["grpo", "dapo", "cispo"]),
-        ("ablations: ESPO as it is ends with a higher reward than", reward, "espo", sorted({r.variant for r in runs if r.variant[:5] == "espo-"})),
+        ("ESPO as it is ends with a higher reward than", reward, "espo", sorted({r.variant for r in runs if r.variant[:5] == "espo-"})),
     ]
     rows = ["| | than | pairs in which it was so | mean difference |", "|---|---|---|---|"]
     for claim, number, first, others in pairs:
@@ -143,7 +143,7 @@ def draw_all(runs: list[Run], folder: Path) -> dict[str, Path]:
     )
     if len({run.variant for run in ablations}) > 1:
         mine = {variant: seeds for (task, variant), seeds in grouped(ablations).items() if task == runs[0].task}
-        pictures["Ablations of ESPO"] = draw_curves(mine, folder / "study-ablations.png")
+        pictures["Ablations of ESPO, and ESPO on older rollouts"] = draw_curves(mine, folder / "study-ablations.png")
     return pictures
 
 
