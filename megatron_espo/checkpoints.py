@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.collectives import on_rank_0
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
 from megatron_espo.faults import inject
 from megatron_espo.mcore.checkpoint import read_state, refuse_differences
 from megatron_espo.mcore.learner import Learner
-from megatron_espo.mcore.runtime import on_rank_0
 from megatron_espo.run_files import write_durably
 
 _NAME = re.compile(r"step_(\d{6,})")

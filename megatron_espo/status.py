@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_espo.collectives import on_rank_0
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
-from megatron_espo.mcore.runtime import Runtime, on_rank_0
+from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.run_files import read_json, write_durably
 from megatron_espo.stopping import Stopped
 from megatron_espo.watchdog import Watchdog

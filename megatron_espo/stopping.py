@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-import torch.distributed as dist
+from megatron_espo.collectives import first_answer
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -50,10 +50,8 @@ class StopRequest:
             raise Stopped(reason)
 
     def agreed(self) -> str | None:
-        """Some rank's reason, the same answer on all ranks. One all-gather of objects over all ranks."""
-        reasons: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, self.reason)
-        return next(filter(None, reasons), None)
+        """Some rank's reason, the same answer on all ranks. Collective as :func:`first_answer`."""
+        return first_answer(self.reason)
 
     def _remember(self, number: int, frame) -> None:
         self._signal = number

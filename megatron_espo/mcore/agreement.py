@@ -1,6 +1,7 @@
 """Ranks that must hold the same tokens, gradient norm and weights are asked whether they do."""
 
 import hashlib
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_espo.collectives import control_device, gathered, on_rank_0
 from megatron_espo.data.packing import MicroBatch, TrainSequence
 from megatron_espo.rollout.checksum import tensor_checksum
 
@@ -21,13 +23,16 @@ class Disagreement(RuntimeError):
 
 
 def refuse_disagreement(claims: Claims) -> None:
-    """Compare ``{what: value}``: all ranks that name a thing must have one value of it. One all-gather of objects over all ranks.
+    """Compare ``{what: value}``: all ranks that name a thing must have one value of it. One gather of objects to rank 0 and a broadcast.
 
     Raises:
         Disagreement: on every rank, with the values and who has them.
     """
-    everyone: list[Claims] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, claims)
+    everyone = gathered(claims)
+    on_rank_0(lambda: _compare(everyone))
+
+
+def _compare(everyone: Sequence[Claims]) -> None:
     for what in sorted(set().union(*everyone)):
         holders: dict[Any, list[int]] = {}
         for rank, others in enumerate(everyone):
@@ -52,18 +57,19 @@ def data_claims(sequences: Sequence[TrainSequence], batches: Sequence[MicroBatch
 
 
 def refuse_other_norms(norm: float) -> None:
-    """Disagreement where ranks have different gradient norms. One all-gather of objects over all ranks."""
-    norms: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(norms, norm)
-    if max(norms) - min(norms) > _NORM_TOLERANCE * max(norms):  # never true of NaN, which a skipped update has
-        listed = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(norms))
-        raise Disagreement(f"gradient norm: expected the same on all ranks, got {listed}")
+    """Disagreement where ranks have different gradient norms. One all-reduce of two numbers."""
+    value = -1.0 if math.isnan(norm) else norm  # of a skipped update
+    extremes = torch.tensor([value, -value], dtype=torch.float64, device=control_device())
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    highest, lowest = float(extremes[0]), -float(extremes[1])
+    if highest - lowest > _NORM_TOLERANCE * abs(highest):
+        refuse_disagreement({"gradient norm": norm})
 
 
 def refuse_other_weights(chunks: Sequence[torch.nn.Module], groups) -> None:
     """Compare weights over the ranks that hold copies: data- and context-parallel ones all, tensor-parallel ones what is not cut, tied embeddings.
 
-    One all-gather of objects over all ranks; a second one names the tensor where they differ.
+    Collective as :func:`refuse_disagreement`, twice where they differ: the second time names the tensor.
     """
     checksums = _weight_claims(chunks, groups)
     together: dict[str, list[int]] = {}

@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_espo.collectives import gathered, on_rank_0
 from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
 from megatron_espo.faults import inject
 from megatron_espo.mcore.model import rope_arguments
 from megatron_espo.mcore.rng import load_rng, save_rng
-from megatron_espo.mcore.runtime import on_rank_0
 from megatron_espo.weights.families import is_tied, model_sizes
 
 MANIFEST_NAME = "megatron_espo.json"
@@ -116,11 +116,8 @@ def load_checkpoint(
     wanted = _sharded_state(chunks, optimizer, form, is_loading=True)
     loaded, only_there, only_here = dist_checkpointing.load(wanted, str(path), strict="return_all")
     # Which parameters a checkpoint lacks is known only to the ranks that asked for them.
-    differences: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(differences, (only_there, only_here))
-    lists = [sorted(key for key in set().union(*keys) if _must_match(key, optimizer)) for keys in zip(*differences, strict=True)]
-    if any(lists):
-        raise InputError(f"{path}: expected the model's parameters; lacks {lists[1] or 'none'}, has besides {lists[0] or 'none'}")
+    differences = gathered([{key for key in keys if _must_match(key, optimizer)} for keys in (only_there, only_here)])
+    on_rank_0(lambda: _refuse_other_parameters(path, *(sorted(set().union(*keys)) for keys in zip(*differences, strict=True))))
     for i, chunk in enumerate(chunks):
         # Not strict: Transformer Engine's extra state (FP8 scales) is absent where another layer implementation wrote the checkpoint.
         chunk.load_state_dict(loaded[_chunk_key(i)], strict=False)
@@ -130,6 +127,11 @@ def load_checkpoint(
         _separate_step_counts(optimizer)
         load_rng(Path(path))
     return read_state(path)
+
+
+def _refuse_other_parameters(path: str | Path, only_there: list[str], only_here: list[str]) -> None:
+    if only_there or only_here:
+        raise InputError(f"{path}: expected the model's parameters; lacks {only_here or 'none'}, has besides {only_there or 'none'}")
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -192,8 +194,12 @@ def refuse_differences(what: str, expected: dict[str, Any], found: dict[str, Any
 
 
 def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
-    """InputError, on every rank, unless the folder holds exactly the manifest's files, byte by byte. Collective as :func:`_checksums`."""
-    found, expected = _checksums(Path(path)), manifest["files"]
+    """InputError, on every rank, unless the folder holds exactly the manifest's files, byte by byte. Collective: :func:`_checksums`, and a broadcast."""
+    found = _checksums(Path(path))
+    on_rank_0(lambda: _refuse_other_files(path, found, manifest["files"]))
+
+
+def _refuse_other_files(path: str | Path, found: dict[str, str], expected: dict[str, str]) -> None:
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected:
             raise InputError(f"{path}: {name} is {'missing' if name in expected else 'not part of the checkpoint; remove it'}")
@@ -286,7 +292,7 @@ def _finish(
 
 
 def _checksums(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint but the manifest, the same on every rank. One all-gather of objects where there are ranks.
+    """SHA-256 of every file of a checkpoint but the manifest, on rank 0. One gather of objects.
 
     Each rank reads what it wrote (or, of more ranks' files, its share), several files at a time; not what it knows already.
     """
@@ -297,11 +303,7 @@ def _checksums(folder: Path, known: dict[str, str] | None = None) -> dict[str, s
     unknown = [name for name, writer in writers.items() if writer % ranks == rank and name not in found]
     with ThreadPoolExecutor(_CHECKSUM_THREADS) as pool:  # hashlib lets other threads run
         found = found | dict(zip(unknown, pool.map(lambda name: _checksum(folder / name), unknown), strict=True))
-    everyone: list[Any] = [found]
-    if ranks > 1:
-        everyone = [None] * ranks
-        dist.all_gather_object(everyone, found)
-    return {name: digest for part in everyone for name, digest in part.items()}
+    return {name: digest for part in gathered(found) for name, digest in part.items()}
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Brings up torch.distributed and Megatron's process groups, once, at the edge."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_espo.errors import InputError
 from megatron_espo.mcore import cpu
 
 
@@ -94,20 +92,6 @@ def initialize(
     torch.manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Runtime(dist.get_rank(), dist.get_world_size(), device, groups)
-
-
-def on_rank_0(work: Callable[[], Any]) -> Any:
-    """Do something on rank 0; its answer is returned, or its failure raised, on every rank. One broadcast over all ranks."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = work()
-        except (InputError, OSError) as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
 
 
 def _init_process_group(backend: str, timeout_s: float) -> None:

@@ -46,5 +46,10 @@ def test_one_bit_is_named(answers, layout):
 
 
 def test_gradient_norms_are_compared():
-    equal, skipped, different = run_ranks(2, "tests.ranks.agreement:check_norms")
-    assert equal == skipped == "" and different == "gradient norm: expected the same on all ranks, got 2.0 on rank 0, 2.1 on rank 1"
+    equal, skipped, different, skipped_by_one = run_ranks(2, "tests.ranks.agreement:check_norms")
+    expected = "gradient norm: expected the same on all ranks that have it, got"
+    assert equal == skipped == "" and different == f"{expected} 2.0 on rank 0; 2.1 on rank 1" and skipped_by_one == f"{expected} 2.0 on rank 0; nan on rank 1"
+
+
+def test_the_first_answer_is_everybodys():
+    assert run_ranks(3, "tests.ranks.agreement:check_first_answer") == [[None, "of rank 1"]] * 3

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.faults import VARIABLE
+from megatron_espo.collectives import first_answer, gathered
 from megatron_espo.mcore.agreement import Disagreement, refuse_other_norms, refuse_other_weights
 from tests.ranks.resume import make_groups, make_learner
 
@@ -31,8 +32,15 @@ def check(folder: str, cases: list[dict]) -> list[dict[str, str]]:
 
 
 def check_norms() -> list[str]:
-    """Norms that are equal, NaN, and different."""
-    return [_said(lambda norm=norm: refuse_other_norms(norm)) for norm in (2.0, float("nan"), 2.0 + 0.1 * dist.get_rank())]
+    """Norms that are equal, NaN, different, and NaN on one rank."""
+    nan = float("nan")
+    norms = (2.0, nan, 2.0 + 0.1 * dist.get_rank(), nan if dist.get_rank() else 2.0)
+    return [_said(lambda norm=norm: refuse_other_norms(norm)) for norm in norms]
+
+
+def check_first_answer() -> list[list]:
+    """What each rank hears where no rank, and where all but the first, have an answer."""
+    return gathered([first_answer(None), first_answer(f"of rank {dist.get_rank()}" if dist.get_rank() else None)])
 
 
 def _update(learner, hf_config, step: int) -> str:
