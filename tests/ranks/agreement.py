@@ -5,8 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_espo.faults import VARIABLE
 from megatron_espo.collectives import first_answer, gathered
+from megatron_espo.faults import VARIABLE
 from megatron_espo.mcore.agreement import Disagreement, refuse_other_norms, refuse_other_weights
 from tests.ranks.resume import make_groups, make_learner
 
