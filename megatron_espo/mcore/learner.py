@@ -183,7 +183,8 @@ class Learner:
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Log-probs of each response's tokens given its prompt, on every rank; see ``canary.score_responses``."""
         assert "weights" not in self.offloader.away
-        return score_responses(self.policy, self._forward_step, pairs, packing_options(self.config.megatron, self.groups))
+        with self._expert_load.paused():
+            return score_responses(self.policy, self._forward_step, pairs, packing_options(self.config.megatron, self.groups))
 
     def _compare_ranks(self, groups: Sequence[Sequence[TrainSequence]], mini_batches: Sequence[list[MicroBatch]]) -> None:
         """Disagreement, on every rank, where ranks would train on different data or hold different weights. Collective."""
