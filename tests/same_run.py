@@ -8,10 +8,10 @@ from pathlib import Path
 TURNS = ["rollout.sleep=true", "megatron.offload=[optimizer,gradients,weights]"]
 
 
-def assert_same_run(run: Path, other: Path) -> None:
-    """Equal rollouts (log-probs too), metrics (but for seconds and memory), last checkpoints (weights, optimizer) and exported weights."""
+def assert_same_run(run: Path, other: Path, *apart: str) -> None:
+    """Equal rollouts (log-probs too), metrics (but for seconds, memory and those ``apart``), last checkpoints (weights, optimizer) and exported weights."""
     assert recorded(run) == recorded(other)
-    assert metrics(run) == metrics(other)
+    assert metrics(run, apart) == metrics(other, apart)
     checkpoints = [folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip() for folder in (run, other)]
     digests = [json.loads((folder / "megatron_espo.json").read_text())["files"] for folder in checkpoints]
     shards = [{name: digest for name, digest in files.items() if name.endswith(".distcp")} for files in digests]
@@ -24,6 +24,7 @@ def recorded(run: Path) -> list[dict]:
     return [json.loads(gzip.decompress(path.read_bytes())) for path in sorted((run / "rollouts").iterdir())]
 
 
-def metrics(run: Path) -> list[dict]:
+def metrics(run: Path, apart: tuple[str, ...]) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "throughput/", "system/"))} for line in lines]
+    others = ("time/", "throughput/", "system/", *apart)
+    return [{name: value for name, value in line.items() if not name.startswith(others)} for line in lines]

@@ -70,8 +70,9 @@ def test_the_same_run(runs, plain, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("switch", TURNS)
 def test_each_switch_alone(runs, plain, switch):
-    train(runs, switch[:9], switch, "rollout.canary_prompts=0")
-    assert_same_run(runs.folder / switch[:9], plain)
+    name = switch.partition("=")[0]
+    train(runs, name, switch, "rollout.canary_prompts=0")
+    assert_same_run(runs.folder / name, plain, "mismatch/canary")
 
 
 @pytest.mark.slow

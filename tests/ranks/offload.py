@@ -101,3 +101,25 @@ def bits(tensor: Tensor) -> Tensor:
 
 def _base(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def check_gpu_memory(folder: str) -> None:
+    """In a process of its own, on a GPU: both torch and the driver say that the memory is free, and the next step is what it would have been."""
+    def free() -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.mem_get_info()[0]
+
+    plain, hf_config, _ = make_learner(folder, "bfloat16", {})
+    expected = [train(plain, step, hf_config) for step in (1, 2)]
+    del plain
+    learner, _, _ = make_learner(folder, "bfloat16", {"offload": PARTS})
+    found = [train(learner, 1, hf_config)]
+    torch.cuda.empty_cache()
+    allocated, free_before, held = torch.cuda.memory_allocated(), free(), held_bytes(learner)
+    learner.offloader.to_host(*PARTS)
+    assert allocated - torch.cuda.memory_allocated() >= 0.99 * held, (allocated, torch.cuda.memory_allocated(), held)
+    assert free() - free_before >= 0.9 * held, (free(), free_before, held)
+    assert learner.offloader._parts["optimizer"]._host.is_pinned()
+    learner.offloader.to_device(*PARTS)
+    found.append(train(learner, 2, hf_config))
+    assert found == expected
