@@ -83,7 +83,7 @@ def test_a_run_that_is_killed_and_one_that_is_stopped_go_on(runs, plain):
     assert runs.status("disturbed")["state"] == "requeue"
     assert (runs.folder / "disturbed" / "checkpoints" / "latest").read_text() == "step_000003\n"
     train(runs, "disturbed", *TURNS)
-    assert_same_run(runs.folder / "disturbed", plain)
+    assert_same_run(runs.folder / "disturbed", plain, "mismatch/canary")  # other prompts are the first of the stream then
 
 
 @pytest.mark.slow
