@@ -108,8 +108,9 @@ def rollout(c: "schema.Rollout") -> Problems:
         yield "max_resampling_rounds", f"expected 0 with extra_prompts (a step does not wait for more prompts), got {c.max_resampling_rounds}"
     if c.sleep and c.max_staleness:
         yield "sleep", f"expected false with rollout.max_staleness {c.max_staleness} (the engine samples while the trainer trains), got true"
-    if c.sleep and (c.visible_devices is not None or c.transport in ("nccl", "nccl_m2n", "sharded_rdt")):
-        how = f"transport {c.transport}" if c.visible_devices is None else f'visible_devices "{c.visible_devices}"'
+    has_own_gpus = c.transport in ("nccl", "nccl_m2n", "sharded_rdt") or (c.transport == "auto" and c.visible_devices is not None)
+    if c.sleep and has_own_gpus:
+        how = f"transport {c.transport}" if c.transport != "auto" else f'visible_devices "{c.visible_devices}"'
         yield "sleep", f"expected false with rollout.{how} (nobody else needs the memory of GPUs that are the engine's own), got true"
     if c.max_model_len is not None and c.max_response_tokens >= c.max_model_len:
         yield (

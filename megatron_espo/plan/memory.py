@@ -1,6 +1,6 @@
 """Bytes on one GPU of each pipeline stage, at the worst moment of each phase of a step."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -55,17 +55,17 @@ class StageMemory:
     @property
     def host(self) -> int:
         """Host memory for what leaves the GPU; gradients are not copied."""
-        return self._copied(("optimizer", "weights"))
+        return self._copied("optimizer", "weights")
 
     @property
     def phases(self) -> dict[str, tuple[int, int]]:
         """What trainer and engine take in each phase of a step."""
-        kept = self.static - self._copied(("optimizer",)) - ("gradients" in self.offload) * self.gradients
+        kept = self.static - self._copied("optimizer") - ("gradients" in self.offload) * self.gradients
         phases = {
             "training": (self.static + self.activations + max(self.working, self.head), 0 if self.sleeps else self.engine),
             "sync": (kept + self.sync, self.engine_weights if self.sleeps else self.engine),
             "canary": (kept, self.engine),  # the engine decodes, and the trainer needs its weights for the same tokens' log-probs
-            "rollouts": (kept - self._copied(("weights",)), self.engine),
+            "rollouts": (kept - self._copied("weights"), self.engine),
         }
         return phases if self.canary else {name: bytes_ for name, bytes_ in phases.items() if name != "canary"}
 
@@ -74,7 +74,7 @@ class StageMemory:
         """Trainer and engine in the worst phase."""
         return max(map(sum, self.phases.values()))
 
-    def _copied(self, parts: Collection[str]) -> int:
+    def _copied(self, *parts: str) -> int:
         sizes = {"optimizer": self.main_weights + self.adam, "weights": self.weights}
         return sum(size for part, size in sizes.items() if part in parts and part in self.offload)
 
