@@ -17,6 +17,7 @@ LAYOUTS = {
     "ep2": ["megatron.expert_model_parallel_size=2", "rollout.allow_router_mismatch=true", "model.path={moe}"],
     "two engines": ["rollout.engines=2", "algorithm.num_epochs=2"],
     "penalty": ["algorithm.kl_coef=0.1"],
+    "partial": ["rollout.extra_prompts=2", "algorithm.rollout_correction=token"],
 }
 
 
