@@ -1,6 +1,6 @@
 """Weights from Megatron ranks into a vLLM engine, against a plain copy of the same bytes in the same run.
 
-    python benchmarks/weight_sync.py models/SmolLM2-135M-Instruct
+    python benchmarks/weight_sync.py models/SmolLM2-135M-Instruct [--sleep]
     torchrun --nproc-per-node 3 benchmarks/weight_sync.py models/SmolLM2-135M-Instruct --tensor 3
 
 Each round copies the model's bytes once inside this process (both sides warm), then syncs once, in turn, so that whatever
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--tensor", type=int, default=1, help="Megatron's tensor-parallel size")
+    parser.add_argument("--sleep", action="store_true", help="the engine sleeps before each sync, and wakes poisoned")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     place = runtime.initialize(tensor_model_parallel_size=args.tensor)
@@ -73,6 +74,7 @@ def measure(args: argparse.Namespace, place: runtime.Runtime, engine) -> None:
     source = ObservedSource(
         MegatronWeightSource(chunks, hf_config, place.groups, dtype=dtype, lockstep=lockstep), place.world_size
     )
+    shapes = [(meta.name, tuple(meta.shape)) for meta in source.metadata()]
     sizes = {meta.name: meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in source.metadata()}
     groups = [sum(sizes[name] for name in names) for names in source.groups()]
     total = sum(groups)
@@ -91,7 +93,11 @@ def measure(args: argparse.Namespace, place: runtime.Runtime, engine) -> None:
         dist.barrier()
         if engine is not None:
             transport.seconds.clear()
-        row = {"sync": seconds(lambda v=version: push_weights(transport, engine, v)), "memcpy": copy}
+        row = {}
+        if engine is not None and args.sleep:
+            row |= {"sleep": seconds(engine.sleep), "wake, poison": seconds(lambda: engine.wake(shapes))}
+        dist.barrier()
+        row |= {"sync": seconds(lambda v=version: push_weights(transport, engine, v)), "memcpy": copy}
         if engine is not None:
             row |= {f"engine: {name}": value for name, value in engine.transfer_seconds().items()}
             row |= {f"trainer: {name}": value for name, value in transport.seconds.items()} | {"trainer: gather": source.seconds}

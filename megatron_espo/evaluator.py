@@ -40,6 +40,7 @@ def engine_config(config: Config, tokenizer: Tokenizer, max_model_len: int, *, l
         timeout_s=rollout.timeout_s,
         start_timeout_s=rollout.timeout_s,
         visible_devices=engine_devices(rollout.visible_devices, rollout.engines, rollout.tensor_parallel_size, os.environ),
+        sleep=rollout.sleep and not load_weights,
         load_weights=load_weights,
     )
 

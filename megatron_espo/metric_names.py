@@ -76,6 +76,9 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Time": {
         "time/wait_s": ("s", "with `rollout.max_staleness`: training is done, and the batch sampled meanwhile (`rollout`, `reward`) is not"),
+        "time/sleep_s": ("s", "with `rollout.sleep`: the engines give their GPU memory back"),
+        "time/offload_s": ("s", "with `megatron.offload`: to the host after training, and of the weights after the sync"),
+        "time/onload_s": ("s", "the same, back before training"),
         "time/<phase>_s": ("s", "seconds of a phase; `time/step_s`: of the whole step; `verify` and `canary` are parts of `sync`"),
     },
     "Throughput": {
@@ -86,6 +89,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
     "System": {
         "system/rss_gib": ("GiB", "memory of rank 0's process"),
         "system/host_memory_gib": ("GiB", "memory taken on rank 0's machine, by everything"),
+        "system/offloaded_gib": ("GiB", "with `megatron.offload`: host memory of rank 0 for what leaves its device"),
         "system/gpu_memory_gib": ("GiB", "memory taken on rank 0's GPU, by everything"),
         "system/gpu_peak_allocated_gib": ("GiB", "most that rank 0's torch has allocated"),
     },

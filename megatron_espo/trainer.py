@@ -27,6 +27,7 @@ from megatron_espo.report import draw_learning_curve, write_summary
 from megatron_espo.reporter import Reporter
 from megatron_espo.status import reported
 from megatron_espo.stopping import Stopped, StopRequest
+from megatron_espo.turns import MemoryTurns, start_asleep
 from megatron_espo.weights.hf_io import save_hf
 from megatron_espo.weights.sync import NoSync, WeightSync
 
@@ -44,10 +45,11 @@ def train(config: Config) -> None:
         for step in range(run.step + 1, config.run.steps + 1):
             began = time.perf_counter()
             at_step(step)
-            groups = run.collector.collect(step, run.phases, run.sync.recover)
+            groups = run.collector.collect(step, run.phases, run.turns.recover)
             run.collector.sample_ahead(step + 1)
             advantages = advantages_of(groups, config)
             sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
+            run.turns.to_trainer(step)
             with run.phases.phase("train", step, config.run.steps) as on_progress:
                 metrics = run.learner.update(sequences, on_progress)
             metrics |= run.push(version=step)
@@ -74,6 +76,8 @@ class Run:
         self.reporter = Reporter(config, hf_config, runtime, self.collector.tokenizer)
         self.say(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {self.folder / 'engine.log'}")
         try:
+            if config.rollout.sleep and not config.run.replay:
+                start_asleep(self.collector.engine, config.rollout.timeout_s)
             self.learner = Learner(config, hf_config, runtime, self.reporter.observe)
             self.ledger = Ledger()
             if checkpoint:
@@ -84,7 +88,9 @@ class Run:
             if self.step >= config.run.steps:
                 self.say(f"nothing to train: step {self.step} of {config.run.steps} is done; raise run.steps to go on")
             self.sync = self._connect()
-            self.sync.push(version=self.step)
+            self.turns = MemoryTurns(config, self.learner, self.sync, self.phases)
+            self.turns.to_engine(version=self.step)
+            self.phases.take()  # not the first step's
         except BaseException:
             self.collector.close()
             raise
@@ -107,7 +113,7 @@ class Run:
         self.collector.close()
         self.reporter.close()
         if kind is Stopped and self.checkpoints.due_at_stop(self.step):
-            self._save()
+            self._save(go_on=False)
 
     def push(self, version: int) -> dict[str, float]:
         """Give the engine the weights of ``version`` once it is free. Collective. A run that is to stop leaves it, and is stopped by ``finish_step``."""
@@ -115,24 +121,23 @@ class Run:
             self.collector.settle(version, self.phases, self.sync.disconnect)
         except Stopped:
             return {}
-        with self.phases.phase("sync", version, self.config.run.steps):
-            return self.sync.push(version)
+        return self.turns.to_engine(version)
 
     def finish_step(self, step: int, metrics: dict[str, float], groups: ScoredGroups, advantages: torch.Tensor, began: float) -> None:
         """Count, report, and save where it is due. Collective. Raises Stopped, on all ranks, if one was asked to stop."""
         self.step = step
         self.ledger.count(groups)
-        metrics |= self.collector.evaluate(step, self.phases, self.sync.recover)
+        metrics |= self.collector.evaluate(step, self.phases, self.turns.recover)
         seconds = self.phases.take() | {"step": time.perf_counter() - began}
         self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
         reason = self.stop.agreed() if step < self.config.run.steps else None
         if reason:
             raise Stopped(reason)
         if self.checkpoints.due(step):
-            self._save()
+            self._save(go_on=step < self.config.run.steps)
 
-    def _save(self) -> None:
-        with self.phases.phase("checkpoint", self.step, self.config.run.steps):
+    def _save(self, go_on: bool) -> None:
+        with self.turns.whole(self.step, go_on=go_on), self.phases.phase("checkpoint", self.step, self.config.run.steps):
             state = {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)}
             path = self.checkpoints.save(self.step, self.learner, state)
         self.collector.forget(self.step)
@@ -142,7 +147,7 @@ class Run:
         """Export the model, write summary and picture. Collective."""
         if self.config.run.save_hf:
             dtype, steps = getattr(torch, self.config.model.dtype), self.config.run.steps
-            with self.phases.phase("export", steps, steps):
+            with self.turns.whole(steps, go_on=False), self.phases.phase("export", steps, steps):
                 save_hf(self.learner.chunks, self.hf_config, self.folder / "hf", self.config.model.path, self.runtime.groups, dtype)
         if self.runtime.is_main:
             seconds = time.perf_counter() - self.started

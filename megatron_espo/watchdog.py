@@ -18,7 +18,7 @@ from megatron_espo.run_files import read_json
 
 EXIT_CODE = 3
 # These may be silent for as long as the engine may (rollout.timeout_s, which ends with a name too), and then the limit more.
-SLOW_PHASES = ("start", "sync", "checkpoint", "export")
+SLOW_PHASES = ("start", "sleep", "sync", "checkpoint", "export")
 BETWEEN = "between phases"
 _MOST_TICK_S = 15.0
 _SILENT_TICKS = 4

@@ -179,6 +179,15 @@ TABLE: dict[str, list[Bad]] = {
         Bad("older rollouts without their correction", overrides=("rollout.prompts_per_step=8", "rollout.extra_prompts=4")),
         Bad("8-bit products of float32 weights", overrides=("megatron.fp8=hybrid", "model.dtype=float32")),
         Bad("a response as long as the engine's context", overrides=("rollout.max_model_len=64",)),
+        Bad(
+            "an engine that is to sleep and to sample",
+            overrides=("rollout.sleep=true", "rollout.max_staleness=1", "algorithm.rollout_correction=token"),
+        ),
+        Bad(
+            "states that are to leave while they are used",
+            overrides=("megatron.offload=[optimizer, weights]", "rollout.max_staleness=1", "algorithm.rollout_correction=token"),
+        ),
+        Bad("a sleeping engine on GPUs of its own", overrides=("rollout.sleep=true", 'rollout.visible_devices="6,7"')),
     ],
     "Layout": [
         Bad("a world size that is no multiple", overrides=("megatron.tensor_model_parallel_size=2",), ranks=3),

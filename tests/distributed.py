@@ -25,7 +25,9 @@ def run_ranks(nproc: int, target: str, timeout: float = 240, **kwargs: Any) -> A
         answer = Path(folder, "answer.json")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
         command += ["-m", "tests.distributed", target, json.dumps(kwargs), str(answer)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        # Behind it what the caller has, such as another Megatron-Core (tools/test_compat.sh).
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )

@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from tests.distributed import ROOT
+from tests.distributed import ROOT, run_ranks
+from tests.same_run import TURNS, assert_same_run
 from tests.tiny import save_tiny_model
 
 
@@ -51,13 +52,18 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_run_learns_and_leaves_everything(folder):
+@pytest.fixture(scope="module")
+def run(folder):
+    """A run's folder."""
+    done = run_training(folder, "run.keep_rollouts=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
+def test_a_run_learns_and_leaves_everything(folder, run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM
 
-    done = run_training(folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = folder / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     # The engine's log-probs (vLLM, one process) against the trainer's (Megatron, TP=2) on the same tokens, at temperature 0.7.
@@ -76,6 +82,20 @@ def test_a_run_learns_and_leaves_everything(folder):
     after = AutoModelForCausalLM.from_pretrained(run / "hf").state_dict()
     assert before.keys() == after.keys()
     assert not any(before[name].equal(after[name]) for name in before), "every tensor was trained"
+
+
+def test_with_memory_turns_it_is_the_same_run(folder, run):
+    """The engine asleep while the trainer trains, the trainer's state on the host while the engine samples: the same, bit for bit."""
+    overrides = [f"run.dir={folder / 'turns'}", "run.keep_rollouts=true", *TURNS]
+    seen = run_ranks(2, "tests.ranks.turns:train_watched", timeout=400, file=str(folder / "run.yaml"), overrides=overrides)
+    assert_same_run(folder / "turns", run)
+    device = ["gradients", "weights"]  # float32: the moments come with the first step, copies of the weights do not come
+    step = [["generate", [], "ready"], ["update", device, "asleep"], ["push", ["weights"], "asleep"], ["canary", ["weights"], "updating"]]
+    assert seen[:5] == [["begin", [], "ready"], *step]
+    step[1] = ["update", ["optimizer", *device], "asleep"]
+    assert seen[5:] == step * 5 + [[name, ["optimizer", *device], "asleep"] for name in ("save", "export")]
+    lines = [json.loads(line) for line in (folder / "turns" / "metrics.jsonl").read_text().splitlines()]
+    assert all({"time/sleep_s", "time/onload_s", "time/offload_s", "system/offloaded_gib"} <= line.keys() for line in lines)
 
 
 def test_several_updates_per_batch_under_pipeline_parallelism(folder):

@@ -1,6 +1,5 @@
 """``megatron-espo plan``: parameters, the weight transfer, the pipeline, what it prints."""
 
-import json
 from collections import Counter
 from dataclasses import replace
 from math import ceil
@@ -8,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from megatron_espo.plan.pipeline import Pipeline
 from megatron_espo.plan.transfer import Contribution, TensorPlan, check_coverage
@@ -219,17 +219,40 @@ def test_it_prints_a_table_of_100_columns_and_a_verdict(tmp_path):
     assert plan["transfer"]["pipeline_s"] == pytest.approx(size / 50e9)
 
 
+def test_of_phases_that_take_turns_the_worst_counts_not_their_sum(tmp_path):
+    leaves = ["optimizer", "gradients", "weights"]
+    turns = {"megatron": TP8_PP4 | RECOMPUTE | {"offload": leaves}}
+    turns["rollout"] = {"tensor_parallel_size": 8, "sleep": True, "gpu_memory_utilization": 0.85}
+    code, text, plan = plan_command(tmp_path, LLAMA_3_70B, "--gpus", "64", "--host-gbps", "80", **turns)
+    assert code == 0 and max(map(len, text.splitlines())) <= 100 and "Trainer and engine in each phase of a step" in text
+    first, other = plan["memory"][:2]  # only the first eight GPUs have an engine
+    for stage, engine, engine_weights in ((first, 68 * 10**9, plan["engine"]["weight_bytes"]), (other, 0, 0)):
+        weights, states = stage["weights"], stage["main_weights"] + stage["adam"]
+        moment = stage["activations"] + max(stage["working"], stage["head"])
+        assert stage["phases"] == {
+            "training": [weights + stage["gradients"] + states + moment, 0],
+            "sync": [weights + stage["sync"], engine_weights],
+            "canary": [weights, engine],
+            "rollouts": [0, engine],
+        }
+        assert stage["total"] == max(map(sum, stage["phases"].values()))
+        assert stage["host"] == weights + states
+    most = max(stage["host"] for stage in plan["memory"])
+    assert plan["host_bytes"] == 8 * most and plan["offload_s"] == pytest.approx(2 * most / 10e9)
+
+
 def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path):
     layout = TP8_PP4 | {"pipeline_model_parallel_size": 2}
     code, text, plan = plan_command(tmp_path, LLAMA_3_70B, "--gpus", "64", megatron=layout)
     assert code == 1 and not plan["fits"]
     assert text.splitlines()[-1].startswith("does not fit") and "GB" in plan["problems"][0]
+    assert plan["fixes"][0].startswith("rollout.sleep=true megatron.offload=[optimizer,gradients] megatron.recompute_granularity=full "), plan["fixes"]
     settings = plan["fixes"][0].rpartition(": ")[0].split()
     overrides = {}
     for setting in settings:
         section, _, rest = setting.partition(".")
         key, _, value = rest.partition("=")
-        overrides.setdefault(section, {})[key] = json.loads(value) if value[0].isdigit() or value in ("true", "null") else value
+        overrides.setdefault(section, {})[key] = yaml.safe_load(value)
     overrides["megatron"] = layout | overrides.get("megatron", {})
     code, text, _ = plan_command(tmp_path, LLAMA_3_70B, "--gpus", "64", **overrides)
     assert code == 0, text

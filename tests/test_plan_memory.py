@@ -27,11 +27,14 @@ def test_memory_of_a_real_step(tmp_path, hf_config, dtype, recompute):
         # gloo scatters gradients into a copy of them, which would hide the little that full recomputation keeps.
         "optimizer": {"use_distributed_optimizer": recompute.get("recompute_granularity") != "full"},
         "model": {"path": str(tmp_path), "dtype": dtype},
-        "megatron": {"max_tokens_per_micro_batch": sum(LENGTHS)} | recompute,
+        "megatron": {"max_tokens_per_micro_batch": sum(LENGTHS), "offload": ["optimizer", "gradients", "weights"]} | recompute,
         "rollout": {"prompts_per_step": 1, "group_size": len(LENGTHS), "max_response_tokens": LENGTHS[0]},
     }
     (stage,) = plan_on_cpu(tmp_path, hf_config, LENGTHS[0], **sections)["memory"]
     real = run_ranks(1, "tests.ranks.plan:measure_step", settings=settings(tmp_path, hf_config, **sections), lengths=LENGTHS)
-    caches = real["static"] - stage["static"]  # a table of rotary angles, random states: no parameter of any kind
-    assert 0 <= caches < 128 * 1024
-    assert stage["peak"] - stage["static"] == pytest.approx(real["peak"], rel=0.1)
+    phases = {name: trainer for name, (trainer, _) in stage["phases"].items()}
+    for phase, planned in (("static", stage["static"]), ("canary", phases["canary"]), ("rollouts", phases["rollouts"])):
+        caches = real[phase] - planned  # a table of rotary angles, random states: no parameter of any kind
+        assert 0 <= caches < 128 * 1024, phase
+    assert real["host"] == stage["host"]
+    assert phases["training"] - stage["static"] == pytest.approx(real["peak"], rel=0.1)

@@ -1,5 +1,6 @@
 """A real vLLM engine in its child process, synced from and compared with transformers."""
 
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import Engine, EngineConfig, EngineError, Enough, make_trainer_transport, push_weights
 from megatron_espo.rollout.child import child_environment
+from megatron_espo.rollout.lifecycle import State
 from megatron_espo.rollout.manifest import check_manifest
 from megatron_espo.rollout.requests import request_seeds
 from megatron_espo.rollout.transport import check_placement, resolve_transport
@@ -131,6 +133,34 @@ def test_synced_engine_equals_transformers(engine, folder):
     expected = reference_logprobs(model, prompt.token_ids[:1], prompt.token_ids[1:], 1.0)
     (logprobs,) = engine.logprobs([prompt.token_ids])
     torch.testing.assert_close(torch.tensor(logprobs).double(), expected, atol=1e-4, rtol=0)
+
+
+def test_a_sleeping_engine_serves_nothing_and_wakes_without_weights(engine, folder):
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    transport = connect(engine, model)
+    engine.sleep()
+    assert engine.state == "asleep" and engine.policy_version is None
+    refused = [
+        lambda: engine.generate(make_prompts(), 1),
+        lambda: engine.logprobs([(5, 6)]),
+        lambda: engine.canary([(5, 6)], 1),
+        lambda: push_weights(transport, engine, 9),
+        engine.serve,
+        engine.sleep,
+    ]
+    for call in refused:
+        with pytest.raises(EngineError, match="the rollout engine is asleep; "):
+            call()
+    engine.wake([(name, tuple(tensor.shape)) for name, tensor in load_file(folder / "model.safetensors").items()])
+    with pytest.raises(EngineError, match="stale; it serves only after a weight sync"):
+        engine.generate(make_prompts(), 1)
+    engine.state = State.READY  # whoever asks nevertheless is not told numbers of the weights that were
+    (logprobs,) = engine.logprobs([make_prompts()[0].token_ids])
+    assert all(map(math.isnan, logprobs))
+    engine.state = State.STALE
+    perturb(model, seed=5)
+    push_weights(transport, engine, 5)
+    assert_serves(engine, model)
 
 
 def test_bfloat16_on_the_wire(engine, folder):

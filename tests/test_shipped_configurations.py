@@ -56,6 +56,14 @@ def test_plan_accepts_and_the_header_tells_its_numbers(path, plans):
     header = path.read_text()
     if "memory" in header:
         assert f"memory  {max(stage['total'] for stage in plan['memory']) / 1e9:.1f} GB" in header
+    if "#   host" in header:
+        assert f"host    {plan['host_bytes'] / 1e9:.0f} GB a node" in header and f"takes {plan['offload_s']:.1f} s a step" in header
+        training = max(sum(stage["phases"]["training"]) for stage in plan["memory"])
+        engine = plan["engine"]["budget_bytes"]
+        assert f" GB a GPU at most: {engine / 1e9:.1f} of the engine" in header and f"; {training / 1e9:.1f} in training" in header
+    if "#   engine" in header:
+        each = plan["engine"]["kv_tokens"] // plan["engine"]["max_model_len"]
+        assert f"caches for {each} sequences" in header or f"each of {plan['engine']['number']} caches {each} sequences" in header
     if "#   sync" in header:
         assert f" in {plan['transfer']['seconds']:.1f} s a step" in header
 

@@ -16,7 +16,7 @@ from tests.documented import is_documented
 ELSEWHERE = {"throughput/mfu", "system/gpu_memory_gib", "system/gpu_peak_allocated_gib", "time/wait_s", *METRICS["Experts"]}
 EVERYTHING = [
     "run.steps=2", "run.save_hf=false", "run.checkpoint_every=null", "algorithm.kl_coef=0.001", "algorithm.num_mini_batches=2",
-    "rollout.prompts_per_step=8", "rollout.verify_every=1", "eval.prompts=reasoning_gym:chain_sum", "eval.every=1", "eval.max_prompts=4",
+    "rollout.sleep=true", "megatron.offload=[optimizer, gradients]", "rollout.prompts_per_step=8", "rollout.verify_every=1", "eval.prompts=reasoning_gym:chain_sum", "eval.every=1", "eval.max_prompts=4",
     "eval.samples=2", "eval.task_args={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2, seed: 99, size: 4}",
 ]  # fmt: skip
 

@@ -52,6 +52,15 @@ def test_pipeline_stages_biases_and_an_output_layer_are_verified(untied):
 
 
 @pytest.mark.slow
+def test_engines_that_fail_asleep_or_on_waking_come_back(folder):
+    metrics = run_ranks(2, "tests.ranks.turns:sleep_and_fail", folder=folder, timeout=400)
+    assert [m["sync/restarts"] for m in metrics] == [0, 0, 2, 0]
+    # The second process of an engine is verified anew, as the third is.
+    assert [m.get("sync/verified_tensors") for m in metrics] == [20, None, 20, 20]
+    assert all(0 < m["mismatch/canary"] < 1e-4 for m in metrics)
+
+
+@pytest.mark.slow
 def test_experts_are_read_back_from_two_workers(tmp_path):
     """Experts of 72 columns over two workers: 36 each, which vLLM pads to 64 and packs."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "norm_topk_prob": True}
@@ -132,7 +141,7 @@ def test_a_rank_that_hangs_inside_a_sync_is_named_in_time(folder, tmp_path, rank
 def test_every_transition_of_the_engine_is_legal_or_refused_by_name():
     legal = {
         ("dead", "starting"), ("starting", "stale"), ("stale", "updating"), ("updating", "ready"),
-        ("updating", "stale"), ("ready", "updating"),
+        ("updating", "stale"), ("ready", "updating"), ("ready", "asleep"), ("stale", "asleep"), ("asleep", "stale"),
         ("stale", "ready"),  # an engine that read its weights itself, for evaluation
     } | {(state, "dead") for state in State}  # fmt: skip
     assert {(a, b) for a in State for b in TRANSITIONS[a]} == legal

@@ -126,10 +126,12 @@ def steps_of(case: Case, machines: Machines) -> dict[str, tuple[Step, int | None
     """Each way's step, and the engines' GPUs where they are engines' only: the split with the shortest step."""
     lengths, longest_first = draw_lengths(case.prompts, seed=1)
     sync_s = machines.plan.transfer.seconds
-    together, alone = machines.decoder(case.gpus, 0.5), machines.trainer(case.gpus, sum(lengths))
+    shared = machines.config.rollout.gpu_memory_utilization
+    together, alone = machines.decoder(case.gpus, shared), machines.trainer(case.gpus, sum(lengths))
+    turn_s = sync_s + machines.plan.offload_s
     found: dict[str, tuple[Step, int | None]] = {
-        "synchronous": (synchronous(simulate_rollouts(lengths, together), alone, sync_s), None),
-        "longest first": (synchronous(simulate_rollouts(lengths, together, order=longest_first), alone, sync_s), None),
+        "synchronous": (synchronous(simulate_rollouts(lengths, together), alone, turn_s), None),
+        "longest first": (synchronous(simulate_rollouts(lengths, together, order=longest_first), alone, turn_s), None),
     }
     for name in WAYS[2:]:
         candidates = []
@@ -146,7 +148,8 @@ def steps_of(case: Case, machines: Machines) -> dict[str, tuple[Step, int | None
 
 def render(rows: list[tuple[Case, Machines, dict]]) -> str:
     """Both tables in Markdown."""
-    text = ["| GPUs | model | layout | micro-batches | bubble | GB a GPU | sync, GB | sync, s |", "|---|---|---|---|---|---|---|---|"]
+    text = ["| GPUs | model | layout | micro-batches | bubble | GB a GPU | sync, GB | sync, s | to the host and back, s |"]
+    text += ["|---|---|---|---|---|---|---|---|---|"]
     for case, machines, _ in rows:
         plan = machines.plan
         sizes = [f"{name} {plan.layout[key]}" for name, key in (("TP", "tensor_model_parallel_size"), ("PP", "pipeline_model_parallel_size"))]
@@ -154,7 +157,7 @@ def render(rows: list[tuple[Case, Machines, dict]]) -> str:
         sent = 2 * plan.total_parameters / 1e9
         text.append(
             f"| {case.gpus:,} | {case.name} | {layout}; {case.prompts:,} prompts | {plan.pipeline.micro_batches} | {plan.pipeline.bubble:.1%} | "
-            f"{max(stage.total for stage in plan.memory) / 1e9:.1f} | {sent:.1f} | {plan.transfer.seconds:.1f} |"
+            f"{max(stage.total for stage in plan.memory) / 1e9:.1f} | {sent:.1f} | {plan.transfer.seconds:.1f} | {plan.offload_s:.2f} |"
         )
     text += ["", f"| GPUs | prompts | {' | '.join(WAYS)} |", "|---|---|" + "---|" * len(WAYS)]
     for case, _, found in rows:

@@ -49,7 +49,8 @@ def _type_in_words(annotation: Any, limits: str = "") -> str:
     if origin is Literal:
         return f"one of {', '.join(arguments)}"
     if origin is tuple:
-        return f"list of {_type_in_words(arguments[0])}s"
+        item = _type_in_words(arguments[0])
+        return f"list, each {item}" if item.startswith("one of") else f"list of {item}s"
     return _PLAIN[origin or annotation] + limits
 
 

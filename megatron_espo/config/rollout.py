@@ -80,6 +80,11 @@ class Rollout(Section):
     gpu_memory_utilization: float = Field(
         0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
     )
+    sleep: bool = Field(
+        False,
+        description="The engine holds no GPU memory while the trainer trains, and gets all weights anew afterwards; for engines that "
+        "share the trainer's GPUs. gpu_memory_utilization can then be high.",
+    )
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
     longest_first: bool = Field(
         False,

@@ -106,6 +106,12 @@ def rollout(c: "schema.Rollout") -> Problems:
         yield "extra_prompts", f"expected at most prompts_per_step ({c.prompts_per_step}), so that what goes on can be trained, got {c.extra_prompts}"
     if c.extra_prompts and c.max_resampling_rounds:
         yield "max_resampling_rounds", f"expected 0 with extra_prompts (a step does not wait for more prompts), got {c.max_resampling_rounds}"
+    if c.sleep and c.max_staleness:
+        yield "sleep", f"expected false with rollout.max_staleness {c.max_staleness} (the engine samples while the trainer trains), got true"
+    has_own_gpus = c.transport in ("nccl", "nccl_m2n", "sharded_rdt") or (c.transport == "auto" and c.visible_devices is not None)
+    if c.sleep and has_own_gpus:
+        how = f"transport {c.transport}" if c.transport != "auto" else f'visible_devices "{c.visible_devices}"'
+        yield "sleep", f"expected false with rollout.{how} (nobody else needs the memory of GPUs that are the engine's own), got true"
     if c.max_model_len is not None and c.max_response_tokens >= c.max_model_len:
         yield (
             "max_response_tokens",
@@ -161,6 +167,12 @@ def across_sections(c: "schema.Config") -> Problems:
         yield "reward.overlap", "expected false with rollout.extra_prompts (a response is judged when its prompt is trained), got true"
     if c.megatron.fp8 and c.model.dtype != "bfloat16":
         yield "megatron.fp8", f"expected null with model.dtype {c.model.dtype} (8-bit matrix products belong to bfloat16 weights), got {c.megatron.fp8}"
+    if c.rollout.max_staleness and c.megatron.offload:
+        yield (
+            "megatron.offload",
+            f"expected [] with rollout.max_staleness {c.rollout.max_staleness} (there is no time at which the trainer needs less), "
+            f"got [{', '.join(c.megatron.offload)}]",
+        )
     buffer = c.reward.overlong_buffer_tokens
     if buffer is not None and buffer > c.rollout.max_response_tokens:
         yield (

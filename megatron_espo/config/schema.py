@@ -169,6 +169,12 @@ class Megatron(Section):
     recompute_num_layers: int | None = Field(
         None, ge=1, description="With full recomputation: layers a unit (uniform) or a stage (block)."
     )
+    offload: tuple[Literal["optimizer", "gradients", "weights"], ...] = Field(
+        (),
+        strict=False,
+        description="What lies in host memory while the engine samples: optimizer (moments and float32 weights), gradients (freed, not "
+        "copied), weights. Makes room for an engine with rollout.sleep.",
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from rules.megatron(self)

@@ -1,6 +1,7 @@
 """How evenly the routers of a mixture of experts deal tokens out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megatron_espo.config.experts import read_experts
 
 
 class ExpertLoad:
-    """Counts tokens by layer and expert in every forward pass; scoring and recomputation count too, alike for all experts.
+    """Counts tokens by layer and expert in every forward pass of a step; scoring and recomputation count too, alike for all experts.
 
     Args:
         chunks: this rank's model chunks.
@@ -32,6 +33,13 @@ class ExpertLoad:
 
     def _count(self, router: TopKRouter, _, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         self._counts[router.layer_number - 1] += output[1].sum(0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside nothing is counted: a canary's tokens are not a step's."""
+        before = None if self._counts is None else self._counts.clone()
+        yield
+        self._counts = before
 
     def take(self) -> dict[str, float]:
         """``moe/*`` since the last call, on every rank. One all-reduce of ``[layers, experts]`` over all ranks, which hold other tokens or layers

@@ -21,6 +21,7 @@ from megatron_espo.mcore.forward_step import make_forward_step
 from megatron_espo.mcore.guards import naming_the_knob
 from megatron_espo.mcore.loss import Observe
 from megatron_espo.mcore.model import build_configured, use_transformer_engine
+from megatron_espo.mcore.offload import Offloader
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.reference import ReferencePolicy
 from megatron_espo.mcore.runtime import Runtime
@@ -84,6 +85,10 @@ class Learner:
         hf_config: the model's ``config.json``.
         runtime: this rank's place.
         observe: see :func:`megatron_espo.mcore.forward_step.make_forward_step`.
+
+    Attributes:
+        offloader: moves parts of its state to the host and back (``megatron.offload``); everything here needs them back, but for
+            :meth:`score`, which needs the weights alone.
     """
 
     def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime, observe: Observe | None = None) -> None:
@@ -91,6 +96,7 @@ class Learner:
         self.updates_per_step = config.algorithm.num_epochs * config.algorithm.num_mini_batches
         self.chunks = build_chunks(config, hf_config, runtime)
         self.policy = Policy(self.chunks, runtime.groups, config.optimizer, config.run.steps * self.updates_per_step)
+        self.offloader = Offloader(self.policy, config.megatron.offload)
         budget = config.megatron.head_memory_mib
         self._forward_step = make_forward_step(
             config.algorithm,
@@ -121,6 +127,7 @@ class Learner:
             return self._update(groups, on_progress)
 
     def _update(self, groups: Sequence[Sequence[TrainSequence]], on_progress: OnProgress) -> dict[str, float]:
+        assert not self.offloader.away, self.offloader.away
         parts = _split(groups, self.config.algorithm.num_mini_batches)
         mini_batches = [self._pack(part) for part in parts]
         self._compare_ranks(groups, mini_batches)
@@ -160,6 +167,7 @@ class Learner:
 
     def save(self, out: str | Path, state: dict[str, Any]) -> None:
         """Write model, optimizer, learning-rate schedule and ``state`` (JSON values); see :func:`save_checkpoint`. Collective."""
+        assert not self.offloader.away, self.offloader.away
         state = state | {"scheduler": self.policy.scheduler.state_dict()}
         state |= {"skipped_in_a_row": self.skipped_in_a_row, "grad_norms": list(self.policy.spikes.norms)}
         save_checkpoint(self.chunks, self.hf_config, out, optimizer=self.policy.optimizer, state=state)
@@ -174,7 +182,9 @@ class Learner:
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Log-probs of each response's tokens given its prompt, on every rank; see ``canary.score_responses``."""
-        return score_responses(self.policy, self._forward_step, pairs, packing_options(self.config.megatron, self.groups))
+        assert "weights" not in self.offloader.away
+        with self._expert_load.paused():
+            return score_responses(self.policy, self._forward_step, pairs, packing_options(self.config.megatron, self.groups))
 
     def _compare_ranks(self, groups: Sequence[Sequence[TrainSequence]], mini_batches: Sequence[list[MicroBatch]]) -> None:
         """Disagreement, on every rank, where ranks would train on different data or hold different weights. Collective."""

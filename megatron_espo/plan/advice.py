@@ -17,6 +17,7 @@ RECOMPUTE = {
     "megatron.recompute_method": "uniform",
     "megatron.recompute_num_layers": 1,
 }
+TURNS = {"rollout.sleep": True, "megatron.offload": ["optimizer", "gradients"]}
 
 
 def find_fixes(config: Config, build: Builder, plan: Plan, gpus: int | None) -> list[str]:
@@ -25,7 +26,7 @@ def find_fixes(config: Config, build: Builder, plan: Plan, gpus: int | None) -> 
     Single settings are tried first, then each of them together with all that saves memory in the layout as it is.
     """
     node = build.machine.links.gpus_per_node
-    savings = _savings(config)
+    savings = _savings(config, plan)
     if plan.engine.kv_tokens < plan.engine.max_model_len and plan.engine.gpus < node:
         savings.append({"rollout.tensor_parallel_size": node})
     together = {key: value for changes in savings for key, value in changes.items()}
@@ -36,7 +37,7 @@ def find_fixes(config: Config, build: Builder, plan: Plan, gpus: int | None) -> 
             knob = " ".join(changes)
             changed = None if knob in found else _plan(config, build, changes, gpus)
             if changed and changed.fits:
-                settings = " ".join(f"{key}={json.dumps(value)}".replace('"', "") for key, value in changes.items())
+                settings = " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}".replace('"', "") for key, value in changes.items())
                 found[knob] = f"{settings}: {changed.worst.total / GB:.1f} GB on each of {changed.world_size} GPUs"
             if len(found) == MOST_FIXES:
                 break
@@ -45,7 +46,7 @@ def find_fixes(config: Config, build: Builder, plan: Plan, gpus: int | None) -> 
     return []
 
 
-def _savings(config: Config) -> list[Changes]:
+def _savings(config: Config, plan: Plan) -> list[Changes]:
     """What saves memory in the layout as it is."""
     m = config.megatron
     savings: list[Changes] = []
@@ -53,6 +54,8 @@ def _savings(config: Config) -> list[Changes]:
         savings.append({"optimizer.use_distributed_optimizer": True})
     if m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
         savings.append({"megatron.sequence_parallel": True})
+    if plan.engine.shares_gpus and not config.rollout.sleep and not config.rollout.max_staleness:
+        savings.append(TURNS)
     if m.recompute_granularity != "full":
         savings.append(RECOMPUTE)
     return savings

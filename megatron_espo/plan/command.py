@@ -37,6 +37,10 @@ def add_parser(commands: Any, add_config: Callable[[argparse.ArgumentParser], No
         help="gigabits a second for each GPU between nodes (%(default)g: InfiniBand NDR, 50 GB/s)",
     )  # fmt: skip
     parser.add_argument(
+        "--host-gbps", type=float, default=400, metavar="GBIT",
+        help="gigabits a second and direction between a GPU and host memory (%(default)g: PCIe 5 x16, 50 GB/s; NVLink-C2C: 3600)",
+    )  # fmt: skip
+    parser.add_argument(
         "--expected-tokens", type=int, metavar="N",
         help="mean tokens of a prompt with its response; default: half of rollout.max_response_tokens",
     )  # fmt: skip
@@ -45,7 +49,7 @@ def add_parser(commands: Any, add_config: Callable[[argparse.ArgumentParser], No
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print; 0 where the run fits, 1 where it does not. InputError: mistakes in the arguments or settings."""
-    for name in ("gpus", "gpus_per_node", "link_gbps", "network_gbps", "expected_tokens"):
+    for name in ("gpus", "gpus_per_node", "link_gbps", "network_gbps", "host_gbps", "expected_tokens"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_espo.plan.render import print_plan
 
     links = Links(args.link_gbps * 1e9 / 8, args.network_gbps * 1e9 / 8, args.gpus_per_node)
-    build = Builder(hf_config, Machine(gpu_memory, links, args.expected_tokens))
+    build = Builder(hf_config, Machine(gpu_memory, links, args.expected_tokens, host_link=args.host_gbps * 1e9 / 8))
     plan = make_plan(config, build, args.gpus)
     fixes = [] if plan.fits else find_fixes(config, build, plan, args.gpus)
     if args.json:

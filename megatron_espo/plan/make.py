@@ -30,17 +30,22 @@ class Machine:
         links: speeds for the estimate of the sync.
         expected_tokens: mean tokens of a prompt with its response; None: half of ``rollout.max_response_tokens``.
         on_gpu: false for a run without GPUs (the plan's figures were compared with such runs).
+        host_link: bytes a second and direction between a GPU and host memory.
     """
 
     gpu_memory: int
     links: Links
     expected_tokens: int | None = None
     on_gpu: bool = True
+    host_link: float = 50e9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs and moves; bytes and elements are exact unless an attribute's description says estimate."""
+    """What a run needs and moves; bytes and elements are exact unless an attribute's description says estimate.
+
+    ``host_bytes`` is the memory of a node for what leaves its GPUs (``megatron.offload``), ``offload_s`` the estimate of a step's seconds for that.
+    """
 
     model: str
     layout: dict[str, Any]
@@ -53,6 +58,8 @@ class Plan:
     pipeline: Pipeline
     engine: Engine
     transfer: Transfer
+    host_bytes: int
+    offload_s: float
     problems: list[str]
 
     @property
@@ -68,7 +75,7 @@ class Plan:
         """Plain dictionaries and lists; bytes, seconds, elements."""
         data = asdict(self) | {"fits": self.fits}
         for stage, row in zip(self.memory, data["memory"], strict=True):
-            row |= {"static": stage.static, "peak": stage.peak, "total": stage.total}
+            row |= {"static": stage.static, "phases": stage.phases, "host": stage.host, "total": stage.total}
         data["transfer"]["seconds"] = self.transfer.seconds
         return data
 
@@ -159,11 +166,12 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
             pipeline,
             on_gpu=machine.on_gpu,
             sync=built.transfer.peak_bytes,
-            engine=engine.budget_bytes if not hosts.isdisjoint(range(rank.rank, rank.rank + stage_ranks)) else 0,
+            engine=None if hosts.isdisjoint(range(rank.rank, rank.rank + stage_ranks)) else engine,
         )
         for rank in built.ranks
         if rank.rank % stage_ranks == 0
     ]
+    leaves = max(stage.host for stage in memory)
     return Plan(
         model=config.model.path,
         layout=megatron.model_dump(),
@@ -176,6 +184,8 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
         pipeline=pipeline,
         engine=engine,
         transfer=built.transfer,
+        host_bytes=leaves * min(world_size, machine.links.gpus_per_node),
+        offload_s=2 * leaves / machine.host_link,
         problems=[*_memory_problems(memory, machine.gpu_memory), *engine_problems(engine)],
     )
 
@@ -183,5 +193,6 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
 def _memory_problems(memory: list[StageMemory], gpu_memory: int) -> Iterator[str]:
     for stage in memory:
         if stage.total > gpu_memory:
-            parts = f" (trainer {stage.peak / GB:.1f}, engine {stage.engine / GB:.1f})" if stage.engine else ""
-            yield f"a GPU of stage {stage.stage} needs {stage.total / GB:.1f} GB{parts}, it has {gpu_memory / GB:.1f} GB"
+            phase, (trainer, engine) = max(stage.phases.items(), key=lambda item: sum(item[1]))
+            parts = f" (trainer {trainer / GB:.1f}, engine {engine / GB:.1f})" if engine else ""
+            yield f"a GPU of stage {stage.stage} needs {stage.total / GB:.1f} GB during {phase}{parts}, it has {gpu_memory / GB:.1f} GB"

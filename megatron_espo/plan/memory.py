@@ -1,4 +1,4 @@
-"""Bytes on one GPU of each pipeline stage, at the worst moment of a step."""
+"""Bytes on one GPU of each pipeline stage, at the worst moment of each phase of a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 from megatron_espo.mcore.meta import BuiltRank
 from megatron_espo.numerics.plan import plan_head
 from megatron_espo.plan.activations import Sharding, layer_sizes, norm_bytes, stack_bytes
+from megatron_espo.plan.engine import Engine
 from megatron_espo.plan.pipeline import Pipeline
 from megatron_espo.weights.families import Mapping
 
@@ -25,7 +26,10 @@ class StageMemory:
         head: final norm, logits and their gradient (last stage).
         sync: extra while weights are gathered for the engine, when there are no activations.
         engine: the share of an engine on the same GPU.
-        peak: of the trainer: what it holds and the worst of the moments (layers' backward, head, sync).
+        engine_weights: the part of it that holds weights.
+        sleeps: whether that engine holds nothing during training, and nothing but weights during the sync (``rollout.sleep``).
+        offload: what of the trainer's lies on the host then (``megatron.offload``).
+        canary: whether engine and trainer compute log-probs of the same weights after a sync.
     """
 
     stage: int
@@ -39,19 +43,40 @@ class StageMemory:
     head: int
     sync: int
     engine: int
+    engine_weights: int
+    sleeps: bool
+    offload: tuple[str, ...]
+    canary: bool
 
     @property
     def static(self) -> int:
         return self.weights + self.gradients + self.main_weights + self.adam
 
     @property
-    def peak(self) -> int:
-        return self.static + max(self.activations + max(self.working, self.head), self.sync)
+    def host(self) -> int:
+        """Host memory for what leaves the GPU; gradients are not copied."""
+        return self._copied("optimizer", "weights")
+
+    @property
+    def phases(self) -> dict[str, tuple[int, int]]:
+        """What trainer and engine take in each phase of a step."""
+        kept = self.static - self._copied("optimizer") - ("gradients" in self.offload) * self.gradients
+        phases = {
+            "training": (self.static + self.activations + max(self.working, self.head), 0 if self.sleeps else self.engine),
+            "sync": (kept + self.sync, self.engine_weights if self.sleeps else self.engine),
+            "canary": (kept, self.engine),  # the engine decodes, and the trainer needs its weights for the same tokens' log-probs
+            "rollouts": (kept - self._copied("weights"), self.engine),
+        }
+        return phases if self.canary else {name: bytes_ for name, bytes_ in phases.items() if name != "canary"}
 
     @property
     def total(self) -> int:
-        """Trainer and engine."""
-        return self.peak + self.engine
+        """Trainer and engine in the worst phase."""
+        return max(map(sum, self.phases.values()))
+
+    def _copied(self, *parts: str) -> int:
+        sizes = {"optimizer": self.main_weights + self.adam, "weights": self.weights}
+        return sum(size for part, size in sizes.items() if part in parts and part in self.offload)
 
 
 def plan_memory(
@@ -63,7 +88,7 @@ def plan_memory(
     *,
     on_gpu: bool,
     sync: int,
-    engine: int,
+    engine: Engine | None,
 ) -> StageMemory:
     """Memory of one GPU that holds what ``rank`` holds.
 
@@ -71,7 +96,7 @@ def plan_memory(
         groups: of ``families.model_groups``.
         on_gpu: a GPU with Transformer Engine where the configuration leaves it open; else a CPU.
         sync: extra bytes while weights are gathered.
-        engine: bytes of an engine on the same GPU.
+        engine: that on the same GPU, if there is one.
     """
     megatron = config.megatron
     how = sharding(config, pipeline, on_gpu)
@@ -99,7 +124,11 @@ def plan_memory(
         working=working,
         head=head_bytes(hf_config, how, megatron.head_memory_mib, on_gpu) if is_last else 0,
         sync=sync,
-        engine=engine,
+        engine=engine.budget_bytes if engine else 0,
+        engine_weights=engine.weight_bytes if engine else 0,
+        sleeps=config.rollout.sleep,
+        offload=megatron.offload,
+        canary=bool(config.rollout.canary_prompts),
     )
 
 

@@ -16,7 +16,7 @@ def print_plan(plan: Plan, fixes: Sequence[str]) -> None:
     """Print everything; the last line is the verdict."""
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
-    for part in (_head(plan), _parameters(plan), _memory(plan), _notes(plan), _transfer(plan), _sync(plan)):
+    for part in (_head(plan), _parameters(plan), _memory(plan), *_turns(plan), _notes(plan), _transfer(plan), _sync(plan)):
         console.print(part)
     for problem in plan.problems:
         console.print(f"[bold]problem:[/] {problem}")
@@ -81,11 +81,29 @@ def _memory(plan: Plan) -> Table:
     return _add_stages(_table("Memory of one GPU, by pipeline stage (GB = 10^9 bytes)", columns), rows)
 
 
+def _takes_turns(plan: Plan) -> bool:
+    return any(stage.sleeps or stage.offload for stage in plan.memory)
+
+
+def _turns(plan: Plan) -> Iterable[Table | str]:
+    """What of it is there at the same time, where not all is."""
+    if not _takes_turns(plan):
+        return
+    phases = list(plan.memory[0].phases)
+    rows = [(*(_gb(sum(stage.phases[phase])) for phase in phases), _gb(stage.host)) for stage in plan.memory]
+    yield _add_stages(_table("Trainer and engine in each phase of a step", ("stage", *phases, "on the host")), rows)
+    yield (
+        f"The host keeps {_gb(plan.host_bytes)} GB a node for what leaves its GPUs; out and back takes {plan.offload_s:.2f} s a step "
+        "(--host-gbps)\n"
+    )
+
+
 def _notes(plan: Plan) -> str:
     pipeline, engine = plan.pipeline, plan.engine
     where = "the trainer's GPUs" if engine.shares_gpus else "GPUs of their own"
+    total = "the worst phase" if _takes_turns(plan) else "weights + grads + main (float32 copy) + Adam + max(activ. + work, sync) + engine"
     return (
-        "total = weights + grads + main (float32 copy) + Adam + max(activ. + work, sync) + engine\n"
+        f"total = {total}\n"
         "activ.: of all micro-batches in flight; work: for the moment, in one chunk's backward or the head\n\n"
         f"vLLM: {engine.number} x {engine.gpus} of {where}, {_gb(engine.budget_bytes)} GB of each: weights {_gb(engine.weight_bytes)} GB, the rest\n"
         f"caches {engine.kv_tokens:,} tokens of {engine.kv_bytes_per_token:,} bytes an engine, or "

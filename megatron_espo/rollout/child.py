@@ -24,6 +24,8 @@ _PHASES = {
     "start": "start",
     "init_weight_transfer_engine": "connect",
     "poison": "connect",
+    "sleep": "sleep",
+    "wake": "wake",
     "start_weight_update": "transfer",
     "update_weights": "load",
     "finish_weight_update": "finish",

@@ -92,6 +92,22 @@ class Engine:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
+    def sleep(self) -> None:
+        """Give the GPU memory of weights and caches back and forget what was in it (vLLM's sleep level 2)."""
+        transition(self.state, State.ASLEEP, "sleep")
+        self._call("sleep")
+        self._move(State.ASLEEP, "sleep")
+
+    def wake(self, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Take memory for the weights again, and :meth:`poison` what happens to be in it: the engine is as stale as one that has just started.
+
+        The memory of the caches comes back with the first call that decodes, when weights arrived and the trainer needs less of its own.
+        """
+        self._require(State.ASLEEP, "wake")
+        self._call("wake")
+        self._move(State.STALE, "wake")
+        self.poison(shapes)
+
     # -- rollouts ---------------------------------------------------------------------------------------------------
 
     def generate(

@@ -7,8 +7,8 @@ class EngineError(RuntimeError):
     """The rollout engine died, hung, refused a call, or was asked for something its state forbids.
 
     Attributes:
-        phase: what was going on: ``start``, ``connect``, ``rollout``, or a phase of a weight sync (``transfer``,
-            ``load``, ``finish``, ``verify``, ``canary``).
+        phase: what was going on: ``start``, ``connect``, ``rollout``, ``sleep``, or a phase of a weight sync (``wake``,
+            ``transfer``, ``load``, ``finish``, ``verify``, ``canary``).
     """
 
     def __init__(self, message: str, phase: str = "rollout"):
@@ -21,22 +21,25 @@ class State(StrEnum):
 
     ``starting``: vLLM loads. ``stale``: it runs, without weights that may be served (an engine that
     loaded a model's own goes on to ``ready`` at once). ``updating``: weights arrive or are
-    being checked. ``ready``: they are served. ``dead``: no process.
+    being checked. ``ready``: they are served. ``asleep``: it has given its GPU memory back, and comes out of it ``stale``,
+    however good its weights were. ``dead``: no process.
     """
 
     STARTING = "starting"
     STALE = "stale"
     UPDATING = "updating"
     READY = "ready"
+    ASLEEP = "asleep"
     DEAD = "dead"
 
 
 TRANSITIONS = {
     State.DEAD: {State.STARTING, State.DEAD},
     State.STARTING: {State.STALE, State.DEAD},
-    State.STALE: {State.UPDATING, State.READY, State.DEAD},
+    State.STALE: {State.UPDATING, State.READY, State.ASLEEP, State.DEAD},
     State.UPDATING: {State.READY, State.STALE, State.DEAD},
-    State.READY: {State.UPDATING, State.DEAD},
+    State.READY: {State.UPDATING, State.ASLEEP, State.DEAD},
+    State.ASLEEP: {State.STALE, State.DEAD},
 }
 
 

@@ -52,7 +52,7 @@ def build_llm(config: EngineConfig):
             "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
         }
     else:
-        options = {"gpu_memory_utilization": config.gpu_memory_utilization}
+        options = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": config.sleep}
     return LLM(
         model=config.model,
         dtype=config.dtype,
@@ -132,6 +132,7 @@ class Server:
     def _run(self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None) -> list:
         """Run requests until all, or ``enough``, are finished, reporting those that are. Outputs are in the order of the requests; None for
         one that vLLM lost: neither finished nor, for most of ``timeout_s``, followed by another that did."""
+        self._wake_caches()
         keys = self.llm.enqueue(
             [{"prompt_token_ids": list(request.token_ids)} for request in requests], [make_params(request) for request in requests], use_tqdm=False
         )
@@ -164,6 +165,17 @@ class Server:
 
         # What vLLM itself does for a request that is aborted, where somebody waits for its output.
         return self.llm.llm_engine.output_processor.request_states[key].make_request_output([], None, FinishReason.ABORT, None)
+
+    def sleep(self) -> None:
+        self.llm.sleep(level=2)
+
+    def wake(self) -> None:
+        inject("wake")
+        self.llm.wake_up(["weights"])
+
+    def _wake_caches(self) -> None:
+        if self.llm.llm_engine.is_sleeping() and not self.llm.wake_up(["kv_cache"]):
+            raise RuntimeError("vLLM's weights are asleep")
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         self.llm.init_weight_transfer_engine({"init_info": init_info})

@@ -48,14 +48,15 @@ class Failure:
 class WeightSync:
     """Connects the model to the engine and pushes each new version; restarts the engine when that fails.
 
-    Before the first sync of an engine process its weights are poisoned with NaN. A version is served when all ranks
-    agree that it arrived, when the tensors read back from the engine have the trainer's checksums (first sync of a
-    process, then every ``rollout.verify_every``) and when engine and trainer agree on the log-probs of the canary.
+    Before the first sync of an engine process its weights are poisoned with NaN, and after each time that it slept, when
+    its memory holds anything. A version is served when all ranks agree that it arrived, when the tensors read back from the
+    engine have the trainer's checksums (first sync of a process, then every ``rollout.verify_every``) and when engine and
+    trainer agree on the log-probs of the canary.
 
     Args:
         config: the run's configuration.
         hf_config: the model's ``config.json``.
-        learner: the trained model: ``chunks`` of this rank, and ``score`` of (prompt, response) pairs.
+        learner: the trained model: ``chunks`` of this rank, ``score`` of (prompt, response) pairs, and its ``offloader``.
         runtime: this rank's place.
         engine: the started engine on rank 0 and on every other rank that has one, ``None`` elsewhere.
         canary: prompts for the canary on ranks with an engine.
@@ -128,6 +129,21 @@ class WeightSync:
                 print(f"warning: weights of version {version}: {failure}\nrestarting the rollout engine", flush=True)
         raise WeightSyncError(f"weights of version {version}: {failure}\ngave up after {restarts} engine restarts")
 
+    def sleep(self) -> None:
+        """Put the engines to sleep until the next push. Collective.
+
+        Where one fails at it, all are ended, which frees their memory too; the next push starts others.
+        """
+
+        def sleep() -> None:
+            if self._engine is not None and self._engine.state != State.DEAD:
+                self._engine.sleep()
+
+        if failure := self._agree("sleep", sleep):
+            if self._rank == 0:
+                print(f"warning: {failure}\nthe next weight sync starts the rollout engine anew", flush=True)
+            self.disconnect()
+
     def recover(self) -> None:
         """Restart an engine that failed between two syncs and give it the version that it had. Collective, as ``push``."""
         self.disconnect()
@@ -142,10 +158,7 @@ class WeightSync:
             self._engine.close()
 
     def _connect(self) -> Failure | None:
-        """A running, poisoned engine and a transport to it. Collective."""
-        if self._transport is not None:
-            return None
-
+        """A running engine, poisoned if it has just started or slept, and a transport to it. Collective."""
         shapes = [(meta.name, tuple(meta.shape)) for meta in self._source.metadata()]
 
         def start() -> None:
@@ -154,15 +167,26 @@ class WeightSync:
                 if self._engine.state == State.DEAD:
                     self._engine.start()
                 self._engine.wait_ready()
+                if self._config.sleep and self._engine.state == State.STALE:
+                    self._engine.sleep()  # the memory of its caches is not needed before the canary
 
         def connect() -> None:
             self._transport = make_trainer_transport(
                 self._name, engine=self._engine, source=self._source, rank=self._rank
             )
-            if self._engine is not None:
+            if self._engine is not None and not self._config.sleep:
                 self._engine.poison(shapes)
 
-        return self._agree("connect", start) or self._agree("connect", connect)
+        def wake() -> None:
+            if self._engine is not None and self._engine.state == State.ASLEEP:
+                self._engine.wake(shapes)
+
+        if self._transport is None:
+            with self._learner.offloader.without("weights"):  # a starting engine takes its whole share of the memory
+                failure = self._agree("connect", start)
+            if failure := failure or self._agree("connect", connect):
+                return failure
+        return self._agree("wake", wake) if self._config.sleep else None
 
     def _transfer(self, version: int, metrics: dict[str, float]) -> Failure | None:
         """Send the weights; where it is due, compare what is served with what was sent. Collective."""
@@ -173,6 +197,8 @@ class WeightSync:
         def send() -> None:
             with self._source.one_pass():
                 send_weights(self._transport, self._engine, version)
+            if self._config.sleep:
+                torch.cuda.empty_cache()  # what was gathered is gone, and the engine's caches need the room
 
         def verify() -> None:
             began = time.perf_counter()
@@ -259,7 +285,7 @@ class NoSync:
     def recover(self) -> None:
         """Nothing can fail."""
 
-    disconnect = recover
+    sleep = disconnect = recover
 
 
 def _nothing() -> None:

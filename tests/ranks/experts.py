@@ -26,7 +26,10 @@ def check_load(folder: str, **sizes: int) -> dict:
     hf_config = read_hf_config(folder)
     learner = Learner(config, hf_config, place)
     groups = [group[:1] for group in make_groups(1, hf_config["vocab_size"])]  # no prompt is shared
-    found = [learner.update(groups, lambda done, total: None) for _ in range(2)]
+    found = []
+    for _ in range(2):
+        learner.score([(sequence.prompt_ids, sequence.response_ids) for (sequence,) in groups[:1]])  # a canary does not count
+        found.append(learner.update(groups, lambda done, total: None))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     counts = 0
     for (sequence,) in groups:

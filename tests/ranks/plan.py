@@ -33,9 +33,11 @@ class Allocated:
 
 
 def measure_step(settings: dict[str, Any], lengths: list[int]) -> dict[str, int]:
-    """Build, train one step, train another: bytes held between steps, and the peak above them in the second."""
+    """Build, train one step, give the memory away and take it back, train another: bytes held between steps, the peak above them in the second,
+    bytes held without what has left then (``canary``: all but the weights), and what of it lies on the host."""
     from megatron_espo.mcore.forward_step import make_forward_step
     from megatron_espo.mcore.model import Layout, build_model
+    from megatron_espo.mcore.offload import PARTS, Offloader
     from megatron_espo.mcore.optimizer import Policy
 
     config = Config.model_validate(settings)
@@ -66,9 +68,20 @@ def measure_step(settings: dict[str, Any], lengths: list[int]) -> dict[str, int]
             head_budget_bytes=budget and budget << 20,
         )
         policy.step(forward_step, micro_batch())
+    offloader = Offloader(policy, PARTS)
+    left = {}
+    # The profiler sees a free if it saw the allocation, so all comes back first.
+    for phase, parts in (("canary", ("optimizer", "gradients")), ("rollouts", PARTS), ("training", ())):
+        offloader.to_host(*PARTS)
+        with Allocated() as rest:
+            offloader.to_device(*PARTS)
+            offloader.to_host(*parts)
+        left[phase] = rest.now
     with Allocated() as step:
         policy.step(forward_step, micro_batch())
-    return {"static": held.now, "peak": step.peak}
+    elsewhere = held.now - left.pop("training")
+    left = {phase: elsewhere + bytes_ for phase, bytes_ in left.items()}
+    return {"static": held.now, "peak": step.peak, **left, "host": offloader.host_bytes}
 
 
 def contributors(folder: str, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -27,14 +27,14 @@ def make_groups(step: int, vocab_size: int) -> list[list[TrainSequence]]:
     ]
 
 
-def make_learner(folder: str, dtype: str, sizes: dict):
-    """A learner of two updates a step, with a decaying learning rate."""
+def make_learner(folder: str, dtype: str, sizes: dict, optimizer: dict | None = None, algorithm: dict | None = None):
+    """A learner of two updates a step, with a decaying learning rate; ``sizes`` are settings of the section ``megatron``."""
     config = Config(
         run=Run(steps=9),
         model=Model(path=folder, dtype=dtype),
         megatron=Megatron(**sizes),
-        optimizer=Optimizer(lr=1e-2, lr_decay_style="linear", lr_warmup_iters=2),
-        algorithm=Algorithm(num_mini_batches=2),
+        optimizer=Optimizer(lr=1e-2, lr_decay_style="linear", lr_warmup_iters=2, **optimizer or {}),
+        algorithm=Algorithm(num_mini_batches=2, **algorithm or {}),
         rollout=Rollout(prompts_per_step=4, group_size=2, max_response_tokens=10),
         data=Data(prompts="reasoning_gym:none"),
     )

@@ -54,6 +54,7 @@ def start(folder: str, engine_type=None, exporter: str | None = None, tensor: in
                 Path(folder, "engine.log"),
                 temperature=0.0 if greedy else 0.7,
                 tensor_parallel_size=config.rollout.tensor_parallel_size,
+                sleep=config.rollout.sleep,
             ),
             decode=str,
         ).start()

@@ -1,0 +1,89 @@
+"""A whole run in the ranks' own processes, watched; and engines that fail while they sleep or wake. Runs on every rank."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_espo.faults import VARIABLE
+from megatron_espo.mcore.offload import PARTS
+from tests.ranks.sync import PROMPTS, change, start
+
+
+def train_watched(file: str, overrides: list[str]) -> list[list[Any]]:
+    """``megatron-espo train``; whenever something of the loop begins, its name, the parts of the trainer's state that are on the device (the
+    same on all ranks) and the state of rank 0's engine."""
+    from megatron_espo import trainer
+    from megatron_espo.config import load_config
+    from megatron_espo.rollout import Engine
+
+    trainer.mcore_runtime.shutdown = lambda: None  # the launcher ends the process group
+    runs, seen = [], []
+
+    def note(name: str) -> None:
+        if runs:
+            offloader, engine = runs[0].learner.offloader, runs[0].collector.engine
+            present = [part for part in PARTS if sum(storage.nbytes() for storage in offloader._storages(part))]
+            seen.append([name, present, engine and str(engine.state)])
+
+    def watch(owner: Any, method: str, name: str, before: Callable = lambda run: None) -> None:
+        original = getattr(owner, method)
+
+        def watched(*args, **options):
+            before(args[0])
+            note(name)
+            return original(*args, **options)
+
+        setattr(owner, method, watched)
+
+    watch(trainer.Run, "__enter__", "begin", runs.append)
+    watch(Engine, "generate", "generate")
+    watch(trainer.Learner, "update", "update")
+    watch(trainer.WeightSync, "push", "push")
+    watch(Engine, "canary", "canary")
+    watch(trainer.Checkpoints, "save", "save")
+    watch(trainer, "save_hf", "export")
+    trainer.train(load_config(file, overrides))
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [entry[:2] for entry in seen if entry[0] in ("update", "push", "save", "export")])
+    assert all(entries == everyone[0] for entries in everyone)
+    return seen
+
+
+def sleep_and_fail(folder: str) -> list[dict[str, float]]:
+    """Metrics of syncs: of an engine that slept, of one that died asleep and whose successor fails on waking, of one that dies falling asleep."""
+    learner, engine, sync = start(folder, verify_every=2, max_restarts=2, sleep=True, tensor=2)
+    metrics = [sync.push(0)]
+    sync.sleep()
+    assert engine is None or (engine.state == "asleep" and engine.policy_version is None)
+    change(learner, 1.1)
+    metrics.append(sync.push(1))
+
+    sync.sleep()
+    if engine is not None:
+        os.kill(engine.pid, signal.SIGKILL)
+        start_engine = engine.start
+
+        def start_with_fault():
+            os.environ[VARIABLE] = "wake:0:0:raise"
+            try:
+                return start_engine()
+            finally:
+                del os.environ[VARIABLE]
+                engine.start = start_engine
+
+        engine.start = start_with_fault
+    metrics.append(sync.push(2))
+
+    if engine is not None:
+        os.kill(engine.pid, signal.SIGKILL)
+    sync.sleep()
+    assert engine is None or engine.state == "dead"
+    sync.sleep()  # a dead engine sleeps well
+    metrics.append(sync.push(3))
+    if engine is not None:
+        assert [r.policy_version for (r,) in engine.generate(PROMPTS, 1, seed=3)] == [3] * len(PROMPTS)
+        engine.close()
+    return metrics
