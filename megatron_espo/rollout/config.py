@@ -23,6 +23,7 @@ class EngineConfig:
         timeout_s: a call fails after so many seconds without news (in ``generate``: without a finished response).
         start_timeout_s: the same for loading vLLM and building the model.
         visible_devices: CUDA_VISIBLE_DEVICES of the child; None: inherited.
+        routed_experts: return with each response the experts that its tokens went to; for models that have experts.
         load_weights: read the folder's weights, and serve them as version 0 without a sync: for evaluations.
     """
 
@@ -43,6 +44,7 @@ class EngineConfig:
     timeout_s: float = 600.0
     start_timeout_s: float = 600.0
     visible_devices: str | None = None
+    routed_experts: bool = False
     load_weights: bool = False
 
 
