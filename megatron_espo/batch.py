@@ -1,6 +1,7 @@
 """What a step trains on, as rank 0 hands it to the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from megatron_espo.types import Rollout
 
 @dataclass(frozen=True)
 class ScoredGroups:
-    """A step's rollouts and what they earned.
+    """A step's rollouts and what they earned. A copy in another process lacks the routed experts, of which no rank needs all.
 
     Attributes:
         rollouts: ``[prompt][sample]``.
@@ -22,6 +23,14 @@ class ScoredGroups:
     rewards: torch.Tensor
     dispatched: int
     in_flight: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"rollouts": [[replace(sample, routed_experts=None) for sample in group] for group in self.rollouts]}
+
+    @property
+    def have_routed_experts(self) -> bool:
+        """Whether the engine's choices came with every response."""
+        return all(sample.routed_experts is not None for group in self.rollouts for sample in group)
 
     @property
     def vary(self) -> torch.Tensor:

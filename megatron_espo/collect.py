@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_espo.batch import ScoredGroups
 from megatron_espo.checkpoints import fingerprint
 from megatron_espo.config import Config
+from megatron_espo.config.experts import replays_router
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.errors import InputError
@@ -63,6 +64,7 @@ class Collector:
         self._rewards: RewardPool | None = None
         self._ahead: Ahead | None = None
         self._closing = threading.Event()
+        self._replays_router = replays_router(config.rollout, hf_config)
         # One for the whole run: reward workers die with the thread that started them.
         self._thread = ThreadPoolExecutor(1, "rollouts")
         owners = [] if config.run.replay else engine_owners(config.rollout.engines, runtime.world_size)
@@ -72,7 +74,8 @@ class Collector:
         if runtime.is_main:
             self._read(config, max_model_len)
         if runtime.rank in owners:
-            self.engine = Engine(engine_config(config, self.tokenizer, max_model_len), self.tokenizer.decode).start()
+            settings = engine_config(config, self.tokenizer, max_model_len, routed_experts=self._replays_router)
+            self.engine = Engine(settings, self.tokenizer.decode).start()
         self._fleet = Fleet(self.engine, owners)
         if runtime.is_main:
             self._sampler = Sampler(config, self._stream, self._fleet, self._rewards, self._polling)
@@ -104,7 +107,8 @@ class Collector:
         return box[0]
 
     def collect(self, step: int, phases: Phases, recover: Callable[[], None]) -> ScoredGroups:
-        """Sample and judge one rollout batch, or take the one that was recorded. Collective: one object broadcast from rank 0.
+        """Sample and judge one rollout batch, or take the one that was recorded. Collective: one object broadcast from rank 0, which alone has the
+        routed experts then.
 
         Args:
             recover: called on every rank when the engine failed; it brings it back (``WeightSync.recover``), and the same
@@ -228,6 +232,13 @@ class Collector:
         before = self._stream.state_dict()
         try:
             found = self._log.read(step, None if self.config.run.replay else before)
+            if found and self._replays_router and not found.groups.have_routed_experts:
+                if self.config.run.replay:
+                    raise InputError(
+                        f"run.replay: expected rollouts of step {step} in {self._log.folder} with the experts that their engine chose, found none; "
+                        "set rollout.router_replay to false and rollout.allow_router_mismatch to true to train without"
+                    )
+                found = None  # of a part of this run without router replay
             # Too stale: written by a run that went on with a lower bound.
             if found and (self.config.run.replay or found.groups.staleness(step) <= self.config.rollout.oldest):
                 if not self.config.run.replay:

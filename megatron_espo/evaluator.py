@@ -19,7 +19,9 @@ Polling = Callable[[OnProgress], OnProgress]
 _SEED_OFFSET = 1_000_003
 
 
-def engine_config(config: Config, tokenizer: Tokenizer, max_model_len: int, *, load_weights: bool = False) -> EngineConfig:
+def engine_config(
+    config: Config, tokenizer: Tokenizer, max_model_len: int, *, routed_experts: bool = False, load_weights: bool = False
+) -> EngineConfig:
     """What the run's rollout engine is started with."""
     rollout, rank = config.rollout, int(os.environ.get("RANK", "0"))
     return EngineConfig(
@@ -41,6 +43,7 @@ def engine_config(config: Config, tokenizer: Tokenizer, max_model_len: int, *, l
         start_timeout_s=rollout.timeout_s,
         visible_devices=engine_devices(rollout.visible_devices, rollout.engines, rollout.tensor_parallel_size, os.environ),
         sleep=rollout.sleep and not load_weights,
+        routed_experts=routed_experts,
         load_weights=load_weights,
     )
 

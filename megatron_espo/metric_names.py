@@ -73,6 +73,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "moe/load_max": ("", "tokens of a layer's busiest expert / those of its average one, mean over layers; 1 is even"),
         "moe/load_min": ("", "the same of the idlest"),
         "moe/idle_experts": ("share", "experts that got no token in the step"),
+        "moe/router_mismatch": ("share", "trained tokens x layers for which the trainer's router would have chosen other experts than the engine's, which it was given"),
     },
     "Time": {
         "time/wait_s": ("s", "with `rollout.max_staleness`: training is done, and the batch sampled meanwhile (`rollout`, `reward`) is not"),

@@ -188,6 +188,7 @@ def train_sequences(
                 float(advantages[i, j]),
                 masked=mask_truncated and sample.truncated,
                 watched=watched.get((i, j)),
+                routed_experts=sample.routed_experts,
             )
             for j, sample in enumerate(rollouts)
         ]

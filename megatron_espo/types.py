@@ -1,7 +1,10 @@
 """What the stages hand to each other. Plain data, standard library only."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Rollout:
         finish_reason: ``"stop"`` (end of sequence), ``"length"`` (cut off at the limit) or ``"unfinished"`` (to be gone on with; without text).
         policy_version: version of the weights that sampled its first token.
         text: ``response_ids`` decoded by the trainer's tokenizer, without special tokens.
+        routed_experts: ``[prompt + response - 1, layers with experts, experts a token]`` uint8 or uint16: where the engine sent each token that went
+            through it, which the last one did not. ``None`` where that is not asked for; an unfinished response may lack rows at the end, which come
+            when it is gone on with.
     """
 
     prompt: Prompt
@@ -42,6 +48,7 @@ class Rollout:
     finish_reason: str
     policy_version: int
     text: str
+    routed_experts: "np.ndarray | None" = field(default=None, compare=False, repr=False)
 
     @property
     def truncated(self) -> bool:

@@ -145,6 +145,23 @@ def replay_a_step(bad: Bad) -> None:
     RolloutLog(Path("other/rollouts"), {}).read(1, None)
 
 
+def replay_without_experts(bad: Bad) -> None:
+    """As rank 0 of a run on a mixture of experts."""
+    import torch
+
+    from megatron_espo.batch import ScoredGroups
+    from megatron_espo.collect import Collector
+    from megatron_espo.progress import Phases
+    from megatron_espo.rollout_log import RolloutLog
+    from megatron_espo.types import Prompt, Rollout
+
+    rollouts = [[Rollout(Prompt("a", "", "", (3,)), (5,), (-1.0,), "stop", 0, "") for _ in range(2)]]
+    RolloutLog(Path("other/rollouts"), {}).write(1, ScoredGroups(rollouts, torch.tensor([[0.0, 1.0]]), 1), before={}, after={})
+    runtime = SimpleNamespace(is_main=True, rank=0, world_size=1)
+    collector = Collector(load_config("run.yaml", bad.overrides), MOE, runtime, SimpleNamespace(check=lambda: None))
+    collector._attempt(1, Phases(draw=False))
+
+
 def in_a_checkpoint(name: str, content: Any) -> dict[str, Any]:
     return {f"after/out/checkpoints/{name}": content}
 
@@ -202,6 +219,8 @@ TABLE: dict[str, list[Bad]] = {
         Bad("sequence parallelism alone", overrides=("megatron.sequence_parallel=true",)),
         Bad("EP without experts", overrides=("megatron.expert_model_parallel_size=2",), ranks=2),
         Bad("EP against the experts", {"model/config.json": MOE}, overrides=("megatron.expert_model_parallel_size=4",), ranks=4),
+        Bad("experts without router replay", {"model/config.json": MOE}, overrides=("rollout.router_replay=false",)),
+        Bad("router replay, and consent to do without", {"model/config.json": MOE}, overrides=("rollout.allow_router_mismatch=true",)),
         Bad("more ranks than responses", overrides=("rollout.prompts_per_step=1", "rollout.group_size=2"), ranks=4),
         Bad("the engine's TP against the heads", overrides=("rollout.tensor_parallel_size=3",)),
         Bad("a context longer than the model's", overrides=("rollout.max_model_len=4096",)),
@@ -283,6 +302,7 @@ TABLE: dict[str, list[Bad]] = {
         Bad("a run folder that cannot be made", overrides=("run.dir=/proc/runs",)),
         Bad("rollouts that are not there", overrides=("run.replay=other/rollouts",)),
         Bad("damaged rollouts", {"other/rollouts/step_000001.json.gz": b"\x1f\x8b"}, check=replay_a_step),
+        Bad("rollouts of a run without router replay", overrides=("run.replay=other/rollouts",), check=replay_without_experts),
     ],
 }  # fmt: skip
 

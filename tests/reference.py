@@ -4,31 +4,56 @@ Nothing here is imported from the package.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 
 import torch
 
 
-def token_statistics(model, prompt: list[int], response: list[int], temperature: float):
+@contextmanager
+def routed(model, experts) -> Iterator[None]:
+    """Inside, transformers' routers take ``experts [tokens - 1, layers with experts, top_k]``, the last token its own; ``None``: all their own."""
+
+    def choose(layer: int):
+        def hook(router, _, output):
+            logits, _, own = output
+            chosen = torch.cat([torch.as_tensor(experts[:, layer], dtype=torch.int64), own[-1:]])
+            weights = logits.softmax(-1).gather(1, chosen)
+            return logits, weights / weights.sum(-1, keepdim=True) if router.norm_topk_prob else weights, chosen
+
+        return hook
+
+    routers = [] if experts is None else [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]
+    handles = [router.register_forward_hook(choose(layer)) for layer, router in enumerate(routers)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def token_statistics(model, prompt: list[int], response: list[int], temperature: float, experts=None):
     """Log-probs and entropies ``[response]`` of the response tokens, with gradient, from the whole vocabulary."""
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+    with routed(model, experts):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
     logp = logits.log_softmax(-1)
     return logp.gather(1, torch.tensor(response)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 def espo_loss(
     model, batch, *, num_responses, temperature, vocab_size, old_model=None, alpha=0.02, rho="0.2", reference_model=None,
-    rollout_logprobs=None, kl_coef=0.0, entropy_coef=0.0, rollout_correction="off",
+    rollout_logprobs=None, kl_coef=0.0, entropy_coef=0.0, rollout_correction="off", routed_experts=None,
 ):  # fmt: skip
     """``-Σ_responses Σ_groups Σ_t 1/(N K n) (c_t min(s A, clip(s, 1 - ε, 1 + ε) A) - kl_coef k3_t + entropy_coef H_t)`` over
-    ``(prompt, response, advantage)`` triples, with the truncated importance sampling factor ``c`` at most 2."""
+    ``(prompt, response, advantage)`` triples, with the truncated importance sampling factor ``c`` at most 2; all three models send the tokens
+    of a triple to its ``routed_experts``, if there are any."""
     loss = 0.0
     for number, (prompt, response, advantage) in enumerate(batch):
-        logp, entropy = token_statistics(model, prompt, response, temperature)
+        experts = routed_experts and routed_experts[number]
+        logp, entropy = token_statistics(model, prompt, response, temperature, experts)
         old_logp, old_entropy = logp.detach(), entropy.detach()
         if old_model is not None:
             with torch.no_grad():
-                old_logp, old_entropy = token_statistics(old_model, prompt, response, temperature)
+                old_logp, old_entropy = token_statistics(old_model, prompt, response, temperature, experts)
         factor, kl = torch.ones_like(old_logp), torch.zeros_like(old_logp)
         if rollout_correction != "off":
             difference = old_logp - torch.tensor(rollout_logprobs[number], dtype=old_logp.dtype)
@@ -36,7 +61,7 @@ def espo_loss(
             factor = ratio.clamp(max=2.0)
         if reference_model is not None:
             with torch.no_grad():
-                reference_logp, _ = token_statistics(reference_model, prompt, response, temperature)
+                reference_logp, _ = token_statistics(reference_model, prompt, response, temperature, experts)
             r = reference_logp - logp
             kl = r.exp() - 1 - r
         order = sorted(range(len(response)), key=lambda t: (-float(old_entropy[t]), t))

@@ -8,6 +8,8 @@ import sys
 import pytest
 import yaml
 
+from megatron_espo.faults import VARIABLE
+from megatron_espo.rollout_log import RolloutLog
 from tests.distributed import ROOT, run_ranks
 from tests.same_run import TURNS, assert_same_run
 from tests.tiny import save_tiny_model
@@ -18,11 +20,11 @@ def shortness(prompt, response: str) -> float:
     return float(response.strip()[:1].isdigit())
 
 
-def run_training(folder, *overrides: str, nproc: int = 2) -> subprocess.CompletedProcess:
+def run_training(folder, *overrides: str, nproc: int = 2, fault: str = "") -> subprocess.CompletedProcess:
     """``megatron-espo train`` under torchrun with the configuration in ``folder``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     command += ["-m", "megatron_espo", "train", str(folder / "run.yaml"), *overrides]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), VARIABLE: fault}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
 
 
@@ -118,19 +120,51 @@ def test_bad_row_is_named_before_the_run_starts(folder):
     assert 'megatron_espo/' not in done.stderr, "a traceback of ours"
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+EP2 = ["megatron.tensor_model_parallel_size=1", "megatron.expert_model_parallel_size=2"]
+WITHOUT_REPLAY = ["rollout.router_replay=false", "rollout.allow_router_mismatch=true"]
+
+
 def test_experts_reach_the_engine_every_step(folder):
-    """Qwen3-MoE, each rank with half of the experts of a layer; the engine's log-probs are the trainer's after every update."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
-    save_tiny_model(folder / "moe", "qwen3_moe", **experts)
-    layout = ["megatron.tensor_model_parallel_size=1", "megatron.expert_model_parallel_size=2"]
-    layout += [f"model.path={folder / 'moe'}", f"run.dir={folder / 'moe_run'}", "run.steps=4"]
-    refused = run_training(folder, *layout)
-    assert refused.returncode != 0 and "rollout.allow_router_mismatch: expected true for a model with experts" in refused.stderr
-    done = run_training(folder, *layout, "rollout.allow_router_mismatch=true")
+    """Qwen3-MoE, each rank with half of the experts of a layer; the engine's log-probs are the trainer's after every update, and so are its experts."""
+    save_tiny_model(folder / "moe", "qwen3_moe", **EXPERTS)
+    layout = [*EP2, f"model.path={folder / 'moe'}", f"run.dir={folder / 'moe_run'}", "run.steps=4"]
+    done = run_training(folder, *layout)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (folder / "moe_run" / "metrics.jsonl").read_text().splitlines()]
-    gaps = [line["mismatch/logprob_gap_mean"] for line in lines if line["rollout/with_advantage"]]
-    assert len(gaps) >= 2 and max(gaps) < 1e-4, gaps
+    trained = [line for line in lines if line["rollout/with_advantage"]]
+    assert len(trained) >= 2 and max(line["mismatch/logprob_gap_mean"] for line in trained) < 1e-4, trained
+    assert max(line["moe/router_mismatch"] for line in trained) < 0.01, trained
     before, after = (load_weights(path) for path in (folder / "moe", folder / "moe_run" / "hf"))
     assert before.keys() == after.keys()
     assert not any(before[name].equal(after[name]) for name in before), "every tensor was trained"
+
+
+@pytest.mark.slow
+def test_a_bfloat16_engine_is_followed_also_from_disk(folder):
+    """Its router often chooses otherwise than the float32 trainer's. Partial rollouts, killed, continued, and trained again from the recorded rollouts,
+    which hold the choices: the same weights, bit for bit. Without replay the log-probs of the same rollouts are further off."""
+    save_tiny_model(folder / "many", "qwen3_moe", **EXPERTS | {"num_experts": 16})
+    settings = [*EP2, f"model.path={folder / 'many'}", "rollout.dtype=bfloat16", "run.steps=3", "run.checkpoint_every=1", "optimizer.lr=0.0003"]
+    settings += ["rollout.extra_prompts=3", "rollout.max_response_tokens=24", "algorithm.rollout_correction=token"]
+    command = [*settings, f"run.dir={folder / 'sampled'}", "run.keep_rollouts=true"]
+    killed = run_training(folder, *command, fault="backward:1:3:kill")
+    assert killed.returncode != 0 and "rank 1" in killed.stdout + killed.stderr
+    runs = {
+        "sampled": run_training(folder, *command),
+        "again": run_training(folder, *settings, f"run.dir={folder / 'again'}", f"run.replay={folder / 'sampled' / 'rollouts'}"),
+        "alone": run_training(folder, *settings, *WITHOUT_REPLAY, f"run.dir={folder / 'alone'}", f"run.replay={folder / 'sampled' / 'rollouts'}"),
+    }
+    assert all(done.returncode == 0 for done in runs.values()), [done.stdout + done.stderr for done in runs.values()]
+    steps = [RolloutLog(folder / "sampled" / "rollouts", {}).read(step, None).groups.rollouts for step in (1, 2, 3)]
+    assert any(sample.policy_version < step for step, groups in enumerate(steps) for sample in sum(groups, [])), "none was gone on with"
+    weights = {name: load_weights(folder / name / "hf") for name in runs}
+    assert all(weights["again"][name].equal(tensor) for name, tensor in weights["sampled"].items())
+    assert not all(weights["alone"][name].equal(tensor) for name, tensor in weights["sampled"].items())
+    lines = {name: [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()] for name in runs}
+    for name in ("moe/router_mismatch", "mismatch/logprob_gap_mean"):
+        assert [line[name] for line in lines["sampled"]] == [line[name] for line in lines["again"]]
+    assert all(line["moe/router_mismatch"] > 0.01 for line in lines["again"]) and "moe/router_mismatch" not in lines["alone"][0]
+    # The first step is on the same weights and the same tokens.
+    for gap in ("mismatch/logprob_gap_mean", "mismatch/logprob_gap_max"):
+        assert lines["alone"][0][gap] > 3 * lines["again"][0][gap] > 0, (lines["alone"][0], lines["again"][0])

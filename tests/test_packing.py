@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,13 +19,14 @@ VOCAB = 131
 
 
 def make_sequences(sizes: list[tuple[int, int]]) -> list[TrainSequence]:
-    """Every token of the batch has an id of its own, from 1 on, from which its log-prob follows."""
+    """Every token of the batch has an id of its own, from 1 on, from which its log-prob follows, and which is its expert."""
     sequences, first = [], 1
     for number, (prompt, response) in enumerate(sizes):
         ids = list(range(first, first + prompt + response))
         first = ids[-1] + 1
         logprobs = [-t / 1000 for t in ids[prompt:]]
-        sequences.append(TrainSequence(ids[:prompt], ids[prompt:], logprobs, advantage=number - 1.5))
+        experts = np.array(ids[:-1], np.uint16)[:, None, None]
+        sequences.append(TrainSequence(ids[:prompt], ids[prompt:], logprobs, advantage=number - 1.5, routed_experts=experts))
     return sequences
 
 
@@ -166,7 +168,7 @@ def test_to_moves_every_tensor():
     known = replace(sequence, old_logprobs=sequence.rollout_logprobs, old_entropies=[0.5] * 3)
     ((batch,),) = pack_ranks([known], 1, max_tokens=8, context_parallel_size=2)
     tensors = {n: v for n, v in vars(batch.to("meta")).items() if isinstance(v, torch.Tensor)}
-    assert len(tensors) == 11 and {t.device.type for t in tensors.values()} == {"meta"}
+    assert len(tensors) == 12 and {t.device.type for t in tensors.values()} == {"meta"}
 
 
 @pytest.mark.parametrize(("name", "field"), [("old_logprobs", "old_logprob"), ("old_entropies", "old_entropy")])
@@ -180,13 +182,16 @@ def test_known_values_travel_with_their_tokens(name, field):
 
 
 def test_responses_to_one_prompt_share_it():
-    """Each branch, behind its trunk, is the prompt and its response; position ids go on from the trunk; the prompt stands once."""
+    """Each branch, behind its trunk, is the prompt and its response; position ids go on from the trunk; the prompt stands once, with the experts
+    that it had before its first response."""
     prompts = [(1, 2, 3, 4), (9,)]
     responses = [[(10,), (11, 12), (13, 14, 15)], [(20, 21), (22,)]]
     sequences = [
-        TrainSequence(prompt, response, [0.0] * len(response), 1.0)
+        TrainSequence(
+            prompt, response, [0.0] * len(response), 1.0, routed_experts=np.array([*prompt, *response][:-1])[:, None, None] + 100 * number
+        )
         for prompt, answers in zip(prompts, responses, strict=True)
-        for response in answers
+        for number, response in enumerate(answers)
     ]
     totals = batch_totals(sequences, num_responses=5, num_response_tokens=9)
     (batch,) = pack(
@@ -206,6 +211,18 @@ def test_responses_to_one_prompt_share_it():
     expected = [([*s.prompt_ids, *s.response_ids[:-1]], list(s.response_ids)) for s in sequences]
     assert sorted(found) == sorted(expected)
     assert batch.num_tokens == totals.num_tokens
+    experts = dict(zip(zip(positions, tokens, strict=True), batch.routed_experts.flatten().tolist(), strict=True))
+    # Of the first prompt: two tokens of the trunk; its last token, once for each response; inner tokens of responses; the last ones do not occur.
+    assert [experts[place] for place in ((0, 1), (2, 3), (4, 11), (4, 13), (5, 14))] == [1, 3, 111, 213, 214]
+    assert sorted(batch.routed_experts.flatten().tolist()) == sorted([-1] * 3 + [1, 2, 3] + [4, 104, 204] + [111, 213, 214] + [9, 109, 20])
+
+
+def test_experts_are_those_of_every_token_but_the_last_and_of_every_sequence():
+    (sequence,) = make_sequences([(3, 2)])
+    with pytest.raises(ValueError, match=r"expected routed_experts \[4, layers, top_k\].*got \[5, 1, 1\]"):
+        replace(sequence, routed_experts=np.zeros((5, 1, 1), np.uint8))
+    with pytest.raises(ValueError, match="expected routed_experts of all sequences or of none, got those of 1 of 2"):
+        pack_ranks([sequence, replace(sequence, routed_experts=None)], 1, max_tokens=99)
 
 
 def hidden_states(batch: MicroBatch) -> torch.Tensor:
@@ -218,7 +235,7 @@ def hidden_states(batch: MicroBatch) -> torch.Tensor:
 @QUICK
 @given(sizes=SIZES, multiple_of=st.sampled_from([1, 2, 3]), uniform=st.booleans())
 def test_slices_and_rows_predict_every_token_once(padded, context_parallel_size, sizes, multiple_of, uniform):
-    """Over all context-parallel ranks each response token is predicted once, from the token before it."""
+    """Over all context-parallel ranks each response token is predicted once, from the token before it; experts lie beside their tokens."""
     sequences = make_sequences(sizes)
     slices = [
         pack_ranks(
@@ -227,7 +244,7 @@ def test_slices_and_rows_predict_every_token_once(padded, context_parallel_size,
         )[0]
         for rank in range(context_parallel_size)
     ]  # fmt: skip
-    predicted = []
+    predicted, routed = [], []
     for parts in zip(*slices, strict=True):
         total = int(parts[0].lengths.sum())
         scored = [torch.arange(total) if part.scored is None else part.scored for part in parts]
@@ -238,6 +255,11 @@ def test_slices_and_rows_predict_every_token_once(padded, context_parallel_size,
             assert (before + 1 == part.targets).all()  # make_sequences counts up
             torch.testing.assert_close(part.rollout_logprob, -part.targets / 1000)
             predicted += part.targets.tolist()
+            if part.routed_experts is not None:
+                experts = part.routed_experts.flatten()
+                assert (experts == hidden_states(part).where(experts >= 0, -1)).all()
+                routed += experts[experts >= 0].tolist()
+    assert sorted(routed) == sorted(t for s in sequences for t in [*s.prompt_ids, *s.response_ids][:-1])
     assert sorted(predicted) == sorted(t for s in sequences for t in s.response_ids)
     count = sum(part.num_tokens for parts in slices for part in parts)
     assert count == sum(s.num_tokens for s in sequences)

@@ -82,21 +82,26 @@ CASES = cases()
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A tiny tied Qwen3 with an odd vocabulary (131: padded under TP), a slightly different older version of it, and two models with experts."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("new", "old", "moe", "mixed")}
     save_model("qwen3", folders["new"], tie_word_embeddings=True)
     # No token's choice of experts is a near-tie.
     save_model("qwen3_moe", folders["moe"], tie_word_embeddings=True)
     save_model("qwen3_moe_mixed", folders["mixed"], tie_word_embeddings=True)
-    model = AutoModelForCausalLM.from_pretrained(folders["new"], dtype=torch.float32)
+    save_older_version(folders["new"], folders["old"])
+    return folders
+
+
+def save_older_version(folder: str, out: str) -> None:
+    """Slightly different weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 2e-4)
-    model.save_pretrained(folders["old"])
-    return folders
+    model.save_pretrained(out)
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_experts_are_read_back_from_two_workers(tmp_path):
     config = engine_config(str(tmp_path / "export"), tmp_path / "fresh.log", temperature=0.0)
     fresh = ask_fresh_engine(config, [prompt.token_ids for prompt in PROMPTS], tmp_path / "answer.json")
     assert wrong_tensors(answer["sent"], fresh["served"]) is None and names <= fresh["served"].keys()
-    assert [ids for ids, _, _ in answer["samples"]] == [ids for ids, _, _ in fresh["samples"]]
+    assert [ids for ids, _, _ in answer["samples"]] == [ids for ids, *_ in fresh["samples"]]
 
 
 def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(folder, tmp_path):
@@ -80,7 +80,7 @@ def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(folder, tmp
     answer = run_ranks(2, "tests.ranks.sync:sync_two_workers", folder=folder, out=out)
     config = engine_config(out, tmp_path / "fresh.log", temperature=0.0)
     fresh = ask_fresh_engine(config, [prompt.token_ids for prompt in PROMPTS], tmp_path / "answer.json")
-    for (ids, logprobs, _), (fresh_ids, fresh_logprobs, _) in zip(answer["samples"], fresh["samples"], strict=True):
+    for (ids, logprobs, _), (fresh_ids, fresh_logprobs, *_) in zip(answer["samples"], fresh["samples"], strict=True):
         assert ids == fresh_ids
         assert max(abs(a - b) for a, b in zip(logprobs, fresh_logprobs, strict=True)) <= 1e-4
     # The trainer's tensors, and what a fresh engine holds: equal checksums; two workers' shards were equal too.

@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_
 versions=("$@")
 [ $# -gt 0 ] || versions=(0.16.1 0.17.1 0.18.2 0.19.2)
 # shellcheck disable=SC2206 # words
-tests=(${COMPAT_TESTS:-tests/test_existing_script.py tests/test_parity.py tests/test_step.py tests/test_weights_model.py
+tests=(${COMPAT_TESTS:-tests/test_existing_script.py tests/test_parity.py tests/test_step.py tests/test_router_replay.py tests/test_weights_model.py
     tests/test_plan.py tests/test_checkpoint.py tests/test_resume.py})
 folder=$PWD/build/compat
 failed=0

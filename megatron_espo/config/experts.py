@@ -37,3 +37,8 @@ def read_experts(hf_config: dict[str, Any]) -> Experts | None:
         normalized=hf_config.get("norm_topk_prob", False),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(hf_config["num_hidden_layers"])),
     )
+
+
+def replays_router(rollout: Any, hf_config: dict[str, Any]) -> bool:
+    """Whether a run's routers reuse the engine's choices, given the ``rollout`` section and the model's ``config.json``."""
+    return rollout.router_replay and read_experts(hf_config) is not None

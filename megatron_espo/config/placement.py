@@ -125,15 +125,26 @@ def validate_model(config: "Config", hf_config: dict[str, Any] | None = None) ->
 
 
 def validate_router(config: "Config", hf_config: dict[str, Any]) -> None:
-    """InputError for a mixture of experts, unless ``rollout.allow_router_mismatch``."""
-    if read_experts(hf_config) and not config.rollout.allow_router_mismatch:
-        message = (
-            "expected true for a model with experts, got false: rounding makes engine and trainer send some tokens to different "
-            "experts, whose importance ratios are then wrong, and large models have collapsed of it; the engine's choices are not "
-            "replayed. Set it to true and algorithm.rollout_correction to token, and watch mismatch/logprob_gap_max; "
-            "float32 engines and trainers hardly differ"
+    """InputError for a mixture of experts without router replay, unless ``rollout.allow_router_mismatch``; and for that one beside replay."""
+    if read_experts(hf_config):
+        _refuse(config, _router_problems(config.rollout))
+
+
+def _router_problems(rollout: Any) -> Iterator[tuple[str, str]]:
+    if rollout.router_replay and rollout.allow_router_mismatch:
+        yield (
+            "rollout.allow_router_mismatch",
+            "expected false with rollout.router_replay true, got true: routers that are replayed do not differ; remove it, or set "
+            "rollout.router_replay to false to train without",
         )
-        _refuse(config, iter([("rollout.allow_router_mismatch", message)]))
+    if not rollout.router_replay and not rollout.allow_router_mismatch:
+        yield (
+            "rollout.router_replay",
+            "expected true for a model with experts, got false: rounding makes engine and trainer send some tokens to different experts, whose "
+            "importance ratios are then wrong, and large models have collapsed of it. Where the engine cannot return its choices, set "
+            "rollout.allow_router_mismatch to true and algorithm.rollout_correction to token, and watch mismatch/logprob_gap_max; float32 "
+            "engines and trainers hardly differ",
+        )
 
 
 def validate_paths(config: "Config") -> None:

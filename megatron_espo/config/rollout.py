@@ -26,10 +26,11 @@ class Rollout(Section):
     allow_truncated_sampling: bool = Field(
         False, description="Accept top_p < 1 or top_k > 0 although importance ratios are then biased."
     )
+    router_replay: bool = Field(
+        True, description="Train each token of a mixture of experts in those experts that the engine chose for it; of no effect on other models."
+    )
     allow_router_mismatch: bool = Field(
-        False,
-        description="Train a mixture of experts although engine and trainer each choose a token's experts for themselves, and "
-        "now and then differ (there is no router replay).",
+        False, description="Accept router_replay false: engine and trainer each choose a token's experts and now and then differ."
     )
     max_response_tokens: int = Field(
         2048, ge=1, description="Longest response, in tokens (paper: 16384); longer ones are cut and counted."

@@ -304,7 +304,7 @@ class Config(Section):
         return placement.validate_model(self, hf_config)
 
     def validate_router(self, hf_config: dict[str, Any]) -> None:
-        """InputError for a mixture of experts whose router would not be replayed, unless that is allowed."""
+        """InputError for a mixture of experts whose router is not replayed, unless that is allowed."""
         placement.validate_router(self, hf_config)
 
     def validate_paths(self) -> None:

@@ -1,8 +1,9 @@
 """What is trained on: a response with its advantage, a micro-batch of them, and the sizes of a whole step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ class TrainSequence:
         old_logprobs, old_entropies: the old policy's (nats), where they are known already; ``None``: from a scoring pass, or
             the policy itself on the first step on these rollouts.
         watched: number of the response among those whose entropies are to be reported token by token; ``None``: not among them.
+        routed_experts: ``[prompt + response - 1, layers with experts, experts a token]`` integers: the experts that the engine chose for every token
+            but the last, which predicts nothing. ``None``: the trainer's routers choose.
 
     Raises:
         ValueError: an empty prompt or response, or per-token values that do not match the response.
@@ -33,6 +36,7 @@ class TrainSequence:
     old_logprobs: Sequence[float] | None = None
     old_entropies: Sequence[float] | None = None
     watched: int | None = None
+    routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         prompt, response, logprobs = len(self.prompt_ids), len(self.response_ids), len(self.rollout_logprobs)
@@ -45,6 +49,10 @@ class TrainSequence:
             values = getattr(self, name)
             if values is not None and len(values) != response:
                 raise ValueError(f"TrainSequence: expected {response} {name}, one a response token, got {len(values)}")
+        experts = self.routed_experts
+        if experts is not None and (experts.ndim != 3 or len(experts) != prompt + response - 1):
+            expected = f"[{prompt + response - 1}, layers, top_k]"
+            raise ValueError(f"TrainSequence: expected routed_experts {expected}, one row a token but the last, got {list(experts.shape)}")
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +99,8 @@ class MicroBatch:
             step is the first on its rollouts, where the policy itself is the old policy.
         reference_logprob: ``[response_tokens]`` float32, of the frozen reference (nats); ``None`` without a KL penalty.
         watched: for each response its :attr:`TrainSequence.watched`.
+        routed_experts: ``[rows, layers with experts, experts a token]`` int16, in the order of ``predict``'s rows: the engine's choices; -1 where there is
+            none (padding, last tokens): the router's own. ``None``: its own everywhere.
     """
 
     tokens: Tensor
@@ -110,6 +120,7 @@ class MicroBatch:
     old_entropy: Tensor | None = None
     reference_logprob: Tensor | None = None
     watched: tuple[int | None, ...] = ()
+    routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on ``device``."""

@@ -45,6 +45,7 @@ def slice_micro_batch(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         rollout_logprob=batch.rollout_logprob[scored],
         old_logprob=None if batch.old_logprob is None else batch.old_logprob[scored],
         old_entropy=None if batch.old_entropy is None else batch.old_entropy[scored],
+        routed_experts=None if batch.routed_experts is None else batch.routed_experts[local],
         scored=scored,
         # Megatron adds these counts over context-parallel ranks.
         num_tokens=batch.num_tokens if rank == 0 else 0,

@@ -6,7 +6,9 @@ Every rank calls :func:`pack` with the same sequences and takes its own share, s
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,8 +66,8 @@ def pack(
     """
     if share_prompts and (padded or context_parallel_size > 1):
         raise ValueError("share_prompts: expected false with context_parallel_size > 1 or padded micro-batches, got true")
-    trees = _by_prompt(sequences) if share_prompts else [[sequence] for sequence in sequences]
-    shares = [_bins(share, max_tokens, max_sequences, padded) for share in _balance(trees, data_parallel_size)]
+    dealt = deal(sequences, data_parallel_size, share_prompts)
+    shares = [_bins([[sequences[i] for i in tree] for tree in share], max_tokens, max_sequences, padded) for share in dealt]
     count = max(1, *(len(share) for share in shares))
     count += -count % count_multiple_of
     mine = shares[data_parallel_rank]
@@ -99,26 +101,26 @@ def _shapes(parts: list[list[Tree]], align: int, unit: int, padded: bool) -> lis
 
 
 
-def _by_prompt(sequences: Sequence[TrainSequence]) -> list[Tree]:
-    trees: dict[tuple[int, ...], Tree] = {}
-    for sequence in sequences:
-        trees.setdefault(tuple(sequence.prompt_ids), []).append(sequence)
-    return list(trees.values())
-
-
 def _cost(tree: Tree) -> int:
     """Tokens that the tree puts through the model."""
     return len(tree[0].prompt_ids) + sum(len(sequence.response_ids) for sequence in tree)
 
 
-def _balance(trees: list[Tree], ranks: int) -> list[list[Tree]]:
-    """Longest first to the rank with the fewest tokens so far."""
-    shares: list[list[Tree]] = [[] for _ in range(ranks)]
+def deal(sequences: Sequence[TrainSequence], ranks: int, share_prompts: bool = False) -> list[list[list[int]]]:
+    """Numbers of the sequences of each of so many data-parallel ranks, those that share a prompt together.
+
+    Longest first to the rank with the fewest tokens so far.
+    """
+    trees: dict[Any, list[int]] = {}
+    for number, sequence in enumerate(sequences):
+        trees.setdefault(tuple(sequence.prompt_ids) if share_prompts else number, []).append(number)
+    costs = {tree[0]: _cost([sequences[i] for i in tree]) for tree in trees.values()}
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for tree in sorted(trees, key=_cost, reverse=True):
+    for tree in sorted(trees.values(), key=lambda tree: costs[tree[0]], reverse=True):
         rank = load.index(min(load))
         shares[rank].append(tree)
-        load[rank] += _cost(tree)
+        load[rank] += costs[tree[0]]
     return shares
 
 
@@ -202,7 +204,25 @@ def _micro_batch(
         num_tokens=sum(sequence.num_tokens for sequence in sequences),
         branches=tuple(branches) if any(len(lengths) > 1 for lengths in branches) else None,
         watched=tuple(sequence.watched for sequence in sequences),
+        routed_experts=_routed_experts(trees, borders, len(tokens)),
     )
+
+
+def _routed_experts(trees: list[Tree], borders: list[int], rows: int) -> Tensor | None:
+    """``MicroBatch.routed_experts`` of trees that begin at ``borders``. The tokens of a shared prompt have those of its first response."""
+    given = [sequence.routed_experts is not None for tree in trees for sequence in tree]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ValueError(f"pack: expected routed_experts of all sequences or of none, got those of {sum(given)} of {len(given)}")
+    found = torch.full((rows, *trees[0][0].routed_experts.shape[1:]), -1, dtype=torch.int16)
+    for tree, start in zip(trees, borders, strict=False):
+        known = 0
+        for sequence in tree:
+            part = torch.from_numpy(sequence.routed_experts[known:].astype(np.int16))
+            found[start : start + len(part)] = part
+            start, known = start + len(part), len(sequence.prompt_ids) - 1
+    return found
 
 
 def _known(name: str, sequences: list[TrainSequence]) -> Tensor | None:
@@ -216,12 +236,13 @@ def _known(name: str, sequences: list[TrainSequence]) -> Tensor | None:
 def _in_rows(batch: MicroBatch) -> MicroBatch:
     """A packed micro-batch of equally long sequences as ``[sequences, length]``."""
     rows = len(batch.cu_seqlens) - 1
-    length = batch.tokens.size(1) // rows
+    length, experts = batch.tokens.size(1) // rows, batch.routed_experts
     return replace(
         batch,
         tokens=batch.tokens.view(rows, length),
         position_ids=batch.position_ids.view(rows, length),
         # The model's hidden states are [length, rows, hidden].
         predict=batch.predict % length * rows + batch.predict // length,
+        routed_experts=None if experts is None else experts.unflatten(0, (rows, length)).transpose(0, 1).flatten(0, 1),
         cu_seqlens=None,
     )

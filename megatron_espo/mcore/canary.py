@@ -4,15 +4,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.mcore.optimizer import Policy
 
-Pair = tuple[Sequence[int], Sequence[int]]
+# Prompt token ids, response token ids, and of these the engine's experts (``TrainSequence.routed_experts``).
+Scored = tuple[Sequence[int], Sequence[int], np.ndarray | None]
 
 
-def score_responses(policy: Policy, forward_step, pairs: Sequence[Pair], packing: dict[str, Any]) -> list[list[float]]:
+def score_responses(policy: Policy, forward_step, responses: Sequence[Scored], packing: dict[str, Any]) -> list[list[float]]:
     """Log-probs (nats, at the temperature of ``forward_step``) of each response's tokens given its prompt.
 
     Every data-parallel replica computes all of them, in one micro-batch. Collective over all ranks: one forward-only pass
@@ -20,7 +22,7 @@ def score_responses(policy: Policy, forward_step, pairs: Sequence[Pair], packing
     on the last pipeline stage.
 
     Args:
-        pairs: (prompt token ids, response token ids), the same on every rank.
+        responses: the same on every rank.
         packing: the layout's (``learner.packing_options``).
 
     Returns:
@@ -28,10 +30,13 @@ def score_responses(policy: Policy, forward_step, pairs: Sequence[Pair], packing
     """
     one_batch = {"data_parallel_rank": 0, "data_parallel_size": 1, "max_tokens": sys.maxsize, "max_sequences": None}
     # The order in which ``pack`` lays sequences out, which share no prompt here.
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
-    sequences = [TrainSequence(*pairs[i], [0.0] * len(pairs[i][1]), 0.0) for i in order]
+    order = sorted(range(len(responses)), key=lambda i: len(responses[i][0]) + len(responses[i][1]), reverse=True)
+    sequences = [
+        TrainSequence(prompt, response, [0.0] * len(response), 0.0, routed_experts=experts)
+        for prompt, response, experts in (responses[i] for i in order)
+    ]
     lengths = [len(sequence.response_ids) for sequence in sequences]
-    totals = batch_totals(sequences, num_responses=len(pairs), num_response_tokens=sum(lengths))
+    totals = batch_totals(sequences, num_responses=len(responses), num_response_tokens=sum(lengths))
     batches = pack(sequences, totals, **packing | one_batch | {"share_prompts": False})
     assert batches[0].lengths.tolist() == lengths
     box = [[]]
@@ -44,4 +49,4 @@ def score_responses(policy: Policy, forward_step, pairs: Sequence[Pair], packing
         box = [[part.tolist() for part in logprob.split(lengths)]]
     dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
     by_index = dict(zip(order, box[0], strict=True))
-    return [by_index[i] for i in range(len(pairs))]
+    return [by_index[i] for i in range(len(responses))]

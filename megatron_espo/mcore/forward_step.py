@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.mcore.head import LogProbEntropyHead, forward_with_head
 from megatron_espo.mcore.loss import Observe, PolicyLoss
+from megatron_espo.mcore.router_replay import RouterReplay
 
 
 def make_forward_step(
@@ -21,6 +22,7 @@ def make_forward_step(
     max_response_tokens: int | None = None,
     head_budget_bytes: int | None = None,
     observe: Observe | None = None,
+    router_replay: RouterReplay | None = None,
 ) -> Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]:
     """Build the ``forward_step_func`` that Megatron's ``get_forward_backward_func()`` takes.
 
@@ -39,6 +41,7 @@ def make_forward_step(
         head_budget_bytes: limit of the memory for logits (:func:`megatron_espo.numerics.plan_head`); ``None``: no limit.
         observe: called with each trained micro-batch and its annotation on the last pipeline stage, to report on them; it must not talk to
             other ranks.
+        router_replay: of the model's routers, which then take ``MicroBatch.routed_experts``; ``None``: they choose for themselves.
     """
     head = LogProbEntropyHead(
         groups.tp,
@@ -59,7 +62,11 @@ def make_forward_step(
         batch = next(data_iterator).to(torch.cuda.current_device())
         packed = _sequence_parameters(batch)
         inputs = {"input_ids": batch.tokens, "position_ids": batch.position_ids, "attention_mask": None}
+        if router_replay is not None:
+            router_replay.give(model, batch.routed_experts)
         output = forward_with_head(model, head, batch, **inputs, packed_seq_params=packed)
+        if router_replay is not None:
+            router_replay.follow(model, batch.routed_experts, output)
         return output, partial(loss, batch)
 
     return forward_step

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.config import Config
+from megatron_espo.config.experts import read_experts, replays_router
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
 from megatron_espo.faults import inject
 from megatron_espo.mcore.agreement import data_claims, refuse_disagreement, refuse_other_norms, refuse_other_weights
-from megatron_espo.mcore.canary import score_responses
+from megatron_espo.mcore.canary import Scored, score_responses
 from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_espo.mcore.expert_load import ExpertLoad
 from megatron_espo.mcore.forward_step import make_forward_step
@@ -24,6 +25,7 @@ from megatron_espo.mcore.model import build_configured, use_transformer_engine
 from megatron_espo.mcore.offload import Offloader
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.reference import ReferencePolicy
+from megatron_espo.mcore.router_replay import RouterReplay, share_out
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.metrics import average_steps, reduce_metrics_everywhere
 from megatron_espo.progress import OnProgress
@@ -97,6 +99,9 @@ class Learner:
         self.chunks = build_chunks(config, hf_config, runtime)
         self.policy = Policy(self.chunks, runtime.groups, config.optimizer, config.run.steps * self.updates_per_step)
         self.offloader = Offloader(self.policy, config.megatron.offload)
+        self._experts = read_experts(hf_config)
+        replays = replays_router(config.rollout, hf_config)
+        self._router_replay = RouterReplay(self.chunks, self._experts, runtime.groups.tp) if replays else None
         budget = config.megatron.head_memory_mib
         self._forward_step = make_forward_step(
             config.algorithm,
@@ -106,6 +111,7 @@ class Learner:
             max_response_tokens=config.rollout.max_response_tokens,
             head_budget_bytes=budget and budget << 20,
             observe=observe,
+            router_replay=self._router_replay,
         )
         self.skipped_in_a_row = self._updates = 0
         self._expert_load = ExpertLoad(self.chunks, hf_config)
@@ -118,7 +124,7 @@ class Learner:
         scoring pass: the policy is the old policy then, and the gradient is the same.
 
         Args:
-            groups: responses by prompt, the same on every rank.
+            groups: responses by prompt, the same on every rank; with router replay rank 0 has their routed experts.
 
         Returns:
             The step's metrics on every rank, averaged over its optimizer steps. Collective over all ranks.
@@ -145,7 +151,8 @@ class Learner:
             for batches, part in zip(mini_batches, parts, strict=True)
         ]
         trained = sum(batches[0].totals.num_tokens for batches in mini_batches) * self.config.algorithm.num_epochs
-        return average_steps(results) | {"train/tokens": float(trained)} | self._expert_load.take()
+        replayed = self._router_replay.take() if self._router_replay else {}
+        return average_steps(results) | {"train/tokens": float(trained)} | self._expert_load.take() | replayed
 
     def _step(self, batches: list[MicroBatch], part: Sequence[Sequence[TrainSequence]], tick: "_Ticker") -> dict[str, float]:
         """One optimizer step, skipped if its gradient is refused; ``MOST_SKIPPED`` in a row end the run. The batch is written down."""
@@ -157,7 +164,7 @@ class Learner:
             what = f"gradient: {result.refused}; no step taken, batch in {path}"
             if dist.get_rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps([asdict(sequence) for group in part for sequence in group]))
+                path.write_text(json.dumps([asdict(replace(sequence, routed_experts=None)) for group in part for sequence in group]))
                 print(f"warning: {what}", flush=True)
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise BadGradients(f"{what}; {MOST_SKIPPED} in a row: lower optimizer.lr, or look for bad data in the batch")
@@ -180,11 +187,11 @@ class Learner:
         self.policy.spikes.norms.extend(state.pop("grad_norms", []))
         return state
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    def score(self, responses: Sequence[Scored]) -> list[list[float]]:
         """Log-probs of each response's tokens given its prompt, on every rank; see ``canary.score_responses``."""
         assert "weights" not in self.offloader.away
         with self._expert_load.paused():
-            return score_responses(self.policy, self._forward_step, pairs, packing_options(self.config.megatron, self.groups))
+            return score_responses(self.policy, self._forward_step, responses, packing_options(self.config.megatron, self.groups))
 
     def _compare_ranks(self, groups: Sequence[Sequence[TrainSequence]], mini_batches: Sequence[list[MicroBatch]]) -> None:
         """Disagreement, on every rank, where ranks would train on different data or hold different weights. Collective."""
@@ -207,7 +214,10 @@ class Learner:
         kept = [s for s in sequences if not s.masked and (s.advantage or regularized)]
         tokens = sum(len(sequence.response_ids) for sequence in sequences)
         totals = batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens)
-        return pack(kept, totals, **packing_options(self.config.megatron, self.groups))
+        options = packing_options(self.config.megatron, self.groups)
+        if self._router_replay:
+            kept = share_out(kept, self._experts, self.groups, options["share_prompts"])
+        return pack(kept, totals, **options)
 
     def _score(self, batches: list[MicroBatch], tick: "_Ticker", *names: str) -> list[MicroBatch]:
         """Attach the model's log-probs (and entropies) under ``names``, on the last pipeline stage, where the loss is."""

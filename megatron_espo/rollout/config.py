@@ -24,6 +24,7 @@ class EngineConfig:
         start_timeout_s: the same for loading vLLM and building the model.
         visible_devices: CUDA_VISIBLE_DEVICES of the child; None: inherited.
         sleep: able to ``Engine.sleep`` and give its GPU memory back; vLLM on a CPU always is, and gives nothing back.
+        routed_experts: return with each response the experts that its tokens went to; for models that have experts.
         load_weights: read the folder's weights, and serve them as version 0 without a sync: for evaluations.
     """
 
@@ -45,6 +46,7 @@ class EngineConfig:
     start_timeout_s: float = 600.0
     visible_devices: str | None = None
     sleep: bool = False
+    routed_experts: bool = False
     load_weights: bool = False
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_espo.errors import InputError
 from megatron_espo.rollout.child import Child
 from megatron_espo.rollout.config import EngineConfig
@@ -13,8 +15,8 @@ from megatron_espo.rollout.lifecycle import EngineError, State, transition
 from megatron_espo.rollout.requests import Enough, Request, request_seeds
 from megatron_espo.types import Prompt, Rollout
 
-# A response: token ids, their log-probs (nats) after temperature, why it ended.
-Sample = tuple[tuple[int, ...], tuple[float, ...], str]
+# A response: token ids, their log-probs (nats) after temperature, why it ended, and the experts of prompt and response (``Rollout.routed_experts``).
+Sample = tuple[tuple[int, ...], tuple[float, ...], str, np.ndarray | None]
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +134,8 @@ class Engine:
                 each response, by prompt (``request_seeds``).
             on_progress: called with (finished, total) responses, at least twice a second; what it raises ends the
                 engine.
-            sampling: ``temperature``, ``top_p``, ``top_k`` or ``max_tokens`` in place of the configuration's, for this call.
+            sampling: ``temperature``, ``top_p``, ``top_k`` or ``max_tokens`` in place of the configuration's, for this call; with one of the first
+                three it returns no routed experts.
             on_finished: called with each response's number (prompt x ``group_size`` + position) and text when it is finished, while
                 others are not; needs a ``seed``.
             begun: rollouts of the first prompts, of which the unfinished ones are gone on with.
@@ -172,13 +175,13 @@ class Engine:
 
     def _longer(self, rollout: Rollout, sample: Sample) -> Rollout:
         """``rollout`` with what was sampled after it."""
-        ids, logprobs, reason = sample
+        ids, logprobs, reason, experts = sample
         if not all(map(math.isfinite, logprobs)):
             raise EngineError(f"generate: a log-prob for prompt {rollout.prompt.id!r} is not finite.")
         version = rollout.policy_version if rollout.response_ids else self.policy_version
         ids = rollout.response_ids + ids
         text = "" if reason == "unfinished" else self._decode(ids)
-        return Rollout(rollout.prompt, ids, rollout.logprobs + logprobs, reason, version, text)
+        return Rollout(rollout.prompt, ids, rollout.logprobs + logprobs, reason, version, text, _joined(rollout.routed_experts, experts))
 
     def _sample(
         self,
@@ -330,3 +333,10 @@ class Engine:
         except BaseException:
             self._move(State.DEAD, "failure")
             raise
+
+
+def _joined(earlier: np.ndarray | None, now: np.ndarray | None) -> np.ndarray | None:
+    """Experts of a response that was gone on with: those with which each token was drawn, though the engine has chosen again for all of them."""
+    if earlier is None or now is None:
+        return earlier if now is None else now
+    return np.concatenate([earlier, now[len(earlier) :]])

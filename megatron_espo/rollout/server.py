@@ -5,14 +5,19 @@ Started by ``megatron_espo.rollout.engine.Engine`` as ``python -m megatron_espo.
 
 import ctypes
 import functools
+import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
+from megatron_espo.config.experts import read_experts
 from megatron_espo.faults import inject
 from megatron_espo.rollout.config import EngineConfig
 from megatron_espo.rollout.requests import Countdown, Enough, Request
@@ -22,6 +27,10 @@ _PR_SET_PDEATHSIG = 1
 _LOST_AFTER = 0.8
 # vLLM's word for what was given up, and ours for what may be gone on with.
 _REASONS = {"abort": "unfinished"}
+_NO_REPLAY = (
+    "rollout.router_replay: expected an engine that returns the experts which it chooses, got one that cannot; set it to false and "
+    "rollout.allow_router_mismatch to true to train without"
+)
 
 
 def die_with_owner(owner_pid: int) -> None:
@@ -38,6 +47,7 @@ def build_llm(config: EngineConfig):
     import torch
     from vllm import LLM
     from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
     options = {}
     if current_platform.is_cpu():
@@ -48,12 +58,16 @@ def build_llm(config: EngineConfig):
         # group share nothing unless they are longer than that.
         options = {
             "enforce_eager": True,
+            # Of a prompt in pieces vLLM puts the random numbers of a seeded request back, which a CPU's generator cannot.
+            "enable_chunked_prefill": False,
             "block_size": 32,
             "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
         }
     else:
         options = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": config.sleep}
-    return LLM(
+    if config.routed_experts and HAS_TRITON:
+        options["enable_return_routed_experts"] = True
+    llm = LLM(
         model=config.model,
         dtype=config.dtype,
         seed=config.seed,
@@ -71,6 +85,9 @@ def build_llm(config: EngineConfig):
         disable_log_stats=True,
         **options,
     )
+    if config.routed_experts and not HAS_TRITON:
+        llm.collective_rpc("record_routed_experts")
+    return llm
 
 
 class Server:
@@ -78,27 +95,41 @@ class Server:
 
     def __init__(self, config: EngineConfig, report: Callable[[str, object], None]):
         self.config = config
-        self.llm = build_llm(config)
+        try:
+            self.llm = build_llm(config)
+        except Exception as error:
+            if config.routed_experts and re.search(r"aux ?output|routed.experts", str(error), re.IGNORECASE):
+                raise RuntimeError(f"{error}\n{_NO_REPLAY}") from error
+            raise
         self.report = report
+        experts = read_experts(json.loads(Path(config.model, "config.json").read_text()))
+        self._layers = [i for i, sparse in enumerate(experts.layers) if sparse] if experts else []
 
     def generate(self, requests: list[Request], sampling: dict, tell: bool = False, enough: Enough | None = None) -> list[tuple | None]:
-        """For each request (sampled token ids, their processed log-probs, finish reason); None: vLLM lost it.
+        """For each request (sampled token ids, their processed log-probs, finish reason, routed experts); None: vLLM lost it.
 
         Args:
-            sampling: in place of the configuration's.
+            sampling: in place of the configuration's; with it no experts are returned: the responses are judged, not trained.
             tell: report (seed, sampled token ids) of each as soon as it is finished.
             enough: when to leave the others ``"unfinished"``; None: all are waited for.
         """
-        return self._sample(requests, functools.partial(self._sampling_params, **sampling), tell, enough)
+        return self._sample(requests, functools.partial(self._sampling_params, **sampling), tell, enough, experts=not sampling)
 
     def canary(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[tuple]:
         """As ``generate``, but ``num_tokens`` tokens each from the whole distribution, always the same ones."""
         make_params = functools.partial(self._sampling_params, top_p=1.0, top_k=0, stop_token_ids=[])
         return _all_there(self._sample([Request(prompt, seed, num_tokens) for seed, prompt in enumerate(prompts)], make_params))
 
-    def _sample(self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None) -> list[tuple | None]:
-        outputs = [output and output.outputs[0] for output in self._run(requests, make_params, tell, enough)]
-        return [o and (tuple(o.token_ids), tuple(o.logprobs.logprobs), _REASONS.get(o.finish_reason, o.finish_reason)) for o in outputs]
+    def _sample(
+        self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None, experts: bool = True
+    ) -> list[tuple | None]:
+        experts = experts and self.config.routed_experts
+
+        def sample(o) -> tuple:
+            chosen = o.routed_experts[:, self._layers] if experts and o.routed_experts is not None else None
+            return tuple(o.token_ids), tuple(o.logprobs.logprobs), _REASONS.get(o.finish_reason, o.finish_reason), chosen
+
+        return [output and sample(output.outputs[0]) for output in self._run(requests, make_params, tell, enough, experts)]
 
     def logprobs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         from vllm import SamplingParams
@@ -129,9 +160,12 @@ class Server:
         }
         return SamplingParams(**options | changes)
 
-    def _run(self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None) -> list:
+    def _run(
+        self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None, experts: bool = False
+    ) -> list:
         """Run requests until all, or ``enough``, are finished, reporting those that are. Outputs are in the order of the requests; None for
-        one that vLLM lost: neither finished nor, for most of ``timeout_s``, followed by another that did."""
+        one that vLLM lost: neither finished nor, for most of ``timeout_s``, followed by another that did. With ``experts`` they have those of all
+        tokens but the last; unfinished ones may have none."""
         self._wake_caches()
         keys = self.llm.enqueue(
             [{"prompt_token_ids": list(request.token_ids)} for request in requests], [make_params(request) for request in requests], use_tqdm=False
@@ -141,11 +175,13 @@ class Server:
         if inject("reply") == "lose":
             engine.engine_core.abort_requests(keys[:1])  # the engine core forgets it; its front waits for ever
         names = [key.partition("-")[0] for key in keys]  # vLLM appends a random part, which outputs lack
-        by_name = dict(zip(names, requests, strict=True))
+        by_name, by_key = dict(zip(names, requests, strict=True)), dict(zip(names, keys, strict=True))
         news = time.monotonic()
         while engine.has_unfinished_requests() and not countdown.is_over and time.monotonic() < news + _LOST_AFTER * self.config.timeout_s:
             finished = {output.request_id: output for output in engine.step() if output.finished}
             if finished:
+                if experts:
+                    self._add_routed_experts({by_key[name]: output for name, output in finished.items()})
                 outputs |= finished
                 for name in finished:
                     countdown.finish(by_name[name])
@@ -153,9 +189,12 @@ class Server:
                 if tell:
                     self.report("finished", [(by_name[name].seed, tuple(output.outputs[0].token_ids)) for name, output in finished.items()])
                 news = time.monotonic()
-        given_up = {name: key for name, key in zip(names, keys, strict=True) if name not in outputs}
+        given_up = {name: key for name, key in by_key.items() if name not in outputs}
         if countdown.is_over:
-            outputs |= {name: self._so_far(key) for name, key in given_up.items()}
+            so_far = {name: self._so_far(key) for name, key in given_up.items()}
+            if experts:
+                self._add_routed_experts({given_up[name]: output for name, output in so_far.items()})
+            outputs |= so_far
         engine.abort_request(list(given_up))
         return [outputs.get(name) for name in names]
 
@@ -176,6 +215,18 @@ class Server:
     def _wake_caches(self) -> None:
         if self.llm.llm_engine.is_sleeping() and not self.llm.wake_up(["kv_cache"]):
             raise RuntimeError("vLLM's weights are asleep")
+
+    def _add_routed_experts(self, outputs: Mapping[str, Any]) -> None:
+        """See to it that ``outputs``, by vLLM's inner names, have their ``[tokens - 1, layers, top_k]`` experts. Before the engine's next step."""
+        counts = {key: len(o.prompt_token_ids) + len(o.outputs[0].token_ids) - 1 for key, o in outputs.items() if o.outputs[0].token_ids}
+        if not self.llm.llm_engine.vllm_config.aux_output_config.enable_return_routed_experts:
+            for key, rows in zip(counts, self.llm.collective_rpc("routed_experts", args=(list(counts.items()),))[0], strict=True):
+                outputs[key].outputs[0].routed_experts = rows
+        for key, count in counts.items():
+            output = outputs[key].outputs[0]
+            found = None if output.routed_experts is None else len(output.routed_experts)
+            if found != count and not (found is None and output.finish_reason == "abort"):
+                raise RuntimeError(f"expected the experts of {count} tokens from vLLM, got those of {found or 'none'}")
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         self.llm.init_weight_transfer_engine({"init_info": init_info})

@@ -1,5 +1,6 @@
 """What vLLM's workers get from this project (``worker_extension_cls``): the shared-memory transport and the checks."""
 
+import numpy as np
 import torch
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -7,6 +8,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
+from megatron_espo.rollout.routed_experts import RoutedExpertsRecord
 from megatron_espo.rollout.served import served_checksums
 
 # The import registers the transport in this process.
@@ -30,6 +32,15 @@ class WorkerExtension:
     def served_checksums(self, dtype: str) -> dict[str, int]:
         """See ``served.served_checksums``."""
         return served_checksums(self.model_runner.get_model(), getattr(torch, dtype))
+
+    def record_routed_experts(self) -> None:
+        """Keep from now on what ``routed_experts`` tells."""
+        if self.rank == 0:  # routers of tensor-parallel workers all choose for all tokens
+            self._routed_experts = RoutedExpertsRecord(self.model_runner)
+
+    def routed_experts(self, requests: list[tuple[str, int]]) -> list[np.ndarray | None] | None:
+        """See ``RoutedExpertsRecord.read``, for each (request, tokens); from the first worker."""
+        return [self._routed_experts.read(*request) for request in requests] if self.rank == 0 else None
 
     def transfer_seconds(self) -> dict[str, float]:
         """Where this worker spent the last weight update, as far as its transport measures it."""

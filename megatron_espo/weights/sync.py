@@ -56,7 +56,7 @@ class WeightSync:
     Args:
         config: the run's configuration.
         hf_config: the model's ``config.json``.
-        learner: the trained model: ``chunks`` of this rank, ``score`` of (prompt, response) pairs, and its ``offloader``.
+        learner: the trained model: ``chunks`` of this rank, ``score`` of responses, and its ``offloader``.
         runtime: this rank's place.
         engine: the started engine on rank 0 and on every other rank that has one, ``None`` elsewhere.
         canary: prompts for the canary on ranks with an engine.
@@ -220,8 +220,8 @@ class WeightSync:
                 cropped = [prompt.token_ids[:_CANARY_PROMPT_TOKENS] for prompt in self._canary]
                 answers = self._engine.canary(cropped, min(_CANARY_TOKENS, self._engine.config.max_response_tokens))
                 own.extend(
-                    CanarySample(prompt.id, ids, response, logprobs)
-                    for prompt, ids, (response, logprobs, _) in zip(self._canary, cropped, answers, strict=True)
+                    CanarySample(prompt.id, ids, response, logprobs, experts)
+                    for prompt, ids, (response, logprobs, _, experts) in zip(self._canary, cropped, answers, strict=True)
                 )
 
         if failure := self._agree("canary", sample):
@@ -230,7 +230,9 @@ class WeightSync:
         dist.all_gather_object(answered, own)
         if not any(answered):
             return None
-        trained = self._learner.score([(sample.prompt_ids, sample.response_ids) for samples in answered for sample in samples])
+        trained = self._learner.score(
+            [(sample.prompt_ids, sample.response_ids, sample.routed_experts) for samples in answered for sample in samples]
+        )
         # What follows is the same on every rank.
         gaps = []
         for rank, samples in enumerate(answered):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _SHOWN = 5
 # Mean |engine - trainer| log-prob difference that is taken for rounding, in nats a token. Measured on a 135M model:
@@ -27,12 +28,13 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
 
 @dataclass(frozen=True)
 class CanarySample:
-    """What the engine said after one prompt: token ids and their log-probs (nats)."""
+    """What the engine said after one prompt: token ids, their log-probs (nats), and which experts it chose (``Rollout.routed_experts``)."""
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    routed_experts: Any = None
 
 
 def canary_gap(samples: Sequence[CanarySample], trained: Sequence[Sequence[float]]) -> tuple[float, str]:

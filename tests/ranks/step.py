@@ -3,9 +3,12 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_espo.config import Algorithm, Megatron, Optimizer
+from megatron_espo.config.experts import read_experts
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.mcore import runtime
 from tests import reference
@@ -33,6 +36,18 @@ def engine_logprobs(responses: list[list[int]]) -> list[list[float]]:
     return [[draw.uniform(-6, -3) for _ in response] for response in responses]
 
 
+def engine_experts(batch, hf_config) -> list[np.ndarray]:
+    """Made-up choices of the rollout engine, the same for a prompt's tokens but for its last one."""
+    experts, draw = read_experts(hf_config), np.random.default_rng(9)
+
+    def choose(tokens: int) -> np.ndarray:
+        scores = draw.random((tokens, sum(experts.layers), experts.count))
+        return scores.argsort(-1)[..., : experts.per_token].astype(np.uint8)
+
+    of_prompts = {tuple(prompt): choose(len(prompt) - 1) for prompt, _, _ in batch}
+    return [np.concatenate([of_prompts[tuple(prompt)], choose(len(response))]) for prompt, response, _ in batch]
+
+
 def build(
     folder: str,
     weights: str,
@@ -41,6 +56,7 @@ def build(
     sizes: dict,
     algorithm: Algorithm | None = None,
     head_budget_bytes: int | None = None,
+    replays: bool = False,
     **packing,
 ):
     """Place, policy, forward step, this rank's micro-batches, the batch and the model's configuration."""
@@ -49,6 +65,7 @@ def build(
     from megatron_espo.mcore.learner import packing_options
     from megatron_espo.mcore.model import Layout, build_model, read_hf_config
     from megatron_espo.mcore.optimizer import Policy
+    from megatron_espo.mcore.router_replay import RouterReplay, share_out
     from megatron_espo.weights.hf_io import load_hf_weights
 
     hf_config = read_hf_config(folder)
@@ -60,25 +77,32 @@ def build(
     sequences = [TrainSequence(p, r, logprobs, a) for (p, r, a), logprobs in zip(batch, rollout_logprobs, strict=True)]
     settings_of_layout = Megatron(max_tokens_per_micro_batch=max_tokens, **sizes)
     totals = batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99)
-    micro_batches = pack(sequences, totals, **packing_options(settings_of_layout, place.groups) | packing)
+    options, experts = packing_options(settings_of_layout, place.groups) | packing, read_experts(hf_config)
+    if replays:
+        if dist.get_rank() == 0:
+            chosen = zip(sequences, engine_experts(batch, hf_config), strict=True)
+            sequences = [replace(sequence, routed_experts=rows) for sequence, rows in chosen]
+        sequences = share_out(sequences, experts, place.groups, options["share_prompts"])
+    micro_batches = pack(sequences, totals, **options)
     step = make_forward_step(
         algorithm or Algorithm(),
         groups=place.groups,
         vocab_size=hf_config["vocab_size"],
         temperature=TEMPERATURE,
         head_budget_bytes=head_budget_bytes,
+        router_replay=RouterReplay(chunks, experts, place.groups.tp) if replays else None,
     )
     return place, policy, step, micro_batches, batch, hf_config
 
 
 def check_gradient(
-    folder: str, old_folder: str | None = None, max_tokens: int = 24, packing: dict | None = None, **sizes
+    folder: str, old_folder: str | None = None, max_tokens: int = 24, packing: dict | None = None, replays: bool = False, **sizes
 ) -> dict[str, float]:
     """Worst relative difference of the gradient over all tensors, and the tensor's name."""
     # All-reduced (not scattered) gradients, so that each rank can show the whole of its shard.
     settings = Optimizer(use_distributed_optimizer=False)
     place, policy, step, micro_batches, batch, hf_config = build(
-        folder, old_folder or folder, settings, max_tokens, sizes, **packing or {}
+        folder, old_folder or folder, settings, max_tokens, sizes, replays=replays, **packing or {}
     )
     if old_folder:
         from megatron_espo.weights.hf_io import load_hf_weights
@@ -91,10 +115,10 @@ def check_gradient(
         load_hf_weights(policy.chunks, hf_config, folder, place.groups)
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, hf_config, place.groups)
-    return compare(reference_gradients(folder, old_folder, batch, hf_config), found)
+    return compare(reference_gradients(folder, old_folder, batch, hf_config, replays), found)
 
 
-def check_regularized_gradient(folder: str, reference_folder: str, algorithm: dict, **sizes) -> dict[str, float]:
+def check_regularized_gradient(folder: str, reference_folder: str, algorithm: dict, replays: bool = False, **sizes) -> dict[str, float]:
     """The gradient with rollout correction, KL penalty and entropy bonus; the reference's weights are lent, then given back."""
     from transformers import AutoModelForCausalLM
 
@@ -103,7 +127,7 @@ def check_regularized_gradient(folder: str, reference_folder: str, algorithm: di
 
     settings = Optimizer(use_distributed_optimizer=False)
     place, policy, step, micro_batches, batch, hf_config = build(
-        folder, reference_folder, settings, 24, sizes, Algorithm(**algorithm)
+        folder, reference_folder, settings, 24, sizes, Algorithm(**algorithm), replays=replays
     )
     frozen = ReferencePolicy(policy.chunks)
     load_hf_weights(policy.chunks, hf_config, folder, place.groups)
@@ -113,7 +137,8 @@ def check_regularized_gradient(folder: str, reference_folder: str, algorithm: di
         micro_batches = [replace(b, reference_logprob=p) for b, (p, _) in zip(micro_batches, scored, strict=True)]
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, hf_config, place.groups)
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (folder, reference_folder)]
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **eager) for path in (folder, reference_folder)]
     loss = reference.espo_loss(
         models[0],
         batch,
@@ -122,9 +147,10 @@ def check_regularized_gradient(folder: str, reference_folder: str, algorithm: di
         vocab_size=hf_config["vocab_size"],
         reference_model=models[1],
         rollout_logprobs=engine_logprobs([r for _, r, _ in batch]),
+        routed_experts=engine_experts(batch, hf_config) if replays else None,
         **algorithm,
     )
-    return compare(reference.gradients(models[0], loss), found)
+    return compare(per_expert(reference.gradients(models[0], loss)), found)
 
 
 def check_update(folder: str, **sizes) -> dict[str, float]:
@@ -158,7 +184,7 @@ def gathered_gradients(chunks, hf_config, groups) -> dict[str, torch.Tensor]:
     return dict(MegatronWeightSource(chunks, hf_config, groups, dtype=torch.float32, all_replicas=True))
 
 
-def reference_gradients(folder, old_folder, batch, hf_config) -> dict[str, torch.Tensor]:
+def reference_gradients(folder, old_folder, batch, hf_config, replays=False) -> dict[str, torch.Tensor]:
     """The dense float64 gradient."""
     from transformers import AutoModelForCausalLM
 
@@ -174,6 +200,7 @@ def reference_gradients(folder, old_folder, batch, hf_config) -> dict[str, torch
         temperature=TEMPERATURE,
         vocab_size=hf_config["vocab_size"],
         old_model=load(old_folder) if old_folder else None,
+        routed_experts=engine_experts(batch, hf_config) if replays else None,
     )
     return per_expert(reference.gradients(model, loss))
 

@@ -105,13 +105,13 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
             arm_killer(engine)
     metrics.append(sync.push(4))
     assert sync._source._inner._is_shared
-    pairs, logprobs = [], []
+    responses, logprobs = [], []
     if engine is not None:
         for (rollout,) in engine.generate(PROMPTS, 1, seed=3):
             assert rollout.policy_version == 4
-            pairs.append((rollout.prompt.token_ids, rollout.response_ids))
+            responses.append((rollout.prompt.token_ids, rollout.response_ids, None))
             logprobs.append(rollout.logprobs)
-    box = [pairs]
+    box = [responses]
     dist.broadcast_object_list(box, src=0)
     trained = learner.score(box[0])
     if engine is None:
