@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import Engine, EngineConfig, EngineError, Enough, make_trainer_transport, push_weights
-from megatron_espo.rollout.child import child_environment
 from megatron_espo.rollout.manifest import check_manifest
+from megatron_espo.rollout.process import child_environment
 from megatron_espo.rollout.requests import request_seeds
 from megatron_espo.rollout.transport import check_placement, resolve_transport
 from megatron_espo.types import Prompt
@@ -350,7 +350,7 @@ def test_transport_names_and_placement(monkeypatch):
     assert resolve_transport("auto") == "shared_memory"
     with pytest.raises(InputError, match="'ipc' needs a GPU"):
         resolve_transport("ipc")
-    with pytest.raises(InputError, match=r"expected auto, shared_memory, ipc, nccl, nccl_m2n, sharded_rdt; got 'rdma'"):
+    with pytest.raises(InputError, match=r"expected auto, shared_memory, tcp, ipc, nccl, nccl_m2n, sharded_rdt; got 'rdma'"):
         resolve_transport("rdma")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

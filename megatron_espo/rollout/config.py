@@ -23,6 +23,8 @@ class EngineConfig:
         timeout_s: a call fails after so many seconds without news (in ``generate``: without a finished response).
         start_timeout_s: the same for loading vLLM and building the model.
         visible_devices: CUDA_VISIBLE_DEVICES of the child; None: inherited.
+        hosts: ``host:port`` of the agents that may run the engine, in the order in which they are asked; none: it is a child of its owner.
+        host_timeout_s: a connection to another machine is given up after so many seconds without a sign of life.
         load_weights: read the folder's weights, and serve them as version 0 without a sync: for evaluations.
     """
 
@@ -43,6 +45,8 @@ class EngineConfig:
     timeout_s: float = 600.0
     start_timeout_s: float = 600.0
     visible_devices: str | None = None
+    hosts: tuple[str, ...] = ()
+    host_timeout_s: float = 60.0
     load_weights: bool = False
 
 

@@ -195,7 +195,7 @@ def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
 
     Two expert-parallel ranks write into its memory; two tensor-parallel ones do not, as if they were on two machines.
     """
-    from megatron_espo.rollout.shared_memory import SharedBlock
+    from megatron_espo.rollout.block import SharedBlock
 
     sizes = {"expert": expert} if expert > 1 else {"tensor": 2}
     if expert == 1:

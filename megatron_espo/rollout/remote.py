@@ -1,0 +1,158 @@
+"""The owner's side of an engine on another machine: find an agent (``rollout.agent``) that takes it, and hold the connection."""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from megatron_espo.addresses import parse_address
+from megatron_espo.rollout import wire
+from megatron_espo.rollout.config import EngineConfig
+from megatron_espo.rollout.lifecycle import EngineError
+from megatron_espo.rollout.process import CLOSE_SECONDS
+from megatron_espo.rollout.versions import versions
+
+_PAUSE_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Hosts:
+    """The agents that an owner may ask, as long as its :class:`Engine` lives. The one that was taken is the last to be asked again.
+
+    They are asked until one takes the engine: at first for ``start_timeout_s``, since they may be starting too, later for ``host_timeout_s``.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config, self._folder = config, Path(config.log_path).parent
+        self._order, self._patience = list(config.hosts), (config.start_timeout_s, "rollout.timeout_s")
+
+    def start(self) -> "RemoteProcess":
+        """An engine on the next free host; returns at once. InputError: the run's key is not to be trusted."""
+        wire.run_key(self._folder)
+        return RemoteProcess(self)
+
+    def find(self, given_up: threading.Event) -> tuple[str, Connection]:
+        """Address of the agent that took the engine, and the connection to the engine.
+
+        Raises:
+            EngineError: none did in time, or all refused for good; or ``given_up`` was set.
+        """
+        limit, setting = self._patience
+        deadline, told = time.monotonic() + limit, False
+        while not given_up.is_set():
+            reasons: dict[str, str] = {}
+            hopeless = 0
+            for address in self._order:
+                try:
+                    connection = self._ask(address)
+                except AuthenticationError as error:
+                    reasons[address] = str(error)
+                    hopeless += 1
+                except (OSError, EOFError) as error:
+                    reasons[address] = f"no answer ({getattr(error, 'strerror', None) or error})"
+                except _RefusedError as error:
+                    reasons[address] = str(error)
+                else:
+                    self._order = [*(other for other in self._order if other != address), address]
+                    self._patience = (self._config.host_timeout_s, "rollout.host_timeout_s")
+                    return address, connection
+            why = "; ".join(f"{address}: {reason}" for address, reason in reasons.items())
+            if hopeless == len(reasons) or time.monotonic() > deadline:
+                raise EngineError(f"start: none of rollout.hosts took the rollout engine within {limit:g} s ({setting}): {why}", "start", final=True)
+            if not told:
+                logger.warning("no host for the rollout engine yet, asking for %g s more: %s", deadline - time.monotonic(), why)
+            told = True
+            given_up.wait(_PAUSE_SECONDS)
+        raise EngineError("start: the rollout engine was closed before a host took it.", "start")
+
+    def _ask(self, address: str) -> Connection:
+        config = self._config
+        connection = _open(address, self._folder)
+        try:
+            connection.send(("engine", versions(), config, f"{Path(config.log_path).stem} of {socket.gethostname()}"))
+            answer, word = connection.recv()
+            if answer == "refused":
+                raise _RefusedError(word)
+            wire.notice_loss(connection, config.host_timeout_s)
+            connection.send(("start", (config,)))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class RemoteProcess:
+    """An engine on another machine, as :class:`~megatron_espo.rollout.process.LocalProcess` is one on this. Found in the background."""
+
+    pid = returncode = None
+    is_alive = True  # its connection tells otherwise
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._found: Future[tuple[str, Connection]] = Future()
+        self._given_up = threading.Event()
+        threading.Thread(target=self._search, args=(hosts,), name="engine-host", daemon=True).start()
+
+    def _search(self, hosts: Hosts) -> None:
+        try:
+            self._found.set_result(hosts.find(self._given_up))
+        except BaseException as error:
+            self._found.set_exception(error)
+
+    @property
+    def connection(self) -> Connection:
+        """Waits until a host is found; EngineError: none was."""
+        return self._found.result()[1]
+
+    @property
+    def name(self) -> str:
+        return f" on {self._found.result()[0]}"
+
+    @property
+    def own_address(self) -> str:
+        return wire.own_address(self.connection)
+
+    def close(self) -> None:
+        """End the engine: politely, then by hanging up, at which its agent kills it."""
+        self._given_up.set()
+        with suppress(EngineError, EOFError, OSError):
+            self.connection.send(("close", ()))
+            deadline = time.monotonic() + CLOSE_SECONDS
+            while self.connection.poll(max(0.0, deadline - time.monotonic())):
+                self.connection.recv()  # until the agent hangs up, which is free then
+        self.kill()
+
+    def kill(self) -> None:
+        """Hang up."""
+        self._given_up.set()
+        with suppress(EngineError):
+            self.connection.close()
+
+
+class _RefusedError(Exception):
+    """An agent's word why it does not take the engine."""
+
+
+def dismiss(hosts: Sequence[str], folder: str | Path) -> None:
+    """Tell the agents that the run in ``folder`` is over. Those that cannot be reached hear nothing; they end after their own limit."""
+
+    def tell(address: str) -> None:
+        with suppress(AuthenticationError, OSError, EOFError), _open(address, folder) as connection:
+            connection.send(("over",))
+
+    if hosts:
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            list(pool.map(tell, hosts))
+
+
+def _open(address: str, folder: str | Path) -> Connection:
+    try:
+        return wire.connect(*parse_address(address), wire.run_key(folder))
+    except AuthenticationError:
+        raise AuthenticationError(f"it has another key than {Path(folder, wire.KEY_FILE)}: was its agent started for this run's folder?") from None
