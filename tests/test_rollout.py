@@ -75,10 +75,10 @@ def engine(folder):
         yield engine
 
 
-def connect(engine, model, source=None):
+def connect(engine, model, source=None, name="auto"):
     from vllm.distributed.weight_transfer.base import ModuleSource
 
-    return make_trainer_transport("auto", engine=engine, source=source or ModuleSource(model), rank=0)
+    return make_trainer_transport(name, engine=engine, source=source or ModuleSource(model), rank=0)
 
 
 @torch.no_grad()

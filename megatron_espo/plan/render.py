@@ -83,7 +83,7 @@ def _memory(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> str:
     pipeline, engine = plan.pipeline, plan.engine
-    where = "the trainer's GPUs" if engine.shares_gpus else "GPUs of their own"
+    where = "the trainer's GPUs" if engine.shares_gpus else "other machines' GPUs" if engine.on_hosts else "GPUs of their own"
     return (
         "total = weights + grads + main (float32 copy) + Adam + max(activ. + work, sync) + engine\n"
         "activ.: of all micro-batches in flight; work: for the moment, in one chunk's backward or the head\n\n"

@@ -119,20 +119,28 @@ class RemoteProcess:
         return wire.own_address(self.connection)
 
     def close(self) -> None:
-        """End the engine: politely, then by hanging up, at which its agent kills it."""
+        """End the engine, politely if it listens."""
         self._given_up.set()
-        with suppress(EngineError, EOFError, OSError):
+        with suppress(EngineError, OSError):
             self.connection.send(("close", ()))
-            deadline = time.monotonic() + CLOSE_SECONDS
-            while self.connection.poll(max(0.0, deadline - time.monotonic())):
-                self.connection.recv()  # until the agent hangs up, which is free then
+        self._wait_for_end()
         self.kill()
 
     def kill(self) -> None:
-        """Hang up."""
+        """Hang up, at which the agent kills the engine; returns when it has, if it can be reached."""
         self._given_up.set()
+        with suppress(EngineError, OSError), wire.as_socket(self.connection) as sock:
+            sock.shutdown(socket.SHUT_WR)
+        self._wait_for_end()
         with suppress(EngineError):
             self.connection.close()
+
+    def _wait_for_end(self) -> None:
+        """The agent hangs up when the engine is gone, and is free then."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        with suppress(EngineError, EOFError, OSError):
+            while self.connection.poll(max(0.0, deadline - time.monotonic())):
+                self.connection.recv()
 
 
 class _RefusedError(Exception):
