@@ -30,7 +30,7 @@ MpiDefault=none
 ReturnToService=2
 JobRequeue=1
 KillWait=10
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[-1]}] CPUs=1
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{last_port}] CPUs=1
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -61,7 +61,7 @@ class Cluster:
         for name in ("state", *(f"spool-{node}" for node in self._nodes)):
             (self.folder / name).mkdir()
         ports = free_ports(1 + len(self._nodes))
-        text = CONF.format(host=socket.gethostname(), folder=self.folder, ports=ports, nodes=len(self._nodes))
+        text = CONF.format(host=socket.gethostname(), folder=self.folder, ports=ports, last_port=ports[-1], nodes=len(self._nodes))
         (self.folder / "slurm.conf").write_text(text)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))

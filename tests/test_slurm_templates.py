@@ -115,7 +115,7 @@ def test_split_starts_agents_on_the_last_nodes_and_the_trainer_on_the_others(sta
     preflight, *agents, train = sorted(calls(tmp_path), key=lambda call: ("--preflight" not in call, "run_espo" in call, call))
     assert preflight == f"{common} bash examples/run_espo_70b.sh --preflight {run} --model qwen2.5_72b", "on all nodes"
     assert agents == [
-        f"{common} --nodes=1 --ntasks=1 --nodelist=gpu0{4 + i} --output={run}/agent-%N.log --open-mode=append "
+        f"{common} --nodes=1 --ntasks=1 --nodelist=gpu0{4 + i} --output={run}/agent-gpu0{4 + i}.log --open-mode=append "
         f"python -m megatron_espo engine {run} --listen gpu0{4 + i}-ib:{7700 + i}"
         for i in range(2)
     ]
