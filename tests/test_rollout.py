@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from megatron_espo.rollout import Engine, EngineConfig, EngineError, Enough, mak
 from megatron_espo.rollout.manifest import check_manifest
 from megatron_espo.rollout.process import child_environment
 from megatron_espo.rollout.requests import request_seeds
-from megatron_espo.rollout.transport import check_placement, resolve_transport
+from megatron_espo.rollout.transport import _init_info, check_placement, resolve_transport
 from megatron_espo.types import Prompt
 
 EOS, TEMPERATURE, RESPONSE_TOKENS = 2, 0.7, 12
@@ -352,11 +353,22 @@ def test_transport_names_and_placement(monkeypatch):
         resolve_transport("ipc")
     with pytest.raises(InputError, match=r"expected auto, shared_memory, tcp, ipc, nccl, nccl_m2n, sharded_rdt; got 'rdma'"):
         resolve_transport("rdma")
+    assert resolve_transport("auto", on_hosts=True) == "tcp"
+    with pytest.raises(InputError, match="'nccl' needs a GPU and none is available; use tcp or auto"):
+        resolve_transport("nccl", on_hosts=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_transport("auto", on_hosts=True) == resolve_transport("nccl", on_hosts=True) == "nccl"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert resolve_transport("auto") == "ipc" and resolve_transport("auto", "6,7") == "nccl"
     with pytest.raises(InputError, match="'nccl_m2n' needs the package 'nccl'"):
         resolve_transport("nccl_m2n", "6,7")
+
+
+def test_nccl_meets_where_the_engine_reaches_its_owner():
+    config = SimpleNamespace(tensor_parallel_size=4)
+    info = _init_info("nccl", SimpleNamespace(own_address="10.9.8.7", config=config), rank=32)  # the owner of a second engine
+    assert (info.master_address, info.world_size, info.is_sender) == ("10.9.8.7", 5, True) and 0 < info.master_port < 65536
+    assert not _init_info("nccl", None, rank=1).is_sender
 
 
 @pytest.mark.parametrize(

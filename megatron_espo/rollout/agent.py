@@ -51,6 +51,8 @@ def main(folder: str, listen: str | None, idle_s: float) -> int:
         server = wire.listen(host, port)
     except OSError as error:
         raise InputError(f"--listen: expected a free address of this machine, got {show_address(host, port)} ({error.strerror})") from None
+    if listen is None and server.getsockname()[0].startswith("127."):
+        _say(f"warning: {host} is a name that only this machine understands as itself; give --listen an address that the trainer can reach")
     with server:
         return Agent(Path(folder), server).run(idle_s)
 
@@ -65,9 +67,7 @@ class Agent:
 
     def __init__(self, folder: Path, server: socket.socket) -> None:
         self._folder, self._server = folder, server
-        host, port = server.getsockname()[:2]
-        self._address = show_address(host, port)
-        self._note = " (this machine alone reaches that: give --listen)" if host.startswith("127.") or host == "::1" else ""
+        self._address = show_address(*server.getsockname()[:2])
         self._busy = threading.Lock()
         self._owner = ""
         self._end: tuple[int, str] | None = None  # exit code, and why
@@ -77,7 +77,7 @@ class Agent:
         """Answer whoever connects until the end; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self._finish(0, signal.Signals(number).name))
-        _say(f"listens on {self._address}{self._note} for the run in {self._folder}")
+        _say(f"listens on {self._address} for the run in {self._folder}")
         alive = Sign(self._folder)
         self._server.settimeout(_TICK_SECONDS)
         while self._end is None:
@@ -111,7 +111,7 @@ class Agent:
         except AuthenticationError:
             _say(f"turned {peer} away, which does not know the key in {self._folder / wire.KEY_FILE}")
         except (EOFError, OSError, InputError) as error:
-            _say(f"lost a connection from {peer}: {error}")
+            _say(f"dropped a connection from {peer}: {error}")
 
     def _take(self, connection: Connection, theirs: dict[str, str], config: EngineConfig, owner: str) -> None:
         """Run an engine for this owner, or refuse with a word."""

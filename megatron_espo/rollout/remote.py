@@ -163,4 +163,6 @@ def _open(address: str, folder: str | Path) -> Connection:
     try:
         return wire.connect(*parse_address(address), wire.run_key(folder))
     except AuthenticationError:
-        raise AuthenticationError(f"it has another key than {Path(folder, wire.KEY_FILE)}: was its agent started for this run's folder?") from None
+        raise AuthenticationError(
+            f"it has another key than {Path(folder, wire.KEY_FILE)}; start its agent for this run's folder, which both machines must share"
+        ) from None
