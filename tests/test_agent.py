@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_espo.addresses import parse_address, show_address
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import Engine, EngineConfig, EngineError, dismiss, wire
 from megatron_espo.rollout.versions import versions
@@ -213,6 +214,14 @@ def test_an_address_that_cannot_be_listened_on_is_said(folder, capsys, address, 
 
     assert cli.main(["engine", str(folder), "--listen", address]) == 2
     assert f"error: --listen: {message}" in capsys.readouterr().err
+
+
+def test_addresses_are_read_as_they_are_shown():
+    for host, port in (("10.0.0.5", 7700), ("node-9.cluster", 1), ("fe80::1", 65535)):
+        assert parse_address(show_address(host, port)) == (host, port)
+    for wrong in ("node9", "node9:", "node9:0", "node9:65536", "::1:7700", "a b:1", "[::]:7700", "http://node9:1"):
+        with pytest.raises(ValueError, match="expected"):
+            parse_address(wrong)
 
 
 def test_the_key_is_its_users_alone(folder):

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from megatron_espo.addresses import parse_address
+from megatron_espo.errors import InputError
 from megatron_espo.rollout import wire
 from megatron_espo.rollout.config import EngineConfig
 from megatron_espo.rollout.lifecycle import EngineError
@@ -47,30 +48,30 @@ class Hosts:
         limit, setting = self._patience
         deadline, told = time.monotonic() + limit, False
         while not given_up.is_set():
-            reasons: dict[str, str] = {}
-            hopeless = 0
+            refusals: dict[str, Exception] = {}
             for address in self._order:
                 try:
-                    connection = self._ask(address)
-                except AuthenticationError as error:
-                    reasons[address] = str(error)
-                    hopeless += 1
-                except (OSError, EOFError) as error:
-                    reasons[address] = f"no answer ({getattr(error, 'strerror', None) or error})"
-                except _RefusedError as error:
-                    reasons[address] = str(error)
-                else:
-                    self._order = [*(other for other in self._order if other != address), address]
-                    self._patience = (self._config.host_timeout_s, "rollout.host_timeout_s")
-                    return address, connection
-            why = "; ".join(f"{address}: {reason}" for address, reason in reasons.items())
-            if hopeless == len(reasons) or time.monotonic() > deadline:
-                raise EngineError(f"start: none of rollout.hosts took the rollout engine within {limit:g} s ({setting}): {why}", "start", final=True)
+                    return self._take(address)
+                except (AuthenticationError, _RefusedError, OSError, EOFError) as error:
+                    refusals[address] = error
+                if given_up.is_set():
+                    break
+            why = "; ".join(f"{address}: {_in_words(error)}" for address, error in refusals.items())
+            for_good = all(isinstance(error, AuthenticationError) for error in refusals.values())
+            if for_good or time.monotonic() > deadline:
+                in_time = "" if for_good else f" within {limit:g} s ({setting})"
+                raise EngineError(f"start: none of rollout.hosts took the rollout engine{in_time}: {why}", "start", final=True)
             if not told:
                 logger.warning("no host for the rollout engine yet, asking for %g s more: %s", deadline - time.monotonic(), why)
             told = True
             given_up.wait(_PAUSE_SECONDS)
         raise EngineError("start: the rollout engine was closed before a host took it.", "start")
+
+    def _take(self, address: str) -> tuple[str, Connection]:
+        connection = self._ask(address)
+        self._order = [*(other for other in self._order if other != address), address]
+        self._patience = (self._config.host_timeout_s, "rollout.host_timeout_s")
+        return address, connection
 
     def _ask(self, address: str) -> Connection:
         config = self._config
@@ -147,11 +148,17 @@ class _RefusedError(Exception):
     """An agent's word why it does not take the engine."""
 
 
+def _in_words(refusal: Exception) -> str:
+    if isinstance(refusal, OSError | EOFError):
+        return f"no answer ({getattr(refusal, 'strerror', None) or refusal or 'it hung up'})"
+    return str(refusal)
+
+
 def dismiss(hosts: Sequence[str], folder: str | Path) -> None:
     """Tell the agents that the run in ``folder`` is over. Those that cannot be reached hear nothing; they end after their own limit."""
 
     def tell(address: str) -> None:
-        with suppress(AuthenticationError, OSError, EOFError), _open(address, folder) as connection:
+        with suppress(AuthenticationError, InputError, OSError), _open(address, folder) as connection:
             connection.send(("over",))
 
     if hosts:
