@@ -358,6 +358,8 @@ def test_transport_names_and_placement(monkeypatch):
         resolve_transport("nccl", on_hosts=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_transport("auto", on_hosts=True) == resolve_transport("nccl", on_hosts=True) == "nccl"
+    with pytest.raises(InputError, match="'tcp' gathers weights in a CPU's memory; use nccl"):
+        resolve_transport("tcp", on_hosts=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert resolve_transport("auto") == "ipc" and resolve_transport("auto", "6,7") == "nccl"
     with pytest.raises(InputError, match="'nccl_m2n' needs the package 'nccl'"):

@@ -150,7 +150,7 @@ class _RefusedError(Exception):
 
 def _in_words(refusal: Exception) -> str:
     if isinstance(refusal, OSError | EOFError):
-        return f"no answer ({getattr(refusal, 'strerror', None) or refusal or 'it hung up'})"
+        return f"no answer ({getattr(refusal, 'strerror', None) or str(refusal) or 'it hung up'})"
     return str(refusal)
 
 

@@ -55,6 +55,8 @@ def resolve_transport(name: str, visible_devices: str | None = None, on_hosts: b
         raise InputError(f"rollout.transport: expected auto, {', '.join(TRANSPORTS)}; got {name!r}.")
     if name not in WITHOUT_GPU and not has_gpu:
         raise InputError(f"rollout.transport: {name!r} needs a GPU and none is available; use {' or '.join(WITHOUT_GPU[on_hosts:])} or auto.")
+    if name == "tcp" and has_gpu:
+        raise InputError("rollout.transport: 'tcp' gathers weights in a CPU's memory; use nccl, which needs no RDMA either, or auto.")
     if not on_hosts:
         check_placement(name, visible_devices, os.environ)
     package = TRANSPORTS[name][1]
