@@ -181,7 +181,7 @@ def test_an_engine_host_that_is_cut_off_is_replaced_by_the_spare(three_hosts, tm
                 told = time.monotonic() - began
             assert trainer.poll() is None and time.monotonic() < began + 60, logs(tmp_path)
             time.sleep(0.1)
-        assert told < HOST_S + 8, "noticed late"  # the limit, and a step's training on a busy machine
+        assert told < HOST_S + 15, "noticed late"  # the limit, and a step's training on a busy machine
         assert trainer.wait(400) == 0, logs(tmp_path)
         # The agent that was cut off noticed too: its engine is gone, and it waits for the next owner.
         assert "is free" in (tmp_path / "host1.log").read_text() and first.poll() is None
