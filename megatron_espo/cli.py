@@ -11,6 +11,11 @@ from megatron_espo.errors import InputError
 from megatron_espo.parity import cases
 from megatron_espo.plan import command as plan
 
+ENGINE_EXAMPLES = """\
+on each engine's machine:  CUDA_VISIBLE_DEVICES=0,1,2,3 megatron-espo engine runs/mine --listen 10.0.0.5:7700
+on the trainer's:          torchrun ... -m megatron_espo train run.yaml run.dir=runs/mine 'rollout.hosts=["10.0.0.5:7700"]'
+exit codes:                0 the run is over, or SIGTERM; 1 nothing was heard of the run for --idle seconds
+"""
 PARITY_EXAMPLES = """\
 this machine:    megatron-espo parity
 a cluster:       srun torchrun ... -m megatron_espo parity --folder /shared/parity run.yaml --num-layers 4
@@ -41,7 +46,7 @@ class _ReferenceHelp(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,plan,eval,report,tail,convert,parity,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,engine,plan,eval,report,tail,convert,parity,doctor}")
 
     train = commands.add_parser(
         "train",
@@ -54,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("-h", "--help", action=_ReferenceHelp)
     _add_config(train)
 
+    _add_engine(commands)
     plan.add_parser(commands, _add_config)
     _add_run_views(commands)
 
@@ -77,6 +83,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--folder", default=".", help="with --cluster: folder that all nodes share (%(default)s)")
     return parser
+
+
+def _add_engine(commands: Any) -> None:
+    engine = commands.add_parser(
+        "engine",
+        help="run the engines of a run whose trainer is on other machines",
+        description="Wait on this machine for the trainer of the run in RUN_DIR, which names it in rollout.hosts, and run an engine for it.",
+        epilog=ENGINE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    engine.add_argument("run", metavar="RUN_DIR", help="the run's folder, on a file system that all machines share")
+    engine.add_argument("--listen", metavar="HOST:PORT", help="address of this machine; default: its host name's, port 7700")
+    engine.add_argument(
+        "--idle", type=float, default=3600.0, metavar="SECONDS", help="end after so long without owner or heartbeat of the run (%(default)g)"
+    )
 
 
 def _add_run_views(commands: Any) -> None:
@@ -152,6 +173,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "plan":
             _silence_dependencies()
             return plan.run(args)
+        if args.command == "engine":
+            from megatron_espo.rollout import agent
+
+            return agent.main(args.run, args.listen, args.idle)
         if args.command == "report":
             from megatron_espo.report.page import write_report
 

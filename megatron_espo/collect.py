@@ -21,7 +21,7 @@ from megatron_espo.evaluator import Evaluator, engine_config
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.progress import OnProgress, Phases
 from megatron_espo.rewards import RewardPool
-from megatron_espo.rollout import Engine, EngineError, Fleet, engine_owners
+from megatron_espo.rollout import Engine, EngineError, Fleet, dismiss, engine_owners
 from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.sampling import Sampler
 from megatron_espo.stopping import Stopped, StopRequest
@@ -217,8 +217,8 @@ class Collector:
         if self.runtime.is_main and not (self.config.run.keep_rollouts or self.config.run.replay):
             self._log.forget(step - bool(self.config.rollout.extra_prompts))
 
-    def close(self) -> None:
-        """End what is done in the background, the engine and the reward workers."""
+    def close(self, over: bool = False) -> None:
+        """End what is done in the background, the engine and the reward workers; if the run is ``over``, the agents of ``rollout.hosts`` too."""
         self._closing.set()
         self._thread.shutdown()
         self._fleet.close()
@@ -226,6 +226,8 @@ class Collector:
             self.engine.close()
         if self._rewards is not None:
             self._rewards.close()
+        if over and self.runtime.is_main:
+            dismiss(self.config.rollout.hosts, self.config.run.dir)
 
     def _attempt(self, step: int, phases: Phases) -> ScoredGroups | Stopped | str:
         """The batch; or, with the stream put back, why there is none: a request to stop, or what befell the engine."""

@@ -22,13 +22,16 @@ _SEED_OFFSET = 1_000_003
 def engine_config(
     config: Config, tokenizer: Tokenizer, max_model_len: int, *, routed_experts: bool = False, load_weights: bool = False
 ) -> EngineConfig:
-    """What the run's rollout engine is started with."""
+    """What this rank's rollout engine is started with; with ``load_weights`` it is a child in any case."""
     rollout, rank = config.rollout, int(os.environ.get("RANK", "0"))
+    hosts = () if load_weights else rollout.hosts
+    own = rank * rollout.engines // int(os.environ.get("WORLD_SIZE", "1"))  # each owner begins with another host
     return EngineConfig(
-        model=config.model.path,
+        # A host's agent may have been started in another folder.
+        model=os.path.abspath(config.model.path) if hosts else config.model.path,
         log_path=str(Path(config.run.dir, f"engine-rank{rank}.log" if rank else "engine.log")),
         dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
-        transport="" if load_weights else resolve_transport(rollout.transport, rollout.visible_devices),
+        transport="" if load_weights else resolve_transport(rollout.transport, rollout.visible_devices, bool(hosts)),
         max_response_tokens=rollout.max_response_tokens,
         eos_ids=tokenizer.eos_ids,
         max_model_len=max_model_len,
@@ -41,7 +44,9 @@ def engine_config(
         cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
         timeout_s=rollout.timeout_s,
         start_timeout_s=rollout.timeout_s,
-        visible_devices=engine_devices(rollout.visible_devices, rollout.engines, rollout.tensor_parallel_size, os.environ),
+        visible_devices=None if hosts else engine_devices(rollout.visible_devices, rollout.engines, rollout.tensor_parallel_size, os.environ),
+        hosts=hosts[own:] + hosts[:own],
+        host_timeout_s=rollout.host_timeout_s,
         sleep=rollout.sleep and not load_weights,
         routed_experts=routed_experts,
         load_weights=load_weights,

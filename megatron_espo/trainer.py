@@ -110,7 +110,7 @@ class Run:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self.collector.close()
+        self.collector.close(over=kind is None)
         self.reporter.close()
         if kind is Stopped and self.checkpoints.due_at_stop(self.step):
             self._save(go_on=False)

@@ -205,6 +205,12 @@ TABLE: dict[str, list[Bad]] = {
             overrides=("megatron.offload=[optimizer, weights]", "rollout.max_staleness=1", "algorithm.rollout_correction=token"),
         ),
         Bad("a sleeping engine on GPUs of its own", overrides=("rollout.sleep=true", 'rollout.visible_devices="6,7"')),
+        Bad("an engine's machine without a port", overrides=("rollout.hosts=[10.0.0.5]",)),
+        Bad("all addresses of a machine", overrides=("rollout.hosts=['0.0.0.0:7700']",)),
+        Bad("a machine twice", overrides=("rollout.hosts=['10.0.0.5:7700', '10.0.0.5:7700']",)),
+        Bad("more engines than machines for them", overrides=("rollout.hosts=['10.0.0.5:7700']", "rollout.engines=2"), ranks=2),
+        Bad("GPUs of another machine", overrides=("rollout.hosts=['10.0.0.5:7700']", "rollout.visible_devices='6,7'")),
+        Bad("a transport that stays on one machine", overrides=("rollout.hosts=['10.0.0.5:7700']", "rollout.transport=ipc")),
     ],
     "Layout": [
         Bad("a world size that is no multiple", overrides=("megatron.tensor_model_parallel_size=2",), ranks=3),
@@ -223,6 +229,7 @@ TABLE: dict[str, list[Bad]] = {
         Bad("router replay, and consent to do without", {"model/config.json": MOE}, overrides=("rollout.allow_router_mismatch=true",)),
         Bad("more ranks than responses", overrides=("rollout.prompts_per_step=1", "rollout.group_size=2"), ranks=4),
         Bad("the engine's TP against the heads", overrides=("rollout.tensor_parallel_size=3",)),
+        Bad("an engine without an owner", overrides=("rollout.hosts=['a:1', 'b:1']", "rollout.engines=2"), ranks=3),
         Bad("a context longer than the model's", overrides=("rollout.max_model_len=4096",)),
     ],
     "Model folder": [

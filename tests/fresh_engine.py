@@ -6,8 +6,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_espo.rollout.child import child_environment
 from megatron_espo.rollout.config import EngineConfig
+from megatron_espo.rollout.process import child_environment
 from tests.distributed import ROOT
 
 

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: one slurmctld and two slurmd on loopback, private folders, no GPUs."""
+"""A real Slurm of some nodes on this machine: one slurmctld, and a slurmd for each, on loopback, private folders, no GPUs."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -29,7 +30,7 @@ MpiDefault=none
 ReturnToService=2
 JobRequeue=1
 KillWait=10
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=1
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{last_port}] CPUs=1
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -47,18 +48,21 @@ class Cluster:
 
     Args:
         folder: state, logs and sockets.
+        nodes: n1, n2, ...
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
+        self._nodes = [f"n{i + 1}" for i in range(nodes)]
         self.folder, self.env = folder, os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self.env["PATH"] = f"{self.env['PATH']}{os.pathsep}/usr/sbin"
         self._daemons: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Cluster":
-        for name in ("state", "spool-n1", "spool-n2"):
+        for name in ("state", *(f"spool-{node}" for node in self._nodes)):
             (self.folder / name).mkdir()
-        ports = _free_ports()
-        (self.folder / "slurm.conf").write_text(CONF.format(host=socket.gethostname(), folder=self.folder, ports=ports))
+        ports = free_ports(1 + len(self._nodes))
+        text = CONF.format(host=socket.gethostname(), folder=self.folder, ports=ports, last_port=ports[-1], nodes=len(self._nodes))
+        (self.folder / "slurm.conf").write_text(text)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -67,7 +71,7 @@ class Cluster:
         self._start("munged", "--foreground", "--force", f"--key-file={key}", *paths)
         self.until((self.folder / "munge.socket").exists)
         self._start("slurmctld", "-D")
-        for node in ("n1", "n2"):
+        for node in self._nodes:
             self._start("slurmd", "-D", "-N", node)
         self.until(lambda: self.run("sinfo", "-h", "-o", "%T", check=False).split() == ["idle"])
         return self
@@ -112,12 +116,14 @@ class Cluster:
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
 
 
-def _free_ports() -> tuple[int, int, int]:
-    """One port, and two in a row."""
+def free_ports(count: int) -> list[int]:
+    """So many in a row."""
     for first in range(17000, 27000, 10):
-        try:
-            with socket.create_server(("", first)), socket.create_server(("", first + 1)), socket.create_server(("", first + 2)):
-                return first, first + 1, first + 2
-        except OSError:
-            continue
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.create_server(("", port)))
+            except OSError:
+                continue
+            return list(range(first, first + count))
     raise AssertionError("no free ports")

@@ -114,8 +114,8 @@ BAD_TEXTS = {
     "octal": (GOOD + "run:\n  seed: 010\n", 'run.yaml:6: run.seed: expected integer >= 0 and <= 2147483647, got "010"'),
     "not a number": (GOOD + "optimizer:\n  lr: .nan\n", "run.yaml:6: optimizer.lr: expected number > 0, got NaN"),
     "unknown choice": (
-        GOOD + "model_:\nrollout:\n  transport: tcp\n",
-        'run.yaml:7: rollout.transport: expected one of auto, shared_memory, ipc, nccl, nccl_m2n, sharded_rdt, got "tcp"',
+        GOOD + "model_:\nrollout:\n  transport: http\n",
+        'run.yaml:7: rollout.transport: expected one of auto, shared_memory, tcp, ipc, nccl, nccl_m2n, sharded_rdt, got "http"',
     ),
     "section is a number": (
         GOOD + "optimizer: 3\n",

@@ -16,6 +16,7 @@ from megatron_espo.config import load_config
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import engine_devices
 from tests.distributed import ROOT, run_ranks
+from tests.test_agent import agent, free_address
 from tests.tiny import save_tiny_model
 
 STEPS = 3
@@ -88,6 +89,21 @@ def test_two_engines_sample_ahead_what_one_does(folder):
     train(folder, "one-ahead", *ways)
     train(folder, "two-ahead", *ways, "rollout.engines=2")
     assert recorded(folder, "two-ahead") == recorded(folder, "one-ahead")
+
+
+@pytest.mark.slow
+def test_engines_of_two_agents_sample_what_one_does(folder, of_one_engine):
+    run, addresses = folder / "hosts", [free_address(), free_address()]
+    with agent(run, addresses[0]) as first, agent(run, addresses[1]) as second:
+        output = train(folder, "hosts", f"rollout.hosts={addresses}", "rollout.engines=2")
+        assert recorded(folder, "hosts") == of_one_engine
+        assert [(run / name).read_text().count(f"run by the agent on {address}") for name, address in
+                zip(("engine.log", "engine-rank1.log"), addresses, strict=True)] == [1, 1], output
+        # The run is over, and they have been told.
+        assert first.wait(20) == second.wait(20) == 0 and "the run is over" in first.words()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["mismatch/canary"] for line in lines) < 1e-4, "both engines have the trainer's weights"
+    assert lines[-1]["sync/restarts"] == 0
 
 
 def engine_pid(log: Path) -> int | None:

@@ -1,20 +1,23 @@
-"""Two hosts with addresses of their own: network namespaces joined by one cable, which may be pulled out. Needs root."""
+"""Hosts with addresses of their own: network namespaces on one switch, whose cables may be pulled out. Needs root."""
 
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import ROOT
 
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
+ADDRESSES = ("10.77.0.1", "10.77.0.2", "10.77.0.3")
 WATCHDOG_S, ENGINE_S = 20, 20
+HOST_S = 10
 # Two ranks, one a host: tensor parallelism crosses the cable.
 SMALLER = ["megatron.pipeline_model_parallel_size=1", "megatron.virtual_pipeline_model_parallel_size=null", "megatron.sequence_parallel=true"]
 
@@ -34,24 +37,38 @@ def may_make_hosts() -> bool:
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not may_make_hosts(), reason="network namespaces need root and iproute2")]
 
 
-@pytest.fixture
-def hosts() -> Iterator[list[str]]:
-    """Two namespaces whose ``eth0`` are the ends of one cable."""
-    names, ends = ([f"{kind}{os.getpid()}{side}" for side in "ab"] for kind in ("espo", "e"))
-    for name in names:
+@contextmanager
+def on_one_switch(count: int) -> Iterator[list[str]]:
+    """Namespaces whose ``eth0`` have the first ``ADDRESSES`` and lead to one bridge in a namespace of its own."""
+    switch, *names = (f"espo{os.getpid()}{letter}" for letter in "sabc"[: count + 1])
+    for name in (switch, *names):
         ip("netns", "add", name)
     try:
-        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for name, end, address in zip(names, ends, ADDRESSES, strict=True):
-            ip("link", "set", end, "netns", name)
-            ip("-n", name, "link", "set", end, "name", "eth0")
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for name, address in zip(names, ADDRESSES, strict=False):
+            port = f"to-{name[-1]}"
+            ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", switch)
+            ip("-n", switch, "link", "set", port, "master", "bridge", "up")
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 ip("-n", name, "link", "set", device, "up")
         yield names
     finally:
-        for name in names:
+        for name in (switch, *names):
             ip("netns", "del", name)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    with on_one_switch(2) as names:
+        yield names
+
+
+@pytest.fixture
+def three_hosts() -> Iterator[list[str]]:
+    with on_one_switch(3) as names:
+        yield names
 
 
 def launch(hosts: list[str], folder: Path, *overrides: str) -> list[subprocess.Popen]:
@@ -111,3 +128,83 @@ def test_a_cable_pulled_out_is_told_in_time(hosts, tmp_path):
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed" and "stands still" in status["why"], (status, logs(tmp_path))
     assert sum(line.startswith("error: ") for line in logs(tmp_path).splitlines()) == 1, logs(tmp_path)
+
+
+# -- engines on hosts without trainer ranks -----------------------------------------------------------------------------------
+
+
+def start_on(name: str, folder: Path, log: str, command: list[str], **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        ["ip", "netns", "exec", name, *command],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | env,
+        stdout=(folder / log).open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def disaggregated(hosts: list[str], folder: Path, *overrides: str) -> Iterator[list[subprocess.Popen]]:
+    """The rehearsal's trainer, two ranks, on the first host, and an agent on each of the others; the processes in that order."""
+    addresses = [f"{address}:7700" for address in ADDRESSES[1 : len(hosts)]]
+    engine = [sys.executable, "-m", "megatron_espo", "engine", "runs/rehearsal/run", "--listen"]
+    agents = [start_on(name, folder, f"host{i}.log", [*engine, addresses[i - 1]]) for i, name in enumerate(hosts) if i]
+    command = ["bash", str(ROOT / "examples" / "run_espo_70b.sh"), "--rehearse", *SMALLER, f"rollout.hosts={addresses}", *overrides]
+    place = {"NPROC_PER_NODE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [start_on(hosts[0], folder, "host0.log", [*command, f"rollout.host_timeout_s={HOST_S}"], **place), *agents]
+    try:
+        yield processes
+    finally:
+        end(processes)
+
+
+def wait_for_step(step: int, folder: Path, process: subprocess.Popen, limit_s: float = 240) -> None:
+    metrics, deadline = folder / "runs" / "rehearsal" / "run" / "metrics.jsonl", time.monotonic() + limit_s
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        assert process.poll() is None and time.monotonic() < deadline, logs(folder)
+        time.sleep(0.1)
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "runs" / "rehearsal" / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_engine_host_that_is_cut_off_is_replaced_by_the_spare(three_hosts, tmp_path):
+    """One engine, two hosts: the second is a spare. Every step is trained once; the weights cross the network (tcp)."""
+    with disaggregated(three_hosts, tmp_path, "run.steps=30") as (trainer, first, spare):
+        wait_for_step(2, tmp_path, trainer)
+        began, told = time.monotonic(), None
+        ip("-n", three_hosts[1], "link", "set", "eth0", "down")
+        while told is None:
+            if "restarting the rollout engine" in (tmp_path / "host0.log").read_text():
+                told = time.monotonic() - began
+            assert trainer.poll() is None and time.monotonic() < began + 60, logs(tmp_path)
+            time.sleep(0.1)
+        assert told < HOST_S + 15, "noticed late"  # the limit, and a step's training on a busy machine
+        assert trainer.wait(400) == 0, logs(tmp_path)
+        # The agent that was cut off noticed too: its engine is gone, and it waits for the next owner.
+        assert "is free" in (tmp_path / "host1.log").read_text() and first.poll() is None
+        assert spare.wait(20) == 0, "the run is over"
+    assert steps_of(tmp_path) == list(range(1, 31))
+    run = tmp_path / "runs" / "rehearsal" / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("mismatch/logprob_gap_mean", 0.0) for line in lines) < 1e-4
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    text = (tmp_path / "host0.log").read_text()
+    assert f"the rollout engine on {ADDRESSES[1]}:7700 is out of reach" in text and "error" not in text, text
+    assert (run / "engine.log").read_text().count("run by the agent on 10.77.0.3:7700") == 1
+
+
+def test_an_engine_host_that_is_cut_off_without_a_spare_is_one_error_in_time(hosts, tmp_path):
+    with disaggregated(hosts, tmp_path, "run.steps=500") as (trainer, _):
+        wait_for_step(1, tmp_path, trainer)
+        began = time.monotonic()
+        ip("-n", hosts[1], "link", "set", "eth0", "down")
+        # To notice, and to look for another host; then the ranks end.
+        assert trainer.wait(2 * HOST_S + 60) != 0
+        seconds = time.monotonic() - began
+    errors = [line for line in (tmp_path / "host0.log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"within {HOST_S} s (rollout.host_timeout_s): {ADDRESSES[1]}:7700: no answer" in errors[0], logs(tmp_path)
+    status = json.loads((tmp_path / "runs" / "rehearsal" / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and ADDRESSES[1] in status["why"] and seconds < 2 * HOST_S + 40, (seconds, status)

@@ -87,6 +87,19 @@ def check_transfer(plan, shapes, stage_ranks: int) -> None:
     assert sum(group["gathered_bytes"] for group in plan["transfer"]["groups"]) == plan["transfer"]["bytes"]
 
 
+def test_engines_on_other_machines_take_the_network_and_none_of_the_trainers_memory(tmp_path):
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    plans = {}
+    for transport in ("auto", "tcp"):
+        rollout = {"hosts": ["10.0.0.5:7700", "10.0.0.6:7700"], "tensor_parallel_size": 2, "transport": transport, "max_model_len": 4096}
+        code, text, plans[transport] = plan_command(tmp_path, QWEN3_SMALL, "--network-gbps", "80", megatron=sizes, rollout=rollout)
+        assert code == 0 and "vLLM: 1 x 2 of other machines' GPUs" in text, text
+        assert [stage["engine"] for stage in plans[transport]["memory"]] == [0, 0]
+    of_nccl, of_tcp = (plan["transfer"] for plan in plans.values())
+    assert (of_nccl["transport"], of_nccl["engine_s"]) == ("nccl", of_nccl["bytes"] / 10e9)
+    assert of_tcp["engine_s"] == 2 * of_tcp["bytes"] / 10e9, "a copy to each worker"
+
+
 def test_experts_are_sent_by_the_ranks_that_hold_them(tmp_path):
     code, text, plan = plan_command(tmp_path, QWEN3_235B_A22B, "--gpus", "256", megatron=TP4_PP2_EP16)
     assert code in (0, 1), text

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import Engine, EngineConfig, EngineError, Enough, make_trainer_transport, push_weights
-from megatron_espo.rollout.child import child_environment
 from megatron_espo.rollout.lifecycle import State
 from megatron_espo.rollout.manifest import check_manifest
+from megatron_espo.rollout.process import child_environment
 from megatron_espo.rollout.requests import request_seeds
-from megatron_espo.rollout.transport import check_placement, resolve_transport
+from megatron_espo.rollout.transport import _init_info, check_placement, resolve_transport
 from megatron_espo.types import Prompt
 
 EOS, TEMPERATURE, RESPONSE_TOKENS = 2, 0.7, 12
@@ -77,10 +78,10 @@ def engine(folder):
         yield engine
 
 
-def connect(engine, model, source=None):
+def connect(engine, model, source=None, name="auto"):
     from vllm.distributed.weight_transfer.base import ModuleSource
 
-    return make_trainer_transport("auto", engine=engine, source=source or ModuleSource(model), rank=0)
+    return make_trainer_transport(name, engine=engine, source=source or ModuleSource(model), rank=0)
 
 
 @torch.no_grad()
@@ -380,13 +381,26 @@ def test_transport_names_and_placement(monkeypatch):
     assert resolve_transport("auto") == "shared_memory"
     with pytest.raises(InputError, match="'ipc' needs a GPU"):
         resolve_transport("ipc")
-    with pytest.raises(InputError, match=r"expected auto, shared_memory, ipc, nccl, nccl_m2n, sharded_rdt; got 'rdma'"):
+    with pytest.raises(InputError, match=r"expected auto, shared_memory, tcp, ipc, nccl, nccl_m2n, sharded_rdt; got 'rdma'"):
         resolve_transport("rdma")
+    assert resolve_transport("auto", on_hosts=True) == "tcp"
+    with pytest.raises(InputError, match="'nccl' needs a GPU and none is available; use tcp or auto"):
+        resolve_transport("nccl", on_hosts=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_transport("auto", on_hosts=True) == resolve_transport("nccl", on_hosts=True) == "nccl"
+    with pytest.raises(InputError, match="'tcp' gathers weights in a CPU's memory; use nccl"):
+        resolve_transport("tcp", on_hosts=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert resolve_transport("auto") == "ipc" and resolve_transport("auto", "6,7") == "nccl"
     with pytest.raises(InputError, match="'nccl_m2n' needs the package 'nccl'"):
         resolve_transport("nccl_m2n", "6,7")
+
+
+def test_nccl_meets_where_the_engine_reaches_its_owner():
+    config = SimpleNamespace(tensor_parallel_size=4)
+    info = _init_info("nccl", SimpleNamespace(own_address="10.9.8.7", config=config), rank=32)  # the owner of a second engine
+    assert (info.master_address, info.world_size, info.is_sender) == ("10.9.8.7", 5, True) and 0 < info.master_port < 65536
+    assert not _init_info("nccl", None, rank=1).is_sender
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,20 @@ COLOCATED, DISAGGREGATED = (ROOT / "examples" / "slurm" / f"espo_{name}.sbatch" 
 # srun notes its arguments; a training run then ends as ENDS says, once there is a STOP file if that is its state.
 SRUN = """#!/bin/bash
 echo "$*" >> "$CALLS"
-case "$*" in *--preflight*) exit "${PREFLIGHT:-0}" ;; esac
+case "$*" in
+    *--preflight*) exit "${PREFLIGHT:-0}" ;;
+    *"megatron_espo engine"*) echo $$ >> "$CALLS.agents"; exec sleep 100 ;;
+esac
 while [ "$ENDS" = requeue ] && [ ! -e "$RUN_DIR/STOP" ]; do sleep 0.1; done
 echo "{\\"state\\": \\"$ENDS\\", \\"why\\": null}" > "$RUN_DIR/status.json"
 exit "${CODE:-0}"
 """
 SCONTROL = """#!/bin/bash
-case "$1" in
-    show) echo gpu03; echo gpu04 ;;
-    requeue) echo "requeue $2" >> "$CALLS"; kill -TERM $PPID ;;
+case "$*" in
+    "show hostnames engines"*) echo big01; echo big02 ;;
+    "show hostnames"*) echo gpu03; echo gpu04; echo gpu05 ;;
+    "--oneliner show node"*) echo "NodeName=$4 Arch=x86_64 NodeAddr=$4-ib NodeHostName=$4 Port=0" ;;
+    requeue*) echo "requeue $2" >> "$CALLS"; kill -TERM $PPID ;;
 esac
 """
 
@@ -97,24 +102,48 @@ def test_containers_wrap_the_command(start, tmp_path):
     assert "CONTAINER=pyxis needs IMAGE" in job.communicate(timeout=60)[0] and job.returncode != 0
 
 
-def test_split_gives_the_engine_the_first_nodes_last_gpus(start, tmp_path):
-    text, _ = start(DISAGGREGATED, "--model", "qwen2.5_72b").communicate(timeout=60)
-    assert "engine: GPUs 4,5,6,7 of gpu03; trainer: its other 4, and 8 on each of: gpu04" in text
-    train = calls(tmp_path)[1]
-    assert 'rollout.visible_devices="4,5,6,7"' in train and "rollout.transport=nccl" in train
-    # What each node then runs, with a script in the place of run_espo_70b.sh.
-    (tmp_path / "ranks.sh").write_text('echo "$NPROC_PER_NODE $*"\n')
-    line = next(line for line in DISAGGREGATED.read_text().splitlines() if line.startswith("with_ranks="))
-    probe = f'gpus=8 engine_gpus=4\n{line}\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "${{with_ranks[@]}}" {tmp_path}/ranks.sh a b; done'
-    done = subprocess.run(["bash", "-c", probe], capture_output=True, text=True, timeout=30)
-    assert done.stdout.splitlines() == ["4 a b", "8 a b"], done.stderr
+def agents_end(tmp_path) -> bool:
+    pids = (tmp_path / "calls.agents").read_text().split()
+    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-def test_split_layout_fits_its_sixty_ranks():
+def test_split_starts_agents_on_the_last_nodes_and_the_trainer_on_the_others(start, tmp_path):
+    job = start(DISAGGREGATED, "--model", "qwen2.5_72b", ENGINE_NODES="2", SPARE_NODES="1")
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode == 0 and "engines: gpu04 gpu05 (1 spare); trainer: gpu03" in text
+    run, common = tmp_path / "run", "--kill-on-bad-exit=1 --ntasks-per-node=1"
+    preflight, *agents, train = sorted(calls(tmp_path), key=lambda call: ("--preflight" not in call, "run_espo" in call, call))
+    assert preflight == f"{common} bash examples/run_espo_70b.sh --preflight {run} --model qwen2.5_72b", "on all nodes"
+    assert agents == [
+        f"{common} --nodes=1 --ntasks=1 --nodelist=gpu0{4 + i} --output={run}/agent-gpu0{4 + i}.log --open-mode=append "
+        f"python -m megatron_espo engine {run} --listen gpu0{4 + i}-ib:{7700 + i}"
+        for i in range(2)
+    ]
+    assert train.startswith(f"{common} --nodes=1 --ntasks=1 --nodelist=gpu03 bash examples/run_espo_70b.sh rollout.hosts=")
+    assert '["gpu04-ib:7700","gpu05-ib:7701"] rollout.engines=1 ' in train and train.endswith(f"--model qwen2.5_72b run.dir={run}")
+    until(lambda: agents_end(tmp_path))
+
+
+def test_split_of_a_heterogeneous_job_takes_its_second_component_for_engines(start, tmp_path):
+    job = start(DISAGGREGATED, SLURM_JOB_NODELIST_HET_GROUP_1="engines[1-2]", CONTAINER="apptainer", IMAGE="/i.sif")
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode == 0 and "engines: big01 big02 (0 spare); trainer: gpu03 gpu04 gpu05" in text
+    agents = [call for call in calls(tmp_path) if "megatron_espo engine" in call]
+    assert len(agents) == 2 and all("--het-group=1 --nodes=1" in call and "/i.sif python -m" in call for call in agents)
+    assert [call for call in calls(tmp_path) if "--nodelist=gpu03,gpu04,gpu05 " in call and "run_espo_70b.sh rollout.hosts=" in call]
+
+
+def test_split_needs_a_node_for_the_trainer(start, tmp_path):
+    job = start(DISAGGREGATED, ENGINE_NODES="3")
+    assert "ENGINE_NODES: expected less than the job's 3 nodes, got 3" in job.communicate(timeout=60)[0] and job.returncode == 2
+
+
+def test_split_layout_is_valid():
     from megatron_espo.config import load_config
     from tests.test_run_espo_70b import MODELS
 
-    layout = [word for word in DISAGGREGATED.read_text().split() if word.startswith(("megatron.", "rollout.engines"))]
-    config = load_config(str(ROOT / "examples/llama3_70b_8nodes.yaml"), layout)
-    assert len(layout) == 4 and config.validate_for(60) == 3
+    words = DISAGGREGATED.read_text().split()
+    layout = [word for word in words if word.startswith(("rollout.gpu", "rollout.max", "algorithm."))]
+    config = load_config(str(ROOT / "examples/llama3_70b_8nodes.yaml"), [*layout, "rollout.engines=2", "rollout.hosts=['n9:7700', 'n10:7701']"])
+    assert len(layout) == 3 and config.validate_for(64) == 2 and config.rollout.max_staleness == 1
     config.validate_model(MODELS["llama3_70b"])

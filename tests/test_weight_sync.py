@@ -17,6 +17,7 @@ from megatron_espo.weights.verification import CanarySample, canary_gap, wrong_t
 from tests.distributed import run_ranks
 from tests.fresh_engine import ask_fresh_engine
 from tests.ranks.sync import PROMPTS
+from tests.test_agent import agent, free_address
 from tests.test_rollout import engine_config, living_in_group
 from tests.tiny import save_tiny_model
 
@@ -87,6 +88,20 @@ def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(folder, tmp
     assert wrong_tensors(answer["sent"], fresh["served"]) is None and len(fresh["served"]) == len(answer["sent"]) + 1
     assert answer["metrics"]["sync/verified_tensors"] == len(answer["sent"]) == 20
     assert answer["processes"] >= 3 and answer["left"] == []
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_killed_inside_a_sync_is_replaced_by_the_spare(folder, tmp_path):
+    """Two workers on another host get the weights over TCP, and so do those on the spare."""
+    addresses, run = [free_address(), free_address()], Path(folder)  # where the engine's log is
+    with agent(run, addresses[0]) as first, agent(run, addresses[1]):
+        answer = run_ranks(2, "tests.ranks.sync:sync_over_hosts", folder=folder, hosts=addresses, agent_pid=first.pid, timeout=400)
+        assert first.wait(5) == -9
+    assert [m["sync/restarts"] for m in answer["metrics"]] == [0, 1, 0]
+    assert [m["sync/verified_tensors"] for m in answer["metrics"]] == [20, 20, 20]
+    assert all(0 < m["mismatch/canary"] < 1e-4 for m in answer["metrics"]) and answer["gap"] < 1e-4
+    log = (run / "engine.log").read_text()
+    assert [log.count(f"run by the agent on {address}") for address in addresses] == [1, 1]
 
 
 def test_failed_syncs_say_version_rank_phase_and_tensor(folder):

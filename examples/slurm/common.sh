@@ -11,6 +11,7 @@ mkdir -p "$RUN_DIR"
 # Looked up here, on the host: a container may lack scontrol.
 MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | sed -n 1p)}" # not `head`: it would end scontrol by SIGPIPE
 export RUN_DIR MASTER_ADDR
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun does not take it from sbatch
 
 # --- limits: srun hands them to every node -----------------------------------------------------------------------------
 ulimit -n "$(ulimit -Hn)"           # sockets of all pairs of ranks, and files of a sharded checkpoint

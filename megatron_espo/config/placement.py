@@ -65,7 +65,10 @@ def validate_world_size(config: "Config", world_size: int) -> int:
             return
         yield from _expert_rank_problems(m, dp)
         engines, each = config.rollout.engines, config.rollout.tensor_parallel_size
-        if world_size % engines or (engines > 1 and engines * each > world_size):
+        if config.rollout.hosts:
+            if world_size % engines:
+                yield "rollout.engines", f"expected a divisor of the {world_size} ranks (each engine belongs to one), got {engines}"
+        elif world_size % engines or (engines > 1 and engines * each > world_size):
             yield (
                 "rollout.engines",
                 f"expected a divisor of the {world_size} ranks with engines x rollout.tensor_parallel_size <= {world_size} "

@@ -53,16 +53,27 @@ class Rollout(Section):
         1,
         ge=1,
         description="Engines, spread evenly over the trainer's ranks: every (world size / engines)-th has one as "
-        "its child. On GPUs: one a node, or more.",
+        "its child, or on one of hosts. On GPUs: one a node, or more.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
-    transport: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
+    hosts: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="Machines for the engines, host:port of each one's agent (megatron-espo engine); more than engines are spares. "
+        "Empty: engines are children of the trainer's ranks.",
+    )
+    host_timeout_s: float = Field(
+        60.0,
+        ge=5,
+        description="With hosts: seconds without a sign of life before an engine's machine is given up, and in which another must take over.",
+    )
+    transport: Literal["auto", "shared_memory", "tcp", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
         "auto",
-        description="How weights reach the engine: shared_memory (CPU), ipc (same GPU), nccl (other GPUs), nccl_m2n "
-        "(other GPUs, from all ranks), sharded_rdt (other GPUs, over Ray).",
+        description="How weights reach the engine: shared_memory (CPU), tcp (CPU, also another machine), ipc (same GPU), nccl "
+        "(other GPUs), nccl_m2n (other GPUs, from all ranks), sharded_rdt (other GPUs, over Ray).",
     )
     visible_devices: str | None = Field(
-        None, min_length=1, description="GPUs of the engine, such as 6,7; null shares those of the trainer."
+        None, min_length=1, description="GPUs of the engine, such as 6,7; null shares those of the trainer. Not with hosts."
     )
     verify_every: int = Field(
         20,

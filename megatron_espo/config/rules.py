@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_espo.addresses import parse_address
+
 if TYPE_CHECKING:
     from megatron_espo.config import schema
 
@@ -108,16 +110,41 @@ def rollout(c: "schema.Rollout") -> Problems:
         yield "max_resampling_rounds", f"expected 0 with extra_prompts (a step does not wait for more prompts), got {c.max_resampling_rounds}"
     if c.sleep and c.max_staleness:
         yield "sleep", f"expected false with rollout.max_staleness {c.max_staleness} (the engine samples while the trainer trains), got true"
-    has_own_gpus = c.transport in ("nccl", "nccl_m2n", "sharded_rdt") or (c.transport == "auto" and c.visible_devices is not None)
+    has_own_gpus = c.hosts or c.transport in ("nccl", "nccl_m2n", "sharded_rdt") or (c.transport == "auto" and c.visible_devices is not None)
     if c.sleep and has_own_gpus:
-        how = f"transport {c.transport}" if c.transport != "auto" else f'visible_devices "{c.visible_devices}"'
+        how = "hosts" if c.hosts else f"transport {c.transport}" if c.transport != "auto" else f'visible_devices "{c.visible_devices}"'
         yield "sleep", f"expected false with rollout.{how} (nobody else needs the memory of GPUs that are the engine's own), got true"
+    yield from _hosts(c)
     if c.max_model_len is not None and c.max_response_tokens >= c.max_model_len:
         yield (
             "max_response_tokens",
             f"expected less than rollout.max_model_len ({c.max_model_len}), which holds the prompt too, "
             f"got {c.max_response_tokens}",
         )
+
+
+def _hosts(c: "schema.Rollout") -> Problems:
+    if not c.hosts:
+        return
+    seen: dict[tuple[str, int], str] = {}
+    for text in c.hosts:
+        try:
+            address = parse_address(text)
+        except ValueError as error:
+            yield "hosts", str(error)
+            continue
+        if address in seen:
+            yield "hosts", f"expected each address once (an agent has one engine at a time), got {text} twice"
+        seen[address] = text
+    if len(c.hosts) < c.engines:
+        yield "hosts", f"expected at least rollout.engines = {c.engines} addresses (more are spares), got {len(c.hosts)}"
+    if c.visible_devices is not None:
+        yield (
+            "visible_devices",
+            f"expected null with rollout.hosts (set CUDA_VISIBLE_DEVICES where the agents are started), got {c.visible_devices}",
+        )
+    if c.transport in ("shared_memory", "ipc"):
+        yield "transport", f"expected auto, tcp, nccl, nccl_m2n or sharded_rdt with rollout.hosts ({c.transport} stays on one machine), got {c.transport}"
 
 
 def data(c: "schema.Data") -> Problems:

@@ -17,6 +17,7 @@ class Engine:
         number: of engines.
         gpus: GPUs it spans (``rollout.tensor_parallel_size``).
         shares_gpus: whether they are also the trainer's (transport ``ipc``); those of its owner and the next ranks then.
+        on_hosts: whether they are on machines of their own (``rollout.hosts``).
         budget_bytes: what vLLM takes, ``rollout.gpu_memory_utilization`` of the GPU.
         weight_bytes: the model.
         kv_bytes_per_token: keys and values of one token.
@@ -27,6 +28,7 @@ class Engine:
     number: int
     gpus: int
     shares_gpus: bool
+    on_hosts: bool
     budget_bytes: int
     weight_bytes: int
     kv_bytes_per_token: int
@@ -48,7 +50,15 @@ def plan_engine(
     budget = int(config.rollout.gpu_memory_utilization * gpu_memory)
     longest = config.rollout.max_model_len or hf_config["max_position_embeddings"]
     return Engine(
-        config.rollout.engines, gpus, transport == "ipc", budget, weights, per_token, max(0, budget - weights) // per_token, longest
+        number=config.rollout.engines,
+        gpus=gpus,
+        shares_gpus=transport == "ipc",
+        on_hosts=bool(config.rollout.hosts),
+        budget_bytes=budget,
+        weight_bytes=weights,
+        kv_bytes_per_token=per_token,
+        kv_tokens=max(0, budget - weights) // per_token,
+        max_model_len=longest,
     )
 
 

@@ -104,12 +104,14 @@ class Builder:
     def __call__(self, config: Config, world_size: int) -> Built:
         sizes = parallel_sizes(config.megatron).values()
         dtypes = (config.model.dtype, config.rollout.dtype)
-        key = (*sizes, *dtypes, config.optimizer.use_distributed_optimizer, config.rollout.transport, world_size)
+        key = (*sizes, *dtypes, config.optimizer.use_distributed_optimizer, self.transport(config), bool(config.rollout.hosts), world_size)
         if key not in self._built:
             ranks = list(build_ranks(config, self.hf_config, world_size))
             stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
             links, transport = self.machine.links, self.transport(config)
-            transfer = plan_transfer(ranks, self.groups, wire_bytes(config), transport, stage_ranks, links)
+            # How often the bytes go to another node; 0: the engine is on its owner's.
+            copies = 0 if not config.rollout.hosts else config.rollout.tensor_parallel_size if transport == "tcp" else 1
+            transfer = plan_transfer(ranks, self.groups, wire_bytes(config), transport, stage_ranks, links, copies)
             self._built[key] = Built(ranks, count_parameters(ranks, self.groups), transfer)
         return self._built[key]
 
@@ -121,6 +123,8 @@ class Builder:
     def transport(self, config: Config) -> str:
         """What ``rollout.transport`` means there."""
         auto = "ipc" if self.machine.on_gpu else "shared_memory"
+        if config.rollout.hosts:
+            auto = "nccl" if self.machine.on_gpu else "tcp"
         return auto if config.rollout.transport == "auto" else config.rollout.transport
 
 

@@ -100,7 +100,7 @@ def _turns(plan: Plan) -> Iterable[Table | str]:
 
 def _notes(plan: Plan) -> str:
     pipeline, engine = plan.pipeline, plan.engine
-    where = "the trainer's GPUs" if engine.shares_gpus else "GPUs of their own"
+    where = "the trainer's GPUs" if engine.shares_gpus else "other machines' GPUs" if engine.on_hosts else "GPUs of their own"
     total = "the worst phase" if _takes_turns(plan) else "weights + grads + main (float32 copy) + Adam + max(activ. + work, sync) + engine"
     return (
         f"total = {total}\n"

@@ -44,7 +44,7 @@ class GroupPlan:
         shard_bytes: most that a rank contributes, of its dense part or of its experts.
         gather_ranks: ranks that it is shared with.
         peak_bytes: extra memory on a rank of the owning stage meanwhile: the whole tensors, those before that are still
-            held (one tensor; with ``shared_memory`` the group), and the buffers of the largest collective.
+            held (one tensor; with ``shared_memory`` and ``tcp`` the group), and the buffers of the largest collective.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Transfer:
 
 
 def plan_transfer(
-    ranks: Sequence[BuiltRank], groups: Groups, itemsize: int, transport: str, stage_ranks: int, links: Links
+    ranks: Sequence[BuiltRank], groups: Groups, itemsize: int, transport: str, stage_ranks: int, links: Links, copies_to_nodes: int = 0
 ) -> Transfer:
     """Follow ``MegatronWeightSource`` group by group.
 
@@ -112,8 +112,9 @@ def plan_transfer(
         ranks: of ``build_ranks``.
         groups: of ``families.model_groups``.
         itemsize: bytes of an element on the wire.
-        transport: ``ipc``, ``nccl`` or ``shared_memory``.
+        transport: ``ipc``, ``nccl``, ``shared_memory`` or ``tcp``.
         stage_ranks: ranks of a pipeline stage.
+        copies_to_nodes: how often an engine's owner sends everything to the engine's node; 0: the owner is on that node too.
 
     Raises:
         RuntimeError: a tensor that is not covered exactly once.
@@ -139,7 +140,7 @@ def plan_transfer(
         shard_bytes, members, _ = max(gathers, key=lambda gather: gather.bytes * len(gather.members), default=Gather(0, (0,), ()))
         # Ranks write into a block that holds two neighbours. Elsewhere vLLM still has the tensor before in its hands, and
         # shards are gathered into buffers.
-        in_block = transport == "shared_memory"
+        in_block = transport in ("shared_memory", "tcp")
         peak_bytes = previous + size + (0 if in_block else max(buffers, default=0))
         previous = size if in_block else found[-1].bytes
         group = GroupPlan(_group_name(index, mappings), stage, len(found), size, shard_bytes, len(members), peak_bytes)
@@ -152,6 +153,8 @@ def plan_transfer(
     total = sum(tensor.bytes for tensor in tensors)
     # With ipc each worker of the engine reads from the memory of its own GPU; nothing crosses a link.
     engine_s = 0.0 if transport == "ipc" else total / links.gpu
+    if copies_to_nodes:
+        engine_s = copies_to_nodes * total / links.network
     sender = "the trainer's rank on the same GPU" if transport == "ipc" else "rank 0"
     peak = max(group.peak_bytes for group in plans)
     return Transfer(

@@ -25,6 +25,8 @@ class EngineConfig:
         visible_devices: CUDA_VISIBLE_DEVICES of the child; None: inherited.
         sleep: able to ``Engine.sleep`` and give its GPU memory back; vLLM on a CPU always is, and gives nothing back.
         routed_experts: return with each response the experts that its tokens went to; for models that have experts.
+        hosts: ``host:port`` of the agents that may run the engine, in the order in which they are asked; none: it is a child of its owner.
+        host_timeout_s: a connection to another machine is given up after so many seconds without a sign of life.
         load_weights: read the folder's weights, and serve them as version 0 without a sync: for evaluations.
     """
 
@@ -47,6 +49,8 @@ class EngineConfig:
     visible_devices: str | None = None
     sleep: bool = False
     routed_experts: bool = False
+    hosts: tuple[str, ...] = ()
+    host_timeout_s: float = 60.0
     load_weights: bool = False
 
 

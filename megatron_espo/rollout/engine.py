@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_espo.errors import InputError
-from megatron_espo.rollout.child import Child
+from megatron_espo.rollout.child import Child, launcher
 from megatron_espo.rollout.config import EngineConfig
 from megatron_espo.rollout.lifecycle import EngineError, State, transition
 from megatron_espo.rollout.requests import Enough, Request, request_seeds
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """One vLLM engine in a child process that dies with this one. Not thread-safe; one call at a time.
+    """One vLLM engine, in a child process that dies with this one, or on one of ``config.hosts``. Not thread-safe; one call at a time.
 
     ``state`` is a ``lifecycle.State``; only a ready engine generates. ``restart`` brings a dead engine back to
     ``starting``; it must be connected (``make_trainer_transport``) and synced again.
@@ -41,6 +41,7 @@ class Engine:
         self.max_model_len: int | None = config.max_model_len
         self.state = State.DEAD
         self._decode = decode
+        self._launch = launcher(config)
         self._child: Child | None = None
         self._next_version: int | None = None
         self._arrived_version: int | None = None
@@ -53,9 +54,8 @@ class Engine:
         if not (Path(self.config.model) / "config.json").is_file():
             raise InputError(f"model.path: expected a Hugging Face folder with config.json, got {self.config.model!r}.")
         self.close()
-        self._child = Child(self.config)
+        self._child = Child(self.config, self._launch())
         self.state = following
-        self._guarded(self._child.send, "start", (self.config,))
         return self
 
     def wait_ready(self, timeout: float | None = None) -> None:
@@ -85,8 +85,13 @@ class Engine:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child, which leads a process group of its own."""
+        """Process id of the child, which leads a process group of its own; ``None`` on another machine."""
         return self._child.pid if self._child is not None else None
+
+    @property
+    def own_address(self) -> str:
+        """This machine's address as the running engine reaches it."""
+        return self._child.own_address
 
     def __enter__(self) -> "Engine":
         return self

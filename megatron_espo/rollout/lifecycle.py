@@ -9,11 +9,12 @@ class EngineError(RuntimeError):
     Attributes:
         phase: what was going on: ``start``, ``connect``, ``rollout``, ``sleep``, or a phase of a weight sync (``wake``,
             ``transfer``, ``load``, ``finish``, ``verify``, ``canary``).
+        final: another attempt would fail in the same way.
     """
 
-    def __init__(self, message: str, phase: str = "rollout"):
+    def __init__(self, message: str, phase: str = "rollout", final: bool = False):
         super().__init__(message)
-        self.phase = phase
+        self.phase, self.final = phase, final
 
 
 class State(StrEnum):

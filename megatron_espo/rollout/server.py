@@ -1,6 +1,6 @@
-"""The child process of a rollout engine: owns one ``vllm.LLM`` and answers its owner over an inherited socket.
+"""The process of a rollout engine: owns one ``vllm.LLM`` and answers its owner over an inherited socket.
 
-Started by ``megatron_espo.rollout.engine.Engine`` as ``python -m megatron_espo.rollout.server <fd> <owner's pid>``.
+Started by ``megatron_espo.rollout.process`` as ``python -m megatron_espo.rollout.server <fd> <owner's pid>``.
 """
 
 import ctypes
@@ -274,7 +274,7 @@ def serve(connection: Connection) -> None:
     while True:
         try:
             method, args = connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             return
         if method == "close":
             return

@@ -18,38 +18,47 @@ if TYPE_CHECKING:
 # Name -> where the engine runs, and the package beyond vLLM that the transport needs.
 TRANSPORTS = {
     "shared_memory": ("this machine", None),
+    "tcp": ("any machine", None),
     "ipc": ("the trainer's GPU", None),
     "nccl": ("GPUs of its own", None),
     "nccl_m2n": ("GPUs of its own", "nccl"),
     "sharded_rdt": ("GPUs of its own", "ray"),
 }
+WITHOUT_GPU = ("shared_memory", "tcp")
 # Every trainer rank takes part with its own copy or shard; elsewhere rank 0 sends all.
 ON_ALL_RANKS = ("ipc", "nccl_m2n", "sharded_rdt")
 _RAY_NAMESPACE = "megatron_espo"
 
 
 def register_transports() -> None:
-    """Make ``shared_memory`` known to vLLM in this process; its plugin loader calls this (``vllm.general_plugins``)."""
-    import megatron_espo.rollout.shared_memory  # noqa: F401  registers on first import
+    """Make our transports known to vLLM in this process; its plugin loader calls this (``vllm.general_plugins``)."""
+    import megatron_espo.rollout.shared_memory
+    import megatron_espo.rollout.tcp  # noqa: F401  both register on first import
 
 
-def resolve_transport(name: str, visible_devices: str | None = None) -> str:
+def resolve_transport(name: str, visible_devices: str | None = None, on_hosts: bool = False) -> str:
     """The transport that ``rollout.transport`` stands for on this machine, its placement checked.
 
-    ``auto``: on a GPU, ``ipc`` where the engine shares the trainer's and ``nccl`` where ``visible_devices`` gives it its
-    own; else ``shared_memory``.
+    ``auto``: on a GPU, ``ipc`` where the engine shares the trainer's and ``nccl`` where it has its own (``visible_devices``, ``on_hosts``);
+    else ``shared_memory``, or ``tcp`` to another machine.
+
+    Args:
+        on_hosts: the engine is on another machine (``rollout.hosts``).
 
     Raises:
         InputError: unknown name, no GPU, a package that is missing, or an engine on the wrong GPUs.
     """
     has_gpu = torch.cuda.is_available()
     if name == "auto":
-        name = ("nccl" if visible_devices else "ipc") if has_gpu else "shared_memory"
+        name = ("nccl" if visible_devices or on_hosts else "ipc") if has_gpu else ("tcp" if on_hosts else "shared_memory")
     if name not in TRANSPORTS:
         raise InputError(f"rollout.transport: expected auto, {', '.join(TRANSPORTS)}; got {name!r}.")
-    if name != "shared_memory" and not has_gpu:
-        raise InputError(f"rollout.transport: {name!r} needs a GPU and none is available; use shared_memory or auto.")
-    check_placement(name, visible_devices, os.environ)
+    if name not in WITHOUT_GPU and not has_gpu:
+        raise InputError(f"rollout.transport: {name!r} needs a GPU and none is available; use {' or '.join(WITHOUT_GPU[on_hosts:])} or auto.")
+    if name == "tcp" and has_gpu:
+        raise InputError("rollout.transport: 'tcp' gathers weights in a CPU's memory; use nccl, which needs no RDMA either, or auto.")
+    if not on_hosts:
+        check_placement(name, visible_devices, os.environ)
     package = TRANSPORTS[name][1]
     if package and importlib.util.find_spec(package) is None:
         raise InputError(f"rollout.transport: {name!r} needs the package {package!r}; install it, or use nccl.")
@@ -145,10 +154,15 @@ def _init_info(name: str, engine: Engine | None, rank: int) -> "TrainerInitInfo"
     workers = engine.config.tensor_parallel_size if engine is not None else 0
     if name not in ("nccl_m2n", "sharded_rdt") and engine is not None:
         rank = 0  # vLLM's word for the sender; there is one for each engine
+    address = engine.own_address if engine is not None else ""
     if name == "shared_memory":
         from megatron_espo.rollout.shared_memory import SharedMemoryTrainerInitInfo
 
         return SharedMemoryTrainerInitInfo(rank=rank)
+    if name == "tcp":
+        from megatron_espo.rollout.tcp import TcpTrainerInitInfo
+
+        return TcpTrainerInitInfo(rank=rank, address=address, workers=workers, timeout_s=engine.config.host_timeout_s if engine else 0.0)
     if name == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
@@ -169,15 +183,17 @@ def _init_info(name: str, engine: Engine | None, rank: int) -> "TrainerInitInfo"
         from vllm.distributed.weight_transfer.m2n_trainer import M2NTrainerInitInfo
 
         ranks = dist.get_world_size()
-        # The engine is a child of rank 0, so it is rank 0's machine where all meet.
-        address, port, workers = _from_rank_0([os.environ.get("MASTER_ADDR", "127.0.0.1"), port, workers])
+        # All meet on rank 0's machine, whose name for the trainer's ranks may mean nothing to an engine's.
+        if engine is None or not engine.config.hosts:
+            address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        address, port, workers = _from_rank_0([address, port, workers])
         return M2NTrainerInitInfo(
             rank=rank, master_address=address, master_port=port, world_size=ranks + workers, num_trainer_ranks=ranks
         )
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    # Only rank 0 and the engine's workers meet, on this machine: the engine is a child of rank 0.
-    return NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=port, world_size=1 + workers, rank=rank)
+    # The engine's owner and its workers meet, on the owner's machine.
+    return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=1 + workers, rank=rank)
 
 
 def _from_rank_0(values: list) -> list:

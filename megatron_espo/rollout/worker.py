@@ -1,4 +1,4 @@
-"""What vLLM's workers get from this project (``worker_extension_cls``): the shared-memory transport and the checks."""
+"""What vLLM's workers get from this project (``worker_extension_cls``): our transports and the checks."""
 
 import numpy as np
 import torch
@@ -8,11 +8,12 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
+from megatron_espo.rollout.reloading import forget_expert_kernels, repack_tied_head
 from megatron_espo.rollout.routed_experts import RoutedExpertsRecord
 from megatron_espo.rollout.served import served_checksums
+from megatron_espo.rollout.transport import register_transports
 
-# The import registers the transport in this process.
-from megatron_espo.rollout.shared_memory import forget_expert_kernels, repack_tied_head
+register_transports()
 
 
 class WorkerExtension:

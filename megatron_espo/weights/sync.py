@@ -72,7 +72,7 @@ class WeightSync:
         canary: Sequence[Prompt] = (),
     ) -> None:
         self._config, self._rank = config.rollout, runtime.rank
-        self._name = resolve_transport(config.rollout.transport, config.rollout.visible_devices)
+        self._name = resolve_transport(config.rollout.transport, config.rollout.visible_devices, bool(config.rollout.hosts))
         self._dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         dtypes = {self._dtype, config.model.dtype}
         self._tolerance = config.rollout.canary_tolerance or max(TOLERANCE[dtype] for dtype in dtypes)
@@ -261,7 +261,7 @@ class WeightSync:
             # Other ranks are inside the gather that failed here: they cannot be asked.
             raise WeightSyncError(f"weights: rank {self._rank}, phase gather, {error}") from error
         except EngineError as error:
-            own = Failure(self._rank, error.phase, str(error))
+            own = Failure(self._rank, error.phase, str(error), final=error.final)
         except InputError as error:
             own = Failure(self._rank, phase, str(error), final=True, mistake=True)
         except Exception as error:

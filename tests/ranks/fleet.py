@@ -17,7 +17,7 @@ def prompts(*ids: str) -> list[Prompt]:
 class MadeUp:
     """Answers with what it was asked for; fails or takes long where the prompt says so."""
 
-    def generate(self, prompts, group_size, *, seed=None, on_progress=None, sampling=None, on_finished=None):
+    def generate(self, prompts, group_size, *, seed=None, on_progress=None, sampling=None, on_finished=None, begun=None, enough=None):
         for place, prompt in enumerate(prompts):
             if prompt.id == "fail":
                 raise EngineError("it broke")

@@ -36,6 +36,7 @@ def start(folder: str, engine_type=None, exporter: str | None = None, tensor: in
     from megatron_espo.weights.sync import WeightSync
 
     settings = {"temperature": 0.7, "timeout_s": 60.0, "max_response_tokens": 12} | rollout
+    where = {"transport": "tcp", "hosts": tuple(settings["hosts"]), "host_timeout_s": 10.0} if "hosts" in settings else {}
     greedy = settings.pop("greedy", False)
     config = Config.model_validate(
         {
@@ -55,6 +56,7 @@ def start(folder: str, engine_type=None, exporter: str | None = None, tensor: in
                 temperature=0.0 if greedy else 0.7,
                 tensor_parallel_size=config.rollout.tensor_parallel_size,
                 sleep=config.rollout.sleep,
+                **where,
             ),
             decode=str,
         ).start()
@@ -121,14 +123,35 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
     return {"metrics": metrics, "gap": gap}
 
 
-def arm_killer(engine) -> None:
-    """Kill the engine's process in the middle of its next sync, once."""
+def sync_over_hosts(folder: str, hosts: list[str], agent_pid: int) -> dict:
+    """Three versions into an engine of two workers on another host, whose agent is killed in the middle of the second one's sync; then what is served."""
+    learner, engine, sync = start(folder, tensor=2, tensor_parallel_size=2, hosts=hosts, verify_every=1)
+    metrics = [sync.push(0)]
+    change(learner, 1.1)
+    if engine is not None:
+        arm_killer(engine, agent_pid)
+    metrics += [sync.push(1), sync.push(2)]
+    pairs, logprobs = [], []
+    if engine is not None:
+        for (rollout,) in engine.generate(PROMPTS, 1, seed=3):
+            pairs.append((rollout.prompt.token_ids, rollout.response_ids))
+            logprobs.append(rollout.logprobs)
+        engine.close()
+    box = [pairs]
+    dist.broadcast_object_list(box, src=0)
+    trained = learner.score(box[0])
+    gap = max((abs(a - b) for row, other in zip(logprobs, trained, strict=False) for a, b in zip(row, other, strict=True)), default=None)
+    return {"metrics": metrics, "gap": gap}
+
+
+def arm_killer(engine, pid: int | None = None) -> None:
+    """Kill the engine's process, or another, in the middle of its next sync, once."""
     deliver, calls = engine.update_weights, []
 
     def update_weights(info):
         calls.append(info)
         if len(calls) == 2:
-            os.kill(engine.pid, signal.SIGKILL)
+            os.kill(pid or engine.pid, signal.SIGKILL)
         deliver(info)
 
     engine.update_weights = update_weights
@@ -196,7 +219,7 @@ def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
 
     Two expert-parallel ranks write into its memory; two tensor-parallel ones do not, as if they were on two machines.
     """
-    from megatron_espo.rollout.shared_memory import SharedBlock
+    from megatron_espo.rollout.block import SharedBlock
 
     sizes = {"expert": expert} if expert > 1 else {"tensor": 2}
     if expert == 1:

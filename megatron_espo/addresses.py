@@ -1,0 +1,23 @@
+"""``host:port`` as it is written in settings and on the command line. Standard library only."""
+
+import re
+
+DEFAULT_PORT = 7700
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]/]+)):(\d{1,5})")
+_EVERYWHERE = ("0.0.0.0", "::", "*")
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``("10.0.0.5", 7700)`` of ``10.0.0.5:7700``; IPv6 addresses are in brackets. ValueError says what was expected."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise ValueError(f'expected host:port, such as "10.0.0.5:{DEFAULT_PORT}", got "{text}"')
+    host = match[1] or match[2]
+    if host in _EVERYWHERE:
+        raise ValueError(f'expected the address of one machine, got "{text}"')
+    return host, int(match[3])
+
+
+def show_address(host: str, port: int) -> str:
+    """The text that :func:`parse_address` reads."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
