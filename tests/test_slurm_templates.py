@@ -142,8 +142,8 @@ def test_split_layout_is_valid():
     from megatron_espo.config import load_config
     from tests.test_run_espo_70b import MODELS
 
-    words = DISAGGREGATED.read_text().split()
-    layout = [word for word in words if word.startswith(("rollout.gpu", "rollout.max", "algorithm."))]
+    words = [word.strip('"') for word in DISAGGREGATED.read_text().split()]
+    layout = [word for word in words if word.startswith(("rollout.gpu", "rollout.sleep", "rollout.max", "megatron.", "algorithm."))]
     config = load_config(str(ROOT / "examples/llama3_70b_8nodes.yaml"), [*layout, "rollout.engines=2", "rollout.hosts=['n9:7700', 'n10:7701']"])
-    assert len(layout) == 3 and config.validate_for(64) == 2 and config.rollout.max_staleness == 1
+    assert len(layout) == 5 and config.validate_for(64) == 2 and config.rollout.max_staleness == 1
     config.validate_model(MODELS["llama3_70b"])
