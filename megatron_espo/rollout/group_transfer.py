@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from megatron_espo.collectives import first_answer
 from megatron_espo.rollout.block import SharedBlock
 from megatron_espo.rollout.reloading import forget_expert_kernels, repack_tied_head
 
@@ -209,7 +210,7 @@ class GroupSender(TrainerWeightTransferEngine[TrainerInitInfo]):
         self._introduce(init_info, max(sizes), manifest)
 
     def _connect(self) -> None:
-        """Let the source write into the block. Once, on every rank; with a ``lockstep`` a broadcast and a gather over all."""
+        """Let the source write into the block. Once, on every rank; with a ``lockstep`` a broadcast and an all-reduce over all."""
         self._is_connected, is_shared = True, False
         if (lockstep := getattr(self.source, "lockstep", None)) is not None:
             lockstep.meet("the shared memory")
@@ -223,9 +224,7 @@ class GroupSender(TrainerWeightTransferEngine[TrainerInitInfo]):
                 self._block = SharedBlock.attach_if_here(*box[0])
             # Another sender has an engine and a block of its own: each has to gather then.
             has_same = dist.get_rank() == 0 or (not self.is_sender and self._block is not None)
-            here: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(here, has_same)
-            is_shared = all(here)
+            is_shared = first_answer(None if has_same else "elsewhere") is None
         if hasattr(self.source, "use_memory") and (self.is_sender or is_shared):
             self.source.use_memory(self._take, is_shared)
 

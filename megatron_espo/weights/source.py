@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_espo.collectives import control_device, gathered, on_rank_0
 from megatron_espo.errors import InputError
 from megatron_espo.weights.binding import Bound, Cut, Place, bind
 from megatron_espo.weights.families import Mapping, model_groups
@@ -54,7 +55,7 @@ class MegatronWeightSource:
         read: what to stream of a parameter: itself, or a tensor of its shape (its ``main_grad``).
         lockstep: finds out who is late, before each gather on a CPU and before the first one elsewhere; None: nobody does.
 
-    Collectives: construction runs one ``all_gather_object`` over all ranks; iteration as above; else none.
+    Collectives: construction runs an all-reduce, a gather and a broadcast over all ranks; iteration as above; else none.
 
     Raises:
         InputError: the model and the naming table do not match (see ``binding.bind``).
@@ -262,16 +263,15 @@ def _find_owners(
 ) -> tuple[list[int], dict[int, int]]:
     """The first pipeline stage that holds each group (a tied embedding has a copy on the last); stages of the
     participating ranks."""
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (stage, participates, [bool(group) for group in bound]))
-    owners = []
-    for index, group in enumerate(groups):
-        stages = [stage for stage, _, holds in answers if holds[index]]
-        if not stages:
+    nobody = dist.get_world_size()
+    owners = torch.tensor([stage if group else nobody for group in bound], device=control_device())
+    dist.all_reduce(owners, op=dist.ReduceOp.MIN)
+    for group, owner in zip(groups, owners.tolist(), strict=True):
+        if owner == nobody:
             name = group[0].megatron[0]
             raise InputError(f"no pipeline stage holds {name!r}; config.json must be the one the model was built from")
-        owners.append(min(stages))
-    return owners, {rank: stage for rank, (stage, participates, _) in enumerate(answers) if participates}
+    answers = gathered(stage if participates else None)
+    return owners.tolist(), on_rank_0(lambda: {rank: stage for rank, stage in enumerate(answers) if stage is not None})
 
 
 def _names(group: list[Mapping]) -> list[str]:

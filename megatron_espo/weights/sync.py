@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_espo.collectives import control_device, first_answer, gathered, on_rank_0
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
 from megatron_espo.mcore.runtime import Runtime
@@ -226,32 +227,31 @@ class WeightSync:
 
         if failure := self._agree("canary", sample):
             return failure
-        answered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(answered, own)
-        if not any(answered):
+        answered = gathered(own)
+        # Engines say the same, as a rule: what one of them said is scored once.
+        scored = on_rank_0(lambda: {sample.key: sample.scored for samples in answered for sample in samples})
+        if not scored:
             return None
-        trained = self._learner.score(
-            [(sample.prompt_ids, sample.response_ids, sample.routed_experts) for samples in answered for sample in samples]
-        )
-        # What follows is the same on every rank.
-        gaps = []
-        for rank, samples in enumerate(answered):
-            if not samples:
-                continue
-            gap, worst = canary_gap(samples, trained[: len(samples)])
-            trained = trained[len(samples) :]
-            gaps.append(gap)
-            if not gap <= self._tolerance:
-                limit = f"rollout.canary_tolerance {self._tolerance:g}"
-                if self._engine is not None:
-                    self._engine.reject()
-                return Failure(rank, "canary", f"mean |engine - trainer| log-prob gap {gap:.4g} nats, above {limit}; {worst}")
+        trained = dict(zip(scored, self._learner.score(list(scored.values())), strict=True))
+        largest = torch.tensor(-torch.inf, dtype=torch.float64, device=control_device())
+
+        def compare() -> None:
+            if own:
+                gap, worst = canary_gap(own, [trained[sample.key] for sample in own])
+                largest.fill_(gap)
+                if not gap <= self._tolerance:
+                    limit = f"rollout.canary_tolerance {self._tolerance:g}"
+                    raise EngineError(f"mean |engine - trainer| log-prob gap {gap:.4g} nats, above {limit}; {worst}", "canary")
+
+        if failure := self._agree("canary", compare):
+            return failure
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         if self._engine is not None:
-            metrics |= {"mismatch/canary": max(gaps), "time/canary_s": time.perf_counter() - began}
+            metrics |= {"mismatch/canary": float(largest), "time/canary_s": time.perf_counter() - began}
         return None
 
     def _agree(self, phase: str, action: Callable[[], None]) -> Failure | None:
-        """Run ``action`` on this rank; the first rank's failure, on every rank. One small collective."""
+        """Run ``action`` on this rank; the first rank's failure, on every rank. Collective as ``Lockstep.meet`` and :func:`first_answer`."""
         own = None
         try:
             action()
@@ -272,9 +272,7 @@ class WeightSync:
             self._lockstep.meet("the end of this phase")
         except RankLostError as error:
             raise WeightSyncError(f"weights: phase {phase}: {error}{f'; before, {own}' if own else ''}") from None
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, own)
-        return next((outcome for outcome in outcomes if outcome is not None), None)
+        return first_answer(own)
 
 
 class NoSync:

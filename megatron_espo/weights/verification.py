@@ -36,6 +36,16 @@ class CanarySample:
     logprobs: tuple[float, ...]
     routed_experts: Any = None
 
+    @property
+    def scored(self) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
+        """What the trainer is asked for the log-probs of."""
+        return self.prompt_ids, self.response_ids, self.routed_experts
+
+    @property
+    def key(self) -> tuple:
+        """Equal where :attr:`scored` is."""
+        return self.prompt_ids, self.response_ids, None if self.routed_experts is None else self.routed_experts.tobytes()
+
 
 def canary_gap(samples: Sequence[CanarySample], trained: Sequence[Sequence[float]]) -> tuple[float, str]:
     """Mean |engine - trainer| log-prob gap over all tokens (NaN if one is), and the worst token in words."""
