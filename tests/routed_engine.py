@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_espo.config.experts import read_experts
-from megatron_espo.rollout.child import child_environment
+from megatron_espo.rollout.process import child_environment
 from megatron_espo.rollout.config import EngineConfig
 from tests.distributed import ROOT
 

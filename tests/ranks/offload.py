@@ -39,7 +39,7 @@ def train(learner, step: int, hf_config: dict) -> tuple:
     """A step's metrics, and afterwards the log-probs of some tokens, for which an offloader has the weights alone on the device."""
     metrics = learner.update(make_groups(step, hf_config["vocab_size"]), lambda done, total: None)
     learner.offloader.to_host("optimizer", "gradients")
-    scores = learner.score([((1, 2, 3), (4, 5)), ((7, 8), (9, 10, 11, 12))])
+    scores = learner.score([((1, 2, 3), (4, 5), None), ((7, 8), (9, 10, 11, 12), None)])
     learner.offloader.to_device("optimizer", "gradients")
     return metrics, scores
 

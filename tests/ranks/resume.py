@@ -35,7 +35,8 @@ def make_learner(folder: str, dtype: str, sizes: dict, optimizer: dict | None = 
         megatron=Megatron(**sizes),
         optimizer=Optimizer(lr=1e-2, lr_decay_style="linear", lr_warmup_iters=2, **optimizer or {}),
         algorithm=Algorithm(num_mini_batches=2, **algorithm or {}),
-        rollout=Rollout(prompts_per_step=4, group_size=2, max_response_tokens=10),
+        # No engine has chosen experts for the groups of ``make_groups``.
+        rollout=Rollout(prompts_per_step=4, group_size=2, max_response_tokens=10, router_replay=False),
         data=Data(prompts="reasoning_gym:none"),
     )
     place = runtime.initialize(**runtime.parallel_sizes(config.megatron))
