@@ -14,6 +14,7 @@ from megatron_espo.metrics import read_metrics
 
 BEGIN, END = "<!-- results: written by examples/compare_objectives.py -->", "<!-- end of results -->"
 LAST = 3  # steps that count as the end of a run
+OLDER = {"espo-one-step-off", "espo-partial"}  # variants on rollouts of older weights
 PANELS = {
     "reward/mean": "Reward",
     "policy/entropy": "Entropy of trained tokens (nats)",
@@ -133,7 +134,8 @@ def draw_all(runs: list[Run], folder: Path) -> dict[str, Path]:
     """Caption to file of every picture."""
     folder.mkdir(parents=True, exist_ok=True)
     objectives = [run for run in runs if "-" not in run.variant]
-    ablations = [run for run in runs if run.variant.startswith("espo")]
+    ablations = [run for run in runs if run.variant.startswith("espo") and run.variant not in OLDER]
+    older = [run for run in runs if run.variant in OLDER | {"espo"}]
     pictures = {}
     for task in dict.fromkeys(run.task for run in runs):
         mine = {variant: seeds for (t, variant), seeds in grouped(objectives).items() if t == task}
@@ -141,9 +143,10 @@ def draw_all(runs: list[Run], folder: Path) -> dict[str, Path]:
     pictures["Clipped share by objective, in the manner of the paper's Figure 4; entropy against clipped share, of its Figure 5"] = draw_clipping(
         objectives, folder / "study-clipping.png"
     )
-    if len({run.variant for run in ablations}) > 1:
-        mine = {variant: seeds for (task, variant), seeds in grouped(ablations).items() if task == runs[0].task}
-        pictures["Ablations of ESPO, and ESPO on older rollouts"] = draw_curves(mine, folder / "study-ablations.png")
+    for caption, some, name in (("Ablations of ESPO", ablations, "ablations"), ("ESPO on older rollouts", older, "older")):
+        if len({run.variant for run in some}) > 1:
+            mine = {variant: seeds for (task, variant), seeds in grouped(some).items() if task == runs[0].task}
+            pictures[caption] = draw_curves(mine, folder / f"study-{name}.png")
     return pictures
 
 

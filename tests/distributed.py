@@ -1,9 +1,12 @@
-"""Run one plain function on several gloo ranks under ``torchrun``.
+"""Run one plain function on several gloo ranks, under the launcher of ``torchrun``.
 
     run_ranks(2, "tests.ranks.numerics:check_gradient", temperature=0.7)
 
 The function is called on every rank with the keyword arguments (sent as JSON). What rank 0 returns comes back (as JSON). Any
 rank's exception fails the caller with the ranks' output.
+
+Launcher and ranks are forked from one process that has imported torch and Megatron-Core: importing them anew on every rank takes longer than most
+of the functions. That process runs nothing itself, so that what it hands on is fresh.
 """
 
 import importlib
@@ -13,6 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +28,98 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_ranks(nproc: int, target: str, timeout: float = 240, **kwargs: Any) -> Any:
     """Call ``target`` (``module:function``) on ``nproc`` ranks; return rank 0's answer."""
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.json")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-        command += ["-m", "tests.distributed", target, json.dumps(kwargs), str(answer)]
-        # Behind it what the caller has, such as another Megatron-Core (tools/test_compat.sh).
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            raise AssertionError(f"{target} on {nproc} ranks: no end after {timeout} s\n{output[-6000:]}") from None
-        assert process.returncode == 0, f"{target} on {nproc} ranks failed\n{output[-6000:]}"
+        answer, log = Path(folder, "answer.json"), Path(folder, "log")
+        function = (target, kwargs, str(answer))
+        place = {"nproc": nproc, "log": str(log), "environment": dict(os.environ)}
+        server = _server()
+        print(json.dumps({"function": function, "place": place, "timeout": timeout}), file=server.stdin, flush=True)
+        outcome = json.loads(server.stdout.readline())
+        output = log.read_text(errors="replace")[-6000:]
+        assert outcome is not None, f"{target} on {nproc} ranks: no end after {timeout} s\n{output}"
+        assert outcome == 0, f"{target} on {nproc} ranks failed\n{output}"
         return json.loads(answer.read_text())
 
 
-def main() -> None:
+@cache
+def _server() -> subprocess.Popen:
+    """The process that has imported everything; it ends with this one, which closes its input."""
+    # Behind it what the caller has, such as another Megatron-Core (tools/test_compat.sh).
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed"]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def serve() -> None:
+    """Fork a launcher for each line of the input, wait for it, and tell its exit status; ``null`` if it had to be killed."""
+    for module in ("megatron_espo.mcore.learner", "megatron_espo.weights.source", "torch.distributed.launcher.api"):
+        importlib.import_module(module)
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            _launch(job["function"], **job["place"])
+        print(json.dumps(_outcome(pid, time.monotonic() + job["timeout"])), flush=True)
+
+
+def _outcome(pid: int, deadline: float) -> int | None:
+    try:
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return None
+    finally:
+        # The launcher leads its own process group; what it left behind ends here too.
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def _launch(function: list, nproc: int, log: str, environment: dict[str, str]) -> None:
+    """``torchrun --standalone --nproc-per-node NPROC``, except that the ranks are forked. Does not return."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    config = LaunchConfig(
+        1, 1, nproc, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+        max_restarts=0, monitor_interval=0.1,
+    )  # fmt: skip
+    status = 0
+    try:
+        elastic_launch(config, _rank)(*function)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def _rank(target: str, kwargs: dict, answer: str) -> None:
     """Entry of each rank: bring up gloo, call the function, write rank 0's answer."""
-    target, kwargs, answer = sys.argv[1:]
     import torch
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    module, function = target.split(":")
-    result = getattr(importlib.import_module(module), function)(**json.loads(kwargs))
-    if torch.distributed.get_rank() == 0:
-        Path(answer).write_text(json.dumps(result))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    try:
+        torch.distributed.init_process_group("gloo")
+        module, function = target.split(":")
+        result = getattr(importlib.import_module(module), function)(**kwargs)
+        if torch.distributed.get_rank() == 0:
+            Path(answer).write_text(json.dumps(result))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        print("".join(f"[rank{os.environ['RANK']}] {line}\n" for line in traceback.format_exc().splitlines()), file=sys.stderr, flush=True)
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from megatron_espo.config.experts import read_experts
-from megatron_espo.rollout.process import child_environment
 from megatron_espo.rollout.config import EngineConfig
+from megatron_espo.rollout.process import child_environment
 from tests.distributed import ROOT
 
 RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS = 90, 60, 12

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 
 from megatron_espo.collect import Collector
 from megatron_espo.config import Algorithm, Config, Data, Eval, Model, Rollout, Run, load_config
@@ -25,7 +24,7 @@ from megatron_espo.stopping import Stopped
 from tests.distributed import ROOT
 from tests.faults.runs import Runs, environment
 from tests.test_dynamic_sampling import FakeRewards, make_sample
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, write_tiny_run
 
 STEPS, PROMPTS, GROUP = 5, 4, 2
 
@@ -180,18 +179,12 @@ def test_resumed_batches_are_taken_from_the_log(tmp_path, one_rank):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_step_off")
     save_tiny_model(folder / "model")
-    rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(9)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "run": {"dir": "(given)", "steps": STEPS, "checkpoint_every": 2, "keep_rollouts": True},
-        "model": {"path": str(folder / "model"), "dtype": "float32"},
-        "optimizer": {"lr": 0.003},
-        "algorithm": {"rollout_correction": "token"},
-        "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_response_tokens": 6, "timeout_s": 120, "max_staleness": 1},
-        "data": {"prompts": str(folder / "prompts.jsonl")},
-        "reward": {"function": "tests.test_end_to_end:shortness"},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    write_tiny_run(
+        folder,
+        run={"steps": STEPS, "checkpoint_every": 2, "keep_rollouts": True},
+        algorithm={"rollout_correction": "token"},
+        rollout={"prompts_per_step": PROMPTS, "group_size": GROUP, "max_staleness": 1},
+    )
     return folder
 
 

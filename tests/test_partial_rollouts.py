@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-import yaml
 
 from megatron_espo.config import load_config
 from megatron_espo.errors import InputError
 from megatron_espo.rollout.requests import Countdown, Enough, Request
 from megatron_espo.rollout_log import RolloutLog
 from tests.faults.runs import Runs
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, write_tiny_run
 
 STEPS, PROMPTS, GROUP, EXTRA, TOKENS = 5, 4, 2, 2, 24
 
@@ -20,19 +19,13 @@ STEPS, PROMPTS, GROUP, EXTRA, TOKENS = 5, 4, 2, 2, 24
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("partial")
     save_tiny_model(folder / "model")
-    rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(9)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "run": {"dir": "(given)", "steps": STEPS, "checkpoint_every": 2, "keep_rollouts": True},
-        "model": {"path": str(folder / "model"), "dtype": "float32"},
-        "optimizer": {"lr": 0.003},
-        "algorithm": {"rollout_correction": "token"},
-        "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_response_tokens": TOKENS, "timeout_s": 120}
-        | {"extra_prompts": EXTRA, "max_carried_steps": 2},
-        "data": {"prompts": str(folder / "prompts.jsonl")},
-        "reward": {"function": "tests.test_end_to_end:shortness"},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    partial = {"extra_prompts": EXTRA, "max_carried_steps": 2}
+    write_tiny_run(
+        folder,
+        run={"steps": STEPS, "checkpoint_every": 2, "keep_rollouts": True},
+        algorithm={"rollout_correction": "token"},
+        rollout={"prompts_per_step": PROMPTS, "group_size": GROUP, "max_response_tokens": TOKENS} | partial,
+    )
     return Runs(folder, STEPS)
 
 

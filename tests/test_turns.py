@@ -1,13 +1,10 @@
 """Runs in which trainer and engine take turns with the memory are those in which they do not, bit for bit, in every layout and after faults."""
 
-import json
-
 import pytest
-import yaml
 
 from tests.faults.runs import Runs
 from tests.same_run import TURNS, assert_same_run
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, write_tiny_run
 
 STEPS = 4
 LAYOUTS = {
@@ -28,18 +25,13 @@ def runs(tmp_path_factory) -> Runs:
     save_tiny_model(folder / "model", num_hidden_layers=4)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     save_tiny_model(folder / "moe", "qwen3_moe", **experts)
-    rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(9)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "run": {"dir": "(given)", "steps": STEPS, "checkpoint_every": 2, "keep_rollouts": True},
-        "model": {"path": str(folder / "model"), "dtype": "bfloat16"},
-        "optimizer": {"lr": 0.003},
-        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 6, "cpu_kv_cache_gib": 0.25, "timeout_s": 120, "canary_tolerance": 1},
-        "data": {"prompts": str(folder / "prompts.jsonl")},
-        "eval": {"prompts": str(folder / "prompts.jsonl"), "every": 1, "samples": 2},
-        "reward": {"function": "tests.test_end_to_end:shortness"},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    write_tiny_run(
+        folder,
+        run={"steps": STEPS, "checkpoint_every": 2, "keep_rollouts": True},
+        model={"dtype": "bfloat16"},
+        rollout={"group_size": 4, "cpu_kv_cache_gib": 0.25, "canary_tolerance": 1},
+        eval={"prompts": str(folder / "prompts.jsonl"), "every": 1, "samples": 2},
+    )
     return Runs(folder, STEPS)
 
 

@@ -1,6 +1,9 @@
 """A tiny chat model with a tokenizer, made on the spot: enough for a whole run in seconds."""
 
+import json
 from pathlib import Path
+
+import yaml
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"0123456789", "+", "-", "=", "?", ".", "What", "is", "the", "answer", "number", "only"]
 
@@ -38,3 +41,20 @@ def save_tiny_model(folder: str | Path, family: str = "llama", seed: int = 7, **
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+
+def write_tiny_run(folder: Path, **sections: dict) -> None:
+    """``run.yaml`` over the model in ``folder / "model"`` and nine prompts, also written; ``sections`` add to its settings."""
+    rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(9)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run": {"dir": "(given)"},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "optimizer": {"lr": 0.003},
+        "rollout": {"prompts_per_step": 4, "group_size": 2, "max_response_tokens": 6, "timeout_s": 120},
+        "data": {"prompts": str(folder / "prompts.jsonl")},
+        "reward": {"function": "tests.test_end_to_end:shortness"},
+    }
+    for name, settings in sections.items():
+        config[name] = config.get(name, {}) | settings
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))

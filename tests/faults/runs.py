@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from megatron_espo.batch import ScoredGroups
@@ -18,7 +17,7 @@ from megatron_espo.faults import VARIABLE
 from megatron_espo.rollout_log import RolloutLog
 from megatron_espo.types import Prompt, Rollout
 from tests.distributed import ROOT
-from tests.tiny import WORDS, save_tiny_model
+from tests.tiny import WORDS, save_tiny_model, write_tiny_run
 
 
 def record_rollouts(folder: Path, steps: int) -> None:
@@ -55,18 +54,8 @@ class Runs:
         """Model, rollouts (of two steps more) and configuration; a checkpoint ``every`` so many steps."""
         save_tiny_model(folder / "model")
         record_rollouts(folder / "rollouts", steps + 2)
-        rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(9)]
-        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        run = {"dir": "(given)", "steps": steps, "checkpoint_every": every, "replay": str(folder / "rollouts"), "agree_every": 1}
-        config = {
-            "run": run | {"watchdog_s": 10.0},
-            "model": {"path": str(folder / "model"), "dtype": "bfloat16"},
-            "optimizer": {"lr": 0.003},
-            "rollout": {"prompts_per_step": 4, "group_size": 2, "max_response_tokens": 6},
-            "data": {"prompts": str(folder / "prompts.jsonl")},
-            "reward": {"function": "tests.test_end_to_end:shortness"},
-        }
-        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        run = {"steps": steps, "checkpoint_every": every, "replay": str(folder / "rollouts"), "agree_every": 1, "watchdog_s": 10.0}
+        write_tiny_run(folder, run=run, model={"dtype": "bfloat16"})
         return Runs(folder, steps)
 
     def command(self, run: str, *overrides: str, ranks: int = 2) -> list[str]:
