@@ -262,6 +262,7 @@ def test_order_of_the_longest_first():
     assert estimates.longest_first(prompts) == [2, 1, 0, 3, 4], "never sampled, 5, 3, 3, 1 tokens"
 
 
+@pytest.mark.slow
 def test_what_was_recorded_gives_the_same_weights(folder, synchronous):
     run(folder, "moving")
     assert_whole(folder, "moving")
