@@ -59,7 +59,7 @@ def _tell_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> Non
 
     Only the first rank to fail: what others then meet are the consequences.
     """
-    if read_json(folder / "status.json").get("state") == "failed":
+    if read_json(folder / "status.json").get("state") == "failed" or not _is_first(folder):
         return
     why = f"{type(error).__name__}: {error}"
     if not isinstance(error, InputError):
@@ -69,3 +69,14 @@ def _tell_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> Non
         why = f"{gone}rank {watchdog.rank}, step {watchdog.step}, phase {watchdog.phase}: {line}; the same command goes on from the latest checkpoint"
         print(f"error: {why}", file=sys.stderr, flush=True)
     write_status(folder, "failed", why)
+
+
+def _is_first(folder: Path) -> bool:
+    """Whether no other rank tells its failure: of ranks that fail at once, the one that makes the file, which ``Watchdog.clear`` removes."""
+    try:
+        (folder / "heartbeats" / "failure").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # no room, no rights: rather twice than never
+        pass
+    return True

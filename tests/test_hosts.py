@@ -20,6 +20,8 @@ WATCHDOG_S, ENGINE_S = 20, 20
 HOST_S = 10
 # Two ranks, one a host: tensor parallelism crosses the cable.
 SMALLER = ["megatron.pipeline_model_parallel_size=1", "megatron.virtual_pipeline_model_parallel_size=null", "megatron.sequence_parallel=true"]
+# Engines on machines of their own have their own memory, as in examples/slurm/espo_disaggregated.sbatch.
+OWN_MEMORY = ["rollout.sleep=false", "megatron.offload=[]"]
 
 
 def ip(*words: str) -> None:
@@ -150,7 +152,7 @@ def disaggregated(hosts: list[str], folder: Path, *overrides: str) -> Iterator[l
     addresses = [f"{address}:7700" for address in ADDRESSES[1 : len(hosts)]]
     engine = [sys.executable, "-m", "megatron_espo", "engine", "runs/rehearsal/run", "--listen"]
     agents = [start_on(name, folder, f"host{i}.log", [*engine, addresses[i - 1]]) for i, name in enumerate(hosts) if i]
-    command = ["bash", str(ROOT / "examples" / "run_espo_70b.sh"), "--rehearse", *SMALLER, f"rollout.hosts={addresses}", *overrides]
+    command = ["bash", str(ROOT / "examples" / "run_espo_70b.sh"), "--rehearse", *SMALLER, f"rollout.hosts={addresses}", *OWN_MEMORY, *overrides]
     place = {"NPROC_PER_NODE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [start_on(hosts[0], folder, "host0.log", [*command, f"rollout.host_timeout_s={HOST_S}"], **place), *agents]
     try:

@@ -131,13 +131,13 @@ def sync_over_hosts(folder: str, hosts: list[str], agent_pid: int) -> dict:
     if engine is not None:
         arm_killer(engine, agent_pid)
     metrics += [sync.push(1), sync.push(2)]
-    pairs, logprobs = [], []
+    responses, logprobs = [], []
     if engine is not None:
         for (rollout,) in engine.generate(PROMPTS, 1, seed=3):
-            pairs.append((rollout.prompt.token_ids, rollout.response_ids))
+            responses.append((rollout.prompt.token_ids, rollout.response_ids, None))
             logprobs.append(rollout.logprobs)
         engine.close()
-    box = [pairs]
+    box = [responses]
     dist.broadcast_object_list(box, src=0)
     trained = learner.score(box[0])
     gap = max((abs(a - b) for row, other in zip(logprobs, trained, strict=False) for a, b in zip(row, other, strict=True)), default=None)
