@@ -67,6 +67,7 @@ def write_results(found: list[tuple[str, str, int, Path]], out: Path, page: Path
         table(runs),
         "Means over seeds, in brackets the lowest and the highest. Shares are of the tokens of responses that have an advantage.\n",
         claims(runs),
+        correlations(objectives_of(runs)),
         *(f"![{caption}]({path.name})\n" for caption, path in pictures.items()),
     ]
     body = "\n".join(text)
@@ -116,8 +117,8 @@ def claims(runs: list[Run]) -> str:
     reward, clipped, entropy = NUMBERS[f"reward, last {LAST}"], NUMBERS["outside clip range"], NUMBERS[f"entropy, last {LAST}"]
     pairs: list[tuple[str, Callable[[Run], float], str, list[str]]] = [
         ("ESPO ends with a higher reward than", reward, "espo", ["gspo", "grpo", "dapo", "cispo", "gmpo"]),
-        ("ESPO ends with a higher entropy than", entropy, "espo", ["grpo", "dapo", "cispo"]),
-        ("more tokens outside the clip range under ESPO than under (Figure 4)", clipped, "espo", ["grpo", "dapo", "cispo"]),
+        ("ESPO ends with a higher entropy than", entropy, "espo", ["gspo", "grpo", "dapo", "cispo", "gmpo"]),
+        ("more tokens outside the clip range under ESPO than under (Figure 4)", clipped, "espo", ["gspo", "grpo", "dapo", "cispo", "gmpo"]),
         ("ESPO as it is ends with a higher reward than", reward, "espo", sorted({r.variant for r in runs if r.variant[:5] == "espo-"})),
     ]
     rows = ["| | than | pairs in which it was so | mean difference |", "|---|---|---|---|"]
@@ -130,10 +131,26 @@ def claims(runs: list[Run]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def objectives_of(runs: list[Run]) -> list[Run]:
+    """Without ablations and older rollouts."""
+    return [run for run in runs if "-" not in run.variant]
+
+
+def correlations(runs: list[Run]) -> str:
+    """Of the points of :func:`draw_clipping`, from the second step on: in the first, all have the entropy of the same model."""
+    from scipy.stats import spearmanr
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        points.setdefault(run.variant, []).extend(zip(run.curve("policy/entropy")[1:], run.curve("policy/clipped")[1:], strict=True))
+    found = [f"{name} {spearmanr(pairs, nan_policy='omit').statistic:+.2f}" for name, pairs in points.items()]
+    return f"Rank correlation of entropy and clipped share over steps, from the second on (Figure 5): {', '.join(found)}.\n"
+
+
 def draw_all(runs: list[Run], folder: Path) -> dict[str, Path]:
     """Caption to file of every picture."""
     folder.mkdir(parents=True, exist_ok=True)
-    objectives = [run for run in runs if "-" not in run.variant]
+    objectives = objectives_of(runs)
     ablations = [run for run in runs if run.variant.startswith("espo") and run.variant not in OLDER]
     older = [run for run in runs if run.variant in OLDER | {"espo"}]
     pictures = {}

@@ -12,7 +12,7 @@ from tests.distributed import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 import compare_objectives as study
-from compare_report import BEGIN, END, Run, claims, table, write_results
+from compare_report import BEGIN, END, OLDER, Run, claims, correlations, table, write_results
 
 
 def jobs(out: Path, **changes):
@@ -65,6 +65,18 @@ def test_the_table_and_the_pairs_equal_those_counted_by_hand():
     text = claims(RUNS)
     assert "ESPO ends with a higher reward than | grpo | 1 of 2 | +0.050 |" in text
     assert "(Figure 4) | grpo | 2 of 2 | +0.500 |" in text and "entropy" not in text
+
+
+def test_entropy_and_clipped_share_are_ranked_from_the_second_step_on():
+    """By hand: after the first step the ranks are (1, 2, 3) and (1, 3, 2), so 1 - 6 (0 + 1 + 1) / (3 (9 - 1)) = 0.5."""
+    values = [(9, 9), (0.1, 0.2), (0.2, 0.9), (0.3, 0.8), (0.4, None)]  # the last step trained nothing
+    lines = [{"policy/entropy": entropy} | ({"policy/clipped": clipped} if clipped else {}) for entropy, clipped in values]
+    assert correlations([Run("sums", "espo", 1, lines)]).endswith(": espo +0.50.\n")
+
+
+def test_each_variant_is_in_one_picture():
+    assert OLDER == set(study.ASYNCHRONOUS) and not OLDER & set(study.ABLATIONS)
+    assert all("-" not in name for name in study.OBJECTIVES) and all(name.startswith("espo-") for name in study.ABLATIONS | study.ASYNCHRONOUS)
 
 
 def test_the_page_keeps_what_stands_around_the_results(tmp_path):
