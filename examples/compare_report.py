@@ -179,6 +179,7 @@ def draw_curves(variants: dict[str, list[Run]], path: Path) -> Path:
             (line,) = axes.plot(steps, [fmean(column) for column in columns], label=variant, linewidth=1.5)
             axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), alpha=0.15, color=line.get_color())
         axes.set(title=title, xlabel="step", ylim=(0, None))
+        axes.locator_params(axis="x", integer=True)
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     return path

@@ -99,7 +99,8 @@ def _launch(function: list, nproc: int, log: str, environment: dict[str, str]) -
         traceback.print_exc()
         status = 1
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
