@@ -11,7 +11,7 @@ LAYOUTS = {
     "dp2": [],
     "tp2": ["megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true"],
     "pp2 vpp2": ["megatron.pipeline_model_parallel_size=2", "megatron.virtual_pipeline_model_parallel_size=2"],
-    "ep2": ["megatron.expert_model_parallel_size=2", "rollout.allow_router_mismatch=true", "model.path={moe}"],
+    "ep2": ["megatron.expert_model_parallel_size=2", "model.path={moe}"],
     "two engines": ["rollout.engines=2", "algorithm.num_epochs=2"],
     "penalty": ["algorithm.kl_coef=0.1"],
     "partial": ["rollout.extra_prompts=2", "algorithm.rollout_correction=token"],
