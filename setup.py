@@ -22,7 +22,7 @@ COMMON = [
 
 setup(
     name="megatron-espo",
-    version="0.1.0",
+    version="0.2.0",
     description="Entropy-segmented policy optimization on Megatron-Core, with rollouts by vLLM",
     long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
@@ -51,8 +51,8 @@ setup(
     },
     entry_points={
         "console_scripts": ["megatron-espo = megatron_espo.cli:main"],
-        # vLLM calls this in each of its processes, so the worker knows the transports that the trainer names.
-        "vllm.general_plugins": ["megatron_espo = megatron_espo.rollout:register_transports"],
+        "vllm.general_plugins": ["megatron_espo = megatron_espo.rollout.vllm_plugin:register"],
+        "vllm.endpoint_plugins": ["megatron_espo = megatron_espo.rollout.vllm_plugin:Routes"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

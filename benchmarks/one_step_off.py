@@ -69,7 +69,7 @@ def move_engine(folder: Path, core: int, done: threading.Event) -> None:
 
 def report(name: str, lines: list[dict]) -> float:
     """Print medians over the steps; the step's."""
-    phases = {phase: statistics.median(line.get(f"time/{phase}_s", 0.0) for line in lines) for phase in ("rollout", "train", "wait", "sync", "step")}
+    phases = {phase: statistics.median(line.get(f"time/{phase}_s", 0.0) for line in lines) for phase in ("rollout", "train", "sync", "step")}
     steps = ", ".join(f"{line['time/step_s']:.1f}" for line in lines)
     print(f"{name}: {' '.join(f'{phase} {value:.1f}' for phase, value in phases.items())} s; steps {steps}", flush=True)
     return phases["step"]

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--tensor", type=int, default=1, help="Megatron's tensor-parallel size")
-    parser.add_argument("--sleep", action="store_true", help="the engine sleeps before each sync, and wakes poisoned")
+    parser.add_argument("--sleep", action="store_true", help="the engine sleeps before each sync, and wakes with NaN")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     place = runtime.initialize(tensor_model_parallel_size=args.tensor)
@@ -42,26 +42,38 @@ def main() -> None:
 
 
 def start_engine(args: argparse.Namespace, folder: str):
-    from megatron_espo.rollout import Engine, EngineConfig
+    from megatron_espo.rollout.http_client import LoopThread
+    from megatron_espo.rollout.server import EngineConfig
+    from megatron_espo.rollout.vllm_engine import VLLMEngine
 
-    return Engine(
-        EngineConfig(
-            model=args.model,
-            log_path=str(Path(folder, "engine.log")),
-            dtype=args.dtype,
-            transport="shared_memory",
-            max_response_tokens=8,
-            eos_ids=frozenset({0}),
-            max_model_len=256,
-            cpu_kv_cache_gib=0.25,
-        ),
-        decode=str,
-    ).start()
+    config = EngineConfig(
+        model=args.model,
+        folder=folder,
+        dtype=args.dtype,
+        transport="files",
+        max_model_len=256,
+        engine_args={"kv_cache_memory_bytes": 1 << 28},
+    )
+    engine = VLLMEngine(config, LoopThread())
+    engine.start()
+    return engine
+
+
+def sync(transport, engine, version: int, sleeps: bool) -> None:
+    """An update without its checks, as ``WeightSync`` makes it."""
+    from megatron_espo.rollout.transport import send_weights
+
+    send_weights(transport, engine, version)
+    if engine is not None:
+        if sleeps:
+            engine.wake_caches()
+        engine.resume()
+        engine.serve()
 
 
 def measure(args: argparse.Namespace, place: runtime.Runtime, engine) -> None:
     from megatron_espo.mcore.model import Layout, build_model, read_hf_config
-    from megatron_espo.rollout import make_trainer_transport, push_weights
+    from megatron_espo.rollout.transport import make_trainer_transport
     from megatron_espo.weights.hf_io import load_hf_weights
     from megatron_espo.weights.lockstep import Lockstep
     from megatron_espo.weights.vllm_source import MegatronWeightSource, ObservedSource
@@ -81,9 +93,9 @@ def measure(args: argparse.Namespace, place: runtime.Runtime, engine) -> None:
     if engine is not None:
         engine.wait_ready()
     before = reset_peak()
-    transport = make_trainer_transport("shared_memory", engine=engine, source=source, rank=place.rank)
-    push_weights(transport, engine, 0)
-    push_weights(transport, engine, 1)
+    transport = make_trainer_transport("files", engine=engine, source=source, rank=place.rank)
+    sync(transport, engine, 0, False)
+    sync(transport, engine, 1, False)
     extra = peak() - before
     a, b = torch.ones(total, dtype=torch.uint8), torch.zeros(total, dtype=torch.uint8)
     rounds = []
@@ -95,9 +107,9 @@ def measure(args: argparse.Namespace, place: runtime.Runtime, engine) -> None:
             transport.seconds.clear()
         row = {}
         if engine is not None and args.sleep:
-            row |= {"sleep": seconds(engine.sleep), "wake, poison": seconds(lambda: engine.wake(shapes))}
+            row |= {"sleep": seconds(engine.sleep), "wake, fill with NaN": seconds(lambda: engine.wake(shapes))}
         dist.barrier()
-        row |= {"sync": seconds(lambda v=version: push_weights(transport, engine, v)), "memcpy": copy}
+        row |= {"sync": seconds(lambda v=version: sync(transport, engine, v, args.sleep)), "memcpy": copy}
         if engine is not None:
             row |= {f"engine: {name}": value for name, value in engine.transfer_seconds().items()}
             row |= {f"trainer: {name}": value for name, value in transport.seconds.items()} | {"trainer: gather": source.seconds}

@@ -45,7 +45,7 @@ ABLATIONS = {
 # ESPO on rollouts of older weights, also on the first task.
 ASYNCHRONOUS = {
     "espo-one-step-off": ["rollout.max_staleness=1", "algorithm.rollout_correction=token"],
-    "espo-partial": ["rollout.extra_prompts=8", "algorithm.rollout_correction=token"],
+    "espo-partial": ["rollout.max_staleness=2", "rollout.over_sampling_prompts=8", "algorithm.rollout_correction=token"],
 }
 VARIANTS = OBJECTIVES | ABLATIONS | ASYNCHRONOUS
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from megatron_espo.metrics import read_metrics
+from megatron_espo.run_files import read_jsonl
 
 BEGIN, END = "<!-- results: written by examples/compare_objectives.py -->", "<!-- end of results -->"
 LAST = 3  # steps that count as the end of a run
@@ -59,7 +59,7 @@ NUMBERS: dict[str, Callable[[Run], float]] = {
 
 def write_results(found: list[tuple[str, str, int, Path]], out: Path, page: Path | None, command: str) -> str:
     """Pictures and the results' part of the page, in ``out`` or, with ``page``, beside and inside it; returns what to print."""
-    runs = [Run(task, variant, seed, read_metrics(folder)) for task, variant, seed, folder in found]
+    runs = [Run(task, variant, seed, read_jsonl(Path(folder, "metrics.jsonl"))) for task, variant, seed, folder in found]
     folder = page.parent if page else out
     pictures = draw_all(runs, folder)
     text = [

@@ -1,6 +1,7 @@
 """``host:port`` as it is written in settings and on the command line. Standard library only."""
 
 import re
+import socket
 
 DEFAULT_PORT = 7700
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]/]+)):(\d{1,5})")
@@ -21,3 +22,11 @@ def parse_address(text: str) -> tuple[str, int]:
 def show_address(host: str, port: int) -> str:
     """The text that :func:`parse_address` reads."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the interface that reaches ``host``. Nothing is sent."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]

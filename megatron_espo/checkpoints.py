@@ -9,7 +9,6 @@ from typing import Any
 from megatron_espo.collectives import on_rank_0
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
-from megatron_espo.faults import inject
 from megatron_espo.mcore.checkpoint import read_state, refuse_differences
 from megatron_espo.mcore.learner import Learner
 from megatron_espo.run_files import write_durably
@@ -19,7 +18,7 @@ _NAME = re.compile(r"step_(\d{6,})")
 FINGERPRINT = {
     "algorithm": None,
     "data": ("task_args", "system_prompt", "shuffle"),
-    "rollout": ("prompts_per_step", "extra_prompts", "group_size", "temperature", "top_p", "top_k", "max_response_tokens"),
+    "rollout": ("prompts_per_step", "group_size", "temperature", "top_p", "top_k", "max_response_tokens"),
     "run": ("seed",),
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "*.model")
@@ -67,7 +66,8 @@ class Checkpoints:
         """The checkpoint to continue from; ``None`` for a new run. One broadcast over all ranks.
 
         Raises:
-            InputError: ``latest`` is empty or names nothing, ``run.resume`` names nothing, or the checkpoint is another run's.
+            InputError: ``latest`` is empty or names nothing, ``run.resume`` names nothing, or the checkpoint is another run's
+                or an earlier release's.
         """
         return on_rank_0(self._find)
 
@@ -114,7 +114,13 @@ class Checkpoints:
         path = self.folder / name
         if not _NAME.fullmatch(name) or not path.is_dir():
             raise InputError(f'{place}: expected the name of a checkpoint in {self.folder}, got "{name}"{self._alternatives()}')
-        saved = read_state(path).get("fingerprint", {})
+        state = read_state(path)
+        if "rollouts" not in state:
+            raise InputError(
+                f"{path}: expected a checkpoint with prompts in flight, got one of an earlier release; "
+                f"finish the run with that release, or give run.dir a new folder{self._alternatives(besides=path)}"
+            )
+        saved = state.get("fingerprint", {})
         refuse_differences(f"{path} is another run's checkpoint", self._fingerprint, saved, "restore the settings, or give run.dir a new folder")
         return path
 
@@ -126,7 +132,6 @@ class Checkpoints:
 
     def _finish(self, path: Path) -> None:
         pointer = self.folder / "latest"
-        inject("latest")
         write_durably(pointer, path.name + "\n")
         up_to_now = [other for other in self.complete() if _step(other) <= _step(path)]
         for other in self.complete():

@@ -11,10 +11,10 @@ from megatron_espo.errors import InputError
 from megatron_espo.parity import cases
 from megatron_espo.plan import command as plan
 
-ENGINE_EXAMPLES = """\
-on each engine's machine:  CUDA_VISIBLE_DEVICES=0,1,2,3 megatron-espo engine runs/mine --listen 10.0.0.5:7700
+SERVE_EXAMPLES = """\
+on each engine's machine:  CUDA_VISIBLE_DEVICES=0,1,2,3 megatron-espo serve runs/mine --listen 10.0.0.5:7700
 on the trainer's:          torchrun ... -m megatron_espo train run.yaml run.dir=runs/mine 'rollout.hosts=["10.0.0.5:7700"]'
-exit codes:                0 the run is over, or SIGTERM; 1 nothing was heard of the run for --idle seconds
+exit codes:                0 the run is over, or SIGTERM; 1 no owner and no heartbeat of the run for --idle seconds
 """
 PARITY_EXAMPLES = """\
 this machine:    megatron-espo parity
@@ -46,7 +46,7 @@ class _ReferenceHelp(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,engine,plan,eval,report,tail,convert,parity,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,serve,plan,eval,report,convert,parity,doctor}")
 
     train = commands.add_parser(
         "train",
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("-h", "--help", action=_ReferenceHelp)
     _add_config(train)
 
-    _add_engine(commands)
+    _add_serve(commands)
     plan.add_parser(commands, _add_config)
     _add_run_views(commands)
 
@@ -85,19 +85,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engine(commands: Any) -> None:
-    engine = commands.add_parser(
-        "engine",
-        help="run the engines of a run whose trainer is on other machines",
-        description="Wait on this machine for the trainer of the run in RUN_DIR, which names it in rollout.hosts, and run an engine for it.",
-        epilog=ENGINE_EXAMPLES,
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="keep a vLLM server running for a run whose trainer is on other machines",
+        description="Keep vLLM's server running on this machine for the run in RUN_DIR, whose rollout.hosts names this machine.",
+        epilog=SERVE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    engine.add_argument("run", metavar="RUN_DIR", help="the run's folder, on a file system that all machines share")
-    engine.add_argument("--listen", metavar="HOST:PORT", help="address of this machine; default: its host name's, port 7700")
-    engine.add_argument(
-        "--idle", type=float, default=3600.0, metavar="SECONDS", help="end after so long without owner or heartbeat of the run (%(default)g)"
+    serve.add_argument("run", metavar="RUN_DIR", help="the run's folder, on a file system that all machines share")
+    serve.add_argument("--listen", metavar="HOST:PORT", help="address of this machine; default: its host name, port 7700")
+    serve.add_argument(
+        "--idle",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="end after so long without an owner and without a heartbeat of the run (%(default)g)",
     )
+    serve.add_argument("--print", action="store_true", help="print the server's command and exit")
 
 
 def _add_run_views(commands: Any) -> None:
@@ -113,10 +118,6 @@ def _add_run_views(commands: Any) -> None:
     report = commands.add_parser("report", help="one HTML page about one or several runs", description="Write one self-contained HTML page.")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
     report.add_argument("--out", metavar="PAGE.html", help="default: RUN/report.html, or comparison.html beside the first of several")
-    tail = commands.add_parser("tail", help="watch a run on one screen", description="Watch a run until it ends, or Ctrl-C.")
-    tail.add_argument("run", metavar="RUN", help="run folder")
-    tail.add_argument("--once", action="store_true", help="print the screen once and leave")
-    tail.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="look again after so long (%(default)g)")
 
 
 def _add_parity(commands: Any) -> None:
@@ -173,19 +174,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "plan":
             _silence_dependencies()
             return plan.run(args)
-        if args.command == "engine":
-            from megatron_espo.rollout import agent
+        if args.command == "serve":
+            _silence_dependencies()
+            from megatron_espo.rollout import keeper
 
-            return agent.main(args.run, args.listen, args.idle)
+            return keeper.main(args.run, args.listen, args.idle, args.print)
         if args.command == "report":
             from megatron_espo.report.page import write_report
 
             print(f"report: {write_report(args.runs, args.out)}")
             return 0
-        if args.command == "tail":
-            from megatron_espo.report.tail import tail
-
-            return tail(args.run, once=args.once, every_s=args.every)
         config = _checked_config(args)
         checked = True
         _work(args, config)

@@ -92,7 +92,7 @@ PROBES = (
     Probe("pyyaml", ("PyYAML",), "import yaml", "pip install pyyaml", needed=True),
     Probe("math-verify", ("math-verify",), "import math_verify", "needed for math rewards: pip install math-verify"),
     Probe("reasoning-gym", ("reasoning-gym",), "import reasoning_gym", "for its tasks: pip install reasoning-gym"),
-    Probe("sentencepiece", ("sentencepiece",), "import sentencepiece", "for *.model files: pip install sentencepiece"),
+    Probe("sentencepiece", ("sentencepiece",), "import sentencepiece", "for model folders without tokenizer.json: pip install sentencepiece"),
     Probe(
         "tensorboard",
         ("tensorboard",),

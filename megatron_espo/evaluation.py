@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_espo.types import Rollout
+from megatron_espo.types import Trajectory
 
 RESAMPLES = 5000
+CONFIDENCE = 0.95  # level of the intervals
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -23,7 +24,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def bootstrap_interval(values: Sequence[float], confidence: float, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of ``values``, one a prompt: prompts are drawn anew with replacement, ``RESAMPLES`` times.
 
     A point where all values are equal: resampling knows nothing of what it has not seen.
@@ -44,12 +45,10 @@ class Evaluation:
     Attributes:
         rollouts: ``[prompt][sample]``.
         rewards: ``[prompt][sample]``; ``None`` where the verifier failed, which counts as wrong.
-        confidence: level of the intervals.
     """
 
-    rollouts: list[list[Rollout]]
+    rollouts: list[list[Trajectory]]
     rewards: list[list[float | None]]
-    confidence: float = 0.95
 
     @property
     def samples(self) -> int:
@@ -68,14 +67,14 @@ class Evaluation:
         columns = {f"avg@{n}": [c / n for c in self.correct]}
         columns |= {f"pass@{k}": [pass_at_k(n, c, k) for c in self.correct] for k in ks}
         for name, values in columns.items():
-            low, high = bootstrap_interval(values, self.confidence)
+            low, high = bootstrap_interval(values)
             found |= {f"eval/{name}": float(np.mean(values)), f"eval/{name}_low": low, f"eval/{name}_high": high}
         judged = [reward for row in self.rewards for reward in row if reward is not None]
         responses = [sample for group in self.rollouts for sample in group]
         if judged:
             found["eval/reward_mean"] = float(np.mean(judged))
         return found | {
-            "eval/length_mean": float(np.mean([len(sample.response_ids) for sample in responses])),
+            "eval/length_mean": float(np.mean([sample.num_trained for sample in responses])),
             "eval/truncated": float(np.mean([sample.truncated for sample in responses])),
             "eval/failed": float(len(responses) - len(judged)),
         }
@@ -83,15 +82,15 @@ class Evaluation:
     def record(self, **head: Any) -> dict[str, Any]:
         """As JSON values: ``head``, the metrics, and for each prompt its rewards and response lengths."""
         prompts = [
-            {"id": group[0].prompt.id, "rewards": row, "lengths": [len(sample.response_ids) for sample in group]}
+            {"id": group[0].prompt.id, "rewards": row, "lengths": [sample.num_trained for sample in group]}
             for group, row in zip(self.rollouts, self.rewards, strict=True)
         ]
-        return head | {"metrics": self.metrics(), "confidence": self.confidence, "prompts": prompts}
+        return head | {"metrics": self.metrics(), "confidence": CONFIDENCE, "prompts": prompts}
 
 
-def render_table(metrics: dict[str, float], prompts: int, confidence: float) -> str:
+def render_table(metrics: dict[str, float], prompts: int) -> str:
     """The metrics of one evaluation for a terminal."""
-    lines = [f"{prompts} prompts, {confidence:.0%} bootstrap intervals over prompts"]
+    lines = [f"{prompts} prompts, {CONFIDENCE:.0%} bootstrap intervals over prompts"]
     for name, value in metrics.items():
         if name.endswith(("_low", "_high")):
             continue

@@ -13,7 +13,7 @@ class Ledger:
         dispatched: handed to the rollout engine.
         trained: part of an optimizer step's batch.
         dropped_equal: given up by dynamic sampling, because their rewards did not differ.
-        in_flight: sampled in part, to be gone on with (partial rollouts).
+        in_flight: dispatched, and not trained yet.
     """
 
     dispatched: int = 0

@@ -1,6 +1,7 @@
-"""Every metric's name, unit and meaning: what ``docs/metrics.md`` lists, and how TensorBoard lays them out. Names are stable."""
+"""Every metric's name, unit and meaning: what ``docs/metrics.md`` lists, and which charts show them. Names are stable."""
 
 import re
+from dataclasses import dataclass
 
 # <g>: entropy group from 0 (lowest); <k>: responses; <phase>: rollout, reward, train, sync, eval, step, ...
 METRICS: dict[str, dict[str, tuple[str, str]]] = {
@@ -38,13 +39,17 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "would_clip/<objective>": ("share of tokens", "outside the clip range that this objective would have set"),
     },
     "Lengths": {
-        "rollout/length_mean": ("tokens", "mean response length"),
-        "rollout/length_max": ("tokens", "longest response"),
+        "rollout/length_mean": ("tokens", "mean number of sampled tokens in a response"),
+        "rollout/length_max": ("tokens", "most sampled tokens in a response"),
         "rollout/truncated": ("share", "responses cut at the length limit"),
         "rollout/with_advantage": ("share", "responses whose advantage is not 0"),
+        "environment/turns": ("", "mean number of sampled turns in a trajectory"),
+        "environment/splits": ("", "trajectories cut where a client's history differs from the sampled tokens"),
+        "environment/failed": ("trajectories", "whose environment failed; not trained"),
+        "environment/reward_<part>": ("", "mean of a part of the reward that the environment names"),
         "ledger/dispatched": ("prompts", "handed to the engine so far, restarts included"),
         "ledger/trained": ("prompts", "part of an optimizer step's batch so far"),
-        "ledger/in_flight": ("prompts", "sampled in part, to be gone on with, with `rollout.extra_prompts`"),
+        "ledger/in_flight": ("prompts", "in flight, trained in a later step (`rollout.max_staleness`)"),
         "ledger/dropped_equal": ("prompts", "given up by dynamic sampling so far, because their rewards did not differ"),
     },
     "Mismatch": {
@@ -52,7 +57,8 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "mismatch/logprob_gap_max": ("nats", "largest of them"),
         "mismatch/kl": ("nats", "mean (engine - trainer) log-prob: estimates KL(engine || trainer)"),
         "mismatch/canary": ("nats", "mean |engine - trainer| log-prob of the canary's tokens, before the weights were served"),
-        "rollout/staleness": ("versions", "of the weights that the step starts from, less that of those that sampled a response's first token; mean over responses"),
+        "rollout/staleness": ("versions", "between the weights that the step starts from and the weights that sampled; mean over sampled tokens"),
+        "rollout/staleness_max": ("versions", "the same, of the oldest sampled token"),
         "sync/verified_tensors": ("tensors", "read back from the engine and found to be those that were sent"),
         "sync/restarts": ("", "engine restarts that the sync needed"),
         "rollout_correction/weight": ("", "mean truncated importance weight trainer / engine"),
@@ -76,7 +82,6 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "moe/router_mismatch": ("share", "trained tokens x layers for which the trainer's router would have chosen other experts than the engine's, which it was given"),
     },
     "Time": {
-        "time/wait_s": ("s", "with `rollout.max_staleness`: training is done, and the batch sampled meanwhile (`rollout`, `reward`) is not"),
         "time/sleep_s": ("s", "with `rollout.sleep`: the engines give their GPU memory back"),
         "time/offload_s": ("s", "with `megatron.offload`: to the host after training, and of the weights after the sync"),
         "time/onload_s": ("s", "the same, back before training"),
@@ -95,7 +100,7 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "system/gpu_peak_allocated_gib": ("GiB", "most that rank 0's torch has allocated"),
     },
 }
-_PLACEHOLDERS = {"g": r"\d+", "k": r"\d+", "objective": r"\w+", "phase": r"\w+"}
+_PLACEHOLDERS = {"g": r"\d+", "k": r"\d+", "objective": r"\w+", "phase": r"\w+", "part": r".+"}
 
 
 def as_pattern(name: str) -> str:
@@ -112,45 +117,69 @@ def render_table() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _chart(*names: str) -> list:
-    return ["Multiline", [as_pattern(name) for name in names]]
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps, in the report and on TensorBoard's "Custom Scalars" page.
+
+    Attributes:
+        name: file name of the report's picture.
+        title: what the chart shows.
+        metrics: names of :data:`METRICS`; each metric that they stand for is a curve of its own.
+        floor: the report's vertical axis includes 0.
+        log: the report's vertical axis is logarithmic.
+        band: suffixes of the metrics at the lower and the upper end of a curve's band.
+    """
+
+    name: str
+    title: str
+    metrics: tuple[str, ...]
+    floor: bool = True
+    log: bool = False
+    band: tuple[str, str] | None = None
 
 
-# TensorBoard's "Custom Scalars" page: category -> chart -> regular expressions of the tags in it.
-BOARD_LAYOUT = {
-    "Reward": {
-        "Reward": _chart("reward/mean", "eval/reward_mean"),
-        "Prompts with nothing to learn": _chart("reward/solved_all", "reward/solved_none", "reward/equal_groups"),
-        "avg@k and pass@k on held-out prompts": _chart("eval/avg@<k>", "eval/pass@<k>"),
-    },
-    "ESPO groups": {
-        "Entropy by group (nats)": _chart("group<g>/entropy", "entropy/border<g>"),
-        "Clip range by group": _chart("group<g>/epsilon"),
-        "Importance ratio by group": _chart("group<g>/ratio", "group<g>/ratio_min", "group<g>/ratio_max"),
-        "Clipped share by group": _chart("group<g>/clipped_low", "group<g>/clipped_high"),
-        "What other objectives would clip": _chart("policy/clipped", "would_clip/<objective>"),
-    },
-    "Lengths": {
-        "Response length (tokens)": _chart("rollout/length_mean", "rollout/length_max"),
-        "Truncated": _chart("rollout/truncated", "eval/truncated"),
-    },
-    "Mismatch": {
-        "|engine - trainer| log-prob (nats)": _chart("mismatch/logprob_gap_mean", "mismatch/logprob_gap_max"),
-        "KL(engine || trainer)": _chart("mismatch/kl"),
-    },
-    "Optimisation": {
-        "Gradient norm": _chart("optimizer/grad_norm"),
-        "Learning rate": _chart("optimizer/lr"),
-        "Policy entropy (nats)": _chart("policy/entropy"),
-        "KL to the initial policy": _chart("kl/reference"),
-    },
-    "Time": {"Seconds": _chart("time/<phase>_s")},
-    "Throughput": {
-        "Tokens a second": _chart("throughput/response_tokens_per_s", "throughput/trained_tokens_per_s"),
-        "Model FLOPs utilisation": _chart("throughput/mfu"),
-    },
-    "System": {"Memory (GiB)": _chart("system/rss_gib", "system/host_memory_gib", "system/gpu_memory_gib", "system/gpu_peak_allocated_gib")},
+INTERVAL, EXTREMES = ("_low", "_high"), ("_min", "_max")
+CHARTS: dict[str, tuple[Chart, ...]] = {
+    "Learning": (
+        Chart("reward", "Reward (mean ± standard error)", ("reward/mean",)),
+        Chart("evaluation", "Held-out prompts: avg@k and pass@k, with intervals", ("eval/avg@<k>", "eval/pass@<k>"), band=INTERVAL),
+        Chart("prompts", "Share of prompts solved by all, by none", ("reward/solved_all", "reward/solved_none")),
+    ),
+    "Entropy groups": (
+        Chart("group_entropy", "Entropy by group (nats)", ("group<g>/entropy",)),
+        Chart("group_epsilon", "Clip range by group (ε)", ("group<g>/epsilon",)),
+        Chart("group_ratio", "Importance ratio by group (mean, range)", ("group<g>/ratio",), floor=False, band=EXTREMES),
+        Chart("group_clipped", "Share of a group without gradient (clipped)", ("group<g>/no_gradient",)),
+        Chart("would_clip", "Share of tokens outside the clip range, here and of others", ("policy/clipped", "would_clip/<objective>")),
+    ),
+    "Responses and the engine": (
+        Chart("length", "Response length (tokens)", ("rollout/length_mean", "rollout/length_max")),
+        Chart("truncated", "Share of responses truncated, with advantage", ("rollout/truncated", "rollout/with_advantage")),
+        Chart("environment", "Turns of a trajectory, splits and failures of a step", ("environment/turns", "environment/splits", "environment/failed")),
+        Chart("mismatch", "|engine − trainer| log-prob (nats)", ("mismatch/logprob_gap_mean", "mismatch/logprob_gap_max"), floor=False, log=True),
+    ),
+    "Optimisation": (
+        Chart("policy_entropy", "Entropy of trained tokens (nats)", ("policy/entropy",)),
+        Chart("grad_norm", "Gradient norm before clipping", ("optimizer/grad_norm",)),
+        Chart("lr", "Learning rate", ("optimizer/lr",)),
+        Chart("kl", "KL to the initial policy (nats)", ("kl/reference",)),
+    ),
+    "Time and machine": (
+        Chart("throughput", "Tokens a second", ("throughput/response_tokens_per_s", "throughput/trained_tokens_per_s")),
+        Chart("mfu", "Model FLOPs utilisation", ("throughput/mfu",)),
+        Chart("memory", "Memory (GiB)", tuple(METRICS["System"])),
+    ),
 }
+
+
+def board_layout() -> dict[str, dict[str, list]]:
+    """TensorBoard's "Custom Scalars" page: category -> chart -> regular expressions of the tags in it."""
+    layout = {
+        category: {chart.title: ["Multiline", [as_pattern(name) for name in chart.metrics]] for chart in charts}
+        for category, charts in CHARTS.items()
+    }
+    layout["Time and machine"]["Seconds by phase"] = ["Multiline", [as_pattern("time/<phase>_s")]]
+    return layout
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_espo.metric_names import BOARD_LAYOUT
-from megatron_espo.run_files import keep_steps, read_jsonl
-from megatron_espo.types import Rollout
+from megatron_espo.metric_names import board_layout
+from megatron_espo.run_files import keep_steps
+from megatron_espo.types import Trajectory
 
 # Keys say how values combine: "sum/x" over "count/x" gives the mean x; "total/x", "max/x" and "min/x" are themselves.
 _COMBINE = (
@@ -130,7 +130,7 @@ def average_steps(results: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: extremes.get(name[-4:], statistics.fmean)(found) for name, found in values.items()}
 
 
-def rollout_metrics(rollouts: list[list[Rollout]], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
+def rollout_metrics(rollouts: list[list[Trajectory]], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
     """Reward and length figures of one rollout batch.
 
     Args:
@@ -144,7 +144,7 @@ def rollout_metrics(rollouts: list[list[Rollout]], rewards: Tensor, advantages: 
         number of NaNs.
     """
     samples = [sample for group in rollouts for sample in group]
-    lengths = torch.tensor([float(len(sample.response_ids)) for sample in samples])
+    lengths = torch.tensor([float(sample.num_trained) for sample in samples])
     ran = rewards[~rewards.isnan()]
     highest, lowest = rewards.nan_to_num(-torch.inf).amax(1), rewards.nan_to_num(torch.inf).amin(1)
     any_ran = ~rewards.isnan().all(1)
@@ -161,7 +161,17 @@ def rollout_metrics(rollouts: list[list[Rollout]], rewards: Tensor, advantages: 
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated": sum(sample.truncated for sample in samples) / len(samples),
-    }
+        "environment/failed": float(sum(sample.failed for sample in samples)),
+        "environment/turns": sum(len(part.turns) for sample in samples for part in sample.parts) / len(samples),
+        "environment/splits": float(sum(len(sample.earlier) for sample in samples)),
+    } | _reward_parts(samples)
+
+
+def _reward_parts(samples: list[Trajectory]) -> dict[str, float]:
+    """Mean of each named part of the reward, over the samples that have it."""
+    names = sorted({name for sample in samples for name in sample.rewards})
+    values = {name: [sample.rewards[name] for sample in samples if name in sample.rewards] for name in names}
+    return {f"environment/reward_{name}": sum(found) / len(found) for name, found in values.items()}
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
@@ -183,21 +193,21 @@ class MetricsWriter:
 
     Args:
         folder: the run's.
-        trackers: further places for the same numbers (:class:`megatron_espo.trackers.Tracker`).
+        wandb: a run of Weights & Biases that gets the same numbers, or ``None``.
         after_step: the last step of an earlier part of the run that is kept; what was written of later ones is taken back.
     """
 
-    def __init__(self, folder: str | Path, trackers: Sequence[Any] = (), after_step: int = 0) -> None:
+    def __init__(self, folder: str | Path, wandb: Any = None, after_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
         # Steps of a part of the run that was lost are trained again: they must not stand there twice.
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
-        self._board.add_custom_scalars(BOARD_LAYOUT)
+        self._board.add_custom_scalars(board_layout())
         path = self.folder / "metrics.jsonl"
         keep_steps(path, after_step)
         self._lines = path.open("a", encoding="utf-8")
-        self._trackers = trackers
+        self._wandb = wandb
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write all of ``metrics`` at ``step`` (counted from 1) and flush."""
@@ -206,8 +216,8 @@ class MetricsWriter:
         self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
         self._lines.flush()
         self._board.flush()
-        for tracker in self._trackers:
-            tracker.write(step, metrics)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
 
     def text(self, name: str, value: str, step: int) -> None:
         """Write a text sample to TensorBoard."""
@@ -233,13 +243,8 @@ class MetricsWriter:
         )
 
     def close(self) -> None:
-        """Flush and close both files, and what the trackers opened."""
+        """Flush and close both files; end the run of Weights & Biases."""
         self._board.close()
         self._lines.close()
-        for tracker in self._trackers:
-            tracker.close()
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; of a line that is just being written, nothing."""
-    return read_jsonl(Path(folder, "metrics.jsonl"))
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -140,36 +140,6 @@ def memory_row(place: Place, folder: str) -> Row:
     return _worst(place, shared_memory_row("/dev/shm"))
 
 
-def clock_row(place: Place, folder: str) -> Row:
-    """Every node's clock against rank 0's, by messages there and back: error at most half of the way's time."""
-    offsets = {}
-    for leader in place.leaders[1:]:
-        if place.rank == 0:
-            offsets[place.hosts[leader]] = _ask_clock(leader)
-        elif place.rank == leader:
-            _answer_clock()
-    host, offset = max(_gather(offsets)[0].items(), key=lambda item: abs(item[1]), default=(place.hosts[0], 0.0))
-    text = f"at most {abs(offset) * 1e3:.0f} ms from {place.hosts[0]}'s ({host})"
-    if abs(offset) > 1:
-        return Row("clocks", BROKEN, text, f"files get times of the future: start chrony or ntpd on {host}")
-    return Row("clocks", WORKS, text)
-
-
-def ports_row(place: Place, folder: str) -> Row:
-    """Every node listens on a free port, and the node before it connects to that, by host name."""
-    with socket.create_server(("", 0)) as server:
-        addresses = _gather((socket.gethostname(), server.getsockname()[1]))
-        row = Row("ports", WORKS, "every node reaches the next by name")
-        if place.rank in place.leaders:
-            host, port = addresses[place.next_leader]
-            try:
-                socket.create_connection((host, port), timeout=10).close()
-            except OSError as error:
-                advice = "open the nodes' ports for each other; check /etc/hosts and GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
-                row = Row("ports", BROKEN, f"no way to {host}:{port} ({error})", advice)
-        return _worst(place, row)  # collective: the server stays open until all have tried
-
-
 def folder_row(place: Place, folder: str) -> Row:
     """Every rank writes a file and reads the next node's."""
     name = _gather(uuid.uuid4().hex)[0]
@@ -210,8 +180,6 @@ CHECKS: tuple[Callable[[Place, str], Row], ...] = (
     gpus_row,
     limits_row,
     memory_row,
-    clock_row,
-    ports_row,
     folder_row,
     node_bandwidth_row,
     network_bandwidth_row,
@@ -288,25 +256,6 @@ def _worst(place: Place, row: Row) -> Row:
         return worst
     hosts = sorted({place.hosts[rank] for rank, row in enumerate(rows) if (row.state, row.advice) == (worst.state, worst.advice)})
     return replace(worst, found=f"{worst.found} on {', '.join(hosts)}")
-
-
-def _ask_clock(other: int) -> float:
-    """Seconds by which rank ``other``'s clock is ahead of this one's; the quickest of five answers counts."""
-    answers = []
-    for _ in range(5):
-        theirs, sent = torch.zeros(1, dtype=torch.float64), time.time()
-        dist.send(theirs, other)
-        dist.recv(theirs, other)
-        received = time.time()
-        answers.append((received - sent, theirs.item() - (sent + received) / 2))
-    return min(answers)[1]
-
-
-def _answer_clock() -> None:
-    for _ in range(5):
-        now = torch.zeros(1, dtype=torch.float64)
-        dist.recv(now, 0)
-        dist.send(now.fill_(time.time()), 0)
 
 
 def _gather(value: Any) -> list[Any]:

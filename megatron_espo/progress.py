@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
-from megatron_espo.faults import inject
 from megatron_espo.watchdog import BETWEEN
 
 OnProgress = Callable[[int, int], None]
@@ -28,7 +27,6 @@ class Phases:
         """Run one phase; yields ``on_progress(finished, total)``. Its seconds are added to ``seconds[name]``."""
         start = time.perf_counter()
         self._beat(name, step)
-        inject(name)
         try:
             with self._bar(f"step {step}/{steps} {name}") if self._draw else nullcontext(_draw_nothing) as draw:
 

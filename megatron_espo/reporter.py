@@ -1,5 +1,7 @@
 """What a run tells while it runs: metrics, entropy histograms and samples, in files, in TensorBoard and on the terminal."""
 
+import importlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -12,12 +14,12 @@ from megatron_espo.batch import ScoredGroups
 from megatron_espo.config import Config
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.entropies import EntropyRecorder, EntropyReport
+from megatron_espo.errors import InputError
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.metrics import MetricsWriter, rollout_metrics, step_line
 from megatron_espo.run_files import keep_steps
-from megatron_espo.samples import Place, choose_samples, sample_record
+from megatron_espo.samples import Place, choose_samples, sample_record, spread
 from megatron_espo.throughput import peak_flops, system_metrics, training_flops
-from megatron_espo.trackers import check_trackers, make_trackers
 
 _GAP_ADVICE = "compare dtypes, temperature and weights of trainer and engine"
 
@@ -34,10 +36,14 @@ class Reporter:
         hf_config: the model's ``config.json``.
         runtime: this rank's place.
         tokenizer: rank 0's, for the text of samples; ``None`` elsewhere.
+
+    Raises:
+        InputError: ``run.wandb`` without the package.
     """
 
     def __init__(self, config: Config, hf_config: dict[str, Any], runtime: Runtime, tokenizer: Tokenizer | None) -> None:
-        check_trackers(config)  # on every rank, before the model is loaded
+        if config.run.wandb and importlib.util.find_spec("wandb") is None:
+            raise InputError("run.wandb: expected the package wandb, found none; pip install wandb, or set it to false")
         self.config, self._hf_config, self._runtime, self._tokenizer = config, hf_config, runtime, tokenizer
         self._recorder = EntropyRecorder(
             len(config.algorithm.quantiles) + 1,
@@ -53,15 +59,22 @@ class Reporter:
     def open(self, after_step: int) -> None:
         """Open the files. What an earlier part of the run wrote about steps after ``after_step`` is taken back."""
         if self._runtime.is_main:
-            self._writer = MetricsWriter(self._folder, make_trackers(self.config), after_step)
+            self._writer = MetricsWriter(self._folder, self._start_wandb(), after_step)
             for name in ("samples.jsonl", "entropy.jsonl", "eval.jsonl"):
                 keep_steps(self._folder / name, after_step)
+
+    def _start_wandb(self) -> Any:
+        run = self.config.run
+        if not run.wandb:
+            return None
+        wandb = importlib.import_module("wandb")
+        return wandb.init(name=run.name or run.dir, dir=run.dir, config=self.config.model_dump(mode="json"))
 
     def watch(self, groups: ScoredGroups) -> dict[Place, int]:
         """Before a step's training: the responses to show, ``(prompt, sample)``, with the numbers to watch them under."""
         self._places = choose_samples(groups.rewards, self.config.run.samples_per_step)
-        lengths = groups.lengths()
-        self._recorder.watch([int(lengths[place]) for place in self._places])
+        samples = [groups.rollouts[prompt][sample] for prompt, sample in self._places]
+        self._recorder.watch([int(sample.loss_mask.sum()) for sample in samples])
         return {place: number for number, place in enumerate(self._places)}
 
     def write(
@@ -82,13 +95,15 @@ class Reporter:
             return
         metrics = metrics | rollout_metrics(groups.rollouts, groups.rewards, advantages) | entropies.metrics()
         metrics["rollout/staleness"] = groups.staleness(step)
+        metrics["rollout/staleness_max"] = float(groups.max_staleness(step))
         metrics |= {f"time/{name}_s": value for name, value in seconds.items()}
         metrics |= self._throughput(groups, advantages, metrics) | system_metrics()
         self._writer.write(step, metrics)
         self._write_entropies(step, entropies)
         self._write_samples(step, groups, advantages, entropies)
         print(step_line(step, self.config.run.steps, metrics), flush=True)
-        warn_of_gap(metrics, self.config.rollout.log_prob_gap_warn)
+        if not groups.max_staleness(step):  # older weights explain a gap
+            warn_of_gap(metrics, self.config.rollout.log_prob_gap_warn)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -104,10 +119,11 @@ class Reporter:
             found["throughput/trained_tokens_per_s"] = metrics["train/tokens"] / train_s
             if peak:
                 trained = [
-                    len(sample.prompt.token_ids) + len(sample.response_ids)
+                    len(part.prompt_ids) + len(part.response_ids)
                     for row, values in zip(groups.rollouts, advantages.tolist(), strict=True)
                     for sample, advantage in zip(row, values, strict=True)
                     if advantage
+                    for part in sample.parts
                 ]
                 flops = training_flops(self._hf_config, trained) * self.config.algorithm.num_epochs
                 found["throughput/mfu"] = flops / (train_s * peak * dist.get_world_size())
@@ -120,7 +136,6 @@ class Reporter:
 
     def _write_samples(self, step: int, groups: ScoredGroups, advantages: torch.Tensor, entropies: EntropyReport) -> None:
         for number, (prompt, sample) in enumerate(self._places):
-            values, members = entropies.tokens[number] or (None, None)
             record = sample_record(
                 step,
                 groups.rollouts[prompt][sample],
@@ -128,7 +143,11 @@ class Reporter:
                 float(advantages[prompt, sample]),
                 self._tokenizer.decode,
             )
-            record |= {"entropies": values and [round(value, 4) for value in values], "groups": members}
+            record |= {"entropies": None, "groups": None}
+            if found := entropies.tokens[number]:
+                values, members = found
+                record["entropies"] = spread([round(value, 4) for value in values], record["mask"])
+                record["groups"] = spread(members, record["mask"])
             self._append("samples.jsonl", record)
             self._writer.text(f"samples/{number}", as_markdown(record), step)
 
@@ -139,7 +158,7 @@ class Reporter:
 
 def as_markdown(record: dict[str, Any]) -> str:
     """A sample for TensorBoard: the tokens of the highest entropy group are bold."""
-    highest = max(record["groups"] or [0])
+    highest = max((group for group in record["groups"] or [] if group is not None), default=0)
     words = []
     for number, piece in enumerate(record["pieces"]):
         marked = record["groups"] and highest and record["groups"][number] == highest and piece.strip()

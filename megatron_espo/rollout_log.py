@@ -1,67 +1,101 @@
-"""Finished rollouts on disk, step by step: nothing sampled is lost, and a run can be trained again from them."""
+"""Recorded rollouts on disk, one file a step. A run continues from them, or trains from them again (``run.replay``)."""
 
-import gzip
 import json
-import os
+import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 
-from megatron_espo.batch import InFlight, ScoredGroups
+from megatron_espo.batch import ScoredGroups
 from megatron_espo.errors import InputError
-from megatron_espo.types import Prompt, Rollout
+from megatron_espo.run_files import make_durable
+from megatron_espo.types import Prompt, Trajectory
+
+_JSON = "step.json"
+# Per-token fields of a trajectory, stored one part after the other.
+_RESPONSE_FIELDS = ("response_ids", "loss_mask", "logprobs", "versions")
+# What zipfile, numpy and json raise for a damaged file.
+_DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Recorded(NamedTuple):
-    """A step's rollouts, and how the prompt stream and the prompts in flight stood after they were sampled."""
+    """A step's rollouts, and the state of the prompt stream after they were sampled."""
 
     groups: ScoredGroups
     after: dict[str, Any]
-    in_flight: list[InFlight]
 
 
 class RolloutLog:
-    """The folder ``rollouts``: ``step_000007.json.gz``, one for each step's batch, and ``step_000007.npy`` with its routed experts, if it has any.
+    """The folder ``rollouts`` with one ``step_000007.npz`` for each step.
+
+    The file is an uncompressed zip archive. Its ``.npy`` members hold the numbers of all trajectories, one after the other, with
+    the lengths beside them; ``step.json`` holds the rest. The zip format's CRC finds damage.
 
     Args:
-        folder: where they are.
-        fingerprint: the run's; rollouts of a run with another one are not taken.
+        folder: where the files are.
+        fingerprint: the run's. ``read`` does not return rollouts of a run with another fingerprint.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.folder, self._fingerprint = folder, fingerprint
 
-    def write(
-        self, step: int, groups: ScoredGroups, *, before: dict[str, Any], after: dict[str, Any], in_flight: Sequence[InFlight] = ()
-    ) -> None:
-        """Make a step's scored rollouts durable, with the prompt stream's state before and after them and what was left in flight."""
+    def write(self, step: int, groups: ScoredGroups, *, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Make a step's scored rollouts durable. The file appears whole or not at all.
+
+        Args:
+            step: counted from 1.
+            groups: the rollouts.
+            before, after: JSON values, the state of the prompt stream before and after them.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._path(step).unlink(missing_ok=True)  # of another attempt at this step, whose experts are about to be replaced
-        experts: list[np.ndarray] = []
+        samples = [sample for group in groups.rollouts for sample in group]
+        parts = [part for sample in samples for part in sample.parts]
         content = {
             "fingerprint": self._fingerprint,
             "before": before,
             "after": after,
             "dispatched": groups.dispatched,
-            "rewards": [[None if r != r else r for r in row] for row in groups.rewards.tolist()],
-            **_as_json(groups.rollouts, experts),
-            "in_flight": {"since": [entry.since for entry in in_flight], **_as_json([entry.rollouts for entry in in_flight], experts)},
+            "in_flight": groups.in_flight,
+            "prompts": [_without_ids(group[0].prompt) for group in groups.rollouts],
+            "group_sizes": [len(group) for group in groups.rollouts],
+            "num_parts": [len(sample.parts) for sample in samples],
+            "parts": [[part.finish_reason, part.text, part.reward, part.rewards] for part in parts],
         }
-        # First the experts: where the other file is, theirs is there too.
-        content["routed_experts"] = _write(self._path(step, ".npy"), lambda file: _save_arrays(file, experts)) if experts else None
-        text = json.dumps(content).encode()
-        _write(self._path(step), lambda file: file.write(gzip.compress(text, compresslevel=1, mtime=0)))
+        path = self._path(step)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as stream:
+            with zipfile.ZipFile(stream, "w") as archive:
+                archive.writestr(_JSON, json.dumps(content))
+                _write_array(archive, "rewards", [groups.rewards.numpy()], np.float32)
+                token_ids = [np.array(group[0].prompt.token_ids, np.int32) for group in groups.rollouts]
+                _write_vectors(archive, "token_ids", token_ids, np.int32)
+                for name, dtype in (("prompt_ids", np.int32), ("turns", np.int32)):
+                    _write_vectors(archive, name, [getattr(part, name) for part in parts], dtype)
+                _write_array(archive, "response_lengths", [np.array([len(part.response_ids) for part in parts])], np.int64)
+                for name, dtype in zip(_RESPONSE_FIELDS, (np.int32, np.bool_, np.float32, np.int32), strict=True):
+                    _write_array(archive, name, [getattr(part, name) for part in parts], dtype)
+                experts = [part.routed_experts for part in parts]
+                known = [rows for rows in experts if rows is not None]
+                if known:
+                    rows = [0 if rows is None else len(rows) for rows in experts]
+                    _write_array(archive, "routed_experts_lengths", [np.array(rows)], np.int64)
+                    _write_array(archive, "routed_experts", known, known[0].dtype)
+        make_durable(partial)
+        partial.replace(path)
 
     def read(self, step: int, before: dict[str, Any] | None) -> Recorded | None:
-        """A step's rollouts and what was after them; ``None`` if there are none of this run at this place.
+        """A step's rollouts and the state after them; ``None`` if there are none of this run at this place.
 
         Args:
-            before: the prompt stream's state now; ``None`` takes the file whatever it says.
+            step: counted from 1.
+            before: the prompt stream's state now; ``None`` accepts any.
 
         Raises:
             InputError: a damaged file.
@@ -69,117 +103,98 @@ class RolloutLog:
         path = self._path(step)
         if not path.is_file():
             return None
-        content = _load(path)
-        if before is not None and (content["before"] != before or content["fingerprint"] != self._fingerprint):
-            return None
-        rewards = torch.tensor([[float("nan") if r is None else r for r in row] for row in content["rewards"]])
-        experts = _load_experts(path, content)
-        groups, in_flight = _from_json(content, experts), _in_flight(content, experts)
-        return Recorded(ScoredGroups(groups, rewards, content["dispatched"], len(in_flight)), content["after"], in_flight)
-
-    def in_flight_after(self, step: int) -> list[InFlight]:
-        """What a step left in flight.
-
-        Raises:
-            InputError: the step's file is missing or damaged.
-        """
-        path = self._path(step)
-        if not path.is_file():
-            raise InputError(
-                f"{path}: expected the responses that were in flight after step {step}, found no file; set run.resume to a checkpoint whose step has one"
+        try:
+            with np.load(path) as file:
+                content = json.loads(file[_JSON])
+                state = (content["before"], content["fingerprint"])
+                if before is not None and state != (before, self._fingerprint):
+                    return None
+                arrays = {name: file[name] for name in file.files if name != _JSON}
+            groups = ScoredGroups(
+                _trajectories(content, arrays),
+                torch.from_numpy(arrays["rewards"]),
+                content["dispatched"],
+                content["in_flight"],
             )
-        content = _load(path)
-        return _in_flight(content, _load_experts(path, content))
+            return Recorded(groups, content["after"])
+        except _DAMAGE as error:
+            raise InputError(
+                f"{path}: expected recorded rollouts, found damage ({error}); remove the file to sample the step again"
+            ) from None
 
     def forget(self, up_to_step: int) -> None:
-        """Remove what a checkpoint has made unnecessary."""
-        for path in self.folder.glob("step_*.json.gz"):
-            step = int(path.name[5:-8])
-            if step <= up_to_step:
+        """Remove the files up to a step, because a checkpoint makes them unnecessary."""
+        for path in self.folder.glob("step_*.npz"):
+            if int(path.stem[5:]) <= up_to_step:
                 path.unlink()
-                self._path(step, ".npy").unlink(missing_ok=True)
 
-    def _path(self, step: int, ending: str = ".json.gz") -> Path:
-        return self.folder / f"step_{step:06d}{ending}"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise _damage(path, error) from None
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}.npz"
 
 
-def _damage(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: expected recorded rollouts, found damage ({error}); remove the file to sample the step anew")
+def _without_ids(prompt: Prompt) -> dict[str, Any]:
+    return {name: value for name, value in vars(prompt).items() if name != "token_ids"}
 
 
-def _load_experts(path: Path, content: dict[str, Any]) -> np.ndarray | None:
-    """All experts of a step, in memory as far as they are used; ``None``: it has none."""
-    if content.get("routed_experts") is None:
-        return None
-    file = path.with_name(path.name.removesuffix(".json.gz") + ".npy")
-    try:
-        experts = np.load(file, mmap_mode="r")
-        if zlib.crc32(experts.data.cast("B")) != content["routed_experts"]:
-            raise ValueError(f"{file.name}: another checksum than when it was written")
-    except (OSError, ValueError) as error:
-        raise _damage(path, error) from None
-    return experts
+def _write_array(archive: zipfile.ZipFile, name: str, parts: list[np.ndarray], dtype: DTypeLike) -> None:
+    """Write the concatenation of ``parts`` as a ``.npy`` member. Does not build it in memory: experts may take gigabytes."""
+    shape = (sum(map(len, parts)), *(parts[0].shape[1:] if parts else ()))
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for part in parts:
+            member.write(np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8))
 
 
-def _in_flight(content: dict[str, Any], experts: np.ndarray | None) -> list[InFlight]:
-    entry = content.get("in_flight", {"since": [], "prompts": [], "rollouts": []})
-    return [InFlight(*pair) for pair in zip(entry["since"], _from_json(entry, experts), strict=True)]
+def _write_vectors(archive: zipfile.ZipFile, name: str, vectors: list[np.ndarray], dtype: DTypeLike) -> None:
+    """Vectors one after the other, and their lengths."""
+    _write_array(archive, f"{name}_lengths", [np.array([len(vector) for vector in vectors])], np.int64)
+    _write_array(archive, name, vectors, dtype)
 
 
-def _as_json(groups: Sequence[Sequence[Rollout]], experts: list[np.ndarray]) -> dict[str, Any]:
-    """Adds the groups' experts to ``experts``."""
-    rollouts = [[_sample(rollout, experts) for rollout in group] for group in groups]
-    return {"prompts": [asdict(group[0].prompt) for group in groups], "rollouts": rollouts}
-
-
-def _from_json(content: dict[str, Any], experts: np.ndarray | None) -> list[list[Rollout]]:
-    prompts = [Prompt(**entry | {"token_ids": tuple(entry["token_ids"])}) for entry in content["prompts"]]
+def _trajectories(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[list[Trajectory]]:
+    token_ids = _cut(arrays["token_ids"], arrays["token_ids_lengths"])
+    prompts = [
+        Prompt(**entry, token_ids=tuple(ids.tolist()))
+        for entry, ids in zip(content["prompts"], token_ids, strict=True)
+    ]
+    names = ("prompt_ids", "turns", *_RESPONSE_FIELDS)
+    per_part = [_cut(arrays[name], arrays.get(f"{name}_lengths", arrays["response_lengths"])) for name in names]
+    fields = (dict(zip(names, values, strict=True)) for values in zip(*per_part, strict=True))
+    experts: Iterable[np.ndarray | None] = [None] * len(content["parts"])
+    if "routed_experts" in arrays:
+        rows = _cut(arrays["routed_experts"], arrays["routed_experts_lengths"])
+        experts = (part if len(part) else None for part in rows)
+    rest = zip(content["parts"], fields, experts, strict=True)
+    num_parts = iter(content["num_parts"])
     return [
-        [_rollout(prompt, *sample, experts=experts) for sample in samples] for prompt, samples in zip(prompts, content["rollouts"], strict=True)
+        [_next_trajectory(prompt, next(num_parts), rest) for _ in range(size)]
+        for prompt, size in zip(prompts, content["group_sizes"], strict=True)
     ]
 
 
-def _sample(rollout: Rollout, experts: list[np.ndarray]) -> list[Any]:
-    sample = [rollout.response_ids, rollout.logprobs, rollout.finish_reason, rollout.policy_version, rollout.text]
-    if rollout.routed_experts is not None:
-        start = sum(map(len, experts))
-        experts.append(rollout.routed_experts)
-        sample.append([start, start + len(rollout.routed_experts)])
-    return sample
+def _next_trajectory(prompt: Prompt, num_parts: int, rest: Iterator[tuple]) -> Trajectory:
+    """The trajectory whose parts come next."""
+    parts = []
+    for _ in range(num_parts):
+        (finish_reason, text, reward, rewards), arrays, experts = next(rest)
+        parts.append(
+            Trajectory(
+                prompt,
+                **arrays,
+                finish_reason=finish_reason,
+                text=text,
+                reward=reward,
+                rewards=rewards,
+                routed_experts=experts,
+            )
+        )
+    return replace(parts[-1], earlier=tuple(parts[:-1])) if parts[:-1] else parts[-1]
 
 
-def _rollout(prompt: Prompt, ids: list[int], logprobs: list[float], *rest: Any, experts: np.ndarray | None) -> Rollout:
-    """What :func:`_sample` was made of; the last of ``rest`` may be the place of its experts."""
-    reason, version, text, *place = rest
-    chosen = experts[slice(*place[0])] if place else None
-    return Rollout(prompt, tuple(ids), tuple(logprobs), reason, version, text, chosen)
-
-
-def _write(path: Path, fill: Callable[[IO[bytes]], int]) -> int:
-    """Make a file that is there whole or not at all; returns what ``fill`` does."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        answer = fill(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    return answer
-
-
-def _save_arrays(file: IO[bytes], arrays: list[np.ndarray]) -> int:
-    """``np.save`` of their concatenation, without making it; returns a checksum of the numbers."""
-    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
-    np.lib.format.write_array_header_1_0(file, {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape})
-    checksum = 0
-    for array in arrays:
-        content = np.ascontiguousarray(array).data.cast("B")
-        file.write(content)
-        checksum = zlib.crc32(content, checksum)
-    return checksum
+def _cut(values: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of ``values``, one after the other."""
+    if lengths.sum() != len(values):
+        raise ValueError(f"expected {lengths.sum()} values, got {len(values)}")
+    ends = lengths.cumsum().tolist()
+    return (values[start:end] for start, end in zip(chain([0], ends), ends, strict=False))

@@ -15,18 +15,6 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def last_line(path: str | Path, most_bytes: int = 1 << 20) -> dict[str, Any]:
-    """The last whole line of a JSONL file; ``{}`` for an absent file and for a line that is longer than ``most_bytes``."""
-    if not Path(path).is_file():
-        return {}
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - most_bytes))
-        lines = file.read().rpartition(b"\n")[0].split(b"\n")
-    whole = lines if size <= most_bytes else lines[1:]
-    return json.loads(whole[-1]) if whole and whole[-1] else {}
-
-
 def read_json(path: str | Path) -> dict[str, Any]:
     """An object in JSON; ``{}`` for an absent file and for one that holds no JSON object (half written)."""
     try:
@@ -44,9 +32,15 @@ def write_durably(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    make_durable(path.parent)
+
+
+def make_durable(*paths: Path) -> None:
+    """Flush files and folders to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def keep_steps(path: Path, last_step: int) -> None:

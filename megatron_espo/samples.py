@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from megatron_espo.types import Rollout
+from megatron_espo.types import Trajectory
 
 Place = tuple[int, int]
 
@@ -25,8 +26,12 @@ def choose_samples(rewards: torch.Tensor, count: int) -> list[Place]:
     return places[:count]
 
 
-def sample_record(step: int, rollout: Rollout, reward: float, advantage: float, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """One line of ``samples.jsonl`` but for ``entropies`` (nats) and ``groups``, one a token."""
+def sample_record(step: int, rollout: Trajectory, reward: float, advantage: float, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """One line of ``samples.jsonl`` but for ``entropies`` (nats) and ``groups``, one a token.
+
+    ``mask`` is 1 where the policy sampled the token and 0 elsewhere. ``policy_versions`` lists the versions that sampled.
+    """
+    ids = rollout.response_ids.tolist()
     return {
         "step": step,
         "prompt_id": rollout.prompt.id,
@@ -36,10 +41,17 @@ def sample_record(step: int, rollout: Rollout, reward: float, advantage: float, 
         "reward": reward,
         "advantage": advantage,
         "finish_reason": rollout.finish_reason,
-        "policy_version": rollout.policy_version,
-        "tokens": list(rollout.response_ids),
-        "pieces": token_pieces(rollout.response_ids, decode),
+        "policy_versions": np.unique(rollout.versions[rollout.loss_mask]).tolist(),
+        "tokens": ids,
+        "pieces": token_pieces(ids, decode),
+        "mask": rollout.loss_mask.astype(int).tolist(),
     }
+
+
+def spread(values: Sequence[Any], mask: Sequence[int]) -> list[Any]:
+    """``values`` of the sampled tokens, with ``None`` at every other token."""
+    left = iter(values)
+    return [next(left) if sampled else None for sampled in mask]
 
 
 def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:

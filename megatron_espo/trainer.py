@@ -2,7 +2,7 @@
 
     prompts -> rollouts -> rewards -> advantages -> log-probs, entropy groups and the ESPO loss in Megatron's schedule -> weights -> engine
 
-With ``rollout.max_staleness: 1`` the engine samples a step's batch while the step before is trained.
+With ``rollout.max_staleness`` above 0 the engines go on sampling while a step is trained and while they take new weights.
 """
 
 import time
@@ -15,16 +15,15 @@ import torch
 from megatron_espo.algo import group_advantages, overlong_penalty
 from megatron_espo.batch import ScoredGroups
 from megatron_espo.checkpoints import Checkpoints
-from megatron_espo.collect import Collector
 from megatron_espo.config import Config
 from megatron_espo.data.packing import TrainSequence
-from megatron_espo.faults import at_step
 from megatron_espo.ledger import Ledger
 from megatron_espo.mcore import runtime as mcore_runtime
 from megatron_espo.mcore.learner import Learner
 from megatron_espo.progress import Phases
 from megatron_espo.report import draw_learning_curve, write_summary
 from megatron_espo.reporter import Reporter
+from megatron_espo.rollout_manager import RolloutManager
 from megatron_espo.status import reported
 from megatron_espo.stopping import Stopped, StopRequest
 from megatron_espo.turns import MemoryTurns, start_asleep
@@ -44,15 +43,13 @@ def train(config: Config) -> None:
     with reported(config, runtime) as beat, Run(config, hf_config, runtime, beat) as run:
         for step in range(run.step + 1, config.run.steps + 1):
             began = time.perf_counter()
-            at_step(step)
-            groups = run.collector.collect(step, run.phases, run.turns.recover)
-            run.collector.sample_ahead(step + 1)
+            groups = run.rollouts.collect(step, run.phases, run.turns.recover)
             advantages = advantages_of(groups, config)
             sequences = train_sequences(groups, advantages, config.algorithm.mask_truncated, run.reporter.watch(groups))
             run.turns.to_trainer(step)
             with run.phases.phase("train", step, config.run.steps) as on_progress:
                 metrics = run.learner.update(sequences, on_progress)
-            metrics |= run.push(version=step)
+            metrics |= run.turns.to_engine(version=step)
             run.finish_step(step, metrics, groups, advantages, began)
         run.finish()
     mcore_runtime.shutdown()
@@ -71,19 +68,19 @@ class Run:
         self.stop = StopRequest(self.folder, config.run.max_seconds)
         self.checkpoints = Checkpoints(config)
         checkpoint = self.checkpoints.find()
-        self.collector = Collector(config, hf_config, runtime, self.stop)
+        self.rollouts = RolloutManager(config, hf_config, runtime, self.stop)
         self.phases, self.step = Phases(runtime.is_main, beat), 0
-        self.reporter = Reporter(config, hf_config, runtime, self.collector.tokenizer)
+        self.reporter = Reporter(config, hf_config, runtime, self.rollouts.tokenizer)
         self.say(f"loading {config.model.path} on {runtime.world_size} ranks; the engine's log: {self.folder / 'engine.log'}")
         try:
             if config.rollout.sleep and not config.run.replay:
-                start_asleep(self.collector.engine, config.rollout.timeout_s)
+                start_asleep(self.rollouts.engine, config.rollout.timeout_s)
             self.learner = Learner(config, hf_config, runtime, self.reporter.observe)
             self.ledger = Ledger()
             if checkpoint:
                 state = self.checkpoints.load(checkpoint, self.learner)
                 self.step, self.ledger = state["step"], Ledger(**state["ledger"])
-                self.collector.load_state_dict(state["stream"], self.step)
+                self.rollouts.load_state_dict(state["rollouts"])
                 self.say(f"going on after step {self.step} of {config.run.steps}, from {checkpoint}")
             if self.step >= config.run.steps:
                 self.say(f"nothing to train: step {self.step} of {config.run.steps} is done; raise run.steps to go on")
@@ -92,7 +89,7 @@ class Run:
             self.turns.to_engine(version=self.step)
             self.phases.take()  # not the first step's
         except BaseException:
-            self.collector.close()
+            self.rollouts.close()
             raise
         if runtime.is_main:
             self.folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
@@ -101,33 +98,25 @@ class Run:
     def _connect(self) -> WeightSync | NoSync:
         if self.config.run.replay:
             return NoSync()
-        collector = self.collector
+        rollouts = self.rollouts
         return WeightSync(
-            self.config, self.hf_config, self.learner, self.runtime, collector.engine, collector.canary()
+            self.config, self.hf_config, self.learner, self.runtime, rollouts.engine, rollouts.canary(), on_served=rollouts.connect
         )
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self.collector.close(over=kind is None)
+        self.rollouts.close()
         self.reporter.close()
         if kind is Stopped and self.checkpoints.due_at_stop(self.step):
             self._save(go_on=False)
-
-    def push(self, version: int) -> dict[str, float]:
-        """Give the engine the weights of ``version`` once it is free. Collective. A run that is to stop leaves it, and is stopped by ``finish_step``."""
-        try:
-            self.collector.settle(version, self.phases, self.sync.disconnect)
-        except Stopped:
-            return {}
-        return self.turns.to_engine(version)
 
     def finish_step(self, step: int, metrics: dict[str, float], groups: ScoredGroups, advantages: torch.Tensor, began: float) -> None:
         """Count, report, and save where it is due. Collective. Raises Stopped, on all ranks, if one was asked to stop."""
         self.step = step
         self.ledger.count(groups)
-        metrics |= self.collector.evaluate(step, self.phases, self.turns.recover)
+        metrics |= self.rollouts.evaluate(step, self.phases, self.turns.recover)
         seconds = self.phases.take() | {"step": time.perf_counter() - began}
         self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
         reason = self.stop.agreed() if step < self.config.run.steps else None
@@ -138,9 +127,9 @@ class Run:
 
     def _save(self, go_on: bool) -> None:
         with self.turns.whole(self.step, go_on=go_on), self.phases.phase("checkpoint", self.step, self.config.run.steps):
-            state = {"step": self.step, "stream": self.collector.state_dict(), "ledger": vars(self.ledger)}
+            state = {"step": self.step, "rollouts": self.rollouts.state_dict(), "ledger": vars(self.ledger)}
             path = self.checkpoints.save(self.step, self.learner, state)
-        self.collector.forget(self.step)
+        self.rollouts.forget(self.step)
         self.say(f"saved {path}")
 
     def finish(self) -> None:
@@ -177,20 +166,34 @@ def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
 def train_sequences(
     groups: ScoredGroups, advantages: torch.Tensor, mask_truncated: bool, watched: Mapping[tuple[int, int], int] | None = None
 ) -> list[list[TrainSequence]]:
-    """Each rollout with its advantage, by prompt; ``watched`` numbers those ``(prompt, sample)`` that are shown."""
+    """The sequences to train, by prompt: one for each part of a trajectory (``Trajectory.parts``), with the trajectory's advantage.
+
+    Every part counts as a response of its own: N in the loss is the number of sequences returned here.
+
+    Args:
+        groups: the step's rollouts.
+        advantages: ``[prompts, group_size]``.
+        mask_truncated: whether truncated trajectories give no gradient.
+        watched: numbers of the samples ``(prompt, sample)`` that are logged; the last part of the trajectory is logged.
+
+    Raises:
+        ValueError: a part without sampled tokens.
+    """
     watched = watched or {}
     return [
         [
             TrainSequence(
-                sample.prompt.token_ids,
-                sample.response_ids,
-                sample.logprobs,
+                part.prompt_ids,
+                part.response_ids,
+                part.logprobs,
                 float(advantages[i, j]),
-                masked=mask_truncated and sample.truncated,
-                watched=watched.get((i, j)),
-                routed_experts=sample.routed_experts,
+                loss_mask=part.loss_mask,
+                masked=sample.failed or (mask_truncated and sample.truncated),
+                watched=watched.get((i, j)) if part is sample else None,
+                routed_experts=part.routed_experts,
             )
             for j, sample in enumerate(rollouts)
+            for part in sample.parts
         ]
         for i, rollouts in enumerate(groups.rollouts)
     ]

@@ -13,7 +13,8 @@ from megatron_espo.config import Config
 from megatron_espo.mcore.learner import Learner
 from megatron_espo.mcore.offload import PARTS
 from megatron_espo.progress import Phases
-from megatron_espo.rollout import Engine, EngineError
+from megatron_espo.rollout.engine import EngineError
+from megatron_espo.rollout.vllm_engine import VLLMEngine
 from megatron_espo.throughput import GIB
 from megatron_espo.weights.lockstep import Lockstep
 from megatron_espo.weights.sync import NoSync, WeightSync
@@ -75,7 +76,7 @@ class MemoryTurns:
             self.to_engine(step)
 
 
-def start_asleep(engine: Engine | None, timeout_s: float) -> None:
+def start_asleep(engine: VLLMEngine | None, timeout_s: float) -> None:
     """Wait until every engine has started and sleeps. Collective, before the trainer takes memory.
 
     vLLM claims its share of a GPU and measures what is left for its caches while it starts, so nobody else may take any then. An engine that

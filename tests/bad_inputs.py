@@ -96,7 +96,7 @@ def find_checkpoint(bad: Bad) -> None:
     folder = Path("out/checkpoints/step_000002")
     for path in (folder, folder.with_name("step_000001")):
         path.mkdir(parents=True)
-        (path / "state.json").write_text(json.dumps({"fingerprint": fingerprint(good)}))
+        (path / "state.json").write_text(json.dumps({"fingerprint": fingerprint(good), "rollouts": {}}))
         (path / "weights.distcp").write_bytes(bytes(64))
         files = {file.name: _checksum(file) for file in path.iterdir()}
         (path / "megatron_espo.json").write_text(json.dumps({"version": 1, "model": model_identity(LLAMA), "files": files}))
@@ -150,16 +150,16 @@ def replay_without_experts(bad: Bad) -> None:
     import torch
 
     from megatron_espo.batch import ScoredGroups
-    from megatron_espo.collect import Collector
     from megatron_espo.progress import Phases
     from megatron_espo.rollout_log import RolloutLog
-    from megatron_espo.types import Prompt, Rollout
+    from megatron_espo.rollout_manager import RolloutManager
+    from megatron_espo.types import Prompt, Trajectory
 
-    rollouts = [[Rollout(Prompt("a", "", "", (3,)), (5,), (-1.0,), "stop", 0, "") for _ in range(2)]]
+    rollouts = [[Trajectory.single_turn(Prompt("a", "", "", (3,)), (5,), (-1.0,), 0, "stop", "") for _ in range(2)]]
     RolloutLog(Path("other/rollouts"), {}).write(1, ScoredGroups(rollouts, torch.tensor([[0.0, 1.0]]), 1), before={}, after={})
     runtime = SimpleNamespace(is_main=True, rank=0, world_size=1)
-    collector = Collector(load_config("run.yaml", bad.overrides), MOE, runtime, SimpleNamespace(check=lambda: None))
-    collector._attempt(1, Phases(draw=False))
+    manager = RolloutManager(load_config("run.yaml", bad.overrides), MOE, runtime, SimpleNamespace(check=lambda: None))
+    manager._batch(1, Phases(draw=False))
 
 
 def in_a_checkpoint(name: str, content: Any) -> dict[str, Any]:
@@ -193,17 +193,18 @@ TABLE: dict[str, list[Bad]] = {
         Bad("unequal mini-batches", overrides=("algorithm.num_mini_batches=3",)),
         Bad("a warm-up as long as the run", overrides=("run.steps=5", "optimizer.lr_warmup_iters=5")),
         Bad("full recomputation, but how?", overrides=("megatron.recompute_granularity=full", "megatron.recompute_num_layers=1")),
-        Bad("older rollouts without their correction", overrides=("rollout.prompts_per_step=8", "rollout.extra_prompts=4")),
+        Bad("older rollouts without their correction", overrides=("rollout.max_staleness=1",)),
         Bad("8-bit products of float32 weights", overrides=("megatron.fp8=hybrid", "model.dtype=float32")),
         Bad("a response as long as the engine's context", overrides=("rollout.max_model_len=64",)),
         Bad(
-            "an engine that is to sleep and to sample",
-            overrides=("rollout.sleep=true", "rollout.max_staleness=1", "algorithm.rollout_correction=token"),
+            "more prompts in flight than can be trained in time",
+            overrides=(
+                "rollout.prompts_per_step=8", "rollout.max_staleness=1", "rollout.over_sampling_prompts=9",
+                "algorithm.rollout_correction=token",
+            ),
         ),
-        Bad(
-            "states that are to leave while they are used",
-            overrides=("megatron.offload=[optimizer, weights]", "rollout.max_staleness=1", "algorithm.rollout_correction=token"),
-        ),
+        Bad("a setting of an older release", overrides=("rollout.extra_prompts=4",)),
+        Bad("an argument of the engine that a setting owns", overrides=("rollout.engine_args={dtype: float16}",)),
         Bad("a sleeping engine on GPUs of its own", overrides=("rollout.sleep=true", 'rollout.visible_devices="6,7"')),
         Bad("an engine's machine without a port", overrides=("rollout.hosts=[10.0.0.5]",)),
         Bad("all addresses of a machine", overrides=("rollout.hosts=['0.0.0.0:7700']",)),
@@ -308,7 +309,7 @@ TABLE: dict[str, list[Bad]] = {
         Bad("a run folder that is a file", {"out": "text"}),
         Bad("a run folder that cannot be made", overrides=("run.dir=/proc/runs",)),
         Bad("rollouts that are not there", overrides=("run.replay=other/rollouts",)),
-        Bad("damaged rollouts", {"other/rollouts/step_000001.json.gz": b"\x1f\x8b"}, check=replay_a_step),
+        Bad("damaged rollouts", {"other/rollouts/step_000001.npz": b"PK\3\4"}, check=replay_a_step),
         Bad("rollouts of a run without router replay", overrides=("run.replay=other/rollouts",), check=replay_without_experts),
     ],
 }  # fmt: skip

@@ -41,31 +41,36 @@ def token_statistics(model, prompt: list[int], response: list[int], temperature:
 
 def espo_loss(
     model, batch, *, num_responses, temperature, vocab_size, old_model=None, alpha=0.02, rho="0.2", reference_model=None,
-    rollout_logprobs=None, kl_coef=0.0, entropy_coef=0.0, rollout_correction="off", routed_experts=None,
+    rollout_logprobs=None, kl_coef=0.0, entropy_coef=0.0, rollout_correction="off", routed_experts=None, masks=None,
 ):  # fmt: skip
     """``-Σ_responses Σ_groups Σ_t 1/(N K n) (c_t min(s A, clip(s, 1 - ε, 1 + ε) A) - kl_coef k3_t + entropy_coef H_t)`` over
     ``(prompt, response, advantage)`` triples, with the truncated importance sampling factor ``c`` at most 2; all three models send the tokens
-    of a triple to its ``routed_experts``, if there are any."""
+    of a triple to its ``routed_experts``, if there are any. Of a response only tokens with a True in its ``masks`` have a loss."""
     loss = 0.0
     for number, (prompt, response, advantage) in enumerate(batch):
         experts = routed_experts and routed_experts[number]
-        logp, entropy = token_statistics(model, prompt, response, temperature, experts)
+        trained = [t for t in range(len(response)) if masks is None or masks[number][t]]
+
+        def statistics(model, prompt=prompt, response=response, experts=experts, trained=trained):
+            return [values[trained] for values in token_statistics(model, prompt, response, temperature, experts)]
+
+        logp, entropy = statistics(model)
         old_logp, old_entropy = logp.detach(), entropy.detach()
         if old_model is not None:
             with torch.no_grad():
-                old_logp, old_entropy = token_statistics(old_model, prompt, response, temperature, experts)
+                old_logp, old_entropy = statistics(old_model)
         factor, kl = torch.ones_like(old_logp), torch.zeros_like(old_logp)
         if rollout_correction != "off":
-            difference = old_logp - torch.tensor(rollout_logprobs[number], dtype=old_logp.dtype)
+            difference = old_logp - torch.tensor(rollout_logprobs[number], dtype=old_logp.dtype)[trained]
             ratio = difference.exp() if rollout_correction == "token" else difference.sum().exp().expand_as(difference)
             factor = ratio.clamp(max=2.0)
         if reference_model is not None:
             with torch.no_grad():
-                reference_logp, _ = token_statistics(reference_model, prompt, response, temperature, experts)
+                reference_logp, _ = statistics(reference_model)
             r = reference_logp - logp
             kl = r.exp() - 1 - r
-        order = sorted(range(len(response)), key=lambda t: (-float(old_entropy[t]), t))
-        k = math.ceil(Fraction(rho) * len(response))
+        order = sorted(range(len(trained)), key=lambda t: (-float(old_entropy[t]), t))
+        k = math.ceil(Fraction(rho) * len(trained))
         groups = [group for group in (order[:k], order[k:]) if group]
         for group in groups:
             epsilon = alpha / math.log(vocab_size) * float(old_entropy[group].mean())

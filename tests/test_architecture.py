@@ -113,15 +113,3 @@ def test_files_and_functions_are_small(file):
     assert len((PACKAGE / file).read_text().splitlines()) <= 400
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions(FILES[file]) if f.end_lineno - f.lineno >= 60}
     assert not long, f"{file}: functions over 60 lines: {long}"
-
-
-def test_placement_and_model_support_the_same_architectures():
-    def names(file: str) -> list[str]:
-        (value,) = [
-            node.value
-            for node in FILES[file].body
-            if isinstance(node, ast.Assign) and node.targets[0].id == "ARCHITECTURES"
-        ]
-        return sorted(ast.literal_eval(value))
-
-    assert names("config/placement.py") == names("mcore/model.py")

@@ -115,7 +115,7 @@ BAD_TEXTS = {
     "not a number": (GOOD + "optimizer:\n  lr: .nan\n", "run.yaml:6: optimizer.lr: expected number > 0, got NaN"),
     "unknown choice": (
         GOOD + "model_:\nrollout:\n  transport: http\n",
-        'run.yaml:7: rollout.transport: expected one of auto, shared_memory, tcp, ipc, nccl, nccl_m2n, sharded_rdt, got "http"',
+        'run.yaml:7: rollout.transport: expected one of auto, files, ipc, nccl, nccl_m2n, sharded_rdt, got "http"',
     ),
     "section is a number": (
         GOOD + "optimizer: 3\n",
@@ -225,7 +225,7 @@ BAD_TEXTS = {
     "not a mapping": (
         "- 1\n",
         "run.yaml:1: expected a mapping of sections (run, model, megatron, optimizer, algorithm, rollout, "
-        "data, reward, eval), "
+        "data, environment, reward, eval), "
         "got [1]",
     ),
     "empty file": ("# nothing\n", "run.yaml:1: the file is empty; model.path and data.prompts are required"),
@@ -308,3 +308,51 @@ def test_configuration_loads_without_anything_heavy(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        ("rollout.extra_prompts=8", "rollout.over_sampling_prompts"),
+        ("rollout.max_carried_steps=2", "rollout.max_staleness"),
+        ("rollout.cpu_kv_cache_gib=0.5", "rollout.engine_args"),
+        ("rollout.transport=shared_memory", "files"),
+        ("rollout.transport=tcp", "files"),
+        ("reward.overlap=true", "leave it out"),
+    ],
+)
+def test_a_setting_of_an_older_release_names_its_replacement(tmp_path, monkeypatch, override, instead):
+    (line,) = refusal(tmp_path, monkeypatch, GOOD, [override])
+    assert line.startswith(f"override '{override}': {override.partition('=')[0]}: ") and instead in line
+
+
+@pytest.mark.parametrize(
+    ("argument", "setting"),
+    [
+        ("tensor_parallel_size: 2", "rollout.tensor_parallel_size"),
+        ("tensor-parallel-size: 2", "rollout.tensor_parallel_size"),
+        ("weight_transfer_config: x", "rollout.transport"),
+        ("middleware: a.b", "leave it out"),
+    ],
+)
+def test_an_engine_argument_that_a_setting_owns_is_refused(tmp_path, monkeypatch, argument, setting):
+    (line,) = refusal(tmp_path, monkeypatch, GOOD, [f"rollout.engine_args={{{argument}}}"])
+    assert argument.partition(":")[0] in line and line.endswith(setting)
+
+
+def test_other_engine_arguments_reach_the_command_line(tmp_path, monkeypatch):
+    from megatron_espo.rollout.server import EngineConfig, server_command
+
+    overrides = [
+        "rollout.engine_args={kv_cache_memory_bytes: 268435456, enable-prefix-caching: false, async_scheduling: true}",
+        "rollout.engine_args.compilation_config={level: 0}",
+        "rollout.engine_args.disable_log_stats=false",
+    ]
+    config = load(tmp_path, monkeypatch, GOOD, overrides)
+    engine = EngineConfig("model", str(tmp_path), "float32", "files", engine_args=config.rollout.engine_args)
+    command = server_command(engine, ["--uds", "socket"], is_cpu=True)
+    assert command[command.index("--kv-cache-memory-bytes") + 1] == "268435456", "it replaces this project's value"
+    assert command.count("--kv-cache-memory-bytes") == 1
+    assert command[command.index("--compilation-config") + 1] == '{"level": 0}'
+    assert "--no-enable-prefix-caching" in command and "--async-scheduling" in command
+    assert not {"--enable-prefix-caching", "--disable-log-stats", "--no-disable-log-stats"} & set(command)

@@ -202,6 +202,7 @@ model.zero_grad_buffer()
 CHECKS = {
     "README.md": "assert all(p.main_grad.norm() > 0 for p in model.parameters())",
     "docs/existing_script.md": "assert callable(forward_step)",
+    "docs/environments.md": "assert callable(AskTwice.rollout)",  # tests/test_environments.py runs it
 }
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_espo import cli
 from megatron_espo.evaluation import Evaluation, bootstrap_interval, pass_at_k, render_table
-from megatron_espo.types import Prompt, Rollout
+from megatron_espo.types import Prompt, Trajectory
 from tests.documented import is_documented
 from tests.test_end_to_end import run_training
 from tests.tiny import save_tiny_model
@@ -28,7 +28,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(n):
 
 def evaluation(rewards, length=3, finish_reason="stop") -> Evaluation:
     prompts = [Prompt(f"p{i}", "?", "1", (1,)) for i in range(len(rewards))]
-    rollouts = [[Rollout(p, (7,) * length, (-1.0,) * length, finish_reason, 0, "") for _ in row] for p, row in zip(prompts, rewards, strict=True)]
+    rollouts = [[Trajectory.single_turn(p, (7,) * length, (-1.0,) * length, 0, finish_reason, "") for _ in row] for p, row in zip(prompts, rewards, strict=True)]
     return Evaluation(rollouts, rewards)
 
 
@@ -78,8 +78,8 @@ def test_the_interval_is_scipys():
 
 
 def test_the_table_names_each_metric_once():
-    text = render_table(evaluation([[1.0, 0.0]]).metrics(), 1, 0.9)
-    assert text.splitlines()[0] == "1 prompts, 90% bootstrap intervals over prompts"
+    text = render_table(evaluation([[1.0, 0.0]]).metrics(), 1)
+    assert text.splitlines()[0] == "1 prompts, 95% bootstrap intervals over prompts"
     assert text.count("avg@2") == 1 and "0.5000   0.5000 – 0.5000" in text and "_low" not in text
 
 
@@ -99,7 +99,7 @@ def folder(tmp_path_factory):
         "run": {"dir": str(folder / "run"), "steps": 2, "seed": 3},
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "optimizer": {"lr": 0.003},
-        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 6, "timeout_s": 120, "cpu_kv_cache_gib": 0.25},
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 6, "timeout_s": 120, "engine_args": {"kv_cache_memory_bytes": 1 << 28}},
         "data": {"prompts": str(folder / "train.jsonl")},
         "reward": {"function": "tests.test_evaluation:first_is_even", "workers": 1},
         "eval": {"prompts": str(folder / "held_out.jsonl"), "every": 2, "samples": 4, "max_response_tokens": 5},

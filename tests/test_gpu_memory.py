@@ -24,18 +24,23 @@ def test_what_leaves_frees_gpu_memory(tmp_path):
 
 def test_a_sleeping_engine_frees_gpu_memory(tmp_path):
     pytest.importorskip("vllm")
-    from megatron_espo.rollout import Engine, push_weights
-    from tests.test_rollout import assert_serves, connect, engine_config, make_llama
+    from transformers import LlamaForCausalLM
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    from megatron_espo.rollout.transport import make_trainer_transport, send_weights
+    from tests.real_engine import assert_serves, engine_config, running_engine
+    from tests.tiny import save_tiny_model
 
     def free() -> int:
         return torch.cuda.mem_get_info()[0]
 
-    model, share = make_llama(tmp_path).cuda(), 0.3
-    total = torch.cuda.mem_get_info()[1]
-    config = engine_config(tmp_path, tmp_path / "engine.log", transport="ipc", sleep=True, gpu_memory_utilization=share, start_timeout_s=600)
-    with Engine(config, decode=str) as engine:
-        before = free()
-        engine.start().wait_ready()
+    folder, share = save_tiny_model(tmp_path / "model"), 0.3
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+    before, total = torch.cuda.mem_get_info()
+    config = engine_config(
+        folder, tmp_path, transport="ipc", sleep=True, gpu_memory_utilization=share, start_timeout_s=600, engine_args={}
+    )
+    with running_engine(config) as engine:
         awake = free()
         engine.sleep()
         asleep = free()
@@ -44,6 +49,9 @@ def test_a_sleeping_engine_frees_gpu_memory(tmp_path):
         assert asleep - awake > 0.8 * (before - awake)
         engine.wake([(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items() if name != "lm_head.weight"])
         assert asleep - free() < 0.1 * share * total, "a tiny model's weights, without caches"
-        push_weights(connect(engine, model), engine, 1)
-        assert_serves(engine, model.cpu())
+        send_weights(make_trainer_transport("ipc", engine=engine, source=ModuleSource(model), rank=0), engine, 1)
+        engine.wake_caches()
+        engine.resume()
+        engine.serve()
+        assert_serves(engine, model.cpu(), [(5, 6, 7, 8)])
         assert free() - awake < 0.1 * share * total, "the caches are back"

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_espo.rollout.server import EngineConfig
 from tests.distributed import ROOT
+from tests.tiny import save_tiny_model
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2", "10.77.0.3")
 WATCHDOG_S, ENGINE_S = 20, 20
@@ -148,13 +150,13 @@ def start_on(name: str, folder: Path, log: str, command: list[str], **env: str) 
 
 @contextmanager
 def disaggregated(hosts: list[str], folder: Path, *overrides: str) -> Iterator[list[subprocess.Popen]]:
-    """The rehearsal's trainer, two ranks, on the first host, and an agent on each of the others; the processes in that order."""
+    """The rehearsal's trainer, two ranks, on the first host, and a keeper on each of the others; the processes in that order."""
     addresses = [f"{address}:7700" for address in ADDRESSES[1 : len(hosts)]]
-    engine = [sys.executable, "-m", "megatron_espo", "engine", "runs/rehearsal/run", "--listen"]
-    agents = [start_on(name, folder, f"host{i}.log", [*engine, addresses[i - 1]]) for i, name in enumerate(hosts) if i]
+    serve = [sys.executable, "-m", "megatron_espo", "serve", "runs/rehearsal/run", "--listen"]
+    keepers = [start_on(name, folder, f"host{i}.log", [*serve, addresses[i - 1]]) for i, name in enumerate(hosts) if i]
     command = ["bash", str(ROOT / "examples" / "run_espo_70b.sh"), "--rehearse", *SMALLER, f"rollout.hosts={addresses}", *OWN_MEMORY, *overrides]
     place = {"NPROC_PER_NODE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [start_on(hosts[0], folder, "host0.log", [*command, f"rollout.host_timeout_s={HOST_S}"], **place), *agents]
+    processes = [start_on(hosts[0], folder, "host0.log", [*command, f"rollout.host_timeout_s={HOST_S}"], **place), *keepers]
     try:
         yield processes
     finally:
@@ -173,7 +175,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_an_engine_host_that_is_cut_off_is_replaced_by_the_spare(three_hosts, tmp_path):
-    """One engine, two hosts: the second is a spare. Every step is trained once; the weights cross the network (tcp)."""
+    """One engine, two hosts: the second is a spare. Every step is trained once; the weights travel through the run's folder."""
     with disaggregated(three_hosts, tmp_path, "run.steps=30") as (trainer, first, spare):
         wait_for_step(2, tmp_path, trainer)
         began, told = time.monotonic(), None
@@ -185,8 +187,9 @@ def test_an_engine_host_that_is_cut_off_is_replaced_by_the_spare(three_hosts, tm
             time.sleep(0.1)
         assert told < HOST_S + 15, "noticed late"  # the limit, and a step's training on a busy machine
         assert trainer.wait(400) == 0, logs(tmp_path)
-        # The agent that was cut off noticed too: its engine is gone, and it waits for the next owner.
-        assert "is free" in (tmp_path / "host1.log").read_text() and first.poll() is None
+        # The server that was cut off ended when its lease ran out, and its keeper started a fresh one. The keeper sees in the
+        # shared folder that the run is over.
+        assert "the server ended with exit code -9" in (tmp_path / "host1.log").read_text() and first.wait(20) == 0
         assert spare.wait(20) == 0, "the run is over"
     assert steps_of(tmp_path) == list(range(1, 31))
     run = tmp_path / "runs" / "rehearsal" / "run"
@@ -195,7 +198,8 @@ def test_an_engine_host_that_is_cut_off_is_replaced_by_the_spare(three_hosts, tm
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     text = (tmp_path / "host0.log").read_text()
     assert f"the rollout engine on {ADDRESSES[1]}:7700 is out of reach" in text and "error" not in text, text
-    assert (run / "engine.log").read_text().count("run by the agent on 10.77.0.3:7700") == 1
+    assert "ran out; this server ends" in (run / "engine-10.77.0.2-7700.log").read_text()
+    assert (run / "engine-10.77.0.3-7700.log").exists()
 
 
 def test_an_engine_host_that_is_cut_off_without_a_spare_is_one_error_in_time(hosts, tmp_path):
@@ -210,3 +214,70 @@ def test_an_engine_host_that_is_cut_off_without_a_spare_is_one_error_in_time(hos
     assert len(errors) == 1 and f"within {HOST_S} s (rollout.host_timeout_s): {ADDRESSES[1]}:7700: no answer" in errors[0], logs(tmp_path)
     status = json.loads((tmp_path / "runs" / "rehearsal" / "run" / "status.json").read_text())
     assert status["state"] == "failed" and ADDRESSES[1] in status["why"] and seconds < 2 * HOST_S + 40, (seconds, status)
+
+
+# Samples, asks for health until the host is lost, and samples on the next host.
+OWNER = """
+import time
+from megatron_espo.rollout.engine import EngineError, Sampling
+from megatron_espo.rollout.http_client import HttpClient, LoopThread
+from megatron_espo.rollout.server import EngineConfig, read_key, run_key_file
+from megatron_espo.rollout.vllm_engine import VLLMEngine
+
+config = {config!r}
+loop = LoopThread()
+engine = VLLMEngine(config, loop)
+
+def start_and_sample():
+    engine.start()
+    engine.wait_ready()
+    client = HttpClient(engine.address, read_key(run_key_file(config.folder)), config.host_timeout_s)
+    found = loop.run(client.generate("a", [1, 4, 5], Sampling(8, seed=1)), 60)
+    print(engine.address, found.token_ids.tolist(), flush=True)
+
+start_and_sample()
+try:
+    while True:
+        engine.check_health()
+        time.sleep(0.2)
+except EngineError as error:
+    print("lost:", str(error).splitlines()[0], flush=True)
+start_and_sample()
+engine.close()
+"""
+
+
+def test_owner_and_server_both_notice_a_cut(three_hosts, tmp_path):
+    """The owner takes the next host in time; the server that was cut off ends when its lease runs out."""
+    run, addresses = tmp_path / "run", tuple(f"{address}:7700" for address in ADDRESSES[1:])
+    save_tiny_model(tmp_path / "model")
+    config = EngineConfig(
+        model=str(tmp_path / "model"), folder=str(run), dtype="float32", transport="", max_model_len=64, load_weights=True,
+        hosts=addresses, host_timeout_s=float(HOST_S), start_timeout_s=200.0, engine_args={"kv_cache_memory_bytes": 1 << 26},
+    )  # fmt: skip
+    serve = [sys.executable, "-m", "megatron_espo", "serve", str(run), "--listen"]
+    keepers = [start_on(three_hosts[i], tmp_path, f"host{i}.log", [*serve, addresses[i - 1]]) for i in (1, 2)]
+    owner = start_on(three_hosts[0], tmp_path, "host0.log", [sys.executable, "-c", OWNER.format(config=config)])
+
+    def wait_for(text: str, name: str, limit_s: float) -> float:
+        began = time.monotonic()
+        while text not in (tmp_path / name).read_text():
+            assert time.monotonic() < began + limit_s, (text, logs(tmp_path))
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+    try:
+        wait_for(":7700 [", "host0.log", 200)
+        first = 1 if f"{ADDRESSES[1]}:7700 [" in (tmp_path / "host0.log").read_text() else 2
+        ip("-n", three_hosts[first], "link", "set", "eth0", "down")
+        assert wait_for("lost: ", "host0.log", HOST_S + 10) > 1
+        wait_for("ended with exit code -9", f"host{first}.log", HOST_S + 10)
+        assert owner.wait(200) == 0, logs(tmp_path)
+        (run / "status.json").write_text('{"state": "done"}')
+        assert [keeper.wait(30) for keeper in keepers] == [0, 0]
+    finally:
+        end([owner, *keepers])
+    before, lost, after = [line for line in (tmp_path / "host0.log").read_text().splitlines() if line[:3] in ("10.", "los")]
+    assert f"the rollout engine on {addresses[first - 1]} is out of reach" in lost
+    assert after.startswith(addresses[2 - first]) and before.partition(" ")[2] == after.partition(" ")[2], "the same seed"
+    assert "ran out; this server ends" in (run / f"engine-{ADDRESSES[first]}-7700.log").read_text()

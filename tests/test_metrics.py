@@ -14,13 +14,13 @@ from megatron_espo.metrics import (
     MetricsWriter,
     average_steps,
     loss_metrics,
-    read_metrics,
     reduce_metrics,
     rollout_metrics,
     step_line,
 )
 from megatron_espo.report import draw_learning_curve, write_summary
-from megatron_espo.types import Prompt, Rollout
+from megatron_espo.run_files import read_jsonl
+from megatron_espo.types import Prompt, Trajectory
 from tests.distributed import run_ranks
 
 VOCAB = 131
@@ -137,8 +137,8 @@ def test_other_pipeline_stages_report_nothing():
 def test_rollout_metrics():
     prompt = Prompt("p", "text", "answer", (1,))
 
-    def rollout(length: int, finish_reason: str = "stop") -> Rollout:
-        return Rollout(prompt, (7,) * length, (-1.0,) * length, finish_reason, 0, "text")
+    def rollout(length: int, finish_reason: str = "stop") -> Trajectory:
+        return Trajectory.single_turn(prompt, (7,) * length, (-1.0,) * length, 0, finish_reason, "text")
 
     rollouts = [[rollout(1), rollout(2)], [rollout(3), rollout(4, "length")], [rollout(5), rollout(6)]] * 2
     nan = math.nan
@@ -161,6 +161,9 @@ def test_rollout_metrics():
             "rollout/length_mean": 3.5,
             "rollout/length_max": 6,
             "rollout/truncated": 2 / 12,
+            "environment/failed": 0,
+            "environment/turns": 1,
+            "environment/splits": 0,
         }
     )
 
@@ -196,7 +199,7 @@ def test_written_metrics_are_read_back(tmp_path):
 
     lines = make_lines([0.25, 0.5, 0.75])
     write_lines(tmp_path, lines)
-    assert read_metrics(tmp_path) == [{"step": step, **line} for step, line in enumerate(lines, 1)]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": step, **line} for step, line in enumerate(lines, 1)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(board.Tags()["scalars"]) == set(lines[0])
     for name in lines[0]:
@@ -208,7 +211,7 @@ def test_written_metrics_are_read_back(tmp_path):
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"reward/mean": 0.5})
-    assert read_metrics(tmp_path) == [{"step": 1, "reward/mean": 0.5}]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "reward/mean": 0.5}]
     writer.close()
 
 

@@ -63,7 +63,7 @@ def test_recorded_gradients_are_not_zero(recorded):
 def test_recorded_batch_is_off_policy_and_away_from_the_edges(recorded, tmp_path):
     sequences = load_sequences(recorded / "dense" / "batch.json")
     save_sequences(tmp_path / "again.json", sequences)
-    assert load_sequences(tmp_path / "again.json") == sequences
+    assert (tmp_path / "again.json").read_text() == (recorded / "dense" / "batch.json").read_text()
     assert any(len(s.response_ids) == 1 for s in sequences) and len({s.prompt_ids[0] for s in sequences}) == 4
     assert MARGIN > 1e-6
     plain = make_sequences(517, 256)

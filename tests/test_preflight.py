@@ -50,9 +50,6 @@ def test_every_check_finds_what_it_is_for():
     assert "torch 0.0.1 on node1" in texts["versions"] and "one environment" in texts["versions"]
     assert "node1 sees 0" in texts["gpu"]
     assert "ulimit -n 128" in texts["files"] and "on node1" in texts["files"] and "65536" in texts["files"]
-    milliseconds = int(texts["clock"].removeprefix("at most ").split(" ms ")[0])
-    assert abs(milliseconds - 90_000) < 1000 and "(node1)" in texts["clock"] and "chrony" in texts["clock"]
-    assert "no way to" in texts["ports"] and "on node0" in texts["ports"]
     assert "another node's file is not readable" in texts["folder"] and "--folder" in texts["folder"]
     assert "wrong sums on node1" in texts["bandwidth"]
 

@@ -13,8 +13,7 @@ from megatron_espo import cli
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
 from megatron_espo.report.drawing import MOST_POINTS, thin
-from megatron_espo.report.numbers import number
-from megatron_espo.report.page import SAMPLE_TOKENS, sample_steps, write_report
+from megatron_espo.report.page import SAMPLE_TOKENS, number, sample_steps, write_report
 from megatron_espo.report.runs import read_runs
 from tests.browser import Browser, find_browser
 
@@ -46,7 +45,7 @@ def write_run(folder: Path, steps: int = 50, seed: int = 1, **run) -> Path:
         pieces = [chance.choice([" the", "<b>", "x" * 80, "\n", "", "漢"]) for _ in range(2000)]
         values = [chance.random() * 3 for _ in pieces]
         sample = {"step": step, "prompt_id": "p", "prompt": "<script>alert(1)</script>", "answer": "4", "response": "", "reward": 1.0}
-        sample |= {"advantage": 0.5, "finish_reason": "stop", "policy_version": step - 1, "tokens": [7] * len(pieces), "pieces": pieces}
+        sample |= {"advantage": 0.5, "finish_reason": "stop", "policy_versions": [step - 1], "tokens": [7] * len(pieces), "pieces": pieces}
         samples += [sample | {"entropies": values, "groups": [int(v > 2) for v in values]}, sample | {"entropies": None, "groups": None}]
     for name, rows in {"metrics": lines, "entropy": entropies, "samples": samples}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -111,7 +110,7 @@ def test_bars_are_as_long_as_the_mean_seconds(runs):
     from megatron_espo.report import charts
 
     run = read_runs(runs[:1])[0]
-    bar, _ = charts._draw_phases([run])
+    (bar,) = charts._draw_phases([run])
     path = r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) [^"]*" clip-path[^>]*style="fill: var\(--c(\d)\)"'
     found = {int(color): float(end) - float(start) for start, end, color in re.findall(path, bar.svg)}
     wanted = [run.mean(f"time/{name}_s") for name in PHASES]

@@ -1,4 +1,4 @@
-"""What a step leaves behind: TensorBoard's pages, samples, throughput, trackers, and one table of all names."""
+"""What a step leaves behind: TensorBoard's pages, samples, throughput, Weights & Biases, and one table of all names."""
 
 import json
 import re
@@ -13,12 +13,11 @@ from megatron_espo.batch import ScoredGroups
 from megatron_espo.config import Config
 from megatron_espo.entropies import BINS
 from megatron_espo.errors import InputError
-from megatron_espo.metric_names import BOARD_LAYOUT, METRICS, as_pattern, render_table
+from megatron_espo.metric_names import CHARTS, METRICS, as_pattern, board_layout, render_table
 from megatron_espo.metrics import MetricsWriter
 from megatron_espo.reporter import Reporter, as_markdown
 from megatron_espo.throughput import matmul_parameters, system_metrics, training_flops
-from megatron_espo.trackers import make_trackers
-from megatron_espo.types import Prompt, Rollout
+from megatron_espo.types import Prompt, Trajectory
 from tests.distributed import ROOT
 from tests.documented import is_documented
 
@@ -54,7 +53,7 @@ def one_rank():
 
 def two_groups() -> ScoredGroups:
     prompts = [Prompt("easy", "1 + 1", "2", (1, 2, 3)), Prompt("hard", "7 * 8", "56", (4, 5))]
-    rollouts = [[Rollout(p, (10 + j, 11, 12), (-1.0,) * 3, "stop", 0, "text") for j in range(2)] for p in prompts]
+    rollouts = [[Trajectory.single_turn(p, (10 + j, 11, 12), (-1.0,) * 3, 0, "stop", "text") for j in range(2)] for p in prompts]
     return ScoredGroups(rollouts, torch.tensor([[1.0, 1.0], [0.0, 1.0]]), dispatched=2)
 
 
@@ -124,12 +123,11 @@ def test_markdown_of_a_sample_keeps_stars_and_lines():
     assert "**6**" not in as_markdown(record | {"pieces": ["2", "=", "6"], "groups": None})
 
 
-def test_tensorboards_layout_has_only_metrics_that_exist_and_every_category():
+def test_tensorboards_layout_has_only_metrics_that_exist():
     known = [as_pattern(name) for names in METRICS.values() for name in names]
-    for charts in BOARD_LAYOUT.values():
+    for charts in board_layout().values():
         for _, (kind, tags) in charts.items():
             assert kind == "Multiline" and all(tag in known for tag in tags)
-    assert {"Reward", "ESPO groups", "Lengths", "Mismatch", "Optimisation", "Time", "Throughput", "System"} == BOARD_LAYOUT.keys()
 
 
 def test_the_layout_reaches_tensorboard(tmp_path):
@@ -140,7 +138,7 @@ def test_the_layout_reaches_tensorboard(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = board.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == list(BOARD_LAYOUT)
+    assert [category.title for category in layout.category] == list(CHARTS)
     tags = list(layout.category[1].chart[0].multiline.tag)
     assert any(re.match(tag, "group1/entropy") for tag in tags) and not any(re.match(tag, "group1/epsilon") for tag in tags)
 
@@ -196,23 +194,24 @@ def stand_in(calls: list, *names: str) -> types.ModuleType:
     return module
 
 
-def test_trackers_get_the_same_names(tmp_path, monkeypatch):
-    """Against stand-ins for wandb and mlflow: neither service nor package is here."""
+def test_wandb_gets_the_same_numbers(tmp_path, one_rank, monkeypatch):
+    """Against a stand-in: neither service nor package is here."""
     calls: list = []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "wandb", stand_in(calls, "init", "log", "finish"))
-    monkeypatch.setitem(sys.modules, "mlflow", stand_in(calls, "start_run", "log_params", "log_metrics", "end_run"))
-    writer = MetricsWriter(tmp_path, make_trackers(make_config(tmp_path, name="mine", trackers=["wandb", "mlflow"])))
-    writer.write(3, {"reward/mean": 0.5, "eval/avg@4": 0.25})
-    writer.close()
+    reporter = make_reporter(tmp_path, name="mine", wandb=True)
+    groups = two_groups()
+    reporter.watch(groups)
+    reporter.write(1, groups, torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0})
+    reporter.close()
     by_name = {name: (args, kwargs) for name, args, kwargs in calls}
     assert by_name["init"][1]["name"] == "mine" and by_name["init"][1]["config"]["run"]["steps"] == 2
-    assert by_name["log"] == (({"reward/mean": 0.5, "eval/avg@4": 0.25},), {"step": 3})
-    assert by_name["start_run"][1] == {"run_name": "mine"} and by_name["log_params"][0][0]["algorithm.alpha"] == 0.02
-    assert by_name["log_metrics"] == (({"reward/mean": 0.5, "eval/avg_at_4": 0.25},), {"step": 3})
-    assert {"finish", "end_run"} <= by_name.keys()
+    (sent,), place = by_name["log"]
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert place == {"step": 1} and {"step": 1, **sent} == line
+    assert "finish" in by_name
 
 
-def test_an_absent_tracker_is_refused(tmp_path):
-    with pytest.raises(InputError, match="run.trackers: expected installed packages, got wandb"):
-        make_reporter(tmp_path, trackers=["wandb"])
+def test_wandb_without_the_package_is_refused(tmp_path):
+    with pytest.raises(InputError, match="run.wandb: expected the package wandb"):
+        make_reporter(tmp_path, wandb=True)

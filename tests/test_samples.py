@@ -11,7 +11,7 @@ from megatron_espo.config import Algorithm
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.entropies import BINS, EntropyRecorder
 from megatron_espo.samples import choose_samples, sample_record, token_pieces
-from megatron_espo.types import Prompt, Rollout
+from megatron_espo.types import Prompt, Trajectory
 from tests.distributed import ROOT, run_ranks
 
 VOCAB, NAN = 131, math.nan
@@ -48,10 +48,10 @@ def test_half_a_character_at_the_end_is_shown():
 
 
 def test_a_record_has_a_piece_for_each_token():
-    rollout = Rollout(Prompt("p", "What?", "4", (1,)), (52, 53), (-1.0, -2.0), "length", 3, "45")
+    rollout = Trajectory.single_turn(Prompt("p", "What?", "4", (1,)), (52, 53), (-1.0, -2.0), 3, "length", "45")
     record = sample_record(7, rollout, 1.0, 0.5, lambda ids: bytes(ids).decode())
     assert record["pieces"] == ["4", "5"] and record["tokens"] == [52, 53] and record["reward"] == 1
-    assert (record["step"], record["prompt_id"], record["policy_version"]) == (7, "p", 3)
+    assert (record["step"], record["prompt_id"], record["policy_versions"]) == (7, "p", [3])
 
 
 LENGTHS = [3, 7, 1, 12, 5]

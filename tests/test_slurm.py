@@ -72,8 +72,8 @@ def test_run_with_an_engine_on_a_node_of_its_own_is_requeued_and_finished(tmp_pa
         port = free_ports(1)[0]
         text = save_requeue_and_finish(cluster, tmp_path, "espo_disaggregated", 3, ENGINE_NODES="1", ENGINE_PORT=str(port))
         assert text.count("engines: n3 (0 spare); trainer: n1 n2") == 2
-        said = (tmp_path / "run" / "agent-n3.log").read_text()
-        assert said.count(f"agent: listens on 127.0.0.1:{port}") == 2 and said.endswith("agent: ends: the run is over\n")
-        assert said.count("runs engine of") == 2
+        said = (tmp_path / "run" / "keeper-n3.log").read_text()
+        assert said.count(f"keeper: keeps a server on 127.0.0.1:{port}") == 2 and said.endswith("keeper: ends: the run is over\n")
+        assert said.count(f"the server on 127.0.0.1:{port} is ready") >= 2
         lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert max(line["rollout/staleness"] for line in lines) == 1, "sampled while training"

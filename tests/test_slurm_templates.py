@@ -15,7 +15,7 @@ SRUN = """#!/bin/bash
 echo "$*" >> "$CALLS"
 case "$*" in
     *--preflight*) exit "${PREFLIGHT:-0}" ;;
-    *"megatron_espo engine"*) echo $$ >> "$CALLS.agents"; exec sleep 100 ;;
+    *"megatron_espo serve"*) echo $$ >> "$CALLS.keepers"; exec sleep 100 ;;
 esac
 while [ "$ENDS" = requeue ] && [ ! -e "$RUN_DIR/STOP" ]; do sleep 0.1; done
 echo "{\\"state\\": \\"$ENDS\\", \\"why\\": null}" > "$RUN_DIR/status.json"
@@ -102,34 +102,34 @@ def test_containers_wrap_the_command(start, tmp_path):
     assert "CONTAINER=pyxis needs IMAGE" in job.communicate(timeout=60)[0] and job.returncode != 0
 
 
-def agents_end(tmp_path) -> bool:
-    pids = (tmp_path / "calls.agents").read_text().split()
+def keepers_end(tmp_path) -> bool:
+    pids = (tmp_path / "calls.keepers").read_text().split()
     return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-def test_split_starts_agents_on_the_last_nodes_and_the_trainer_on_the_others(start, tmp_path):
+def test_split_starts_keepers_on_the_last_nodes_and_the_trainer_on_the_others(start, tmp_path):
     job = start(DISAGGREGATED, "--model", "qwen2.5_72b", ENGINE_NODES="2", SPARE_NODES="1")
     text, _ = job.communicate(timeout=60)
     assert job.returncode == 0 and "engines: gpu04 gpu05 (1 spare); trainer: gpu03" in text
     run, common = tmp_path / "run", "--kill-on-bad-exit=1 --ntasks-per-node=1"
-    preflight, *agents, train = sorted(calls(tmp_path), key=lambda call: ("--preflight" not in call, "run_espo" in call, call))
+    preflight, *keepers, train = sorted(calls(tmp_path), key=lambda call: ("--preflight" not in call, "run_espo" in call, call))
     assert preflight == f"{common} bash examples/run_espo_70b.sh --preflight {run} --model qwen2.5_72b", "on all nodes"
-    assert agents == [
-        f"{common} --nodes=1 --ntasks=1 --nodelist=gpu0{4 + i} --output={run}/agent-gpu0{4 + i}.log --open-mode=append "
-        f"python -m megatron_espo engine {run} --listen gpu0{4 + i}-ib:{7700 + i}"
+    assert keepers == [
+        f"{common} --nodes=1 --ntasks=1 --nodelist=gpu0{4 + i} --output={run}/keeper-gpu0{4 + i}.log --open-mode=append "
+        f"python -m megatron_espo serve {run} --listen gpu0{4 + i}-ib:{7700 + i}"
         for i in range(2)
     ]
     assert train.startswith(f"{common} --nodes=1 --ntasks=1 --nodelist=gpu03 bash examples/run_espo_70b.sh rollout.hosts=")
     assert '["gpu04-ib:7700","gpu05-ib:7701"] rollout.engines=1 ' in train and train.endswith(f"--model qwen2.5_72b run.dir={run}")
-    until(lambda: agents_end(tmp_path))
+    until(lambda: keepers_end(tmp_path))
 
 
 def test_split_of_a_heterogeneous_job_takes_its_second_component_for_engines(start, tmp_path):
     job = start(DISAGGREGATED, SLURM_JOB_NODELIST_HET_GROUP_1="engines[1-2]", CONTAINER="apptainer", IMAGE="/i.sif")
     text, _ = job.communicate(timeout=60)
     assert job.returncode == 0 and "engines: big01 big02 (0 spare); trainer: gpu03 gpu04 gpu05" in text
-    agents = [call for call in calls(tmp_path) if "megatron_espo engine" in call]
-    assert len(agents) == 2 and all("--het-group=1 --nodes=1" in call and "/i.sif python -m" in call for call in agents)
+    keepers = [call for call in calls(tmp_path) if "megatron_espo serve" in call]
+    assert len(keepers) == 2 and all("--het-group=1 --nodes=1" in call and "/i.sif python -m" in call for call in keepers)
     assert [call for call in calls(tmp_path) if "--nodelist=gpu03,gpu04,gpu05 " in call and "run_espo_70b.sh rollout.hosts=" in call]
 
 

@@ -55,6 +55,18 @@ def cases() -> dict[str, tuple[int, str, dict]]:
         ranks, sizes = LAYOUTS[name]
         arguments = {"folder": "new", "packing": PADDED, "max_tokens": 40, **sizes}
         found[f"padded rows, {name}"] = (ranks, "check_gradient", arguments)
+    # Several turns: tokens between them have no loss, but the tokens after them attend to them.
+    for name, (ranks, sizes) in LAYOUTS.items():
+        found[f"several turns, {name}"] = (ranks, "check_gradient", {"folder": "new", "masked": True, **sizes})
+        padded = {"packing": PADDED, "max_tokens": 40}
+        found[f"several turns, padded, {name}"] = (ranks, "check_gradient", {"folder": "new", "masked": True, **padded, **sizes})
+    for name in ("one rank", "tp2", "pp2", "cp2"):
+        ranks, sizes = LAYOUTS[name]
+        arguments = {"folder": "new", "old_folder": "old", "masked": True, **sizes}
+        found[f"several turns, off-policy, {name}"] = (ranks, "check_gradient", arguments)
+        algorithm = {"rollout_correction": "sequence", "kl_coef": 0.5, "entropy_coef": 0.3}
+        arguments = {"folder": "new", "reference_folder": "old", "algorithm": algorithm, "masked": True, **sizes}
+        found[f"several turns, correction, penalty and bonus, {name}"] = (ranks, "check_regularized_gradient", arguments)
     packings = {
         "one sequence each": {"max_tokens": 1},
         "all in one": {"max_tokens": 1000},
@@ -65,6 +77,7 @@ def cases() -> dict[str, tuple[int, str, dict]]:
     }
     for name, options in packings.items():
         found[f"micro-batches: {name}"] = (1, "check_gradient", {"folder": "new", **options})
+        found[f"several turns, micro-batches: {name}"] = (1, "check_gradient", {"folder": "new", "masked": True, **options})
     for name in ("one rank", "tp2", "pp2", "dp2", "cp2"):
         ranks, sizes = LAYOUTS[name]
         found[f"update of the distributed optimizer, {name}"] = (ranks, "check_update", {"folder": "new", **sizes})

@@ -25,7 +25,7 @@ def test_every_run_is_valid_and_has_the_same_compute(tmp_path):
     assert len(planned) == 3 * (2 * 6 + 6 + 2) == len({job.folder for job in planned})
     assert [job.seed for job in planned] == sorted(job.seed for job in planned), "a study that is cut short has whole seeds"
     configs = [load_config(ROOT / "examples" / "quickstart.yaml", [f"run.dir={job.folder}", *job.settings]) for job in planned]
-    when_sampled = {"rollout": {"max_staleness", "extra_prompts"}}
+    when_sampled = {"rollout": {"max_staleness", "over_sampling_prompts"}}
     assert len({config.model_dump_json(exclude=dict.fromkeys(("algorithm", "run", "data", "eval"), True) | when_sampled) for config in configs}) == 1
     assert {(c.run.steps, c.algorithm.num_mini_batches, c.algorithm.num_epochs, c.rollout.max_resampling_rounds) for c in configs} == {(10, 4, 1, 0)}
     assert {c.algorithm.objective for c in configs} == set(study.OBJECTIVES)

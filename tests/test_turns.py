@@ -14,7 +14,6 @@ LAYOUTS = {
     "ep2": ["megatron.expert_model_parallel_size=2", "model.path={moe}"],
     "two engines": ["rollout.engines=2", "algorithm.num_epochs=2"],
     "penalty": ["algorithm.kl_coef=0.1"],
-    "partial": ["rollout.extra_prompts=2", "algorithm.rollout_correction=token"],
 }
 
 
@@ -29,7 +28,7 @@ def runs(tmp_path_factory) -> Runs:
         folder,
         run={"steps": STEPS, "checkpoint_every": 2, "keep_rollouts": True},
         model={"dtype": "bfloat16"},
-        rollout={"group_size": 4, "cpu_kv_cache_gib": 0.25, "canary_tolerance": 1},
+        rollout={"group_size": 4, "engine_args": {"kv_cache_memory_bytes": 1 << 28}, "canary_tolerance": 1},
         eval={"prompts": str(folder / "prompts.jsonl"), "every": 1, "samples": 2},
     )
     return Runs(folder, STEPS)

@@ -14,9 +14,14 @@ PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;]+)", re.MULTILINE)
 
 
 def missing(requirements: str, repository: Path) -> list[str]:
-    """Pins of ``requirements`` that are absent or at another version; ``megatron-espo`` unless it is ``repository``."""
+    """Pins of ``requirements`` that are absent or at another version; ``megatron-espo`` unless this version of ``repository`` is installed.
+
+    An earlier version's installation lacks entry points that vLLM looks for.
+    """
     lacking = [f"{name}=={version}" for name, version in PIN.findall(requirements) if installed(name) != version]
-    return lacking + ([] if editable_location("megatron-espo") == repository else ["megatron-espo"])
+    own = re.search(r'version="(.+?)"', (repository / "setup.py").read_text())[1]
+    is_there = editable_location("megatron-espo") == repository and installed("megatron-espo") == own
+    return lacking + ([] if is_there else ["megatron-espo"])
 
 
 def installed(name: str) -> str | None:

@@ -36,11 +36,10 @@ def rollout_correction(
     return exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp().clamp(max=cap)
 
 
-def kl_estimate(logprob: Tensor, reference_logprob: Tensor, estimator: str) -> Tensor:
-    """Schulman's estimators of KL(π_θ || π_ref) at each sampled token, with ``r = log π_ref - log π_θ``.
+def kl_estimate(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
+    """Schulman's k3 estimator of KL(π_θ || π_ref) at each sampled token: ``exp(r) - 1 - r`` with ``r = log π_ref - log π_θ``.
 
-    ``k1 = -r`` is unbiased, but as a loss its gradient is zero in expectation; ``k2 = r²/2`` has the gradient of the KL on the policy's own
-    samples; ``k3 = exp(r) - 1 - r`` is unbiased, never negative, and the usual choice.
+    It is unbiased and never negative.
 
     Args:
         logprob: ``[tokens]`` float32, nats, with gradient.
@@ -49,10 +48,5 @@ def kl_estimate(logprob: Tensor, reference_logprob: Tensor, estimator: str) -> T
     Returns:
         ``[tokens]``, nats, with gradient.
     """
-    r = reference_logprob - logprob
-    if estimator == "k1":
-        return -r
-    if estimator == "k2":
-        return r.square() / 2
-    clamped = r.clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    clamped = (reference_logprob - logprob).clamp(-MAX_EXPONENT, MAX_EXPONENT)
     return torch.expm1(clamped) - clamped

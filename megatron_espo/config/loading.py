@@ -14,6 +14,18 @@ from megatron_espo.errors import InputError
 
 Places = dict[yaml_source.Path, str]
 
+# Settings and values of older releases, and what to use instead.
+_REPLACED = {
+    "rollout.extra_prompts": "use rollout.max_staleness, and rollout.over_sampling_prompts for the number of prompts",
+    "rollout.max_carried_steps": "use rollout.max_staleness",
+    "rollout.cpu_kv_cache_gib": "use rollout.engine_args, such as {kv_cache_memory_bytes: 1073741824}",
+    "reward.overlap": "leave it out; responses are judged while others are sampled",
+}
+_REPLACED_VALUES = {
+    ("rollout.transport", "shared_memory"): "use files",
+    ("rollout.transport", "tcp"): "use files",
+}
+
 
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a run's settings.
@@ -96,11 +108,13 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     if kind == "missing":
         message = f"required, but not given; expected {_expected(location)}"
     elif kind == "extra_forbidden":
-        message = f"unknown {'section' if len(location) == 1 else 'key'}{_suggest(location)}"
+        replacement = _REPLACED.get(_name(location))
+        what = "section" if len(location) == 1 else "key"
+        message = f"removed; {replacement}" if replacement else f"unknown {what}{_suggest(location)}"
     elif kind == "invalid_key":
         message = "expected a name as key"
     else:
-        message = f"expected {_expected(location)}, got {_show(value)}{_hint(kind, value)}"
+        message = f"expected {_expected(location)}, got {_show(value)}{_hint(location, kind, value)}"
     return [f"{_place(location, path, places)}: {_name(location)}: {message}"]
 
 
@@ -145,7 +159,9 @@ def _suggest_key(section: str, name: str) -> str:
     return f"; the keys of {section} are {', '.join(own)}" if own else ""
 
 
-def _hint(kind: str, value: Any) -> str:
+def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:
+    if isinstance(value, str) and (replacement := _REPLACED_VALUES.get((_name(location), value))):
+        return f"; {replacement}"
     if isinstance(value, str) and kind != "string_type":
         try:
             plain, _ = yaml_source.parse(value)

@@ -15,13 +15,14 @@ from megatron_espo.errors import InputError
 if TYPE_CHECKING:
     from megatron_espo.config.schema import Config
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "MistralForCausalLM",
-)
+# Architectures whose layers are Megatron's own: (QKV bias, norms on queries and keys).
+ARCHITECTURES = {
+    "LlamaForCausalLM": (False, False),
+    "Qwen2ForCausalLM": (True, False),
+    "Qwen3ForCausalLM": (False, True),
+    "Qwen3MoeForCausalLM": (False, True),
+    "MistralForCausalLM": (False, False),
+}
 # Keys of config.json without which the model cannot be laid out.
 SIZES = (
     "num_attention_heads",
@@ -160,9 +161,12 @@ def _path_problems(config: "Config") -> Iterator[tuple[str, str]]:
         if not prompts.startswith("reasoning_gym:") and not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
             yield key, f'expected a readable file (relative to the current directory, {os.getcwd()}), got "{prompts}"'
     replay = config.run.replay
-    if replay and not any(Path(replay).glob("step_*.json.gz")):
-        message = f'expected the rollouts folder of another run (step_000001.json.gz ...), got "{replay}"'
-        yield "run.replay", f"{message}; a run keeps all of its rollouts with run.keep_rollouts=true"
+    if replay and not any(Path(replay).glob("step_*.npz")):
+        yield (
+            "run.replay",
+            f'expected the rollouts folder of another run (step_000001.npz ...), got "{replay}"; '
+            "a run keeps all of its rollouts with run.keep_rollouts=true",
+        )
     try:
         os.makedirs(config.run.dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.run.dir):

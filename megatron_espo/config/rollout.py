@@ -1,7 +1,7 @@
 """Settings of the rollouts and of the engines that make them."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -59,17 +59,18 @@ class Rollout(Section):
     hosts: tuple[str, ...] = Field(
         (),
         strict=False,
-        description="Machines for the engines, host:port of each one's agent (megatron-espo engine); more than engines are spares. "
+        description="Machines for the engines, host:port of each one's server (megatron-espo serve); more than engines are spares. "
         "Empty: engines are children of the trainer's ranks.",
     )
     host_timeout_s: float = Field(
         60.0,
         ge=5,
-        description="With hosts: seconds without a sign of life before an engine's machine is given up, and in which another must take over.",
+        description="With hosts: seconds without contact after which an engine's machine is given up and its server ends, and in which "
+        "another machine must answer.",
     )
-    transport: Literal["auto", "shared_memory", "tcp", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
+    transport: Literal["auto", "files", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
         "auto",
-        description="How weights reach the engine: shared_memory (CPU), tcp (CPU, also another machine), ipc (same GPU), nccl "
+        description="How weights reach the engine: files (in memory; with hosts in run.dir), ipc (same GPU), nccl "
         "(other GPUs), nccl_m2n (other GPUs, from all ranks), sharded_rdt (other GPUs, over Ray).",
     )
     visible_devices: str | None = Field(
@@ -97,7 +98,10 @@ class Rollout(Section):
         description="The engine holds no GPU memory while the trainer trains, and gets all weights anew afterwards; for engines that "
         "share the trainer's GPUs. gpu_memory_utilization can then be high.",
     )
-    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of an engine on CPU, in GiB.")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of vLLM's server by their names, such as {max_num_seqs: 64}; those that this project sets are refused.",
+    )
     longest_first: bool = Field(
         False,
         description="Give the engine those prompts first whose responses were longest when they were last sampled, new prompts "
@@ -106,18 +110,13 @@ class Rollout(Section):
     max_staleness: int = Field(
         0,
         ge=0,
-        le=1,
-        description="1: sample the next batch while this one is trained, with weights one version older (needs "
-        "algorithm.rollout_correction token or sequence); 0: wait for each other.",
+        description="Most weight updates between the sampling of a token and the step that trains it. 0: each step samples its own prompts and waits "
+        "for them. Above 0 the engines sample while the trainer trains (needs algorithm.rollout_correction token or sequence).",
     )
-    extra_prompts: int = Field(
-        0,
-        ge=0,
-        description="Partial rollouts: sample so many prompts more than prompts_per_step; a step ends when prompts_per_step of them have all their "
-        "responses, and the others go on in the next (needs algorithm.rollout_correction token or sequence). 0: wait for all.",
-    )
-    max_carried_steps: int = Field(
-        4, ge=1, description="Partial rollouts: a response goes on in at most so many further steps; the last one waits for it."
+    over_sampling_prompts: int | None = Field(
+        None,
+        ge=1,
+        description="With max_staleness: prompts in flight beyond prompts_per_step; null: max_staleness x prompts_per_step.",
     )
     timeout_s: float = Field(
         900.0,
@@ -132,9 +131,11 @@ class Rollout(Section):
     )
 
     @property
-    def oldest(self) -> int:
-        """Most versions between the weights that sampled a token and those that are trained on it."""
-        return self.max_staleness + (self.max_carried_steps if self.extra_prompts else 0)
+    def ahead(self) -> int:
+        """Prompts in flight beyond those that a step trains."""
+        if not self.max_staleness:
+            return 0
+        return self.over_sampling_prompts or self.max_staleness * self.prompts_per_step
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from rules.rollout(self)

@@ -77,6 +77,27 @@ def algorithm(c: "schema.Algorithm") -> Problems:
         yield "normalize_std", "expected false with objective dr_grpo (it only centres rewards), got true"
 
 
+# Arguments of vLLM's server that this project sets, and what to use instead.
+ENGINE_ARGS_OF_OURS = {
+    "model": "use model.path",
+    "dtype": "use rollout.dtype",
+    "seed": "use run.seed",
+    "max-model-len": "use rollout.max_model_len",
+    "tensor-parallel-size": "use rollout.tensor_parallel_size",
+    "data-parallel-size": "use rollout.engines",
+    "gpu-memory-utilization": "use rollout.gpu_memory_utilization",
+    "enable-sleep-mode": "use rollout.sleep",
+    "weight-transfer-config": "use rollout.transport",
+    "enable-return-routed-experts": "use rollout.router_replay",
+} | dict.fromkeys(
+    (
+        "api-key", "generation-config", "hf-overrides", "host", "load-format", "logprobs-mode", "middleware", "port",
+        "served-model-name", "skip-tokenizer-init", "uds", "worker-extension-cls",
+    ),
+    "leave it out",
+)  # fmt: skip
+
+
 def rollout(c: "schema.Rollout") -> Problems:
     if c.group_size < 2:
         yield (
@@ -104,12 +125,17 @@ def rollout(c: "schema.Rollout") -> Problems:
             yield "top_k", f"expected 0 or -1 (off), got {c.top_k}; {way_out}"
     if c.engines > 1 and c.transport in ("nccl_m2n", "sharded_rdt"):
         yield "engines", f"expected 1 with transport {c.transport} (it has one meeting of all ranks with one engine), got {c.engines}; or take nccl or ipc"
-    if c.extra_prompts > c.prompts_per_step:
-        yield "extra_prompts", f"expected at most prompts_per_step ({c.prompts_per_step}), so that what goes on can be trained, got {c.extra_prompts}"
-    if c.extra_prompts and c.max_resampling_rounds:
-        yield "max_resampling_rounds", f"expected 0 with extra_prompts (a step does not wait for more prompts), got {c.max_resampling_rounds}"
-    if c.sleep and c.max_staleness:
-        yield "sleep", f"expected false with rollout.max_staleness {c.max_staleness} (the engine samples while the trainer trains), got true"
+    if c.over_sampling_prompts and not c.max_staleness:
+        yield "over_sampling_prompts", f"expected null with max_staleness 0 (a step trains its own prompts only), got {c.over_sampling_prompts}"
+    if c.ahead > c.max_staleness * c.prompts_per_step:
+        yield (
+            "over_sampling_prompts",
+            f"expected at most max_staleness x prompts_per_step = {c.max_staleness * c.prompts_per_step}, so that each prompt is trained in time, "
+            f"got {c.ahead}",
+        )
+    for name in c.engine_args:
+        if setting := ENGINE_ARGS_OF_OURS.get(name.replace("_", "-")):
+            yield "engine_args", f"expected arguments that this project does not set itself, got {name}; {setting}"
     has_own_gpus = c.hosts or c.transport in ("nccl", "nccl_m2n", "sharded_rdt") or (c.transport == "auto" and c.visible_devices is not None)
     if c.sleep and has_own_gpus:
         how = "hosts" if c.hosts else f"transport {c.transport}" if c.transport != "auto" else f'visible_devices "{c.visible_devices}"'
@@ -134,17 +160,17 @@ def _hosts(c: "schema.Rollout") -> Problems:
             yield "hosts", str(error)
             continue
         if address in seen:
-            yield "hosts", f"expected each address once (an agent has one engine at a time), got {text} twice"
+            yield "hosts", f"expected each address once (a host has one engine), got {text} twice"
         seen[address] = text
     if len(c.hosts) < c.engines:
         yield "hosts", f"expected at least rollout.engines = {c.engines} addresses (more are spares), got {len(c.hosts)}"
     if c.visible_devices is not None:
         yield (
             "visible_devices",
-            f"expected null with rollout.hosts (set CUDA_VISIBLE_DEVICES where the agents are started), got {c.visible_devices}",
+            f"expected null with rollout.hosts (set CUDA_VISIBLE_DEVICES where megatron-espo serve is started), got {c.visible_devices}",
         )
-    if c.transport in ("shared_memory", "ipc"):
-        yield "transport", f"expected auto, tcp, nccl, nccl_m2n or sharded_rdt with rollout.hosts ({c.transport} stays on one machine), got {c.transport}"
+    if c.transport == "ipc":
+        yield "transport", "expected auto, files, nccl, nccl_m2n or sharded_rdt with rollout.hosts (ipc stays on one machine), got ipc"
 
 
 def data(c: "schema.Data") -> Problems:
@@ -183,23 +209,15 @@ def across_sections(c: "schema.Config") -> Problems:
             f"expected a divisor of rollout.prompts_per_step = {c.rollout.prompts_per_step} (a mini-batch holds whole "
             f"groups), got {c.algorithm.num_mini_batches}",
         )
-    older = next((f"rollout.{key} {value}" for key in ("max_staleness", "extra_prompts") if (value := getattr(c.rollout, key))), None)
+    older = f"rollout.max_staleness {c.rollout.max_staleness}" if c.rollout.max_staleness else None
     if older and c.algorithm.rollout_correction not in ("token", "sequence"):
         yield (
             "algorithm.rollout_correction",
             f"expected token or sequence with {older} (the rollouts are an older policy's, "
             f"which the weights then correct), got {c.algorithm.rollout_correction}",
         )
-    if c.rollout.extra_prompts and c.reward.overlap:
-        yield "reward.overlap", "expected false with rollout.extra_prompts (a response is judged when its prompt is trained), got true"
     if c.megatron.fp8 and c.model.dtype != "bfloat16":
         yield "megatron.fp8", f"expected null with model.dtype {c.model.dtype} (8-bit matrix products belong to bfloat16 weights), got {c.megatron.fp8}"
-    if c.rollout.max_staleness and c.megatron.offload:
-        yield (
-            "megatron.offload",
-            f"expected [] with rollout.max_staleness {c.rollout.max_staleness} (there is no time at which the trainer needs less), "
-            f"got [{', '.join(c.megatron.offload)}]",
-        )
     buffer = c.reward.overlong_buffer_tokens
     if buffer is not None and buffer > c.rollout.max_response_tokens:
         yield (

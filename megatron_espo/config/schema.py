@@ -9,7 +9,7 @@ from pydantic import Field
 from megatron_espo.config import placement, rules
 from megatron_espo.config.rollout import Rollout
 from megatron_espo.config.section import Section
-from megatron_espo.config.tasks import Data, Eval, Reward
+from megatron_espo.config.tasks import Data, Environment, Eval, Reward
 
 
 class Run(Section):
@@ -72,8 +72,8 @@ class Run(Section):
         ge=0,
         description="Responses a step written to samples.jsonl and TensorBoard with each token's entropy and group; 0: none.",
     )
-    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
-        (), strict=False, description="Further places for the metrics, if installed: wandb, mlflow; set up by their own environment variables."
+    wandb: bool = Field(
+        False, description="Send the metrics to Weights & Biases too; its own environment variables set project, entity and mode."
     )
 
 
@@ -244,10 +244,7 @@ class Algorithm(Section):
         True, description="Divide advantages by the group's standard deviation; dr_grpo needs false."
     )
     kl_coef: float = Field(
-        0.0, ge=0, description="Weight of the KL penalty to the initial policy; above 0 costs a scoring pass a step."
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k3", description="Estimator of that KL: k3 never negative, k2 quadratic, k1 plain (no gradient on average)."
+        0.0, ge=0, description="Weight of the KL penalty (k3) to the initial policy; above 0 costs a scoring pass a step."
     )
     entropy_coef: float = Field(
         0.0, ge=0, description="Weight of the entropy bonus (exact, over the whole vocabulary); keeps exploring."
@@ -280,6 +277,7 @@ class Config(Section):
     algorithm: Algorithm = Field(default_factory=Algorithm)
     rollout: Rollout = Field(default_factory=Rollout)
     data: Data
+    environment: Environment = Field(default_factory=Environment)
     reward: Reward = Field(default_factory=Reward)
     eval: Eval = Field(default_factory=Eval)
 

@@ -43,10 +43,25 @@ class Eval(Section):
     max_response_tokens: int | None = Field(
         None, ge=1, description="Longest response, in tokens; null: rollout.max_response_tokens."
     )
-    confidence: float = Field(0.95, gt=0, lt=1, description="Level of the bootstrap intervals over prompts.")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from rules.evaluation(self)
+
+
+class Environment(Section):
+    """What turns a prompt into a trajectory of one or several turns."""
+
+    name: str = Field(
+        "single_turn", min_length=1, description="single_turn, tool, verifiers:<id>, or your module:Class."
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of that class.")
+    max_concurrent: int = Field(4096, ge=1, description="Most trajectories at the same time.")
+    timeout_s: float | None = Field(
+        None, gt=0, description="Seconds for one trajectory, after which it failed; null: no limit."
+    )
+    retries: int = Field(
+        1, ge=0, description="Further attempts at a trajectory whose environment failed; then it counts as one without a reward."
+    )
 
 
 class Reward(Section):
@@ -57,17 +72,10 @@ class Reward(Section):
         min_length=1,
         description="auto (fits data.prompts), reasoning_gym, math_verify, or your module:function.",
     )
-    overlap: bool = Field(
-        False, description="Judge responses while others are still sampled, for verifiers that take long; they share the engine's host."
-    )
     timeout_s: float = Field(
         10.0, gt=0, description="Seconds for one response; then the verifier is killed and the response left out."
     )
-    cpu_seconds: float | None = Field(
-        None, gt=0, description="Processor seconds for one response, in whole seconds; null: timeout_s."
-    )
     memory_gib: float = Field(4.0, gt=0, description="Most memory of one verifier process, in GiB.")
-    file_mib: int = Field(64, ge=1, description="Longest file that a verifier may write, in MiB.")
     isolate: bool = Field(
         True,
         description="Verifiers have no network, write to a temporary folder only (their working directory and home), and leave no process "

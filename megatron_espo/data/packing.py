@@ -1,6 +1,6 @@
-"""From rollouts to packed micro-batches, balanced over data-parallel ranks. Pure bookkeeping: zero collectives.
+"""Packs rollouts into micro-batches, balanced over data-parallel ranks. Zero collectives.
 
-Every rank calls :func:`pack` with the same sequences and takes its own share, so all ranks agree without talking.
+Every rank calls :func:`pack` with the same sequences and takes its own share, so all ranks agree without communication.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from megatron_espo.data.batches import BatchTotals, MicroBatch, TrainSequence
@@ -66,8 +67,9 @@ def pack(
     """
     if share_prompts and (padded or context_parallel_size > 1):
         raise ValueError("share_prompts: expected false with context_parallel_size > 1 or padded micro-batches, got true")
-    dealt = deal(sequences, data_parallel_size, share_prompts)
-    shares = [_bins([[sequences[i] for i in tree] for tree in share], max_tokens, max_sequences, padded) for share in dealt]
+    per_rank = shard_by_tokens(sequences, data_parallel_size, share_prompts)
+    trees = [[[sequences[i] for i in tree] for tree in share] for share in per_rank]
+    shares = [_bins(share, max_tokens, max_sequences, padded) for share in trees]
     count = max(1, *(len(share) for share in shares))
     count += -count % count_multiple_of
     mine = shares[data_parallel_rank]
@@ -100,20 +102,19 @@ def _shapes(parts: list[list[Tree]], align: int, unit: int, padded: bool) -> lis
     return [(1, _round_up(max(1, sum(_round_up(_cost(tree), align) for tree in part)), unit)) for part in parts]
 
 
-
 def _cost(tree: Tree) -> int:
     """Tokens that the tree puts through the model."""
     return len(tree[0].prompt_ids) + sum(len(sequence.response_ids) for sequence in tree)
 
 
-def deal(sequences: Sequence[TrainSequence], ranks: int, share_prompts: bool = False) -> list[list[list[int]]]:
+def shard_by_tokens(sequences: Sequence[TrainSequence], ranks: int, share_prompts: bool = False) -> list[list[list[int]]]:
     """Numbers of the sequences of each of so many data-parallel ranks, those that share a prompt together.
 
     Longest first to the rank with the fewest tokens so far.
     """
     trees: dict[Any, list[int]] = {}
     for number, sequence in enumerate(sequences):
-        trees.setdefault(tuple(sequence.prompt_ids) if share_prompts else number, []).append(number)
+        trees.setdefault(sequence.prompt_ids.tobytes() if share_prompts else number, []).append(number)
     costs = {tree[0]: _cost([sequences[i] for i in tree]) for tree in trees.values()}
     shares: list[list[list[int]]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -125,38 +126,65 @@ def deal(sequences: Sequence[TrainSequence], ranks: int, share_prompts: bool = F
 
 
 def _bins(trees: list[Tree], max_tokens: int, max_sequences: int | None, padded: bool) -> list[list[Tree]]:
-    """First fit; the trees come longest first."""
+    """First fit. The trees come longest first, so the first tree of a padded micro-batch is its longest row."""
     bins: list[list[Tree]] = []
+    # Of each bin: tokens, sequences, tokens of its first tree. Rows after the last bin are 0.
+    load, count, longest = np.zeros((3, len(trees)), np.int64)
     for tree in trees:
-        for part in bins:
-            tokens = _cost(part[0]) * (len(part) + 1) if padded else sum(map(_cost, part)) + _cost(tree)
-            fits = tokens <= max_tokens
-            if fits and (max_sequences is None or sum(map(len, part)) + len(tree) <= max_sequences):
-                part.append(tree)
-                break
-        else:
-            bins.append([tree])
+        cost = _cost(tree)
+        opened = slice(len(bins))
+        tokens = longest[opened] * (count[opened] + 1) if padded else load[opened] + cost
+        fits = tokens <= max_tokens
+        if max_sequences is not None:
+            fits &= count[opened] + len(tree) <= max_sequences
+        number = int(fits.argmax()) if fits.any() else len(bins)
+        if number == len(bins):
+            bins.append([])
+            longest[number] = cost
+        bins[number].append(tree)
+        load[number] += cost
+        count[number] += len(tree)
     return bins
 
 
-def _lay_out(tree: Tree) -> tuple[list[int], list[int], list[int], tuple[int, ...]]:
-    """Token ids, position ids, predicting positions and the lengths of trunk and branches of one tree.
+def _lay_out(
+    tree: Tree, tokens: np.ndarray, positions: np.ndarray, index: np.ndarray, start: int
+) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """Write token ids and position ids of one tree, from ``start`` on.
 
-    A lone sequence is all trunk. A shared prompt is the trunk without its last token, which starts every branch, so that each response
-    token is predicted from a position of its own; a branch needs no last response token, which predicts nothing.
+    A lone sequence is all prefix. A shared prompt is the prefix without its last token. That token starts every suffix, so that each
+    response token is predicted from a position of its own. A suffix needs no last response token, which predicts nothing.
+
+    Args:
+        tree: one sequence, or several with the same prompt.
+        tokens, positions: ``[tokens of the micro-batch]`` int64, filled here.
+        index: ``[tokens of the micro-batch]`` int64, 0, 1, 2, ...
+        start: first place of the tree.
+
+    Returns:
+        The places that predict the trained tokens, by sequence, and the lengths of the prefix and the suffixes.
     """
-    prompt = list(tree[0].prompt_ids)
+    prompt = tree[0].prompt_ids
     if len(tree) == 1:
-        tokens = prompt + list(tree[0].response_ids)
+        first = start + len(prompt)
+        end = first + len(tree[0].response_ids)
+        tokens[start:first], tokens[first:end] = prompt, tree[0].response_ids
+        positions[start:end] = index[: end - start]
         # The hidden state one position earlier predicts a token.
-        return tokens, list(range(len(tokens))), list(range(len(prompt) - 1, len(tokens) - 1)), (len(tokens),)
-    trunk = len(prompt) - 1
-    tokens, positions, lengths = prompt[:-1], list(range(trunk)), [trunk]
+        return [tree[0].trained(index[first - 1 : end - 1])], (end - start,)
+    prefix = len(prompt) - 1
+    first = start + prefix
+    tokens[start:first], positions[start:first] = prompt[:-1], index[:prefix]
+    logit_positions, lengths = [], [prefix]
     for sequence in tree:
-        tokens += [prompt[-1], *sequence.response_ids[:-1]]
-        positions += range(trunk, trunk + len(sequence.response_ids))
-        lengths.append(len(sequence.response_ids))
-    return tokens, positions, list(range(trunk, len(tokens))), tuple(lengths)
+        length = len(sequence.response_ids)
+        end = first + length
+        tokens[first], tokens[first + 1 : end] = prompt[-1], sequence.response_ids[:-1]
+        positions[first:end] = index[prefix : prefix + length]
+        logit_positions.append(sequence.trained(index[first:end]))
+        lengths.append(length)
+        first = end
+    return logit_positions, tuple(lengths)
 
 
 def _micro_batch(
@@ -164,59 +192,65 @@ def _micro_batch(
 ) -> MicroBatch:
     """Lay out trees, each padded to a multiple of ``align`` (to a whole row if ``padded``), all together to ``shape``."""
     rows, length = shape
-    tokens: list[int] = []
-    positions: list[int] = []
-    predict: list[int] = []
+    tokens = np.zeros(rows * length, np.int64)
+    positions = np.empty(rows * length, np.int64)
+    index = np.arange(rows * length)
+    logit_positions: list[np.ndarray] = []
     branches: list[tuple[int, ...]] = []
-    borders = [0]
+    boundaries = [0]
     for tree in trees:
-        tree_tokens, tree_positions, tree_predict, lengths = _lay_out(tree)
-        predict += [len(tokens) + position for position in tree_predict]
-        # Padding after a sequence's end: no response token attends to it.
-        padding = -len(tree_tokens) % (length if padded else align)
-        tokens += tree_tokens + [0] * padding
-        positions += tree_positions + list(range(len(tree_tokens), len(tree_tokens) + padding))
-        branches.append(lengths if not padding else (len(tree_tokens) + padding,))
-        borders.append(len(tokens))
-    # The rest is sequences of their own, short ones, whose attention costs little.
+        start = boundaries[-1]
+        places, lengths = _lay_out(tree, tokens, positions, index, start)
+        logit_positions += places
+        end = start + sum(lengths)
+        # Padding lies after a sequence's end: no response token attends to it.
+        padding = (start - end) % (length if padded else align)
+        positions[end : end + padding] = index[end - start : end - start + padding]
+        branches.append(lengths if not padding else (end - start + padding,))
+        boundaries.append(end + padding)
+    # The rest is short sequences of their own, whose attention costs little.
     filler = length if padded else _round_up(64, align)
-    while rest := rows * length - len(tokens):
+    while rest := rows * length - boundaries[-1]:
         filled = min(filler, rest)
-        tokens += [0] * filled
-        positions += range(filled)
+        positions[boundaries[-1] : boundaries[-1] + filled] = index[:filled]
         branches.append((filled,))
-        borders.append(len(tokens))
+        boundaries.append(boundaries[-1] + filled)
     sequences = [sequence for tree in trees for sequence in tree]
-    advantage = [s.advantage for s in sequences for _ in s.response_ids]
+    lengths = np.array([sequence.num_trained for sequence in sequences], np.int64)
+    advantages = np.array([sequence.advantage for sequence in sequences], np.float32)
     return MicroBatch(
-        tokens=torch.tensor([tokens]),
-        position_ids=torch.tensor([positions]),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        max_seqlen=max(positions) + 1,
-        predict=torch.tensor(predict, dtype=torch.long),
-        targets=torch.tensor([t for s in sequences for t in s.response_ids], dtype=torch.long),
-        lengths=torch.tensor([len(s.response_ids) for s in sequences], dtype=torch.long),
-        advantage=torch.tensor(advantage, dtype=torch.float32),
-        rollout_logprob=torch.tensor([p for s in sequences for p in s.rollout_logprobs], dtype=torch.float32),
+        tokens=torch.from_numpy(tokens)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        max_seqlen=int(positions.max()) + 1,
+        logit_positions=_joined(logit_positions, np.int64),
+        targets=_joined([s.trained(s.response_ids) for s in sequences], np.int64),
+        lengths=torch.from_numpy(lengths),
+        advantage=torch.from_numpy(np.repeat(advantages, lengths)),
+        rollout_logprob=_joined([s.trained(s.rollout_logprobs) for s in sequences], np.float32),
         old_logprob=_known("old_logprobs", sequences),
         old_entropy=_known("old_entropies", sequences),
         totals=totals,
         num_tokens=sum(sequence.num_tokens for sequence in sequences),
         branches=tuple(branches) if any(len(lengths) > 1 for lengths in branches) else None,
         watched=tuple(sequence.watched for sequence in sequences),
-        routed_experts=_routed_experts(trees, borders, len(tokens)),
+        routed_experts=_routed_experts(trees, boundaries, len(tokens)),
     )
 
 
-def _routed_experts(trees: list[Tree], borders: list[int], rows: int) -> Tensor | None:
-    """``MicroBatch.routed_experts`` of trees that begin at ``borders``. The tokens of a shared prompt have those of its first response."""
+def _joined(arrays: list[np.ndarray], dtype: DTypeLike) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays, dtype=dtype) if arrays else np.empty(0, dtype))
+
+
+def _routed_experts(trees: list[Tree], boundaries: list[int], rows: int) -> Tensor | None:
+    """``MicroBatch.routed_experts`` of trees that begin at ``boundaries``. The tokens of a shared prompt have those of its first response."""
     given = [sequence.routed_experts is not None for tree in trees for sequence in tree]
     if not any(given):
         return None
     if not all(given):
         raise ValueError(f"pack: expected routed_experts of all sequences or of none, got those of {sum(given)} of {len(given)}")
     found = torch.full((rows, *trees[0][0].routed_experts.shape[1:]), -1, dtype=torch.int16)
-    for tree, start in zip(trees, borders, strict=False):
+    for tree, start in zip(trees, boundaries, strict=False):
         known = 0
         for sequence in tree:
             part = torch.from_numpy(sequence.routed_experts[known:].astype(np.int16))
@@ -226,11 +260,11 @@ def _routed_experts(trees: list[Tree], borders: list[int], rows: int) -> Tensor 
 
 
 def _known(name: str, sequences: list[TrainSequence]) -> Tensor | None:
-    """One value for each response token, if every sequence has them."""
+    """One value for each trained token, if every sequence has them."""
     values = [getattr(sequence, name) for sequence in sequences]
     if not values or any(value is None for value in values):
         return None
-    return torch.tensor([v for value in values for v in value], dtype=torch.float32)
+    return _joined([s.trained(value) for s, value in zip(sequences, values, strict=True)], np.float32)
 
 
 def _in_rows(batch: MicroBatch) -> MicroBatch:
@@ -242,7 +276,7 @@ def _in_rows(batch: MicroBatch) -> MicroBatch:
         tokens=batch.tokens.view(rows, length),
         position_ids=batch.position_ids.view(rows, length),
         # The model's hidden states are [length, rows, hidden].
-        predict=batch.predict % length * rows + batch.predict // length,
+        logit_positions=batch.logit_positions % length * rows + batch.logit_positions // length,
         routed_experts=None if experts is None else experts.unflatten(0, (rows, length)).transpose(0, 1).flatten(0, 1),
         cu_seqlens=None,
     )

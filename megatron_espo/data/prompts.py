@@ -2,21 +2,14 @@
 
 import hashlib
 import json
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
+from megatron_espo.config import Data
 from megatron_espo.data.sources import Problems, Row, read_rows
 from megatron_espo.data.tokenizer import Messages, Tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.types import Prompt
-
-
-class DataConfig(Protocol):
-    """The ``data`` section of the configuration."""
-
-    prompts: str
-    task_args: dict[str, Any]
-    system_prompt: str | None
-    shuffle: bool
 
 
 class PromptStream:
@@ -40,7 +33,7 @@ class PromptStream:
     """
 
     def __init__(
-        self, data: DataConfig, tokenizer: Tokenizer, seed: int, *, max_response_tokens: int, max_model_len: int
+        self, data: Data, tokenizer: Tokenizer, seed: int, *, max_response_tokens: int, max_model_len: int
     ):
         self._tokenizer, self._system_prompt = tokenizer, data.system_prompt
         self._seed, self._shuffle = seed, data.shuffle
@@ -63,6 +56,13 @@ class PromptStream:
             if self._position == len(self._rows):
                 self._start_epoch(self.epoch + 1)
         return prompts
+
+    def find(self, ids: Sequence[str]) -> list[Prompt]:
+        """Prompts by the ids of their rows; the stream does not move."""
+        if not ids:
+            return []
+        rows = {row.id: row for row in self._rows}
+        return [self._make_prompt(rows[name]) for name in ids]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as plain JSON values."""

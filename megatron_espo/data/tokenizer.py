@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
         """Token ids of ``render(prompt)``; plain text gets the beginning-of-sequence token that the model expects."""
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""
 
@@ -96,6 +99,9 @@ class HuggingFaceTokenizer:
         text = self.render(prompt)
         return list(self._tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)))
 
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -125,6 +131,9 @@ class SentencePieceTokenizer:
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
         return self._prefix + self._processor.encode(self.render(prompt))
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         # The model's vocabulary may be larger than the tokenizer's; sentencepiece raises on ids it does not know.

@@ -2,10 +2,10 @@
 
 import hashlib
 import math
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,13 +47,20 @@ def data_claims(sequences: Sequence[TrainSequence], batches: Sequence[MicroBatch
     """Digests of a step's responses, which all ranks have, and of this rank's micro-batches, which tensor- and pipeline-parallel ranks share."""
     whole = hashlib.blake2b(digest_size=8)
     for s in sequences:
-        whole.update(array("q", [*s.prompt_ids, *s.response_ids]).tobytes() + array("d", [*s.rollout_logprobs, s.advantage]).tobytes())
+        mask = b"" if s.loss_mask is None else s.loss_mask
+        for values in (s.prompt_ids, s.response_ids, s.rollout_logprobs, mask, np.float64(s.advantage)):
+            whole.update(np.ascontiguousarray(values))
     own = hashlib.blake2b(digest_size=8)
     for batch in batches:
         for value in vars(batch).values():
-            own.update(value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+            own.update(_flat(value) if isinstance(value, Tensor) else repr(value).encode())
     place = f"data-parallel rank {groups.dp.rank()}, context-parallel rank {groups.cp.rank()}"
     return {"the step's responses (digest)": whole.hexdigest(), f"micro-batches of {place} (digest)": own.hexdigest()}
+
+
+def _flat(value: Tensor) -> np.ndarray:
+    """The bytes of a tensor: hashlib takes one-dimensional buffers only."""
+    return np.ascontiguousarray(value.cpu().numpy()).reshape(-1).view(np.uint8)
 
 
 def refuse_other_norms(norm: float) -> None:

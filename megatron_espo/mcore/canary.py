@@ -32,7 +32,7 @@ def score_responses(policy: Policy, forward_step, responses: Sequence[Scored], p
     # The order in which ``pack`` lays sequences out, which share no prompt here.
     order = sorted(range(len(responses)), key=lambda i: len(responses[i][0]) + len(responses[i][1]), reverse=True)
     sequences = [
-        TrainSequence(prompt, response, [0.0] * len(response), 0.0, routed_experts=experts)
+        TrainSequence(prompt, response, np.zeros(len(response), np.float32), 0.0, routed_experts=experts)
         for prompt, response, experts in (responses[i] for i in order)
     ]
     lengths = [len(sequence.response_ids) for sequence in sequences]
@@ -42,8 +42,8 @@ def score_responses(policy: Policy, forward_step, responses: Sequence[Scored], p
     box = [[]]
     if scored := policy.score(forward_step, batches):
         logprob = scored[0][0]
-        if batches[0].scored is not None:
-            mine = batches[0].scored.to(logprob.device)
+        if batches[0].local_tokens is not None:
+            mine = batches[0].local_tokens.to(logprob.device)
             logprob = logprob.new_zeros(sum(lengths)).index_copy_(0, mine, logprob)
             dist.all_reduce(logprob, group=policy.groups.cp)
         box = [[part.tolist() for part in logprob.split(lengths)]]

@@ -8,7 +8,6 @@ import collections
 import functools
 import hashlib
 import json
-import os
 import queue
 import re
 import shutil
@@ -26,9 +25,9 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from megatron_espo.collectives import gathered, on_rank_0
 from megatron_espo.config.experts import read_experts
 from megatron_espo.errors import InputError
-from megatron_espo.faults import inject
 from megatron_espo.mcore.model import rope_arguments
 from megatron_espo.mcore.rng import load_rng, save_rng
+from megatron_espo.run_files import make_durable
 from megatron_espo.weights.families import is_tied, model_sizes
 
 MANIFEST_NAME = "megatron_espo.json"
@@ -73,7 +72,6 @@ def save_checkpoint(
     partial = out.with_name(out.name + ".partial")
     on_rank_0(lambda: _begin(partial, out))
     try:
-        inject("save")
         _keep_results_here()
         form = optimizer and optimizer_form(chunks[0].config, hf_config)
         # Without it the first of several data-parallel ranks would write everything.
@@ -283,11 +281,7 @@ def _finish(
     manifest = {"version": VERSION, "megatron_core": __version__, "dtype": str(dtype), "optimizer": form}
     manifest |= {"model": model_identity(hf_config), "files": files}
     (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in (*partial.iterdir(), partial):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    inject("rename")
+    make_durable(*partial.iterdir(), partial)
     partial.rename(out)
 
 

@@ -75,7 +75,7 @@ def make_forward_step(
 def _sequence_parameters(batch: MicroBatch) -> PackedSeqParams | None:
     if batch.cu_seqlens is None:
         return None
-    borders = {
+    boundaries = {
         "qkv_format": "thd",
         "cu_seqlens_q": batch.cu_seqlens,
         "cu_seqlens_kv": batch.cu_seqlens,
@@ -83,7 +83,7 @@ def _sequence_parameters(batch: MicroBatch) -> PackedSeqParams | None:
         "max_seqlen_kv": batch.max_seqlen,
     }
     if batch.branches is None:
-        return PackedSeqParams(**borders)
+        return PackedSeqParams(**boundaries)
     from megatron_espo.mcore.attention import BranchedSeqParams
 
-    return BranchedSeqParams(**borders, branches=batch.branches, position_ids=batch.position_ids)
+    return BranchedSeqParams(**boundaries, branches=batch.branches, position_ids=batch.position_ids)

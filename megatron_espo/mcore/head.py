@@ -51,7 +51,7 @@ class LogProbEntropyHead:
             output_layer.weight if output_weight is None else output_weight,
             context.targets,
             self.group,
-            positions=context.predict,
+            positions=context.logit_positions,
             temperature=self.temperature,
             vocab_size=self.vocab_size,
             entropy_grad=self.entropy_grad,

@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_espo.config import Config
 from megatron_espo.config.experts import read_experts, replays_router
 from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
-from megatron_espo.faults import inject
 from megatron_espo.mcore.agreement import data_claims, refuse_disagreement, refuse_other_norms, refuse_other_weights
 from megatron_espo.mcore.canary import Scored, score_responses
 from megatron_espo.mcore.checkpoint import load_checkpoint, save_checkpoint
@@ -25,7 +25,7 @@ from megatron_espo.mcore.model import build_configured, use_transformer_engine
 from megatron_espo.mcore.offload import Offloader
 from megatron_espo.mcore.optimizer import Policy
 from megatron_espo.mcore.reference import ReferencePolicy
-from megatron_espo.mcore.router_replay import RouterReplay, share_out
+from megatron_espo.mcore.router_replay import RouterReplay, scatter_routed_experts
 from megatron_espo.mcore.runtime import Runtime
 from megatron_espo.metrics import average_steps, reduce_metrics_everywhere
 from megatron_espo.progress import OnProgress
@@ -164,7 +164,8 @@ class Learner:
             what = f"gradient: {result.refused}; no step taken, batch in {path}"
             if dist.get_rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps([asdict(replace(sequence, routed_experts=None)) for group in part for sequence in group]))
+                content = [asdict(replace(sequence, routed_experts=None)) for group in part for sequence in group]
+                path.write_text(json.dumps(content, default=np.ndarray.tolist))
                 print(f"warning: {what}", flush=True)
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise BadGradients(f"{what}; {MOST_SKIPPED} in a row: lower optimizer.lr, or look for bad data in the batch")
@@ -196,11 +197,6 @@ class Learner:
     def _compare_ranks(self, groups: Sequence[Sequence[TrainSequence]], mini_batches: Sequence[list[MicroBatch]]) -> None:
         """Disagreement, on every rank, where ranks would train on different data or hold different weights. Collective."""
         every = self.config.run.agree_every
-        if inject("tokens") == "flip":
-            mini_batches[0][0].tokens[0, 0] ^= 1
-        if inject("weights") == "flip":
-            parameter = next(self.chunks[0].parameters())
-            parameter.data.view(torch.uint8)[0, -1] ^= 1
         refuse_disagreement(data_claims([s for group in groups for s in group], [b for batches in mini_batches for b in batches], self.groups))
         if every and self._updates % every == 0 and dist.get_world_size() > 1:
             refuse_other_weights(self.chunks, self.groups)
@@ -212,11 +208,11 @@ class Learner:
         # Without advantage the objective has no gradient: such responses count in the denominators and cost nothing.
         regularized = self.config.algorithm.kl_coef or self.config.algorithm.entropy_coef
         kept = [s for s in sequences if not s.masked and (s.advantage or regularized)]
-        tokens = sum(len(sequence.response_ids) for sequence in sequences)
+        tokens = sum(sequence.num_trained for sequence in sequences)
         totals = batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens)
         options = packing_options(self.config.megatron, self.groups)
         if self._router_replay:
-            kept = share_out(kept, self._experts, self.groups, options["share_prompts"])
+            kept = scatter_routed_experts(kept, self._experts, self.groups, options["share_prompts"])
         return pack(kept, totals, **options)
 
     def _score(self, batches: list[MicroBatch], tick: "_Ticker", *names: str) -> list[MicroBatch]:
@@ -243,5 +239,5 @@ class _Ticker:
 
 def _split(groups: Sequence, parts: int) -> list[Sequence]:
     """Contiguous parts whose sizes differ by at most one."""
-    borders = [len(groups) * i // parts for i in range(parts + 1)]
-    return [groups[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    boundaries = [len(groups) * i // parts for i in range(parts + 1)]
+    return [groups[start:end] for start, end in zip(boundaries, boundaries[1:], strict=False)]

@@ -40,7 +40,7 @@ class PolicyLoss:
         """``(loss sum, token count, metrics)``; with ``non_loss_data`` (scoring) the detached ``output``.
 
         Args:
-            output: ``[2, response_tokens]`` float32: log-probs with gradient, entropies.
+            output: ``[2, trained_tokens]`` float32: log-probs with gradient, entropies.
         """
         if non_loss_data:
             return output.detach()
@@ -66,9 +66,9 @@ class PolicyLoss:
 
     def _annotate(self, batch: MicroBatch, entropy: Tensor) -> Annotation:
         """Groups, bounds and weights on whole responses; then this context-parallel rank's tokens of them."""
-        if batch.scored is not None:
+        if batch.local_tokens is not None:
             whole = entropy.new_zeros(int(batch.lengths.sum()))
-            entropy = self._sum_over_slices(whole.index_copy_(0, batch.scored, entropy))
+            entropy = self._sum_over_slices(whole.index_copy_(0, batch.local_tokens, entropy))
         annotation = annotate(
             entropy,
             batch.lengths,
@@ -80,7 +80,7 @@ class PolicyLoss:
         )
         if self.observe is not None:
             self.observe(batch, annotation)
-        return annotation if batch.scored is None else annotation.take(batch.scored)
+        return annotation if batch.local_tokens is None else annotation.take(batch.local_tokens)
 
     def _sum_over_slices(self, values: Tensor) -> Tensor:
         if self.cp_group.size() > 1:
@@ -108,7 +108,7 @@ class PolicyLoss:
         """KL penalty and entropy bonus with the objective's own token weights, and what to report of them."""
         penalty, report = logprob.new_zeros(()), {}
         if batch.reference_logprob is not None:
-            kl = kl_estimate(logprob, batch.reference_logprob, self.algorithm.kl_estimator)
+            kl = kl_estimate(logprob, batch.reference_logprob)
             penalty = penalty + self.algorithm.kl_coef * (weight * kl).sum()
             report["kl/reference"] = kl.detach()
         if self.algorithm.entropy_coef:

@@ -10,16 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_espo.config.experts import read_experts
+from megatron_espo.config.placement import ARCHITECTURES
 from megatron_espo.errors import InputError
-
-# Architectures whose layers are Megatron's own: (QKV bias, norms on queries and keys).
-ARCHITECTURES = {
-    "LlamaForCausalLM": (False, False),
-    "MistralForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
-    "Qwen3MoeForCausalLM": (False, True),
-}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.data.packing import MicroBatch
-from megatron_espo.faults import inject
 from megatron_espo.mcore.guards import SpikeGuard
 
 Tick = Callable[[], None]
@@ -134,8 +133,6 @@ class Policy:
     def step(self, forward_step, micro_batches: Sequence[MicroBatch], tick: Tick = _no_tick) -> StepResult:
         """One optimizer step; or none on any rank, if one rank's gradient is not finite or the norm is a spike. Collective over all ranks."""
         metrics = self.backward(forward_step, micro_batches, tick)
-        if fault := inject("gradient"):
-            self.chunks[0].buffers[0].grad_data *= {"nan": torch.nan, "spike": 1e6}[fault]
         lr = self.optimizer.param_groups[0]["lr"]
         bad_rank = self._vote_finite()
         if bad_rank is not None:
@@ -166,5 +163,4 @@ class Policy:
 def _ticking(micro_batches: Sequence[MicroBatch], tick: Tick) -> Iterator[MicroBatch]:
     for batch in micro_batches:
         tick()
-        inject("backward")
         yield batch

@@ -13,7 +13,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_espo.config.experts import Experts
-from megatron_espo.data.packing import TrainSequence, deal
+from megatron_espo.data.packing import TrainSequence, shard_by_tokens
 
 
 class ReplayedChoice:
@@ -86,7 +86,7 @@ class RouterReplay:
         return {"moe/router_mismatch": differ / given} if given else {}
 
 
-def share_out(sequences: Sequence[TrainSequence], experts: Experts, groups, share_prompts: bool) -> list[TrainSequence]:
+def scatter_routed_experts(sequences: Sequence[TrainSequence], experts: Experts, groups, share_prompts: bool) -> list[TrainSequence]:
     """The sequences, those of this rank's data-parallel share with their routed experts, of which rank 0 has all.
 
     Collective over all ranks: for each sequence a message from rank 0 to the first rank of its data-parallel replica, and broadcasts from there
@@ -103,8 +103,8 @@ def share_out(sequences: Sequence[TrainSequence], experts: Experts, groups, shar
     """
     if dist.get_rank() == 0 and (missing := sum(sequence.routed_experts is None for sequence in sequences)):
         raise ValueError(f"router replay: expected routed_experts of every response, got none of {missing} of {len(sequences)}")
-    dealt = deal(sequences, groups.dp.size(), share_prompts)
-    owners = {number: rank for rank, share in enumerate(dealt) for tree in share for number in tree}
+    per_rank = shard_by_tokens(sequences, groups.dp.size(), share_prompts)
+    owners = {number: rank for rank, share in enumerate(per_rank) for tree in share for number in tree}
     dtype = np.dtype(np.uint8 if experts.count <= 256 else np.uint16)
     answer = list(sequences)
     for number, sequence in enumerate(sequences):

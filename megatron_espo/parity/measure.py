@@ -77,7 +77,7 @@ class Model:
         return iter(self._gradients)
 
     def _pack(self, sequences: list[TrainSequence], megatron: Megatron):
-        tokens = sum(len(sequence.response_ids) for sequence in sequences)
+        tokens = sum(sequence.num_trained for sequence in sequences)
         totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=tokens)
         return pack(sequences, totals, **packing_options(megatron, self.runtime.groups))
 

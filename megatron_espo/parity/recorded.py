@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -125,7 +126,7 @@ def _on_edge(new, old, entropy, advantage: float, vocab_size: int) -> bool:
 
 def save_sequences(path: Path, sequences: Sequence[TrainSequence]) -> None:
     """Write the recorded batch as JSON."""
-    path.write_text(json.dumps([asdict(sequence) for sequence in sequences]))
+    path.write_text(json.dumps([asdict(sequence) for sequence in sequences], default=np.ndarray.tolist))
 
 
 def load_sequences(path: Path) -> list[TrainSequence]:

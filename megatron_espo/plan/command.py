@@ -44,7 +44,7 @@ def add_parser(commands: Any, add_config: Callable[[argparse.ArgumentParser], No
         "--expected-tokens", type=int, metavar="N",
         help="mean tokens of a prompt with its response; default: half of rollout.max_response_tokens",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write everything, tensor by tensor, as JSON")
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

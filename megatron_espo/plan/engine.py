@@ -16,7 +16,7 @@ class Engine:
     Attributes:
         number: of engines.
         gpus: GPUs it spans (``rollout.tensor_parallel_size``).
-        shares_gpus: whether they are also the trainer's (transport ``ipc``); those of its owner and the next ranks then.
+        shares_gpus: whether they are also the trainer's; those of its owner and the next ranks then.
         on_hosts: whether they are on machines of their own (``rollout.hosts``).
         budget_bytes: what vLLM takes, ``rollout.gpu_memory_utilization`` of the GPU.
         weight_bytes: the model.
@@ -37,7 +37,7 @@ class Engine:
 
 
 def plan_engine(
-    config: Any, hf_config: dict[str, Any], groups: Sequence[Sequence[Mapping]], itemsize: int, transport: str, gpu_memory: int
+    config: Any, hf_config: dict[str, Any], groups: Sequence[Sequence[Mapping]], itemsize: int, shares_gpus: bool, gpu_memory: int
 ) -> Engine:
     """Weights cut as vLLM cuts them (norms whole), the rest of its budget for keys and values."""
     gpus = config.rollout.tensor_parallel_size
@@ -52,7 +52,7 @@ def plan_engine(
     return Engine(
         number=config.rollout.engines,
         gpus=gpus,
-        shares_gpus=transport == "ipc",
+        shares_gpus=shares_gpus,
         on_hosts=bool(config.rollout.hosts),
         budget_bytes=budget,
         weight_bytes=weights,

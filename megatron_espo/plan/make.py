@@ -15,7 +15,7 @@ from megatron_espo.plan.memory import StageMemory, plan_memory
 from megatron_espo.plan.parameters import StageParameters, count_parameters, total_parameters
 from megatron_espo.plan.pipeline import Pipeline, plan_pipeline
 from megatron_espo.plan.transfer import Links, Transfer, plan_transfer
-from megatron_espo.rollout.config import engine_owners
+from megatron_espo.rollout.server import engine_owners
 from megatron_espo.weights.families import model_groups
 
 GB = 10**9
@@ -110,21 +110,24 @@ class Builder:
             stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
             links, transport = self.machine.links, self.transport(config)
             # How often the bytes go to another node; 0: the engine is on its owner's.
-            copies = 0 if not config.rollout.hosts else config.rollout.tensor_parallel_size if transport == "tcp" else 1
+            # ``files`` writes them to the shared folder, and the engine's node reads them.
+            copies = 0 if not config.rollout.hosts else 2 if transport == "files" else 1
             transfer = plan_transfer(ranks, self.groups, wire_bytes(config), transport, stage_ranks, links, copies)
             self._built[key] = Built(ranks, count_parameters(ranks, self.groups), transfer)
         return self._built[key]
 
     def engine(self, config: Config) -> Engine:
         """vLLM's share of a GPU."""
-        wire, transport = wire_bytes(config), self.transport(config)
-        return plan_engine(config, self.hf_config, self.groups, wire, transport, self.machine.gpu_memory)
+        rollout, transport = config.rollout, self.transport(config)
+        has_own = rollout.hosts or rollout.visible_devices is not None or not self.machine.on_gpu
+        shares_gpus = transport == "ipc" or (transport == "files" and not has_own)
+        return plan_engine(config, self.hf_config, self.groups, wire_bytes(config), shares_gpus, self.machine.gpu_memory)
 
     def transport(self, config: Config) -> str:
         """What ``rollout.transport`` means there."""
-        auto = "ipc" if self.machine.on_gpu else "shared_memory"
-        if config.rollout.hosts:
-            auto = "nccl" if self.machine.on_gpu else "tcp"
+        auto = "files"
+        if self.machine.on_gpu:
+            auto = "nccl" if config.rollout.hosts else "ipc"
         return auto if config.rollout.transport == "auto" else config.rollout.transport
 
 
@@ -169,7 +172,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
             build.groups,
             pipeline,
             on_gpu=machine.on_gpu,
-            sync=built.transfer.peak_bytes,
+            sync=built.transfer.peak_bytes + (0 if machine.on_gpu else built.transfer.file_bytes),
             engine=None if hosts.isdisjoint(range(rank.rank, rank.rank + stage_ranks)) else engine,
         )
         for rank in built.ranks

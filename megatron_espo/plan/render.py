@@ -115,7 +115,7 @@ def _notes(plan: Plan) -> str:
 
 def _transfer(plan: Plan) -> Table:
     columns = ("group", "stage", "tensors", "GB", "from each rank, MB", "ranks", "peak extra, GB")
-    table = _table(f"Weights into the engine: {len(plan.transfer.tensors):,} tensors, each byte from exactly one rank", columns)
+    table = _table(f"Weights into the engine: {sum(group.tensors for group in plan.transfer.groups):,} tensors", columns)
     for cells, groups in groupby(
         plan.transfer.groups,
         key=lambda g: (

@@ -1,4 +1,4 @@
-"""Which rank contributes which bytes of which Hugging Face tensor on the way into the engine, and how long that takes."""
+"""What is gathered from which ranks on the way into the engine, how much memory that takes, and how long."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,32 +7,10 @@ from typing import NamedTuple
 
 from megatron_espo.mcore.meta import BuiltRank, Held
 from megatron_espo.weights.families import Mapping
-from megatron_espo.weights.layouts import Layout, plan_pieces
+from megatron_espo.weights.layouts import Layout
 from megatron_espo.weights.source import batches, gather_bytes
 
 Groups = Sequence[Sequence[Mapping]]
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """Indices ``start:stop`` of a tensor's cut dimension, from one global rank."""
-
-    rank: int
-    start: int
-    stop: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the stream: whole shape and bytes in the engine's dtype, the dimension that is cut, and its sources."""
-
-    name: str
-    shape: tuple[int, ...]
-    bytes: int
-    stage: int
-    dim: int
-    contributions: tuple[Contribution, ...]
 
 
 @dataclass(frozen=True)
@@ -43,8 +21,8 @@ class GroupPlan:
         gathered_bytes: whole tensors.
         shard_bytes: most that a rank contributes, of its dense part or of its experts.
         gather_ranks: ranks that it is shared with.
-        peak_bytes: extra memory on a rank of the owning stage meanwhile: the whole tensors, those before that are still
-            held (one tensor; with ``shared_memory`` and ``tcp`` the group), and the buffers of the largest collective.
+        peak_bytes: extra memory on a rank of the owning stage meanwhile: the whole tensors, the last tensor of the group
+            before (which vLLM's own transports still hold), and the buffers of the largest collective.
     """
 
     name: str
@@ -84,7 +62,8 @@ class Transfer:
     Attributes:
         sender: who hands the tensors to the engine.
         gather_s, pipeline_s, engine_s: estimated seconds, one after the other.
-        peak_bytes: largest extra memory of a rank.
+        peak_bytes: largest extra memory of a rank, on the model's device.
+        file_bytes: host memory (with ``rollout.hosts``: disk space) of the two files of ``files``.
     """
 
     transport: str
@@ -94,8 +73,8 @@ class Transfer:
     pipeline_s: float
     engine_s: float
     peak_bytes: int
+    file_bytes: int
     groups: tuple[GroupPlan, ...]
-    tensors: tuple[TensorPlan, ...]
 
     @property
     def seconds(self) -> float:
@@ -112,16 +91,12 @@ def plan_transfer(
         ranks: of ``build_ranks``.
         groups: of ``families.model_groups``.
         itemsize: bytes of an element on the wire.
-        transport: ``ipc``, ``nccl``, ``shared_memory`` or ``tcp``.
+        transport: ``files``, ``ipc`` or ``nccl``.
         stage_ranks: ranks of a pipeline stage.
         copies_to_nodes: how often an engine's owner sends everything to the engine's node; 0: the owner is on that node too.
-
-    Raises:
-        RuntimeError: a tensor that is not covered exactly once.
     """
     sources = _sources(ranks)
     stages = max(rank.stage for rank in ranks) + 1
-    tensors: list[TensorPlan] = []
     plans: list[GroupPlan] = []
     gather_s = pipeline_s = 0.0
     previous = 0
@@ -130,52 +105,36 @@ def plan_transfer(
         holders = [sources[mapping.huggingface[0][0]] for mapping in mappings]
         stage = min(stage for stage, _ in holders[0])
         shards = [[held for at, held in found if at == stage] for found in holders]
-        own = [_tensor_plans(mapping, held[0], stage, itemsize) for mapping, held in zip(mappings, shards, strict=True)]
-        found = [tensor for plans in own for tensor in plans]
-        size = sum(tensor.bytes for tensor in found)
+        shapes = [shape for mapping in mappings for _, shape in mapping.huggingface]
+        size = sum(map(prod, shapes)) * itemsize
         gathers = _gathers([held for copies in shards for held in copies[:1]], itemsize)
         buffers = [_buffer_bytes(gather, room, itemsize) for gather in gathers]
         if stages > 1:
-            buffers.append(_buffer_elements([tensor.shape for tensor in found], room) * itemsize)
+            buffers.append(_buffer_elements(shapes, room) * itemsize)
         shard_bytes, members, _ = max(gathers, key=lambda gather: gather.bytes * len(gather.members), default=Gather(0, (0,), ()))
-        # Ranks write into a block that holds two neighbours. Elsewhere vLLM still has the tensor before in its hands, and
-        # shards are gathered into buffers.
-        in_block = transport in ("shared_memory", "tcp")
-        peak_bytes = previous + size + (0 if in_block else max(buffers, default=0))
-        previous = size if in_block else found[-1].bytes
-        group = GroupPlan(_group_name(index, mappings), stage, len(found), size, shard_bytes, len(members), peak_bytes)
+        peak_bytes = previous + size + max(buffers, default=0)
+        previous = 0 if transport == "files" else prod(shapes[-1]) * itemsize
+        group = GroupPlan(_group_name(index, mappings), stage, len(shapes), size, shard_bytes, len(members), peak_bytes)
         gather_s += sum(shard * (len(among) - 1) / links.between(among) for shard, among, _ in gathers)
         if stages > 1:
             pipeline_s += size / links.between(range(0, stages * stage_ranks, stage_ranks))
         plans.append(group)
-        tensors += found
-    check_coverage(tensors, groups)
-    total = sum(tensor.bytes for tensor in tensors)
+    total = sum(group.gathered_bytes for group in plans)
     # With ipc each worker of the engine reads from the memory of its own GPU; nothing crosses a link.
     engine_s = 0.0 if transport == "ipc" else total / links.gpu
     if copies_to_nodes:
         engine_s = copies_to_nodes * total / links.network
     sender = "the trainer's rank on the same GPU" if transport == "ipc" else "rank 0"
-    peak = max(group.peak_bytes for group in plans)
-    return Transfer(
-        transport, sender, total, gather_s, pipeline_s, engine_s, peak, tuple(plans), tuple(tensors)
-    )
+    seconds = (gather_s, pipeline_s, engine_s)
+    peak_bytes = max(group.peak_bytes for group in plans)
+    file_bytes = _file_bytes(plans) if transport == "files" else 0
+    return Transfer(transport, sender, total, *seconds, peak_bytes, file_bytes, tuple(plans))
 
 
-def check_coverage(tensors: Sequence[TensorPlan], groups: Groups) -> None:
-    """RuntimeError unless the plan has every tensor of the model once, and every index of each from exactly one rank."""
-    expected = [name for group in groups for mapping in group for name, _ in mapping.huggingface]
-    if sorted(expected) != sorted(tensor.name for tensor in tensors):
-        raise RuntimeError("plan: the transfer's tensors are not those of the model")
-    for tensor in tensors:
-        position = 0
-        for piece in sorted(tensor.contributions, key=lambda piece: piece.start):
-            if piece.start != position:
-                what = "missing" if piece.start > position else "sent twice"
-                raise RuntimeError(f"plan: {tensor.name}: {what} around index {position} of dimension {tensor.dim}")
-            position = piece.stop
-        if position != tensor.shape[tensor.dim] or sum(piece.bytes for piece in tensor.contributions) != tensor.bytes:
-            raise RuntimeError(f"plan: {tensor.name}: covered up to index {position} of {tensor.shape[tensor.dim]}")
+def _file_bytes(plans: Sequence[GroupPlan]) -> int:
+    """Bytes of the two files that the groups use in turn."""
+    sizes = [group.gathered_bytes for group in plans]
+    return max(sizes[::2]) + max(sizes[1::2])
 
 
 def _sources(ranks: Sequence[BuiltRank]) -> dict[str, list[tuple[int, Held]]]:
@@ -185,23 +144,6 @@ def _sources(ranks: Sequence[BuiltRank]) -> dict[str, list[tuple[int, Held]]]:
         for held in rank.held:
             found.setdefault(held.mapping.huggingface[0][0], []).append((rank.stage, held))
     return found
-
-
-def _tensor_plans(mapping: Mapping, held: Held, stage: int, itemsize: int) -> list[TensorPlan]:
-    """The tensors that one parameter is made of."""
-    dim = mapping.layout.dim
-    extents = [shape[dim] for _, shape in mapping.huggingface]
-    contributions: list[list[Contribution]] = [[] for _ in extents]
-    for piece in plan_pieces(mapping.layout, extents, len(held.sharing), mapping.query_groups, held.shape[dim]):
-        row = prod(mapping.huggingface[piece.source][1]) // extents[piece.source] * itemsize
-        stop = piece.start + piece.length
-        contributions[piece.source].append(
-            Contribution(held.sharing[piece.rank], piece.start, stop, piece.length * row)
-        )
-    return [
-        TensorPlan(name, shape, prod(shape) * itemsize, stage, dim, tuple(parts))
-        for (name, shape), parts in zip(mapping.huggingface, contributions, strict=True)
-    ]
 
 
 def _gathers(held: Sequence[Held], itemsize: int) -> list[Gather]:

@@ -1,34 +1,14 @@
-"""Which charts a report has, and how each is drawn from the runs' metrics."""
+"""How each chart of a report is drawn from the runs' metrics."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_espo.metric_names import CHARTS, EXTREMES, Chart, as_pattern
 from megatron_espo.report.drawing import COLORS, SIZE, Canvas, Picture, thin
 from megatron_espo.report.runs import RunData
 
 _DASHES = ("-", "--", ":", "-.")
-_GROUP = r"group\d+"
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Curves over steps.
-
-    Attributes:
-        name, title: of the picture.
-        metrics: patterns of metrics' names; each match is a curve of its own.
-        floor: the vertical axis reaches down to 0 at least.
-        log: logarithmic vertical axis.
-        band: of a metric's name, those of the ends of its band.
-    """
-
-    name: str
-    title: str
-    metrics: tuple[str, ...]
-    floor: bool = True
-    log: bool = False
-    band: Callable[[str], tuple[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,50 +20,10 @@ class Section:
     empty: list[str]
 
 
-def _ends(metric: str) -> tuple[str, str]:
-    return f"{metric}_low", f"{metric}_high"
-
-
-def _extremes(metric: str) -> tuple[str, str]:
-    return f"{metric}_min", f"{metric}_max"
-
-
-SECTIONS: dict[str, tuple[Chart, ...]] = {
-    "Learning": (
-        Chart("reward", "Reward (mean ± standard error)", ("reward/mean",)),
-        Chart("evaluation", "Held-out prompts: avg@k and pass@k, with intervals", (r"eval/avg@\d+", r"eval/pass@(?!1$)\d+"), band=_ends),
-        Chart("prompts", "Share of prompts solved by all, by none", ("reward/solved_all", "reward/solved_none")),
-    ),
-    "Entropy groups": (
-        Chart("group_entropy", "Entropy by group (nats)", (rf"{_GROUP}/entropy",)),
-        Chart("group_epsilon", "Clip range by group (ε)", (rf"{_GROUP}/epsilon",)),
-        Chart("group_ratio", "Importance ratio by group (mean, range)", (rf"{_GROUP}/ratio",), floor=False, band=_extremes),
-        Chart("group_clipped", "Share of a group without gradient (clipped)", (rf"{_GROUP}/no_gradient",)),
-        Chart("would_clip", "Share of tokens outside the clip range, here and of others", ("policy/clipped", r"would_clip/\w+")),
-    ),
-    "Responses and the engine": (
-        Chart("length", "Response length (tokens)", ("rollout/length_mean", "rollout/length_max")),
-        Chart("truncated", "Share of responses truncated, with advantage", ("rollout/truncated", "rollout/with_advantage")),
-        Chart("mismatch", "|engine − trainer| log-prob (nats)", ("mismatch/logprob_gap_mean", "mismatch/logprob_gap_max"), floor=False, log=True),
-    ),
-    "Optimisation": (
-        Chart("policy_entropy", "Entropy of trained tokens (nats)", ("policy/entropy",)),
-        Chart("grad_norm", "Gradient norm before clipping", ("optimizer/grad_norm",)),
-        Chart("lr", "Learning rate", ("optimizer/lr",)),
-        Chart("kl", "KL to the initial policy (nats)", ("kl/reference",)),
-    ),
-    "Time and machine": (
-        Chart("throughput", "Tokens a second", (r"throughput/\w+_tokens_per_s",)),
-        Chart("mfu", "Model FLOPs utilisation", ("throughput/mfu",)),
-        Chart("memory", "Memory (GiB)", (r"system/\w+_gib",)),
-    ),
-}
-
-
 def draw_sections(runs: Sequence[RunData]) -> list[Section]:
     """Every chart that has something to show; the others by their titles."""
     sections = []
-    for heading, charts in SECTIONS.items():
+    for heading, charts in CHARTS.items():
         drawn = {chart.title: _draw(chart, runs) for chart in charts}
         pictures = [picture for picture in drawn.values() if picture]
         if heading == "Entropy groups":
@@ -95,7 +35,7 @@ def draw_sections(runs: Sequence[RunData]) -> list[Section]:
 
 
 def _draw(chart: Chart, runs: Sequence[RunData]) -> Picture | None:
-    metrics = [name for pattern in chart.metrics for run in runs for name in run.names(pattern)]
+    metrics = [name for listed in chart.metrics for run in runs for name in run.names(as_pattern(listed))]
     metrics = list(dict.fromkeys(metrics))
     shown = [name for name in metrics if any(_moves(run, name, chart) for run in runs)]
     if not shown:
@@ -124,8 +64,8 @@ def _draw(chart: Chart, runs: Sequence[RunData]) -> Picture | None:
 
 def _moves(run: RunData, metric: str, chart: Chart) -> bool:
     """Whether there is something to see: not all 0, and, where 1 is the resting value, not all 1."""
-    resting = 1.0 if chart.band is _extremes else 0.0
-    names = (metric, *chart.band(metric)) if chart.band else (metric,)
+    resting = 1.0 if chart.band == EXTREMES else 0.0
+    names = (metric, *(metric + end for end in chart.band or ()))
     return any(abs(value - resting) > 1e-9 for name in names for value in run.series(name)[1] if math.isfinite(value))
 
 
@@ -135,7 +75,7 @@ def _draw_band(canvas: Canvas, chart: Chart, run: RunData, metric: str, color: s
         means = dict(zip(*run.series(metric), strict=True))
         low, high = ([means[s] + sign * e for s, e in zip(steps, error, strict=True)] for sign in (-1, 1))
     elif chart.band:
-        (steps, low), (_, high) = (run.series(name) for name in chart.band(metric))
+        (steps, low), (_, high) = (run.series(metric + end) for end in chart.band)
     else:
         return
     if steps:
@@ -153,7 +93,7 @@ def _label(metric: str, metrics: Sequence[str]) -> str:
 
 
 def _draw_phases(runs: Sequence[RunData]) -> list[Picture]:
-    """Mean seconds a step by phase, a bar for each run; for a single run also step by step."""
+    """Mean seconds a step by phase, a bar for each run; ``learning_curve.png`` shows them step by step."""
     phases = list(dict.fromkeys(phase for run in runs for phase in run.phases))
     if not phases:
         return []
@@ -168,16 +108,7 @@ def _draw_phases(runs: Sequence[RunData]) -> list[Picture]:
     bars.axes.grid(axis="y", visible=False)
     bars.axes.set_xlabel("seconds")
     bars.legend(below=True)
-    pictures = [bars.finish(integer_steps=False)]
-    if len(runs) == 1 and len(runs[0].lines) > 1:
-        canvas, steps = Canvas("phases_by_step", "Seconds by phase, step by step"), [line["step"] for line in runs[0].lines]
-        columns = [[float(line.get(f"time/{phase}_s", 0.0)) for line in runs[0].lines] for phase in phases]
-        x, *thinned = thin(steps, *columns)
-        canvas.axes.stackplot(x, *thinned, labels=phases, colors=_cycle(len(phases)), linewidth=0)
-        canvas.axes.set(xlabel="step", ylim=(0, None))
-        canvas.legend()
-        pictures.append(canvas.finish())
-    return pictures
+    return [bars.finish(integer_steps=False)]
 
 
 def _draw_histograms(runs: Sequence[RunData]) -> list[Picture]:

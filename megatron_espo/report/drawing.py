@@ -65,10 +65,10 @@ class Picture:
 class Canvas:
     """A figure with one set of axes in the report's style; ``finish`` makes the :class:`Picture`."""
 
-    def __init__(self, name: str, title: str, *, height: float = SIZE[1], wide: bool = False) -> None:
+    def __init__(self, name: str, title: str, *, height: float = SIZE[1]) -> None:
         self.name, self.title = name, title
         with rc_context(_STYLE):
-            self._figure = Figure(figsize=(SIZE[0] * (2 if wide else 1), height), layout="constrained")
+            self._figure = Figure(figsize=(SIZE[0], height), layout="constrained")
             self.axes: Axes = self._figure.subplots()
             self.axes.set_title(title)
 

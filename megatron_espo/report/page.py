@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron_espo.report.charts import draw_sections
 from megatron_espo.report.drawing import COLORS, VARIABLES
-from megatron_espo.report.numbers import number
 from megatron_espo.report.runs import RunData, read_runs
 from megatron_espo.report.settings import settings_table
 
@@ -54,6 +53,16 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     return page
 
 
+def number(value: Any, digits: int = 3) -> str:
+    """A number for a table: so many significant digits, no exponent for everyday sizes, a dash for none."""
+    if not isinstance(value, int | float) or math.isnan(value):
+        return "–"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{digits - 1}e}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(0, min(decimals, digits))}f}"
+
+
 def overview(run: RunData, position: int) -> dict[str, Any]:
     """A run's line in the table at the top, and its problems."""
     rewards = run.series("reward/mean")[1]
@@ -91,22 +100,25 @@ def overview(run: RunData, position: int) -> dict[str, Any]:
 
 def sample_steps(run: RunData) -> list[dict[str, Any]]:
     """A run's samples by step, with the heat of each token from 0 to 100: its entropy over the highest one shown."""
-    highest = max((e for samples in run.samples.values() for s in samples for e in s["entropies"] or [0.0]), default=0.0) or 1.0
+    highest = max((e for samples in run.samples.values() for s in samples for e in s["entropies"] or [] if e is not None), default=0.0) or 1.0
     return [{"step": step, "samples": [_shown(s, highest) for s in samples[:SAMPLES_A_STEP]]} for step, samples in run.samples.items()]
 
 
 def _shown(sample: dict[str, Any], highest: float) -> dict[str, Any]:
-    entropies, groups = sample["entropies"], sample["groups"]
-    top = max(groups) if groups else None
+    # Entropy and group are null where the policy did not sample the token, and where the response was not trained.
+    untrained = [None] * len(sample["pieces"])
+    entropies, groups = sample["entropies"] or untrained, sample["groups"] or untrained
+    top = max((group for group in groups if group is not None), default=0)
     tokens = []
     for i, piece in enumerate(sample["pieces"][:SAMPLE_TOKENS]):
+        trained = entropies[i] is not None
         tokens.append(
             {
                 # Tokens without text of their own (end of sequence, part of a character), and line breaks, must be seen too.
                 "text": piece.replace("\n", "⏎\n") if piece else "▫",
-                "heat": round(100 * entropies[i] / highest) if entropies else 0,
-                "top": bool(groups) and top > 0 and groups[i] == top,
-                "title": f"{entropies[i]:.2f} nats, group {groups[i]}" if entropies else f"token {sample['tokens'][i]}",
+                "heat": round(100 * entropies[i] / highest) if trained else 0,
+                "top": top > 0 and groups[i] == top,
+                "title": f"{entropies[i]:.2f} nats, group {groups[i]}" if trained else f"token {sample['tokens'][i]}",
             }
         )
     return sample | {"shown": tokens, "cut": len(sample["pieces"]) - len(tokens)}

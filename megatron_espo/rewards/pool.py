@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from megatron_espo.config import Reward
 from megatron_espo.errors import InputError
 from megatron_espo.types import Prompt
 
@@ -25,24 +26,11 @@ START_TIMEOUT_S = 180.0  # imports from a cold network file system
 MAX_FAILED_STARTS = 3
 MAX_REPLY_BYTES = 1 << 16
 PROGRESS_INTERVAL_S = 1.0
+MAX_FILE_BYTES = 64 << 20  # of a file that a verifier writes
 # What Python and its libraries need; everything else of the trainer's environment (keys, tokens) stays there.
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 
 logger = logging.getLogger(__name__)
-
-
-class RewardConfig(Protocol):
-    """The ``reward`` section of the configuration."""
-
-    function: str
-    timeout_s: float
-    workers: int
-    cpu_seconds: float | None
-    memory_gib: float
-    file_mib: int
-    isolate: bool
-    environment: Sequence[str]
-    max_failed: float
 
 
 class RewardPool:
@@ -63,7 +51,7 @@ class RewardPool:
         last_failure: what the latest of them said.
     """
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, config: Reward):
         self._config = config
         self._workers: list[_Worker] = []
         self._failed_starts = 0
@@ -259,7 +247,7 @@ class Scoring:
 class _Worker:
     """One worker process and its two pipes. Nothing here blocks."""
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, config: Reward):
         self._home = tempfile.TemporaryDirectory(prefix="megatron-espo-reward-", ignore_cleanup_errors=True)
         child_request, self.request_fd = os.pipe()
         self.reply_fd, child_reply = os.pipe()
@@ -289,9 +277,8 @@ class _Worker:
             {
                 "sys_path": path if cwd in path else [*path, cwd],
                 "function": config.function,
-                "cpu_seconds": config.cpu_seconds or config.timeout_s,
                 "memory_bytes": int(config.memory_gib * 2**30),
-                "file_bytes": config.file_mib << 20,
+                "file_bytes": MAX_FILE_BYTES,
                 "isolate": config.isolate,
             }
         )
@@ -356,5 +343,4 @@ def _end_in_words(code: int) -> str:
     number = -code if code < 0 else code - 128
     if number not in set(signal.Signals):
         return f"exit status {code}"
-    name = signal.Signals(number).name
-    return f"signal {name} (more processor time than reward.cpu_seconds)" if number == signal.SIGXCPU else f"signal {name}"
+    return f"signal {signal.Signals(number).name}"

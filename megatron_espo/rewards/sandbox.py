@@ -5,11 +5,9 @@ everything that it started along when it ends. What it can still do: read what i
 """
 
 import ctypes
-import math
 import os
 import resource
 import signal
-import time
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -26,24 +24,15 @@ def limit_resources(*, memory_bytes: int, file_bytes: int) -> None:
     RLIMIT_DATA, not RLIMIT_AS: libraries reserve far more address space than they use.
     """
     for what, limit in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, file_bytes), (resource.RLIMIT_DATA, memory_bytes)):
-        _limit(what, limit, for_ever=True)
+        _, hard = resource.getrlimit(what)
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(what, (limit, limit))
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # out of memory: the kernel takes this process, not the trainer
     except OSError:
         pass
-
-
-def limit_cpu(seconds: float) -> None:
-    """SIGXCPU after ``seconds`` of processor time from now, in whole seconds."""
-    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds), for_ever=False)
-
-
-def _limit(what: int, limit: int, *, for_ever: bool) -> None:
-    _, hard = resource.getrlimit(what)
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(what, (limit, limit if for_ever else hard))
 
 
 def die_with_parent() -> None:

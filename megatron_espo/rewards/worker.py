@@ -46,7 +46,6 @@ def main(request_fd: int, reply_fd: int, owner_pid: int) -> None:
 
     while (request := _receive(requests)) is not None:
         item, prompt, response = request
-        sandbox.limit_cpu(setup["cpu_seconds"])
         try:
             score = function(prompt, response)
         except BaseException as error:  # a verifier that calls sys.exit has not judged the response either

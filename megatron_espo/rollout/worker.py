@@ -1,6 +1,7 @@
 """What vLLM's workers get from this project (``worker_extension_cls``): our transports and the checks."""
 
-import numpy as np
+from typing import Any
+
 import torch
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -8,19 +9,23 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
-from megatron_espo.rollout.reloading import forget_expert_kernels, repack_tied_head
+from megatron_espo.rollout.read_back import read_back_checksums
 from megatron_espo.rollout.routed_experts import RoutedExpertsRecord
-from megatron_espo.rollout.served import served_checksums
 from megatron_espo.rollout.transport import register_transports
+from megatron_espo.rollout.vllm_patches import forget_expert_kernels, repack_tied_head
 
 register_transports()
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class; ``LLM.collective_rpc`` finds its methods by name."""
+    """Mixed into vLLM's worker class. ``collective_rpc`` finds its methods by name; arguments and results are JSON values."""
 
-    def poison_weights(self, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
-        """Load NaN into every named weight, by the way that real ones come."""
+    def ping(self) -> bool:
+        """Answer, which shows that this worker runs."""
+        return True
+
+    def fill_nan(self, shapes: list[tuple[str, list[int]]]) -> None:
+        """Load NaN into every named weight, by the way that real weights arrive."""
         model = self.model_runner.get_model()
         nan = torch.tensor(torch.nan, dtype=self.model_config.dtype, device=self.device)
         if self.device.type == "cpu":
@@ -30,18 +35,19 @@ class WorkerExtension:
         finalize_layerwise_reload(model, self.model_config)
         repack_tied_head(model, self.model_config)
 
-    def served_checksums(self, dtype: str) -> dict[str, int]:
-        """See ``served.served_checksums``."""
-        return served_checksums(self.model_runner.get_model(), getattr(torch, dtype))
+    def read_back_checksums(self, dtype: str) -> dict[str, int]:
+        """See ``read_back.read_back_checksums``."""
+        return read_back_checksums(self.model_runner.get_model(), getattr(torch, dtype))
 
     def record_routed_experts(self) -> None:
-        """Keep from now on what ``routed_experts`` tells."""
-        if self.rank == 0:  # routers of tensor-parallel workers all choose for all tokens
+        """Keep from now on the experts that each token is sent to."""
+        if self.rank == 0:  # the routers of all tensor-parallel workers choose for all tokens
             self._routed_experts = RoutedExpertsRecord(self.model_runner)
 
-    def routed_experts(self, requests: list[tuple[str, int]]) -> list[np.ndarray | None] | None:
-        """See ``RoutedExpertsRecord.read``, for each (request, tokens); from the first worker."""
-        return [self._routed_experts.read(*request) for request in requests] if self.rank == 0 else None
+    def take_routed_experts(self, request_id: str, count: int) -> dict[str, Any] | None:
+        """``[count, layers, top_k]`` experts of a finished request's first tokens, as dtype, shape and bytes; once. From the first worker."""
+        rows = self._routed_experts.take(request_id, count) if self.rank == 0 else None
+        return None if rows is None else {"dtype": rows.dtype.str, "shape": list(rows.shape), "data": rows.tobytes()}
 
     def transfer_seconds(self) -> dict[str, float]:
         """Where this worker spent the last weight update, as far as its transport measures it."""

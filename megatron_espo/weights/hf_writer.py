@@ -1,7 +1,6 @@
 """Writing a Hugging Face folder so that a reader never sees half of one."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_espo.errors import InputError
+from megatron_espo.run_files import make_durable
 from megatron_espo.weights.hf_reader import INDEX_NAME, SINGLE_NAME
 from megatron_espo.weights.source import ParameterMetadata
 
@@ -91,10 +91,7 @@ def _copy_metadata_files(source_dir: Path, target: Path, dtype: torch.dtype) -> 
 
 def _replace(partial: Path, out_dir: Path) -> None:
     """Make what was written durable, then rename it into place."""
-    for path in (*partial.iterdir(), partial):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    make_durable(*partial.iterdir(), partial)
     old = out_dir.with_name(out_dir.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out_dir.exists():

@@ -31,33 +31,19 @@ class Lockstep:
         limit = timedelta(seconds=max(timeout_s, main_timeout_s))
         self._group, self._alarm = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
 
-    def collect(self, ranks: Collection[int], what: str) -> None:
-        """Rank 0 waits until each of ``ranks`` (without 0) has called this: they are through with ``what``.
+    def meet(self, what: str, ranks: Collection[int] | None = None) -> None:
+        """Wait until rank 0 and ``ranks`` (without 0; default: all) have called this.
 
         Raises:
-            RankLostError: on rank 0, one of them is missing; on them, rank 0 is.
+            RankLostError: on each of these ranks, one of them did not come in time.
         """
+        ranks = self._others if ranks is None else ranks
         if self._rank == 0:
             self._wait([(rank, _receive(rank, self._group)[1]) for rank in ranks], what)
-        elif self._rank in ranks:
-            self._wait([(0, _send(0, self._group))], what)
-
-    def release(self, ranks: Collection[int], what: str) -> None:
-        """``ranks`` (without 0) wait until rank 0 calls this: they may begin with ``what``.
-
-        Raises:
-            RankLostError: on them, rank 0 is missing or says who is; on rank 0, one of them is missing.
-        """
-        if self._rank == 0:
             self._wait([(rank, _send(rank, self._group)) for rank in ranks], what)
         elif self._rank in ranks:
+            self._wait([(0, _send(0, self._group))], what)
             self._wait([(0, _receive(0, self._group)[1])], what)
-
-    def meet(self, what: str, ranks: Collection[int] | None = None) -> None:
-        """Rank 0 and ``ranks`` (default: all) go on once each of them is here; RankLostError otherwise."""
-        ranks = self._others if ranks is None else ranks
-        self.collect(ranks, what)
-        self.release(ranks, what)
 
     def _wait(self, works: list[tuple[int, dist.Work]], what: str) -> None:
         """Until the messages are exchanged; rank 0 tells the others whose was not."""

@@ -39,8 +39,6 @@ class MegatronWeightSource:
     model this takes one group's whole tensors in the wire dtype, two and a half times ``gather_bytes``, and whatever
     earlier tensors the caller still holds. The tensors are fresh memory, never the live parameters.
 
-    A transport can say where the whole tensors should lie (``use_memory``).
-
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
         hf_config: content of ``config.json``.
@@ -73,8 +71,7 @@ class MegatronWeightSource:
         read: Callable[[torch.nn.Parameter], torch.Tensor] = torch.nn.Parameter.detach,
         lockstep: Lockstep | None = None,
     ) -> None:
-        self._read, self.lockstep = read, lockstep
-        self.use_memory(None)
+        self._read, self._lockstep = read, lockstep
         self._tp, self._pp = pg_collection.tp, pg_collection.pp
         self._experts = pg_collection.expt_tp if sharded else pg_collection.tp_ep
         self._place = Place.of(pg_collection)
@@ -84,10 +81,11 @@ class MegatronWeightSource:
         self._bound = bind(chunks, self._groups, self._place)
         self._device = next(chunks[0].parameters()).device
         # Tensor-parallel ranks and the ranks that share experts are blocks of neighbours within a stage.
-        self._replica = pg_collection.tp_dp_cp.rank()
         whole = math.lcm(self._tp.size(), pg_collection.tp_ep.size())
-        self.participates = all_replicas or self._replica < whole
-        self._owners, self._stage_of = _find_owners(self._bound, self._groups, self._pp.rank(), self.participates)
+        self.participates = all_replicas or pg_collection.tp_dp_cp.rank() < whole
+        self._owners = _find_owners(self._bound, self._groups, self._pp.rank())
+        answers = gathered(self.participates)
+        self._others = on_rank_0(lambda: [rank for rank in range(1, len(answers)) if answers[rank]])
 
     def metadata(self) -> list[ParameterMetadata]:
         """Name, dtype and shape of every tensor of the whole model, in order, on every rank. Zero collectives."""
@@ -125,17 +123,6 @@ class MegatronWeightSource:
             yield from zip(names, tensors, strict=True)
             del tensors  # or it would live until the next group is gathered
 
-    def use_memory(self, take: Callable[[int], torch.Tensor] | None, is_shared: bool = False) -> None:
-        """Put the whole tensors of each group into host memory of the caller's; None: into fresh memory.
-
-        Args:
-            take: called with the number of bytes of each group in turn.
-            is_shared: on all participating ranks ``take`` answers with the same memory. Then nothing is gathered: each
-                rank writes its own shards there when rank 0 wants the group, and rank 0 waits for them. Needs a
-                ``lockstep``; the tensors are whole on rank 0 only.
-        """
-        self._take, self._is_shared = take, is_shared
-
     def _yielded(self) -> list[int]:
         return [i for i, owner in enumerate(self._owners) if not self._sharded or owner == self._pp.rank()]
 
@@ -147,38 +134,19 @@ class MegatronWeightSource:
     def _gather(self, index: int) -> list[torch.Tensor | None]:
         """One group's whole tensors in the wire dtype; None for those that another rank yields."""
         group, held = self._groups[index], self._held(index)
-        what = f"the weights of {_names(group)[0]}"
-        outputs = dict(zip(_names(held), self._empty([s for m in held for _, s in m.huggingface]), strict=True))
-        if self._is_shared:
-            self._write(index, outputs, what)
-            return list(outputs.values())
+        outputs = {
+            name: torch.empty(shape, dtype=self._dtype, device=self._device)
+            for mapping in held
+            for name, shape in mapping.huggingface
+        }
         every = self._device.type == "cpu" and not self._sharded
-        if self.lockstep is not None and (every or index == self._yielded()[0]):
-            self.lockstep.meet(what, [rank for rank in self._stage_of if rank])
+        if self._lockstep is not None and (every or index == self._yielded()[0]):
+            self._lockstep.meet(f"the weights of {_names(group)[0]}", self._others)
         if self._owners[index] == self._pp.rank():
             self._merge(index, outputs)
         if not self._sharded and self._pp.size() > 1:
             self._broadcast(list(outputs.values()), dist.get_global_rank(self._pp, self._owners[index]))
         return [outputs.get(name) for name in _names(group)]
-
-    def _empty(self, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
-        if self._take is None:
-            return [torch.empty(shape, dtype=self._dtype, device=self._device) for shape in shapes]
-        flat = self._take(sum(map(_numel, shapes)) * self._dtype.itemsize)
-        return _views(flat.view(self._dtype), shapes)
-
-    def _write(self, index: int, outputs: dict[str, torch.Tensor], what: str) -> None:
-        """Put this rank's shards where all ranks have the group's whole tensors, once that place is free."""
-        writers = [rank for rank, stage in self._stage_of.items() if rank and stage == self._owners[index]]
-        self.lockstep.release(writers, what)
-        if self._owners[index] == self._pp.rank():
-            for mapping, parameter in self._bound[index]:
-                cut = self._place.cut(mapping)
-                copies = self._tp.size() if mapping.expert is None else self._experts.size()
-                is_copy = self._replica >= copies or (mapping.layout is Layout.REPLICATED and cut.rank)
-                if not is_copy:
-                    _put(outputs, mapping, self._read(parameter), cut)
-        self.lockstep.collect(writers, what)
 
     def _merge(self, index: int, outputs: dict[str, torch.Tensor]) -> None:
         """Fill the group's whole tensors from the shards of all ranks that have one."""
@@ -258,11 +226,8 @@ def _put(outputs: dict[str, torch.Tensor], mapping: Mapping, part: torch.Tensor,
     unshard_into(own, part, mapping.layout, cut.rank, cut.size, mapping.query_groups, **rows)
 
 
-def _find_owners(
-    bound: list[list[Bound]], groups: list[list[Mapping]], stage: int, participates: bool
-) -> tuple[list[int], dict[int, int]]:
-    """The first pipeline stage that holds each group (a tied embedding has a copy on the last); stages of the
-    participating ranks."""
+def _find_owners(bound: list[list[Bound]], groups: list[list[Mapping]], stage: int) -> list[int]:
+    """The first pipeline stage that holds each group (a tied embedding has a copy on the last)."""
     nobody = dist.get_world_size()
     owners = torch.tensor([stage if group else nobody for group in bound], device=control_device())
     dist.all_reduce(owners, op=dist.ReduceOp.MIN)
@@ -270,8 +235,7 @@ def _find_owners(
         if owner == nobody:
             name = group[0].megatron[0]
             raise InputError(f"no pipeline stage holds {name!r}; config.json must be the one the model was built from")
-    answers = gathered(stage if participates else None)
-    return owners.tolist(), on_rank_0(lambda: {rank: stage for rank, stage in enumerate(answers) if stage is not None})
+    return owners.tolist()
 
 
 def _names(group: list[Mapping]) -> list[str]:

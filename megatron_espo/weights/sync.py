@@ -12,10 +12,10 @@ from megatron_espo.collectives import control_device, first_answer, gathered, on
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
 from megatron_espo.mcore.runtime import Runtime
-from megatron_espo.rollout import Engine, EngineError, make_trainer_transport, resolve_transport
-from megatron_espo.rollout.lifecycle import State
-from megatron_espo.rollout.manifest import check_manifest
-from megatron_espo.rollout.transport import ON_ALL_RANKS, send_weights
+from megatron_espo.rollout.check_names import check_names
+from megatron_espo.rollout.engine import EngineError, State
+from megatron_espo.rollout.transport import ON_ALL_RANKS, make_trainer_transport, resolve_transport, send_weights
+from megatron_espo.rollout.vllm_engine import VLLMEngine
 from megatron_espo.types import Prompt
 from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
 from megatron_espo.weights.lockstep import Lockstep, RankLostError
@@ -61,6 +61,7 @@ class WeightSync:
         runtime: this rank's place.
         engine: the started engine on rank 0 and on every other rank that has one, ``None`` elsewhere.
         canary: prompts for the canary on ranks with an engine.
+        on_served: called on every rank when all engines serve a new version.
     """
 
     def __init__(
@@ -69,15 +70,16 @@ class WeightSync:
         hf_config: dict[str, Any],
         learner: Any,
         runtime: Runtime,
-        engine: Engine | None,
+        engine: VLLMEngine | None,
         canary: Sequence[Prompt] = (),
+        on_served: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._rank = config.rollout, runtime.rank
         self._name = resolve_transport(config.rollout.transport, config.rollout.visible_devices, bool(config.rollout.hosts))
         self._dtype = config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         dtypes = {self._dtype, config.model.dtype}
         self._tolerance = config.rollout.canary_tolerance or max(TOLERANCE[dtype] for dtype in dtypes)
-        self._learner, self._engine, self._canary = learner, engine, list(canary)
+        self._learner, self._engine, self._canary, self._on_served = learner, engine, list(canary), on_served
         answers = _ENGINE_CALLS * config.rollout.timeout_s
         limit = config.rollout.timeout_s if config.rollout.engines == 1 else answers  # others may wait for engines too
         self._lockstep = Lockstep(limit, limit + answers)
@@ -114,12 +116,18 @@ class WeightSync:
         """
         for restarts in range(self._config.max_restarts + 1):
             metrics: dict[str, float] = {}
-            failure = self._connect() or self._transfer(version, metrics) or self._check_canary(version, metrics)
+            failure = (
+                self._connect()
+                or self._transfer(version, metrics)
+                or self._agree("finish", self._resume)
+                or self._check_canary(metrics)
+                or self._agree("finish", self._serve)
+            )
             if failure is None:
                 self.version, self._pushes = version, self._pushes + 1
                 if self._engine is not None:
-                    self._engine.serve()
                     metrics["sync/restarts"] = restarts
+                self._on_served()
                 return metrics
             self.disconnect()
             if failure.mistake:
@@ -164,7 +172,7 @@ class WeightSync:
 
         def start() -> None:
             if self._engine is not None:
-                check_manifest(shapes, self._engine.config.model)  # before the seconds that the engine takes to start
+                check_names(shapes, self._engine.config.model)  # before the seconds that the engine takes to start
                 if self._engine.state == State.DEAD:
                     self._engine.start()
                 self._engine.wait_ready()
@@ -176,7 +184,7 @@ class WeightSync:
                 self._name, engine=self._engine, source=self._source, rank=self._rank
             )
             if self._engine is not None and not self._config.sleep:
-                self._engine.poison(shapes)
+                self._engine.fill_nan(shapes)
 
         def wake() -> None:
             if self._engine is not None and self._engine.state == State.ASLEEP:
@@ -203,7 +211,7 @@ class WeightSync:
 
         def verify() -> None:
             began = time.perf_counter()
-            served = self._engine.served_checksums(self._dtype)
+            served = self._engine.read_back_checksums(self._dtype)
             if wrong := wrong_tensors(self._source.checksums, served):
                 raise EngineError(wrong, "verify")
             metrics["sync/verified_tensors"] = len(served.keys() & self._source.checksums.keys())
@@ -211,7 +219,18 @@ class WeightSync:
 
         return self._agree("transfer", send) or (self._agree("verify", verify if due else _nothing))
 
-    def _check_canary(self, version: int, metrics: dict[str, float]) -> Failure | None:
+    def _resume(self) -> None:
+        """Let the engine generate again. It does not answer requests before it serves."""
+        if self._engine is not None:
+            if self._config.sleep:
+                self._engine.wake_caches()
+            self._engine.resume()
+
+    def _serve(self) -> None:
+        if self._engine is not None:
+            self._engine.serve()
+
+    def _check_canary(self, metrics: dict[str, float]) -> Failure | None:
         """Compare log-probs of freshly decoded tokens with the trainer's. Collective: all ranks run the forward pass."""
         began = time.perf_counter()
         own: list[CanarySample] = []
@@ -219,10 +238,10 @@ class WeightSync:
         def sample() -> None:
             if self._engine is not None and self._canary:
                 cropped = [prompt.token_ids[:_CANARY_PROMPT_TOKENS] for prompt in self._canary]
-                answers = self._engine.canary(cropped, min(_CANARY_TOKENS, self._engine.config.max_response_tokens))
+                answers = self._engine.canary(cropped, min(_CANARY_TOKENS, self._config.max_response_tokens))
                 own.extend(
-                    CanarySample(prompt.id, ids, response, logprobs, experts)
-                    for prompt, ids, (response, logprobs, _, experts) in zip(self._canary, cropped, answers, strict=True)
+                    CanarySample(prompt.id, ids, tuple(a.token_ids.tolist()), tuple(a.logprobs.tolist()), a.routed_experts)
+                    for prompt, ids, a in zip(self._canary, cropped, answers, strict=True)
                 )
 
         if failure := self._agree("canary", sample):

@@ -28,7 +28,7 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
 
 @dataclass(frozen=True)
 class CanarySample:
-    """What the engine said after one prompt: token ids, their log-probs (nats), and which experts it chose (``Rollout.routed_experts``)."""
+    """What the engine said after one prompt: token ids, their log-probs (nats), and which experts it chose (``Trajectory.routed_experts``)."""
 
     prompt_id: str
     prompt_ids: tuple[int, ...]

@@ -1,7 +1,7 @@
 """Weight sources as vLLM's own classes. This module imports vLLM; nothing else in this package does."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from vllm.distributed.weight_transfer.m2n_source import M2NWeightSource
 
 from megatron_espo.rollout.checksum import tensor_checksum
 from megatron_espo.weights import source
-from megatron_espo.weights.lockstep import Lockstep, RankLostError
+from megatron_espo.weights.lockstep import RankLostError
 
 
 class MegatronWeightSource(source.MegatronWeightSource, WeightSource):
@@ -48,16 +48,6 @@ class ObservedSource(M2NWeightSource):
         self.checksums: dict[str, int] | None = None
         self.seconds = 0.0
         self._iterator: Iterator | None = None
-
-    @property
-    def lockstep(self) -> Lockstep | None:
-        """The inner source's, if it has one."""
-        return getattr(self._inner, "lockstep", None)
-
-    def use_memory(self, take: Callable[[int], torch.Tensor] | None, is_shared: bool = False) -> None:
-        """See ``source.MegatronWeightSource``; nothing where the inner source cannot be told."""
-        if hasattr(self._inner, "use_memory"):
-            self._inner.use_memory(take, is_shared)
 
     def mesh(self) -> M2NMesh:
         return M2NMesh((self._ranks, 1), 0)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_espo.batch import ScoredGroups
-from megatron_espo.faults import VARIABLE
 from megatron_espo.rollout_log import RolloutLog
-from megatron_espo.types import Prompt, Rollout
+from megatron_espo.types import Prompt, Trajectory
 from tests.distributed import ROOT
+from tests.faults.inject import VARIABLE
 from tests.tiny import WORDS, save_tiny_model, write_tiny_run
 
 
@@ -32,7 +32,7 @@ def record_rollouts(folder: Path, steps: int) -> None:
         groups = []
         for prompt in prompts:
             lengths = [draw.randint(1, 6) for _ in range(2)]
-            groups.append([Rollout(prompt, ids(n), (-2.0,) * n, "stop", step - 1, "") for n in lengths])
+            groups.append([Trajectory.single_turn(prompt, ids(n), (-2.0,) * n, step - 1, "stop", "") for n in lengths])
         rewards = torch.tensor([[draw.random(), draw.random()] for _ in prompts])
         log.write(step, ScoredGroups(groups, rewards, 4), before={}, after={})
 
@@ -58,13 +58,13 @@ class Runs:
         write_tiny_run(folder, run=run, model={"dtype": "bfloat16"})
         return Runs(folder, steps)
 
-    def command(self, run: str, *overrides: str, ranks: int = 2) -> list[str]:
+    def command(self, run: str, *overrides: str, ranks: int = 2, module: str = "megatron_espo") -> list[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        return [*launcher, "-m", "megatron_espo", "train", str(self.folder / "run.yaml"), f"run.dir={self.folder / run}", *overrides]
+        return [*launcher, "-m", module, "train", str(self.folder / "run.yaml"), f"run.dir={self.folder / run}", *overrides]
 
     def train(self, run: str, *overrides: str, ranks: int = 2, fault: str | None = None) -> subprocess.CompletedProcess:
         """One launch, to its end."""
-        command = self.command(run, *overrides, ranks=ranks)
+        command = self.command(run, *overrides, ranks=ranks, module="tests.faults.inject" if fault else "megatron_espo")
         done = subprocess.run(command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=580)
         self.assert_no_orphans(run)
         return done
@@ -105,7 +105,7 @@ class Runs:
 
 
 def environment(fault: str | None = None) -> dict[str, str]:
-    """Of a launch with an injected fault (see :mod:`megatron_espo.faults`)."""
+    """Of a launch, with a fault for :mod:`tests.faults.inject`."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({VARIABLE: fault} if fault else {})
 
 

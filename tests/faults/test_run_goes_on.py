@@ -13,6 +13,7 @@ import pytest
 
 from megatron_espo.checkpoints import Checkpoints
 from megatron_espo.config import load_config
+from megatron_espo.errors import InputError
 from tests.distributed import ROOT
 from tests.faults.conftest import STEPS
 from tests.faults.runs import environment
@@ -173,6 +174,17 @@ def test_an_older_checkpoint_by_name_gives_the_same_end(runs, saved, undisturbed
 def test_another_runs_checkpoint_is_refused(runs, saved, override, message):
     refused = runs.train(saved, "run.steps=7", override, ranks=1)
     assert refused.returncode != 0 and message in refused.stderr, refused.stderr
+
+
+def test_a_checkpoint_of_an_earlier_release_is_refused(runs, tmp_path):
+    """It holds the position of the prompt stream, and no prompts in flight."""
+    checkpoints = Checkpoints(load_config(str(runs.folder / "run.yaml"), [f"run.dir={tmp_path}"]))
+    path = checkpoints.folder / "step_000002"
+    path.mkdir(parents=True)
+    (checkpoints.folder / "latest").write_text(f"{path.name}\n")
+    (path / "state.json").write_text(json.dumps({"step": 2, "stream": {"epoch": 0, "position": 8}, "ledger": {}}))
+    with pytest.raises(InputError, match=f"{path}: .*earlier release"):
+        checkpoints.find()
 
 
 def test_another_tokenizer_is_refused(runs, saved, tmp_path):

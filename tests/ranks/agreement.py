@@ -1,12 +1,9 @@
 """One bit is turned on one rank: is it named? Runs on every rank."""
 
-import os
-
 import torch
 import torch.distributed as dist
 
 from megatron_espo.collectives import first_answer, gathered
-from megatron_espo.faults import VARIABLE
 from megatron_espo.mcore.agreement import Disagreement, refuse_other_norms, refuse_other_weights
 from tests.ranks.resume import make_groups, make_learner
 
@@ -17,9 +14,11 @@ def check(folder: str, cases: list[dict]) -> list[dict[str, str]]:
     for case in cases:
         learner, hf_config, place = make_learner(folder, "float32", case["sizes"])
         said = {"nothing": _update(learner, hf_config, 1)}
-        os.environ[VARIABLE] = f"tokens:{place.world_size - 1}:0:flip"
+        compare = learner._compare_ranks
+        if place.rank == place.world_size - 1:
+            learner._compare_ranks = lambda groups, batches, compare=compare: compare(groups, _with_flipped_token(batches))
         said["tokens"] = _update(learner, hf_config, 2)
-        os.environ.pop(VARIABLE, None)
+        learner._compare_ranks = compare
         for name in case["weights"]:
             parameters = [p for chunk in learner.chunks for n, p in chunk.named_parameters() if n == name]
             for parameter in parameters[:1] if place.rank == place.world_size - 1 else []:
@@ -41,6 +40,11 @@ def check_norms() -> list[str]:
 def check_first_answer() -> list[list]:
     """What each rank hears where no rank, and where all but the first, have an answer."""
     return gathered([first_answer(None), first_answer(f"of rank {dist.get_rank()}" if dist.get_rank() else None)])
+
+
+def _with_flipped_token(mini_batches):
+    mini_batches[0][0].tokens[0, 0] ^= 1
+    return mini_batches
 
 
 def _update(learner, hf_config, step: int) -> str:

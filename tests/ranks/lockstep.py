@@ -12,8 +12,7 @@ def lose(rank: int) -> list[tuple[str, float]]:
     steps = Lockstep(2.0, 5.0)
     for _ in range(3):
         steps.meet("nothing yet")
-        steps.release([1], "its part")  # rank 2 has none
-        steps.collect([1], "its part")
+        steps.meet("its part", [1])  # rank 2 has none
     others = dist.new_group([r for r in range(3) if r != rank])
     dist.barrier()
     began = time.monotonic()

@@ -84,23 +84,15 @@ def measure_step(settings: dict[str, Any], lengths: list[int]) -> dict[str, int]
     return {"static": held.now, "peak": step.peak, **left, "host": offloader.host_bytes}
 
 
-def contributors(folder: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """Stream a model whose every parameter is filled with the number of the rank that holds it.
-
-    Returns ``runs``: for each tensor that rank 0 received and each of its dimensions the runs ``[rank, start, stop]`` of equal
-    slices; and ``peak``, the most extra bytes that any rank held meanwhile.
-    """
+def stream_peak(folder: str, sizes: dict[str, Any]) -> int:
+    """The most extra bytes that any rank holds while a model's weights are streamed."""
     from megatron_espo.mcore.model import Layout, build_model, read_hf_config
     from megatron_espo.weights import MegatronWeightSource
 
     groups = runtime.initialize(**sizes).groups
     hf_config = read_hf_config(folder)
     chunks = build_model(hf_config, Layout(**sizes), groups, dtype=torch.float32, transformer_impl="local")
-    with torch.no_grad():
-        for parameter in (p for chunk in chunks for p in chunk.parameters()):
-            parameter.fill_(dist.get_rank())
     source = MegatronWeightSource(chunks, hf_config, groups, dtype=torch.float32)
-    runs = {name: [_runs(tensor, dim) for dim in range(tensor.dim())] for name, tensor in source}
     passes = []
     for _ in range(3):  # gloo's threads may let go of a buffer late, which is not the stream's doing
         with Allocated() as extra:
@@ -110,14 +102,4 @@ def contributors(folder: str, sizes: dict[str, Any]) -> dict[str, Any]:
         dist.barrier()
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, min(passes))
-    return {"runs": runs, "peak": max(peaks)}
-
-
-def _runs(tensor: torch.Tensor, dim: int) -> list[list[int]] | None:
-    """``[value, start, stop]`` of equal slices along ``dim``; None where a slice has several values."""
-    slices = tensor.transpose(0, dim).flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    if not (slices == slices[:, :1]).all():
-        return None
-    values = slices[:, 0].int().tolist()
-    borders = [0] + [i for i in range(1, len(values)) if values[i] != values[i - 1]] + [len(values)]
-    return [[values[start], start, stop] for start, stop in zip(borders, borders[1:], strict=False)]
+    return max(peaks)

@@ -1,10 +1,7 @@
 """What the ranks of tests/test_preflight.py do: put a fault on rank 1 and ask the check."""
 
 import resource
-import socket
 import tempfile
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from unittest.mock import patch
@@ -29,12 +26,10 @@ def faults() -> dict[str, list[dict]]:
         real_sum(tensor, **kwargs)
         tensor[-1] += 1
 
-    with tempfile.TemporaryDirectory() as own, _closed_port() as port:
+    with tempfile.TemporaryDirectory() as own:
         tried = {
             "versions": (preflight.versions_row, patch.object(metadata, "version", lambda name: "0.0.1")),
             "files": (preflight.limits_row, patch.object(resource, "getrlimit", few_files)),
-            "clock": (preflight.clock_row, patch.object(time, "time", lambda: _real_time() + 90)),
-            "ports": (preflight.ports_row, patch.object(socket.socket, "getsockname", lambda self: ("", port))),
             "folder": (preflight.folder_row, patch.object(preflight, "MIB", 1)),
             "bandwidth": (preflight.network_bandwidth_row, patch.object(dist, "all_reduce", wrong_sum)),
         }
@@ -49,7 +44,7 @@ def faults() -> dict[str, list[dict]]:
     return rows
 
 
-_find, _real_time = preflight._find, time.time
+_find = preflight._find
 
 
 def _row(rank, check, fault, place, own) -> list[dict]:
@@ -59,11 +54,3 @@ def _row(rank, check, fault, place, own) -> list[dict]:
     if rank == 1:
         fault.stop()
     return preflight._gather(asdict(row))
-
-
-@contextmanager
-def _closed_port():
-    """A port that is taken but that nobody listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield taken.getsockname()[1]

@@ -16,6 +16,7 @@ from tests.weights_models import per_expert
 
 TEMPERATURE = 0.7
 NUM_RESPONSES = 10  # of which eight have an advantage
+MASK_SEED = 1
 
 
 def make_batch(vocab_size: int):
@@ -34,6 +35,17 @@ def engine_logprobs(responses: list[list[int]]) -> list[list[float]]:
     """Made-up log-probs of the rollout engine."""
     draw = random.Random(8)
     return [[draw.uniform(-6, -3) for _ in response] for response in responses]
+
+
+def make_masks(batch) -> list[list[bool]]:
+    """Which response tokens the policy sampled: dialogues of several turns, one response of which all tokens are, some that end with the environment's."""
+    draw = random.Random(MASK_SEED)
+    masks = []
+    for number, (_, response, _) in enumerate(batch):
+        mask = [draw.random() < 0.6 or number == 3 for _ in response]
+        mask[draw.randrange(len(mask))] = True
+        masks.append(mask)
+    return masks
 
 
 def engine_experts(batch, hf_config) -> list[np.ndarray]:
@@ -57,6 +69,7 @@ def build(
     algorithm: Algorithm | None = None,
     head_budget_bytes: int | None = None,
     replays: bool = False,
+    masked: bool = False,
     **packing,
 ):
     """Place, policy, forward step, this rank's micro-batches, the batch and the model's configuration."""
@@ -65,7 +78,7 @@ def build(
     from megatron_espo.mcore.learner import packing_options
     from megatron_espo.mcore.model import Layout, build_model, read_hf_config
     from megatron_espo.mcore.optimizer import Policy
-    from megatron_espo.mcore.router_replay import RouterReplay, share_out
+    from megatron_espo.mcore.router_replay import RouterReplay, scatter_routed_experts
     from megatron_espo.weights.hf_io import load_hf_weights
 
     hf_config = read_hf_config(folder)
@@ -75,6 +88,11 @@ def build(
     batch = make_batch(hf_config["vocab_size"])
     rollout_logprobs = engine_logprobs([r for _, r, _ in batch])
     sequences = [TrainSequence(p, r, logprobs, a) for (p, r, a), logprobs in zip(batch, rollout_logprobs, strict=True)]
+    if masked:  # NaN where the policy did not sample: these values must reach nothing
+        sequences = [
+            replace(s, loss_mask=mask, rollout_logprobs=np.where(mask, s.rollout_logprobs, np.nan))
+            for s, mask in zip(sequences, make_masks(batch), strict=True)
+        ]
     settings_of_layout = Megatron(max_tokens_per_micro_batch=max_tokens, **sizes)
     totals = batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99)
     options, experts = packing_options(settings_of_layout, place.groups) | packing, read_experts(hf_config)
@@ -82,7 +100,7 @@ def build(
         if dist.get_rank() == 0:
             chosen = zip(sequences, engine_experts(batch, hf_config), strict=True)
             sequences = [replace(sequence, routed_experts=rows) for sequence, rows in chosen]
-        sequences = share_out(sequences, experts, place.groups, options["share_prompts"])
+        sequences = scatter_routed_experts(sequences, experts, place.groups, options["share_prompts"])
     micro_batches = pack(sequences, totals, **options)
     step = make_forward_step(
         algorithm or Algorithm(),
@@ -96,13 +114,13 @@ def build(
 
 
 def check_gradient(
-    folder: str, old_folder: str | None = None, max_tokens: int = 24, packing: dict | None = None, replays: bool = False, **sizes
+    folder: str, old_folder: str | None = None, max_tokens: int = 24, packing: dict | None = None, replays: bool = False, masked: bool = False, **sizes
 ) -> dict[str, float]:
     """Worst relative difference of the gradient over all tensors, and the tensor's name."""
     # All-reduced (not scattered) gradients, so that each rank can show the whole of its shard.
     settings = Optimizer(use_distributed_optimizer=False)
     place, policy, step, micro_batches, batch, hf_config = build(
-        folder, old_folder or folder, settings, max_tokens, sizes, replays=replays, **packing or {}
+        folder, old_folder or folder, settings, max_tokens, sizes, replays=replays, masked=masked, **packing or {}
     )
     if old_folder:
         from megatron_espo.weights.hf_io import load_hf_weights
@@ -115,10 +133,12 @@ def check_gradient(
         load_hf_weights(policy.chunks, hf_config, folder, place.groups)
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, hf_config, place.groups)
-    return compare(reference_gradients(folder, old_folder, batch, hf_config, replays), found)
+    return compare(reference_gradients(folder, old_folder, batch, hf_config, replays, masked), found)
 
 
-def check_regularized_gradient(folder: str, reference_folder: str, algorithm: dict, replays: bool = False, **sizes) -> dict[str, float]:
+def check_regularized_gradient(
+    folder: str, reference_folder: str, algorithm: dict, replays: bool = False, masked: bool = False, **sizes
+) -> dict[str, float]:
     """The gradient with rollout correction, KL penalty and entropy bonus; the reference's weights are lent, then given back."""
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +147,7 @@ def check_regularized_gradient(folder: str, reference_folder: str, algorithm: di
 
     settings = Optimizer(use_distributed_optimizer=False)
     place, policy, step, micro_batches, batch, hf_config = build(
-        folder, reference_folder, settings, 24, sizes, Algorithm(**algorithm), replays=replays
+        folder, reference_folder, settings, 24, sizes, Algorithm(**algorithm), replays=replays, masked=masked
     )
     frozen = ReferencePolicy(policy.chunks)
     load_hf_weights(policy.chunks, hf_config, folder, place.groups)
@@ -148,6 +168,7 @@ def check_regularized_gradient(folder: str, reference_folder: str, algorithm: di
         reference_model=models[1],
         rollout_logprobs=engine_logprobs([r for _, r, _ in batch]),
         routed_experts=engine_experts(batch, hf_config) if replays else None,
+        masks=make_masks(batch) if masked else None,
         **algorithm,
     )
     return compare(per_expert(reference.gradients(models[0], loss)), found)
@@ -184,7 +205,7 @@ def gathered_gradients(chunks, hf_config, groups) -> dict[str, torch.Tensor]:
     return dict(MegatronWeightSource(chunks, hf_config, groups, dtype=torch.float32, all_replicas=True))
 
 
-def reference_gradients(folder, old_folder, batch, hf_config, replays=False) -> dict[str, torch.Tensor]:
+def reference_gradients(folder, old_folder, batch, hf_config, replays=False, masked=False) -> dict[str, torch.Tensor]:
     """The dense float64 gradient."""
     from transformers import AutoModelForCausalLM
 
@@ -201,6 +222,7 @@ def reference_gradients(folder, old_folder, batch, hf_config, replays=False) -> 
         vocab_size=hf_config["vocab_size"],
         old_model=load(old_folder) if old_folder else None,
         routed_experts=engine_experts(batch, hf_config) if replays else None,
+        masks=make_masks(batch) if masked else None,
     )
     return per_expert(reference.gradients(model, loss))
 

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from megatron_espo.config import Config
 from megatron_espo.mcore import runtime
 from megatron_espo.mcore.model import read_hf_config
-from megatron_espo.rollout import EngineError
+from megatron_espo.rollout.engine import EngineError
 from megatron_espo.types import Prompt
 from megatron_espo.weights.hf_io import save_hf
-from tests.test_rollout import engine_config, living_in_group
+from tests.real_engine import engine_config, living_in_group, sample
 
 PROMPTS = [Prompt(f"row-{i}", "", "", tuple(range(4 + i, 10 + 2 * i))) for i in range(4)]
+PROMPT_IDS = [prompt.token_ids for prompt in PROMPTS]
 
 
 def start(folder: str, engine_type=None, exporter: str | None = None, tensor: int = 1, pipeline: int = 1, expert: int = 1, **rollout):
@@ -32,12 +33,11 @@ def start(folder: str, engine_type=None, exporter: str | None = None, tensor: in
     sizes["expert_model_parallel_size"] = expert
     place = runtime.initialize(**sizes)
     from megatron_espo.mcore.learner import Learner
-    from megatron_espo.rollout import Engine
+    from megatron_espo.rollout.http_client import LoopThread
+    from megatron_espo.rollout.vllm_engine import VLLMEngine
     from megatron_espo.weights.sync import WeightSync
 
     settings = {"temperature": 0.7, "timeout_s": 60.0, "max_response_tokens": 12} | rollout
-    where = {"transport": "tcp", "hosts": tuple(settings["hosts"]), "host_timeout_s": 10.0} if "hosts" in settings else {}
-    greedy = settings.pop("greedy", False)
     config = Config.model_validate(
         {
             "model": {"path": folder, "dtype": "float32", "exporter": exporter},
@@ -49,17 +49,11 @@ def start(folder: str, engine_type=None, exporter: str | None = None, tensor: in
     hf_config = config.validate_model()
     engine = None
     if place.is_main:
-        engine = (engine_type or Engine)(
-            engine_config(
-                folder,
-                Path(folder, "engine.log"),
-                temperature=0.0 if greedy else 0.7,
-                tensor_parallel_size=config.rollout.tensor_parallel_size,
-                sleep=config.rollout.sleep,
-                **where,
-            ),
-            decode=str,
-        ).start()
+        engine = (engine_type or VLLMEngine)(
+            engine_config(folder, folder, tensor_parallel_size=config.rollout.tensor_parallel_size, sleep=config.rollout.sleep),
+            LoopThread(),
+        )
+        engine.start()
     learner = Learner(config, hf_config, place)
     return learner, engine, WeightSync(config, hf_config, learner, place, engine, PROMPTS if engine else [])
 
@@ -97,7 +91,7 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
         if engine is not None:
             os.kill(engine.pid, signal.SIGKILL)
             try:
-                engine.generate(PROMPTS, 1, seed=1)
+                engine.check_health()
             except EngineError as error:
                 assert "has died" in str(error), error
             assert engine.state == "dead"
@@ -106,52 +100,26 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
             assert engine.policy_version == 3
             arm_killer(engine)
     metrics.append(sync.push(4))
-    assert sync._source._inner._is_shared
-    responses, logprobs = [], []
-    if engine is not None:
-        for (rollout,) in engine.generate(PROMPTS, 1, seed=3):
-            assert rollout.policy_version == 4
-            responses.append((rollout.prompt.token_ids, rollout.response_ids, None))
-            logprobs.append(rollout.logprobs)
-    box = [responses]
+    found = [group[0] for group in sample(engine, PROMPT_IDS, seed=3)] if engine is not None else []
+    assert all(set(generation.versions) == {4} for generation in found)
+    box = [[(ids, tuple(generation.token_ids.tolist()), None) for ids, generation in zip(PROMPT_IDS, found, strict=False)]]
     dist.broadcast_object_list(box, src=0)
     trained = learner.score(box[0])
     if engine is None:
         return {}
     engine.close()
-    gap = max(abs(a - b) for row, other in zip(logprobs, trained, strict=True) for a, b in zip(row, other, strict=True))
+    gap = max(abs(a - b) for one, other in zip(found, trained, strict=True) for a, b in zip(one.logprobs.tolist(), other, strict=True))
     return {"metrics": metrics, "gap": gap}
 
 
-def sync_over_hosts(folder: str, hosts: list[str], agent_pid: int) -> dict:
-    """Three versions into an engine of two workers on another host, whose agent is killed in the middle of the second one's sync; then what is served."""
-    learner, engine, sync = start(folder, tensor=2, tensor_parallel_size=2, hosts=hosts, verify_every=1)
-    metrics = [sync.push(0)]
-    change(learner, 1.1)
-    if engine is not None:
-        arm_killer(engine, agent_pid)
-    metrics += [sync.push(1), sync.push(2)]
-    responses, logprobs = [], []
-    if engine is not None:
-        for (rollout,) in engine.generate(PROMPTS, 1, seed=3):
-            responses.append((rollout.prompt.token_ids, rollout.response_ids, None))
-            logprobs.append(rollout.logprobs)
-        engine.close()
-    box = [responses]
-    dist.broadcast_object_list(box, src=0)
-    trained = learner.score(box[0])
-    gap = max((abs(a - b) for row, other in zip(logprobs, trained, strict=False) for a, b in zip(row, other, strict=True)), default=None)
-    return {"metrics": metrics, "gap": gap}
-
-
-def arm_killer(engine, pid: int | None = None) -> None:
-    """Kill the engine's process, or another, in the middle of its next sync, once."""
+def arm_killer(engine) -> None:
+    """Kill the engine's process in the middle of its next update, once."""
     deliver, calls = engine.update_weights, []
 
     def update_weights(info):
         calls.append(info)
         if len(calls) == 2:
-            os.kill(pid or engine.pid, signal.SIGKILL)
+            os.kill(engine.pid, signal.SIGKILL)
         deliver(info)
 
     engine.update_weights = update_weights
@@ -159,11 +127,11 @@ def arm_killer(engine, pid: int | None = None) -> None:
 
 def faults(folder: str) -> dict[str, str]:
     """Messages of syncs that cannot succeed: a damaged tensor, and an engine that answers OK and loads nothing."""
-    from megatron_espo.rollout import Engine
-    from megatron_espo.rollout.lifecycle import State
+    from megatron_espo.rollout.engine import State
+    from megatron_espo.rollout.vllm_engine import VLLMEngine
 
-    class Liar(Engine):
-        """Its weight transfer answers OK, always."""
+    class Liar(VLLMEngine):
+        """Its weight transfer answers OK and does nothing."""
 
         lies = False
 
@@ -201,48 +169,43 @@ def faults(folder: str) -> dict[str, str]:
 
 def damage_in_transit(name: str) -> None:
     """From now on a bit of this tensor flips between sender and engine."""
-    from megatron_espo.rollout.shared_memory import SharedMemoryTrainerWeightTransferEngine as Sender
+    from megatron_espo.rollout.file_transport import FileTrainerWeightTransferEngine as Sender
 
     write = Sender._write
 
-    def flip(self, names, tensors):
-        info = write(self, names, tensors)
+    def flip(self, index, names, tensors):
+        info = write(self, index, names, tensors)
         if name in names:
-            self._block.bytes[info.offsets[names.index(name)]] ^= 4
+            with open(self._paths[index], "r+b") as file:
+                file.seek(info.offsets[names.index(name)])
+                (byte,) = file.read(1)
+                file.seek(-1, 1)
+                file.write(bytes([byte ^ 4]))
         return info
 
     Sender._write = flip
 
 
 def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
-    """An engine of two tensor-parallel workers, synced from two Megatron ranks; the weights also go to ``out``.
-
-    Two expert-parallel ranks write into its memory; two tensor-parallel ones do not, as if they were on two machines.
-    """
-    from megatron_espo.rollout.block import SharedBlock
-
+    """An engine of two tensor-parallel workers, synced from two Megatron ranks; the weights also go to ``out``."""
     sizes = {"expert": expert} if expert > 1 else {"tensor": 2}
-    if expert == 1:
-        SharedBlock.attach_if_here = lambda *block: None  # as on another machine
-    learner, engine, sync = start(folder, tensor_parallel_size=2, greedy=True, canary_prompts=0, **sizes)
-    sync._canary = []  # greedy decoding reports other log-probs than the trainer computes
+    learner, engine, sync = start(folder, tensor_parallel_size=2, **sizes)
     change(learner)
     metrics = sync.push(0)
-    assert sync._source._inner._is_shared == (expert > 1)
     change(learner, 0.9)
     sync._config = sync._config.model_copy(update={"verify_every": 1})
     metrics = sync.push(1)
     save_hf(learner.chunks, read_hf_config(folder), out, folder, learner.groups, torch.float32)
     if engine is None:
         return {}
-    rollouts = engine.generate(PROMPTS, 1)
+    found = [generation for (generation,) in sample(engine, PROMPT_IDS, seed=3)]
     group, processes = engine.pid, len(living_in_group(engine.pid))
     engine.close()
     deadline = time.monotonic() + 10
     while living_in_group(group) and time.monotonic() < deadline:
         time.sleep(0.1)  # they are killed; the kernel takes its time
     return {
-        "samples": [(r.response_ids, r.logprobs, r.finish_reason) for (r,) in rollouts],
+        "samples": [(generation.token_ids.tolist(), generation.logprobs.tolist()) for generation in found],
         "sent": sync._source.checksums,
         "metrics": metrics,
         "processes": processes,
@@ -323,15 +286,14 @@ def freeze_midway(folder: str, rank: int, out: str) -> None:
     pids = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     if dist.get_rank() == rank:
-        calls = []
+        gather = sync._source._inner._gather
 
-        def stop(parameter):
-            calls.append(parameter)
-            if len(calls) == 4:
+        def stop(index):
+            if index == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            return parameter.detach()
+            return gather(index)
 
-        sync._source._inner._read = stop
+        sync._source._inner._gather = stop
     began = time.monotonic()
     try:
         sync.push(1)

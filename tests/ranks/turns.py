@@ -7,9 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_espo.faults import VARIABLE
 from megatron_espo.mcore.offload import PARTS
-from tests.ranks.sync import PROMPTS, change, start
+from tests.ranks.sync import PROMPT_IDS, change, start
+from tests.real_engine import sample
 
 
 def train_watched(file: str, overrides: list[str]) -> list[list[Any]]:
@@ -17,14 +17,15 @@ def train_watched(file: str, overrides: list[str]) -> list[list[Any]]:
     same on all ranks) and the state of rank 0's engine."""
     from megatron_espo import trainer
     from megatron_espo.config import load_config
-    from megatron_espo.rollout import Engine
+    from megatron_espo.rollout.sampler import Sampler
+    from megatron_espo.rollout.vllm_engine import VLLMEngine
 
     trainer.mcore_runtime.shutdown = lambda: None  # the launcher ends the process group
     runs, seen = [], []
 
     def note(name: str) -> None:
         if runs:
-            offloader, engine = runs[0].learner.offloader, runs[0].collector.engine
+            offloader, engine = runs[0].learner.offloader, runs[0].rollouts.engine
             present = [part for part in PARTS if sum(storage.nbytes() for storage in offloader._storages(part))]
             seen.append([name, present, engine and str(engine.state)])
 
@@ -39,10 +40,10 @@ def train_watched(file: str, overrides: list[str]) -> list[list[Any]]:
         setattr(owner, method, watched)
 
     watch(trainer.Run, "__enter__", "begin", runs.append)
-    watch(Engine, "generate", "generate")
+    watch(Sampler, "batch", "generate")
     watch(trainer.Learner, "update", "update")
     watch(trainer.WeightSync, "push", "push")
-    watch(Engine, "canary", "canary")
+    watch(VLLMEngine, "canary", "canary")
     watch(trainer.Checkpoints, "save", "save")
     watch(trainer, "save_hf", "export")
     trainer.train(load_config(file, overrides))
@@ -66,15 +67,16 @@ def sleep_and_fail(folder: str) -> list[dict[str, float]]:
         os.kill(engine.pid, signal.SIGKILL)
         start_engine = engine.start
 
-        def start_with_fault():
-            os.environ[VARIABLE] = "wake:0:0:raise"
-            try:
-                return start_engine()
-            finally:
-                del os.environ[VARIABLE]
-                engine.start = start_engine
+        def start_and_fail_to_wake():
+            start_engine()
+            engine.start, engine.wake = start_engine, killed_on_waking
 
-        engine.start = start_with_fault
+        def killed_on_waking(shapes):
+            del engine.wake
+            os.kill(engine.pid, signal.SIGKILL)
+            engine.wake(shapes)
+
+        engine.start = start_and_fail_to_wake
     metrics.append(sync.push(2))
 
     if engine is not None:
@@ -84,6 +86,6 @@ def sleep_and_fail(folder: str) -> list[dict[str, float]]:
     sync.sleep()  # a dead engine sleeps well
     metrics.append(sync.push(3))
     if engine is not None:
-        assert [r.policy_version for (r,) in engine.generate(PROMPTS, 1, seed=3)] == [3] * len(PROMPTS)
+        assert {int(found.versions[0]) for (found,) in sample(engine, PROMPT_IDS, seed=3)} == {3}
         engine.close()
     return metrics

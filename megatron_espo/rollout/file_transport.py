@@ -1,0 +1,367 @@
+"""vLLM weight transport ``files``: the trainer writes files, the engine's workers map them.
+
+The trainer writes one gather group (for example one decoder layer) at a time, then announces its
+byte offsets and checksums. It uses two files in turn: it gathers and writes the next group while
+the workers load the last one.
+
+* On one machine the files are anonymous memory files (``memfd_create``). Workers open them through
+  ``/proc``. The size of /dev/shm does not limit them, and they vanish with the trainer's process.
+* Across machines the files lie in a folder that all machines share. The trainer closes a file
+  before it announces the group, and workers open the file again for each group. NFS guarantees
+  that they then read the new bytes (close-to-open consistency).
+
+All init and update infos consist of JSON types. Importing this module registers both sides with
+vLLM's factories.
+"""
+
+import mmap
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import (
+    WeightTransferEngineFactory,
+    WeightTransferTrainerFactory,
+)
+
+from megatron_espo.rollout.checksum import byte_sum
+from megatron_espo.rollout.vllm_patches import forget_expert_kernels, repack_tied_head
+
+BACKEND = "files"
+_ALIGNMENT = 64  # bytes; each tensor starts on a cache line
+_FILES = 2
+
+
+@dataclass
+class FileTrainerInitInfo(TrainerInitInfo):
+    """Trainer side: rank 0 sends, all ranks iterate the source.
+
+    Attributes:
+        folder: directory that trainer and workers share under one path; empty: memory files.
+        name: prefix of the file names; engines that share a folder need different names.
+    """
+
+    backend: ClassVar[str] = BACKEND
+
+    folder: str = ""
+    name: str = "engine"
+
+
+@dataclass
+class FileInitInfo(WeightTransferInitInfo):
+    """Worker side: paths of the files; name, dtype and shape of each weight of an update."""
+
+    paths: list[str]
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+@dataclass
+class FileUpdateInfo(WeightTransferUpdateInfo):
+    """One group.
+
+    Attributes:
+        file: index of its file in ``FileInitInfo.paths``.
+        positions: index of each tensor in ``FileInitInfo.names``.
+        offsets: first byte of each tensor in the file.
+        checksums: ``byte_sum`` of each tensor, an unsigned 64-bit integer.
+    """
+
+    file: int
+    positions: list[int]
+    offsets: list[int]
+    checksums: list[int]
+
+
+class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+    """Worker side. An error leaves the model half loaded: the engine must be restarted.
+
+    Attributes:
+        seconds: time of each part of the current update (``checksum``, ``load``, ``finish``).
+    """
+
+    init_info_cls = FileInitInfo
+    update_info_cls = FileUpdateInfo
+
+    seconds: Counter[str]
+
+    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
+        """Keep the list of weights.
+
+        Raises:
+            RuntimeError: the worker cannot open the trainer's files.
+        """
+        for path in init_info.paths:
+            try:
+                open(path, "rb").close()
+            except OSError as error:
+                raise RuntimeError(
+                    f"transfer: expected a file that trainer and engine share, got {path} "
+                    f"({error.strerror})"
+                ) from error
+        self._paths = init_info.paths
+        self._manifest = [
+            ParamMeta(name, getattr(torch, dtype), tuple(shape))
+            for name, dtype, shape in zip(
+                init_info.names, init_info.dtype_names, init_info.shapes, strict=True
+            )
+        ]
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        self._arrived: set[int] = set()
+        self.seconds = Counter()
+        if self.device.type == "cpu":
+            forget_expert_kernels(self.model)
+        initialize_layerwise_reload(self.model)
+        layers = [layer for layer in self.model.modules() if layer._parameters]
+        self._layers = [get_layerwise_info(layer) for layer in layers]
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # vLLM's method synchronizes the accelerator, which raises where there is none.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+        """Map one group, check it and load it.
+
+        Raises:
+            ValueError: a weight arrived twice or damaged.
+            RuntimeError: vLLM's loader failed.
+        """
+        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+
+        began = time.perf_counter()
+        with open(self._paths[update_info.file], "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+        items = zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
+        weights = [self._read(mapping, buffer, *item) for item in items]
+        checked = time.perf_counter()
+        try:
+            with disable_mtp_completeness_check():
+                self.model.load_weights(weights)
+        except Exception as error:
+            names = f"{weights[0][0]} ... {weights[-1][0]}"
+            raise RuntimeError(
+                f"vLLM could not load {names}: {type(error).__name__}: {error}"
+            ) from error
+        self._clone_waiting(buffer)
+        self.seconds["checksum"] += checked - began
+        self.seconds["load"] += time.perf_counter() - checked
+
+    def _read(
+        self, mapping: mmap.mmap, buffer: torch.Tensor, position: int, offset: int, checksum: int
+    ) -> tuple[str, torch.Tensor]:
+        meta = self._manifest[position]
+        if position in self._arrived:
+            raise ValueError(f"transfer: weight {meta.name!r} arrived twice in one update.")
+        self._arrived.add(position)
+        stop = offset + num_bytes(meta)
+        if stop > len(mapping):
+            raise ValueError(
+                f"transfer: weight {meta.name!r} arrived damaged: the file has {len(mapping)} of "
+                f"{stop} bytes."
+            )
+        if (found := byte_sum(memoryview(mapping), offset, stop - offset)) != checksum:
+            raise ValueError(
+                f"transfer: weight {meta.name!r} arrived damaged: checksum {found:016x}, sent "
+                f"{checksum:016x}."
+            )
+        return meta.name, buffer[offset:stop].view(meta.dtype).view(meta.shape)
+
+    def _clone_waiting(self, buffer: torch.Tensor) -> None:
+        """Clone the tensors that vLLM's loaders keep until their layer is complete.
+
+        The trainer overwrites the file before that.
+        """
+        start, size = buffer.data_ptr(), buffer.numel()
+        for info in self._layers:
+            for _, bound in info.loaded_weights:
+                for name, value in bound.arguments.items():
+                    if isinstance(value, torch.Tensor) and 0 <= value.data_ptr() - start < size:
+                        bound.arguments[name] = value.clone()
+
+    def missing_weights(self) -> list[str]:
+        """Announced names that have not arrived in this update."""
+        return [meta.name for i, meta in enumerate(self._manifest) if i not in self._arrived]
+
+    def finish_weight_update(self) -> None:
+        """Repack what vLLM serves.
+
+        Raises:
+            ValueError: an announced weight did not arrive.
+        """
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        if missing := self.missing_weights():
+            raise ValueError(
+                f"transfer: {len(missing)} announced weights did not arrive: "
+                f"{', '.join(missing[:5])}."
+            )
+        began = time.perf_counter()
+        finalize_layerwise_reload(self.model, self.model_config)
+        repack_tied_head(self.model, self.model_config)
+        self.seconds["finish"] += time.perf_counter() - began
+
+    def shutdown(self) -> None:
+        """Nothing to release: each mapping goes with the last tensor that views it."""
+
+
+class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerInitInfo]):
+    """Trainer side. ``send_weights`` runs on every trainer rank; all collectives are the source's.
+
+    Attributes:
+        seconds: on the sender, time in ``write`` (checksum and file) and ``wait`` (for workers),
+            over all updates.
+    """
+
+    init_info_cls = FileTrainerInitInfo
+
+    @classmethod
+    def trainer_init(
+        cls,
+        init_info: FileTrainerInitInfo,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource | None = None,
+    ) -> Self:
+        if source is None:
+            raise ValueError(f"The {BACKEND} transport needs a WeightSource.")
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        if engine.is_sender:
+            engine._open(init_info, source.metadata())
+        return engine
+
+    def _open(self, init_info: FileTrainerInitInfo, metas: list[ParamMeta]) -> None:
+        self._metas = {meta.name: (i, meta) for i, meta in enumerate(metas)}
+        self._executor = ThreadPoolExecutor(1, "weight-update")
+        self.seconds: Counter[str] = Counter()
+        self._shared: list[Path] = []
+        self._memory: list[Any] = []
+        if init_info.folder:
+            folder = Path(init_info.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._shared = [folder / f"{init_info.name}-{i}" for i in range(_FILES)]
+            for path in self._shared:
+                path.unlink(missing_ok=True)  # a killed run leaves its files
+                path.touch(mode=0o600)
+            self._paths = list(map(str, self._shared))
+        else:
+            fds = [os.memfd_create("megatron_espo_weights") for _ in range(_FILES)]
+            self._memory = [open(fd, "r+b") for fd in fds]
+            self._paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in fds]
+        info = FileInitInfo(
+            self._paths,
+            [meta.name for meta in metas],
+            [str(meta.dtype).removeprefix("torch.") for meta in metas],
+            [list(meta.shape) for meta in metas],
+        )
+        self.client.init_weight_transfer_engine(asdict(info))
+
+    def send_weights(self) -> None:
+        """One weight update: start, one message per group, finish.
+
+        Raises:
+            Exception: the engine's or the writer's error, after the source is exhausted, because
+                the other ranks are inside its collectives.
+        """
+        if not self.is_sender:
+            for _ in self.source.iter_groups():
+                pass
+            return
+        pending = self._executor.submit(self.client.start_weight_update)
+        error: Exception | None = None
+        index = -1  # not enumerate(), which would keep the last group's tensors
+        for names, tensors in self.source.iter_groups():
+            index += 1
+            # The workers have loaded the group before the last one, so its file is free.
+            try:
+                info = self._write(index % _FILES, names, tensors) if error is None else None
+            except Exception as problem:
+                error = problem
+            del tensors  # the next gather needs the memory
+            error = self._wait(pending) or error
+            if error is None:
+                pending = self._executor.submit(self.client.update_weights, asdict(info))
+        if error := error or self._wait(pending):
+            raise error
+        self.client.finish_weight_update()
+
+    def _wait(self, pending: Future) -> Exception | None:
+        began = time.perf_counter()
+        error = pending.exception()
+        self.seconds["wait"] += time.perf_counter() - began
+        return error
+
+    def _write(
+        self, index: int, names: Iterable[str], tensors: Iterable[torch.Tensor | None]
+    ) -> FileUpdateInfo:
+        began = time.perf_counter()
+        info = FileUpdateInfo(index, [], [], [])
+        with open(self._paths[index], "r+b") as file:
+            for name, tensor in zip(names, tensors, strict=True):
+                position, meta = self._metas[name]
+                _check_tensor(meta, tensor)
+                flat = tensor.detach().reshape(-1).cpu().view(torch.uint8)
+                data = memoryview(flat.numpy())
+                info.positions.append(position)
+                info.offsets.append(file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT))
+                info.checksums.append(byte_sum(data, 0, len(data)))
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.seconds["write"] += time.perf_counter() - began
+        return info
+
+    def shutdown(self) -> None:
+        """Remove the files."""
+        if self.is_sender:
+            self._executor.shutdown()
+            for file in self._memory:
+                file.close()
+            for path in self._shared:
+                path.unlink(missing_ok=True)
+
+
+def num_bytes(meta: ParamMeta) -> int:
+    """Size of a tensor in the file, in bytes."""
+    return prod(meta.shape) * meta.dtype.itemsize
+
+
+def _check_tensor(meta: ParamMeta, tensor: torch.Tensor | None) -> None:
+    if tensor is None:
+        raise ValueError(
+            f"Weight {meta.name!r} is not held by the sending rank; this transport needs a source "
+            "that yields every tensor on rank 0."
+        )
+    if tuple(tensor.shape) != tuple(meta.shape) or tensor.dtype != meta.dtype:
+        raise ValueError(
+            f"Weight {meta.name!r} was announced as {meta.dtype} {tuple(meta.shape)}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}."
+        )
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)
+WeightTransferTrainerFactory.register_engine(BACKEND, FileTrainerWeightTransferEngine)

@@ -1,0 +1,112 @@
+"""Runs ``megatron-espo`` with a fault: ``MEGATRON_ESPO_FAULT=point:rank:step:action python -m tests.faults.inject train ...`` makes one rank fail.
+
+Several faults are separated by commas. The package knows nothing of this: :func:`install` replaces functions of it. Points:
+
+* every phase of a step (``rollout``, ``reward``, ``train``, ``sync``, ``eval``, ``checkpoint``, ``export``), where it begins;
+* ``backward``: before each micro-batch; ``gradient``: after the backward pass; ``weights``: where ranks compare their weights;
+  ``serve``: before checked weights are served;
+* ``save``: before this rank writes its shard of a checkpoint; ``rename``: before the folder gets its name; ``latest``: before ``latest`` is written.
+
+Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``term`` (SIGTERM), ``loop`` (endless), ``raise`` (RuntimeError), ``full`` (OSError: no space left),
+``oom`` (MemoryError), ``engine`` (SIGKILL to the API process of this rank's rollout engine), and ``nan`` and ``spike`` of a gradient, ``flip`` of a
+weight's bit. Each fault happens once in a process.
+"""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+VARIABLE = "MEGATRON_ESPO_FAULT"
+SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
+_step = 0
+
+
+def inject(point: str) -> str | None:
+    """Fail if this point, this rank and the current step are meant. Returns an action that the caller has to take."""
+    faults, here = os.environ.get(VARIABLE, "").split(","), f"{point}:{os.environ.get('RANK', '0')}:{_step}:"
+    found = next((fault for fault in faults if fault.startswith(here)), None)
+    if found is None:
+        return None
+    os.environ[VARIABLE] = ",".join(fault for fault in faults if fault != found)
+    action = found.removeprefix(here)
+    if action in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[action])
+    elif action == "engine":
+        (server,) = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "vllm.entrypoints"], capture_output=True, text=True).stdout.split()
+        os.kill(int(server), signal.SIGKILL)
+    elif action == "loop":
+        while True:
+            time.sleep(0.01)
+    elif action == "raise":
+        raise RuntimeError(f"injected at {point}, step {_step}")
+    elif action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"injected at {point}")
+    elif action == "oom":
+        raise MemoryError(f"injected at {point}")
+    return action
+
+
+def install() -> None:
+    """Replace the functions of the package in which faults happen."""
+    from megatron_espo import checkpoints
+    from megatron_espo.mcore import checkpoint, learner, optimizer
+    from megatron_espo.progress import Phases
+    from megatron_espo.rollout.vllm_engine import VLLMEngine
+
+    phase, ticking, backward = Phases.phase, optimizer._ticking, optimizer.Policy.backward
+
+    @contextmanager
+    def phase_with_fault(self, name, step, steps):
+        global _step
+        with phase(self, name, step, steps) as on_progress:
+            _step = step
+            inject(name)
+            yield on_progress
+
+    def ticking_with_fault(micro_batches, tick):
+        for batch in ticking(micro_batches, tick):
+            inject("backward")
+            yield batch
+
+    def backward_with_fault(self, *args):
+        metrics = backward(self, *args)
+        if action := inject("gradient"):
+            self.chunks[0].buffers[0].grad_data *= {"nan": torch.nan, "spike": 1e6}[action]
+        return metrics
+
+    Phases.phase, optimizer._ticking, optimizer.Policy.backward = phase_with_fault, ticking_with_fault, backward_with_fault
+    _before(learner.Learner, "_compare_ranks", lambda self, *_: inject("weights") and _flip(next(self.chunks[0].parameters())))
+    _before(VLLMEngine, "serve", lambda _: inject("serve"))
+    _before(checkpoint, "_keep_results_here", lambda: inject("save"))
+    _before(Path, "rename", lambda path, _: path.suffix == ".partial" and inject("rename"))
+    _before(checkpoints, "write_durably", lambda *_: inject("latest"))
+
+
+def _before(owner, name: str, action) -> None:
+    """Have ``action`` called with the arguments of a function before that function."""
+    original = getattr(owner, name)
+
+    def replaced(*args):
+        action(*args)
+        return original(*args)
+
+    setattr(owner, name, replaced)
+
+
+def _flip(parameter: torch.Tensor) -> None:
+    """Turn one bit of the first row's last value."""
+    parameter.data.view(torch.uint8)[0, -1] ^= 1
+
+
+if __name__ == "__main__":
+    from megatron_espo.cli import main
+
+    install()
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Without a server: names of weights, transports and their placement, the server's environment, seeds."""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from safetensors.torch import load_file, save_file
+
+from megatron_espo.errors import InputError
+from megatron_espo.rollout.check_names import check_names
+from megatron_espo.rollout.pool import request_seeds
+from megatron_espo.rollout.server import server_environment
+from megatron_espo.rollout.transport import _init_info, check_placement, resolve_transport
+from megatron_espo.types import Prompt
+from tests.distributed import ROOT
+from tests.real_engine import engine_config
+from tests.tiny import WORDS, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def test_names_and_shapes_that_do_not_fit_are_named(folder):
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in load_file(folder / "model.safetensors").items()]
+    check_names(shapes, folder)
+    check_names([*shapes, ("lm_head.weight", (len(WORDS), 64))], folder)  # tied: vLLM skips it
+    query = "model.layers.0.self_attn.q_proj.weight"
+    wrong = [(name, (64, 64) if name == query else shape) for name, shape in shapes]
+    for announced, message in [
+        ([item for item in shapes if item[0] != query], rf"{query}: missing"),
+        ([*shapes, ("model.layers.9.bias", (3,))], r"model.layers.9.bias: unknown"),
+        (wrong, rf"{query}: shape \(64, 64\), expected \(128, 64\)"),
+        ([*shapes, shapes[0]], rf"{shapes[0][0]}: announced more than once"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            check_names(announced, folder)
+
+
+def test_all_shards_are_read(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(2, 3)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(4)}, tmp_path / "model-00002-of-00002.safetensors")
+    check_names([("b", (4,)), ("a", (2, 3))], tmp_path)
+    with pytest.raises(InputError, match="b: missing"):
+        check_names([("a", (2, 3))], tmp_path)
+
+
+def test_transport_names_and_placement(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_transport("auto") == "files"
+    with pytest.raises(InputError, match="'ipc' needs a GPU"):
+        resolve_transport("ipc")
+    with pytest.raises(InputError, match=r"expected auto, files, ipc, nccl, nccl_m2n, sharded_rdt; got 'rdma'"):
+        resolve_transport("rdma")
+    assert resolve_transport("auto", on_hosts=True) == "files"
+    with pytest.raises(InputError, match="'nccl' needs a GPU and none is available; use files or auto"):
+        resolve_transport("nccl", on_hosts=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_transport("auto", on_hosts=True) == resolve_transport("nccl", on_hosts=True) == "nccl"
+    assert resolve_transport("files", on_hosts=True) == resolve_transport("files") == "files"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert resolve_transport("auto") == "ipc" and resolve_transport("auto", "6,7") == "nccl"
+    with pytest.raises(InputError, match="'nccl_m2n' needs the package 'nccl'"):
+        resolve_transport("nccl_m2n", "6,7")
+
+
+def test_nccl_meets_where_the_engine_reaches_its_owner():
+    config = SimpleNamespace(tensor_parallel_size=4)
+    info = _init_info("nccl", SimpleNamespace(own_address="10.9.8.7", config=config), rank=32)  # the owner of a second engine
+    assert (info.master_address, info.world_size, info.is_sender) == ("10.9.8.7", 5, True) and 0 < info.master_port < 65536
+    assert not _init_info("nccl", None, rank=1).is_sender
+
+
+@pytest.mark.parametrize(
+    "name, devices, message",
+    [
+        ("nccl", None, r"transport nccl needs the engine on GPUs of its own, got null"),
+        ("sharded_rdt", "3,7", r"needs the engine on GPUs of its own, got '3,7', of which a trainer rank uses 3\."),
+        ("ipc", "7", r"transport ipc needs the engine on the trainer's GPU, got '7', which no trainer rank uses"),
+        ("nccl_m2n", "6,7", None),
+        ("ipc", None, None),
+        ("files", None, None),
+    ],
+)
+def test_engine_on_the_wrong_gpus(name, devices, message):
+    environment = {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "2,3,6,7"}
+    with nullcontext() if message is None else pytest.raises(InputError, match=message):
+        check_placement(name, devices, environment)
+
+
+def test_seeds_depend_on_prompt_and_position_only():
+    prompts = [Prompt(f"p{i}", "", "", (5, 6)) for i in range(3)]
+    seeds = request_seeds(prompts, 4, seed=5)
+    assert request_seeds(prompts[1:], 2, seed=5) == [row[:2] for row in seeds[1:]]
+    repeated = request_seeds([prompts[0]] * 2, 4, seed=5) + request_seeds(prompts[1:], 4, seed=5)
+    flat = {seed for row in repeated for seed in row}
+    assert len(flat) == 16 and all(0 <= seed < 2**63 for seed in flat)
+
+
+def test_server_environment_lacks_what_the_launcher_sets(monkeypatch, folder, tmp_path):
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    config = engine_config(folder, tmp_path, visible_devices="3")
+    environment = server_environment(config, True, tmp_path / "key")
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_RANK"} & set(environment)
+    assert environment["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    assert "OMP_NUM_THREADS" not in server_environment(config, False, tmp_path / "key")
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3" and environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+
+
+def test_vllm_is_not_imported_early():
+    code = "import sys, megatron_espo.rollout_manager; assert not {'vllm', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

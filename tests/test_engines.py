@@ -1,0 +1,181 @@
+"""Several engines sample what one samples. A killed engine comes back, and held requests go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+from megatron_espo.config import load_config
+from megatron_espo.errors import InputError
+from megatron_espo.rollout.engine import Generation, Sampling, State
+from megatron_espo.rollout.http_client import LoopThread
+from megatron_espo.rollout.pool import connected_pool, request_seed
+from megatron_espo.rollout.transport import engine_devices
+from megatron_espo.rollout_log import RolloutLog
+from tests.distributed import ROOT
+from tests.real_engine import engine_config, running_engine
+from tests.tiny import save_tiny_model, write_tiny_run
+
+STEPS = 3
+PROMPTS = [tuple(4 + (5 * i + j) % 20 for j in range(8 + i)) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    save_tiny_model(folder / "model", max_position_embeddings=512)
+    write_tiny_run(
+        folder,
+        run={"steps": STEPS, "keep_rollouts": True, "save_hf": False, "checkpoint_every": None},
+        rollout={"engine_args": {"kv_cache_memory_bytes": 1 << 27}},
+    )
+    return folder
+
+
+# -- behind a pool --------------------------------------------------------------------------------------------------------
+
+
+def submit(loop: LoopThread, pool, tokens: int) -> list:
+    """Futures of one request for each prompt, spread over the engines."""
+    return [
+        loop.submit(pool.generate(f"request-{slot}", ids, Sampling(tokens, seed=request_seed(1, slot)), slot=slot))
+        for slot, ids in enumerate(PROMPTS)
+    ]
+
+
+def results(futures: list) -> list[list[int]]:
+    found: list[Generation] = [future.result(90) for future in futures]
+    return [generation.token_ids.tolist() for generation in found]
+
+
+def test_a_pool_of_two_gives_the_tokens_of_one_also_when_an_engine_is_killed(folder, tmp_path):
+    """Both engines read the model's weights themselves."""
+    loop = LoopThread()
+    one, two = (engine_config(folder / "model", tmp_path, log_name=f"{i}.log", load_weights=True) for i in range(2))
+    with running_engine(one) as first, running_engine(two) as second:
+        pool = loop.run(connected_pool(str(tmp_path), 30.0, [first.address]))
+        expected = results(submit(loop, pool, 300))
+        loop.run(pool.connect([first.address, second.address]))
+        began = time.monotonic()
+        assert results(submit(loop, pool, 300)) == expected
+        seconds = time.monotonic() - began
+        running = submit(loop, pool, 300)
+        time.sleep(seconds / 2)
+        os.kill(second.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while pool.failure is None:
+            assert time.monotonic() < deadline, "the pool did not see the death of an engine"
+            time.sleep(0.05)
+        assert not all(future.done() for future in running)
+        second.close()
+        second.start()
+        second.wait_ready()
+        assert second.state == State.READY
+        loop.run(pool.connect([first.address, second.address]))
+        assert results(running) == expected and pool.failure is None
+        loop.run(pool.close(), 5)
+    loop.close()
+
+
+# -- in runs --------------------------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, run: str, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_espo", "train"]
+    return subprocess.Popen(
+        [*command, str(folder / "run.yaml"), f"run.dir={folder / run}", *overrides],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def train(folder: Path, run: str, *overrides: str) -> str:
+    process = start(folder, run, *overrides)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def recorded(folder: Path, run: str) -> list:
+    """Tokens, their policy versions, why each response ended, and rewards; log-probs differ in the last bits with the engine's batches."""
+    log, found = RolloutLog(folder / run / "rollouts", {}), []
+    for step in range(1, STEPS + 1):
+        groups = log.read(step, None).groups
+        samples = [
+            (sample.prompt.id, sample.response_ids.tolist(), sample.versions.tolist(), sample.finish_reason)
+            for group in groups.rollouts
+            for sample in group
+        ]
+        found.append((samples, groups.rewards.tolist()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_one_engine(folder) -> list:
+    train(folder, "one")
+    return recorded(folder, "one")
+
+
+@pytest.mark.slow
+def test_two_engines_sample_what_one_does(folder, of_one_engine):
+    train(folder, "two", "rollout.engines=2")
+    assert (folder / "two" / "engine-rank1.log").stat().st_size > 0
+    assert recorded(folder, "two") == of_one_engine
+    lines = [json.loads(line) for line in (folder / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["mismatch/canary"] for line in lines) < 1e-4, "both engines have the trainer's weights"
+
+
+def engine_pid(log: Path) -> int | None:
+    """The API process of the server that writes to ``log``."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.readlink(entry / "fd" / "1") == str(log) and b"api_server" in (entry / "cmdline").read_bytes():
+                return int(entry.name)
+        except OSError:
+            pass
+    return None
+
+
+@pytest.mark.slow
+def test_another_ranks_engine_that_is_killed_comes_back(folder, of_one_engine):
+    process = start(folder, "killed", "rollout.engines=2")
+    metrics, deadline = folder / "killed" / "metrics.jsonl", time.monotonic() + 200
+    while not metrics.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    os.kill(engine_pid(folder / "killed" / "engine-rank1.log"), signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "restarting the rollout engine" in output
+    assert recorded(folder, "killed") == of_one_engine
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["rollout.engines=3"], 4, "expected a divisor of the 4 ranks"),
+        (["rollout.engines=2", "rollout.tensor_parallel_size=4"], 4, "got 2 x 4"),
+    ],
+)
+def test_engines_must_fit_the_ranks(folder, overrides, world_size, message):
+    with pytest.raises(InputError, match=message):
+        load_config(folder / "run.yaml", ["run.dir=x", *overrides]).validate_for(world_size)
+
+
+def test_engines_of_one_machine_take_their_owners_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    machine = {"LOCAL_WORLD_SIZE": "8", "RANK": "12"}
+    assert engine_devices(None, 4, 4, machine | {"LOCAL_RANK": "4"}) == "4,5,6,7"
+    assert engine_devices(None, 1, 4, machine | {"LOCAL_RANK": "0"}) is None
+    assert engine_devices("6,7", 4, 2, machine | {"LOCAL_RANK": "0"}) == "6,7"
+    with pytest.raises(InputError, match="engine of rank 12 to fit on the 2 GPUs"):
+        engine_devices(None, 4, 4, machine | {"LOCAL_RANK": "6"})

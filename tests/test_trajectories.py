@@ -1,0 +1,371 @@
+"""Trajectories of several turns: their type, their way through packing in every layout, and their file."""
+
+import math
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_espo.batch import ScoredGroups
+from megatron_espo.data.packing import MicroBatch, batch_totals, pack
+from megatron_espo.errors import InputError
+from megatron_espo.rollout_log import RolloutLog
+from megatron_espo.samples import sample_record, spread
+from megatron_espo.trainer import train_sequences
+from megatron_espo.types import Prompt, Trajectory
+from tests.test_packing import hidden_states
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+PROMPT = Prompt("p", "What?", "4", (1, 2))
+
+
+def make_trajectory(draw: np.random.Generator, prompt: Prompt, turns: int, earlier: int = 0) -> Trajectory:
+    """Random tokens. Each sampled turn but the last is followed by tokens of the environment; so may the last one be."""
+
+    def part(turns: int, context: list[int], earlier: tuple[Trajectory, ...] = ()) -> Trajectory:
+        mask, starts = [], []
+        for turn in range(turns):
+            starts.append(len(mask))
+            mask += [True] * int(draw.integers(1, 5))
+            mask += [False] * int(draw.integers(turn < turns - 1, 4))
+        mask = np.array(mask)
+        count = len(mask)
+        return Trajectory(
+            prompt=prompt,
+            prompt_ids=context,
+            response_ids=draw.integers(0, 1000, count),
+            loss_mask=mask,
+            # Unique values, so that a test can tell which token a value belongs to.
+            logprobs=np.where(mask, -draw.random(count), 0),
+            versions=np.where(mask, draw.integers(0, 9, count), -1),
+            finish_reason="stop" if draw.random() < 0.7 else "length",
+            text=f"text {count}",
+            turns=starts,
+            reward=0.5 if turns > 1 else None,
+            rewards={"format": 1.0} if turns > 1 else {},
+            earlier=earlier,
+        )
+
+    parts = tuple(part(int(draw.integers(1, 3)), list(prompt.token_ids)) for _ in range(earlier))
+    context = [*prompt.token_ids, *draw.integers(0, 1000, 3)] if earlier else list(prompt.token_ids)
+    return part(turns, context, parts)
+
+
+def make_groups(seed: int, shapes: list[tuple[int, int]], samples: int = 2) -> ScoredGroups:
+    """``samples`` trajectories for each ``(turns, earlier parts)``."""
+    draw = np.random.default_rng(seed)
+    rollouts = []
+    for number, (turns, earlier) in enumerate(shapes):
+        prompt = Prompt(f"p{number}", "", "", tuple(draw.integers(0, 1000, draw.integers(1, 6)).tolist()))
+        rollouts.append([make_trajectory(draw, prompt, turns, earlier) for _ in range(samples)])
+    rewards = torch.from_numpy(draw.random((len(shapes), samples), np.float32))
+    return ScoredGroups(rollouts, rewards, len(shapes))
+
+
+LAYOUTS = {
+    "packed": {},
+    "packed, several ranks": {"data_parallel_size": 2, "multiple_of": 4},
+    "shared prompts": {"share_prompts": True},
+    "padded": {"padded": True},
+    "padded, cp": {"padded": True, "context_parallel_size": 2, "uniform": True},
+    "cp": {"context_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@QUICK
+@given(
+    seed=st.integers(0, 2**31),
+    shapes=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2)), min_size=1, max_size=4),
+    max_tokens=st.integers(1, 80),
+)
+def test_the_model_sees_each_token_and_the_loss_each_trained_token(layout, seed, shapes, max_tokens):
+    """Every trained token occurs once with its context, target, log-prob and advantage; nothing else occurs in the loss."""
+    groups = make_groups(seed, shapes)
+    options = {"data_parallel_size": 1, "context_parallel_size": 1, "max_tokens": max_tokens} | LAYOUTS[layout]
+    advantages = torch.from_numpy(np.random.default_rng(seed).normal(size=groups.rewards.shape))
+    sequences = [s for group in train_sequences(groups, advantages, mask_truncated=False) for s in group]
+    parts = [part for group in groups.rollouts for sample in group for part in sample.parts]
+    assert len(sequences) == len(parts)
+    count = sum(sample.num_trained for group in groups.rollouts for sample in group)
+    totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=count)
+    assert totals.num_tokens == sum(sample.num_tokens for group in groups.rollouts for sample in group)
+    found, lengths = [], []
+    for rank in range(options["data_parallel_size"]):
+        slices = [
+            pack(sequences, totals, data_parallel_rank=rank, context_parallel_rank=slice_rank, **options)
+            for slice_rank in range(options["context_parallel_size"])
+        ]
+        for batches in zip(*slices, strict=True):
+            found += seen_tokens(batches)
+            lengths += batches[0].lengths.tolist()
+    advantage_of = {(i, j): np.float32(advantages[i, j]) for i, j in np.ndindex(*advantages.shape)}
+    expected = [
+        ((*part.prompt_ids, *part.response_ids[:t]), part.response_ids[t], part.logprobs[t], advantage_of[i, j])
+        for i, group in enumerate(groups.rollouts)
+        for j, sample in enumerate(group)
+        for part in sample.parts
+        for t in np.flatnonzero(part.loss_mask)
+    ]
+    assert sorted(found) == sorted(expected)
+    assert sorted(lengths) == sorted(int(part.loss_mask.sum()) for part in parts)
+    assert sum(lengths) == count
+
+
+def seen_tokens(batches: tuple[MicroBatch, ...]) -> list[tuple]:
+    """``(context, target, log-prob, advantage)`` of each token in the loss of one micro-batch, from all context-parallel slices.
+
+    The context is read from the tokens that the model receives, by position id and by the branches of a shared prompt.
+    """
+    total = int(batches[0].lengths.sum())
+    rows: list[tuple | None] = [None] * total
+    sequences = whole_sequences(batches)
+    for number, batch in enumerate(batches):
+        places = range(total) if batch.local_tokens is None else batch.local_tokens.tolist()
+        for place, position, *values in zip(
+            places,
+            batch.logit_positions.tolist(),
+            batch.targets.tolist(),
+            batch.rollout_logprob.numpy(),
+            batch.advantage.numpy(),
+            strict=True,
+        ):
+            assert rows[place] is None
+            rows[place] = (sequences[number, position], *values)
+    assert None not in rows
+    return rows
+
+
+def whole_sequences(batches: tuple[MicroBatch, ...]) -> dict[tuple[int, int], tuple[int, ...]]:
+    """For each slice and row of hidden states: the tokens that it attends to, itself included."""
+    contexts = {}
+    first = batches[0]
+    if first.cu_seqlens is None:
+        for row in range(len(first.tokens)):
+            columns = sorted(
+                (int(batch.position_ids[row, column]), int(batch.tokens[row, column]), number, column * len(batch.tokens) + row)
+                for number, batch in enumerate(batches)
+                for column in range(batch.tokens.size(1))
+            )
+            add_contexts(contexts, columns)
+        return contexts
+    size = len(batches)
+    starts = first.cu_seqlens.tolist()
+    for number, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        columns = [
+            (int(batch.position_ids[0, column]), int(batch.tokens[0, column]), slice_number, column)
+            for slice_number, batch in enumerate(batches)
+            for column in range(start // size, stop // size)
+        ]
+        if first.branches is None:
+            add_contexts(contexts, sorted(columns))
+            continue
+        prefix, *suffixes = first.branches[number]
+        add_contexts(contexts, columns[:prefix])
+        begin = prefix
+        for length in suffixes:
+            add_contexts(contexts, columns[:prefix] + columns[begin : begin + length])
+            begin += length
+        assert begin == stop - start
+    return contexts
+
+
+def add_contexts(contexts: dict, columns: list[tuple[int, int, int, int]]) -> None:
+    assert [position for position, *_ in columns] == list(range(len(columns))), "position ids count up"
+    tokens = tuple(token for _, token, *_ in columns)
+    for place, (_, _, number, row) in enumerate(columns):
+        contexts[number, row] = tokens[: place + 1]
+
+
+def test_values_of_other_tokens_change_nothing():
+    """Log-probs, old log-probs and old entropies of tokens that were not sampled do not reach a micro-batch, NaN neither."""
+    groups = make_groups(3, [(3, 0), (2, 1)])
+    sequences = [s for group in train_sequences(groups, torch.ones(2, 2), mask_truncated=False) for s in group]
+    sequences = [replace(s, old_logprobs=s.rollout_logprobs, old_entropies=-s.rollout_logprobs) for s in sequences]
+    assert not all(s.loss_mask.all() for s in sequences)
+
+    def noisy(values, mask):
+        return np.where(mask, values, math.nan)
+
+    changed = [
+        replace(
+            s,
+            rollout_logprobs=noisy(s.rollout_logprobs, s.loss_mask),
+            old_logprobs=noisy(s.old_logprobs, s.loss_mask),
+            old_entropies=noisy(s.old_entropies, s.loss_mask),
+        )
+        for s in sequences
+    ]
+    totals = batch_totals(sequences, num_responses=9, num_response_tokens=99)
+    for name, layout in LAYOUTS.items():
+        options = {"data_parallel_rank": 0, "data_parallel_size": 1, "max_tokens": 60} | layout
+        for one, other in zip(pack(sequences, totals, **options), pack(changed, totals, **options), strict=True):
+            for field, value in vars(one).items():
+                same = torch.equal(value, getattr(other, field)) if isinstance(value, torch.Tensor) else value == getattr(other, field)
+                assert same, (name, field)
+
+
+def test_logits_of_other_tokens_have_no_gradient():
+    """The gradient at the hidden states is exactly zero in rows that predict no trained token, and nowhere else."""
+    from megatron_espo.mcore.head import LogProbEntropyHead
+
+    groups = make_groups(4, [(3, 0), (2, 1)])
+    sequences = [s for group in train_sequences(groups, torch.ones(2, 2), mask_truncated=False) for s in group]
+    totals = batch_totals(sequences, num_responses=9, num_response_tokens=99)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        head = LogProbEntropyHead(dist.group.WORLD, temperature=0.7, vocab_size=1000, entropy_grad=True)
+        for layout in ({}, {"padded": True}, {"share_prompts": True}):
+            (batch,) = pack(sequences, totals, data_parallel_rank=0, data_parallel_size=1, max_tokens=9999, **layout)
+            draw = torch.Generator().manual_seed(5)
+            hidden = torch.randn(*batch.tokens.t().shape, 8, generator=draw).requires_grad_()
+            weight = torch.randn(1000, 8, generator=draw)
+            layer = SimpleNamespace(sequence_parallel=False)
+            output = head(hidden_states=hidden, output_layer=layer, output_weight=weight, context=batch)
+            output.square().sum().backward()
+            rows = hidden.grad.flatten(0, 1).abs().sum(1)
+            trained = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, batch.logit_positions, True)
+            assert (rows[trained] > 0).all() and (rows[~trained] == 0).all()
+            assert int(trained.sum()) == sum(s.num_trained for s in sequences) < len(hidden_states(batch))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_advantage_and_the_truncation_of_the_whole_for_every_part():
+    groups = make_groups(5, [(2, 2)], samples=2)
+    ends = [replace(sample, finish_reason=reason) for sample, reason in zip(groups.rollouts[0], ("length", "stop"), strict=True)]
+    groups = ScoredGroups([ends], groups.rewards, 1)
+    (sequences,) = train_sequences(groups, torch.tensor([[0.5, -0.25]]), mask_truncated=True, watched={(0, 1): 7})
+    assert [s.advantage for s in sequences] == [0.5] * 3 + [-0.25] * 3
+    assert [s.masked for s in sequences] == [True] * 3 + [False] * 3
+    assert [s.watched for s in sequences] == [None] * 5 + [7]
+
+
+def test_a_sequence_without_trained_tokens_is_refused():
+    bare = replace(make_trajectory(np.random.default_rng(1), PROMPT, 1), reward=0.0)
+    bare = replace(bare, loss_mask=np.zeros(len(bare.response_ids), bool))
+    with pytest.raises(ValueError, match="loss_mask: expected at least one trained token, got a mask of . False"):
+        train_sequences(ScoredGroups([[bare]], torch.zeros(1, 1), 1), torch.ones(1, 1), mask_truncated=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs": [0.0]}, r"Trajectory.logprobs: expected shape \[2\], got \[1\]"),
+        ({"loss_mask": [1, 0]}, "Trajectory.loss_mask: expected dtype bool, got int64"),
+        ({"response_ids": [1.0, 2.5]}, "Trajectory.response_ids: expected dtype int32, got float64"),
+        ({"prompt_ids": [[1]]}, r"Trajectory.prompt_ids: expected shape \[any length\], got \[1, 1\]"),
+        ({"routed_experts": np.zeros((3, 2))}, r"routed_experts: expected shape \[tokens - 1, layers, top_k\], got \[3, 2\]"),
+    ],
+)
+def test_a_wrong_field_is_named(change, message):
+    trajectory = Trajectory.single_turn(PROMPT, (5, 6), (-1.0, -2.0), 3, "stop", "x")
+    with pytest.raises(ValueError, match=message):
+        replace(trajectory, **change)
+
+
+def test_equality_and_counts():
+    draw = np.random.default_rng(2)
+    trajectory = make_trajectory(draw, PROMPT, 2, earlier=1)
+    same = pickle.loads(pickle.dumps(trajectory))
+    assert same == trajectory and trajectory != "text"
+    others = [
+        replace(trajectory, versions=trajectory.versions + 1),
+        replace(trajectory, earlier=()),
+        replace(trajectory, reward=0.25),
+    ]
+    assert all(other != trajectory for other in others)
+    with pytest.raises(TypeError):
+        hash(trajectory)
+    assert trajectory.num_trained == sum(part.loss_mask.sum() for part in trajectory.parts)
+    with pytest.raises(ValueError, match="nested parts"):
+        replace(trajectory, earlier=(trajectory,))
+    single = Trajectory.single_turn(PROMPT, (5, 6), (-1.0, -2.0), (3, 4), "stop", "x")
+    assert single.versions.tolist() == [3, 4] and single.turns.tolist() == [0] and single.num_trained == 2
+    assert single.prompt_ids.tolist() == [1, 2] and single.num_tokens == 4
+
+
+def test_staleness_counts_sampled_tokens():
+    single = Trajectory.single_turn(PROMPT, (5, 6, 7), (-1.0,) * 3, (2, 3, 4), "stop", "x")
+    masked = replace(single, loss_mask=[True, False, True], versions=[4, -1, 4])
+    groups = ScoredGroups([[single, masked]], torch.zeros(1, 2), 1)
+    assert groups.staleness(6) == pytest.approx((3 + 2 + 1 + 1 + 1) / 5)
+    assert groups.max_staleness(6) == 3
+    assert groups.lengths().tolist() == [[3, 2]]
+
+
+def test_trajectories_survive_the_file(tmp_path):
+    """All fields, also of earlier parts and of rewards that are NaN."""
+    draw = np.random.default_rng(6)
+    groups = make_groups(6, [(3, 0), (1, 2), (2, 1)])
+    groups.rewards[1, 0] = math.nan
+    prompts = [replace(group[0].prompt, text="é\n", metadata={"entry": [1, {"a": None}]}) for group in groups.rollouts]
+
+    def with_experts(sample: Trajectory, prompt: Prompt) -> Trajectory:
+        shape = (len(sample.prompt_ids) + len(sample.response_ids) - 1, 2, 3)
+        earlier = tuple(with_experts(part, prompt) for part in sample.earlier)
+        return replace(sample, prompt=prompt, earlier=earlier, routed_experts=draw.integers(0, 999, shape, np.uint16))
+
+    rollouts = [[with_experts(s, p) for s in group] for group, p in zip(groups.rollouts, prompts, strict=True)]
+    groups = ScoredGroups(rollouts, groups.rewards, 5, in_flight=2)
+    log = RolloutLog(tmp_path, {"seed": 1})
+    log.write(3, groups, before={"at": 1}, after={"at": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003.npz"]
+    found = log.read(3, {"at": 1})
+    assert found.after == {"at": 2} and (found.groups.dispatched, found.groups.in_flight) == (5, 2)
+    assert found.groups.rollouts == rollouts and found.groups.have_routed_experts
+    assert torch.equal(found.groups.rewards.nan_to_num(7), groups.rewards.nan_to_num(7))
+    for one, other in zip(sum(rollouts, []), sum(found.groups.rollouts, []), strict=True):
+        for part, copy in zip(one.parts, other.parts, strict=True):
+            assert part.routed_experts.dtype == copy.routed_experts.dtype
+            assert np.array_equal(part.routed_experts, copy.routed_experts)
+    assert log.read(3, {"at": 0}) is None and log.read(4, None) is None
+    assert RolloutLog(tmp_path, {"seed": 2}).read(3, {"at": 1}) is None
+    assert RolloutLog(tmp_path, {"seed": 2}).read(3, None) is not None
+
+
+@pytest.mark.parametrize("name", ["response_ids", "loss_mask", "logprobs", "rewards", "step.json"])
+def test_a_flipped_bit_is_found(tmp_path, name):
+    import zipfile
+
+    log = RolloutLog(tmp_path, {})
+    log.write(1, make_groups(7, [(3, 1)]), before={}, after={})
+    path = tmp_path / "step_000001.npz"
+    member = name if "." in name else f"{name}.npy"
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read(member)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(content) + len(content) - 1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match="step_000001.npz: expected recorded rollouts, found damage .*remove the file"):
+        log.read(1, {})
+    path.write_bytes(damaged[: len(damaged) // 2])
+    with pytest.raises(InputError, match="found damage"):
+        log.read(1, {})
+
+
+def test_files_of_an_older_release_are_named(tmp_path):
+    (tmp_path / "step_000002.json.gz").write_bytes(b"")
+    with pytest.raises(InputError, match="step_000002.json.gz: expected rollouts as step_000001.npz, found the format of an older"):
+        RolloutLog(tmp_path, {}).read(1, {})
+
+
+def test_a_logged_sample_has_no_entropy_where_the_policy_did_not_sample():
+    from megatron_espo.report.page import _shown
+    from megatron_espo.reporter import as_markdown
+
+    sample = Trajectory(PROMPT, [1, 2], [65, 66, 67], [True, False, True], [-1, 0, -2], [3, -1, 4], "stop", "ABC", [0, 2])
+    record = sample_record(5, sample, 1.0, 0.5, lambda ids: bytes(ids).decode())
+    assert record["mask"] == [1, 0, 1] and record["policy_versions"] == [3, 4]
+    record |= {"entropies": spread([0.5, 2.0], record["mask"]), "groups": spread([0, 1], record["mask"])}
+    assert record["entropies"] == [0.5, None, 2.0]
+    assert as_markdown(record).endswith("AB**C**")
+    shown = _shown(record, 2.0)["shown"]
+    assert [token["heat"] for token in shown] == [25, 0, 100] and [token["top"] for token in shown] == [False, False, True]
+    assert shown[1]["title"] == "token 66"
