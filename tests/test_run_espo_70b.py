@@ -37,7 +37,7 @@ MODELS = {
 @pytest.fixture
 def launch(tmp_path):
     """Run the script under bash with programs that only tell their arguments in torchrun's and Slurm's places."""
-    programs = {"torchrun": 'echo "$@"', "scontrol": "echo gpu03; echo gpu04", "nvidia-smi": "echo GPU 0; echo GPU 1"}
+    programs = {"torchrun": 'printf "%s\\n" "$@"', "scontrol": "echo gpu03; echo gpu04", "nvidia-smi": "echo GPU 0; echo GPU 1"}
     for name, line in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
@@ -50,20 +50,20 @@ def launch(tmp_path):
 
 
 def test_one_node_uses_its_gpus_and_a_free_port(launch):
-    assert launch("run.steps=3").stdout.split() == ["--standalone", "--nproc-per-node", "2", str(SCRIPT), "run.steps=3"]
-    assert launch(NPROC_PER_NODE="6").stdout.split()[:3] == ["--standalone", "--nproc-per-node", "6"]
-    assert launch("--rehearse").stdout.split()[:3] == ["--standalone", "--nproc-per-node", "4"]
+    assert launch("run.steps=3").stdout.splitlines() == ["--standalone", "--nproc-per-node", "2", str(SCRIPT), "run.steps=3"]
+    assert launch(NPROC_PER_NODE="6").stdout.splitlines()[:3] == ["--standalone", "--nproc-per-node", "6"]
+    assert launch("--rehearse").stdout.splitlines()[:3] == ["--standalone", "--nproc-per-node", "4"]
 
 
 def test_srun_gives_nodes_rank_and_address(launch):
     place = "--nnodes 8 --node-rank 5 --master-addr gpu03 --master-port 20123 --nproc-per-node 8"
-    assert launch(**SLURM).stdout.split() == [*place.split(), str(SCRIPT)]
+    assert launch(**SLURM).stdout.splitlines() == [*place.split(), str(SCRIPT)]
     given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "NODE_RANK": "2", "NNODES": "8"}
     place = "--nnodes 8 --node-rank 2 --master-addr 10.0.0.1 --master-port 1234 --nproc-per-node 8"
-    assert launch(**SLURM, **given).stdout.split() == [*place.split(), str(SCRIPT)]
+    assert launch(**SLURM, **given).stdout.splitlines() == [*place.split(), str(SCRIPT)]
     # In the batch script itself, outside a step, there is one launcher only.
     batch = {name: value for name, value in SLURM.items() if "STEP" not in name}
-    assert launch(**batch).stdout.split()[0] == "--standalone"
+    assert launch(**batch).stdout.splitlines()[0] == "--standalone"
 
 
 def test_what_cannot_work_is_said(launch, tmp_path):
@@ -95,10 +95,10 @@ def test_python_half_chooses_the_settings(tmp_path, ranks, args, config):
 def test_torchrun_without_flags_starts_all_ranks(launch, tmp_path):
     """Its one rank hands over to bash's half, without what that torchrun put into the environment."""
     env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost"}
-    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@" "${RANK-none} ${MASTER_ADDR-none}"\n')
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" "${RANK-none}" "${MASTER_ADDR-none}"\n')
     done = subprocess.run([sys.executable, SCRIPT, "run.steps=3"], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split()[:3] == ["--standalone", "--nproc-per-node", "2"], done.stderr
-    assert done.stdout.split()[4:] == ["run.steps=3", "none", "none"]
+    assert done.stdout.splitlines()[:3] == ["--standalone", "--nproc-per-node", "2"], done.stderr
+    assert done.stdout.splitlines()[4:] == ["run.steps=3", "none", "none"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

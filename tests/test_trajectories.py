@@ -350,12 +350,6 @@ def test_a_flipped_bit_is_found(tmp_path, name):
         log.read(1, {})
 
 
-def test_files_of_an_older_release_are_named(tmp_path):
-    (tmp_path / "step_000002.json.gz").write_bytes(b"")
-    with pytest.raises(InputError, match="step_000002.json.gz: expected rollouts as step_000001.npz, found the format of an older"):
-        RolloutLog(tmp_path, {}).read(1, {})
-
-
 def test_a_logged_sample_has_no_entropy_where_the_policy_did_not_sample():
     from megatron_espo.report.page import _shown
     from megatron_espo.reporter import as_markdown
