@@ -145,8 +145,9 @@ def test_every_path_demands_the_key_and_nothing_listens_on_the_network(engine):
 def test_requests_wait_for_served_weights_and_get_those_of_transformers(engine, folder):
     """Float32 weights, then bfloat16 ones on the wire. No reply leaves between the update and ``serve``."""
     model, loop = perturbed(folder, 3), LoopThread()
-    early = loop.submit(request_tokens(engine, PROMPTS[:2]))
+    update(engine, perturbed(folder, 2), 2)  # a server that never served weights refuses
     send_weights(connect(engine, model), engine, 3)
+    early = loop.submit(request_tokens(engine, PROMPTS[:2]))
     engine.resume()
     assert engine.state == State.UPDATING
     (canary,) = engine.canary(PROMPTS[:1], 4)
