@@ -24,7 +24,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def model_of(path) -> str:
-    return path.stem.rsplit("_", 1)[0]
+    return "quickstart" if path.stem == "tool_use" else path.stem.rsplit("_", 1)[0]  # both train SmolLM2
 
 
 def gpus_of(path) -> int:
