@@ -49,7 +49,7 @@ class Failure:
 class WeightSync:
     """Connects the model to the engine and pushes each new version; restarts the engine when that fails.
 
-    Before the first sync of an engine process its weights are poisoned with NaN, and after each time that it slept, when
+    Before the first sync of an engine process its weights are filled with NaN, and after each time that it slept, when
     its memory holds anything. A version is served when all ranks agree that it arrived, when the tensors read back from the
     engine have the trainer's checksums (first sync of a process, then every ``rollout.verify_every``) and when engine and
     trainer agree on the log-probs of the canary.
@@ -167,7 +167,7 @@ class WeightSync:
             self._engine.close()
 
     def _connect(self) -> Failure | None:
-        """A running engine, poisoned if it has just started or slept, and a transport to it. Collective."""
+        """A running engine, filled with NaN if it has just started or slept, and a transport to it. Collective."""
         shapes = [(meta.name, tuple(meta.shape)) for meta in self._source.metadata()]
 
         def start() -> None:
