@@ -24,7 +24,7 @@ from megatron_espo.rollout.file_transport import FileTrainerInitInfo, FileTraine
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import connected_pool
 from megatron_espo.rollout.server import PREFIX
-from megatron_espo.rollout.transport import make_trainer_transport, push_weights, send_weights
+from megatron_espo.rollout.transport import make_trainer_transport, send_weights
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from tests.distributed import ROOT
 from tests.real_engine import (
@@ -296,7 +296,8 @@ def test_missing_weights_are_named_and_the_next_engine_takes_a_whole_update(engi
     engine.start()
     engine.wait_ready()
     engine.fill_nan(shapes(folder))
-    push_weights(connect(engine, model), engine, 15)
+    send_weights(connect(engine, model), engine, 15)
+    engine.serve()
     engine.resume()
     assert_serves(engine, model, PROMPTS)
 

@@ -99,7 +99,7 @@ class Policy:
 class Environment(Protocol):
     """Turns a prompt into a trajectory. One object serves all trajectories of a run, many at the same time.
 
-    A coroutine ``close()``, where there is one, is called when the run ends.
+    An environment may also have a coroutine ``close()``, which is called when the run ends.
     """
 
     async def rollout(self, prompt: Prompt, policy: Policy) -> Trajectory:

@@ -55,10 +55,6 @@ class EnginePool:
         if self._watcher is None:
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
-    async def disconnect(self) -> None:
-        """Hold requests until :meth:`connect`."""
-        self._connected.clear()
-
     async def generate(
         self, request_id: str, token_ids: Sequence[int], sampling: Sampling, *, slot: int = 0, routed_experts: bool = False
     ) -> Generation:
@@ -80,11 +76,6 @@ class EnginePool:
             finally:
                 self._in_flight -= 1
             attempt += 1
-
-    async def abort_all(self) -> None:
-        """Every request in flight answers with what it has (``finish_reason`` ``abort``)."""
-        for client in self._clients:
-            await client.call(f"{PREFIX}/abort", {})
 
     async def close(self) -> None:
         if self._watcher is not None:

@@ -27,7 +27,7 @@ class Group:
     Attributes:
         start_step: step in which it was dispatched, with weights of version ``start_step - 1``.
         seeds: of its trajectories.
-        futures: trajectories in the making; empty: not started.
+        futures: of its trajectories; empty: not started.
         trajectories: what finished, by position.
     """
 
@@ -48,7 +48,7 @@ class Group:
 
 @dataclass
 class _Draft:
-    """A step's batch in the making. It survives a failed engine.
+    """A step's incomplete batch. It survives a failed engine.
 
     Attributes:
         rounds: rounds of sampling that are over.

@@ -131,7 +131,7 @@ def make_trainer_transport(
         rank: of this process among the trainer's ranks.
 
     Returns:
-        vLLM's trainer-side engine; ``push_weights`` uses it.
+        vLLM's trainer-side engine; ``send_weights`` uses it.
 
     Raises:
         InputError: the transport is unknown or impossible here, differs from the engine's, or the source's names and
@@ -221,10 +221,3 @@ def send_weights(transport: "TrainerWeightTransferEngine", engine: RolloutEngine
         if engine is not None:
             engine.reject()
         raise
-
-
-def push_weights(transport: "TrainerWeightTransferEngine", engine: RolloutEngine | None, version: int) -> None:
-    """``send_weights``, and serve them as policy ``version`` without further checks (``weights.sync`` has those)."""
-    send_weights(transport, engine, version)
-    if engine is not None:
-        engine.serve()
