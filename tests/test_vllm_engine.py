@@ -224,7 +224,8 @@ def test_aborted_requests_answer_with_what_they_have(engine, folder):
     pool = loop.run(connected_pool(engine.config.folder, 60.0, [engine.address]))
     running = loop.submit(request_tokens(engine, PROMPTS[:2], seed=4, max_tokens=900, stop_token_ids=()))
     time.sleep(1.0)
-    loop.run(pool.abort_all(), 20)
+    for client in pool._clients:
+        loop.run(client.call(f"{PREFIX}/abort", {}), 20)
     whole = sample(engine, PROMPTS[:2], seed=4, max_tokens=900, stop_token_ids=())
     for (part,), (full,) in zip(running.result(20), whole, strict=True):
         assert part.finish_reason == "abort" and 0 < len(part.token_ids) < 900
