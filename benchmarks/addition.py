@@ -1,4 +1,4 @@
-"""The task of the step benchmark, for both trainers: "What is a + b?" with a, b in 1..20, the last integer judged."""
+"""The task of the step benchmark: "What is a + b?" with a, b in 1..20; the last integer counts."""
 
 import json
 import random
@@ -9,11 +9,13 @@ INTEGER = re.compile(r"-?\d+")
 
 
 def write_prompts(path: Path, count: int, seed: int) -> None:
-    """Writes ``count`` rows ``{"prompt": text, "answer": text}`` as JSONL."""
+    """Write ``count`` rows ``{"prompt": text, "answer": text}`` as JSONL."""
     rng = random.Random(seed)
-    pairs = [(rng.randint(1, 20), rng.randint(1, 20)) for _ in range(count)]
-    rows = [{"prompt": f"What is {a} + {b}? Answer with the number only.", "answer": str(a + b)} for a, b in pairs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with path.open("w") as stream:
+        for _ in range(count):
+            a, b = rng.randint(1, 20), rng.randint(1, 20)
+            prompt = f"What is {a} + {b}? Answer with the number only."
+            stream.write(json.dumps({"prompt": prompt, "answer": str(a + b)}) + "\n")
 
 
 def judge(answer: str, response: str) -> float:

@@ -1,31 +1,31 @@
-"""Seconds to save and to load a run's state, beside writing the same bytes with fsync.
+"""Seconds to save and load a run's state, compared with a plain write of the same bytes with fsync.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/checkpoint_cost.py --model models/SmolLM2-135M-Instruct --folder /scratch/cost
+    torchrun --nproc-per-node 2 benchmarks/checkpoint_cost.py --model MODEL --folder FOLDER
 
-Each round saves through ``Learner.save`` (weights, Adam's moments, checksums, fsync, rename) and then writes files of the same sizes by plain ``write`` and
-``fsync``, every rank a part of them. The folder should lie on the disk that a run would use.
+Each round saves through ``Actor.save`` (weights, Adam's moments, checksums, fsync, rename) and then
+writes files of the same sizes by plain ``write`` and ``fsync``, every rank a part of each. FOLDER
+should be on the disk that a run would use.
 """
 
 import argparse
+import json
 import os
 import shutil
-import statistics
-import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
+from measure import seconds
 
 from megatron_espo.config import Config, Data, Model, Optimizer, Rollout, Run
 from megatron_espo.data.packing import TrainSequence
-from megatron_espo.mcore import runtime as mcore_runtime
-from megatron_espo.mcore.learner import Learner
-from megatron_espo.mcore.model import read_hf_config
-from megatron_espo.progress import Phases
+from megatron_espo.distributed import runtime as distributed_runtime
+from megatron_espo.megatron.actor import Actor
 
 
-def make_learner(model: str, folder: Path) -> Learner:
-    """A learner that has made one update, so that there are moments."""
+def make_actor(model: str, folder: Path) -> Actor:
+    """An actor after one update, so that Adam's moments exist."""
     config = Config(
         run=Run(dir=str(folder)),
         model=Model(path=model, dtype="float32"),
@@ -33,25 +33,21 @@ def make_learner(model: str, folder: Path) -> Learner:
         rollout=Rollout(prompts_per_step=2, group_size=2, max_response_tokens=4),
         data=Data(prompts="reasoning_gym:none"),
     )
-    runtime = mcore_runtime.initialize(**mcore_runtime.parallel_sizes(config.megatron))
-    learner = Learner(config, read_hf_config(model), runtime)
+    runtime = distributed_runtime.initialize(**distributed_runtime.parallel_sizes(config.megatron))
+    actor = Actor(config, json.loads(Path(model, "config.json").read_text()), runtime)
     groups = [[TrainSequence([1, 2], [3 + i], [-1.0], a) for a in (1.0, -1.0)] for i in range(2)]
-    with Phases(draw=False).phase("train", 1, 1) as on_progress:
-        learner.update(groups, on_progress)
-    return learner
+    actor.update(groups, lambda done, total: None)
+    return actor
 
 
-def timed(work) -> float:
-    """Seconds of a collective piece of work, until the last rank is done."""
+def collective_seconds(work) -> float:
+    """Seconds of ``work`` until the last rank is done."""
     dist.barrier()
-    began = time.perf_counter()
-    work()
-    dist.barrier()
-    return time.perf_counter() - began
+    return seconds(lambda: (work(), dist.barrier()))
 
 
 def write_plainly(sizes: list[int], folder: Path, source: torch.Tensor) -> None:
-    """This rank's part of each file, as one file of its own, with fsync."""
+    """Write this rank's part of each file, as its own file, with fsync."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks, view = dist.get_world_size(), memoryview(source.numpy())
     for number, size in enumerate(sizes):
@@ -63,32 +59,35 @@ def write_plainly(sizes: list[int], folder: Path, source: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--folder", required=True, type=Path, help="an empty or new folder; removed at the end")
+    parser.add_argument(
+        "--folder", required=True, type=Path, help="a new folder; removed at the end"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    learner = make_learner(args.model, args.folder)
+    actor = make_actor(args.model, args.folder)
     source = torch.randint(0, 256, (64 << 20,), dtype=torch.uint8)
-    seconds: dict[str, list[float]] = {"plain": [], "save": [], "load": []}
+    times: dict[str, list[float]] = {"plain": [], "save": [], "load": []}
     for number in range(args.rounds):
-        out = args.folder / str(number)
-        seconds["save"].append(timed(lambda out=out: learner.save(out, {})))
+        out, plain = args.folder / str(number), args.folder / "plain"
+        times["save"].append(collective_seconds(lambda out=out: actor.save(out, {})))
         sizes = [file.stat().st_size for file in sorted(out.iterdir())]
-        seconds["load"].append(timed(lambda out=out: learner.load(out)))
-        dist.barrier()
-        plain = args.folder / "plain"
-        seconds["plain"].append(timed(lambda sizes=sizes, plain=plain: write_plainly(sizes, plain, source)))
+        times["load"].append(collective_seconds(lambda out=out: actor.load(out)))
+        work = lambda sizes=sizes, plain=plain: write_plainly(sizes, plain, source)  # noqa: E731
+        times["plain"].append(collective_seconds(work))
         if dist.get_rank() == 0:
             shutil.rmtree(out)
             shutil.rmtree(plain)
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} ranks, {sum(sizes) / 1e9:.2f} GB in {len(sizes)} files")
-        for name, values in seconds.items():
-            print(f"{name:6} median {statistics.median(values):6.2f} s   all: {', '.join(f'{value:.2f}' for value in values)}")
-        print(f"save / plain: {statistics.median(seconds['save']) / statistics.median(seconds['plain']):.2f}")
+        for name, values in times.items():
+            rounds = ", ".join(f"{value:.2f}" for value in values)
+            print(f"{name:6} median {median(values):6.2f} s   all: {rounds}")
+        print(f"save / plain: {median(times['save']) / median(times['plain']):.2f}")
         shutil.rmtree(args.folder)
-    mcore_runtime.shutdown()
+    distributed_runtime.shutdown()
 
 
 if __name__ == "__main__":

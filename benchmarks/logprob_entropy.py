@@ -1,15 +1,16 @@
-"""Times, memory and errors of the vocabulary-parallel log-prob and entropy, against references and against the limits.
+"""Times, memory and errors of vocabulary-parallel log-prob and entropy, against references.
 
-    python benchmarks/logprob_entropy.py                       # CPU: float32 and bfloat16, one shard and two
-    python benchmarks/logprob_entropy.py --device cuda --tokens 8192 --vocab 152064 --hidden 4096 --tp 1
+    python benchmarks/logprob_entropy.py        # CPU: float32 and bfloat16, one shard and two
+    python benchmarks/logprob_entropy.py --device cuda --tokens 8192 --vocab 152064 --tp 1
 
-Every number is a ratio of times taken in turn in one run (medians over rounds), a multiple of the shard, or an error
-against float64; never milliseconds. Forward and backward together; entropy detached unless a line says otherwise.
+Every number is a ratio of times from the same round (median over rounds), a multiple of the shard,
+or an error against float64. Times are forward and backward; entropy is detached unless a line says
+otherwise.
 
     limit          two exp passes over the shard and 1.5 copies of it
     log_softmax    torch: (all-gathered) logits -> log_softmax -> log-prob and entropy
-    megatron       Megatron-Core's vocab_parallel_cross_entropy: log-prob only; it overwrites its float32 input
-    three GEMMs    the products the linear head cannot avoid: logits, gradient of hidden states, gradient of weight
+    megatron       Megatron-Core's vocab_parallel_cross_entropy: log-prob only, in float32
+    three GEMMs    products of the linear head: logits, gradients of hidden states and weight
 """
 
 import argparse
@@ -25,12 +26,18 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measure import Contestant, counted_collectives, interleaved, peak_bytes, ratio  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    Contestant,
+    counted_collectives,
+    interleaved,
+    peak_bytes,
+    ratio,
+)
 from megatron_espo.numerics import linear_logprob_entropy, vocab_parallel_logprob_entropy  # noqa: E402
 
 
 class _Gather(torch.autograd.Function):
-    """Whole logits from shards; each rank's gradient is its own columns."""
+    """Whole logits from shards; a rank's gradient is that of its columns."""
 
     @staticmethod
     def forward(ctx, shard: Tensor, group) -> Tensor:
@@ -45,7 +52,7 @@ class _Gather(torch.autograd.Function):
 
 
 def log_softmax_reference(logits: Tensor, targets: Tensor, group) -> tuple[Tensor, Tensor]:
-    """What a trainer writes first."""
+    """The reference in plain torch."""
     whole = logits if group is None else _Gather.apply(logits, group)
     logp = torch.log_softmax(whole.float(), -1)
     with torch.no_grad():
@@ -54,7 +61,7 @@ def log_softmax_reference(logits: Tensor, targets: Tensor, group) -> tuple[Tenso
 
 
 def megatron_cross_entropy() -> Callable | None:
-    """Megatron's function with its parallel state set up, or None where Megatron-Core is not installed."""
+    """Megatron's function, or None where Megatron-Core is not installed."""
     try:
         from megatron.core import parallel_state, tensor_parallel
     except ImportError:
@@ -65,7 +72,7 @@ def megatron_cross_entropy() -> Callable | None:
 
 
 def contestants(shard: Tensor, targets: Tensor, group) -> dict[str, Contestant]:
-    """Everything that is timed, by name. ``shard`` is ``[tokens, vocab/tp]`` of the dtype under test."""
+    """The timed functions, by name. ``shard`` is ``[tokens, vocab/tp]`` of the dtype under test."""
     weights = torch.randn(len(targets), device=shard.device)
     scratch = torch.empty_like(shard)
 
@@ -82,16 +89,17 @@ def contestants(shard: Tensor, targets: Tensor, group) -> dict[str, Contestant]:
 
         return run
 
+    def copied_leaf() -> Tensor:
+        return shard.clone().requires_grad_()
+
+    ours = vocab_parallel_logprob_entropy
     entries: dict[str, Contestant] = {
         "exp": (lambda: shard, lambda x: torch.exp(x, out=scratch)),
         "copy": (lambda: shard, lambda x: x.clone()),
-        "ours": (leaf, train(vocab_parallel_logprob_entropy)),
-        "ours, entropy differentiable": (leaf, train(vocab_parallel_logprob_entropy, entropy_grad=True)),
-        "ours, logits donated": (
-            lambda: shard.clone().requires_grad_(),
-            train(vocab_parallel_logprob_entropy, donate_logits=True),
-        ),
-        "ours, plain torch": (leaf, train(vocab_parallel_logprob_entropy, path="torch")),
+        "ours": (leaf, train(ours)),
+        "ours, entropy differentiable": (leaf, train(ours, entropy_grad=True)),
+        "ours, logits donated": (copied_leaf, train(ours, donate_logits=True)),
+        "ours, plain torch": (leaf, train(ours, path="torch")),
         "log_softmax": (leaf, train(log_softmax_reference)),
     }
     cross_entropy = megatron_cross_entropy()
@@ -101,7 +109,7 @@ def contestants(shard: Tensor, targets: Tensor, group) -> dict[str, Contestant]:
             loss = cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1))
             return torch.autograd.grad((loss.squeeze(1) * weights).sum(), logits)
 
-        entries["megatron"] = (lambda: shard.clone().requires_grad_(), run)
+        entries["megatron"] = (copied_leaf, run)
     return entries
 
 
@@ -126,7 +134,9 @@ def errors(shard: Tensor, targets: Tensor, group, first: int) -> tuple[float, fl
 
 def same_targets(args: argparse.Namespace, vocab: int) -> Tensor:
     """Random token ids, the same on every rank."""
-    return torch.randint(0, vocab, (args.tokens,), generator=torch.Generator().manual_seed(99)).to(args.device)
+    return torch.randint(0, vocab, (args.tokens,), generator=torch.Generator().manual_seed(99)).to(
+        args.device
+    )
 
 
 def report_logits(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
@@ -141,7 +151,8 @@ def report_logits(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
     with counted_collectives() as calls:
         entries["ours"][1](entries["ours"][0]())
     unit = args.tokens * width * dtype.itemsize
-    forward = peak_bytes(lambda: vocab_parallel_logprob_entropy(shard.detach().requires_grad_(), targets, group))
+    logits = shard.detach().requires_grad_()
+    forward = peak_bytes(lambda: vocab_parallel_logprob_entropy(logits, targets, group))
     wrong = errors(shard, targets, group, rank * width)
     peaks = {}
     for name in times:
@@ -151,11 +162,17 @@ def report_logits(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
     if rank != 0:
         return
     per_token = sum(sent for _, sent in calls) / args.tokens / 4
-    print(f"\n{args.tokens} tokens, vocabulary {args.vocab}, TP={size}, {dtype}, {args.device}, {args.clock} clock")
-    print(f"  collectives of one forward + backward: {len(calls)}, floats per token sent: {per_token:g}")
-    print("  errors against float64: log-prob {:.1e}, entropy {:.1e}, gradient {:.1e}".format(*wrong))
+    shape = f"{args.tokens} tokens, vocabulary {args.vocab}, TP={size}"
+    print(f"\n{shape}, {dtype}, {args.device}, {args.clock} clock")
+    print(
+        f"  collectives of forward + backward: {len(calls)}, floats sent per token: {per_token:g}"
+    )
+    print(
+        "  errors against float64: log-prob {:.1e}, entropy {:.1e}, gradient {:.1e}".format(*wrong)
+    )
     print(f"  forward keeps and uses {forward / unit:.3f} shard beside its input")
-    print(f"  {'':32}{'time / limit':>14}{'ours faster by':>16}{'peak, shards':>14}{'bf16 shards':>13}")
+    columns = f"{'time / limit':>14}{'ours faster by':>16}{'peak, shards':>14}{'bf16 shards':>13}"
+    print(f"  {'':32}{columns}")
     for name in peaks:
         limit = ratio(times, name, lambda r: 2 * r["exp"] + 1.5 * r["copy"])
         gain = ratio(times, name, lambda r: r["ours"])
@@ -164,14 +181,17 @@ def report_logits(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
 
 
 def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
-    """One block of the report: from hidden states, against the three matrix products alone."""
+    """One block of the report: from hidden states, against the three matrix products."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     width, generator = args.vocab // size, torch.Generator().manual_seed(rank)
-    hidden = torch.randn(args.tokens, args.hidden, generator=torch.Generator().manual_seed(5)).to(args.device, dtype)
+    hidden = torch.randn(args.tokens, args.hidden, generator=torch.Generator().manual_seed(5)).to(
+        args.device, dtype
+    )
     weight = (torch.randn(width, args.hidden, generator=generator) * 0.1).to(args.device, dtype)
     targets = same_targets(args, width * size)
     hidden.requires_grad_(), weight.requires_grad_()
-    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    weight.grad_added_to_main_grad = False
     logits = torch.empty(args.tokens, width, device=args.device, dtype=dtype)
 
     def products(_):
@@ -186,7 +206,9 @@ def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
         return run
 
     def unfused(_):
-        out = vocab_parallel_logprob_entropy(hidden @ weight.t(), targets, group, donate_logits=True)[0]
+        out = vocab_parallel_logprob_entropy(
+            hidden @ weight.t(), targets, group, donate_logits=True
+        )[0]
         return torch.autograd.grad(out.sum(), (hidden, weight))
 
     unit = args.tokens * width * dtype.itemsize
@@ -196,36 +218,44 @@ def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
         "head, an eighth of the shard": train(unit // 8),
         "matmul + logits op": unfused,
     }
-    times = interleaved({name: ((lambda: None), run) for name, run in entries.items()}, args.rounds, args.clock)
-    peaks = {name: peak_bytes(lambda r=run: r(None)) for name, run in entries.items() if name != "three GEMMs"}
+    times = interleaved(
+        {name: ((lambda: None), run) for name, run in entries.items()}, args.rounds, args.clock
+    )
+    peaks = {
+        name: peak_bytes(lambda r=run: r(None))
+        for name, run in entries.items()
+        if name != "three GEMMs"
+    }
     if rank != 0:
         return
     shape = f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}"
     print(f"\nlinear head: {shape}, TP={size}, {dtype}, {args.device}")
     print(f"  {'':32}{'time / three GEMMs':>20}{'peak, shards of logits':>24}")
     for name, peak in peaks.items():
-        print(f"  {name:32}{ratio(times, name, lambda r: r['three GEMMs']):20.2f}{peak / unit:24.2f}")
+        relative = ratio(times, name, lambda r: r["three GEMMs"])
+        print(f"  {name:32}{relative:20.2f}{peak / unit:24.2f}")
 
 
 def main() -> None:
-    """Run the report in this process (TP=1) and, for more shards, in child processes under torchrun."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Start torchrun for each number of shards; its workers print the report."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    dtypes = ["float32", "bfloat16"]
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=32768)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    for name, default in {"tokens": 1024, "vocab": 32768, "hidden": 256, "rounds": 9}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", nargs="+", default=dtypes, choices=dtypes)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.worker:
+        torchrun = "-m torch.distributed.run --standalone --nproc-per-node".split()
         for size in args.tp:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-            subprocess.run([*command, __file__, *sys.argv[1:], "--worker"], check=True)
+            command = [sys.executable, *torchrun, str(size), __file__, *sys.argv[1:], "--worker"]
+            subprocess.run(command, check=True)
         return
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if args.device == "cuda":

@@ -1,21 +1,24 @@
-"""What the loss costs beyond log-probs and entropies: groups, bounds, weights, ratios, clipping, metrics and packing, as a share of a step.
+"""Cost of the loss beyond log-probs and entropies, as a share of an optimizer step.
 
     python benchmarks/loss_cost.py --model models/SmolLM2-135M-Instruct
 
-One process takes optimizer steps on responses of the quick start's size. The loss function's calls are recorded and then timed alone,
-forward and backward, in turns with whole steps.
+The loss is segments, bounds, weights, ratios, clipping, metrics and packing. One process takes
+optimizer steps on responses of the quick start's size. The calls of the loss are recorded and then
+timed alone, forward and backward; rounds alternate between whole steps and the loss alone.
 """
 
 import argparse
 import random
-import statistics
-import time
+from statistics import median
+from unittest.mock import patch
 
 import torch
+from measure import ROOT, seconds
 
 from megatron_espo.config import load_config
-from megatron_espo.data.packing import TrainSequence
-from megatron_espo.mcore import runtime as mcore_runtime
+from megatron_espo.config.checks import check_model
+from megatron_espo.data.packing import TrainSequence, batch_totals, pack
+from megatron_espo.distributed import runtime as distributed_runtime
 
 PROMPTS, GROUP, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 4, 40, 20
 
@@ -29,47 +32,42 @@ def make_groups(vocab_size: int) -> list[list[TrainSequence]]:
 
     groups = []
     for _ in range(PROMPTS):
-        prompt, responses = ids(PROMPT_TOKENS), [ids(draw.randint(3, RESPONSE_TOKENS)) for _ in range(GROUP)]
-        groups.append([TrainSequence(prompt, r, [-2.0] * len(r), draw.uniform(-1, 1)) for r in responses])
+        prompt = ids(PROMPT_TOKENS)
+        responses = [ids(draw.randint(3, RESPONSE_TOKENS)) for _ in range(GROUP)]
+        groups.append(
+            [TrainSequence(prompt, r, [-2.0] * len(r), draw.uniform(-1, 1)) for r in responses]
+        )
     return groups
 
 
-def seconds(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    config = load_config("examples/quickstart.yaml", [f"model.path={args.model}"])
-    hf_config = config.validate_model()
-    runtime = mcore_runtime.initialize()
-    from megatron_espo.mcore import loss as loss_module
-    from megatron_espo.mcore.learner import Learner, packing_options
-    from megatron_espo.metrics import reduce_metrics_everywhere
+    config = load_config(str(ROOT / "examples/quickstart.yaml"), [f"model.path={args.model}"])
+    hf_config = check_model(config)
+    runtime = distributed_runtime.initialize()
+    from megatron_espo.megatron.actor import Actor, packing_spec
+    from megatron_espo.megatron.loss import PolicyLoss
+    from megatron_espo.monitoring.metrics import reduce_metrics_everywhere
 
     calls: list[tuple] = []
-    original = loss_module.PolicyLoss.__call__
+    original = PolicyLoss.__call__
 
     def recording(self, batch, output, **options):
         calls.append((self, batch, output.detach().clone()))
         return original(self, batch, output, **options)
 
-    learner, groups = Learner(config, hf_config, runtime), make_groups(hf_config["vocab_size"])
-    loss_module.PolicyLoss.__call__ = recording
-    learner.update(groups, lambda done, total: None)
-    loss_module.PolicyLoss.__call__ = original
+    actor, groups = Actor(config, hf_config, runtime), make_groups(hf_config["vocab_size"])
+    with patch.object(PolicyLoss, "__call__", recording):
+        actor.update(groups, lambda done, total: None)
 
-    def losses_alone() -> None:
-        from megatron_espo.data.packing import batch_totals, pack
-
+    def loss_alone() -> None:
         sequences = [sequence for group in groups for sequence in group]
         totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=1)
-        pack(sequences, totals, **packing_options(config.megatron, runtime.groups))
+        pack(sequences, totals, packing_spec(config.megatron, runtime.groups))
         reports = []
         for policy_loss, batch, output in calls:
             leaf = output.requires_grad_()
@@ -78,15 +76,19 @@ def main() -> None:
             reports.append(metrics)
         reduce_metrics_everywhere(reports, runtime.groups.dp_cp)
 
-    losses_alone()
-    rounds = [(seconds(lambda: learner.update(groups, lambda done, total: None)), seconds(losses_alone)) for _ in range(args.rounds)]
-    step, alone = (statistics.median(column) for column in zip(*rounds, strict=True))
+    loss_alone()
+    rounds = [
+        (seconds(lambda: actor.update(groups, lambda done, total: None)), seconds(loss_alone))
+        for _ in range(args.rounds)
+    ]
+    step, alone = (median(column) for column in zip(*rounds, strict=True))
     tokens = sum(len(batch.targets) for _, batch, _ in calls)
     print(
-        f"{tokens} response tokens in {len(calls)} micro-batches: step {step:.2f} s, loss alone {alone * 1000:.1f} ms: "
-        f"{alone / step:.2%} of the step (shares of the rounds: {', '.join(f'{a / s:.2%}' for s, a in rounds)})"
+        f"{tokens} response tokens in {len(calls)} micro-batches: step {step:.2f} s, loss alone "
+        f"{alone * 1000:.1f} ms: {alone / step:.2%} of the step (shares of the rounds: "
+        f"{', '.join(f'{a / s:.2%}' for s, a in rounds)})"
     )
-    mcore_runtime.shutdown()
+    distributed_runtime.shutdown()
 
 
 if __name__ == "__main__":

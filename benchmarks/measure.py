@@ -1,16 +1,26 @@
-"""Peak memory, collectives and paired times of a piece of code. torch only."""
+"""Times, peak memory and collectives of a piece of code. torch only."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall seconds of ``run``."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes of tensors allocated by ``run`` that were alive at one time, its result included."""
+    """Peak bytes of the tensors that ``run`` allocates, its result included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -19,7 +29,8 @@ def peak_bytes(run: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         del kept
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         kept = run()
     del kept
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -30,14 +41,14 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-# By the position of the tensor that is sent; the names that this torch has.
+# Collective -> position of the sent tensor among its arguments.
 _SENT = {"all_gather_single": 1, "all_gather_into_tensor": 1, "all_gather": 1}
 _SENT |= {"reduce_scatter_single": 1, "reduce_scatter_tensor": 1, "all_reduce": 0, "broadcast": 0}
 
 
 @contextmanager
 def counted_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Record ``(kind, bytes this rank sends)`` of every collective called through ``torch.distributed``."""
+    """Record ``(kind, bytes this rank sends)`` of each ``torch.distributed`` collective."""
     calls: list[tuple[str, int]] = []
     originals = {name: getattr(dist, name) for name in _SENT if hasattr(dist, name)}
 
@@ -59,14 +70,16 @@ def counted_collectives() -> Iterator[list[tuple[str, int]]]:
             setattr(dist, name, original)
 
 
-# Untimed preparation, timed run of what it returned.
+# Untimed preparation; timed run with its result.
 Contestant = tuple[Callable[[], object], Callable[[object], object]]
 
 
-def interleaved(contestants: dict[str, Contestant], rounds: int, clock: str = "wall") -> dict[str, list[float]]:
-    """Seconds of every contestant in every round; each round runs all of them, so that a busy machine slows all alike.
+def interleaved(
+    contestants: dict[str, Contestant], rounds: int, clock: str = "wall"
+) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round. Each round runs all of them in turn.
 
-    ``clock="cpu"`` counts this process's processor seconds: for single-threaded runs on a machine shared with others.
+    ``clock="cpu"`` counts processor seconds of this process: for one thread on a shared machine.
     """
     now = time.perf_counter if clock == "wall" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -85,10 +98,12 @@ def interleaved(contestants: dict[str, Contestant], rounds: int, clock: str = "w
     return times
 
 
-def ratio(times: dict[str, list[float]], name: str, limit: Callable[[dict[str, float]], float]) -> float:
+def ratio(
+    times: dict[str, list[float]], name: str, limit: Callable[[dict[str, float]], float]
+) -> float:
     """Median over the rounds of ``times[name]`` divided by ``limit`` of that round's times."""
     rounds = [dict(zip(times, values, strict=True)) for values in zip(*times.values(), strict=True)]
-    return statistics.median(r[name] / limit(r) for r in rounds)
+    return median(r[name] / limit(r) for r in rounds)
 
 
 def _synchronize() -> None:

@@ -1,24 +1,30 @@
-"""Wall time of a step, synchronous and one-step-off, where rollouts and training take about equally long.
+"""Wall time of a step, synchronous and one-step-off, if rollouts and training take equally long.
 
     python benchmarks/one_step_off.py models/SmolLM2-135M-Instruct
 
-The quick start with one rank, on a core of its own, and the engine on another, as on GPUs of their own. The learning rate moves
-no weight, so that both ways sample and train the same tokens. The runs alternate; the first two steps of each are dropped.
+The quick start with one rank on its own core and the engine on another, as on separate GPUs. The
+learning rate moves no weight, so both ways sample and train the same tokens. The runs alternate;
+the first two steps of each run are dropped.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-WAYS = {"synchronous": [], "one-step-off": ["rollout.max_staleness=1", "algorithm.rollout_correction=token"]}
+from measure import ROOT
+
+WAYS = {
+    "synchronous": [],
+    "one-step-off": ["rollout.max_staleness=1", "algorithm.rollout_correction=token"],
+}
 DROPPED = 2
+TRAIN = "-m torch.distributed.run --standalone --nproc-per-node 1 -m megatron_espo train"
 
 
 def main() -> None:
@@ -26,7 +32,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="for example to shift the balance")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*")
     args = parser.parse_intermixed_args()
     found: dict[str, list[dict]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
@@ -40,9 +46,10 @@ def main() -> None:
 def run(folder: Path, args: argparse.Namespace, extra: list[str]) -> list[dict]:
     """One training run; the metrics of its steps."""
     first, second = sorted(os.sched_getaffinity(0))[:2]
-    settings = [f"model.path={args.model}", f"run.dir={folder}", f"run.steps={args.steps}", "run.checkpoint_every=null", "run.save_hf=false"]
-    command = ["taskset", "-c", str(first), sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += ["-m", "megatron_espo", "train", "examples/quickstart.yaml", "optimizer.lr=1e-30", *settings, *args.overrides, *extra]
+    command = ["taskset", "-c", str(first), sys.executable, *TRAIN.split()]
+    command += ["examples/quickstart.yaml", "optimizer.lr=1e-30", f"model.path={args.model}"]
+    command += [f"run.dir={folder}", f"run.steps={args.steps}", "run.checkpoint_every=null"]
+    command += ["run.save_hf=false", *args.overrides, *extra]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as process:
         done = threading.Event()
@@ -56,22 +63,26 @@ def run(folder: Path, args: argparse.Namespace, extra: list[str]) -> list[dict]:
 
 
 def move_engine(folder: Path, core: int, done: threading.Event) -> None:
-    """Put every thread of the run's engine on ``core``, as soon as there is one."""
+    """Move every thread of the processes that write ``engine.log`` to ``core``, until ``done``."""
     while not done.wait(0.5):
-        for place in Path("/proc").glob("[0-9]*/fd/1"):
+        for stdout in Path("/proc").glob("[0-9]*/fd/1"):
             try:
-                if place.readlink() == folder / "engine.log":
-                    for thread in (place.parents[1] / "task").iterdir():
+                if stdout.readlink() == folder / "engine.log":
+                    for thread in (stdout.parents[1] / "task").iterdir():
                         os.sched_setaffinity(int(thread.name), {core})
-            except OSError:  # ended meanwhile, or another user's
+            except OSError:  # the process ended, or belongs to another user
                 pass
 
 
 def report(name: str, lines: list[dict]) -> float:
-    """Print medians over the steps; the step's."""
-    phases = {phase: statistics.median(line.get(f"time/{phase}_s", 0.0) for line in lines) for phase in ("rollout", "train", "sync", "step")}
+    """Print medians over the steps; return the median of a whole step."""
+    phases = {
+        phase: median(line.get(f"time/{phase}_s", 0.0) for line in lines)
+        for phase in ("rollout", "train", "sync", "step")
+    }
+    medians = " ".join(f"{phase} {value:.1f}" for phase, value in phases.items())
     steps = ", ".join(f"{line['time/step_s']:.1f}" for line in lines)
-    print(f"{name}: {' '.join(f'{phase} {value:.1f}' for phase, value in phases.items())} s; steps {steps}", flush=True)
+    print(f"{name}: {medians} s; steps {steps}", flush=True)
     return phases["step"]
 
 

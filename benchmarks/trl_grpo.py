@@ -1,8 +1,8 @@
-"""TRL's side of the step benchmark: prints the versions it ran with and the seconds of each step, as one JSON line.
+"""TRL's part of the step benchmark: prints its versions and the seconds of each step as JSON.
 
-Runs in an environment that has TRL (step_vs_trl.py makes one). One process with all threads; one optimizer step for
-each batch of completions; no reference model (beta 0), no gradient checkpointing, float32, generation by transformers
-(TRL's vLLM modes need a GPU).
+Runs in an environment with TRL (step_vs_trl.py makes it). One process with all threads, one
+optimizer step for each batch of completions, no reference model (beta 0), no gradient
+checkpointing, float32, generation by transformers (TRL's vLLM modes need a GPU).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from datasets import Dataset
 
 
 class StepClock(transformers.TrainerCallback):
-    """Seconds from the end of one optimizer step to the end of the next: generation, rewards, loss, update."""
+    """Seconds between the ends of optimizer steps: generation, rewards, loss, update."""
 
     def __init__(self):
         self.seconds, self._last = [], None
@@ -31,31 +31,32 @@ class StepClock(transformers.TrainerCallback):
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
-        print(f"trl: step {len(self.seconds)}: {self.seconds[-1]:.1f} s", file=sys.stderr, flush=True)
+        text = f"trl: step {len(self.seconds)}: {self.seconds[-1]:.1f} s"
+        print(text, file=sys.stderr, flush=True)
 
 
-def last_integer(completions: list[list[dict[str, str]]], answer: list[str], **kwargs) -> list[float]:
-    """TRL's signature for a reward function."""
-    return [judge(expected, message[0]["content"]) for expected, message in zip(answer, completions, strict=True)]
+def last_integer(completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
+    """:func:`judge` as a reward function of TRL."""
+    pairs = zip(answer, completions, strict=True)
+    return [judge(expected, message[0]["content"]) for expected, message in pairs]
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--prompts-per-step", type=int, required=True)
-    parser.add_argument("--group-size", type=int, required=True)
-    parser.add_argument("--max-response-tokens", type=int, required=True)
-    parser.add_argument("--micro-batch", type=int, required=True, help="responses in one forward and backward")
-    parser.add_argument("--output", required=True)
+    for name in ("model", "output", "prompts"):
+        parser.add_argument(f"--{name}", required=True)
+    sizes = ("steps", "prompts-per-step", "group-size", "max-response-tokens", "micro-batch")
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
 
-    rows = [json.loads(line) for line in args.prompts.read_text().splitlines()]
-    dataset = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in rows]
-    )
+    rows = []
+    for line in Path(args.prompts).read_text().splitlines():
+        row = json.loads(line)
+        message = {"role": "user", "content": row["prompt"]}
+        rows.append({"prompt": [message], "answer": row["answer"]})
+    dataset = Dataset.from_list(rows)
     batch = args.prompts_per_step * args.group_size
     config = trl.GRPOConfig(
         output_dir=args.output,
@@ -82,13 +83,18 @@ def main() -> None:
         seed=1,
     )
     clock = StepClock()
-    trainer = trl.GRPOTrainer(args.model, last_integer, args=config, train_dataset=dataset, callbacks=[clock])
+    trainer = trl.GRPOTrainer(
+        args.model, last_integer, args=config, train_dataset=dataset, callbacks=[clock]
+    )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
-    versions = {module.__name__: module.__version__ for module in (trl, torch, transformers)}
-    rewards = [entry["reward"] for entry in history]
-    lengths = [entry["completions/mean_length"] for entry in history]
-    json.dump({"versions": versions, "seconds": clock.seconds, "reward": rewards, "length": lengths}, sys.stdout)
+    report = {
+        "versions": {module.__name__: module.__version__ for module in (trl, torch, transformers)},
+        "seconds": clock.seconds,
+        "reward": [entry["reward"] for entry in history],
+        "length": [entry["completions/mean_length"] for entry in history],
+    }
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""Weights from Megatron ranks into a vLLM engine, against a plain copy of the same bytes in the same run.
+"""Weight updates from Megatron ranks into a vLLM engine, compared with a plain copy of the bytes.
 
     python benchmarks/weight_sync.py models/SmolLM2-135M-Instruct [--sleep]
     torchrun --nproc-per-node 3 benchmarks/weight_sync.py models/SmolLM2-135M-Instruct --tensor 3
 
-Each round copies the model's bytes once inside this process (both sides warm), then syncs once, in turn, so that whatever
-else the machine does meets both. A sync ends when vLLM could serve: gathered, checked, loaded and repacked.
+Each round copies the model's bytes once inside this process (both sides warm), then updates once,
+so other load on the machine slows both. An update ends when vLLM can serve: weights are gathered,
+checked, loaded and repacked.
 """
 
 import argparse
+import json
 import logging
-import statistics
 import tempfile
-import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
+from measure import seconds
 
-from megatron_espo.mcore import runtime
+from megatron_espo.distributed import runtime
 
 
 def main() -> None:
@@ -26,14 +28,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--tensor", type=int, default=1, help="Megatron's tensor-parallel size")
-    parser.add_argument("--sleep", action="store_true", help="the engine sleeps before each sync, and wakes with NaN")
+    sleep = "the engine sleeps before each update; its weights wake as NaN"
+    parser.add_argument("--sleep", action="store_true", help=sleep)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    place = runtime.initialize(tensor_model_parallel_size=args.tensor)
+    world = runtime.initialize(tensor_model_parallel_size=args.tensor)
     with tempfile.TemporaryDirectory() as folder:
-        engine = start_engine(args, folder) if place.is_main else None
+        engine = start_engine(args, folder) if world.is_main else None
         try:
-            measure(args, place, engine)
+            measure(args, world, engine)
         finally:
             if engine is not None:
                 engine.close()
@@ -59,8 +62,8 @@ def start_engine(args: argparse.Namespace, folder: str):
     return engine
 
 
-def sync(transport, engine, version: int, sleeps: bool) -> None:
-    """An update without its checks, as ``WeightSync`` makes it."""
+def update(transport, engine, version: int, sleeps: bool) -> None:
+    """A weight update as ``WeightSync`` makes it, without its checks."""
     from megatron_espo.rollout.transport import send_weights
 
     send_weights(transport, engine, version)
@@ -71,90 +74,91 @@ def sync(transport, engine, version: int, sleeps: bool) -> None:
         engine.serve()
 
 
-def measure(args: argparse.Namespace, place: runtime.Runtime, engine) -> None:
-    from megatron_espo.mcore.model import Layout, build_model, read_hf_config
+def measure(args: argparse.Namespace, world: runtime.Runtime, engine) -> None:
+    from megatron_espo.config import Megatron
+    from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
+    from megatron_espo.megatron.model import build_model
     from megatron_espo.rollout.transport import make_trainer_transport
     from megatron_espo.weights.hf_io import load_hf_weights
-    from megatron_espo.weights.lockstep import Lockstep
     from megatron_espo.weights.vllm_source import MegatronWeightSource, ObservedSource
 
-    hf_config, dtype = read_hf_config(args.model), getattr(torch, args.dtype)
-    layout = Layout(tensor_model_parallel_size=args.tensor)
-    chunks = build_model(hf_config, layout, place.groups, dtype=dtype)
-    load_hf_weights(chunks, hf_config, args.model, place.groups)
-    lockstep = Lockstep(600, 600)
-    source = ObservedSource(
-        MegatronWeightSource(chunks, hf_config, place.groups, dtype=dtype, lockstep=lockstep), place.world_size
+    hf_config, dtype = (
+        json.loads(Path(args.model, "config.json").read_text()),
+        getattr(torch, args.dtype),
     )
-    shapes = [(meta.name, tuple(meta.shape)) for meta in source.metadata()]
-    sizes = {meta.name: meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in source.metadata()}
+    layout = Megatron(tensor_model_parallel_size=args.tensor)
+    chunks = build_model(hf_config, layout, world.groups, dtype=dtype)
+    load_hf_weights(chunks, hf_config, args.model, world.groups)
+    barrier = MonitoredBarrier(600, 600)
+    source = ObservedSource(
+        MegatronWeightSource(chunks, hf_config, world.groups, dtype=dtype, barrier=barrier),
+        world.world_size,
+    )
+    shapes = {meta.name: tuple(meta.shape) for meta in source.metadata()}
+    sizes = {
+        meta.name: meta.dtype.itemsize * torch.Size(meta.shape).numel()
+        for meta in source.metadata()
+    }
     groups = [sum(sizes[name] for name in names) for names in source.groups()]
     total = sum(groups)
     if engine is not None:
         engine.wait_ready()
-    before = reset_peak()
-    transport = make_trainer_transport("files", engine=engine, source=source, rank=place.rank)
-    sync(transport, engine, 0, False)
-    sync(transport, engine, 1, False)
-    extra = peak() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
+    before = resident("VmRSS")
+    transport = make_trainer_transport("files", engine=engine, source=source, rank=world.rank)
+    for version in (0, 1):
+        update(transport, engine, version, False)
+    extra = resident("VmHWM") - before
     a, b = torch.ones(total, dtype=torch.uint8), torch.zeros(total, dtype=torch.uint8)
     rounds = []
     for version in range(2, args.rounds + 2):
         dist.barrier()
-        copy = seconds(lambda: b.copy_(a))
+        row = {"memcpy": seconds(lambda: b.copy_(a))}
         dist.barrier()
         if engine is not None:
             transport.seconds.clear()
-        row = {}
         if engine is not None and args.sleep:
-            row |= {"sleep": seconds(engine.sleep), "wake, fill with NaN": seconds(lambda: engine.wake(shapes))}
+            row["sleep"] = seconds(engine.sleep)
+            row["wake, fill with NaN"] = seconds(lambda: engine.wake(list(shapes.items())))
         dist.barrier()
-        row |= {"sync": seconds(lambda v=version: sync(transport, engine, v, args.sleep)), "memcpy": copy}
+        row["sync"] = seconds(lambda v=version: update(transport, engine, v, args.sleep))
         if engine is not None:
             row |= {f"engine: {name}": value for name, value in engine.transfer_seconds().items()}
-            row |= {f"trainer: {name}": value for name, value in transport.seconds.items()} | {"trainer: gather": source.seconds}
+            row |= {f"trainer: {name}": value for name, value in transport.seconds.items()}
+            row["trainer: gather"] = source.seconds
             rounds.append(row)
     if engine is not None:
         report(rounds, total, groups, extra)
 
 
 def report(rounds: list[dict[str, float]], total: int, groups: list[int], extra: int) -> None:
-    middle = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
-    share = statistics.median(row["memcpy"] / row["sync"] for row in rounds)
-    arrival = statistics.median(
-        row["memcpy"] / (row["trainer: gather"] + row["trainer: write"] + row["engine: checksum"]) for row in rounds
-    )
-    added = statistics.median(row["memcpy"] / (row["sync"] - row["engine: load"] - row["engine: finish"]) for row in rounds)
+    """Print medians over the rounds, and the extra memory of the trainer."""
     print(f"{total / 1e6:.0f} MB in {len(groups)} groups, {len(rounds)} rounds, medians")
-    for name, value in middle.items():
+    for name in rounds[0]:
+        value = median(row[name] for row in rounds)
         print(f"  {name:<18} {value * 1e3:7.1f} ms  {total / value / 1e9:6.2f} GB/s")
-    print(f"into the engine's memory (gather, write, checksums): {arrival:.0%} of memcpy's speed")
-    print(f"what that adds to vLLM's load, which it overlaps with: {added:.0%} of memcpy's speed")
-    print(f"until it could serve (vLLM's load and repacking too): {share:.0%} of memcpy's speed")
-    layer = statistics.median(groups)
+    parts = {
+        "into the engine's memory (gather, write, checksums)": lambda row: (
+            row["trainer: gather"] + row["trainer: write"] + row["engine: checksum"]
+        ),
+        "beside vLLM's load, which overlaps": lambda row: (
+            row["sync"] - row["engine: load"] - row["engine: finish"]
+        ),
+        "until vLLM can serve (its load and repacking too)": lambda row: row["sync"],
+    }
+    for name, taken in parts.items():
+        share = median(row["memcpy"] / taken(row) for row in rounds)
+        print(f"{name}: {share:.0%} of memcpy's speed")
+    layer, largest = median(groups), max(groups)
     print(
-        f"trainer's extra memory: {extra / 1e6:.1f} MB = {extra / max(groups):.2f} of the largest group "
-        f"({max(groups) / 1e6:.1f} MB, the embedding) = {extra / layer:.1f} decoder layers ({layer / 1e6:.1f} MB)"
+        f"trainer's extra memory: {extra / 1e6:.1f} MB = {extra / largest:.2f} of the largest "
+        f"group ({largest / 1e6:.1f} MB, the embedding) = {extra / layer:.1f} decoder layers "
+        f"({layer / 1e6:.1f} MB)"
     )
 
 
-def seconds(action) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
-
-
-def reset_peak() -> int:
-    """Resident bytes now; the peak counts from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
+def resident(field: str) -> int:
+    """``VmRSS`` (resident bytes now) or ``VmHWM`` (their peak) of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 

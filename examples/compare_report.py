@@ -1,4 +1,4 @@
-"""Table, pictures and page of ``compare_objectives.py``."""
+"""Writes the table, pictures and page of ``compare_objectives.py``."""
 
 import datetime
 import json
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from megatron_espo.run_files import read_jsonl
+from megatron_espo.files import read_jsonl
 
-BEGIN, END = "<!-- results: written by examples/compare_objectives.py -->", "<!-- end of results -->"
+BEGIN, END = (
+    "<!-- results: written by examples/compare_objectives.py -->",
+    "<!-- end of results -->",
+)
 LAST = 3  # steps that count as the end of a run
 OLDER = {"espo-one-step-off", "espo-partial"}  # variants on rollouts of older weights
 PANELS = {
@@ -25,7 +28,7 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run's numbers."""
+    """The metrics of a finished run."""
 
     task: str
     variant: str
@@ -33,7 +36,7 @@ class Run:
     lines: list[dict[str, float]]
 
     def curve(self, name: str) -> list[float]:
-        """One metric over the steps; NaN where a step trained nothing."""
+        """Return one metric over the steps; NaN where a step trained nothing."""
         if name == "with_gradient":
             return [1 - line.get("policy/no_gradient", math.nan) for line in self.lines]
         return [line.get(name, math.nan) for line in self.lines]
@@ -57,15 +60,32 @@ NUMBERS: dict[str, Callable[[Run], float]] = {
 }
 
 
-def write_results(found: list[tuple[str, str, int, Path]], out: Path, page: Path | None, command: str) -> str:
-    """Pictures and the results' part of the page, in ``out`` or, with ``page``, beside and inside it; returns what to print."""
-    runs = [Run(task, variant, seed, read_jsonl(Path(folder, "metrics.jsonl"))) for task, variant, seed, folder in found]
+def write_results(
+    found: list[tuple[str, str, int, Path]], out: Path, page: Path | None, command: str
+) -> str:
+    """Write the pictures and the results.
+
+    Args:
+        found: task, variant, seed and folder of each run.
+        out: folder for both if there is no page.
+        page: Markdown file for the results; the pictures go to its folder.
+        command: for the page.
+
+    Returns:
+        Text to print.
+    """
+    runs = [
+        Run(task, variant, seed, read_jsonl(Path(folder, "metrics.jsonl")))
+        for task, variant, seed, folder in found
+    ]
     folder = page.parent if page else out
     pictures = draw_all(runs, folder)
+    size, price = f"{len(runs)} runs of {len(runs[0].lines)} steps", cost([f for *_, f in found])
     text = [
-        f"`{command}` on {datetime.date.today()}: {len(runs)} runs of {len(runs[0].lines)} steps. {cost([run_folder for *_, run_folder in found])}\n",
+        f"`{command}` on {datetime.date.today()}: {size}. {price}\n",
         table(runs),
-        "Means over seeds, in brackets the lowest and the highest. Shares are of the tokens of responses that have an advantage.\n",
+        "Means over seeds, in brackets the lowest and the highest. Shares are of the tokens of "
+        "responses that have an advantage.\n",
         claims(runs),
         correlations(objectives_of(runs)),
         *(f"![{caption}]({path.name})\n" for caption, path in pictures.items()),
@@ -75,22 +95,24 @@ def write_results(found: list[tuple[str, str, int, Path]], out: Path, page: Path
     old = page.read_text() if page else f"# Study\n\n{BEGIN}\n{END}\n"
     before, rest = old.split(BEGIN)
     target.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{rest.split(END)[1]}")
-    return f"{table(runs)}\n{claims(runs)}\nwritten: {target} and {len(pictures)} pictures beside it"
+    written = f"written: {target} and {len(pictures)} pictures beside it"
+    return f"{table(runs)}\n{claims(runs)}\n{written}"
 
 
 def cost(folders: list[Path]) -> str:
-    """What the runs took; processor time is what they would take on idle cores, one run a core."""
+    """Describe the time of the runs. On idle cores, the processor time is the elapsed time."""
     wall = [json.loads((folder / "summary.json").read_text())["seconds"] for folder in folders]
     processor = [json.loads((folder / "processor_seconds.json").read_text()) for folder in folders]
     cores = len(os.sched_getaffinity(0))
     return (
-        f"{cores} cores ({platform.machine()}); a run took {fmean(wall):.0f} s, of which {fmean(processor):.0f} s of processor time, "
-        f"all together {sum(processor) / cores / 3600:.1f} hours of each core."
+        f"{cores} cores ({platform.machine()}); a run took {fmean(wall):.0f} s, of which "
+        f"{fmean(processor):.0f} s of processor time, all together "
+        f"{sum(processor) / cores / 3600:.1f} hours of each core."
     )
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Task and variant to its seeds, in the order of the plan."""
+    """Map task and variant to the runs of all seeds, in the order of the plan."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.task, run.variant), []).append(run)
@@ -98,8 +120,11 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def table(runs: list[Run]) -> str:
-    """A row for each task and variant."""
-    rows = [f"| task | variant | seeds | {' | '.join(NUMBERS)} |", "|---" * (len(NUMBERS) + 3) + "|"]
+    """Format a row for each task and variant."""
+    rows = [
+        f"| task | variant | seeds | {' | '.join(NUMBERS)} |",
+        "|---" * (len(NUMBERS) + 3) + "|",
+    ]
     for (task, variant), seeds in grouped(runs).items():
         cells = [spread([number(run) for run in seeds]) for number in NUMBERS.values()]
         rows.append(f"| {task} | {variant} | {len(seeds)} | {' | '.join(cells)} |")
@@ -108,47 +133,67 @@ def table(runs: list[Run]) -> str:
 
 def spread(values: list[float]) -> str:
     known = [value for value in values if not math.isnan(value)]
-    return f"{nanmean(known):.2f}" + (f" ({min(known):.2f}–{max(known):.2f})" if len(known) > 1 else "")
+    interval = f" ({min(known):.2f}–{max(known):.2f})" if len(known) > 1 else ""
+    return f"{nanmean(known):.2f}{interval}"
 
 
 def claims(runs: list[Run]) -> str:
-    """What the paper found, and in how many pairs of runs with the same task and seed it was so here."""
+    """Count the pairs of runs (same task and seed) that agree with the paper's claims."""
     of = {(run.task, run.seed, run.variant): run for run in runs}
-    reward, clipped, entropy = NUMBERS[f"reward, last {LAST}"], NUMBERS["outside clip range"], NUMBERS[f"entropy, last {LAST}"]
-    pairs: list[tuple[str, Callable[[Run], float], str, list[str]]] = [
-        ("ESPO ends with a higher reward than", reward, "espo", ["gspo", "grpo", "dapo", "cispo", "gmpo"]),
-        ("ESPO ends with a higher entropy than", entropy, "espo", ["gspo", "grpo", "dapo", "cispo", "gmpo"]),
-        ("more tokens outside the clip range under ESPO than under (Figure 4)", clipped, "espo", ["gspo", "grpo", "dapo", "cispo", "gmpo"]),
-        ("ESPO as it is ends with a higher reward than", reward, "espo", sorted({r.variant for r in runs if r.variant[:5] == "espo-"})),
+    last, others = f", last {LAST}", ["gspo", "grpo", "dapo", "cispo", "gmpo"]
+    ablations = sorted({run.variant for run in runs if run.variant.startswith("espo-")})
+    pairs = [
+        ("ESPO ends with a higher reward than", f"reward{last}", others),
+        ("ESPO ends with a higher entropy than", f"entropy{last}", others),
+        (
+            "more tokens outside the clip range under ESPO than under (Figure 4)",
+            "outside clip range",
+            others,
+        ),
+        ("ESPO as it is ends with a higher reward than", f"reward{last}", ablations),
     ]
     rows = ["| | than | pairs in which it was so | mean difference |", "|---|---|---|---|"]
-    for claim, number, first, others in pairs:
-        for other in others:
-            keys = [(task, seed) for task, seed, variant in of if variant == other and (task, seed, first) in of]
-            gaps = [number(of[*key, first]) - number(of[*key, other]) for key in keys]
+    for claim, name, variants in pairs:
+        number = NUMBERS[name]
+        for other in variants:
+            keys = [(task, seed) for task, seed, variant in of if variant == other]
+            both = [(of[*key, "espo"], of[*key, other]) for key in keys if (*key, "espo") in of]
+            gaps = [number(espo) - number(run) for espo, run in both]
             if gaps := [gap for gap in gaps if not math.isnan(gap)]:
-                rows.append(f"| {claim} | {other} | {sum(gap > 0 for gap in gaps)} of {len(gaps)} | {nanmean(gaps):+.3f} |")
+                share = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
+                rows.append(f"| {claim} | {other} | {share} | {nanmean(gaps):+.3f} |")
     return "\n".join(rows) + "\n"
 
 
 def objectives_of(runs: list[Run]) -> list[Run]:
-    """Without ablations and older rollouts."""
+    """Return the runs without ablations and older rollouts."""
     return [run for run in runs if "-" not in run.variant]
 
 
 def correlations(runs: list[Run]) -> str:
-    """Of the points of :func:`draw_clipping`, from the second step on: in the first, all have the entropy of the same model."""
+    """Correlate the points of :func:`draw_clipping`, without the first step.
+
+    In the first step, all runs have the entropy of the same model.
+    """
     from scipy.stats import spearmanr
 
     points: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
-        points.setdefault(run.variant, []).extend(zip(run.curve("policy/entropy")[1:], run.curve("policy/clipped")[1:], strict=True))
-    found = [f"{name} {spearmanr(pairs, nan_policy='omit').statistic:+.2f}" for name, pairs in points.items()]
-    return f"Rank correlation of entropy and clipped share over steps, from the second on (Figure 5): {', '.join(found)}.\n"
+        points.setdefault(run.variant, []).extend(
+            zip(run.curve("policy/entropy")[1:], run.curve("policy/clipped")[1:], strict=True)
+        )
+    found = [
+        f"{name} {spearmanr(pairs, nan_policy='omit').statistic:+.2f}"
+        for name, pairs in points.items()
+    ]
+    title = (
+        "Rank correlation of entropy and clipped share over steps, from the second on (Figure 5)"
+    )
+    return f"{title}: {', '.join(found)}.\n"
 
 
 def draw_all(runs: list[Run], folder: Path) -> dict[str, Path]:
-    """Caption to file of every picture."""
+    """Draw all pictures. Return the file of each caption."""
     folder.mkdir(parents=True, exist_ok=True)
     objectives = objectives_of(runs)
     ablations = [run for run in runs if run.variant.startswith("espo") and run.variant not in OLDER]
@@ -156,28 +201,41 @@ def draw_all(runs: list[Run], folder: Path) -> dict[str, Path]:
     pictures = {}
     for task in dict.fromkeys(run.task for run in runs):
         mine = {variant: seeds for (t, variant), seeds in grouped(objectives).items() if t == task}
-        pictures[f"Objectives on {task}: mean over seeds, bands from the lowest to the highest"] = draw_curves(mine, folder / f"study-{task}.png")
-    pictures["Clipped share by objective, in the manner of the paper's Figure 4; entropy against clipped share, of its Figure 5"] = draw_clipping(
-        objectives, folder / "study-clipping.png"
+        caption = f"Objectives on {task}: mean over seeds, bands from the lowest to the highest"
+        pictures[caption] = draw_curves(mine, folder / f"study-{task}.png")
+    caption = (
+        "Clipped share by objective, as in the paper's Figure 4; entropy against clipped share, "
+        "as in its Figure 5"
     )
-    for caption, some, name in (("Ablations of ESPO", ablations, "ablations"), ("ESPO on older rollouts", older, "older")):
+    pictures[caption] = draw_clipping(objectives, folder / "study-clipping.png")
+    for caption, some, name in (
+        ("Ablations of ESPO", ablations, "ablations"),
+        ("ESPO on older rollouts", older, "older"),
+    ):
         if len({run.variant for run in some}) > 1:
-            mine = {variant: seeds for (task, variant), seeds in grouped(some).items() if task == runs[0].task}
+            groups = grouped(some).items()
+            mine = {variant: seeds for (t, variant), seeds in groups if t == runs[0].task}
             pictures[caption] = draw_curves(mine, folder / f"study-{name}.png")
     return pictures
 
 
 def draw_curves(variants: dict[str, list[Run]], path: Path) -> Path:
-    """A panel for each of :data:`PANELS`: mean over seeds, and from the lowest to the highest seed as a band."""
+    """Draw each of :data:`PANELS`: mean over seeds, and a band from the lowest to the highest."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 3.8), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for variant, seeds in variants.items():
-            columns = [[v for v in column if not math.isnan(v)] or [math.nan] for column in zip(*(run.curve(name) for run in seeds), strict=False)]
+            columns = [
+                [v for v in column if not math.isnan(v)] or [math.nan]
+                for column in zip(*(run.curve(name) for run in seeds), strict=False)
+            ]
             steps = range(1, len(columns) + 1)
-            (line,) = axes.plot(steps, [fmean(column) for column in columns], label=variant, linewidth=1.5)
-            axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), alpha=0.15, color=line.get_color())
+            (line,) = axes.plot(
+                steps, [fmean(column) for column in columns], label=variant, linewidth=1.5
+            )
+            low, high = list(map(min, columns)), list(map(max, columns))
+            axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
         axes.set(title=title, xlabel="step", ylim=(0, None))
         axes.locator_params(axis="x", integer=True)
     figure.axes[0].legend(fontsize="small")
@@ -186,7 +244,7 @@ def draw_curves(variants: dict[str, list[Run]], path: Path) -> Path:
 
 
 def draw_clipping(runs: list[Run], path: Path) -> Path:
-    """Bars of the clipped share, a dot a seed; and a point a step of entropy against clipped share."""
+    """Draw the clipped share of each variant, and entropy against clipped share of each step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
@@ -196,11 +254,18 @@ def draw_clipping(runs: list[Run], path: Path) -> Path:
         shares = [run.mean("policy/clipped") for run in mine]
         bars.bar(place, nanmean(shares), color=f"C{place}", alpha=0.6)
         bars.plot([place] * len(shares), shares, "k.", markersize=4)
-        entropies, clipped = ([v for run in mine for v in run.curve(name)] for name in ("policy/entropy", "policy/clipped"))
+        entropies, clipped = (
+            [v for run in mine for v in run.curve(name)]
+            for name in ("policy/entropy", "policy/clipped")
+        )
         points.plot(entropies, clipped, ".", color=f"C{place}", label=variant, markersize=5)
     bars.set(title="Share of tokens outside the clip range", xticks=range(place + 1))
     bars.set_xticklabels(dict.fromkeys(run.variant for run in runs))
-    points.set(title="Each step of each run", xlabel="entropy of trained tokens (nats)", ylabel="share outside the clip range")
+    points.set(
+        title="Each step of each run",
+        xlabel="entropy of trained tokens (nats)",
+        ylabel="share outside the clip range",
+    )
     points.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     return path

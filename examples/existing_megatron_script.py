@@ -1,11 +1,12 @@
-"""Your own Megatron-Core training script, with ESPO as its loss.
+"""A plain Megatron-Core training script with ESPO as its loss.
 
     python examples/existing_megatron_script.py
-    torchrun --nproc-per-node 2 examples/existing_megatron_script.py      # tensor parallel 2, the same numbers
+    torchrun --nproc-per-node 2 examples/existing_megatron_script.py    # TP 2, the same numbers
 
-Model, DDP, optimizer and the call of Megatron's schedule are plain Megatron-Core and stay yours. What megatron_espo adds is marked
-with "ESPO": group_advantages -> TrainSequence -> pack -> make_forward_step. So that the script stands alone, the model is tiny and random, it
-samples from itself one token after another, and the reward is a toy: the share of even token ids in a response.
+Model, DDP, optimizer and the call of Megatron's schedule are plain Megatron-Core. Comments with
+"ESPO" mark what megatron_espo adds: group_advantages -> TrainSequence -> pack -> make_forward_step.
+The model is tiny and random and samples its own responses. The reward is the share of even token
+ids in a response.
 """
 
 import os
@@ -13,12 +14,16 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_espo.mcore import cpu
+from megatron_espo.distributed import cpu
 
-cpu.install()  # only for machines without CUDA, and before megatron is imported; on GPUs you do not need these two lines
+cpu.install()  # before megatron is imported; only machines without CUDA need it
 
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -29,24 +34,33 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from megatron_espo import TrainSequence, batch_totals, group_advantages, make_forward_step, pack  # ESPO
-from megatron_espo.config import Algorithm  # ESPO
-from megatron_espo.mcore.attention import PackedDotProductAttention  # ESPO, where Transformer Engine is absent
-from megatron_espo.mcore.model import use_transformer_engine
+# ESPO
+from megatron_espo import (
+    PackingSpec,
+    TrainSequence,
+    batch_totals,
+    group_advantages,
+    make_forward_step,
+    pack,
+)
+from megatron_espo.config import Algorithm
+from megatron_espo.megatron.attention import PackedDotProductAttention  # without Transformer Engine
+from megatron_espo.megatron.model import use_transformer_engine
 
 VOCAB, PROMPT, RESPONSE = 64, 4, 16  # token ids, tokens, tokens
 PROMPTS, GROUP, STEPS, SEED = 8, 8, 20, 1
 
 
 def initialize() -> None:
-    """One process, or all of torchrun's as one tensor-parallel group."""
+    """Make one tensor-parallel group of this process, or of all processes of torchrun."""
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     tensor_parallel.model_parallel_cuda_manual_seed(SEED)
-    torch.manual_seed(SEED)  # the same on all ranks: with use_cpu_initialization each takes its shard of one whole matrix
+    # Same seed on all ranks: with use_cpu_initialization, each rank takes its shard of one matrix.
+    torch.manual_seed(SEED)
 
 
 def build_model() -> DistributedDataParallel:
@@ -73,13 +87,18 @@ def build_model() -> DistributedDataParallel:
 
 @torch.no_grad()
 def sample(model, tokens: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Continue ``tokens [responses, PROMPT]``; returns response ids and their log-probs ``[responses, RESPONSE]``."""
+    """Continue ``tokens [responses, PROMPT]``.
+
+    Returns:
+        Response ids and their log-probs, each ``[responses, RESPONSE]``.
+    """
     logprobs = []
     for _ in range(RESPONSE):
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         shard = model(tokens, positions, None)[:, -1]
-        every = tensor_parallel.gather_from_tensor_model_parallel_region(shard).float().log_softmax(-1)
-        # On the CPU with one seed: every rank draws the same tokens.
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(shard)
+        every = logits.float().log_softmax(-1)
+        # On the CPU with one seed, every rank draws the same tokens.
         chosen = torch.multinomial(every.exp().cpu(), 1, generator=draw).to(tokens.device)
         tokens = torch.cat([tokens, chosen], dim=1)
         logprobs.append(every.gather(1, chosen))
@@ -89,21 +108,26 @@ def sample(model, tokens: torch.Tensor, draw: torch.Generator) -> tuple[torch.Te
 def main() -> None:
     initialize()
     model = build_model()
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.0, clip_grad=1.0), [model])
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.0, clip_grad=1.0), [model]
+    )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     forward_step = make_forward_step(Algorithm(), groups=groups, vocab_size=VOCAB)  # ESPO
+    spec = PackingSpec(512, groups.dp.rank(), groups.dp.size())  # ESPO: tokens, rank, ranks
     draw = torch.Generator().manual_seed(SEED)
     for step in range(1, STEPS + 1):
-        prompts = torch.randint(VOCAB, (PROMPTS, PROMPT), generator=draw).repeat_interleave(GROUP, 0)
+        prompts = torch.randint(VOCAB, (PROMPTS, PROMPT), generator=draw)
+        prompts = prompts.repeat_interleave(GROUP, 0)
         responses, logprobs = sample(model, prompts.to(torch.cuda.current_device()), draw)
         rewards = (responses % 2 == 0).float().mean(1).cpu()
 
         advantages = group_advantages(rewards.view(PROMPTS, GROUP)).flatten()  # ESPO, from here
-        rollouts = zip(prompts.tolist(), responses.tolist(), logprobs.tolist(), advantages.tolist(), strict=True)
-        sequences = [TrainSequence(*rollout) for rollout in rollouts]
-        totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=responses.numel())
-        dp = {"data_parallel_rank": groups.dp.rank(), "data_parallel_size": groups.dp.size()}
-        micro_batches = pack(sequences, totals, max_tokens=512, **dp)  # to here
+        columns = (prompts, responses, logprobs, advantages)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        sequences = [TrainSequence(*row) for row in rows]
+        counts = {"num_responses": len(sequences), "num_response_tokens": responses.numel()}
+        totals = batch_totals(sequences, **counts)
+        micro_batches = pack(sequences, totals, spec)  # to here
 
         model.zero_grad_buffer()
         optimizer.zero_grad()
@@ -118,7 +142,8 @@ def main() -> None:
         )
         _, grad_norm, _ = optimizer.step()
         if dist.get_rank() == 0:
-            print(f"step {step:2d}  reward {rewards.mean():.4f}  grad norm {grad_norm:.6f}", flush=True)
+            reward = rewards.mean()
+            print(f"step {step:2d}  reward {reward:.4f}  grad norm {grad_norm:.6f}", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
-"""What `run_espo_70b.sh --rehearse` changes about the 70B run: a tiny Llama of its shape, four CPU ranks, short texts.
+"""Settings of `run_espo_70b.sh --rehearse`: the 70B run with a tiny Llama on four CPU ranks.
 
-The settings are those of the run's YAML file; only sizes, folders and the reward are replaced. So the rehearsal goes
-through the same tensor, sequence, pipeline and interleaved parallelism, recomputation and distributed optimizer.
+Only sizes, folders and the reward differ from the run's YAML file. The rehearsal uses the same
+tensor, sequence, pipeline and interleaved parallelism, recomputation and distributed optimizer.
 """
 
 import json
@@ -35,7 +35,7 @@ SMALLER = [
     "data.task_args={}",
 ]
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"0123456789", "+", "?", ".", "What", "is"]
-# Llama-3-70B: hidden 8192, 64 heads of 128, 8 of keys and values, feed-forward 3.5 x hidden, 80 layers.
+# Llama-3-70B: hidden 8192, 64 heads of 128, 8 key-value heads, FFN 3.5 x hidden, 80 layers.
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1792,
@@ -48,22 +48,33 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
-# For settings with expert parallelism; Qwen3-30B-A3B: 8 of 128 experts a token, of 3/8 x hidden columns.
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
+# With expert parallelism. Qwen3-30B-A3B: 8 of 128 experts a token, FFN 3/8 x hidden.
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 192,
+    "norm_topk_prob": True,
+}
 
 
 def starts_with_even_digit(prompt, response: str) -> float:
-    """The reward: a random model earns it now and then, so there is a gradient."""
+    """Return 1 for an even first digit. A random model writes one sometimes: a gradient exists."""
     return float(response.strip()[:1] in tuple("02468"))
 
 
 def prepare(config: str, folder: str = "runs/rehearsal/start", timeout_s: float = 300) -> list[str]:
-    """Overrides of the rehearsal of the settings in the file ``config``. Rank 0 writes model, tokenizer and prompts into ``folder``
-    (on a file system that all nodes share) unless they are there; the others wait for it."""
+    """Return the overrides of the rehearsal, and write its model, tokenizer and prompts.
+
+    Rank 0 writes the files once. The other ranks wait for them.
+
+    Args:
+        config: YAML file of the run.
+        folder: for the files, on a file system that all nodes share.
+    """
     experts = load_config(config).megatron.expert_model_parallel_size > 1
     target = Path(f"{folder}_moe" if experts else folder)
     if os.environ.get("RANK", "0") == "0":
-        _put_finished_away(Path(RUN_DIR))
+        _rename_finished(Path(RUN_DIR))
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -72,17 +83,19 @@ def prepare(config: str, folder: str = "runs/rehearsal/start", timeout_s: float 
     deadline = time.monotonic() + timeout_s
     while not target.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{target.absolute()}: not there after {timeout_s:g} s; is it on a shared file system?")
+            advice = f"missing after {timeout_s:g} s; put it on a file system that all nodes share"
+            raise TimeoutError(f"{target.absolute()}: {advice}")
         time.sleep(0.2)
     layout = ["megatron.expert_model_parallel_size=2"] if experts else []
     return [*SMALLER, *layout, f"model.path={target}", f"data.prompts={target / 'prompts.jsonl'}"]
 
 
-def _put_finished_away(run: Path) -> None:
-    """Keep an earlier rehearsal under its time: to go on from its last step would rehearse nothing."""
+def _rename_finished(run: Path) -> None:
+    """Rename a finished rehearsal after its time. Otherwise this one would resume after its end."""
     status = run / "status.json"
     if status.exists() and json.loads(status.read_text())["state"] == "done":
-        run.rename(run.with_name(f"run-{time.strftime('%Y%m%d-%H%M%S', time.localtime(status.stat().st_mtime))}"))
+        ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(status.stat().st_mtime))
+        run.rename(run.with_name(f"run-{ended}"))
 
 
 def _write(folder: Path, experts: bool) -> None:
@@ -92,16 +105,20 @@ def _write(folder: Path, experts: bool) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     digits = pre_tokenizers.Digits(individual_digits=True)
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), digits])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
     torch.manual_seed(1)
-    shape = SHAPE | {"vocab_size": len(WORDS), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    shape |= EXPERTS if experts else {}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe" if experts else "llama", **shape))
-    with torch.no_grad():  # the usual 0.02 makes every token as likely: no groups of high and low entropy
+    shape = SHAPE | (EXPERTS if experts else {}) | {"vocab_size": len(WORDS)}
+    shape |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model("qwen3_moe" if experts else "llama", **shape)
+    model = AutoModelForCausalLM.from_config(config)
+    # With the usual 0.02, all tokens have the same entropy. ESPO needs groups of different entropy.
+    with torch.no_grad():
         model.lm_head.weight.mul_(4)
     model.save_pretrained(folder)
     rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(32)]

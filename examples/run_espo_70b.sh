@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-''':'  # Bash and Python both read this file: bash runs this half, and for Python, which torchrun starts, it is one string.
+''':'  # Bash runs this half. torchrun starts Python with the same file, for which this half is one string.
 # ESPO on Llama-3-70B (default) or Qwen2.5-72B, with the settings of examples/*_8nodes.yaml, or *_16nodes.yaml for 128 ranks:
 #   torchrun --nnodes 8 --nproc-per-node 8 ... examples/run_espo_70b.sh [options] [section.key=value ...]
 #   srun --ntasks-per-node 1 bash examples/run_espo_70b.sh ...      ranks and rendezvous from Slurm (examples/slurm/)
@@ -9,7 +9,7 @@
 set -euo pipefail
 fail() { echo "run_espo_70b: $*" >&2; exit 2; }
 
-nodes="${NNODES:-${SLURM_STEP_NUM_NODES:-1}}" # a step's, not the job's: without srun there is one launcher
+nodes="${NNODES:-${SLURM_STEP_NUM_NODES:-1}}" # nodes of the step: without srun there is one launcher
 [ "${SLURM_STEP_NUM_TASKS:-$nodes}" = "$nodes" ] || fail "torchrun starts the ranks of a node: srun --ntasks-per-node 1"
 
 ranks="${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}"
@@ -19,7 +19,7 @@ case " $* " in
 esac
 [ -n "$ranks" ] || ranks=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU) || fail "no GPU found: set NPROC_PER_NODE, or try --rehearse"
 
-place=(--standalone) # finds a free port
+place=(--standalone --local-addr 127.0.0.1) # finds a free port; the host name may not resolve
 if [ "$nodes" -gt 1 ]; then
     : "${NODE_RANK:=${SLURM_NODEID:?run_espo_70b: with NNODES above 1, give each node its NODE_RANK}}"
     : "${MASTER_ADDR:=$(scontrol show hostnames "${SLURM_STEP_NODELIST:?run_espo_70b: MASTER_ADDR is not set}" | sed -n 1p)}"
@@ -44,11 +44,11 @@ from megatron_espo.cli import main  # of this folder, installed or not
 def run() -> int:
     """Choose the settings and train."""
     if os.environ["WORLD_SIZE"] == "1" and "ESPO_LAUNCHED" not in os.environ:
-        # `torchrun` without flags: let the half above choose them, from an environment without this torchrun's own.
+        # `torchrun` without flags: restart through bash, without the variables of this torchrun.
         drop = ("MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
         os.execvpe("bash", ["bash", __file__, *sys.argv[1:]], clean)
-    # Megatron-Core overlaps tensor-parallel messages with computation only if each GPU has one work queue.
+    # Megatron-Core overlaps tensor-parallel communication with computation only with one work queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args = parse()
@@ -65,7 +65,7 @@ def run() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The options above, as their help tells them."""
+    """The options in the comment above."""
     text = "".join(line[2:] for line in __doc__.splitlines(keepends=True) if line.startswith("# "))
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = ["llama3_70b", "qwen2.5_72b"]

@@ -1,4 +1,4 @@
-"""ESPO post-training for Megatron-Core. Public names are loaded on first use, so that importing this package costs nothing."""
+"""ESPO post-training for Megatron-Core. Public names are loaded on first use."""
 
 import importlib
 
@@ -9,15 +9,16 @@ _PUBLIC = {
     "load_config": "megatron_espo.config",
     "InputError": "megatron_espo.errors",
     "MicroBatch": "megatron_espo.data.packing",
+    "PackingSpec": "megatron_espo.data.packing",
     "TrainSequence": "megatron_espo.data.packing",
     "batch_totals": "megatron_espo.data.packing",
     "pack": "megatron_espo.data.packing",
     "group_advantages": "megatron_espo.algo",
-    "make_forward_step": "megatron_espo.mcore.forward_step",
+    "make_forward_step": "megatron_espo.megatron.forward_step",
     "MegatronWeightSource": "megatron_espo.weights.vllm_source",
     "RewardFunction": "megatron_espo.rewards",
     "vocab_parallel_logprob_entropy": "megatron_espo.numerics",
-    "train": "megatron_espo.trainer",
+    "train": "megatron_espo.trainer.train",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - names are resolved by __getattr__

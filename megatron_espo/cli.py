@@ -1,4 +1,5 @@
-"""The ``megatron-espo`` command. Everything a user can get wrong is told before torch, Megatron-Core or vLLM loads."""
+"""The ``megatron-espo`` command. Settings are checked before torch, Megatron-Core or vLLM is
+imported."""
 
 import argparse
 import logging
@@ -8,33 +9,46 @@ import warnings
 from typing import Any
 
 from megatron_espo.errors import InputError
-from megatron_espo.parity import cases
-from megatron_espo.plan import command as plan
+from megatron_espo.tools.parity import cases
+from megatron_espo.tools.plan import command as plan
 
+SERVE = "Run vLLM's server on this machine for a run whose rollout.hosts names this machine."
 SERVE_EXAMPLES = """\
-on each engine's machine:  CUDA_VISIBLE_DEVICES=0,1,2,3 megatron-espo serve runs/mine --listen 10.0.0.5:7700
-on the trainer's:          torchrun ... -m megatron_espo train run.yaml run.dir=runs/mine 'rollout.hosts=["10.0.0.5:7700"]'
-exit codes:                0 the run is over, or SIGTERM; 1 no owner and no heartbeat of the run for --idle seconds
+on each engine's machine:
+  CUDA_VISIBLE_DEVICES=0,1,2,3 megatron-espo serve runs/mine --listen 10.0.0.5:7700
+on the trainer's machine:
+  torchrun ... -m megatron_espo train run.yaml run.dir=runs/mine 'rollout.hosts=["10.0.0.5:7700"]'
+exit codes:
+  0 the run ended, or SIGTERM; 1 no owner and no heartbeat of the run for --idle seconds
 """
+PARITY = """\
+Train one recorded batch in every parallel layout that the ranks allow. Compare loss, gradient norm
+and the gradient of each tensor with those of one rank. Exit code 1 if one differs."""
 PARITY_EXAMPLES = """\
 this machine:    megatron-espo parity
-a cluster:       srun torchrun ... -m megatron_espo parity --folder /shared/parity run.yaml --num-layers 4
+a cluster:       srun torchrun ... -m megatron_espo parity --folder /shared/parity run.yaml
 """
 TRAIN_EXAMPLES = """\
 one process:     megatron-espo train run.yaml optimizer.lr=2e-6
-several ranks:   torchrun --nproc-per-node 8 -m megatron_espo train run.yaml megatron.tensor_model_parallel_size=2
+several ranks:   torchrun --nproc-per-node 8 -m megatron_espo train run.yaml \\
+                   megatron.tensor_model_parallel_size=2
 """
+EVAL = """\
+Sample and judge eval.prompts (or data.prompts) with the weights of model.path. Megatron is not
+needed."""
 EVAL_EXAMPLES = """\
-greedy:          megatron-espo eval run.yaml eval.prompts=math500.jsonl eval.samples=1 eval.temperature=0
+greedy:          megatron-espo eval run.yaml eval.prompts=a.jsonl eval.samples=1 eval.temperature=0
 after a run:     megatron-espo eval run.yaml model.path=runs/mine/hf eval.samples=16
 """
 
 
 class _ReferenceHelp(argparse.Action):
-    """``--help`` with every setting; a late import, so that ``doctor`` runs where pydantic is missing."""
+    """``--help`` with every setting. Imports pydantic only when used, because ``doctor`` must
+    run without it."""
 
     def __init__(self, option_strings: list[str], dest: str, **_: Any):
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show every setting and exit")
+        text = "show every setting and exit"
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=text)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from megatron_espo.config import render_reference
@@ -44,159 +58,127 @@ class _ReferenceHelp(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    parser = argparse.ArgumentParser("megatron-espo", description="RL post-training on Megatron-Core and vLLM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,serve,plan,eval,report,convert,parity,doctor}")
+    """The command line's parser."""
+    about = "RL post-training on Megatron-Core and vLLM."
+    parser = argparse.ArgumentParser("megatron-espo", description=about)
+    names = "{train,serve,plan,eval,report,convert,parity,doctor}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
-    train = commands.add_parser(
-        "train",
-        help="train a model (also under torchrun)",
-        description="Train a model with the settings of a YAML file.",
-        epilog=TRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
+    def add(name: str, text: str, about: str = "", examples: str = "", **options: Any) -> Any:
+        raw = argparse.RawDescriptionHelpFormatter
+        options |= {"description": about or None, "epilog": examples, "formatter_class": raw}
+        return commands.add_parser(name, help=text, **options).add_argument
+
+    about = "Train a model with the settings of a YAML file."
+    option = add(
+        "train", "train a model (also under torchrun)", about, TRAIN_EXAMPLES, add_help=False
     )
-    train.add_argument("-h", "--help", action=_ReferenceHelp)
-    _add_config(train)
+    option("-h", "--help", action=_ReferenceHelp)
+    _add_config(option)
 
-    _add_serve(commands)
-    plan.add_parser(commands, _add_config)
-    _add_run_views(commands)
-
-    convert = commands.add_parser("convert", help="Hugging Face weights to a Megatron checkpoint, or back")
-    directions = convert.add_subparsers(dest="direction", required=True, metavar="{to-megatron,to-hf}")
-    to_megatron = directions.add_parser("to-megatron", help="write model.path as a Megatron checkpoint")
-    to_hf = directions.add_parser("to-hf", help="write a Megatron checkpoint as a Hugging Face folder")
-    for direction in (to_megatron, to_hf):
-        direction.add_argument("config", metavar="CONFIG.yaml", help="settings; model and megatron are used")
-        if direction is to_hf:
-            direction.add_argument("checkpoint", metavar="CHECKPOINT", help="Megatron checkpoint folder to read")
-        direction.add_argument("out", metavar="OUT", help="folder to write")
-        _add_overrides(direction)
-
-    _add_parity(commands)
-
-    doctor = commands.add_parser("doctor", help="what works on this machine, and what to do about the rest")
-    doctor.add_argument("--timeout", type=float, default=180.0, help="seconds for one package to import (%(default)g)")
-    doctor.add_argument(
-        "--cluster", action="store_true", help="check the nodes of a run together; start it on every rank (torchrun)"
+    option = add(
+        "serve", "run a vLLM server for a trainer on other machines", SERVE, SERVE_EXAMPLES
     )
-    doctor.add_argument("--folder", default=".", help="with --cluster: folder that all nodes share (%(default)s)")
+    option("run", metavar="RUN_DIR", help="the run's folder, on a file system of all machines")
+    address = "address of this machine; default: its host name, port 7700"
+    option("--listen", metavar="HOST:PORT", help=address)
+    idle = "exit after this time without owner and heartbeat of the run (%(default)g)"
+    option("--idle", type=float, default=3600.0, metavar="SECONDS", help=idle)
+    option("--print", action="store_true", help="print the server's command and exit")
+
+    plan.add_parser(commands, lambda parser: _add_config(parser.add_argument))
+
+    option = add("eval", "avg@k and pass@k of a model on held-out prompts", EVAL, EVAL_EXAMPLES)
+    _add_config(option)
+    option("--out", metavar="FILE.json", help="default: eval.json in run.dir")
+
+    option = add("report", "write one self-contained HTML page about one or several runs")
+    option("runs", metavar="RUN", nargs="+", help="run folders")
+    page = "default: RUN/report.html, or comparison.html beside the first of several runs"
+    option("--out", metavar="PAGE.html", help=page)
+
+    text = "Hugging Face weights to a Megatron checkpoint, or back"
+    convert = commands.add_parser("convert", help=text)
+    names = "{to-megatron,to-hf}"
+    directions = convert.add_subparsers(dest="direction", required=True, metavar=names)
+    for direction, text in (
+        ("to-megatron", "write model.path as a Megatron checkpoint"),
+        ("to-hf", "write a Megatron checkpoint as a Hugging Face folder"),
+    ):
+        option = directions.add_parser(direction, help=text).add_argument
+        option("config", metavar="CONFIG.yaml", help="the run's settings")
+        if direction == "to-hf":
+            option("checkpoint", metavar="CHECKPOINT", help="Megatron checkpoint folder")
+        option("out", metavar="OUT", help="folder to write")
+        _add_overrides(option)
+
+    text = "compare every parallel layout's gradient with one rank's"
+    _add_parity(add("parity", text, PARITY, PARITY_EXAMPLES))
+
+    option = add("doctor", "check this machine, or with --cluster the nodes of a run")
+    text = "seconds for the import of one package (%(default)g)"
+    option("--timeout", type=float, default=180.0, help=text)
+    text = "check the nodes of a run together; start it on every rank (torchrun)"
+    option("--cluster", action="store_true", help=text)
+    text = "with --cluster: a folder that all nodes share (%(default)s)"
+    option("--folder", default=".", help=text)
     return parser
 
 
-def _add_serve(commands: Any) -> None:
-    serve = commands.add_parser(
-        "serve",
-        help="keep a vLLM server running for a run whose trainer is on other machines",
-        description="Keep vLLM's server running on this machine for the run in RUN_DIR, whose rollout.hosts names this machine.",
-        epilog=SERVE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _add_parity(option: Any) -> None:
+    model = "compare the model of this run; default: two tiny random models"
+    option("config", metavar="CONFIG.yaml", nargs="?", help=model)
+    _add_overrides(option)
+    option("--short", action="store_true", help="a small part of the matrix, for tests")
+    layouts = ", ".join(layout.name for layout in cases.LAYOUTS)
+    option("--layouts", help=f"comma-separated, of: {layouts}")
+    option("--micro-batches", help=f"comma-separated, of: {', '.join(cases.MICRO_BATCHES)}")
+    option("--objectives", help=f"comma-separated, of: {', '.join(cases.OBJECTIVES)}")
+    option(
+        "--ranks", type=int, default=4, help="most ranks to start without torchrun (%(default)s)"
     )
-    serve.add_argument("run", metavar="RUN_DIR", help="the run's folder, on a file system that all machines share")
-    serve.add_argument("--listen", metavar="HOST:PORT", help="address of this machine; default: its host name, port 7700")
-    serve.add_argument(
-        "--idle",
-        type=float,
-        default=3600.0,
-        metavar="SECONDS",
-        help="end after so long without an owner and without a heartbeat of the run (%(default)g)",
+    option(
+        "--tolerance", type=float, default=1e-4, help="largest relative difference (%(default)s)"
     )
-    serve.add_argument("--print", action="store_true", help="print the server's command and exit")
+    option("--num-layers", type=int, help="layers of the model to keep, so that it fits one rank")
+    option("--folder", help="folder for batch and reference; default: a temporary one")
+    text = "only write batch and reference, on one rank, to --folder"
+    option("--record", action="store_true", help=text)
 
 
-def _add_run_views(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "eval",
-        help="avg@k and pass@k of a model on held-out prompts",
-        description="Sample and judge eval.prompts (data.prompts where there are none) with the weights of model.path; no Megatron needed.",
-        epilog=EVAL_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_config(evaluate)
-    evaluate.add_argument("--out", metavar="FILE.json", help="default: eval.json in run.dir")
-    report = commands.add_parser("report", help="one HTML page about one or several runs", description="Write one self-contained HTML page.")
-    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
-    report.add_argument("--out", metavar="PAGE.html", help="default: RUN/report.html, or comparison.html beside the first of several")
+def _add_config(option: Any) -> None:
+    option("config", metavar="CONFIG.yaml", help="the run's settings")
+    _add_overrides(option)
 
 
-def _add_parity(commands: Any) -> None:
-    parity = commands.add_parser(
-        "parity",
-        help="compare every parallel layout's gradient with one rank's",
-        description="Run one recorded batch through every parallel layout that the ranks allow; compare loss, gradient norm and each "
-        "tensor's gradient with one rank's. Exit code 1 if one differs.",
-        epilog=PARITY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parity.add_argument
-    add("config", metavar="CONFIG.yaml", nargs="?", help="compare this run's model; default: two tiny random ones")
-    _add_overrides(parity)
-    add("--short", action="store_true", help="a small part of the matrix, for tests")
-    add("--layouts", help=f"comma-separated, of: {', '.join(layout.name for layout in cases.LAYOUTS)}")
-    add("--micro-batches", help=f"comma-separated, of: {', '.join(cases.MICRO_BATCHES)}")
-    add("--objectives", help=f"comma-separated, of: {', '.join(cases.OBJECTIVES)}")
-    add("--ranks", type=int, default=4, help="without torchrun: start at most so many ranks (%(default)s)")
-    add("--tolerance", type=float, default=1e-4, help="largest relative difference (%(default)s)")
-    add("--num-layers", type=int, help="keep so many of the model's layers, so that it fits one rank")
-    add("--folder", help="keep batch and reference there; default: a temporary folder")
-    add("--record", action="store_true", help="only write batch and reference, on one rank, into --folder")
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's settings")
-    _add_overrides(parser)
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file's")
+def _add_overrides(option: Any) -> None:
+    text = "settings that replace those of the file"
+    option("overrides", metavar="section.key=value", nargs="*", help=text)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0 done, 1 doctor's no, 2 a user's mistake, 130 interrupted."""
+    """Run one command.
+
+    Returns:
+        Exit code: 0 success, 1 a failed check, 2 a user error, 130 interrupted.
+    """
     args = _parse(build_parser(), argv)
-    checked = False
+    config = None
     try:
-        if args.command == "doctor":
-            if args.cluster:
-                from megatron_espo import preflight
-
-                return preflight.main(args.folder, args.timeout)
-            from megatron_espo import doctor
-
-            return doctor.main(args.timeout)
-        if args.command == "parity":
-            from megatron_espo.parity import command
-
-            request = command.make_request(args)
-            _silence_dependencies()
-            return command.main(request)
-        if args.command == "plan":
-            _silence_dependencies()
-            return plan.run(args)
-        if args.command == "serve":
-            _silence_dependencies()
-            from megatron_espo.rollout import keeper
-
-            return keeper.main(args.run, args.listen, args.idle, args.print)
-        if args.command == "report":
-            from megatron_espo.report.page import write_report
-
-            print(f"report: {write_report(args.runs, args.out)}")
-            return 0
-        config = _checked_config(args)
-        checked = True
+        if args.command in ("doctor", "report", "parity", "plan", "serve"):
+            return _run_tool(args)
+        config = _load_config(args)
         _work(args, config)
         return 0
     except InputError as error:
-        _report(error, checked)
+        _report(error, checked=config is not None)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """argparse takes positional arguments in one piece only; overrides may also follow options."""
+    """Parse arguments. Overrides may also follow options, which argparse alone does not allow."""
     args, rest = parser.parse_known_args(argv)
     wrong = [word for word in rest if word.startswith("-") or "=" not in word]
     if wrong or (rest and not hasattr(args, "overrides")):
@@ -206,59 +188,92 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     return args
 
 
-def _checked_config(args: argparse.Namespace) -> Any:
-    from megatron_espo.config import load_config
+def _run_tool(args: argparse.Namespace) -> int:
+    """Run a command that loads its configuration itself or has none."""
+    if args.command == "doctor":
+        if args.cluster:
+            from megatron_espo.tools import preflight
+
+            return preflight.main(args.folder, args.timeout)
+        from megatron_espo.tools import doctor
+
+        return doctor.main(args.timeout)
+    if args.command == "report":
+        from megatron_espo.monitoring.report.page import write_report
+
+        print(f"report: {write_report(args.runs, args.out)}")
+        return 0
+    if args.command == "parity":
+        from megatron_espo.tools.parity import command
+
+        request = command.make_request(args)
+        _silence_dependencies()
+        return command.main(request)
+    _silence_dependencies()
+    if args.command == "plan":
+        return plan.run(args)
+    from megatron_espo.rollout import keeper
+
+    return keeper.main(args.run, args.listen, args.idle, args.print)
+
+
+def _load_config(args: argparse.Namespace) -> Any:
+    """Read the configuration and check what the command needs of it."""
+    from megatron_espo.config import checks, load_config
 
     config = load_config(args.config, args.overrides)
-    if args.command != "eval":  # which has no ranks
-        config.validate_for(int(os.environ.get("WORLD_SIZE", "1")))
-    hf_config = config.validate_model()
+    if args.command != "eval":  # eval has no ranks
+        checks.check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    hf_config = checks.check_model(config)
     if args.command == "train":
-        config.validate_router(hf_config)
+        checks.check_router(config, hf_config)
     if args.command in ("train", "eval"):
-        config.validate_paths()
+        checks.check_paths(config)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
 
-            # A bad row ends the run here.
-            read_rows(config.data.prompts, config.data.task_args, config.run.seed)
-            if config.eval.prompts:
-                read_rows(config.eval.prompts, config.eval.task_args, config.run.seed)
+            data, evaluation, seed = config.data, config.eval, config.run.seed
+            read_rows(data.prompts, data.task_args, seed, data.columns)
+            if evaluation.prompts:
+                columns = data.columns if evaluation.columns is None else evaluation.columns
+                read_rows(evaluation.prompts, evaluation.task_args, seed, columns)
     return config
 
 
 def _silence_dependencies() -> None:
-    """Megatron, torch and vLLM tell every rank what is absent or deprecated; ``doctor`` tells it once."""
+    """Hide what Megatron, torch and vLLM log about missing or deprecated parts. ``doctor``
+    reports it."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     for name in ("vllm", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|megatron_espo\.mcore\.cpu")
+    modules = r"megatron\.|torch\.distributed|megatron_espo\.distributed\.cpu"
+    warnings.filterwarnings("ignore", module=modules)
 
 
 def _work(args: argparse.Namespace, config: Any) -> None:
     _silence_dependencies()
     if args.command == "train":
-        from megatron_espo.trainer import train
+        from megatron_espo.trainer.train import train
 
         train(config)
     elif args.command == "eval":
-        from megatron_espo.evaluator import evaluate_model
+        from megatron_espo.rollout.evaluation import evaluate_model
 
         evaluate_model(config, args.out)
     elif args.direction == "to-megatron":
-        from megatron_espo.mcore.convert import hf_to_megatron
+        from megatron_espo.tools.convert import hf_to_megatron
 
         hf_to_megatron(config, args.out)
     else:
-        from megatron_espo.mcore.convert import megatron_to_hf
+        from megatron_espo.tools.convert import megatron_to_hf
 
         megatron_to_hf(config, args.checkpoint, args.out)
 
 
 def _report(error: InputError, checked: bool) -> None:
-    """Print the error once: on rank 0; on another rank only what rank 0 may not have seen.
+    """Print an error on rank 0, and on another rank only if rank 0 may not have seen it.
 
-    The checks before the work come out alike on all ranks of a node; during the work an error may concern one rank.
+    The first checks give the same error on all ranks of a node. Later errors may concern one rank.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":

@@ -1,9 +1,9 @@
-"""The one error type for mistakes a user can mend."""
+"""The error type for mistakes that a user can correct."""
 
 
 class InputError(ValueError):
     """Bad configuration, data, model folder or placement.
 
-    The message names the thing (file:line and key where there is one), what was expected, what was got, and the way
-    out. The command line prints it without a traceback and exits with code 2.
+    The message gives the key (with file and line, if known), what was expected, what was found, and
+    what to do. The command line prints it without a traceback and exits with code 2.
     """

@@ -1,7 +1,7 @@
 """Values that the stages pass to each other. Plain data: the standard library and numpy only."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -9,14 +9,15 @@ from numpy.typing import ArrayLike, DTypeLike
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question.
+    """One row of the prompt source.
 
     Attributes:
         id: unique within the prompt source, stable over epochs and restarts.
         text: the prompt as rendered for the model (chat template applied).
         answer: the value that the reward function compares with.
-        token_ids: ``text`` as the trainer's tokenizer encodes it. The rollout engine receives these ids, never text.
-        metadata: values that the prompt source adds (a reasoning-gym entry, extra columns of the row).
+        token_ids: ``text`` as the trainer's tokenizer encodes it. The rollout engine receives
+            these ids, never text.
+        metadata: values that the prompt source adds (a reasoning-gym entry, extra columns).
     """
 
     id: str
@@ -26,8 +27,10 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def as_vector(name: str, values: ArrayLike, dtype: DTypeLike, length: int | None = None) -> np.ndarray:
-    """Convert ``values`` to a one-dimensional array. Does not copy an array that already has the dtype.
+def as_vector(
+    name: str, values: ArrayLike, dtype: DTypeLike, length: int | None = None
+) -> np.ndarray:
+    """Convert ``values`` to a one-dimensional array. Copies only to change the dtype.
 
     Args:
         name: ``Class.field``, for the error.
@@ -50,30 +53,35 @@ def as_vector(name: str, values: ArrayLike, dtype: DTypeLike, length: int | None
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One sampled response of one or several turns, exactly as the engine saw it.
+    """One sampled response of one or several turns, with the exact tokens of the engine.
 
-    ``T`` is the length of ``response_ids``. Equality compares all fields but ``routed_experts``. A trajectory has no hash.
+    ``T`` is the length of ``response_ids``. Equality compares all fields except
+    ``routed_experts``. A trajectory is not hashable.
 
     Attributes:
         prompt: the prompt that it answers.
-        prompt_ids: ``[P]`` int32, the context before the first sampled token (with one turn: ``prompt.token_ids``).
-        response_ids: ``[T]`` int32, all tokens after ``prompt_ids``: sampled tokens and, between turns, the environment's.
-            Includes the end-of-sequence token where the model sampled one.
+        prompt_ids: ``[P]`` int32, the context before the first sampled token (with one turn:
+            ``prompt.token_ids``).
+        response_ids: ``[T]`` int32, all tokens after ``prompt_ids``: sampled tokens and, between
+            turns, the environment's. A sampled end-of-sequence token is part of them.
         loss_mask: ``[T]`` bool, True where the policy sampled the token.
-        logprobs: ``[T]`` float32, nats after temperature, of the engine when it sampled the token; 0 where not sampled.
+        logprobs: ``[T]`` float32, nats after temperature, of the engine when it sampled the token;
+            0 where not sampled.
         versions: ``[T]`` int32, policy version that sampled the token; -1 where not sampled.
-        finish_reason: ``"stop"``, or ``"length"`` (limit of tokens or turns), or ``"failed"`` (the environment failed).
-        text: the text that the reward function judges.
+        finish_reason: ``"stop"``, ``"length"`` (limit of tokens or turns) or ``"failed"`` (the
+            environment failed).
+        text: the text that the reward function scores.
         turns: ``[turns]`` int32, index in ``response_ids`` at which each sampled turn starts.
-        reward: given by the environment; ``None``: the reward function judges ``text``.
+        reward: NaN: scoring failed; ``None``: not scored yet.
         rewards: named parts of the reward, for metrics.
-        earlier: parts before a split. A split happens where a later turn's context does not begin with the sampled ids. Each part
-            is trained as a sequence of its own with the same advantage.
-        routed_experts: ``[P + T - 1, layers with experts, experts a token]`` uint8 or uint16: the engine's choice of experts for
-            every token but the last, which does not go through the model. ``None``: not recorded.
+        earlier: parts before a split. A split happens where the context of a turn does not begin
+            with the ids sampled so far. Each part is a training sequence with the same advantage.
+        routed_experts: ``[P + T - 1, layers with experts, experts a token]`` uint8 or uint16: the
+            experts that the engine chose for every token but the last, which does not go through
+            the model. ``None``: not recorded.
 
     Raises:
-        ValueError: a field has another shape or kind of numbers, or an earlier part has earlier parts itself.
+        ValueError: a field has another shape or kind of numbers, or ``earlier`` is nested.
     """
 
     prompt: Prompt
@@ -90,8 +98,6 @@ class Trajectory:
     earlier: tuple["Trajectory", ...] = ()
     routed_experts: np.ndarray | None = field(default=None, repr=False)
 
-    __hash__: ClassVar[None] = None  # type: ignore[assignment]
-
     def __post_init__(self) -> None:
         length = len(self.response_ids)
         for name, dtype, expected in (
@@ -104,14 +110,12 @@ class Trajectory:
         ):
             array = as_vector(f"Trajectory.{name}", getattr(self, name), dtype, expected)
             object.__setattr__(self, name, array)
-        experts = self.routed_experts
-        if experts is not None and np.ndim(experts) != 3:
-            raise ValueError(
-                "Trajectory.routed_experts: expected shape [tokens - 1, layers, top_k], "
-                f"got {list(np.shape(experts))}"
-            )
+        if self.routed_experts is not None and np.ndim(self.routed_experts) != 3:
+            shape = list(np.shape(self.routed_experts))
+            wanted = "expected shape [tokens - 1, layers, top_k]"
+            raise ValueError(f"Trajectory.routed_experts: {wanted}, got {shape}")
         if any(part.earlier for part in self.earlier):
-            raise ValueError("Trajectory.earlier: expected parts without earlier parts, got nested parts")
+            raise ValueError("Trajectory.earlier: expected a flat list, got nested parts")
 
     @classmethod
     def single_turn(
@@ -122,46 +126,43 @@ class Trajectory:
         version: ArrayLike,
         finish_reason: str,
         text: str,
-        routed_experts: np.ndarray | None = None,
+        **attributes: Any,
     ) -> "Trajectory":
-        """A trajectory whose response is one sampled turn.
+        """Build a trajectory of one sampled turn after ``prompt.token_ids``.
 
         Args:
-            prompt: its ``token_ids`` are the context.
             token_ids, logprobs: ``[T]``, of the sampled tokens.
             version: policy version of all tokens, or ``[T]`` of each token.
-            finish_reason, text, routed_experts: see the attributes.
+            attributes: values of further attributes.
         """
-        length = len(token_ids)
+        ids = np.asarray(token_ids)
         return cls(
             prompt=prompt,
             prompt_ids=np.array(prompt.token_ids, np.int32),
-            response_ids=token_ids,
-            loss_mask=np.ones(length, np.bool_),
-            logprobs=logprobs,
-            versions=np.full(length, version, np.int32),
+            response_ids=ids,
+            loss_mask=np.ones(len(ids), np.bool_),
+            logprobs=np.asarray(logprobs),
+            versions=np.full(len(ids), version, np.int32),
             finish_reason=finish_reason,
             text=text,
-            turns=np.zeros(min(1, length), np.int32),
-            routed_experts=routed_experts,
+            turns=np.zeros(min(1, len(ids)), np.int32),
+            **attributes,
         )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Trajectory):
             return NotImplemented
-        for name in (f.name for f in fields(self) if f.name != "routed_experts"):
-            one, two = getattr(self, name), getattr(other, name)
-            if not (np.array_equal(one, two) if isinstance(one, np.ndarray) else one == two):
-                return False
-        return True
+        names = [entry.name for entry in fields(self) if entry.name != "routed_experts"]
+        pairs = ((getattr(self, name), getattr(other, name)) for name in names)
+        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 
     def with_reward(self, reward: float | None) -> "Trajectory":
-        """The same with the reward function's verdict; ``None``, a failed verifier, is NaN."""
+        """Return a copy with the reward function's score. ``None`` (scoring failed) becomes NaN."""
         return replace(self, reward=float("nan") if reward is None else reward)
 
     @property
     def parts(self) -> tuple["Trajectory", ...]:
-        """The sequences that are trained: ``earlier``, then the trajectory itself."""
+        """The training sequences: ``earlier``, then the trajectory itself."""
         return (*self.earlier, self)
 
     @property
@@ -171,7 +172,7 @@ class Trajectory:
 
     @property
     def failed(self) -> bool:
-        """Whether the environment failed: the one token stands for none and is not trained."""
+        """Whether the environment failed. Its single token is a placeholder and is not trained."""
         return self.finish_reason == "failed"
 
     @property

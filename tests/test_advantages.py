@@ -15,7 +15,7 @@ REWARD = st.one_of(st.just(math.nan), st.integers(0, 1).map(float), st.floats(-1
 
 
 def reference(rewards: list[float], normalize_std: bool) -> list[float]:
-    """One prompt: ``(R - mean) / std`` over the rewards that are there."""
+    """One prompt: ``(R - mean) / std`` over its rewards."""
     ran = [r for r in rewards if not math.isnan(r)]
     if len(set(ran)) < 2:
         return [0.0] * len(rewards)
@@ -55,7 +55,9 @@ def test_rewards_that_differ_by_little_still_differ():
 
 def test_failed_verifiers_are_left_out():
     nan = math.nan
-    found = group_advantages(torch.tensor([[1.0, nan, 0.0, nan], [nan, nan, nan, nan], [nan, 3.0, nan, nan]]))
+    found = group_advantages(
+        torch.tensor([[1.0, nan, 0.0, nan], [nan, nan, nan, nan], [nan, 3.0, nan, nan]])
+    )
     half = 0.5 / math.sqrt(0.5)
     torch.testing.assert_close(found, torch.tensor([[half, 0.0, -half, 0.0], [0.0] * 4, [0.0] * 4]))
 

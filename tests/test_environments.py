@@ -1,7 +1,6 @@
-"""Environments: sampled tokens are trained, other tokens are not; tools, limits, splits."""
+"""Environments: only sampled tokens are trained; tools, limits, splits."""
 
 import asyncio
-import json
 import os
 import re
 import time
@@ -16,16 +15,13 @@ from hypothesis import strategies as st
 
 from examples import tool_use
 from megatron_espo.errors import InputError
+from megatron_espo.files import read_jsonl
 from megatron_espo.rollout.engine import Generation, Sampling
-from megatron_espo.rollout.environments import (
-    Policy,
-    SingleTurn,
-    TrajectoryBuilder,
-    load_environment,
-)
+from megatron_espo.rollout.environments import Policy, SingleTurn, TrajectoryBuilder
+from megatron_espo.rollout.runner import load_environment
 from megatron_espo.rollout.tools import PythonTool, ToolEnvironment, ToolError, calculate
 from megatron_espo.types import Prompt, Trajectory
-from tests.distributed import ROOT
+from tests.support.distributed import ROOT
 
 EOS = 0
 
@@ -88,11 +84,8 @@ class FakeSource:
         count = sum(map(len, self.sampled))
         numbers = np.arange(count + 1, count + 1 + len(ids))
         self.sampled.append(ids)
-        experts = (
-            np.array([*token_ids, *ids], np.int32)[:-1, None, None] % 256
-            if routed_experts
-            else None
-        )
+        experts = np.array([*token_ids, *ids], np.int32)[:-1, None, None] % 256
+        experts = experts if routed_experts else None
         return Generation(
             np.array(ids, np.int32),
             -numbers.astype(np.float32),
@@ -111,12 +104,8 @@ def make_policy(source: FakeSource, **changes) -> Policy:
     sampling = Sampling(
         **{name: settings.pop(name) for name in ("max_tokens", "seed", "stop_token_ids")}
     )
-    settings = {
-        "max_model_len": 2000,
-        "encode": encode,
-        "decode": decode,
-        "render": render,
-    } | settings
+    tokenizer = {"encode": encode, "decode": decode, "render": render}
+    settings = {"max_model_len": 2000} | tokenizer | settings
     return Policy(source=source, name="0", seed=sampling.seed, sampling=sampling, **settings)
 
 
@@ -135,16 +124,10 @@ def check_lines_up(found: Trajectory, sampled: list[list[int]]) -> None:
     np.testing.assert_array_equal(numbers, np.arange(1, len(numbers) + 1))
     for part in found.parts:
         np.testing.assert_array_equal(part.logprobs[part.loss_mask], -part.versions[part.loss_mask])
-        assert (
-            not part.logprobs[~part.loss_mask].any()
-            and (part.versions[~part.loss_mask] == -1).all()
-        )
-        starts = [
-            i
-            for i, mask in enumerate(part.loss_mask)
-            if mask and (i == 0 or not part.loss_mask[i - 1])
-        ]
-        assert set(starts) <= set(part.turns.tolist()) and (part.loss_mask[part.turns]).all()
+        assert not part.logprobs[~part.loss_mask].any()
+        assert (part.versions[~part.loss_mask] == -1).all()
+        starts = np.flatnonzero(np.diff(part.loss_mask, prepend=False) & part.loss_mask)
+        assert set(starts) <= set(part.turns) and part.loss_mask[part.turns].all()
 
 
 # ---- builder, policy
@@ -219,7 +202,7 @@ def test_turns_have_different_seeds_and_the_same_in_every_run():
     assert seeds(None) == [None] * 3
 
 
-def test_the_policy_refuses_a_context_without_room():
+def test_a_context_without_room_is_an_error():
     with pytest.raises(ValueError, match="no room"):
         run(SingleTurn(), FakeSource(["a"]), max_model_len=1)
 
@@ -249,9 +232,8 @@ def test_tokens_after_a_call_are_dropped():
     call = len("<tool>1+1</tool>")
     np.testing.assert_array_equal(found.versions[:call], np.arange(1, call + 1))
     dropped = len(source.sampled[0]) - call
-    np.testing.assert_array_equal(
-        found.versions[found.loss_mask][call:], [call + dropped + 1, call + dropped + 2]
-    )
+    rest = found.versions[found.loss_mask][call:].tolist()
+    assert rest == [call + dropped + 1, call + dropped + 2]
 
 
 def test_a_closing_tag_of_one_token_stops_the_engine():
@@ -286,32 +268,25 @@ def test_limits_of_turns_and_tokens():
     assert found.text == f"{call}\n<result>1</result>\n{call}" and found.finish_reason == "length"
     found = run(ToolEnvironment(max_turn_tokens=3), FakeSource(["12345"]))
     assert found.text == "123" and found.finish_reason == "length"
-    found = run(
-        ToolEnvironment(), FakeSource([call, "abc"]), max_tokens=len(call) + 5
-    )  # the result does not fit
-    assert (
-        found.text == call and found.finish_reason == "length" and found.rewards["tool_calls"] == 1
-    )
+    # The result does not fit.
+    found = run(ToolEnvironment(), FakeSource([call, "abc"]), max_tokens=len(call) + 5)
+    assert found.text == call and found.finish_reason == "length"
+    assert found.rewards["tool_calls"] == 1
     found = run(ToolEnvironment(), FakeSource(["abcdef"]), max_model_len=4)
     assert found.text == "abc" and found.finish_reason == "length"
 
 
-@pytest.mark.parametrize(
-    "expression, value",
-    [("12*3", 36), (" 7 / 2", 3.5), ("-(2+3)**2", -25), ("7//2 + 7%4", 6), ("123*456", 56088)],
-)
-def test_calculator(expression, value):
-    assert calculate(expression) == value
+def test_calculator():
+    values = {"12*3": 36, " 7 / 2": 3.5, "-(2+3)**2": -25, "7//2 + 7%4": 6, "+123*456": 56088}
+    assert {expression: calculate(expression) for expression in values} == values
 
 
-@pytest.mark.parametrize(
-    "expression",
-    ["", "a", "1/0", "9**9**9", "2**1000", "0**-1", "(-8)**0.5", "1e308*10", "True", "'a'*3", "[1]*9",
-     "f(1)", "1 if 1 else 2", "__import__('os')", "(" * 99 + "1", "1+" * 99 + "1+1", "1e99*1e99"],
-)  # fmt: skip
-def test_the_calculator_refuses(expression):
-    with pytest.raises(ToolError):
-        calculate(expression)
+def test_the_calculator_rejects_other_expressions():
+    wrong = ["", "a", "1/0", "9**9**9", "2**1000", "0**-1", "(-8)**0.5", "1e308*10", "True"]
+    wrong += ["'a'*3", "[1]*9", "f(1)", "1 if 1 else 2", "__import__('os')", "(" * 99 + "1"]
+    for expression in [*wrong, "1+" * 99 + "1+1", "1e99*1e99"]:
+        with pytest.raises(ToolError):
+            calculate(expression)
 
 
 def test_a_refused_call_is_an_observation():
@@ -371,14 +346,10 @@ def test_python_is_killed_with_a_cancelled_rollout(tmp_path):
 
 
 def test_the_example_of_tool_use():
-    rows = [
-        json.loads(line) for line in (ROOT / "examples" / "tool_use.jsonl").read_text().splitlines()
-    ]
+    rows = read_jsonl(ROOT / "examples" / "tool_use.jsonl")
     assert rows == list(tool_use.rows())
-    (first, second), answer = (
-        re.findall(r"\d+", rows[0]["prompt"][-1]["content"]),
-        rows[0]["answer"],
-    )
+    first, second = re.findall(r"\d+", rows[0]["prompt"][-1]["content"])
+    answer = rows[0]["answer"]
     prompt = Prompt("row", "", answer, (1,))
     found = run(
         ToolEnvironment(max_turns=3),
@@ -386,24 +357,16 @@ def test_the_example_of_tool_use():
         prompt,
     )
     assert tool_use.correct(prompt, found.text) == 1
-    assert (
-        tool_use.correct(
-            prompt,
-            run(
-                ToolEnvironment(), FakeSource([f"<tool>{first} * {second}</tool>", "?"]), prompt
-            ).text,
-        )
-        == 0
-    )
-    assert tool_use.correct(prompt, "7") == tool_use.correct(prompt, "") == 0
+    source = FakeSource([f"<tool>{first} * {second}</tool>", "?"])
+    wrong = run(ToolEnvironment(), source, prompt).text
+    assert [tool_use.correct(prompt, text) for text in (wrong, "7", "")] == [0, 0, 0]
 
 
 def test_load_environment():
     assert isinstance(load_environment("single_turn", {}), SingleTurn)
     assert isinstance(load_environment("tool", {"max_turns": 2}), ToolEnvironment)
-    assert isinstance(
-        load_environment("megatron_espo.rollout.tools:ToolEnvironment", {}), ToolEnvironment
-    )
+    name = "megatron_espo.rollout.tools:ToolEnvironment"
+    assert isinstance(load_environment(name, {}), ToolEnvironment)
 
 
 @pytest.mark.parametrize(

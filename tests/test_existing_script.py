@@ -1,4 +1,4 @@
-"""The example of a user's own Megatron script: it learns, and tensor parallelism does not change what it computes."""
+"""The example script learns, and its first step does not depend on tensor parallelism."""
 
 import os
 import re
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.support.distributed import ROOT
 
 SCRIPT = "examples/existing_megatron_script.py"
 LINE = re.compile(r"^step +(\d+)  reward ([\d.]+)  grad norm ([\d.]+)$", re.MULTILINE)
 
 
 def run(*launcher: str) -> list[tuple[float, float]]:
-    """(reward, gradient norm) of each step."""
+    """Run the script; return (reward, gradient norm) of each step."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, SCRIPT]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
@@ -36,7 +36,7 @@ def two_ranks():
 
 @pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
 def test_reward_rises(ranks, request):
-    """By far more than the noise of one step, about 0.5 / sqrt(1024 tokens) = 0.016."""
+    """By much more than the noise of one step, about 0.5 / sqrt(1024 tokens) = 0.016."""
     rewards = [reward for reward, _ in request.getfixturevalue(ranks)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
 

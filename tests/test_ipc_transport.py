@@ -22,7 +22,8 @@ from megatron_espo.rollout.ipc_transport import (
     decode_handles,
     encode_handles,
 )
-from megatron_espo.rollout.transport import register_transports, vllm_backend
+from megatron_espo.rollout.server import EngineConfig
+from megatron_espo.rollout.transport import register_transports
 
 # Arguments of rebuild_cuda_tensor, in torch's order.
 ARGUMENTS = (
@@ -120,8 +121,9 @@ def test_pickles_are_refused(monkeypatch):
 
 def test_vllm_finds_both_sides():
     register_transports()
-    assert vllm_backend("ipc") == ipc_transport.BACKEND == IPCJsonTrainerInitInfo.backend
+    backends = [EngineConfig("", "", "", name).backend for name in ("ipc", "nccl")]
+    assert backends == [ipc_transport.BACKEND, "nccl"]
+    assert ipc_transport.BACKEND == IPCJsonTrainerInitInfo.backend
     assert WeightTransferEngineFactory._registry["ipc_json"]() is IPCJsonWeightTransferEngine
     trainer = WeightTransferTrainerFactory._registry["ipc_json"]()
     assert trainer is IPCJsonTrainerWeightTransferEngine
-    assert vllm_backend("nccl") == "nccl"

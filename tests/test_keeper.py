@@ -1,4 +1,4 @@
-"""The keeper of a host and the lease of an owner: who gets a server, what ends it, and when the keeper ends."""
+"""The keeper of a host and the lease of an owner: who gets a server, and what ends each of them."""
 
 import errno
 import os
@@ -18,21 +18,23 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from megatron_espo.addresses import parse_address, show_address
+from megatron_espo.distributed.addresses import parse_address, show_address
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import keeper as keeper_module
+from megatron_espo.rollout import lease
 from megatron_espo.rollout import server as server_module
-from megatron_espo.rollout.engine import EngineError, Sampling
-from megatron_espo.rollout.http_client import HttpClient, LoopThread
+from megatron_espo.rollout.engine import EngineError, HttpStatusError, Sampling
+from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread, call_once
 from megatron_espo.rollout.keeper import Keeper
-from megatron_espo.rollout.remote import RemoteServer, RemoteServers, ask, host_log_name, settings_text
-from megatron_espo.rollout.server import EngineConfig, read_key, run_key_file
+from megatron_espo.rollout.lease import HostOrder, LeasedServer, host_log_name, settings_text
+from megatron_espo.rollout.server import PREFIX, EngineConfig, run_key, run_key_file
 from megatron_espo.rollout.vllm_engine import VLLMEngine
-from tests import lease_server
-from tests.distributed import ROOT
-from tests.tiny import save_tiny_model
+from tests.support import lease_server
+from tests.support.distributed import ROOT
+from tests.support.real_engine import is_running, living_in_group, wait_until
+from tests.support.tiny import save_tiny_model
 
-SECONDS = 5.0
+SECONDS = 3.0  # lease
 
 
 def free_address() -> str:
@@ -40,29 +42,23 @@ def free_address() -> str:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def until(condition, what: str, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def engine_config(folder: Path, *hosts: str, **changes) -> EngineConfig:
-    """Settings with a model of no more than a ``config.json``, unless there is one already."""
+    """Settings of an engine whose model is only a ``config.json``, unless the model exists."""
     model = folder.parent / "model"
     model.mkdir(exist_ok=True)
     if not (model / "config.json").exists():
         (model / "config.json").write_text("{}")
-    options = {"dtype": "float32", "transport": "nccl", "max_model_len": 64, "host_timeout_s": SECONDS}
-    options |= {"model": str(model), "start_timeout_s": 60.0}
-    return EngineConfig(**options | {"folder": str(folder), "hosts": hosts} | changes)
+    options = {
+        "model": str(model),
+        "folder": str(folder),
+        "dtype": "float32",
+        "transport": "nccl",
+        "max_model_len": 64,
+        "host_timeout_s": SECONDS,
+        "start_timeout_s": 60.0,
+        "hosts": hosts,
+    }
+    return EngineConfig(**options | changes)
 
 
 @pytest.fixture
@@ -73,7 +69,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def without_vllm(monkeypatch) -> None:
-    """Keepers of this process start ``tests.lease_server``."""
+    """Keepers of this process start ``tests.support.lease_server``."""
     monkeypatch.setattr(server_module, "server_command", lease_server.command)
 
 
@@ -96,169 +92,180 @@ def stepping(keeper: Keeper) -> Iterator[Keeper]:
         keeper._stop()
 
 
-def found(server: RemoteServer) -> RemoteServer:
-    until(lambda: server.address or not server.is_alive, "a host is found or none")
+def search(config: EngineConfig, hosts: HostOrder | None = None) -> LeasedServer:
+    """The result of a search for a host."""
+    server = LeasedServer(config, hosts or HostOrder(list(config.hosts)))
+    wait_until(lambda: server.address or not server.is_alive, "the search ends")
     return server
 
 
 @pytest.fixture
-def words(capfd):
-    """A function that returns what keepers said so far."""
-    said = []
+def output(capfd):
+    """A function that returns what keepers printed so far."""
+    texts = []
 
     def read() -> str:
-        said.append(capfd.readouterr().out)
-        return "".join(said)
+        texts.append(capfd.readouterr().out)
+        return "".join(texts)
 
     return read
 
 
-# -- owners and leases --------------------------------------------------------------------------------------------------
+# -- owners and leases -----------------------------------------------------------------------------
 
 
-def test_one_owner_at_a_time_and_a_released_server_ends(folder, without_vllm, words, caplog):
+def test_one_owner_at_a_time_and_a_released_server_ends(folder, without_vllm, output):
     address = free_address()
     with stepping(Keeper(folder, address, 600)) as keeper:
-        owner = found(RemoteServers(engine_config(folder, address)).start())
+        owner = search(engine_config(folder, address))
         assert owner.address == address and owner.is_alive and owner.pid is None
         pid = keeper._server.pid
-        second = RemoteServers(engine_config(folder, address, log_name="engine-rank1.log", start_timeout_s=1.0)).start()
-        found(second)
-        assert not second.is_alive and second.final and second.address is None
-        assert f"within 1 s (rollout.timeout_s): {address}: owned by engine of {socket.gethostname()}" in str(second.error)
+        changes = {"log_name": "engine-rank1.log", "start_timeout_s": 0.5}
+        second = search(engine_config(folder, address, **changes))
+        assert not second.is_alive and second.error.final and second.address is None
+        message = (
+            f"within 0.5 s (rollout.timeout_s): {address}: {PREFIX}/lease: 409 owned by engine"
+        )
+        assert message in str(second.error)
         second.kill()
-        time.sleep(SECONDS + 2)  # the lease is renewed
-        assert owner.is_alive and lives(pid)
+        time.sleep(SECONDS + 1)  # the lease is renewed
+        assert owner.is_alive and is_running(pid)
         owner.kill()
-        until(lambda: not lives(pid), "the server ends", 5)
-        # The same hosts give a fresh server to another owner.
-        third = found(RemoteServers(engine_config(folder, address)).start())
+        wait_until(lambda: not is_running(pid), "the server ends", 5)
+        # The same host gives a new server to another owner.
+        third = search(engine_config(folder, address))
         assert third.is_alive and keeper._server.pid != pid
         third.kill()
         third.kill()
-    assert "the server ended with exit code -9; the next one starts in 0 s" in words()
+    assert "the server ended with exit code -9; the next one starts in 0 s" in output()
 
 
 def test_a_server_whose_owner_is_gone_ends_in_time(folder, without_vllm):
     address = free_address()
     with stepping(Keeper(folder, address, 600)) as keeper:
-        owner = found(RemoteServers(engine_config(folder, address)).start())
+        owner = search(engine_config(folder, address))
         pid = keeper._server.pid
-        owner._closed.set()  # as a killed owner: no renewal, no release
+        owner._closed.set()  # a killed owner neither renews nor releases the lease
         began = time.monotonic()
-        until(lambda: not lives(pid), "the server ends")
-        assert SECONDS - 2 < time.monotonic() - began < SECONDS + 4
-        until(lambda: keeper._server is not None and keeper._server.pid != pid, "a fresh server")
+        wait_until(lambda: not is_running(pid), "the server ends")
+        assert SECONDS - 1.5 < time.monotonic() - began < SECONDS + 4
+        is_new = lambda: keeper._server is not None and keeper._server.pid != pid  # noqa: E731
+        wait_until(is_new, "a new server")
 
 
 def test_an_owner_notices_that_its_server_is_another_one(folder, without_vllm):
-    """The fresh server of a keeper must not renew the lease of the old one: it has other weights."""
+    """The keeper's new server must not renew the lease of the old one: its weights differ."""
     address = free_address()
     with stepping(Keeper(folder, address, 600)) as keeper:
-        owner = found(RemoteServers(engine_config(folder, address)).start())
+        owner = search(engine_config(folder, address))
         os.kill(keeper._server.pid, signal.SIGKILL)
-        until(lambda: not owner.is_alive, "the owner notices", 30)
-        assert not owner.final and owner.error is None
-        key = read_key(run_key_file(folder))
-        until(lambda: answers(address, key), "a fresh server")
-        assert ask(address, key, "/info")[1]["owner"] == ""
-        assert ask(address, key, "/generate", {}) == (503, {"error": "this server has served no weights yet"})
+        wait_until(lambda: not owner.is_alive, "the owner notices", 30)
+        assert owner.error is None
+        key = run_key(folder)
+        wait_until(lambda: answers(address, key), "a new server")
+        assert call_once(address, key, f"{PREFIX}/info")["owner"] == ""
+        with pytest.raises(HttpStatusError, match="503 this server has served no weights yet"):
+            call_once(address, key, "/v1/completions", {})
 
 
 def answers(address: str, key: str) -> bool:
     try:
-        return ask(address, key, "/info")[0] == 200
-    except OSError:
+        return bool(call_once(address, key, f"{PREFIX}/info"))
+    except NO_ANSWER:
         return False
 
 
 def test_a_silent_host_is_given_up_and_the_next_one_taken(folder, without_vllm):
     first, spare = free_address(), free_address()
-    hosts = RemoteServers(engine_config(folder, first, spare))
+    config = engine_config(folder, first, spare)
+    hosts = HostOrder([first, spare])
     with stepping(Keeper(folder, spare, 600)):
         with stepping(Keeper(folder, first, 600)) as other:
-            owner = found(hosts.start())
-            while owner.address != first:  # whichever server was ready first
+            owner = search(config, hosts)
+            while owner.address != first:  # either server may be ready first
                 owner.kill()
-                owner = found(hosts.start())
+                owner = search(config, hosts)
             pid = other._server.pid
             os.kill(pid, signal.SIGSTOP)
             began = time.monotonic()
-            until(lambda: not owner.is_alive, "the owner notices", 30)
-            assert SECONDS - 2 < time.monotonic() - began < SECONDS + 4
+            wait_until(lambda: not owner.is_alive, "the owner notices", 30)
+            assert SECONDS - 1.5 < time.monotonic() - began < SECONDS + 4
             owner.kill()
-            assert hosts.order == [spare, first]
-            owner = found(hosts.start())
+            assert hosts.addresses == [spare, first]
+            owner = search(config, hosts)
             assert owner.address == spare and owner.is_alive
-            # The keeper kills the server that gives no answer.
-            until(lambda: not lives(pid), "the stopped server is killed", 30)
+            wait_until(lambda: not is_running(pid), "the keeper kills the stopped server", 30)
         owner.kill()
-    # Nobody is left: every host is named. A machine that refuses connections may be starting a server.
-    hosts.config = replace(hosts.config, start_timeout_s=2.0)
+    # No host is left, and the error names all of them. A host that refuses connections may be
+    # starting a server.
     began = time.monotonic()
-    owner = found(hosts.start())
-    assert time.monotonic() - began < 10 and owner.final
-    log = folder / host_log_name(spare)
-    assert f"within 2 s (rollout.timeout_s): {first}: no answer (Connection refused)" in str(owner.error)
-    assert f"{spare}: no answer (Connection refused); its server's output is in {log}" in str(owner.error)
+    owner = search(replace(config, start_timeout_s=1.0), hosts)
+    assert time.monotonic() - began < 10 and owner.error.final
+    text, log = str(owner.error), folder / host_log_name(spare)
+    assert f"within 1 s (rollout.timeout_s): {first}: no answer (Connection refused)" in text
+    assert f"{spare}: no answer (Connection refused); its server's output is in {log}" in text
 
 
 def test_a_lost_machine_has_the_shorter_limit(folder, monkeypatch):
-    """Nothing refuses the connection, as the kernel of a machine that runs does."""
+    """The kernel of a running machine refuses a connection; a lost machine does not answer."""
 
-    def ask(*_):
+    def call(*_):
         raise OSError(errno.EHOSTUNREACH, "No route to host")
 
-    monkeypatch.setattr("megatron_espo.rollout.remote.ask", ask)
-    hosts = RemoteServers(engine_config(folder, "192.0.2.1:7700", host_timeout_s=1.0))
-    hosts.started = True
-    owner = found(hosts.start())
-    assert "within 1 s (rollout.host_timeout_s): 192.0.2.1:7700: no answer (No route to host)" in str(owner.error)
+    monkeypatch.setattr(lease, "call_once", call)
+    config = engine_config(folder, "192.0.2.1:7700", host_timeout_s=0.5)
+    owner = search(config, HostOrder(["192.0.2.1:7700"], used=True))
+    message = "within 0.5 s (rollout.host_timeout_s): 192.0.2.1:7700: no answer (No route to host)"
+    assert message in str(owner.error)
 
 
 def test_another_key_is_told_at_once(folder, without_vllm, tmp_path):
-    address = free_address()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "engine.json").write_text(settings_text(engine_config(folder)))
-    key = read_key(run_key_file(tmp_path / "other"))
-    with stepping(Keeper(tmp_path / "other", address, 600)):
-        until(lambda: answers(address, key), "a server")
+    address, other = free_address(), tmp_path / "other"
+    other.mkdir()
+    (other / "engine.json").write_text(settings_text(engine_config(folder)))
+    with stepping(Keeper(other, address, 600)):
+        wait_until(lambda: answers(address, run_key(other)), "a server")
         began = time.monotonic()
-        owner = found(RemoteServers(engine_config(folder, address)).start())
-        assert time.monotonic() - began < 5 and owner.final
-        assert f"{address}: it has another key than {folder}/engine.key" in str(owner.error) and "within" not in str(owner.error)
+        owner = search(engine_config(folder, address))
+        assert time.monotonic() - began < 5 and owner.error.final
+        text = str(owner.error)
+        assert f"{address}: it has another key than {folder}/engine.key" in text
+        assert "within" not in text
 
 
-def test_differences_are_named(folder, without_vllm, monkeypatch):
+def test_the_error_names_different_settings(folder, without_vllm, monkeypatch):
     address = free_address()
     (folder / "engine.json").write_text(settings_text(engine_config(folder)))
-    key = read_key(run_key_file(folder))
     keeper = Keeper(folder, address, 600)
-    keeper.step()  # one only: it does not notice the new settings
+    keeper.step()  # once: it does not see the changed settings
     try:
-        until(lambda: answers(address, key), "a server")
-        changes = {"dtype": "bfloat16", "transport": "files", "max_model_len": 32, "model": "/nowhere", "tensor_parallel_size": 2}
-        for name, value in changes.items():
-            config = engine_config(folder, address, start_timeout_s=0.1, **{name: value})
-            owner = found(RemoteServers(config).start())
-            assert f"{name}: expected {value}, got" in str(owner.error) and "settings: expected" in str(owner.error), name
-        # Settings that /info does not show.
-        owner = found(RemoteServers(engine_config(folder, address, start_timeout_s=0.1, sleep=True)).start())
-        assert "settings: expected" in str(owner.error)
-        monkeypatch.setattr("megatron_espo.rollout.remote.package_versions", lambda: {"vllm": "0.1", "torch": "9"})
-        owner = found(RemoteServers(engine_config(folder, address, start_timeout_s=0.1)).start())
-        assert "vllm: expected 0.1, got" in str(owner.error) and "torch: expected 9, got" in str(owner.error)
+        wait_until(lambda: answers(address, run_key(folder)), "a server")
+        changes = {
+            "dtype": "bfloat16",
+            "transport": "files",
+            "max_model_len": 32,
+            "model": "/nowhere",
+            "tensor_parallel_size": 2,
+            "sleep": True,
+        }
+        config = engine_config(folder, address, start_timeout_s=0.1, **changes)
+        versions = {"vllm": "0.1", "torch": "9"}
+        monkeypatch.setattr(lease, "package_versions", lambda: versions)
+        text = str(search(config).error)
+        for name, value in (changes | versions).items():
+            assert f"{name}: expected {value}, got" in text, name
     finally:
         keeper._stop()
 
 
 def test_the_key_is_its_users_alone(folder):
     run_key_file(folder).chmod(0o640)
-    with pytest.raises(InputError, match="engine.key: expected a key that only its user can read .* got mode 640"):
-        RemoteServers(engine_config(folder, "127.0.0.1:1")).start()
+    message = "engine.key: expected a key that only its user can read .* got mode 640"
+    with pytest.raises(InputError, match=message):
+        search(engine_config(folder, "127.0.0.1:1"))
 
 
-# -- the keeper's life --------------------------------------------------------------------------------------------------
+# -- lifetime of the keeper ------------------------------------------------------------------------
 
 
 class FakeServer:
@@ -266,8 +273,9 @@ class FakeServer:
 
     started: list["FakeServer"] = []
 
-    def __init__(self, config: EngineConfig, is_cpu: bool, environment: dict[str, str]) -> None:
-        self.config, self.is_alive, self.returncode, self.pid = config, True, None, len(self.started)
+    def __init__(self, config: EngineConfig, is_cpu: bool) -> None:
+        self.config, self.is_alive, self.returncode = config, True, None
+        self.pid = len(self.started)
         self.started.append(self)
 
     def end(self, code: int) -> None:
@@ -279,18 +287,18 @@ class FakeServer:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """``(servers, clock, info)``: servers that were started, the keeper's time, and what a server answers (``None``: nothing)."""
+    """``(servers, clock, info)``: started servers, the keeper's clock, and the servers' answer."""
     FakeServer.started = []
-    clock, info = [1000.0], {}
+    clock, info = [1000.0], {"owner": ""}
     monkeypatch.setattr(keeper_module, "ServerProcess", FakeServer)
     monkeypatch.setattr(keeper_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def answer(address, key, path):
         if info.get("silent"):
             raise ConnectionRefusedError
-        return 200, info
+        return info
 
-    monkeypatch.setattr(keeper_module, "ask", answer)
+    monkeypatch.setattr(keeper_module, "call_once", answer)
     return FakeServer.started, clock, info
 
 
@@ -299,14 +307,17 @@ def test_a_server_is_started_and_restarted(folder, fake):
     keeper = Keeper(folder, "10.0.0.5:7700", 600)
     keeper.step()
     assert not servers, "the trainer has not written engine.json yet"
-    (folder / "engine.json").write_text(settings_text(engine_config(folder, "10.0.0.5:7700", visible_devices="3")))
+    (folder / "engine.json").write_text(
+        settings_text(engine_config(folder, "10.0.0.5:7700", visible_devices="3"))
+    )
     info["silent"] = True
     keeper.step()
     assert len(servers) == 1
     config = servers[0].config
-    assert (config.listen, config.log_name, config.folder) == ("10.0.0.5:7700", "engine-10.0.0.5-7700.log", str(folder))
+    assert config.listen == "10.0.0.5:7700" and config.folder == str(folder)
+    assert config.log_name == "engine-10.0.0.5-7700.log"
     assert config.visible_devices is None and config.hosts == ()
-    # One that never answers is started again after longer and longer pauses.
+    # The pauses before restarts of a server that never answers grow.
     for pause in (1, 2, 4, 8, 16, 32, 60, 60):
         servers[-1].end(1)
         count = len(servers)
@@ -317,7 +328,7 @@ def test_a_server_is_started_and_restarted(folder, fake):
         clock[0] += 1
         keeper.step()
         assert len(servers) == count + 1
-    # One that has answered is started again at once.
+    # A server that has answered restarts at once.
     info["silent"] = False
     keeper.step()
     servers[-1].end(-9)
@@ -325,12 +336,13 @@ def test_a_server_is_started_and_restarted(folder, fake):
     keeper.step()
     keeper.step()
     assert len(servers) == count + 1
-    # Other settings, at once.
+    # Changed settings restart the server at once.
     (folder / "engine.json").write_text(settings_text(engine_config(folder, dtype="bfloat16")))
     keeper.step()
     keeper.step()
-    assert len(servers) == count + 2 and not servers[-2].is_alive and servers[-1].config.dtype == "bfloat16"
-    # One that answered and answers no more is killed.
+    assert len(servers) == count + 2 and not servers[-2].is_alive
+    assert servers[-1].config.dtype == "bfloat16"
+    # A server that stopped answering is killed.
     keeper.step()
     info["silent"] = True
     clock[0] += SECONDS - 1
@@ -342,7 +354,7 @@ def test_a_server_is_started_and_restarted(folder, fake):
 
 
 def test_the_keeper_ends_with_the_run(folder, fake):
-    (folder / "status.json").write_text('{"state": "done"}')  # of an earlier part of the run
+    (folder / "status.json").write_text('{"state": "done"}')  # of an earlier job of the run
     keeper = Keeper(folder, "10.0.0.5:7700", 600)
     for state in ("running", "requeue", "failed"):
         keeper.step()
@@ -354,8 +366,8 @@ def test_the_keeper_ends_with_the_run(folder, fake):
     assert keeper.end == (0, "the run is over")
 
 
-def test_a_run_that_is_done_twice_is_seen(folder, fake):
-    """The keeper may miss the short time in which the file says ``running``."""
+def test_a_rewritten_status_ends_the_keeper(folder, fake):
+    """The keeper may miss the short time in which the status is ``running``."""
     (folder / "status.json").write_text('{"state": "done"}')
     keeper = Keeper(folder, "10.0.0.5:7700", 600)
     os.utime(folder / "status.json", ns=(1, 1))
@@ -363,7 +375,7 @@ def test_a_run_that_is_done_twice_is_seen(folder, fake):
     assert keeper.end == (0, "the run is over")
 
 
-def test_a_keeper_that_nobody_needs_ends(folder, fake):
+def test_an_idle_keeper_ends(folder, fake):
     servers, clock, info = fake
     (folder / "heartbeats").mkdir()
     heartbeat = folder / "heartbeats" / "rank0.json"
@@ -375,7 +387,7 @@ def test_a_keeper_that_nobody_needs_ends(folder, fake):
         assert keeper.end is None
         heartbeat.write_text(f'{{"count": {count}}}')
         keeper.step()
-    # An owner is a sign of the run too; a server without one is not.
+    # An owner keeps the keeper running; a server without an owner does not.
     (folder / "engine.json").write_text(settings_text(engine_config(folder)))
     info["owner"] = "engine of node3"
     for _ in range(3):
@@ -386,12 +398,14 @@ def test_a_keeper_that_nobody_needs_ends(folder, fake):
     info["owner"] = ""
     clock[0] += 101
     keeper.step()
-    assert keeper.end == (1, f"no owner and no heartbeat of the run in {folder} for 101 s (--idle 100)")
+    reason = f"no owner and no heartbeat of the run in {folder} for 101 s (--idle 100)"
+    assert keeper.end == (1, reason)
 
 
 def test_settings_of_another_version_are_an_error(folder, fake):
     (folder / "engine.json").write_text('{"modell": "x"}')
-    with pytest.raises(InputError, match="engine.json: expected the settings of an engine of this package's version, got"):
+    message = "engine.json: expected engine settings of this package's version, got"
+    with pytest.raises(InputError, match=message):
         Keeper(folder, "10.0.0.5:7700", 600).step()
 
 
@@ -399,11 +413,11 @@ def test_settings_are_common_to_all_owners(folder):
     one = engine_config(folder, "a:1", "b:1", log_name="engine.log")
     other = engine_config(folder, "b:1", "a:1", log_name="engine-rank8.log", visible_devices="3")
     assert settings_text(one) == settings_text(other) != settings_text(replace(one, sleep=True))
-    RemoteServers(replace(one, start_timeout_s=0.1)).start().kill()
-    before = (folder / "engine.json").stat()
-    RemoteServers(replace(other, start_timeout_s=0.1)).start().kill()
-    after = (folder / "engine.json").stat()
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns), "written again without a difference"
+    stats = []
+    for config in (one, other):
+        LeasedServer(replace(config, start_timeout_s=0.1), HostOrder(["127.0.0.1:1"])).kill()
+        stats.append((folder / "engine.json").stat())
+    assert stats[0].st_ino == stats[1].st_ino, "equal settings are not written again"
 
 
 @pytest.mark.parametrize("address, message", [
@@ -421,7 +435,8 @@ def test_an_address_that_cannot_be_used_is_an_error(folder, capsys, address, mes
 def test_addresses_are_read_as_they_are_shown():
     for host, port in (("10.0.0.5", 7700), ("node-9.cluster", 1), ("fe80::1", 65535)):
         assert parse_address(show_address(host, port)) == (host, port)
-    for wrong in ("node9", "node9:", "node9:0", "node9:65536", "::1:7700", "a b:1", "[::]:7700", "http://node9:1"):
+    wrong_ports = ("node9", "node9:", "node9:0", "node9:65536")
+    for wrong in (*wrong_ports, "::1:7700", "a b:1", "[::]:7700", "http://node9:1"):
         with pytest.raises(ValueError, match="expected"):
             parse_address(wrong)
 
@@ -429,30 +444,36 @@ def test_addresses_are_read_as_they_are_shown():
 def test_the_command_is_printed(folder, capsys):
     from megatron_espo import cli
 
-    assert cli.main(["serve", str(folder), "--listen", "10.0.0.5:7700", "--print"]) == 2
-    assert "engine.json: no such file; the trainer writes it when it starts" in capsys.readouterr().err
-    (folder / "engine.json").write_text(settings_text(engine_config(folder, engine_args={"max_num_seqs": 3})))
-    assert cli.main(["serve", str(folder), "--listen", "10.0.0.5:7700", "--print"]) == 0
+    command = ["serve", str(folder), "--listen", "10.0.0.5:7700", "--print"]
+    assert cli.main(command) == 2
+    assert "engine.json: no such file; the trainer writes it" in capsys.readouterr().err
+    config = engine_config(folder, engine_args={"max_num_seqs": 3})
+    (folder / "engine.json").write_text(settings_text(config))
+    assert cli.main(command) == 0
     text = capsys.readouterr().out
-    assert text.startswith("env ") and "--host 10.0.0.5 --port 7700" in text and "--max-num-seqs 3" in text
-    assert f"MEGATRON_ESPO_KEY_FILE={folder}/engine.key" in text and read_key(run_key_file(folder)) not in text
+    assert text.startswith("env ") and "--host 10.0.0.5 --port 7700" in text
+    assert "--max-num-seqs 3" in text and run_key(folder) not in text
+    assert f"MEGATRON_ESPO_KEY_FILE={folder}/engine.key" in text
 
 
-# -- the command, with vLLM ---------------------------------------------------------------------------------------------
+# -- the command, with vLLM ------------------------------------------------------------------------
 
 
 @contextmanager
 def serving(folder: Path, address: str, *options: str) -> Iterator[subprocess.Popen]:
-    """``megatron-espo serve`` as a process; ``words()`` returns its output."""
+    """``megatron-espo serve`` as a process; ``output()`` returns what it printed."""
     log = folder.parent / f"{address.rpartition(':')[2]}.out"
-    command = [sys.executable, "-m", "megatron_espo", "serve", str(folder), "--listen", address, *options]
+    command = [sys.executable, "-m", "megatron_espo", "serve", str(folder), "--listen", address]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     with log.open("w") as out:
-        env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
-    process.words = log.read_text
+        process = subprocess.Popen(
+            [*command, *options], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
+        )
+    process.output = log.read_text
     try:
-        until(lambda: "keeps a server" in process.words() or process.poll() is not None, "the keeper starts")
+        is_up = lambda: "keeps a server" in log.read_text()  # noqa: E731
+        wait_until(lambda: is_up() or process.poll() is not None, "the keeper starts")
         yield process
     finally:
         if process.poll() is None:
@@ -460,21 +481,16 @@ def serving(folder: Path, address: str, *options: str) -> Iterator[subprocess.Po
             process.wait(30)
 
 
-def server_pid(words: str) -> int:
-    return int(words.rpartition("(process ")[2].partition(")")[0])
-
-
-def processes_of(pid: int) -> list[int]:
-    """The living processes of the server's group."""
-    found = subprocess.run(["ps", "-o", "pid=,stat=", "-g", str(pid)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if line.split()[1][0] not in "ZX"]
+def server_pid(output: str) -> int:
+    return int(output.rpartition("(process ")[2].partition(")")[0])
 
 
 OWNER = """
 import time
-from megatron_espo.rollout.remote import RemoteServers
+from megatron_espo.rollout.lease import HostOrder, LeasedServer
 from megatron_espo.rollout.server import EngineConfig
-server = RemoteServers({config!r}).start()
+config = {config!r}
+server = LeasedServer(config, HostOrder(list(config.hosts)))
 while server.address is None:
     assert server.is_alive, server.error
     time.sleep(0.1)
@@ -485,65 +501,76 @@ time.sleep(600)
 
 @pytest.mark.slow
 def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
-    """Released, its owner killed, itself killed: the server and its workers end each time."""
+    """The server and its workers end when they are released, and with their owner or keeper."""
     save_tiny_model(folder.parent / "model")
     address, loop = free_address(), LoopThread()
-    config = engine_config(folder, address, start_timeout_s=200.0, tensor_parallel_size=2, load_weights=True)
-    config = replace(config, engine_args={"kv_cache_memory_bytes": 1 << 26})
+    config = engine_config(
+        folder,
+        address,
+        start_timeout_s=200.0,
+        tensor_parallel_size=2,
+        load_weights=True,
+        engine_args={"kv_cache_memory_bytes": 1 << 26},
+    )
     with serving(folder, address) as process:
         engine = VLLMEngine(config, loop)
         engine.start()
         engine.wait_ready()
         assert engine.address == address and engine.state == "ready" and engine.pid is None
-        first = server_pid(process.words())
-        assert len(processes_of(first)) > 1, "workers of their own"
-        client = HttpClient(address, read_key(run_key_file(folder)))
+        first = server_pid(process.output())
+        assert len(living_in_group(first)) > 1, "it has workers"
+        client, stranger = HttpClient(address, run_key(folder)), HttpClient(address, "0" * 64)
         answer = loop.run(client.generate("a", [1, 4, 5], Sampling(4, seed=1)), 60)
-        assert len(answer.token_ids) == 4 and (answer.versions == 0).all() and (answer.logprobs < 0).all()
+        assert len(answer.token_ids) == 4
+        assert (answer.versions == 0).all() and (answer.logprobs < 0).all()
         with pytest.raises(EngineError, match="401 expected the run's key"):
-            loop.run(HttpClient(address, "0" * 64).generate("a", [1, 4, 5], Sampling(4, seed=1)), 60)
+            loop.run(stranger.generate("a", [1, 4, 5], Sampling(4, seed=1)), 60)
         time.sleep(SECONDS + 2)  # the lease is renewed
         engine.check_health()
         engine.close()
-        until(lambda: not processes_of(first), "the released server and its workers end", 10)
-        # Another owner, which is killed.
+        wait_until(lambda: not living_in_group(first), "the released server ends", 10)
         killed = subprocess.Popen(
             [sys.executable, "-c", OWNER.format(config=config)],
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert killed.stdout.readline() == "leased\n"
-        second = server_pid(process.words())
-        assert second != first and len(processes_of(second)) > 1
+        second = server_pid(process.output())
+        assert second != first and len(living_in_group(second)) > 1
         killed.kill()
         killed.wait()
-        until(lambda: not processes_of(second), "the server of a killed owner ends", SECONDS + 4)
-        # The keeper is killed while its server has an owner.
+        ended = lambda: not living_in_group(second)  # noqa: E731
+        wait_until(ended, "the server of a killed owner ends", SECONDS + 4)
         engine.start()
         engine.wait_ready()
-        third = server_pid(process.words())
+        third = server_pid(process.output())
         process.kill()
-        until(lambda: not processes_of(third), "the server of a killed keeper ends", 10)
+        wait_until(lambda: not living_in_group(third), "the server of a killed keeper ends", 10)
         with pytest.raises(EngineError, match=f"the rollout engine on {address} is out of reach"):
             engine.check_health()
         assert engine.state == "dead" and not Path(folder, "engine.log").exists()
-    loop.run(client.close(), 5)
+    for opened in (client, stranger):
+        loop.run(opened.close(), 5)
     loop.close()
 
 
 @pytest.mark.slow
 def test_a_keeper_ends_on_a_signal_and_when_the_run_is_over(folder):
-    """The command, with vLLM's server while it starts."""
+    """While vLLM's server starts."""
     save_tiny_model(folder.parent / "model")
     (folder / "engine.json").write_text(settings_text(engine_config(folder, load_weights=True)))
     for number in (signal.SIGTERM, signal.SIGINT):
         with serving(folder, free_address()) as process:
-            until(lambda: "started a server" in process.words(), "a server")
-            pid = server_pid(process.words())
+            wait_until(lambda: "started a server" in process.output(), "a server")
+            pid = server_pid(process.output())
             process.send_signal(number)
-            assert process.wait(20) == 0 and not processes_of(pid)
-            assert process.words().endswith(f"keeper: ends: {number.name}\n")
+            assert process.wait(20) == 0 and not living_in_group(pid)
+            assert process.output().endswith(f"keeper: ends: {number.name}\n")
     with serving(folder, free_address()) as process:
         (folder / "status.json").write_text('{"state": "done", "why": null}')
-        assert process.wait(30) == 0 and process.words().endswith("keeper: ends: the run is over\n")
+        assert process.wait(30) == 0
+        assert process.output().endswith("keeper: ends: the run is over\n")
     with serving(folder, free_address(), "--idle", "2") as process:
-        assert process.wait(30) == 1 and "ends: no owner and no heartbeat of the run" in process.words()
+        assert process.wait(30) == 1
+        assert "ends: no owner and no heartbeat of the run" in process.output()

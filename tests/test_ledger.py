@@ -1,4 +1,4 @@
-"""Every prompt is dispatched once, and trained once or dropped, whatever fails and however often."""
+"""After any failures, every prompt is dispatched once, and trained once or dropped."""
 
 import json
 import random
@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_espo.config import Data, Reward, Rollout, Run
+from megatron_espo.config import Data, Rollout
 from megatron_espo.data import PromptStream
-from megatron_espo.ledger import Ledger
+from megatron_espo.data.rollout_store import RolloutLog
+from megatron_espo.distributed.stop_request import Stopped
 from megatron_espo.rollout.engine import EngineError
-from megatron_espo.rollout_log import RolloutLog
-from megatron_espo.rollout_manager import RolloutManager
-from megatron_espo.stopping import Stopped
+from megatron_espo.trainer.ledger import Ledger
+from megatron_espo.trainer.rollout_sources import SampledRollouts
 from megatron_espo.types import Prompt
-from tests.fake_engine import TOKENIZER, FakeRun
+from tests.support.fake_engine import TOKENIZER, FakeRun
 
 STEPS, PROMPTS, ROWS, GROUP = 12, 3, 17, 2
 WAYS = {
@@ -29,38 +29,46 @@ WAYS = {
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the process is used afterwards."""
+    """Stands for SIGKILL: the test uses nothing of the process afterwards."""
 
 
 class Process:
-    """What a run has in memory between two deaths: a RolloutManager between fakes of the engine and the verifier."""
+    """A process of a run: SampledRollouts between fakes of the engine and the verifier."""
 
     def __init__(self, folder, way: dict, chance: random.Random, checkpoint: dict) -> None:
         self.chance = chance
-        rollout = Rollout(prompts_per_step=PROMPTS, group_size=GROUP, max_response_tokens=4, max_model_len=64, **way)
-        config = SimpleNamespace(rollout=rollout, run=Run(steps=STEPS, seed=1), reward=Reward())
-        # A rank that has nothing, which then gets the parts of rank 0.
-        other_rank = SimpleNamespace(is_main=False, rank=1, world_size=2)
-        self.manager = RolloutManager(config, {"max_position_embeddings": 64}, other_rank, SimpleNamespace(check=self.fail))
-        self.run = FakeRun(rollout, judge, order=lambda ids, seed: seed, check=self.manager._check, stream=stream(folder))
-        self.manager.runtime = SimpleNamespace(is_main=True)
-        self.manager._log, self.manager._stream = RolloutLog(folder / "rollouts", {}), self.run.stream
-        self.manager._pool, self.manager._sampler = SimpleNamespace(failure=None), self.run.sampler
+        rollout = Rollout(
+            prompts_per_step=PROMPTS,
+            group_size=GROUP,
+            max_response_tokens=4,
+            max_model_len=64,
+            **way,
+        )
+        prompts = stream(folder)
+        self.run = FakeRun(
+            rollout, judge, order=lambda ids, seed: seed, check=self.fail, stream=prompts
+        )
+        log = RolloutLog(folder / "rollouts", {})
+        staleness = rollout.max_staleness
+        self.source = SampledRollouts(log, self.run.sampler, max_staleness=staleness)
         self.step, self.ledger = checkpoint["step"], Ledger(**checkpoint["ledger"])
-        self.manager.load_state_dict(checkpoint["rollouts"])
+        self.source.load_state_dict(checkpoint["rollouts"])
 
     def fail(self, *faults: type[BaseException]) -> None:
         if fault := self.chance.choice([*[None] * 12, *(faults or (EngineError, Stopped, Killed))]):
             raise fault("now")
 
     def train(self, history: dict[int, list]) -> None:
-        """One step. A failed engine is asked again. ``history`` gets (prompts, their rewards) of each step."""
+        """Run one step, with retries after engine failures.
+
+        Adds the prompts and texts of the step to ``history``.
+        """
         step = self.step + 1
         self.run.source.version = self.step
         sampled = len(self.run.source.requests)
         while True:
             try:
-                groups = self.manager._batch(step, self.run.phases)
+                groups = self.source.batch(step, self.run.phases)
                 break
             except EngineError:
                 continue
@@ -76,8 +84,12 @@ class Process:
         self.ledger.count(groups)
 
     def checkpoint(self) -> dict:
-        self.manager.forget(self.step)
-        state = {"step": self.step, "ledger": asdict(self.ledger), "rollouts": self.manager.state_dict()}
+        self.source.forget(self.step)
+        state = {
+            "step": self.step,
+            "ledger": asdict(self.ledger),
+            "rollouts": self.source.state_dict(),
+        }
         return json.loads(json.dumps(state))
 
 
@@ -91,11 +103,15 @@ def stream(folder) -> PromptStream:
 
 
 def run_to_the_end(folder, way: dict, chance) -> tuple[dict[int, list], Ledger, dict]:
-    """All steps' prompts, the counts, and the state at the end."""
+    """Prompts and texts of all steps, the counts, and the final state."""
     folder.mkdir()
     rows = [{"id": i, "prompt": str(i), "answer": "1"} for i in range(ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    checkpoint = {"step": 0, "ledger": {}, "rollouts": {"stream": stream(folder).state_dict(), "pending": []}}
+    checkpoint = {
+        "step": 0,
+        "ledger": {},
+        "rollouts": {"stream": stream(folder).state_dict(), "pending": []},
+    }
     history: dict[int, list] = {}
     process = Process(folder, way, chance, checkpoint)
     while process.step < STEPS:
@@ -114,10 +130,12 @@ def run_to_the_end(folder, way: dict, chance) -> tuple[dict[int, list], Ledger, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_prompt_goes_one_way_whatever_fails(tmp_path, way):
+def test_every_prompt_is_counted_once_after_failures(tmp_path, way):
     calm = SimpleNamespace(choice=lambda faults: None)
     ends = [run_to_the_end(tmp_path / "calm", WAYS[way], calm)]
-    ends += [run_to_the_end(tmp_path / str(seed), WAYS[way], random.Random(seed)) for seed in range(6)]
+    ends += [
+        run_to_the_end(tmp_path / str(seed), WAYS[way], random.Random(seed)) for seed in range(6)
+    ]
     for number, (history, ledger, state) in enumerate(ends):
         assert sorted(history) == list(range(1, STEPS + 1))
         first = stream(tmp_path / "calm")
@@ -125,7 +143,10 @@ def test_every_prompt_goes_one_way_whatever_fails(tmp_path, way):
         assert first.state_dict() == state["stream"], number
         trained = Counter(prompt for groups in history.values() for prompt, _ in groups)
         pending = Counter(entry["id"] for entry in state["pending"])
-        assert trained.total() == ledger.trained == STEPS * PROMPTS and pending.total() == ledger.in_flight
+        assert (
+            trained.total() == ledger.trained == STEPS * PROMPTS
+            and pending.total() == ledger.in_flight
+        )
         dropped = dispatched - trained - pending
         assert trained + pending + dropped == dispatched, "none is trained twice"
         assert dropped.total() == ledger.dropped_equal

@@ -1,4 +1,6 @@
-"""Metrics equal plain means over all tokens, reach TensorBoard and ``metrics.jsonl``, and can be drawn."""
+"""Metrics equal means over all tokens, are written to TensorBoard and ``metrics.jsonl``, and can be
+drawn.
+"""
 
 import json
 import math
@@ -8,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_espo.algo import annotate, policy_loss
+from megatron_espo.algo import LossInputs, load_objective
 from megatron_espo.config import Algorithm
-from megatron_espo.metrics import (
+from megatron_espo.files import read_jsonl
+from megatron_espo.monitoring.metrics import (
     MetricsWriter,
     average_steps,
     loss_metrics,
@@ -18,10 +21,9 @@ from megatron_espo.metrics import (
     rollout_metrics,
     step_line,
 )
-from megatron_espo.report import draw_learning_curve, write_summary
-from megatron_espo.run_files import read_jsonl
+from megatron_espo.monitoring.report import draw_learning_curve, write_summary
 from megatron_espo.types import Prompt, Trajectory
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 VOCAB = 131
 
@@ -33,30 +35,34 @@ def report(lengths: list[int], seed: int):
     tokens = int(lengths.sum())
     logprob, old, rollout = (-torch.rand(tokens, generator=generator) for _ in range(3))
     entropy = torch.rand(tokens, generator=generator) * 4
-    algorithm = Algorithm(quantiles=(0.3, 0.8))
-    totals = {"num_responses": 9, "num_tokens": 99, "max_response_tokens": 16}
-    annotation = annotate(entropy, lengths, algorithm, vocab_size=VOCAB, **totals)
-    result = policy_loss(logprob, old, torch.ones(tokens), annotation, algorithm)
+    objective = load_objective(Algorithm(quantiles=(0.3, 0.8)))
+    totals = {"num_responses": 9, "num_tokens": 99}
+    segments = objective.segment_tokens(entropy, lengths, vocab_size=VOCAB, **totals)
+    inputs = LossInputs(logprob, old, torch.ones(tokens), segments)
+    result = objective.loss(inputs)
+    clipped_low, clipped_high = objective.clipped(inputs, result)
     per_token = {
         "entropy": entropy,
-        "epsilon": annotation.low,
+        "epsilon": segments.low,
         "ratio": result.ratio,
-        "clipped_low": result.clipped_low,
-        "clipped_high": result.clipped_high,
+        "clipped_low": clipped_low,
+        "clipped_high": clipped_high,
         "no_gradient": result.no_gradient,
-        "group": annotation.group,
+        "group": segments.group,
         "gap": (old - rollout).abs(),
         "kl": rollout - old,
         "grpo": ((logprob - old).exp() - 1).abs() > 0.2,
         "extra": logprob * 2,
     }
     extra = {"extra": per_token["extra"]}
-    return loss_metrics(result, annotation, old, rollout, 3, per_token=extra), per_token, result.loss
+    return loss_metrics(objective, inputs, result, rollout, extra), per_token, result.loss
 
 
 def expected_metrics(reports) -> dict[str, float]:
     """Means over the concatenation of all tokens."""
-    joined = {name: torch.cat([per_token[name] for _, per_token, _ in reports]) for name in reports[0][1]}
+    joined = {
+        name: torch.cat([per_token[name] for _, per_token, _ in reports]) for name in reports[0][1]
+    }
     answer = {
         "mismatch/logprob_gap_mean": joined["gap"].mean(),
         "mismatch/logprob_gap_max": joined["gap"].max(),
@@ -100,14 +106,17 @@ def test_micro_batches_give_means_over_all_tokens(one_rank):
 
 def test_ranks_give_means_over_all_tokens():
     found = run_ranks(2, "tests.test_metrics:reduce_on_ranks")
-    check(found, expected_metrics([report([3, 7], seed=0), report([9], seed=1), report([4], seed=2)]))
+    check(
+        found, expected_metrics([report([3, 7], seed=0), report([9], seed=1), report([4], seed=2)])
+    )
 
 
 def reduce_on_ranks() -> dict[str, float]:
     """Runs on two ranks: one micro-batch with tokens on the first, two on the second."""
-    reports = [[report([3, 7], seed=0), report([], seed=5)], [report([9], seed=1), report([4], seed=2)]][
-        dist.get_rank()
-    ]
+    reports = [
+        [report([3, 7], seed=0), report([], seed=5)],
+        [report([9], seed=1), report([4], seed=2)],
+    ][dist.get_rank()]
     return reduce_metrics([metrics for metrics, *_ in reports], dist.group.WORLD)
 
 
@@ -115,7 +124,11 @@ def test_group_without_tokens_reports_nothing(one_rank):
     # One token: it is the highest group's, the others are empty.
     found = reduce_metrics([report([1], seed=1)[0]], one_rank)
     assert not any(name.startswith(("group0/", "group1/")) for name in found)
-    assert found["group2/ratio_min"] == found["group2/ratio_max"] == pytest.approx(found["group2/ratio"])
+    assert (
+        found["group2/ratio_min"]
+        == found["group2/ratio_max"]
+        == pytest.approx(found["group2/ratio"])
+    )
 
 
 def test_step_without_tokens_reports_its_loss_alone(one_rank):
@@ -138,9 +151,15 @@ def test_rollout_metrics():
     prompt = Prompt("p", "text", "answer", (1,))
 
     def rollout(length: int, finish_reason: str = "stop") -> Trajectory:
-        return Trajectory.single_turn(prompt, (7,) * length, (-1.0,) * length, 0, finish_reason, "text")
+        return Trajectory.single_turn(
+            prompt, (7,) * length, (-1.0,) * length, 0, finish_reason, "text"
+        )
 
-    rollouts = [[rollout(1), rollout(2)], [rollout(3), rollout(4, "length")], [rollout(5), rollout(6)]] * 2
+    rollouts = [
+        [rollout(1), rollout(2)],
+        [rollout(3), rollout(4, "length")],
+        [rollout(5), rollout(6)],
+    ] * 2
     nan = math.nan
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, nan], [nan, nan], [0.5, 0.5]])
     advantages = torch.tensor([[0.0, 0.0], [-0.7, 0.7], *[[0.0, 0.0]] * 4])
@@ -199,7 +218,9 @@ def test_written_metrics_are_read_back(tmp_path):
 
     lines = make_lines([0.25, 0.5, 0.75])
     write_lines(tmp_path, lines)
-    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": step, **line} for step, line in enumerate(lines, 1)]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"step": step, **line} for step, line in enumerate(lines, 1)
+    ]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(board.Tags()["scalars"]) == set(lines[0])
     for name in lines[0]:
@@ -217,7 +238,8 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
 
 def test_step_line():
     assert step_line(2, 30, make_lines([0.25, 0.5])[1]) == (
-        "step 2/30  reward 0.500  length 7.2  grad norm 0.50  log-prob gap 2.0e-04  7.5 s (rollout 5.0 train 2.0)"
+        "step 2/30  reward 0.500  length 7.2  grad norm 0.50  log-prob gap 2.0e-04  "
+        "7.5 s (rollout 5.0 train 2.0)"
     )
 
 
@@ -242,7 +264,9 @@ def test_summary(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
-@pytest.mark.parametrize("rewards", [[0.2, 0.4, 0.9], [-0.9, -0.7, -0.2], [0.5]], ids=["usual", "negative", "one step"])
+@pytest.mark.parametrize(
+    "rewards", [[0.2, 0.4, 0.9], [-0.9, -0.7, -0.2], [0.5]], ids=["usual", "negative", "one step"]
+)
 def test_learning_curve_shows_each_curve(tmp_path, rewards):
     from matplotlib.image import imread
 
@@ -252,13 +276,16 @@ def test_learning_curve_shows_each_curve(tmp_path, rewards):
         path = draw_learning_curve(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     image = torch.from_numpy(imread(path))[..., :3]
-    # matplotlib's first colour, which draws the reward (first third of the picture) on its own.
-    blue = (image - torch.tensor([31, 119, 180]) / 255).abs().amax(-1) < 0.02
+    # The first color draws the reward in the first third of the picture.
+    blue = (image - torch.tensor([0x0B, 0x6F, 0xB8]) / 255).abs().amax(-1) < 0.02
     assert blue[:, : image.size(1) // 3].sum() > 30
     for third in image.chunk(3, dim=1):
         assert third.std() > 0.05
 
 
 def test_several_optimizer_steps_keep_extremes():
-    steps = [{"a": 1.0, "gap_max": 3.0, "ratio_min": 0.5}, {"a": 3.0, "gap_max": 1.0, "ratio_min": 0.7, "b": 2.0}]
+    steps = [
+        {"a": 1.0, "gap_max": 3.0, "ratio_min": 0.5},
+        {"a": 3.0, "gap_max": 1.0, "ratio_min": 0.7, "b": 2.0},
+    ]
     assert average_steps(steps) == {"a": 2.0, "gap_max": 3.0, "ratio_min": 0.5, "b": 2.0}

@@ -1,6 +1,6 @@
-"""Log-prob and entropy on vocabulary shards against dense float64, on every path this machine can run.
+"""Log-prob and entropy on vocabulary shards against dense float64, on each path.
 
-Triton kernels run on a GPU, or in Triton's interpreter when pytest was started with TRITON_INTERPRET=1;
+Triton kernels run on a GPU, or in Triton's interpreter if pytest starts with TRITON_INTERPRET=1;
 `test_triton_in_the_interpreter` starts such a run of this file and test_numerics_head.py.
 """
 
@@ -14,15 +14,17 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from megatron_espo.numerics import vocab_parallel_logprob_entropy
-from tests.distributed import run_ranks
-from tests.ranks.numerics import assert_close, dense, hard_rows
+from tests.support.distributed import run_ranks
+from tests.support.ranks.numerics import assert_close, dense, hard_rows
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-no_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
+no_triton = pytest.mark.skipif(
+    not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1"
+)
 TRITON = pytest.param("triton", marks=[no_triton, pytest.mark.gpu])
 every_path = pytest.mark.parametrize("path", ["torch", "compiled", TRITON])
-# The compiled path costs seconds per kind of input: it meets the values once; its formulas are plain torch's.
+# A compilation takes seconds, and the formulas are those of plain torch: compile once per dtype.
 quick_path = pytest.mark.parametrize("path", ["torch", TRITON])
 
 
@@ -44,7 +46,8 @@ def reference_gradient(x, targets, weights, temperature, vocab_size):
 @every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "width, vocab_size, temperature", [(600, 600, 1.0), (600, 590, 0.7), (19008, 19001, 1.3), (32768, 32768, 1.0)]
+    "width, vocab_size, temperature",
+    [(600, 600, 1.0), (600, 590, 0.7), (19008, 19001, 1.3), (32768, 32768, 1.0)],
 )
 def test_values_and_gradient(path, dtype, width, vocab_size, temperature):
     if path == "compiled" and (width, vocab_size) not in ((19008, 19001),):
@@ -54,7 +57,13 @@ def test_values_and_gradient(path, dtype, width, vocab_size, temperature):
     weights = torch.randn(2, len(targets), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     x.requires_grad_()
     logprob, entropy = vocab_parallel_logprob_entropy(
-        x, targets, None, temperature=temperature, vocab_size=vocab_size, entropy_grad=True, path=path
+        x,
+        targets,
+        None,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        entropy_grad=True,
+        path=path,
     )
     ((logprob * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
     reference = reference_gradient(x.detach(), targets, weights, temperature, vocab_size)
@@ -64,7 +73,7 @@ def test_values_and_gradient(path, dtype, width, vocab_size, temperature):
     assert_close(entropy, expected_entropy, 5e-6)
     if dtype == torch.float32:
         assert_close(x.grad, expected, 1.3e-6)
-    else:  # output rounding: half a unit in the last of 8 places (the interpreter truncates: a whole one)
+    else:  # rounding of the output to 8 bits (the interpreter truncates)
         ulp = 2**-7 if INTERPRET else 2**-8
         assert ((x.grad.double() - expected).abs() <= expected.abs() * ulp + 2e-6).all()
     assert (x.grad[:, vocab_size:] == 0).all()
@@ -77,7 +86,9 @@ def test_logprob_gradient_alone(path):
     x, targets = (t.to(DEVICE) for t in hard_rows(600, 590, torch.float32))
     weights = torch.stack((torch.randn(len(targets)), torch.zeros(len(targets)))).to(DEVICE)
     x.requires_grad_()
-    logprob, entropy = vocab_parallel_logprob_entropy(x, targets, None, temperature=0.8, vocab_size=590, path=path)
+    logprob, entropy = vocab_parallel_logprob_entropy(
+        x, targets, None, temperature=0.8, vocab_size=590, path=path
+    )
     assert not entropy.requires_grad
     (logprob * weights[0]).sum().backward()
     assert_close(x.grad, reference_gradient(x.detach(), targets, weights, 0.8, 590)[2], 1.3e-6)
@@ -93,7 +104,9 @@ def test_second_backward_and_donated_logits(path):
     assert torch.equal(first, second)
 
     given = x.detach().clone().requires_grad_()
-    logprob, _ = vocab_parallel_logprob_entropy(given, targets, None, vocab_size=590, path=path, donate_logits=True)
+    logprob, _ = vocab_parallel_logprob_entropy(
+        given, targets, None, vocab_size=590, path=path, donate_logits=True
+    )
     assert torch.equal(given, x)  # forward leaves even donated logits alone
     (gradient,) = torch.autograd.grad(logprob.sum(), given, retain_graph=True)
     assert gradient.data_ptr() == given.data_ptr()
@@ -105,7 +118,7 @@ def test_second_backward_and_donated_logits(path):
 @quick_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory(path, dtype):
-    """Forward adds a twentieth of the shard at most; with backward, the returned gradient and a twentieth."""
+    """Forward adds at most 5 % of the shard; backward the gradient and 5 %."""
     if INTERPRET:
         pytest.skip("the interpreter allocates on its own")
     x = torch.randn(512, 16384, device=DEVICE).to(dtype).requires_grad_()
@@ -124,7 +137,9 @@ def test_finite_differences(name):
     x, targets = torch.randn(3, 9, dtype=torch.float64, requires_grad=True), torch.tensor([0, 4, 6])
 
     def value(logits):
-        out = vocab_parallel_logprob_entropy(logits, targets, None, temperature=0.6, vocab_size=7, entropy_grad=True)
+        out = vocab_parallel_logprob_entropy(
+            logits, targets, None, temperature=0.6, vocab_size=7, entropy_grad=True
+        )
         return out[name == "entropy"]
 
     assert torch.autograd.gradcheck(value, x)
@@ -143,10 +158,12 @@ def test_strided_logits_and_no_tokens():
     assert none.grad.shape == (0, 600)
 
 
-def test_nan_is_not_hidden_and_foreign_targets_are_impossible():
+def test_nan_stays_and_targets_outside_the_vocabulary_have_no_probability():
     x = torch.randn(3, 50)
     x[0, 3] = torch.nan
-    logprob, entropy = vocab_parallel_logprob_entropy(x, torch.tensor([1, 48, -100]), None, vocab_size=48)
+    logprob, entropy = vocab_parallel_logprob_entropy(
+        x, torch.tensor([1, 48, -100]), None, vocab_size=48
+    )
     assert logprob[0].isnan() and entropy[0].isnan()
     assert (logprob[1:] == -torch.inf).all() and entropy[1:].isfinite().all()
 
@@ -164,12 +181,16 @@ def test_nan_is_not_hidden_and_foreign_targets_are_impossible():
     ],
 )
 def test_wrong_arguments(change, message):
-    arguments = {"logits": torch.zeros(2, 8), "targets": torch.zeros(2, dtype=torch.int64), "group": None} | change
+    arguments = {
+        "logits": torch.zeros(2, 8),
+        "targets": torch.zeros(2, dtype=torch.int64),
+        "group": None,
+    } | change
     with pytest.raises(ValueError, match=message):
         vocab_parallel_logprob_entropy(**arguments)
 
 
-def test_compiler_that_fails_is_said_once(monkeypatch):
+def test_a_failing_compiler_warns_once(monkeypatch):
     from megatron_espo.numerics import torch_path
 
     monkeypatch.setattr(torch_path, "_broken", [])
@@ -180,20 +201,23 @@ def test_compiler_that_fails_is_said_once(monkeypatch):
     monkeypatch.setattr(torch_path, "_compiled", no_compiler)
     x, targets = hard_rows(600, 600, torch.float32)
     with pytest.warns(UserWarning, match="no g") as seen:
-        results = [vocab_parallel_logprob_entropy(x, targets, None, path="compiled")[0] for _ in range(2)]
+        results = [
+            vocab_parallel_logprob_entropy(x, targets, None, path="compiled")[0] for _ in range(2)
+        ]
     assert len(seen) == 1
     assert_close(results[1], dense(x, targets, 1.0, 600)[0], 5e-6)
 
 
 CASES = [
     {"width": 300, "vocab_size": 600, "temperature": 1.0},
-    {"width": 300, "vocab_size": 290, "temperature": 0.7},  # the second rank holds nothing but padding
+    # The second rank has only padding.
+    {"width": 300, "vocab_size": 290, "temperature": 0.7},
     {"width": 19008, "vocab_size": 37990, "temperature": 1.3},
 ]
 
 
 def test_two_shards():
-    run_ranks(2, "tests.ranks.numerics:check_shards", cases=CASES, path="torch")
+    run_ranks(2, "tests.support.ranks.numerics:check_shards", cases=CASES, path="torch")
 
 
 def test_triton_in_the_interpreter():

@@ -2,16 +2,25 @@
 
 import math
 import random
-from dataclasses import replace
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.algo import OBJECTIVES, annotate, group_advantages, policy_loss
-from megatron_espo.config import Algorithm
-from tests.objective_reference import Response, Rules, expected
+from examples.sapo import SAPO
+from megatron_espo.algo import (
+    OBJECTIVES,
+    LossInputs,
+    Objective,
+    group_advantages,
+    load_objective,
+    would_clip,
+)
+from megatron_espo.config import Algorithm, schema
+from megatron_espo.errors import InputError
+from tests.support.objective_reference import Response, Rules, expected, exponential
 
 QUICK = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 VOCAB, MAX_TOKENS = 131, 16
@@ -36,13 +45,13 @@ CASES = [
 
 
 def single(value: float) -> float:
-    """Rounded to float32, so that both precisions are given the same numbers."""
+    """Round to float32, so that both precisions get the same numbers."""
     return float(torch.tensor(value))
 
 
 @st.composite
 def batches(draw) -> list[Response]:
-    """Responses from one token on, with tied entropies, zero advantages and log-ratios from 1e-4 to 50."""
+    """Responses of 1 to 12 tokens with ties, zero advantages and log-ratios of 1e-4 to 50."""
     rng = random.Random(draw(st.integers(0, 2**32)))
     spread = draw(st.sampled_from([2e-4, 2e-3, 0.3, 50.0]))
     levels = [single(rng.uniform(0, math.log(VOCAB))) for _ in range(draw(st.integers(1, 12)))]
@@ -54,35 +63,42 @@ def batches(draw) -> list[Response]:
                 logprob=new,
                 old_logprob=[single(p - rng.uniform(-spread, spread)) for p in new],
                 entropy=[rng.choice(levels) for _ in new],
-                advantage=rng.choice([0.0, single(rng.uniform(0.1, 2)), single(rng.uniform(-2, -0.1))]),
+                advantage=rng.choice(
+                    [0.0, single(rng.uniform(0.1, 2)), single(rng.uniform(-2, -0.1))]
+                ),
             )
         )
     return responses
 
 
-def run(responses: list[Response], algorithm, dtype: torch.dtype, **totals):
-    """``(gradient [tokens], LossOutput)`` of the package."""
+def run(responses: list[Response], objective: Objective, dtype: torch.dtype, **totals):
+    """``(gradient [tokens], LossInputs, LossOutput)`` of the package."""
 
     def flat(name: str) -> torch.Tensor:
         return torch.tensor([value for r in responses for value in getattr(r, name)], dtype=dtype)
 
     logprob = flat("logprob").requires_grad_()
     lengths = torch.tensor([len(r.logprob) for r in responses])
-    advantage = torch.tensor([r.advantage for r in responses], dtype=dtype).repeat_interleave(lengths)
-    totals |= {"vocab_size": VOCAB, "max_response_tokens": MAX_TOKENS}
-    annotation = annotate(flat("entropy"), lengths, algorithm, **totals)
-    result = policy_loss(logprob, flat("old_logprob"), advantage, annotation, algorithm)
-    (gradient,) = torch.autograd.grad(result.loss, logprob)
-    return gradient, result
+    advantage = torch.tensor([r.advantage for r in responses], dtype=dtype)
+    segments = objective.segment_tokens(flat("entropy"), lengths, vocab_size=VOCAB, **totals)
+    advantages = advantage.repeat_interleave(lengths)
+    inputs = LossInputs(logprob, flat("old_logprob"), advantages, segments)
+    output = objective.loss(inputs)
+    (gradient,) = torch.autograd.grad(output.loss, logprob)
+    return gradient, inputs, output
 
 
 def totals_of(responses: list[Response]) -> dict[str, int]:
     """A step's whole batch, of which these responses are a part."""
-    return {"num_responses": len(responses) + 3, "num_tokens": sum(len(r.logprob) for r in responses) + 17}
+    return {
+        "num_responses": len(responses) + 3,
+        "num_tokens": sum(len(r.logprob) for r in responses) + 17,
+    }
 
 
-def make_algorithm(objective: str, **settings) -> Algorithm:
-    return Algorithm(objective=objective, normalize_std=objective != "dr_grpo", **settings)
+def make_objective(objective: str, **settings) -> Objective:
+    algorithm = Algorithm(objective=objective, normalize_std=objective != "dr_grpo", **settings)
+    return load_objective(algorithm, max_response_tokens=MAX_TOKENS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -93,14 +109,24 @@ def test_loss_and_gradient_equal_reference(case, dtype, responses, quantiles):
     low, high = BOUNDS[case["objective"]]
     rules = Rules(**case, low=low, high=high, quantiles=quantiles)
     wanted = expected(responses, rules, **totals_of(responses), max_tokens=MAX_TOKENS, vocab=VOCAB)
-    gradient, result = run(responses, make_algorithm(**case, quantiles=quantiles), dtype, **totals_of(responses))
+    gradient, _, result = run(
+        responses, make_objective(**case, quantiles=quantiles), dtype, **totals_of(responses)
+    )
 
     rtol, border = (1e-9, 1e-9) if dtype is torch.float64 else (1e-4, 3e-6)
     clear = torch.tensor(wanted.margin) > border
-    assert result.loss.item() == pytest.approx(wanted.loss, rel=rtol, abs=rtol * sum(map(abs, wanted.gradient)) + 1e-9)
-    torch.testing.assert_close(gradient[clear], torch.tensor(wanted.gradient, dtype=dtype)[clear], rtol=rtol, atol=1e-9)
-    torch.testing.assert_close(result.ratio, torch.tensor(wanted.ratio, dtype=dtype), rtol=rtol, atol=1e-12)
-    assert torch.equal(result.no_gradient[clear], torch.tensor([g == 0 for g in wanted.gradient])[clear])
+    assert result.loss.item() == pytest.approx(
+        wanted.loss, rel=rtol, abs=rtol * sum(map(abs, wanted.gradient)) + 1e-9
+    )
+    torch.testing.assert_close(
+        gradient[clear], torch.tensor(wanted.gradient, dtype=dtype)[clear], rtol=rtol, atol=1e-9
+    )
+    torch.testing.assert_close(
+        result.ratio, torch.tensor(wanted.ratio, dtype=dtype), rtol=rtol, atol=1e-12
+    )
+    assert torch.equal(
+        result.no_gradient[clear], torch.tensor([g == 0 for g in wanted.gradient])[clear]
+    )
 
 
 @pytest.mark.parametrize("objective", BOUNDS)
@@ -109,54 +135,84 @@ def test_loss_and_gradient_equal_reference(case, dtype, responses, quantiles):
 def test_clipped_shares_equal_reference(objective, responses):
     low, high = BOUNDS[objective]
     wanted = expected(
-        responses, Rules(objective, low, high), **totals_of(responses), max_tokens=MAX_TOKENS, vocab=VOCAB
+        responses,
+        Rules(objective, low, high),
+        **totals_of(responses),
+        max_tokens=MAX_TOKENS,
+        vocab=VOCAB,
     )
-    _, result = run(responses, make_algorithm(objective), torch.float64, **totals_of(responses))
+    instance = make_objective(objective)
+    _, inputs, output = run(responses, instance, torch.float64, **totals_of(responses))
     ratio = wanted.ratio
     if objective == "gmpo":
-        ratio = [1 + new - old for r in responses for new, old in zip(r.logprob, r.old_logprob, strict=True)]
-    found = zip(result.clipped_low.tolist(), result.clipped_high.tolist(), strict=True)
+        ratio = [
+            1 + new - old
+            for r in responses
+            for new, old in zip(r.logprob, r.old_logprob, strict=True)
+        ]
+    low_side, high_side = instance.clipped(inputs, output)
+    found = zip(low_side.tolist(), high_side.tolist(), strict=True)
     for t, (is_low, is_high) in enumerate(found):
         if objective == "cispo" or wanted.margin[t] > 1e-9:
-            assert (is_low, is_high) == (ratio[t] < 1 - wanted.low[t], ratio[t] > 1 + wanted.high[t]), t
+            assert (is_low, is_high) == (
+                ratio[t] < 1 - wanted.low[t],
+                ratio[t] > 1 + wanted.high[t],
+            ), t
 
 
 @QUICK
 @given(responses=batches(), objective=st.sampled_from(sorted(BOUNDS)))
-def test_what_grpo_and_gspo_would_clip_is_what_they_clip(responses, objective):
-    _, result = run(responses, make_algorithm(objective), torch.float64, **totals_of(responses))
-    for name in ("grpo", "gspo"):
-        _, own = run(responses, make_algorithm(name), torch.float64, **totals_of(responses))
-        assert torch.equal(result.would_clip[name], own.clipped_low | own.clipped_high), name
+def test_would_clip_equals_what_grpo_and_gspo_clip(responses, objective):
+    def inputs_and_clipped(name):
+        instance = make_objective(name)
+        _, inputs, output = run(responses, instance, torch.float64, **totals_of(responses))
+        return inputs, torch.stack(instance.clipped(inputs, output)).any(0)
+
+    inputs, _ = inputs_and_clipped(objective)
+    for name, clipped in would_clip(inputs).items():
+        assert torch.equal(clipped, inputs_and_clipped(name)[1]), name
 
 
-@pytest.mark.parametrize(("objective", "dual_clip"), [*((name, None) for name in BOUNDS), ("espo", 3.0), ("dapo", 3.0)])
+@pytest.mark.parametrize(
+    ("objective", "dual_clip"), [*((name, None) for name in BOUNDS), ("espo", 3.0), ("dapo", 3.0)]
+)
 def test_unchanged_policy_has_the_plain_policy_gradient(objective, dual_clip):
-    """Ratio 1 lies inside every bound, also where entropy, and so ESPO's bound, is 0: the gradient is ``-w A``."""
+    """Ratio 1 is inside every bound, even ESPO's at entropy 0: the gradient is ``-w A``."""
     logprob = [-1.0, -2.0, -0.0, -3.0, -1e-3]
+    instance = make_objective(objective, dual_clip=dual_clip)
     for entropy in ([0.0] * 5, [0.0, 1.0, 2.0, 0.5, 0.5]):
         responses = [Response(logprob, logprob, entropy, advantage) for advantage in (1.5, -0.5)]
-        gradient, result = run(
-            responses, make_algorithm(objective, dual_clip=dual_clip), torch.float32, num_responses=2, num_tokens=10
+        gradient, inputs, output = run(
+            responses, instance, torch.float32, num_responses=2, num_tokens=10
         )
         low, high = BOUNDS[objective]
         wanted = expected(
-            responses, Rules(objective, low, high), num_responses=2, num_tokens=10, max_tokens=MAX_TOKENS, vocab=VOCAB
+            responses,
+            Rules(objective, low, high),
+            num_responses=2,
+            num_tokens=10,
+            max_tokens=MAX_TOKENS,
+            vocab=VOCAB,
         )
         advantages = [1.5] * 5 + [-0.5] * 5
         plain = torch.tensor([-w * a for w, a in zip(wanted.weight, advantages, strict=True)])
         torch.testing.assert_close(gradient, plain)
-        assert not (result.clipped_low | result.clipped_high | result.no_gradient).any()
+        low_side, high_side = instance.clipped(inputs, output)
+        assert not (low_side | high_side | output.no_gradient).any()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_extreme_log_ratios_stay_finite(case, advantage):
     responses = [
-        Response([-60.0] * 4, [-60.0 - d, -60.0, -60.0 + d, -60.0 - d], [0.0, 1.0, 2.0, 4.0], advantage)
+        Response(
+            [-60.0] * 4, [-60.0 - d, -60.0, -60.0 + d, -60.0 - d], [0.0, 1.0, 2.0, 4.0], advantage
+        )
         for d in (50, -50)
     ] + [Response([-60.0 + d], [-60.0], [0.0], advantage) for d in (50, -50)]
-    gradient, result = run(responses, make_algorithm(**case), torch.float32, **totals_of(responses))
+    gradient, _, result = run(
+        responses, make_objective(**case), torch.float32, **totals_of(responses)
+    )
     assert result.loss.isfinite() and gradient.isfinite().all() and result.ratio.isfinite().all()
 
 
@@ -164,7 +220,9 @@ def test_extreme_log_ratios_stay_finite(case, advantage):
 def test_group_of_equal_rewards_has_no_gradient(objective):
     advantages = group_advantages(torch.full((1, 8), 100.1))[0].tolist()
     responses = [Response([-1.0, -2.0], [-1.1, -2.5], [1.0, 0.1], a) for a in advantages]
-    gradient, result = run(responses, make_algorithm(objective), torch.float32, **totals_of(responses))
+    gradient, _, result = run(
+        responses, make_objective(objective), torch.float32, **totals_of(responses)
+    )
     assert result.loss == 0 and not gradient.any() and result.no_gradient.all()
 
 
@@ -174,61 +232,117 @@ def test_impossible_log_prob_is_refused(value, which):
     values = {"logprob": [-1.0, -1.0], "old_logprob": [-1.0, -1.0]} | {which: [-1.0, value]}
     responses = [Response(**values, entropy=[0.5, 0.5], advantage=1.0)]
     with pytest.raises(ValueError, match=rf"^{which}: expected log-probabilities.*at token 1"):
-        run(responses, Algorithm(), torch.float32, num_responses=1, num_tokens=2)
+        run(responses, make_objective("espo"), torch.float32, num_responses=1, num_tokens=2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_context_parallel_slices_add_up(objective):
+    """Slices of responses on two ranks give the loss and gradient of one rank."""
+    torch.manual_seed(5)
+    lengths, everything = torch.tensor([6, 9]), torch.arange(15)
+    logprob, old = -torch.rand(2, 15, dtype=torch.float64) - 1
+    advantage = torch.tensor([1.0, -1.0]).repeat_interleave(lengths).double()
+    instance = make_objective(objective)
+    segments = instance.segment_tokens(
+        torch.rand(15).double(), lengths, vocab_size=VOCAB, num_responses=2, num_tokens=15
+    )
+
+    def slice_loss(tokens: torch.Tensor, sum_over_ranks):
+        inputs = LossInputs(
+            logprob[tokens].requires_grad_(),
+            old[tokens],
+            advantage[tokens],
+            segments.select(tokens),
+            sum_over_ranks=sum_over_ranks,
+        )
+        loss = instance.loss(inputs).loss
+        return loss, torch.autograd.grad(loss, inputs.logprob)[0], would_clip(inputs)
+
+    whole_loss, whole_gradient, whole_clip = slice_loss(everything, lambda sums: sums)
+    ranks = [torch.tensor([0, 1, 5, 6, 9, 14]), torch.tensor([2, 3, 4, 7, 8, 10, 11, 12, 13])]
+    seen: list[list[torch.Tensor]] = [[], []]
+    for tokens, mine in zip(ranks, seen, strict=True):
+        slice_loss(tokens, lambda sums, mine=mine: mine.append(sums) or sums)
+    # An all-reduce needs the same calls in the same order on each rank.
+    assert len(seen[0]) == len(seen[1])
+    total = 0.0
+    for tokens in ranks:
+        added = iter([a + b for a, b in zip(*seen, strict=True)])
+        loss, gradient, clip = slice_loss(tokens, lambda _, added=added: next(added))
+        total += loss
+        torch.testing.assert_close(gradient, whole_gradient[tokens])
+        assert all(torch.equal(clip[name], whole_clip[name][tokens]) for name in whole_clip)
+    torch.testing.assert_close(total, whole_loss)
+
+
+def test_configuration_keys_are_the_settings_of_the_classes():
+    """Every objective is tested here, and ``schema.USED_BY`` knows the settings of its class."""
+    assert set(BOUNDS) == set(OBJECTIVES) == set(schema.OBJECTIVES)
+    for key, (neutral, users) in schema.USED_BY.items():
+        classes = {name for name, cls in OBJECTIVES.items() if key in names_of(cls)}
+        assert classes == set(users) and getattr(Algorithm(), key) == neutral, key
+    keys = Algorithm.model_fields.keys() | {"max_response_tokens"}
+    assert all(names_of(cls) <= keys for cls in OBJECTIVES.values())
+
+
+def names_of(cls: type[Objective]) -> set[str]:
+    return {field.name for field in fields(cls)}
+
+
+def test_dr_grpo_without_its_limit_is_refused():
+    with pytest.raises(InputError, match="dr_grpo.*max_response_tokens"):
+        load_objective(Algorithm(objective="dr_grpo", normalize_std=False))
+
+
+SAPO_NAME = "examples.sapo:SAPO"
+
+
+@pytest.mark.parametrize("taus", [{}, {"tau_pos": 0.7, "tau_neg": 2.0}], ids=["defaults", "given"])
+@QUICK
+@given(responses=batches())
+def test_sapo_equals_its_formula(taus, responses):
+    algorithm = Algorithm(objective=SAPO_NAME, objective_args=taus)
+    objective = load_objective(algorithm, max_response_tokens=MAX_TOKENS)
+    gradient, inputs, output = run(responses, objective, torch.float64, **totals_of(responses))
+    taus = {"tau_pos": 1.0, "tau_neg": 1.05} | taus
+    loss, slopes = 0.0, []
+    for response in responses:
+        tau = taus["tau_pos" if response.advantage > 0 else "tau_neg"]
+        weight = 1 / ((len(responses) + 3) * len(response.logprob))
+        for new, old in zip(response.logprob, response.old_logprob, strict=True):
+            r = exponential(new - old)
+            gate = 1 / (1 + math.exp(min(700.0, -tau * (r - 1))))
+            loss -= weight * 4 / tau * gate * response.advantage
+            slopes.append(-weight * 4 * gate * (1 - gate) * r * response.advantage)
+    assert output.loss.item() == pytest.approx(loss, rel=1e-9, abs=1e-9)
+    wanted = torch.tensor(slopes, dtype=torch.float64)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+    assert not torch.stack(objective.clipped(inputs, output)).any()
 
 
 @pytest.mark.parametrize(
-    ("segment", "message"),
+    ("name", "arguments", "message"),
     [
-        (torch.tensor([0, 0, 0]), "expected a segment for each of 4 tokens, got 3"),
-        (torch.tensor([0, 0, 0, 7]), "do not cover the tokens"),
-        (torch.tensor([0, 1, 1, 1]), "do not cover the tokens"),
+        ("no_such_module:SAPO", {}, "algorithm.objective: expected .*'no_such_module:SAPO'"),
+        ("examples.sapo:SAP", {}, "algorithm.objective: expected .*'SAP'"),
+        ("examples.sapo:torch", {}, "algorithm.objective: expected a subclass of Objective"),
+        (SAPO_NAME, {"tau": 1.0}, r"objective_args: .*\(tau_neg, tau_pos\), got tau"),
+        (
+            SAPO_NAME,
+            {"quantiles": (0.5,)},
+            r"objective_args: .*\(tau_neg, tau_pos\), got quantiles",
+        ),
     ],
 )
-def test_segments_that_do_not_cover_the_tokens_are_refused(segment, message):
-    totals = {"vocab_size": VOCAB, "num_responses": 1, "num_tokens": 4, "max_response_tokens": MAX_TOKENS}
-    annotation = annotate(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([4]), Algorithm(), **totals)
-    values = -torch.ones(4)
-    with pytest.raises(ValueError, match=message):
-        policy_loss(values, values, values, replace(annotation, segment=segment), Algorithm())
+def test_wrong_objective_of_a_user_is_refused(name, arguments, message):
+    with pytest.raises(InputError, match=message):
+        load_objective(Algorithm(objective=name, objective_args=arguments))
 
 
-def test_context_parallel_slices_add_up():
-    """Slices of a response on two ranks, with the segments' sums added: the same loss and gradient as on one."""
-    torch.manual_seed(5)
-    lengths = torch.tensor([6, 9])
-    logprob, old = -torch.rand(15, dtype=torch.float64) - 1, -torch.rand(15, dtype=torch.float64) - 1
-    advantage, entropy = torch.tensor([1.0, -1.0]).repeat_interleave(lengths).double(), torch.rand(15).double()
-    totals = {"vocab_size": VOCAB, "num_responses": 2, "num_tokens": 15, "max_response_tokens": MAX_TOKENS}
-    ranks = [torch.tensor([0, 1, 5, 6, 9, 14]), torch.tensor([2, 3, 4, 7, 8, 10, 11, 12, 13])]
-    for objective in OBJECTIVES:
-        algorithm = make_algorithm(objective)
-        whole = annotate(entropy, lengths, algorithm, **totals)
-
-        def slice_loss(take: torch.Tensor, reduce, whole=whole, algorithm=algorithm):
-            per_token = {n: v[take] for n, v in vars(whole).items() if n not in ("size", "length")}
-            annotation = type(whole)(size=whole.size, length=whole.length, **per_token)
-            leaf = logprob[take].requires_grad_()
-            result = policy_loss(leaf, old[take], advantage[take], annotation, algorithm, reduce_segments=reduce)
-            return result, torch.autograd.grad(result.loss, leaf)[0]
-
-        everything, gradient = slice_loss(torch.arange(15), None)
-        seen: list[list[torch.Tensor]] = []
-        for take in ranks:
-            seen.append([])
-            slice_loss(take, lambda sums, mine=seen[-1]: mine.append(sums) or sums)
-        # Each rank makes the same calls in the same order, as an all-reduce demands.
-        assert len(seen[0]) == len(seen[1])
-        parts = []
-        for take in ranks:
-            added = iter([a + b for a, b in zip(*seen, strict=True)])
-            parts.append(slice_loss(take, lambda sums, added=added: next(added)))
-        torch.testing.assert_close(sum(result.loss for result, _ in parts), everything.loss)
-        for take, (result, part) in zip(ranks, parts, strict=True):
-            torch.testing.assert_close(part, gradient[take])
-            for name in ("grpo", "gspo"):
-                assert torch.equal(result.would_clip[name], everything.would_clip[name][take])
-
-
-def test_every_objective_is_tested():
-    assert set(BOUNDS) == set(OBJECTIVES)
+def test_settings_that_an_objective_does_not_use_are_refused():
+    with pytest.raises(ValueError, match="objective_args: expected none with objective espo"):
+        Algorithm(objective_args={"tau_pos": 1.0})
+    with pytest.raises(ValueError, match="clip_low: expected null"):
+        Algorithm(objective=SAPO_NAME, clip_low=0.1)
+    objective = load_objective(Algorithm(objective=SAPO_NAME, quantiles=(0.5,)))
+    assert objective == SAPO(quantiles=(0.5,))

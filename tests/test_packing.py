@@ -1,4 +1,6 @@
-"""Micro-batches hold every response token once, in the right place and within budgets, and lose nothing of the loss."""
+"""Micro-batches contain every response token once, in the right place and within the limits, and
+give the loss of the whole batch.
+"""
 
 import math
 from dataclasses import replace
@@ -9,9 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.algo import OBJECTIVES, annotate, policy_loss
+from megatron_espo.algo import OBJECTIVES, LossInputs, load_objective
 from megatron_espo.config import Algorithm
-from megatron_espo.data.packing import MicroBatch, TrainSequence, batch_totals, pack
+from megatron_espo.data.packing import (
+    MicroBatch,
+    PackingSpec,
+    TrainSequence,
+    batch_totals,
+    pack,
+)
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SIZES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 12)), max_size=12)
@@ -19,27 +27,39 @@ VOCAB = 131
 
 
 def make_sequences(sizes: list[tuple[int, int]]) -> list[TrainSequence]:
-    """Every token of the batch has an id of its own, from 1 on, from which its log-prob follows, and which is its expert."""
+    """Sequences with the token ids 1, 2, 3, ...
+
+    The id determines the log-prob and the expert of a token.
+    """
     sequences, first = [], 1
     for number, (prompt, response) in enumerate(sizes):
         ids = list(range(first, first + prompt + response))
         first = ids[-1] + 1
         logprobs = [-t / 1000 for t in ids[prompt:]]
         experts = np.array(ids[:-1], np.uint16)[:, None, None]
-        sequences.append(TrainSequence(ids[:prompt], ids[prompt:], logprobs, advantage=number - 1.5, routed_experts=experts))
+        sequences.append(
+            TrainSequence(
+                ids[:prompt], ids[prompt:], logprobs, advantage=number - 1.5, routed_experts=experts
+            )
+        )
     return sequences
 
 
 def pack_ranks(sequences, ranks: int, **options) -> list[list[MicroBatch]]:
     """Micro-batches of each data-parallel rank."""
     totals = batch_totals(sequences, num_responses=99, num_response_tokens=999)
-    return [
-        pack(sequences, totals, data_parallel_rank=rank, data_parallel_size=ranks, **options) for rank in range(ranks)
+    specs = [
+        PackingSpec(data_parallel_rank=rank, data_parallel_size=ranks, **options)
+        for rank in range(ranks)
     ]
+    return [pack(sequences, totals, spec) for spec in specs]
 
 
 def unpack(batch: MicroBatch) -> list[TrainSequence]:
-    """The sequences of a micro-batch, rebuilt from its tensors; checks everything between them."""
+    """The sequences of a micro-batch, rebuilt from its tensors.
+
+    Checks boundaries, positions and padding.
+    """
     tokens, positions = batch.tokens[0].tolist(), batch.position_ids[0].tolist()
     boundaries = batch.cu_seqlens.tolist()
     spans = list(zip(boundaries, boundaries[1:], strict=False))
@@ -56,13 +76,16 @@ def unpack(batch: MicroBatch) -> list[TrainSequence]:
     for (start, end), length in zip(spans, lengths, strict=False):
         prompt = end - start - length
         mine = [next(rows) for _ in range(length)]
-        # A token is predicted from the position before it, never across a border.
+        # A token is predicted from the position before it, never across a boundary.
         assert [p for p, *_ in mine] == list(range(start + prompt - 1, end - 1)) and prompt >= 1
         assert [target for _, target, *_ in mine] == tokens[start + prompt : end]
         (advantage,) = {a for *_, a in mine}
         sequences.append(
             TrainSequence(
-                tokens[start : start + prompt], tokens[start + prompt : end], [g for *_, g, _ in mine], advantage
+                tokens[start : start + prompt],
+                tokens[start + prompt : end],
+                [g for *_, g, _ in mine],
+                advantage,
             )
         )
     assert next(rows, None) is None
@@ -79,8 +102,16 @@ def unpack(batch: MicroBatch) -> list[TrainSequence]:
 )
 def test_every_sequence_is_packed_once(sizes, ranks, max_tokens, max_sequences, multiple_of):
     sequences = make_sequences(sizes)
-    shares = pack_ranks(sequences, ranks, max_tokens=max_tokens, max_sequences=max_sequences, multiple_of=multiple_of)
-    assert len({len(share) for share in shares}) == 1, "ranks would wait for each other for ever"
+    shares = pack_ranks(
+        sequences,
+        ranks,
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+        multiple_of=multiple_of,
+    )
+    assert len({len(share) for share in shares}) == 1, (
+        "a collective of one rank would have no partner"
+    )
     found = []
     for share in shares:
         assert share
@@ -103,7 +134,10 @@ def test_every_sequence_is_packed_once(sizes, ranks, max_tokens, max_sequences, 
 @QUICK
 @given(sizes=SIZES.filter(bool), ranks=st.integers(2, 4))
 def test_ranks_are_balanced(sizes, ranks):
-    loads = [sum(b.num_tokens for b in share) for share in pack_ranks(make_sequences(sizes), ranks, max_tokens=20)]
+    loads = [
+        sum(b.num_tokens for b in share)
+        for share in pack_ranks(make_sequences(sizes), ranks, max_tokens=20)
+    ]
     assert max(loads) - min(loads) <= max(p + r for p, r in sizes)
 
 
@@ -114,8 +148,18 @@ def test_sequence_over_the_budget_has_its_own_micro_batch():
 
 def test_empty_micro_batch_is_padding_and_its_loss_is_zero():
     (_, (batch,)) = pack_ranks(make_sequences([(2, 3)]), 2, max_tokens=8, multiple_of=4)
-    assert batch.tokens.tolist() == [[0] * 4] and batch.cu_seqlens.tolist() == [0, 4] and batch.num_tokens == 0
-    assert batch.lengths.numel() == batch.logit_positions.numel() == batch.targets.numel() == batch.advantage.numel() == 0
+    assert (
+        batch.tokens.tolist() == [[0] * 4]
+        and batch.cu_seqlens.tolist() == [0, 4]
+        and batch.num_tokens == 0
+    )
+    assert (
+        batch.lengths.numel()
+        == batch.logit_positions.numel()
+        == batch.targets.numel()
+        == batch.advantage.numel()
+        == 0
+    )
     for objective in OBJECTIVES:
         logprob = torch.zeros(0, requires_grad=True)
         loss, _ = objective_loss(objective, logprob, batch)
@@ -123,13 +167,17 @@ def test_empty_micro_batch_is_padding_and_its_loss_is_zero():
         assert loss == 0 and logprob.grad.shape == (0,)
 
 
-def objective_loss(objective: str, logprob: torch.Tensor, batch: MicroBatch):
-    algorithm = Algorithm(objective=objective, normalize_std=objective != "dr_grpo")
+def objective_loss(name: str, logprob: torch.Tensor, batch: MicroBatch):
+    algorithm = Algorithm(objective=name, normalize_std=name != "dr_grpo")
+    objective = load_objective(algorithm, max_response_tokens=16)
     entropy = (batch.targets.double() * 0.7).sin().abs() * math.log(VOCAB)
-    totals = {"num_responses": batch.totals.num_responses, "num_tokens": batch.totals.num_response_tokens}
-    annotation = annotate(entropy, batch.lengths, algorithm, vocab_size=VOCAB, max_response_tokens=16, **totals)
-    old = batch.rollout_logprob.double()
-    return policy_loss(logprob, old, batch.advantage.double(), annotation, algorithm).loss, annotation
+    totals = {
+        "num_responses": batch.totals.num_responses,
+        "num_tokens": batch.totals.num_response_tokens,
+    }
+    segments = objective.segment_tokens(entropy, batch.lengths, vocab_size=VOCAB, **totals)
+    old, advantage = batch.rollout_logprob.double(), batch.advantage.double()
+    return objective.loss(LossInputs(logprob, old, advantage, segments)).loss, segments
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -146,7 +194,11 @@ def test_micro_batches_add_up_to_the_whole_batch(objective):
     loss, gradient = loss_and_gradient([whole])
     assert gradient.count_nonzero() > 3
     for ranks, max_tokens in ((1, 1), (2, 20), (3, 14)):
-        batches = [b for share in pack_ranks(sequences, ranks, max_tokens=max_tokens, multiple_of=2) for b in share]
+        batches = [
+            b
+            for share in pack_ranks(sequences, ranks, max_tokens=max_tokens, multiple_of=2)
+            for b in share
+        ]
         assert len(batches) > 1
         torch.testing.assert_close(loss_and_gradient(batches), (loss, gradient))
 
@@ -156,7 +208,7 @@ def test_micro_batches_add_up_to_the_whole_batch(objective):
     [([], [1], [-1.0]), ([1], [], []), ([1], [1, 2], [-1.0]), ([1], [1.5], [-1.0])],
     ids=["prompt", "response", "log-probs", "ids"],
 )
-def test_broken_sequence_is_refused(arguments):
+def test_invalid_sequence_raises(arguments):
     with pytest.raises(ValueError, match="TrainSequence.*: expected"):
         TrainSequence(*arguments, advantage=1.0)
 
@@ -169,62 +221,82 @@ def test_to_moves_every_tensor():
     assert len(tensors) == 12 and {t.device.type for t in tensors.values()} == {"meta"}
 
 
-@pytest.mark.parametrize(("name", "field"), [("old_logprobs", "old_logprob"), ("old_entropies", "old_entropy")])
-def test_known_values_travel_with_their_tokens(name, field):
-    sequences = [replace(s, **{name: [float(t) for t in s.response_ids]}) for s in make_sequences([(1, 4), (2, 7)])]
+@pytest.mark.parametrize(
+    ("name", "field"), [("old_logprobs", "old_logprob"), ("old_entropies", "old_entropy")]
+)
+def test_known_values_stay_with_their_tokens(name, field):
+    sequences = [
+        replace(s, **{name: [float(t) for t in s.response_ids]})
+        for s in make_sequences([(1, 4), (2, 7)])
+    ]
     for rank in range(2):
-        ((batch,),) = pack_ranks(sequences, 1, max_tokens=99, context_parallel_rank=rank, context_parallel_size=2)
+        ((batch,),) = pack_ranks(
+            sequences, 1, max_tokens=99, context_parallel_rank=rank, context_parallel_size=2
+        )
         assert getattr(batch, field).tolist() == batch.targets.tolist()
     with pytest.raises(ValueError, match=f"{name}: expected shape .4., got .1."):
         replace(sequences[0], **{name: [1.0]})
 
 
 def test_responses_to_one_prompt_share_it():
-    """Each branch, behind its trunk, is the prompt and its response; position ids go on from the trunk; the prompt stands once, with the experts
-    that it had before its first response."""
+    """Prefix and suffix together are prompt and response. Position ids of a suffix continue those
+    of the prefix. The prompt occurs once, with the experts of its first response."""
     prompts = [(1, 2, 3, 4), (9,)]
     responses = [[(10,), (11, 12), (13, 14, 15)], [(20, 21), (22,)]]
     sequences = [
         TrainSequence(
-            prompt, response, [0.0] * len(response), 1.0, routed_experts=np.array([*prompt, *response][:-1])[:, None, None] + 100 * number
+            prompt,
+            response,
+            [0.0] * len(response),
+            1.0,
+            routed_experts=np.array([*prompt, *response][:-1])[:, None, None] + 100 * number,
         )
         for prompt, answers in zip(prompts, responses, strict=True)
         for number, response in enumerate(answers)
     ]
     totals = batch_totals(sequences, num_responses=5, num_response_tokens=9)
-    (batch,) = pack(
-        sequences, totals, data_parallel_rank=0, data_parallel_size=1, max_tokens=99, multiple_of=5, share_prompts=True
-    )
-    assert sorted(batch.branches) == [(0, 2, 1), (3,), (3, 1, 2, 3)]  # the one of three tokens is padding
+    (batch,) = pack(sequences, totals, PackingSpec(99, 0, 1, multiple_of=5, share_prompts=True))
+    padding = (3,)
+    assert sorted(batch.prefix_groups) == [(0, 2, 1), padding, (3, 1, 2, 3)]
     tokens, positions = batch.tokens[0].tolist(), batch.position_ids[0].tolist()
     found, start = [], 0
-    for trunk, *branches in batch.branches:
-        before, start = tokens[start : start + trunk], start + trunk
-        assert positions[start - trunk : start] == list(range(trunk))
-        for length in branches:
-            at = [batch.logit_positions.tolist().index(position) for position in range(start, start + length)]
+    logit_positions = batch.logit_positions.tolist()
+    for prefix, *suffixes in batch.prefix_groups:
+        before, start = tokens[start : start + prefix], start + prefix
+        assert positions[start - prefix : start] == list(range(prefix))
+        for length in suffixes:
+            at = [logit_positions.index(p) for p in range(start, start + length)]
             found.append(([*before, *tokens[start : start + length]], batch.targets[at].tolist()))
-            assert positions[start : start + length] == list(range(trunk, trunk + length))
+            assert positions[start : start + length] == list(range(prefix, prefix + length))
             start += length
     expected = [([*s.prompt_ids, *s.response_ids[:-1]], list(s.response_ids)) for s in sequences]
     assert sorted(found) == sorted(expected)
     assert batch.num_tokens == totals.num_tokens
-    experts = dict(zip(zip(positions, tokens, strict=True), batch.routed_experts.flatten().tolist(), strict=True))
-    # Of the first prompt: two tokens of the trunk; its last token, once for each response; inner tokens of responses; the last ones do not occur.
-    assert [experts[place] for place in ((0, 1), (2, 3), (4, 11), (4, 13), (5, 14))] == [1, 3, 111, 213, 214]
-    assert sorted(batch.routed_experts.flatten().tolist()) == sorted([-1] * 3 + [1, 2, 3] + [4, 104, 204] + [111, 213, 214] + [9, 109, 20])
+    chosen = batch.routed_experts.flatten().tolist()
+    experts = dict(zip(zip(positions, tokens, strict=True), chosen, strict=True))
+    # Two tokens of the first prefix, then inner tokens of its responses.
+    places = ((0, 1), (2, 3), (4, 11), (4, 13), (5, 14))
+    assert [experts[place] for place in places] == [1, 3, 111, 213, 214]
+    # The last token of a prompt occurs once for each response; the last token of a response does
+    # not occur.
+    first, second = [1, 2, 3] + [4, 104, 204] + [111, 213, 214], [9, 109, 20]
+    assert sorted(chosen) == sorted([-1] * 3 + first + second)
 
 
-def test_experts_are_those_of_every_token_but_the_last_and_of_every_sequence():
+def test_experts_of_missing_tokens_or_sequences_raise():
     (sequence,) = make_sequences([(3, 2)])
-    with pytest.raises(ValueError, match=r"expected routed_experts \[4, layers, top_k\].*got \[5, 1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"expected routed_experts \[4, layers, top_k\].*got \[5, 1, 1\]"
+    ):
         replace(sequence, routed_experts=np.zeros((5, 1, 1), np.uint8))
-    with pytest.raises(ValueError, match="expected routed_experts of all sequences or of none, got those of 1 of 2"):
+    with pytest.raises(
+        ValueError, match="expected routed_experts of all sequences or of none, got those of 1 of 2"
+    ):
         pack_ranks([sequence, replace(sequence, routed_experts=None)], 1, max_tokens=99)
 
 
 def hidden_states(batch: MicroBatch) -> torch.Tensor:
-    """A model's output in which a position's hidden state is its token id: ``[length, rows]`` flattened."""
+    """Model output whose hidden states are the token ids: ``[length, rows]`` flattened."""
     return batch.tokens.t().flatten()
 
 
@@ -232,8 +304,12 @@ def hidden_states(batch: MicroBatch) -> torch.Tensor:
 @pytest.mark.parametrize("context_parallel_size", [1, 2, 4])
 @QUICK
 @given(sizes=SIZES, multiple_of=st.sampled_from([1, 2, 3]), uniform=st.booleans())
-def test_slices_and_rows_predict_every_token_once(padded, context_parallel_size, sizes, multiple_of, uniform):
-    """Over all context-parallel ranks each response token is predicted once, from the token before it; experts lie beside their tokens."""
+def test_slices_and_rows_predict_every_token_once(
+    padded, context_parallel_size, sizes, multiple_of, uniform
+):
+    """All context-parallel ranks together predict each response token once, from the token before
+    it, with the experts of that token.
+    """
     sequences = make_sequences(sizes)
     slices = [
         pack_ranks(
@@ -245,10 +321,15 @@ def test_slices_and_rows_predict_every_token_once(padded, context_parallel_size,
     predicted, routed = [], []
     for parts in zip(*slices, strict=True):
         total = int(parts[0].lengths.sum())
-        local = [torch.arange(total) if part.local_tokens is None else part.local_tokens for part in parts]
+        local = [
+            torch.arange(total) if part.local_tokens is None else part.local_tokens
+            for part in parts
+        ]
         assert sorted(torch.cat(local).tolist()) == list(range(total))
         for part in parts:
-            assert part.tokens.size(1) % multiple_of == 0 and part.tokens.size(1) == parts[0].tokens.size(1)
+            assert part.tokens.size(1) % multiple_of == 0 and part.tokens.size(1) == parts[
+                0
+            ].tokens.size(1)
             before = hidden_states(part)[part.logit_positions]
             assert (before + 1 == part.targets).all()  # make_sequences counts up
             torch.testing.assert_close(part.rollout_logprob, -part.targets / 1000)
@@ -257,7 +338,9 @@ def test_slices_and_rows_predict_every_token_once(padded, context_parallel_size,
                 experts = part.routed_experts.flatten()
                 assert (experts == hidden_states(part).where(experts >= 0, -1)).all()
                 routed += experts[experts >= 0].tolist()
-    assert sorted(routed) == sorted(t for s in sequences for t in [*s.prompt_ids, *s.response_ids][:-1])
+    assert sorted(routed) == sorted(
+        t for s in sequences for t in [*s.prompt_ids, *s.response_ids][:-1]
+    )
     assert sorted(predicted) == sorted(t for s in sequences for t in s.response_ids)
     count = sum(part.num_tokens for parts in slices for part in parts)
     assert count == sum(s.num_tokens for s in sequences)
@@ -266,14 +349,14 @@ def test_slices_and_rows_predict_every_token_once(padded, context_parallel_size,
 
 
 def test_context_parallel_rank_has_two_chunks_of_each_sequence():
-    """Three tokens a chunk: rank 0 has the first and the last of four."""
+    """A chunk has three tokens: rank 0 gets the first and the last of four."""
     ((batch,),) = pack_ranks(
         make_sequences([(4, 8)]), 1, max_tokens=99, context_parallel_rank=0, context_parallel_size=2
     )
     assert batch.tokens.tolist() == [[1, 2, 3, 10, 11, 12]] and batch.cu_seqlens.tolist() == [0, 12]
 
 
-def test_number_of_micro_batches_is_a_multiple():
+def test_number_of_micro_batches_is_padded_to_a_multiple():
     (batches,) = pack_ranks(make_sequences([(2, 3)] * 3), 1, max_tokens=5, count_multiple_of=2)
     assert [len(batch.lengths) for batch in batches] == [1, 1, 1, 0]
 
@@ -284,6 +367,6 @@ def test_padded_rows_stay_within_the_budget():
 
 
 @pytest.mark.parametrize("options", [{"padded": True}, {"context_parallel_size": 2}])
-def test_shared_prompts_are_refused_where_attention_cannot_take_them(options):
+def test_shared_prompts_raise_with_padding_or_context_parallelism(options):
     with pytest.raises(ValueError, match="share_prompts: expected false"):
         pack_ranks(make_sequences([(2, 3)]), 1, max_tokens=5, share_prompts=True, **options)

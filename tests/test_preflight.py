@@ -1,4 +1,4 @@
-"""The cluster's preflight on two ranks under gloo; two torchruns that share this host stand for two nodes."""
+"""``doctor --cluster`` under gloo; two torchruns on this host stand for two nodes."""
 
 import os
 import socket
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_espo import preflight
 from megatron_espo.cli import main as command_line
-from megatron_espo.doctor import BROKEN, WORKS
-from tests.distributed import ROOT, run_ranks
+from megatron_espo.tools import preflight
+from megatron_espo.tools.doctor import BROKEN, WORKS
+from tests.support.distributed import ROOT, run_ranks
 
 
 def free_port() -> int:
@@ -19,42 +19,42 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def test_two_nodes_pass_and_leave_nothing_behind(tmp_path):
-    """One rank on the first and two on the second, as where the engine has GPUs of the first node."""
+def test_two_nodes_pass_and_leave_no_files(tmp_path):
+    """One rank on the first node, two on the second, as where an engine uses GPUs of the first."""
     port, env = str(free_port()), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1"]
-            + [f"--nproc-per-node={rank + 1}", f"--master-port={port}", "-m", "megatron_espo", "doctor", "--cluster", "--folder", str(tmp_path)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = []
+    for rank in (0, 1):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+        command += [f"--node-rank={rank}", f"--nproc-per-node={rank + 1}"]
+        command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+        command += ["-m", "megatron_espo", "doctor", "--cluster", "--folder", str(tmp_path)]
+        nodes.append(subprocess.Popen(command, cwd=ROOT, env=env, **options))
     texts = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     lines = texts[0].splitlines()
     names = [check.__name__.removesuffix("_row").replace("_", " ") for check in preflight.CHECKS]
-    assert [name for name in names if any(line.startswith(f"{name} ... ") for line in lines)] == names
+    assert [line.split(" ... ")[0] for line in lines if " ... " in line] == names
     assert lines[-1] == "Fit for a run." and list(tmp_path.iterdir()) == []
     speed = next(line for line in lines if line.startswith("network bandwidth"))
     assert float(speed.split(": ")[1].split()[0]) > 0 and "over gloo" in speed
 
 
-def test_every_check_finds_what_it_is_for():
-    """Each fault is put on rank 1 alone; both ranks must answer alike."""
-    rows = run_ranks(2, "tests.ranks.preflight:faults")
+def test_every_check_finds_its_fault():
+    """Only rank 1 has the fault; both ranks must return the same row."""
+    rows = run_ranks(2, "tests.support.ranks.preflight:faults")
     states = {name: [row["state"] for row in both] for name, both in rows.items()}
     assert states == {name: [BROKEN, BROKEN] for name in states} | {"memlock": [WORKS, WORKS]}
     texts = {name: f"{both[0]['found']} -> {both[0]['advice']}" for name, both in rows.items()}
     assert all(first == second for first, second in rows.values())
     assert "torch 0.0.1 on node1" in texts["versions"] and "one environment" in texts["versions"]
     assert "node1 sees 0" in texts["gpu"]
-    assert "ulimit -n 128" in texts["files"] and "on node1" in texts["files"] and "65536" in texts["files"]
-    assert "another node's file is not readable" in texts["folder"] and "--folder" in texts["folder"]
+    assert "ulimit -n 128" in texts["files"] and "on node1" in texts["files"]
+    assert "another node's file is not readable" in texts["folder"]
     assert "wrong sums on node1" in texts["bandwidth"]
 
 
-def test_without_torchrun_it_says_how(capsys, monkeypatch):
+def test_without_torchrun_the_error_names_the_command(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert command_line(["doctor", "--cluster"]) == 2
     assert "torchrun ... -m megatron_espo doctor --cluster" in capsys.readouterr().err
@@ -65,5 +65,5 @@ def test_find_waits_for_the_right_content(tmp_path, written):
     file = Path(tmp_path, "1")
     if written:
         file.write_text(written + "....")
-    answer = preflight._find(file, "right 1", patience_s=0.3)
+    answer = preflight._find(file, "right 1", timeout_s=0.3)
     assert answer == "" if written == "right 1" else answer.startswith("another node's file is")

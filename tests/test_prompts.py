@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from megatron_espo.config import Data
 from megatron_espo.data import PromptStream, load_tokenizer
 from megatron_espo.data.reasoning_gym_task import create_task, generate_entries
 from megatron_espo.data.sources import read_rows
@@ -33,16 +34,37 @@ def chat(tmp_path_factory):
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def numbered(path: Path, n: int) -> Path:
-    return write_jsonl(path, [{"id": i, "prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(n)])
+    return write_jsonl(
+        path, [{"id": i, "prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(n)]
+    )
 
 
-def stream(source, tokenizer, seed=0, *, task_args=None, system_prompt=None, shuffle=True, response=64, context=512):
-    data = SimpleNamespace(prompts=str(source), task_args=task_args or {}, system_prompt=system_prompt, shuffle=shuffle)
+def stream(
+    source,
+    tokenizer,
+    seed=0,
+    *,
+    task_args=None,
+    system_prompt=None,
+    shuffle=True,
+    response=64,
+    context=512,
+    **settings,
+):
+    data = Data(
+        prompts=str(source),
+        task_args=task_args or {},
+        system_prompt=system_prompt,
+        shuffle=shuffle,
+        **settings,
+    )
     return PromptStream(data, tokenizer, seed, max_response_tokens=response, max_model_len=context)
 
 
@@ -56,7 +78,9 @@ def test_every_epoch_covers_every_row_once_in_a_new_order(tmp_path, plain):
     assert all(sorted(map(int, epoch)) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4 and prompts.epoch == 4
     again = stream(tmp_path / "p.jsonl", plain)
-    assert ids(again.take(7) + again.take(130)) == sum(epochs, [])[:137]  # however it is cut into takes
+    assert (
+        ids(again.take(7) + again.take(130)) == sum(epochs, [])[:137]
+    )  # however it is cut into takes
     assert ids(stream(tmp_path / "p.jsonl", plain, seed=1).take(50)) != epochs[0]
     ordered = stream(tmp_path / "p.jsonl", plain, shuffle=False)
     assert list(map(int, ids(ordered.take(100)))) == list(range(50)) * 2
@@ -75,11 +99,13 @@ def test_resumed_stream_equals_uninterrupted(tmp_path, plain, before):
     assert resumed.take(45) == uninterrupted.take(45)
 
 
-def test_resume_refuses_other_rows_and_other_order(tmp_path, plain):
+def test_resume_with_other_rows_or_order_raises(tmp_path, plain):
     state = stream(numbered(tmp_path / "p.jsonl", 5), plain).state_dict()
     with pytest.raises(InputError, match="rows of .*other.jsonl changed"):
         stream(numbered(tmp_path / "other.jsonl", 6), plain).load_state_dict(state)
-    with pytest.raises(InputError, match="the seed changed since the checkpoint: expected 0, got 1"):
+    with pytest.raises(
+        InputError, match="the seed changed since the checkpoint: expected 0, got 1"
+    ):
         stream(tmp_path / "p.jsonl", plain, seed=1).load_state_dict(state)
     with pytest.raises(InputError, match="the shuffle changed"):
         stream(tmp_path / "p.jsonl", plain, shuffle=False).load_state_dict(state)
@@ -90,16 +116,23 @@ def test_text_messages_and_system_prompt(tmp_path, plain, chat):
     rows = [{"prompt": "Hi", "answer": "a", "level": 3}, {"prompt": messages, "answer": "b"}]
     source = write_jsonl(tmp_path / "p.jsonl", rows)
     text, listed = stream(source, chat, system_prompt="Be brief.", shuffle=False).take(2)
-    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    expected += "<|im_start|>assistant\n"
     assert text.text == listed.text == expected
     assert text.token_ids == listed.token_ids == tuple(chat.encode_prompt([
         {"role": "system", "content": "Be brief."}, *messages
     ]))  # fmt: skip
-    assert (text.id, text.answer, text.metadata) == ("p:1", "a", {"level": 3}) and listed.id == "p:2"
+    assert (text.id, text.answer, text.metadata) == (
+        "p:1",
+        "a",
+        {"level": 3},
+    ) and listed.id == "p:2"
 
     source = write_jsonl(tmp_path / "text.jsonl", rows[:1])
     (prompt,) = stream(source, plain, system_prompt="Be brief.").take(1)
-    assert prompt.text == "Be brief.\n\nHi" and prompt.token_ids == tuple(plain.encode_prompt("Be brief.\n\nHi"))
+    assert prompt.text == "Be brief.\n\nHi" and prompt.token_ids == tuple(
+        plain.encode_prompt("Be brief.\n\nHi")
+    )
     with pytest.raises(InputError, match=r"p.jsonl:2: .*no chat template"):
         stream(tmp_path / "p.jsonl", plain)
     own = [{"prompt": [{"role": "system", "content": "x"}, *messages], "answer": "b"}]
@@ -110,20 +143,29 @@ def test_text_messages_and_system_prompt(tmp_path, plain, chat):
 def test_parquet_equals_jsonl(tmp_path):
     rows = [
         {"id": "a", "prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2", "level": 1},
-        {"id": "b", "prompt": [{"role": "user", "content": "2 + 2?"}], "answer": "4", "level": None},
+        {
+            "id": "b",
+            "prompt": [{"role": "user", "content": "2 + 2?"}],
+            "answer": "4",
+            "level": None,
+        },
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     from_parquet = read_rows(str(tmp_path / "p.parquet"), {}, 0)
     from_jsonl = read_rows(str(write_jsonl(tmp_path / "p.jsonl", rows)), {}, 0)
     strip = [(row.id, row.prompt, row.answer, row.metadata) for row in from_jsonl]
     assert [(row.id, row.prompt, row.answer, row.metadata) for row in from_parquet] == strip
-    assert [row.where for row in from_parquet] == [f"{tmp_path}/p.parquet:row 1", f"{tmp_path}/p.parquet:row 2"]
+    assert [row.where for row in from_parquet] == [
+        f"{tmp_path}/p.parquet:row 1",
+        f"{tmp_path}/p.parquet:row 2",
+    ]
 
-    parquet.write_table(pyarrow.table({"prompt": ["x", "y"], "answer": [1, 2]}), tmp_path / "typed.parquet")
-    with pytest.raises(InputError, match=r"typed.parquet:row 2: answer: expected text, got int 2"):
-        read_rows(str(tmp_path / "typed.parquet"), {}, 0)
-    parquet.write_table(pyarrow.table({"question": ["x"], "answer": ["1"]}), tmp_path / "columns.parquet")
-    with pytest.raises(InputError, match="expected the columns prompt and answer, got question, answer"):
+    parquet.write_table(
+        pyarrow.table({"question": ["x"], "answer": ["1"]}), tmp_path / "columns.parquet"
+    )
+    with pytest.raises(
+        InputError, match="expected the columns prompt and answer, got question, answer"
+    ):
         read_rows(str(tmp_path / "columns.parquet"), {}, 0)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match="broken.parquet: expected a Parquet file"):
@@ -138,25 +180,34 @@ def test_parquet_equals_jsonl(tmp_path):
         ("[1, 2]", "expected an object with prompt and answer, got list"),
         ({"prompt": "x"}, "answer: expected this key, got prompt"),
         ({"answer": "x"}, "prompt: expected this key, got answer"),
-        ({"prompt": "x", "answer": 42}, "answer: expected text, got int 42"),
-        ({"prompt": "x", "answer": None}, "answer: expected text, got NoneType"),
+        ({"prompt": "x", "answer": True}, "answer: expected text or a number, got bool True"),
+        ({"prompt": "x", "answer": None}, "answer: expected text or a number, got NoneType"),
+        ('{"prompt": "x", "answer": NaN}', "answer: expected text or a number, got float nan"),
         ({"prompt": " ", "answer": "x"}, "prompt: expected text, got an empty one"),
         ({"prompt": 3, "answer": "x"}, "prompt: expected text or a list of messages, got int 3"),
         ({"prompt": [], "answer": "x"}, "prompt: expected text or a list of messages, got list"),
         ({"prompt": [{"role": "user"}], "answer": "x"}, r"prompt\[0\]: expected .role, content."),
-        ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "x"}, "the last message is the assistant's"),
-        ({"prompt": "x", "answer": "x", "id": 1.5}, "id: expected text or an integer, got float 1.5"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}], "answer": "x"},
+            "expected the user's message last, got the assistant's",
+        ),
+        (
+            {"prompt": "x", "answer": "x", "id": 1.5},
+            "id: expected text or an integer, got float 1.5",
+        ),
         ({"prompt": "x", "answer": "x", "id": "a"}, "id 'a' is already used by .*p.jsonl:1"),
         ('{"prompt": "\\ud800", "answer": "x"}', "lone surrogate"),
     ],
 )
-def test_bad_row_is_named(tmp_path, row, message):
-    source = write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "prompt": "good", "answer": "1"}, "", row])
+def test_bad_row_raises(tmp_path, row, message):
+    source = write_jsonl(
+        tmp_path / "p.jsonl", [{"id": "a", "prompt": "good", "answer": "1"}, "", row]
+    )
     with pytest.raises(InputError, match=f"^{tmp_path}/p.jsonl:3: .*{message}"):
         read_rows(str(source), {}, 0)
 
 
-def test_invalid_utf8_is_named_and_a_byte_order_mark_is_not(tmp_path):
+def test_invalid_utf8_raises_and_a_byte_order_mark_does_not(tmp_path):
     row = json.dumps({"prompt": "x", "answer": "1"}).encode()
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + row + b"\r\n\xff\xfe\n")
     with pytest.raises(InputError, match="^[^\n]*p.jsonl:2: expected one JSON object in UTF-8"):
@@ -178,34 +229,51 @@ def test_bad_sources(tmp_path):
         (tmp_path / "p.csv", {}, r"expected reasoning_gym:<task>, \*.jsonl or \*.parquet"),
         (tmp_path / "empty.jsonl", {}, "expected at least one row"),
         (tmp_path / "empty.jsonl", {"size": 3}, "task_args: only for reasoning_gym"),
-        ("reasoning_gym:chain_sun", {}, "unknown reasoning-gym task 'chain_sun'; did you mean chain_sum"),
-        ("reasoning_gym:chain_sum", {"max_term": 3}, "task_args.max_term: not an arg.*did you mean max_terms"),
+        (
+            "reasoning_gym:chain_sun",
+            {},
+            "unknown reasoning-gym task 'chain_sun'; did you mean chain_sum",
+        ),
+        (
+            "reasoning_gym:chain_sum",
+            {"max_term": 3},
+            "task_args.max_term: not an arg.*did you mean max_terms",
+        ),
         ("reasoning_gym:chain_sum", {"max_terms": 1}, "refused .*max_terms must be >= min_terms"),
     ]:
         with pytest.raises(InputError, match=message):
             read_rows(str(source), args, 0)
 
 
-def test_prompt_longer_than_the_context_is_named_with_its_count(tmp_path, plain):
+def test_prompt_longer_than_the_context_raises(tmp_path, plain):
     rows = [{"prompt": "x", "answer": "1"}, {"prompt": "word " * 50, "answer": "1"}]
     source = write_jsonl(tmp_path / "p.jsonl", rows)
     count = len(plain.encode_prompt(rows[1]["prompt"]))
     stream(source, plain, response=64, context=64 + count)
-    with pytest.raises(InputError, match=rf"p.jsonl:2: expected at most {count - 1} prompt tokens.*got {count}"):
+    with pytest.raises(
+        InputError, match=rf"p.jsonl:2: expected at most {count - 1} prompt tokens.*got {count}"
+    ):
         stream(source, plain, response=64, context=63 + count)
 
 
-def test_token_ids_outside_the_model_are_refused(tmp_path, plain):
+def test_token_ids_outside_the_vocabulary_raise(tmp_path, plain):
     small = SimpleNamespace(
-        vocab_size=100, has_chat_template=False, encode_prompt=plain.encode_prompt, render=plain.render
+        vocab_size=100,
+        has_chat_template=False,
+        encode_prompt=plain.encode_prompt,
+        render=plain.render,
     )
-    with pytest.raises(InputError, match="p.jsonl:1: expected token ids below 100, the model's vocab_size, got id"):
+    with pytest.raises(
+        InputError, match="p.jsonl:1: expected token ids below 100, the model's vocab_size, got id"
+    ):
         stream(numbered(tmp_path / "p.jsonl", 1), small)
 
 
 def test_reasoning_gym_rows_are_the_tasks_own(plain):
     args = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2, "size": 12}
-    prompts = stream("reasoning_gym:chain_sum", plain, seed=5, task_args=args, shuffle=False).take(12)
+    prompts = stream("reasoning_gym:chain_sum", plain, seed=5, task_args=args, shuffle=False).take(
+        12
+    )
     task = create_task("chain_sum", args | {"seed": 5})
     for index, prompt in enumerate(pickle.loads(pickle.dumps(prompts))):
         source = prompt.metadata["reasoning_gym"]
@@ -213,7 +281,9 @@ def test_reasoning_gym_rows_are_the_tasks_own(plain):
         assert prompt.id == f"chain_sum-{index}" and prompt.text == task[index]["question"]
     other = stream("reasoning_gym:chain_sum", plain, seed=6, task_args=args, shuffle=False).take(12)
     assert [p.text for p in other] != [p.text for p in prompts]
-    own_seed = stream("reasoning_gym:chain_sum", plain, seed=6, task_args=args | {"seed": 5}, shuffle=False).take(12)
+    own_seed = stream(
+        "reasoning_gym:chain_sum", plain, seed=6, task_args=args | {"seed": 5}, shuffle=False
+    ).take(12)
     assert [p.text for p in own_seed] == [p.text for p in prompts]
 
 
@@ -240,4 +310,75 @@ def test_hash_dependent_tasks_give_the_same_rows_in_every_process():
 def test_composite_task_mixes_tasks():
     specs = [{"name": name, "weight": 1.0, "config": {}} for name in ("chain_sum", "leg_counting")]
     entries = generate_entries("composite", {"seed": 0, "size": 12, "datasets": specs})
-    assert {entry["metadata"]["source_dataset"] for entry in entries} == {"chain_sum", "leg_counting"}
+    assert {entry["metadata"]["source_dataset"] for entry in entries} == {
+        "chain_sum",
+        "leg_counting",
+    }
+
+
+def test_columns_are_named_in_the_settings(tmp_path, plain):
+    rows = [
+        {"question": "1 + 1?", "reward_model": {"ground_truth": 2}, "level": 1, "when": "x"},
+        {"question": "1 + 2?", "reward_model": {"ground_truth": 3.5}, "level": None, "when": "y"},
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    table = table.set_column(3, "when", pyarrow.array([0, 1], pyarrow.timestamp("s")))
+    parquet.write_table(table, tmp_path / "p.parquet")
+    columns = {"prompt": "question", "answer": "reward_model.ground_truth", "level": "level"}
+    found = read_rows(str(tmp_path / "p.parquet"), {}, 0, columns)
+    expected = [("1 + 1?", "2.0", {"level": 1}), ("1 + 2?", "3.5", {"level": None})]
+    assert [(row.prompt, row.answer, row.metadata) for row in found] == expected
+    source = write_jsonl(tmp_path / "p.jsonl", [row | {"when": "z"} for row in rows])
+    prompts = stream(source, plain, columns=columns, shuffle=False).take(2)
+    assert [prompt.answer for prompt in prompts] == ["2", "3.5"]
+
+    with pytest.raises(InputError, match="p.parquet: expected the columns prompt and answer, got"):
+        read_rows(str(tmp_path / "p.parquet"), {}, 0)
+    whole = {"prompt": "question", "answer": "reward_model.ground_truth", "when": "when"}
+    with pytest.raises(
+        InputError, match=r"p.parquet: when: expected values that JSON can hold, got timestamp"
+    ):
+        read_rows(str(tmp_path / "p.parquet"), {}, 0, whole)
+
+
+def test_rendered_prompts_are_refused_unless_they_are_raw(tmp_path, chat):
+    text = chat.render([{"role": "user", "content": "Hi"}])
+    source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": text, "answer": "a"}])
+    with pytest.raises(InputError, match="p.jsonl:1: .*set data.raw to true"):
+        stream(source, chat)
+    (prompt,) = stream(source, chat, raw=True).take(1)
+    assert prompt.text == text
+    assert list(prompt.token_ids) == chat.encode_prompt([{"role": "user", "content": "Hi"}])
+    listed = [{"prompt": [{"role": "user", "content": "Hi"}], "answer": "a"}]
+    with pytest.raises(InputError, match="expected text with data.raw, got messages"):
+        stream(write_jsonl(tmp_path / "listed.jsonl", listed), chat, raw=True)
+
+
+def test_arguments_reach_the_chat_template(tmp_path):
+    template = "{{ messages[0].content }}{% if enable_thinking is false %}<no>{% endif %}"
+    folder = write_hf_tokenizer(tmp_path, template)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert load_tokenizer(folder).render(messages) == "Hi"
+    without = load_tokenizer(folder, template_args={"enable_thinking": False})
+    assert without.render(messages) == "Hi<no>"
+    with pytest.raises(InputError, match="no enable_thinkin$"):
+        load_tokenizer(folder, template_args={"enable_thinkin": False})
+
+
+def test_of_a_large_source_only_long_rows_are_tokenized_at_the_start(tmp_path, chat, monkeypatch):
+    monkeypatch.setattr("megatron_espo.data.prompts._TOKENIZE_ALL_UP_TO", 10)
+    rows = [{"prompt": f"What is {i} + 1?", "answer": str(i)} for i in range(200)]
+    rows[150]["prompt"] = "long " * 200
+    rows += [{"prompt": [{"role": "user", "content": "Hi"}], "answer": "x"}] * 3
+    source = write_jsonl(tmp_path / "p.jsonl", rows)
+    counted, encode = [], chat.encode_prompt
+    monkeypatch.setattr(chat, "encode_prompt", lambda p: counted.append(p) or encode(p))
+    with pytest.raises(InputError, match="^[^\n]*p.jsonl:151: expected at most 236 prompt tokens"):
+        stream(source, chat, response=20, context=256)
+    assert 1 < len(counted) < 5
+
+
+def test_repeated_prompts_are_counted(tmp_path, caplog):
+    rows = [{"prompt": f"{i % 3}?", "answer": "1"} for i in range(10)]
+    read_rows(str(write_jsonl(tmp_path / "p.jsonl", rows)), {}, 0)
+    assert "7 of 10 rows repeat the prompt of another row" in caplog.text

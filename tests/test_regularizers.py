@@ -6,15 +6,16 @@ import random
 import pytest
 import torch
 
-from megatron_espo.algo import annotate, kl_estimate, overlong_penalty, rollout_correction
+from megatron_espo.algo import kl_estimate, load_objective, overlong_penalty, rollout_correction
 from megatron_espo.config import Algorithm
 
 LENGTHS = [1, 4, 9]
 
 
-def annotation():
-    totals = {"vocab_size": 131, "num_responses": 3, "num_tokens": 14, "max_response_tokens": 16}
-    return annotate(torch.linspace(0, 4, 14), torch.tensor(LENGTHS), Algorithm(), **totals)
+def segments():
+    totals = {"vocab_size": 131, "num_responses": 3, "num_tokens": 14}
+    objective = load_objective(Algorithm())
+    return objective.segment_tokens(torch.linspace(0, 4, 14), torch.tensor(LENGTHS), **totals)
 
 
 def random_logprobs(seed: int, spread: float = 1.0) -> list[float]:
@@ -26,10 +27,17 @@ def random_logprobs(seed: int, spread: float = 1.0) -> list[float]:
 @pytest.mark.parametrize("spread", [1.0, 500.0])
 def test_correction_is_the_truncated_ratio(level, spread):
     old, rollout = random_logprobs(1, spread), random_logprobs(2, spread)
-    found = rollout_correction(torch.tensor(old), torch.tensor(rollout), annotation(), level=level, cap=2.0)
+    found = rollout_correction(
+        torch.tensor(old), torch.tensor(rollout), segments(), level=level, cap=2.0
+    )
     wanted, start = [], 0
     for length in LENGTHS:
-        exponents = [o - r for o, r in zip(old[start : start + length], rollout[start : start + length], strict=True)]
+        exponents = [
+            o - r
+            for o, r in zip(
+                old[start : start + length], rollout[start : start + length], strict=True
+            )
+        ]
         if level == "sequence":
             exponents = [sum(exponents)] * length
         wanted += [min(math.exp(max(-20.0, min(20.0, x))), 2.0) for x in exponents]
@@ -39,20 +47,22 @@ def test_correction_is_the_truncated_ratio(level, spread):
 
 
 def test_sequence_correction_adds_up_over_slices():
-    old, rollout, whole = torch.tensor(random_logprobs(1)), torch.tensor(random_logprobs(2)), annotation()
+    old, rollout = torch.tensor([random_logprobs(1), random_logprobs(2)])
+    whole = segments()
     wanted = rollout_correction(old, rollout, whole, level="sequence", cap=2.0)
     halves = [torch.arange(0, 14, 2), torch.arange(1, 14, 2)]
     sums: list[torch.Tensor] = []
-    for half in halves:
-        rollout_correction(
-            old[half], rollout[half], whole.take(half), level="sequence", cap=2.0,
-            reduce_segments=lambda part: sums.append(part) or part,
-        )  # fmt: skip
-    for half in halves:
-        found = rollout_correction(
-            old[half], rollout[half], whole.take(half), level="sequence", cap=2.0, reduce_segments=lambda _: sum(sums)
+
+    def correct(half, sum_over_ranks):
+        arguments = old[half], rollout[half], whole.select(half)
+        return rollout_correction(
+            *arguments, level="sequence", cap=2.0, sum_over_ranks=sum_over_ranks
         )
-        torch.testing.assert_close(found, wanted[half])
+
+    for half in halves:
+        correct(half, lambda part: sums.append(part) or part)
+    for half in halves:
+        torch.testing.assert_close(correct(half, lambda _: sum(sums)), wanted[half])
 
 
 def test_kl_estimate():
@@ -62,7 +72,9 @@ def test_kl_estimate():
     (gradient,) = torch.autograd.grad(found.sum(), logprob)
     for value, slope, p, q in zip(found.tolist(), gradient.tolist(), new, reference, strict=True):
         r = q - p
-        assert (value, slope) == pytest.approx((math.exp(r) - 1 - r, 1 - math.exp(r)), rel=1e-4, abs=1e-6)
+        assert (value, slope) == pytest.approx(
+            (math.exp(r) - 1 - r, 1 - math.exp(r)), rel=1e-4, abs=1e-6
+        )
 
 
 def test_kl_of_impossible_tokens_stays_finite():
@@ -73,7 +85,7 @@ def test_kl_of_impossible_tokens_stays_finite():
 
 def test_kl_estimate_is_unbiased():
     """Exact expectation over a small vocabulary."""
-    policy, reference = torch.tensor([2.0, 0.0, -1.0]).log_softmax(0), torch.tensor([0.5, 1.0, 0.0]).log_softmax(0)
+    policy, reference = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]]).log_softmax(1)
     exact = (policy.exp() * (policy - reference)).sum()
     torch.testing.assert_close((policy.exp() * kl_estimate(policy, reference)).sum(), exact)
 

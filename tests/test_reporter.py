@@ -1,4 +1,6 @@
-"""What a step leaves behind: TensorBoard's pages, samples, throughput, Weights & Biases, and one table of all names."""
+"""Logging of a step: TensorBoard, samples, throughput, Weights & Biases, and the table of all
+names.
+"""
 
 import json
 import re
@@ -9,23 +11,40 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_espo.batch import ScoredGroups
 from megatron_espo.config import Config
-from megatron_espo.entropies import BINS
+from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
-from megatron_espo.metric_names import CHARTS, METRICS, as_pattern, board_layout, render_table
-from megatron_espo.metrics import MetricsWriter
-from megatron_espo.reporter import Reporter, as_markdown
-from megatron_espo.throughput import matmul_parameters, system_metrics, training_flops
+from megatron_espo.monitoring.entropy import BINS
+from megatron_espo.monitoring.metric_names import (
+    CHARTS,
+    METRICS,
+    as_pattern,
+    board_layout,
+    render_table,
+)
+from megatron_espo.monitoring.metrics import MetricsWriter
+from megatron_espo.monitoring.reporter import Reporter
+from megatron_espo.monitoring.samples import as_markdown
+from megatron_espo.monitoring.throughput import matmul_parameters, system_metrics, training_flops
 from megatron_espo.types import Prompt, Trajectory
-from tests.distributed import ROOT
-from tests.documented import is_documented
+from tests.support.distributed import ROOT
+from tests.support.documented import is_documented
 
-HF = {"vocab_size": 24, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+HF = {
+    "vocab_size": 24,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 16,
+}
 
 
 def make_config(folder: Path, **run) -> Config:
-    sections = {"run": {"dir": str(folder), "steps": 2, **run}, "model": {"path": "m"}, "data": {"prompts": "reasoning_gym:chain_sum"}}
+    sections = {
+        "run": {"dir": str(folder), "steps": 2, **run},
+        "model": {"path": "m"},
+        "data": {"prompts": "reasoning_gym:chain_sum"},
+    }
     return Config.model_validate(sections)
 
 
@@ -37,7 +56,9 @@ class OneRank:
 
 
 def make_reporter(folder: Path, **run) -> Reporter:
-    runtime = types.SimpleNamespace(groups=types.SimpleNamespace(tp=OneRank(), cp=OneRank()), is_main=True, device="cpu")
+    runtime = types.SimpleNamespace(
+        groups=types.SimpleNamespace(tp=OneRank(), cp=OneRank()), is_main=True, device="cpu"
+    )
     tokenizer = types.SimpleNamespace(decode=lambda ids: "".join(f" {i}" for i in ids))
     reporter = Reporter(make_config(folder, **run), HF, runtime, tokenizer)
     reporter.open(after_step=0)
@@ -46,14 +67,22 @@ def make_reporter(folder: Path, **run) -> Reporter:
 
 @pytest.fixture
 def one_rank():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
 
 def two_groups() -> ScoredGroups:
     prompts = [Prompt("easy", "1 + 1", "2", (1, 2, 3)), Prompt("hard", "7 * 8", "56", (4, 5))]
-    rollouts = [[Trajectory.single_turn(p, (10 + j, 11, 12), (-1.0,) * 3, 0, "stop", "text") for j in range(2)] for p in prompts]
+    rollouts = [
+        [
+            Trajectory.single_turn(p, (10 + j, 11, 12), (-1.0,) * 3, 0, "stop", "text")
+            for j in range(2)
+        ]
+        for p in prompts
+    ]
     return ScoredGroups(rollouts, torch.tensor([[1.0, 1.0], [0.0, 1.0]]), dispatched=2)
 
 
@@ -62,62 +91,99 @@ def test_a_step_is_written_everywhere(tmp_path, one_rank, capsys):
 
     reporter = make_reporter(tmp_path)
     groups, advantages = two_groups(), torch.tensor([[0.0, 0.0], [-1.0, 1.0]])
-    assert reporter.watch(groups) == {(1, 1): 0, (1, 0): 1}
-    batch = types.SimpleNamespace(lengths=torch.tensor([3, 3]), watched=(1, None))
+    assert reporter.start_step(groups) == {(1, 1): 0, (1, 0): 1}
+    batch = types.SimpleNamespace(lengths=torch.tensor([3, 3]), logged_sample=(1, None))
     entropy = torch.tensor([0.1, 2.0, 0.2, 0.3, 3.0, 0.4])
-    annotation = types.SimpleNamespace(
+    segments = types.SimpleNamespace(
         entropy=entropy,
         group=torch.tensor([0, 1, 0, 0, 1, 0]),
         response=torch.tensor([0, 0, 0, 1, 1, 1]),
         length=torch.tensor([3, 3]),
     )
-    reporter.observe(batch, annotation)
+    reporter.record(batch, segments)
     metrics = {"optimizer/grad_norm": 0.5, "train/tokens": 10.0, "mismatch/logprob_gap_mean": 0.3}
     reporter.write(1, groups, advantages, metrics, {"rollout": 2.0, "train": 4.0, "step": 7.0})
     reporter.close()
 
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert line["throughput/response_tokens_per_s"] == 12 / 2 and line["throughput/trained_tokens_per_s"] == 10 / 4
-    assert line["entropy/border1"] == pytest.approx(2.5) and line["reward/mean"] == 0.75 and line["time/step_s"] == 7
+    assert (
+        line["throughput/response_tokens_per_s"] == 12 / 2
+        and line["throughput/trained_tokens_per_s"] == 10 / 4
+    )
+    assert (
+        line["entropy/boundary1"] == pytest.approx(2.5)
+        and line["reward/mean"] == 0.75
+        and line["time/step_s"] == 7
+    )
     assert all(is_documented(name) for name in line if name != "step")
     first, second = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
-    assert first["entropies"] is None and first["reward"] == 1 and first["prompt_id"] == second["prompt_id"] == "hard"
-    assert second["entropies"] == pytest.approx([0.1, 2.0, 0.2]) and second["groups"] == [0, 1, 0] and second["pieces"] == [" 10", " 11", " 12"]
-    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    assert (
+        first["entropies"] is None
+        and first["reward"] == 1
+        and first["prompt_id"] == second["prompt_id"] == "hard"
+    )
+    assert (
+        second["entropies"] == pytest.approx([0.1, 2.0, 0.2])
+        and second["groups"] == [0, 1, 0]
+        and second["pieces"] == [" 10", " 11", " 12"]
+    )
+    board = EventAccumulator(
+        str(tmp_path / "tensorboard"), size_guidance={"histograms": 0}
+    ).Reload()
     assert set(board.Tags()["scalars"]) == line.keys() - {"step"}
     assert {"entropy/group0", "entropy/group1"} == set(board.Tags()["histograms"])
     (histogram,) = board.Histograms("entropy/group1")
     value = histogram.histogram_value
-    assert value.num == 2 and value.sum == pytest.approx(5.0, abs=2 * 3.18 / BINS) and 1.9 < value.min < 2 < 3 < value.max < 3.1
+    assert (
+        value.num == 2
+        and value.sum == pytest.approx(5.0, abs=2 * 3.18 / BINS)
+        and 1.9 < value.min < 2 < 3 < value.max < 3.1
+    )
     assert {"samples/0/text_summary", "samples/1/text_summary"} <= set(board.Tags()["tensors"])
     text = board.Tensors("samples/1/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "reward **0.0**" in text and "    7 * 8" in text and text.endswith(" 10 **11** 12")
     printed = capsys.readouterr().out
-    assert printed.startswith("step 1/2  reward 0.750") and "warning: mean |engine - trainer| log-prob gap 0.3 nats" in printed
+    assert (
+        printed.startswith("step 1/2  reward 0.750")
+        and "warning: mean |engine - trainer| log-prob gap 0.3 nats" in printed
+    )
 
 
-def test_a_run_that_goes_on_takes_later_steps_back(tmp_path, one_rank):
+def test_a_resumed_run_removes_later_steps(tmp_path, one_rank):
     reporter = make_reporter(tmp_path, samples_per_step=1)
     for step in (1, 2, 3):
-        reporter.watch(two_groups())
-        reporter.write(step, two_groups(), torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0})
+        reporter.start_step(two_groups())
+        reporter.write(
+            step, two_groups(), torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0}
+        )
     reporter.close()
     reporter.open(after_step=2)
     reporter.close()
     for name in ("metrics", "samples", "entropy"):
-        assert [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == [1, 2], name
+        assert [
+            json.loads(line)["step"]
+            for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        ] == [1, 2], name
 
 
-def test_no_samples_are_written_where_none_are_wanted(tmp_path, one_rank):
+def test_no_samples_are_written_with_samples_per_step_0(tmp_path, one_rank):
     reporter = make_reporter(tmp_path, samples_per_step=0)
-    assert reporter.watch(two_groups()) == {}
+    assert reporter.start_step(two_groups()) == {}
     reporter.write(1, two_groups(), torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0})
-    assert json.loads((tmp_path / "entropy.jsonl").read_text())["borders"] == [None]  # NaN is no JSON
+    assert json.loads((tmp_path / "entropy.jsonl").read_text())["boundaries"] == [
+        None
+    ]  # NaN is no JSON
     assert not (tmp_path / "samples.jsonl").exists()
 
 
 def test_markdown_of_a_sample_keeps_stars_and_lines():
-    record = {"reward": 1.0, "advantage": 0.5, "tokens": [1, 2, 3], "finish_reason": "stop", "prompt": "a\nb"}
+    record = {
+        "reward": 1.0,
+        "advantage": 0.5,
+        "tokens": [1, 2, 3],
+        "finish_reason": "stop",
+        "prompt": "a\nb",
+    }
     text = as_markdown(record | {"pieces": ["2*3", " is\n", " 6"], "groups": [0, 1, 1]})
     assert text.endswith("    a\n    b\n\n2\\*3 **is**  \n **6**")
     assert "**6**" not in as_markdown(record | {"pieces": ["2", "=", "6"], "groups": None})
@@ -140,17 +206,22 @@ def test_the_layout_reaches_tensorboard(tmp_path):
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(CHARTS)
     tags = list(layout.category[1].chart[0].multiline.tag)
-    assert any(re.match(tag, "group1/entropy") for tag in tags) and not any(re.match(tag, "group1/epsilon") for tag in tags)
+    assert any(re.match(tag, "group1/entropy") for tag in tags) and not any(
+        re.match(tag, "group1/epsilon") for tag in tags
+    )
 
 
 def test_the_documented_table_is_the_one_in_the_code():
     text = (ROOT / "docs" / "metrics.md").read_text()
-    assert text.endswith(render_table()), "python -m megatron_espo.metric_names prints the table of docs/metrics.md"
+    assert text.endswith(render_table()), (
+        "python -m megatron_espo.monitoring.metric_names prints the table of docs/metrics.md"
+    )
 
 
 def test_names_in_the_source_are_in_the_table():
-    """Names written out anywhere in the package, such as "reward/mean", are known."""
-    prefixes = "reward|rollout|mismatch|policy|loss|optimizer|train|ledger|sync|kl|rollout_correction|throughput|system|eval|entropy"
+    """Every metric name in the source, such as "reward/mean", is in the table."""
+    prefixes = "reward|rollout|mismatch|policy|loss|optimizer|train|ledger|sync|kl"
+    prefixes += "|rollout_correction|throughput|system|eval|entropy"
     found = set()
     for path in (ROOT / "megatron_espo").rglob("*.py"):
         if path.name not in ("metric_names.py", "cases.py"):
@@ -160,22 +231,34 @@ def test_names_in_the_source_are_in_the_table():
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_flops_are_those_that_torch_counts(tmp_path, family):
-    """torch counts every product of a real forward and backward; it counts the masked half of causal attention too."""
+    """torch counts all products of a real forward and backward, and the masked half of causal
+    attention.
+    """
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = AutoConfig.for_model(family, **sizes, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    config = AutoConfig.for_model(
+        family, **sizes, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True
+    )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     length = 24
     with FlopCounterMode(display=False) as counter:
         model(torch.ones(1, length, dtype=torch.long)).logits.sum().backward()
     masked = 6 * 3 * 4 * 32 * length**2
-    # The rotary angles are a product of a few FLOPs that is not the model's.
-    assert counter.get_total_flops() - masked == pytest.approx(training_flops(config.to_dict(), [length]), rel=1e-3)
+    # torch also counts the few FLOPs of the rotary angles.
+    assert counter.get_total_flops() - masked == pytest.approx(
+        training_flops(config.to_dict(), [length]), rel=1e-3
+    )
 
 
-def test_parameters_of_experts_are_those_that_a_token_meets():
+def test_parameters_count_the_chosen_experts():
     mixture = HF | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     assert matmul_parameters(mixture) - matmul_parameters(HF) == 3 * 8 * 16 + 8 * 4
 
@@ -183,35 +266,45 @@ def test_parameters_of_experts_are_those_that_a_token_meets():
 def test_memory_is_this_machines():
     found = system_metrics()
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
-    assert 0.01 < found["system/rss_gib"] <= peak + 0.01 and found["system/host_memory_gib"] > found["system/rss_gib"] / 2
+    assert (
+        0.01 < found["system/rss_gib"] <= peak + 0.01
+        and found["system/host_memory_gib"] > found["system/rss_gib"] / 2
+    )
 
 
 def stand_in(calls: list, *names: str) -> types.ModuleType:
-    """A module that writes down what is called."""
+    """A module that records calls."""
     module = types.ModuleType("stand_in")
     for name in names:
-        setattr(module, name, lambda *args, _name=name, **kwargs: calls.append((_name, args, kwargs)) or module)
+        setattr(
+            module,
+            name,
+            lambda *args, _name=name, **kwargs: calls.append((_name, args, kwargs)) or module,
+        )
     return module
 
 
-def test_wandb_gets_the_same_numbers(tmp_path, one_rank, monkeypatch):
-    """Against a stand-in: neither service nor package is here."""
+def test_wandb_gets_the_same_metrics(tmp_path, one_rank, monkeypatch):
+    """Uses a stand-in for the package and the service."""
     calls: list = []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "wandb", stand_in(calls, "init", "log", "finish"))
-    reporter = make_reporter(tmp_path, name="mine", wandb=True)
+    reporter = make_reporter(tmp_path, wandb=True)
     groups = two_groups()
-    reporter.watch(groups)
+    reporter.start_step(groups)
     reporter.write(1, groups, torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0})
     reporter.close()
     by_name = {name: (args, kwargs) for name, args, kwargs in calls}
-    assert by_name["init"][1]["name"] == "mine" and by_name["init"][1]["config"]["run"]["steps"] == 2
+    assert (
+        by_name["init"][1]["name"] == str(tmp_path)
+        and by_name["init"][1]["config"]["run"]["steps"] == 2
+    )
     (sent,), place = by_name["log"]
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert place == {"step": 1} and {"step": 1, **sent} == line
     assert "finish" in by_name
 
 
-def test_wandb_without_the_package_is_refused(tmp_path):
+def test_wandb_without_the_package_raises(tmp_path):
     with pytest.raises(InputError, match="run.wandb: expected the package wandb"):
         make_reporter(tmp_path, wandb=True)

@@ -1,16 +1,19 @@
-"""A learner that was saved and loaded goes on bit for bit, with its moments, its step count and its learning rate."""
+"""A loaded actor continues bit for bit: moments, step count, learning rate, random states."""
 
 import pytest
 
-from tests.distributed import run_ranks
-from tests.weights_models import save_model
+from tests.support.distributed import run_ranks
+from tests.support.weights_models import save_model
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+BF16 = {"dtype": "bfloat16"}
+# (ranks, model) -> cases of one launch.
 CASES = {
-    1: {"one rank": {}, "one rank bf16": {"dtype": "bfloat16"}},
-    2: {"dp2 bf16": {"dtype": "bfloat16"}, "tp2": {"sizes": TP2}, "pp2 vpp2": {"sizes": VPP}, "pp2": {"sizes": PP2}},
+    (1, "untied"): {"one rank bf16": BF16},
+    (2, "tied"): {"dp2 bf16": BF16, "tp2": {"sizes": TP2}, "pp2 vpp2": {"sizes": VPP}},
+    (2, "untied"): {"pp2": {"sizes": PP2}, "pp2 vpp2 bf16": {"sizes": VPP} | BF16},
 }
 
 
@@ -23,42 +26,55 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
-@pytest.mark.parametrize("ranks", CASES)
+@pytest.mark.parametrize(("ranks", "name"), CASES)
 def test_continued_equals_uninterrupted_bit_for_bit(folder, tmp_path, ranks, name):
     answers = run_ranks(
-        ranks, "tests.ranks.resume:check_goes_on", timeout=600,
-        folder=str(folder / name), out=str(tmp_path), cases=list(CASES[ranks].values()),
+        ranks, "tests.support.ranks.resume:check_continues", timeout=600,
+        folder=str(folder / name), out=str(tmp_path), cases=list(CASES[ranks, name].values()),
     )  # fmt: skip
-    for case, answer in zip(CASES[ranks], answers, strict=True):
+    for case, answer in zip(CASES[ranks, name], answers, strict=True):
         assert answer["weights"] == 0 and answer["metrics"] == 0, (case, answer)
         assert answer["trained"] > 1e-2 and answer["learning rates"] == 3, (case, answer)
 
 
-def test_another_layout_goes_on(folder, tmp_path):
-    """Saved at DP=2, continued elsewhere: the same but for the order of float32 sums."""
+def test_another_layout_continues(folder, tmp_path):
+    """Saved at DP=2: other layouts differ only by the order of float32 sums."""
     checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "weights")
-    run_ranks(2, "tests.ranks.resume:save_and_go_on", folder=str(folder / "untied"), checkpoint=checkpoint, out=out)
+    run_ranks(
+        2,
+        "tests.support.ranks.resume:save_and_continue",
+        folder=str(folder / "untied"),
+        checkpoint=checkpoint,
+        out=out,
+    )
     for ranks, layouts in ((1, [{}]), (2, [TP2, PP2, VPP])):
         answers = run_ranks(
-            ranks, "tests.ranks.resume:go_on_elsewhere", folder=str(folder / "untied"),
+            ranks, "tests.support.ranks.resume:continue_in_layouts", folder=str(folder / "untied"),
             checkpoint=checkpoint, expected=out, layouts=layouts,
         )  # fmt: skip
         assert all(answer < 1e-5 for answer in answers), answers
 
 
-def test_tied_pipelines_go_on_in_their_own_layout_only(folder, tmp_path):
+def test_tied_pipelines_continue_in_their_own_layout_only(folder, tmp_path):
     answers = run_ranks(
-        2, "tests.ranks.resume:check_goes_on", folder=str(folder / "tied"), out=str(tmp_path), cases=[{"sizes": PP2}]
+        2,
+        "tests.support.ranks.resume:check_continues",
+        folder=str(folder / "tied"),
+        out=str(tmp_path),
+        cases=[{"sizes": PP2}],
     )
     assert answers[0]["weights"] == 0
     (refusal,) = run_ranks(
-        2, "tests.ranks.resume:go_on_elsewhere", folder=str(folder / "tied"),
+        2, "tests.support.ranks.resume:continue_in_layouts", folder=str(folder / "tied"),
         checkpoint=str(tmp_path / "0"), expected="", layouts=[TP2],
     )  # fmt: skip
-    assert "can be loaded in the layout that wrote it only" in refusal and "pipeline_model_parallel_size 1 (checkpoint: 2)" in refusal
+    assert (
+        "can be loaded in the layout that wrote it only" in refusal
+        and "pipeline_model_parallel_size 1 (checkpoint: 2)" in refusal
+    )
 
 
 def test_random_number_states_are_restored(tmp_path):
-    """Megatron's tracker (which differs between tensor-parallel ranks), torch's, Python's and NumPy's."""
-    assert run_ranks(2, "tests.ranks.resume:check_rng", folder=str(tmp_path)) == [True, True, True]
+    """Of Megatron's tracker (different on tensor-parallel ranks), torch, Python and NumPy."""
+    found = run_ranks(2, "tests.support.ranks.resume:check_rng", folder=str(tmp_path))
+    assert found == [True, True, True]

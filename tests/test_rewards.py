@@ -1,13 +1,13 @@
-"""Reward functions against known verdicts, and the pool against verifiers that hang, crash, lie and chatter."""
+"""Reward functions against known scores; the pool with verifiers that hang, crash or misbehave."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,14 +15,18 @@ import pytest
 
 from benchmarks import reward_throughput
 from megatron_espo.config.tasks import Reward
-from megatron_espo.doctor import reward_isolation_row
 from megatron_espo.errors import InputError
 from megatron_espo.rewards import RewardPool
-from megatron_espo.rewards.functions import extract_answer, load_reward_function
+from megatron_espo.rewards.answers import extract_answer
+from megatron_espo.rewards.functions import load_reward_function
+from megatron_espo.tools.doctor import reward_isolation_row
 from megatron_espo.types import Prompt
 
 ROOT = Path(__file__).parent.parent
-isolated = pytest.mark.skipif(reward_isolation_row().state != "works", reason=f"no isolation here: {reward_isolation_row().advice}")
+isolated = pytest.mark.skipif(
+    reward_isolation_row().state != "works",
+    reason=f"no isolation here: {reward_isolation_row().advice}",
+)
 HOSTILE = """
 import ctypes, glob, os, socket, subprocess, sys, time
 
@@ -41,7 +45,7 @@ def judge(prompt, response):
     if kind == "children":
         for session in (False, True): subprocess.Popen(["sleep", "300"], start_new_session=session)
         time.sleep(float(rest)); return 1.0
-    if kind == "memory": return len(bytearray(int(rest) << 30))
+    if kind == "memory": return len(bytearray(int(rest) << 20))
     if kind == "file":
         with open("large", "wb") as file:
             for _ in range(1024): file.write(bytes(1 << 20))
@@ -85,6 +89,10 @@ def prompt(answer="1", **metadata):
     return Prompt("p", "text", answer, (1,), metadata)
 
 
+def items(*responses):
+    return [(prompt(), response) for response in responses]
+
+
 def pool(function, timeout_s=10.0, workers=2, **limits):
     return RewardPool(Reward(function=function, timeout_s=timeout_s, workers=workers, **limits))
 
@@ -97,11 +105,12 @@ def hostile(tmp_path, monkeypatch):
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes below one: an isolated worker is two below the one that the pool started."""
+    """Processes below ``pid``. An isolated worker is two below the one that the pool started."""
     try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return []
+    children = [int(child) for child in text.split()]
     return children + [below for child in children for below in descendants(child)]
 
 
@@ -111,7 +120,7 @@ def all_processes(rewards: RewardPool) -> list[int]:
 
 
 def gone(pid: int, within_s: float = 5.0) -> bool:
-    """Whether the process is dead (or a zombie that nobody reaped) within the time."""
+    """Whether the process is dead or a zombie within the time."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         try:
@@ -156,17 +165,19 @@ def test_reasoning_gym_uses_the_tasks_verifier():
         gold = entry["metadata"]["example_answer"] if entry["answer"] is None else entry["answer"]
         source = {"task": task, "task_args": args, "entry": entry}
         asked = prompt(entry["answer"] or "", reasoning_gym=source)
-        assert reward(asked, f"I think <answer>{gold}</answer>") == auto(asked, f"<answer>{gold}</answer>") == 1.0
+        assert reward(asked, f"I think <answer>{gold}</answer>") == 1.0
+        assert auto(asked, f"<answer>{gold}</answer>") == 1.0
         assert reward(asked, "<answer>nonsense</answer>") < 0.5
-    # Countdown accepts any expression that hits the target: no comparison with the stored answer would.
+    # Countdown accepts every expression with the right value.
     (entry,) = generate_entries("countdown", {"seed": 1, "size": 1})
-    asked = prompt(entry["answer"], reasoning_gym={"task": "countdown", "task_args": {}, "entry": entry})
+    source = {"task": "countdown", "task_args": {}, "entry": entry}
+    asked = prompt(entry["answer"], reasoning_gym=source)
     assert reward(asked, f"<answer>{entry['answer']} + 0*1</answer>") < 1.0  # uses other numbers
     assert reward(asked, f"<answer>({entry['metadata']['expression']})</answer>") == 1.0
 
 
 @pytest.mark.parametrize(
-    "answer, response, verdict",
+    "answer, response, score",
     [
         ("42", "so the answer is 42.", 1.0),
         ("42", "so the answer is 43.", 0.0),
@@ -179,122 +190,106 @@ def test_reasoning_gym_uses_the_tasks_verifier():
         ("7", "", 0.0),
     ],
 )
-def test_math_verify(answer, response, verdict):
-    assert load_reward_function("math_verify")(prompt(answer), response) == verdict
-    assert load_reward_function("auto")(prompt(answer), response) == verdict
+def test_math_verify(answer, response, score):
+    assert load_reward_function("math_verify")(prompt(answer), response) == score
+    assert load_reward_function("auto")(prompt(answer), response) == score
 
 
-def test_math_verify_with_an_unreadable_answer_is_no_verdict():
-    with pool("math_verify", workers=1) as rewards:
-        assert rewards.score([(prompt(""), "42"), (prompt("42"), "42")]) == [None, 1.0]
-        assert "cannot read the answer ''" in rewards.last_failure
-
-
-def test_math_verify_hang_is_killed_and_the_others_are_judged():
-    items = [(prompt(str(i)), f"\\boxed{{{i}}}") for i in range(6)]
-    items[2] = (prompt("9"), "9**9**9**9")
-    items[4] = (prompt("9"), "\\boxed{9^{9^{9^9}}}")
-    with pool("auto", timeout_s=2.0) as rewards:
-        assert rewards.score(items) == [1.0, 1.0, None, 1.0, None, 1.0]
-        assert rewards.failures == {"timeout": 2}
-        assert rewards.score(items[:2]) == [1.0, 1.0]
-
-
-def test_many_math_answers_and_hostile_ones():
-    """A thousand take 5 s on two idle cores (benchmarks/reward_throughput.py); the bound here is for busy ones."""
-    items, verdicts = reward_throughput.make_items(200)
+def test_math_answers_and_hostile_ones():
+    """An unreadable answer has no score. A hanging verifier is killed; the others are scored."""
+    asked, scores = reward_throughput.make_items(50)
     hostile = [(prompt("9"), response) for response in reward_throughput.HOSTILE.values()]
-    with pool("math_verify", timeout_s=3.0) as rewards:
+    hangs = [(prompt("9"), "9**9**9**9"), (prompt("9"), "\\boxed{9^{9^{9^9}}}")]
+    with pool("math_verify", timeout_s=2.0) as rewards:
         rewards.start()
-        began = time.monotonic()
-        assert rewards.score(items) == verdicts
-        assert time.monotonic() - began < 20
-        assert set(rewards.score(hostile)) <= {None, 0.0} and set(rewards.failures) <= {"timeout", "crash", "exception"}
-        assert rewards.score(items[:2]) == verdicts[:2]
+        assert rewards.score([asked[0], hangs[0], asked[1], hangs[1], *asked[2:]]) == [
+            scores[0], None, scores[1], None, *scores[2:],
+        ]  # fmt: skip
+        assert rewards.failures == {"timeout": 2}
+        assert set(rewards.score(hostile)) <= {None, 0.0}
+        assert set(rewards.failures) <= {"timeout", "crash", "exception"}
+        assert rewards.score([(prompt(""), "42"), *asked[:2]]) == [None, *scores[:2]]
+        assert "cannot read the answer ''" in rewards.last_failure
 
 
 def test_scores_keep_their_places(hostile):
     with pool(hostile) as rewards:
-        assert rewards.score([(prompt(), f"number {i / 7}") for i in range(300)]) == [i / 7 for i in range(300)]
-        assert rewards.score([]) == [] and rewards.score([(prompt(), "int 3")]) == [3.0]
+        asked = items(*(f"number {i / 7}" for i in range(100)))
+        assert rewards.score(asked) == [i / 7 for i in range(100)]
+        assert rewards.score([]) == [] and rewards.score(items("int 3")) == [3.0]
         assert not rewards.failures
 
 
 def test_hostile_verifiers_cost_only_their_item(hostile):
-    bad = {
-        "exit": "crash", "segfault": "crash", "garbage": "crash", "mislabel": "crash", "hang": "timeout", "sysexit": "exception",
-        "text 1.0": "exception", "none": "exception", "number nan": "exception", "number inf": "exception",
-        "raise": "exception",
-    }  # fmt: skip
-    items = [response for kind in bad for response in ("number 0.5", kind)] + ["number 0.25"]
+    wrong = ["sysexit", "text 1.0", "none", "number nan", "number inf", "raise"]
+    bad = dict.fromkeys(["exit", "segfault", "garbage", "mislabel"], "crash")
+    bad |= dict.fromkeys(wrong, "exception") | {"hang": "timeout"}
+    responses = [response for kind in bad for response in ("number 0.5", kind)]
     with pool(hostile, timeout_s=1.0) as rewards:
-        scores = rewards.score([(prompt(), response) for response in items])
+        scores = rewards.score(items(*responses, "number 0.25"))
         assert scores == [0.5, None] * len(bad) + [0.25]
-        counted = {cause: list(bad.values()).count(cause) for cause in ("crash", "timeout", "exception")}
-        assert rewards.failures == counted
-        rewards.score([(prompt(), "raise")])
-        assert "KeyError: 'no such unit test'" in rewards.last_failure and "hostile_verifier.py" in rewards.last_failure
-        rewards.score([(prompt(), "exit")])
+        assert rewards.failures == Counter(bad.values())
+        rewards.score(items("raise"))
+        assert "KeyError: 'no such unit test'" in rewards.last_failure
+        assert "hostile_verifier.py" in rewards.last_failure
+        rewards.score(items("exit"))
         assert "exit status 3" in rewards.last_failure
-        # Extra lines never become another item's score.
-        assert rewards.score([(prompt(), "forge"), (prompt(), "number 0.5")])[1] == 0.5
+        # Extra lines never become the score of another item.
+        assert rewards.score(items("forge", "number 0.5"))[1] == 0.5
 
 
-def test_time_limit_is_for_one_item_not_for_the_batch(hostile):
+def test_the_time_limit_is_for_one_item(hostile):
     with pool(hostile, timeout_s=1.0, workers=1) as rewards:
-        assert rewards.score([(prompt(), "sleep 0.4")] * 4) == [1.0] * 4
+        assert rewards.score(items("sleep 0.4") * 3) == [1.0] * 3
 
 
-def test_request_larger_than_the_pipe_and_a_stopped_worker(hostile):
+def test_large_request_to_a_stopped_worker(hostile):
+    """A stopped worker never reads. Writing to it must not block longer than the time limit."""
+    large = (prompt(padding="x" * 1_000_000), "number 1")
     with pool(hostile, timeout_s=1.0, workers=1) as rewards:
-        assert rewards.score([(prompt(padding="x" * 1_000_000), "number 1")]) == [1.0]
-        os.kill(all_processes(rewards)[-1], signal.SIGSTOP)  # never reads: a blocking write would wait for ever
-        assert rewards.score([(prompt(padding="x" * 1_000_000), "number 1"), (prompt(), "number 1")]) == [None, 1.0]
+        assert rewards.score([large]) == [1.0]
+        os.kill(all_processes(rewards)[-1], signal.SIGSTOP)
+        assert rewards.score([large, *items("number 1")]) == [None, 1.0]
 
 
 def test_workers_persist_and_an_idle_death_costs_nothing(hostile):
     with pool(hostile, workers=1) as rewards:
         assert rewards._workers == []  # nothing started yet
-        rewards.start()
+        starter = threading.Thread(target=rewards.start)  # workers outlive the thread
+        starter.start()
+        starter.join()
         first = all_processes(rewards)
-        assert rewards.score([(prompt(), "number 1")] * 2) == [1.0, 1.0] and all_processes(rewards) == first
+        assert rewards.score(items("number 1") * 2) == [1.0, 1.0]
+        assert all_processes(rewards) == first
         os.kill(first[-1], signal.SIGKILL)
         assert gone(first[0])
-        assert rewards.score([(prompt(), "number 1")]) == [1.0] and not rewards.failures
+        assert rewards.score(items("number 1")) == [1.0] and not rewards.failures
         second = all_processes(rewards)
         assert not set(first) & set(second)
     assert all(map(gone, second))
-    assert rewards.score([(prompt(), "number 1")]) == [1.0]  # usable again after close
+    assert rewards.score(items("number 1")) == [1.0]  # usable again after close
     rewards.close()
-
-
-def test_a_starting_thread_may_end(hostile):
-    with pool(hostile, workers=1) as rewards:
-        thread = threading.Thread(target=rewards.start)
-        thread.start()
-        thread.join()
-        time.sleep(0.2)
-        assert rewards.score([(prompt(), "number 1")]) == [1.0]
 
 
 @isolated
 def test_nothing_that_a_verifier_started_outlives_it(hostile):
     seen = set()
     with pool(hostile, timeout_s=2.0) as rewards:
-        items = [(prompt(), "children 0.1"), (prompt(), "children 300")]
-        assert rewards.score(items, lambda *_: seen.update(all_processes(rewards))) == [1.0, None]
+        asked = items("children 0.5", "children 300")
+        assert rewards.score(asked, lambda *_: seen.update(all_processes(rewards))) == [1.0, None]
         seen.update(all_processes(rewards))
     assert len(seen) >= 2 * 3 + 4 and all(map(gone, seen))
 
 
-def test_without_isolation_a_kill_reaches_the_worker_s_group(hostile):
+def test_without_isolation_a_kill_reaches_the_process_group(hostile):
     seen = set()
     with pool(hostile, timeout_s=2.0, isolate=False) as rewards:
-        assert rewards.score([(prompt(), "children 300")], lambda *_: seen.update(all_processes(rewards))) == [None]
+        asked = items("children 300")
+        assert rewards.score(asked, lambda *_: seen.update(all_processes(rewards))) == [None]
     alive = [pid for pid in seen if not gone(pid, within_s=0.5)]
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
-    assert len(seen) == 3 and len(alive) == 1  # the one in a session of its own: what isolation is for
+    assert len(seen) == 3 and len(alive) == 1  # the one in its own session
 
 
 @isolated
@@ -303,44 +298,48 @@ def test_an_isolated_worker_has_its_folder_and_nothing_else(hostile, tmp_path, m
     monkeypatch.setenv("JUDGE_KEY", "meant-for-the-verifier")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        items = {
-            "write ~/of-the-home": 1.0, "write relative": 1.0, f"write {tmp_path}/absolute": None, f"write {Path.home()}/absolute": None,
-            f"connect {port}": None, "spy secret-of-the-owner": 0.0, "spy meant-for-the-verifier": 1.0, "multiprocessing": 1.0,
-            "remount": None,
-        }  # fmt: skip
+        allowed = ["write ~/of-the-home", "write relative", "multiprocessing"]
+        allowed.append("spy meant-for-the-verifier")
+        outside = (f"write {folder}/absolute" for folder in (tmp_path, Path.home()))
+        refused = [*outside, f"connect {port}", "remount"]
+        expected = dict.fromkeys(allowed, 1.0) | dict.fromkeys(refused, None)
+        expected["spy secret-of-the-owner"] = 0.0
         with pool(hostile, environment=("JUDGE_KEY",)) as rewards:
-            scores = rewards.score([(prompt(), response) for response in items])
+            scores = rewards.score(items(*expected))
             folders = [Path(worker._home.name) for worker in rewards._workers]
             assert any((folder / "of-the-home").exists() for folder in folders)
-        assert dict(zip(items, scores, strict=True)) == items and rewards.failures == {"exception": 4}
-        assert not any(folder.exists() for folder in folders) and not (tmp_path / "absolute").exists()
-        with pool(hostile, isolate=False) as rewards:  # the way out for a verifier that asks a server
-            assert rewards.score([(prompt(), f"connect {port}"), (prompt(), "spy secret-of-the-owner-in-its-own-environment")]) == [1.0, 0.0]
+        assert dict(zip(expected, scores, strict=True)) == expected
+        assert rewards.failures == {"exception": 4}
+        assert not any(path.exists() for path in (*folders, tmp_path / "absolute"))
+        with pool(hostile, isolate=False) as rewards:  # for a verifier that asks a server
+            asked = items(f"connect {port}", "spy secret-of-the-owner-in-its-own-environment")
+            assert rewards.score(asked) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("isolate", [pytest.param(True, marks=isolated), False])
 def test_limits(hostile, isolate):
-    """Each limit with its cause and its message, and the next response judged all the same."""
+    """Each limit has its cause and its message. The next response is scored."""
     limits = {
-        "memory 4": ("exception", "MemoryError"),
+        "memory 2048": ("exception", "MemoryError"),
         "file": ("exception", "File too large"),
-        "hang": ("timeout", "no answer in 3 s (reward.timeout_s)"),
+        "hang": ("timeout", "no answer in 2 s (reward.timeout_s)"),
         "segfault": ("crash", "signal SIGSEGV"),
         "exit": ("crash", "exit status 3"),
-        "sleep 5": ("timeout", "no answer in 3 s (reward.timeout_s)"),
     }
-    with pool(hostile, timeout_s=3.0, memory_gib=2, isolate=isolate) as rewards:
+    with pool(hostile, timeout_s=2.0, memory_gib=1, isolate=isolate) as rewards:
         for response, (cause, message) in limits.items():
             before = rewards.failures[cause]
-            assert rewards.score([(prompt(), response), (prompt(), "number 1")]) == [None, 1.0], response
+            assert rewards.score(items(response, "number 1")) == [None, 1.0], response
             assert rewards.failures[cause] == before + 1
-            assert rewards.last_failure.startswith("prompt 'p': ") and message in rewards.last_failure
-        assert rewards.score([(prompt(), "memory 1")]) == [float(1 << 30)]
+            assert rewards.last_failure.startswith("prompt 'p': ")
+            assert message in rewards.last_failure
+        assert rewards.score(items("memory 256")) == [float(256 << 20)]
 
 
 @isolated
-def test_a_kernel_that_refuses_namespaces_is_told_once(hostile, tmp_path):
-    forbid = "echo 0 > /proc/sys/user/max_user_namespaces"  # in a namespace of its own, where it concerns its children
+def test_a_kernel_that_refuses_namespaces_is_logged_once(tmp_path):
+    # In another user namespace, where the setting applies to child namespaces.
+    forbid = "echo 0 > /proc/sys/user/max_user_namespaces"
     program = run_script(
         tmp_path,
         'import logging; logging.basicConfig(level="WARNING", stream=sys.stdout)\n'
@@ -348,35 +347,47 @@ def test_a_kernel_that_refuses_namespaces_is_told_once(hostile, tmp_path):
         ["unshare", "--user", "--map-root-user", "sh", "-c", f'{forbid} && exec "$@"', "sh"],
     )
     output = program.communicate(timeout=60)[0]
-    assert output.count("limited, but not isolated (user namespaces: No space left on device)") == 1 and "[1.0, None, 2.0]" in output
+    warning = "limited, but not isolated (user namespaces: No space left on device)"
+    assert output.count(warning) == 1 and "[1.0, None, 2.0]" in output
 
 
 def test_failures_above_the_rate_end_the_run(hostile):
     with pool(hostile, max_failed=0.5) as rewards:
-        rewards.score([(prompt(), "none")])
-        rewards.refuse_failures(4, 8, step=3)
-        with pytest.raises(InputError, match=r"5 of 8 of step 3 failed, more than reward.max_failed = 0.5; .*the last one: prompt 'p': .*NoneType"):
-            rewards.refuse_failures(5, 8, step=3)
+        rewards.score(items("none"))
+        rewards.check_failures(4, 8, step=3)
+        message = "5 of 8 of step 3 failed, more than reward.max_failed = 0.5; .*prompt 'p': .*None"
+        with pytest.raises(InputError, match=message):
+            rewards.check_failures(5, 8, step=3)
 
 
-def test_giving_up_leaves_no_stale_answer(hostile):
-    def stop(done, total):
-        if done == 1:
+def test_progress_and_interruption(hostile):
+    """Progress is reported at least every second. The pool is usable after an exception."""
+    calls = []
+
+    def interrupt(*counts):
+        calls.append(counts)
+        if counts[0] == 1:
             raise InterruptedError
 
-    with pool(hostile) as rewards:
-        rewards.start()
-        with pytest.raises(InterruptedError):
-            rewards.score([(prompt(), "sleep 2"), (prompt(), "number 1")], on_progress=stop)
-        assert rewards.score([(prompt(), "number 0.5")]) == [0.5]
-
-
-def test_progress_is_reported_at_least_every_second(hostile):
     with pool(hostile, workers=1) as rewards:
         rewards.start()
-        calls = []
-        rewards.score([(prompt(), "sleep 1.5"), (prompt(), "number 1")], lambda *counts: calls.append(counts))
-        assert calls[0] == (0, 2) and calls.count((0, 2)) >= 2 and calls[-1] == (1, 2)
+        with pytest.raises(InterruptedError):
+            rewards.score(items("sleep 1.5", "sleep 0.5", "sleep 300"), interrupt)
+        assert calls.count((0, 3)) >= 2 and calls[-1] == (1, 3)
+        assert rewards.score(items("number 0.5")) == [0.5]
+
+
+def test_items_are_scored_in_the_background(hostile):
+    with pool(hostile, workers=1) as rewards:
+        first, second = [rewards.submit(*item) for item in items("number 4", "sleep 0.1")]
+        assert first.result(60) == 4.0 and second.result(60) == 1.0
+        running = rewards.submit(*items("sleep 300")[0])
+        waiting = rewards.submit(*items("number 5")[0])
+        while not running.running():
+            time.sleep(0.01)
+        rewards.close()
+        assert waiting.cancelled() and running.result(60) is None
+        assert not rewards.failures
 
 
 @pytest.mark.parametrize(
@@ -384,40 +395,38 @@ def test_progress_is_reported_at_least_every_second(hostile):
     [
         ("no_such_module:judge", "expected a module no_such_module on Python's path"),
         ("hostile_verifier:jugde", "has no 'jugde'; did you mean judge"),
-        ("hostile_verifier:not_callable", "is not callable but a int"),
+        ("hostile_verifier:not_callable", "to be a function, got int"),
         ("broken_verifier:judge", "SyntaxError"),
         ("dying_verifier:judge", "worker ended before .* exit status 7"),
     ],
 )
-def test_function_that_cannot_be_loaded_is_refused_at_start(hostile, tmp_path, function, message):
+def test_function_that_cannot_be_loaded(hostile, tmp_path, function, message):
     (tmp_path / "broken_verifier.py").write_text("def judge(:\n")
     (tmp_path / "dying_verifier.py").write_text("import os; os._exit(7)\n")
-    with pool(function) as rewards, pytest.raises(InputError, match=message):
-        rewards.start()
-    with pool(function) as rewards, pytest.raises(InputError, match=message):
-        rewards.score([(prompt(), "number 1")])
+    with pool(function) as rewards:
+        with pytest.raises(InputError, match=message):
+            rewards.start()
+        with pytest.raises(InputError, match=message):
+            rewards.score(items("number 1"))
 
 
 def run_script(tmp_path: Path, body: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
-    """A program without a ``__main__`` guard, beside its own verifier module, far from the repository."""
+    """Start a program without a ``__main__`` guard, with its verifier beside it."""
     (tmp_path / "hostile_verifier.py").write_text(HOSTILE)
     script = tmp_path / "program.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys
-            sys.path.append({str(ROOT)!r})
-            print("main", flush=True)
-            from megatron_espo.config.tasks import Reward
-            from megatron_espo.rewards import RewardPool
-            from megatron_espo.types import Prompt
-            rewards = RewardPool(Reward(function="hostile_verifier:judge", timeout_s=60, workers=1))
-            prompt = Prompt("p", "text", "1", (1,))
-            """
-        )
-        + textwrap.dedent(body)
-    )
-    return subprocess.Popen([*launcher, sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd="/")
+    head = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+print("main", flush=True)
+from megatron_espo.config.tasks import Reward
+from megatron_espo.rewards import RewardPool
+from megatron_espo.types import Prompt
+rewards = RewardPool(Reward(function="hostile_verifier:judge", timeout_s=60, workers=1))
+prompt = Prompt("p", "text", "1", (1,))
+"""
+    script.write_text(head + body)
+    command = [*launcher, sys.executable, str(script)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
 
 
 def test_workers_never_run_main_nor_write_to_stdout(tmp_path):
@@ -428,17 +437,20 @@ def test_workers_never_run_main_nor_write_to_stdout(tmp_path):
 def test_heavy_libraries_stay_out_of_the_worker(tmp_path, monkeypatch):
     (tmp_path / "spy.py").write_text(
         "import sys\nfrom megatron_espo.rewards.functions import load_auto\nload_auto()\n"
-        "def judge(prompt, response): return float(any(m in sys.modules for m in ('torch', 'transformers', 'vllm')))\n"
+        "heavy = [m for m in ('torch', 'transformers', 'vllm', 'sandbox') if m in sys.modules]\n"
+        "def judge(prompt, response): return float(bool(heavy))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pool("spy:judge") as rewards:
-        assert rewards.score([(prompt(), "")]) == [0.0]
+        assert rewards.score(items("")) == [0.0]
 
 
 @pytest.mark.parametrize("last", ["sleep 300", "hang"])
 def test_workers_die_with_their_owner(tmp_path, last):
     program = run_script(
-        tmp_path, f'rewards.start(); print(rewards._workers[0].process.pid, flush=True)\nrewards.score([(prompt, {last!r})])\n'
+        tmp_path,
+        "rewards.start(); print(rewards._workers[0].process.pid, flush=True)\n"
+        f"rewards.score([(prompt, {last!r})])\n",
     )
     assert program.stdout.readline() == "main\n"
     pid = int(program.stdout.readline())
@@ -447,32 +459,3 @@ def test_workers_die_with_their_owner(tmp_path, last):
     program.kill()
     program.communicate()
     assert all(map(gone, pids))
-
-
-def test_items_are_judged_while_others_come(hostile):
-    """Three of half a second each, one worker: when the last one comes, the others are done, and each is judged once."""
-    with pool(hostile, workers=1) as judges:
-        judges.start()
-        with judges.scoring() as scoring:
-            judged = []
-            for number in (2, 0, 1):
-                scoring.add(number, prompt(""), "sleep 0.5" if number else "number 4")
-                scoring.add(number, prompt(""), "number 7")
-                begun = time.monotonic()
-                while time.monotonic() < begun + 1.5:
-                    judged.append(scoring.pump())
-                    time.sleep(0.05)
-            assert judged[-1] == 3 and sorted(judged) == judged and 1 in judged
-            begun = time.monotonic()
-            assert scoring.finish() == [4.0, 1.0, 1.0] and time.monotonic() < begun + 0.4
-        assert judges.score([(prompt(""), "number 5")]) == [5.0]
-
-
-def test_what_interrupts_the_judging_leaves_no_answer_behind(hostile):
-    with pool(hostile, workers=1) as judges:
-        judges.start()
-        with pytest.raises(KeyboardInterrupt), judges.scoring() as scoring:
-            scoring.add(0, prompt(""), "sleep 0.5")
-            scoring.pump()
-            raise KeyboardInterrupt
-        assert judges.score([(prompt(""), "number 5")]) == [5.0]

@@ -1,4 +1,4 @@
-"""Entropy groups, bounds and weights: exact counts, ties, and independence of how the batch is cut."""
+"""Entropy groups, bounds and weights: exact counts, ties, other responses do not matter."""
 
 import math
 from fractions import Fraction
@@ -8,41 +8,46 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.algo import OBJECTIVES, annotate, entropy_groups
-from megatron_espo.algo.segments import _tokens_above
+from megatron_espo.algo import OBJECTIVES, Objective, entropy_groups, load_objective
+from megatron_espo.algo.segments import tokens_above
 from megatron_espo.config import Algorithm
-from tests.objective_reference import groups_of
+from tests.support.objective_reference import groups_of
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 VOCAB = 131
-TOTALS = {"vocab_size": VOCAB, "num_responses": 7, "num_tokens": 61, "max_response_tokens": 16}
+TOTALS = {"vocab_size": VOCAB, "num_responses": 7, "num_tokens": 61}
 # Few values, so that ties are common.
 RESPONSES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=1, max_size=5)
 
 
-def make_algorithm(objective: str, **settings) -> Algorithm:
-    return Algorithm(objective=objective, normalize_std=objective != "dr_grpo", **settings)
+def make_objective(objective: str, **settings) -> Objective:
+    algorithm = Algorithm(objective=objective, normalize_std=objective != "dr_grpo", **settings)
+    return load_objective(algorithm, max_response_tokens=16)
 
 
 def flatten(responses: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Entropies in steps of 0.5 nats ``[tokens]`` and lengths ``[responses]``."""
-    return torch.tensor([0.5 * e for r in responses for e in r]), torch.tensor([len(r) for r in responses])
+    return torch.tensor([0.5 * e for r in responses for e in r]), torch.tensor(
+        [len(r) for r in responses]
+    )
 
 
 @pytest.mark.parametrize(
     ("quantile", "share"),
     [(0.8, Fraction(1, 5)), (0.3, Fraction(7, 10)), (1 / 3, 1 - Fraction("0.3333333333333333"))],
 )
-def test_tokens_above_a_border_are_counted_exactly(quantile, share):
+def test_tokens_above_a_boundary_are_counted_exactly(quantile, share):
     lengths = range(1, 16_385)
-    found = _tokens_above(quantile, torch.tensor(lengths)).tolist()
+    found = tokens_above(quantile, torch.tensor(lengths)).tolist()
     assert found == [-(-share.numerator * n // share.denominator) for n in lengths]
 
 
 @pytest.mark.parametrize("length", [1, 10, 30, 1_000, 16_384])
 def test_group_sizes(length):
     entropy = torch.rand(length, generator=torch.Generator().manual_seed(length))
-    sizes = entropy_groups(entropy, torch.tensor([length]), (0.3, 0.8)).bincount(minlength=3).tolist()
+    sizes = (
+        entropy_groups(entropy, torch.tensor([length]), (0.3, 0.8)).bincount(minlength=3).tolist()
+    )
     top, upper = math.ceil(Fraction(1, 5) * length), math.ceil(Fraction(7, 10) * length)
     assert sizes == [length - upper, upper - top, top]
 
@@ -54,20 +59,25 @@ def test_groups_equal_reference(responses, quantiles):
     assert found.tolist() == [g for r in responses for g in groups_of(r, quantiles)]
 
 
-def test_of_tied_tokens_the_earlier_joins_the_higher_group():
+def test_the_earlier_of_tied_tokens_joins_the_higher_group():
     entropy = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0] + [3.0] * 10)
-    assert entropy_groups(entropy, torch.tensor([5, 10]), (0.6,)).tolist() == [1, 1, 0, 0, 0] + [1] * 4 + [0] * 6
+    assert (
+        entropy_groups(entropy, torch.tensor([5, 10]), (0.6,)).tolist()
+        == [1, 1, 0, 0, 0] + [1] * 4 + [0] * 6
+    )
 
 
 @QUICK
 @given(RESPONSES, st.sampled_from(sorted(OBJECTIVES)), st.sampled_from([(0.8,), (0.3, 0.8)]))
-def test_annotation_does_not_depend_on_the_cut(responses, objective, quantiles):
-    algorithm = make_algorithm(objective, quantiles=quantiles)
-    whole = annotate(*flatten(responses), algorithm, **TOTALS)
-    parts = [annotate(*flatten([response]), algorithm, **TOTALS) for response in responses]
+def test_segments_do_not_depend_on_the_other_responses(responses, objective, quantiles):
+    instance = make_objective(objective, quantiles=quantiles)
+    whole = instance.segment_tokens(*flatten(responses), **TOTALS)
+    parts = [instance.segment_tokens(*flatten([response]), **TOTALS) for response in responses]
     for name in ("low", "high", "weight", "group", "entropy", "length"):
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
-    # Numbers of segments and responses go on from one response to the next; what they hold together stays the same.
+        assert torch.equal(
+            getattr(whole, name), torch.cat([getattr(part, name) for part in parts])
+        ), name
+    # Segments and responses are numbered across the whole, so a part's numbers are shifted.
     for name, size in (("segment", "size"), ("response", "length")):
         sizes = [getattr(part, size) for part in parts]
         assert torch.equal(getattr(whole, size), torch.cat(sizes)), name
@@ -76,32 +86,30 @@ def test_annotation_does_not_depend_on_the_cut(responses, objective, quantiles):
         assert torch.equal(getattr(whole, name), torch.cat(numbers)), name
 
 
-def test_nothing_gives_nothing():
+def test_no_responses_give_empty_segments():
     for objective in OBJECTIVES:
-        annotation = annotate(torch.zeros(0), torch.zeros(0, dtype=torch.long), make_algorithm(objective), **TOTALS)
-        assert all(value.numel() == 0 for value in vars(annotation).values())
+        nothing = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+        segments = make_objective(objective).segment_tokens(*nothing, **TOTALS)
+        assert all(value.numel() == 0 for value in vars(segments).values())
 
 
-def test_clip_floor_keeps_sure_tokens_trainable():
+def test_clip_floor_is_the_smallest_clip_range():
     entropy, lengths = torch.tensor([0.0, 0.0, 0.0, 0.0, 3.0]), torch.tensor([5])
-    annotation = annotate(entropy, lengths, make_algorithm("espo", clip_floor=1e-3), **TOTALS)
+    segments = make_objective("espo", clip_floor=1e-3).segment_tokens(entropy, lengths, **TOTALS)
     expected = torch.tensor([1e-3] * 4 + [0.02 * 3 / math.log(VOCAB)])
-    torch.testing.assert_close(annotation.low, expected)
-    torch.testing.assert_close(annotation.high, expected)
+    torch.testing.assert_close(segments.low, expected)
+    torch.testing.assert_close(segments.high, expected)
 
 
 @pytest.mark.parametrize("value", [-0.01, math.log(VOCAB) + 0.01, math.nan, math.inf, -math.inf])
 def test_impossible_entropy_is_refused(value):
+    entropy = torch.tensor([0.0, math.log(VOCAB), value])
     with pytest.raises(ValueError, match=r"entropy: expected values in \[0, ln 131.*at token 2"):
-        annotate(torch.tensor([0.0, math.log(VOCAB), value]), torch.tensor([3]), make_algorithm("espo"), **TOTALS)
+        make_objective("espo").segment_tokens(entropy, torch.tensor([3]), **TOTALS)
 
 
 @pytest.mark.parametrize("lengths", [[2], [4], [3, 0], [4, -1], []])
-def test_lengths_that_do_not_cover_are_refused(lengths):
+def test_lengths_that_do_not_cover_the_tokens_are_refused(lengths):
+    lengths = torch.tensor(lengths, dtype=torch.long)
     with pytest.raises(ValueError, match="lengths: expected"):
-        annotate(torch.ones(3), torch.tensor(lengths, dtype=torch.long), make_algorithm("espo"), **TOTALS)
-
-
-def test_dr_grpo_without_its_limit_is_refused():
-    with pytest.raises(ValueError, match="max_response_tokens"):
-        annotate(torch.ones(3), torch.tensor([3]), make_algorithm("dr_grpo"), **TOTALS | {"max_response_tokens": None})
+        make_objective("espo").segment_tokens(torch.ones(3), lengths, **TOTALS)

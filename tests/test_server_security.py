@@ -1,13 +1,13 @@
-"""The real server: nothing answers without the run's key, and no route returns tokens of weights that are not served."""
+"""Every route requires the run's key. No route returns tokens of weights that are not served."""
 
 import asyncio
 import json
 import os
 import re
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -15,66 +15,67 @@ import pytest
 pytest.importorskip("vllm")
 from safetensors import safe_open
 
-from megatron_espo.rollout.server import PREFIX, EngineConfig, ServerProcess, log_tail, read_key, run_key_file
-from megatron_espo.rollout.vllm_plugin import CONTROL_ROUTES, Guard
-from tests.tiny import save_tiny_model
+from megatron_espo.rollout import guard
+from megatron_espo.rollout.guard import CONTROL_ROUTES, Guard
+from megatron_espo.rollout.server import PREFIX, ServerProcess, log_tail, run_key, run_key_file
+from tests.support.real_engine import engine_config, wait_until
+from tests.support.tiny import save_tiny_model
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD")
-BODY = {"model": "policy", "prompt": [1, 4, 5], "token_ids": [1, 4, 5], "max_tokens": 4, "stream": False}
-BODY |= {"request_id": "a", "sampling": {"max_tokens": 4, "seed": 1}, "sampling_params": {"max_tokens": 4}}
+BODY: dict[str, Any] = {
+    "model": "policy",
+    "prompt": [1, 4, 5],
+    "token_ids": [1, 4, 5],
+    "max_tokens": 4,
+    "stream": False,
+    "request_id": "a",
+    "sampling": {"max_tokens": 4, "seed": 1},
+    "sampling_params": {"max_tokens": 4},
+}
 
 
 class Server:
-    """The running server, and requests to it."""
+    """A running server, and requests to it."""
 
     def __init__(self, folder: Path) -> None:
         save_tiny_model(folder / "model")
-        run_folder = folder / "run"
-        run_folder.mkdir()
-        self.config = EngineConfig(
-            model=str(folder / "model"),
-            folder=str(run_folder),
-            dtype="float32",
-            transport="",
-            max_model_len=64,
-            load_weights=True,
-            engine_args={"kv_cache_memory_bytes": 1 << 26},
+        (folder / "run").mkdir()
+        self.config = engine_config(
+            folder / "model", folder / "run", max_model_len=64, load_weights=True
         )
-        self.key = read_key(run_key_file(run_folder))
-        os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # the log lists every route
-        try:
+        self.key = run_key(folder / "run")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # the log lists every route
             self.process = ServerProcess(self.config, is_cpu=True)
-        finally:
-            del os.environ["VLLM_LOGGING_LEVEL"]
         self.socket = self.process.address.removeprefix("unix:")
-        deadline = time.monotonic() + 200
-        while not self._answers():
-            assert self.process.is_alive and time.monotonic() < deadline, log_tail(self.config.log_path)
-            time.sleep(0.2)
+        wait_until(lambda: self._answers() or not self.process.is_alive, "the server starts", 200)
+        assert self.process.is_alive, log_tail(self.config.log_path)
 
     def _answers(self) -> bool:
         try:
-            return self.request(f"{PREFIX}/info", method="GET")[0] == 200
+            return self.request(f"{PREFIX}/info")[0] == 200
         except aiohttp.ClientError:
             return False
 
     def session(self, key: str | None) -> aiohttp.ClientSession:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return aiohttp.ClientSession("http://engine", connector=aiohttp.UnixConnector(self.socket), headers=headers)
+        connector = aiohttp.UnixConnector(self.socket)
+        return aiohttp.ClientSession("http://engine", connector=connector, headers=headers)
 
     def request(self, path: str, body: dict | None = None, method: str = "POST") -> tuple[int, str]:
         """Status and text of one request with the key."""
 
-        async def ask() -> tuple[int, str]:
-            async with self.session(self.key) as session, session.request(method, path, json=body) as response:
-                return response.status, await response.text(errors="replace")
+        async def request() -> tuple[int, str]:
+            async with self.session(self.key) as session:
+                async with session.request(method, path, json=body) as response:
+                    return response.status, await response.text(errors="replace")
 
-        return asyncio.run(asyncio.wait_for(ask(), 60))
+        return asyncio.run(asyncio.wait_for(request(), 60))
 
     def routes(self) -> set[tuple[str, str]]:
-        """``(method, path)`` of every HTTP route, from the OpenAPI description and from the log; ``WS``: a websocket."""
+        """``(method, path)`` of every route in OpenAPI or the log; ``WS``: websocket."""
         described = json.loads(self.request("/openapi.json", method="GET")[1])["paths"]
-        found = {(method.upper(), path) for path, methods in described.items() for method in methods}
+        found = {(method.upper(), path) for path, calls in described.items() for method in calls}
         for line in self.config.log_path.read_text().splitlines():
             if match := re.search(r"Route: (\S+), Methods: (.*)", line):
                 found |= {(method, match[1]) for method in re.findall("[A-Z]+", match[2])}
@@ -94,25 +95,29 @@ def server(tmp_path_factory) -> Iterator[Server]:
 @pytest.mark.parametrize("key", [None, "0" * 64, ""])
 def test_every_route_wants_the_key(server, key):
     routes = server.routes()
-    paths = {path for _, path in routes} | {"/metrics", "/metrics/", "/docs", "/", "//metrics", "/nowhere"}
-    expected = {"/pause", "/update_weights", "/collective_rpc", "/v1/completions", f"{PREFIX}/generate", f"{PREFIX}/release"}
-    assert expected <= paths and len(paths) > 40, sorted(paths)
+    paths = {path for _, path in routes}
+    paths |= {"/metrics", "/metrics/", "/docs", "/", "//metrics", "/nowhere"}
+    expected = {"/pause", "/update_weights", "/collective_rpc", "/v1/completions"}
+    assert expected | {f"{PREFIX}/generate", f"{PREFIX}/release"} <= paths
+    assert len(paths) > 40, sorted(paths)
+    asked = [(method, path) for path in sorted(paths) for method in METHODS]
 
-    async def statuses() -> dict[tuple[str, str], int]:
+    async def statuses() -> list[int]:
         async with server.session(key) as session:
 
             async def status(method: str, path: str) -> int:
                 async with session.request(method, path, json=BODY) as response:
                     return response.status
 
-            asked = [(method, path) for path in sorted(paths) for method in METHODS]
-            return dict(zip(asked, await asyncio.gather(*(status(*pair) for pair in asked)), strict=True))
+            return await asyncio.gather(*(status(*pair) for pair in asked))
 
-    assert {pair: status for pair, status in asyncio.run(statuses()).items() if status != 401} == {}
+    found = dict(zip(asked, asyncio.run(statuses()), strict=True))
+    assert {pair: status for pair, status in found.items() if status != 401} == {}
 
     async def open_websockets() -> None:
+        sockets = {path for method, path in routes if method == "WS"} | {"/v1/realtime"}
         async with server.session(key) as session:
-            for path in sorted({path for method, path in routes if method == "WS"} | {"/v1/realtime"}):
+            for path in sorted(sockets):
                 with pytest.raises(aiohttp.WSServerHandshakeError) as error:
                     await session.ws_connect(path)
                 assert error.value.status in (401, 403), path
@@ -121,44 +126,50 @@ def test_every_route_wants_the_key(server, key):
     assert server.request("/health", method="GET")[0] == 200
 
 
-# Routes of this project that return nothing computed from weights.
-OWN_CONTROL_ROUTES = {PREFIX + path for path in ("/abort", "/worker", "/serve", "/lease", "/release", "/reset_cache")}
+# Routes of this project that return nothing computed from weights; x: a path parameter.
+OWN_CONTROL_ROUTES = {
+    PREFIX + path for path in ("/worker/x", "/serve", "/lease", "/release", "/info", "/reset_cache")
+}
 
 
 @pytest.mark.slow
 def test_no_route_returns_tokens_of_nan(server):
-    """Served weights answer; after ``fill_nan`` requests wait, until nothing but an update can make them go on."""
+    """Requests wait after ``fill_nan``, until an update is finished and served."""
     for path in ("/v1/completions", "/inference/v1/generate", f"{PREFIX}/generate"):
         assert server.request(path, BODY)[0] == 200, (path, server.request(path, BODY))
-    assert server.request(f"{PREFIX}/worker", {"method": "update_weights", "args": []})[0] == 400
+    assert server.request(f"{PREFIX}/worker/update_weights", {"args": []})[0] == 404
     with safe_open(Path(server.config.model, "model.safetensors"), "np") as file:
         shapes = [[name, file.get_slice(name).get_shape()] for name in file.keys()]  # noqa: SIM118
-    status, text = server.request(f"{PREFIX}/worker", {"method": "fill_nan", "args": [shapes]})
+    status, text = server.request(f"{PREFIX}/worker/fill_nan", {"args": [shapes]})
     assert status == 200, text
-    posts = sorted({path for method, path in server.routes() if method == "POST"} - CONTROL_ROUTES - OWN_CONTROL_ROUTES)
-    assert {"/v1/completions", "/v1/chat/completions", "/inference/v1/generate", f"{PREFIX}/generate"} <= set(posts), posts
+    posts = {path for method, path in server.routes() if method == "POST"}
+    posts -= CONTROL_ROUTES | OWN_CONTROL_ROUTES
+    sampling = {"/v1/completions", "/v1/chat/completions", "/inference/v1/generate"}
+    assert sampling | {f"{PREFIX}/generate"} <= posts, posts
 
-    async def outcomes() -> dict[str, object]:
+    async def answers() -> dict[str, Any]:
         async with server.session(server.key) as session:
 
-            async def outcome(path: str) -> object:
+            async def answer(path: str) -> Any:
+                limit = aiohttp.ClientTimeout(total=3)
                 try:
-                    async with session.post(path, json=BODY, timeout=aiohttp.ClientTimeout(total=5)) as response:
+                    async with session.post(path, json=BODY, timeout=limit) as response:
                         return response.status, await response.text(errors="replace")
                 except TimeoutError:
-                    return "waits"
+                    return None
 
-            return dict(zip(posts, await asyncio.gather(*map(outcome, posts)), strict=True))
+            found = await asyncio.gather(*map(answer, posts))
+            return dict(zip(posts, found, strict=True))
 
-    assert {path: found for path, found in asyncio.run(outcomes()).items() if found != "waits"} == {}
+    assert {path: found for path, found in asyncio.run(answers()).items() if found} == {}
     status, text = server.request(f"{PREFIX}/generate", BODY | {"canary": True})
     assert status == 409 and "unusable" in text
     assert server.request("/resume")[0] == 409
     assert server.request(f"{PREFIX}/serve", {"version": 1})[0] == 409
-    # An update that was not started brings nothing.
+    # An update that was not started cannot be finished.
     assert server.request("/finish_weight_update", {"weight_version": "1"})[0] != 200
     assert server.request(f"{PREFIX}/serve", {"version": 1})[0] == 409
-    assert json.loads(server.request(f"{PREFIX}/info", method="GET")[1])["weights"] == "unusable"
+    assert json.loads(server.request(f"{PREFIX}/info")[1])["weights"] == "unusable"
 
 
 @pytest.mark.slow
@@ -167,26 +178,46 @@ def test_the_socket_is_its_users_alone(server):
     assert stat.S_IMODE(os.stat(run_key_file(server.config.folder)).st_mode) == 0o600
 
 
-def test_a_server_that_served_no_weights_refuses(tmp_path, monkeypatch):
-    """A fresh server in the place of an older one: requests for tokens must not wait for ever. And a guard wants a key file."""
-    monkeypatch.delenv("MEGATRON_ESPO_KEY_FILE", raising=False)
-    with pytest.raises(RuntimeError, match="MEGATRON_ESPO_KEY_FILE: expected the path of the run's key"):
-        Guard(None)
+@pytest.fixture
+def guarded(tmp_path, monkeypatch):
+    """A function that sends a path to a guard with new state; returns the status and the state."""
     monkeypatch.setenv("MEGATRON_ESPO_KEY_FILE", str(run_key_file(tmp_path)))
-    monkeypatch.setattr("megatron_espo.rollout.vllm_plugin._state", None)
+    monkeypatch.setattr(guard, "STATE", guard.WeightState())
+    headers = [(b"authorization", f"Bearer {run_key(tmp_path)}".encode())]
 
     async def app(scope, receive, send):
-        raise AssertionError("it reached vLLM")
+        await send({"type": "http.response.start", "status": 200})
 
-    async def ask(path: str) -> int:
-        sent = []
+    def request(path: str) -> int:
+        sent: list[dict] = []
 
         async def send(message):
             sent.append(message)
 
-        headers = [(b"authorization", f"Bearer {read_key(run_key_file(tmp_path))}".encode())]
-        await Guard(app)({"type": "http", "method": "POST", "path": path, "headers": headers}, None, send)
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        asyncio.run(Guard(app)(scope, None, send))
         return sent[0]["status"]
 
-    for path in ("/v1/completions", "/inference/v1/generate", "/generative_scoring", "/a_route_of_the_next_version"):
-        assert asyncio.run(ask(path)) == 503, path
+    return request
+
+
+def test_a_server_that_served_no_weights_refuses(guarded):
+    """Requests for tokens must not wait forever for a server that replaces an older one."""
+    for path in ("/v1/completions", "/inference/v1/generate", "/generative_scoring", "/new_route"):
+        assert guarded(path) == 503, path
+
+
+def test_routes_that_change_weights_make_them_unusable(guarded):
+    changes = ("/start_weight_update", "/update_weights", "/sleep", "/collective_rpc")
+    for path in (*changes, f"{PREFIX}/worker/fill_nan"):
+        guard.STATE.set(guard.Weights.SERVING)
+        assert guarded(path) == 200 and guard.STATE.weights == guard.Weights.UNUSABLE, path
+        assert guarded("/resume") == 409
+    assert guarded("/finish_weight_update") == 200
+    assert guard.STATE.weights == guard.Weights.ARRIVED and guarded("/resume") == 200
+
+
+def test_a_guard_needs_a_key_file(monkeypatch):
+    monkeypatch.delenv("MEGATRON_ESPO_KEY_FILE", raising=False)
+    with pytest.raises(RuntimeError, match="MEGATRON_ESPO_KEY_FILE: expected the path"):
+        Guard(None)

@@ -1,4 +1,4 @@
-"""`plan` and the rehearsal take every configuration in examples/, and what their headers say is what is planned."""
+"""`plan` and the rehearsal accept every file in examples/; headers have the plan's numbers."""
 
 import json
 import subprocess
@@ -6,13 +6,12 @@ import sys
 
 import pytest
 
-from megatron_espo.config import load_config
-from tests.distributed import ROOT
-from tests.test_run_espo_70b import LLAMA, MODELS
+from megatron_espo.config import checks, load_config
+from tests.support.distributed import ROOT
+from tests.test_run_espo_70b import MODELS, shape
 
-# From the config.json of SmolLM2-135M-Instruct.
-SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-SHAPES = MODELS | {"quickstart": LLAMA | SMALL | {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}}
+# From the config.json of SmolLM2-135M-Instruct, which two examples train.
+SMOLLM2 = shape("Llama", 576, 1536, 30, 9, 3, 49152, 8192, tie_word_embeddings=True)
 KINDS = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe"}
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
 PLAN_ALL = """
@@ -23,8 +22,13 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def model_of(path) -> str:
-    return "quickstart" if path.stem == "tool_use" else path.stem.rsplit("_", 1)[0]  # both train SmolLM2
+def shape_of(path) -> dict:
+    """The content of the model's config.json."""
+    shape = {"head_dim": 128} | MODELS.get(path.stem.rsplit("_", 1)[0], {})
+    if path.stem in ("quickstart", "tool_use"):
+        shape = SMOLLM2
+    kind = KINDS[shape["architectures"][0].removesuffix("ForCausalLM")]
+    return shape | {"model_type": kind, "norm_topk_prob": True}
 
 
 def gpus_of(path) -> int:
@@ -34,49 +38,49 @@ def gpus_of(path) -> int:
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory) -> dict[str, dict]:
-    """One process plans them all, from folders with nothing but ``config.json``."""
+    """Plans of all configurations, from one process and from folders with only config.json."""
     folder, commands = tmp_path_factory.mktemp("plans"), []
     for path in CONFIGS:
         model = folder / path.stem
         model.mkdir()
-        shape = SHAPES[model_of(path)]
-        kind = KINDS[shape["architectures"][0].removesuffix("ForCausalLM")]
-        head = {} if model_of(path) == "quickstart" else {"head_dim": 128}
-        model.joinpath("config.json").write_text(json.dumps(shape | head | {"model_type": kind, "norm_topk_prob": True}))
-        commands.append(["plan", str(path), f"model.path={model}", "--gpus", str(gpus_of(path)), "--json", str(folder / f"{path.stem}.json")])
-    done = subprocess.run([sys.executable, "-c", PLAN_ALL, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+        (model / "config.json").write_text(json.dumps(shape_of(path)))
+        out = ["--gpus", str(gpus_of(path)), "--json", str(folder / f"{path.stem}.json")]
+        commands.append(["plan", str(path), f"model.path={model}", *out])
+    command = [sys.executable, "-c", PLAN_ALL, json.dumps(commands)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return {path.stem: json.loads((folder / f"{path.stem}.json").read_text()) for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_plan_accepts_and_the_header_tells_its_numbers(path, plans):
-    plan = plans[path.stem]
+def test_plan_accepts_with_the_numbers_of_the_header(path, plans):
+    plan, header = plans[path.stem], path.read_text()
     assert plan["fits"] and plan["world_size"] == gpus_of(path)
-    header = path.read_text()
+    memory, engine = plan["memory"], plan["engine"]
     if "memory" in header:
-        assert f"memory  {max(stage['total'] for stage in plan['memory']) / 1e9:.1f} GB" in header
+        assert f"memory  {max(stage['total'] for stage in memory) / 1e9:.1f} GB" in header
     if "#   host" in header:
-        assert f"host    {plan['host_bytes'] / 1e9:.0f} GB a node" in header and f"takes {plan['offload_s']:.1f} s a step" in header
-        training = max(sum(stage["phases"]["training"]) for stage in plan["memory"])
-        engine = plan["engine"]["budget_bytes"]
-        assert f" GB a GPU at most: {engine / 1e9:.1f} of the engine" in header and f"; {training / 1e9:.1f} in training" in header
+        assert f"host    {plan['host_bytes'] / 1e9:.0f} GB a node" in header
+        assert f"takes {plan['offload_s']:.1f} s a step" in header
+        assert f" GB a GPU at most: {engine['budget_bytes'] / 1e9:.1f} of the engine" in header
+        training = max(sum(stage["phases"]["training"]) for stage in memory)
+        assert f"; {training / 1e9:.1f} in training" in header
     if "#   engine" in header:
-        each = plan["engine"]["kv_tokens"] // plan["engine"]["max_model_len"]
-        assert f"caches for {each} sequences" in header or f"each of {plan['engine']['number']} caches {each} sequences" in header
+        each = engine["kv_tokens"] // engine["max_model_len"]
+        several = f"each of {engine['number']} caches {each} sequences"
+        assert f"caches for {each} sequences" in header or several in header
     if "#   sync" in header:
         assert f" in {plan['transfer']['seconds']:.1f} s a step" in header
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_rehearsal_accepts(path, tmp_path_factory, monkeypatch):
-    """Every check that `train` makes before it starts its ranks, four of them, on the tiny model that the rehearsal writes."""
+def test_the_rehearsal_passes_every_check_before_training(tmp_path, monkeypatch):
+    """On four ranks, with the tiny models that the rehearsal writes."""
     from examples.rehearsal import prepare
 
-    monkeypatch.chdir(tmp_path_factory.getbasetemp())  # one folder for all: as many models as there are kinds
-    config = load_config(str(path), prepare(str(path)))
-    assert config.validate_for(4) >= 1
-    hf_config = config.validate_model()
-    config.validate_router(hf_config)
-    config.validate_paths()
-    assert config.megatron.expert_model_parallel_size == (2 if "a3b" in path.stem else 1)
+    monkeypatch.chdir(tmp_path)
+    for path in CONFIGS:
+        config = load_config(str(path), prepare(str(path)))
+        assert checks.check_world_size(config, 4) >= 1
+        checks.check_router(config, checks.check_model(config))
+        checks.check_paths(config)
+        assert config.megatron.expert_model_parallel_size == (2 if "a3b" in path.stem else 1)

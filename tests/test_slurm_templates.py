@@ -1,4 +1,4 @@
-"""The job templates, with programs that only tell what they were asked in Slurm's place. A real Slurm: test_slurm.py."""
+"""The job templates with stand-ins for Slurm's commands. test_slurm.py uses a real Slurm."""
 
 import os
 import signal
@@ -7,10 +7,12 @@ import time
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.support.distributed import ROOT
 
-COLOCATED, DISAGGREGATED = (ROOT / "examples" / "slurm" / f"espo_{name}.sbatch" for name in ("colocated", "disaggregated"))
-# srun notes its arguments; a training run then ends as ENDS says, once there is a STOP file if that is its state.
+COLOCATED, DISAGGREGATED = (
+    ROOT / "examples" / "slurm" / f"espo_{name}.sbatch" for name in ("colocated", "disaggregated")
+)
+# srun records its arguments. A training run then ends in state ENDS; `requeue` waits for STOP.
 SRUN = """#!/bin/bash
 echo "$*" >> "$CALLS"
 case "$*" in
@@ -33,17 +35,20 @@ esac
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a template as Slurm does; answers the process. ``calls`` holds what srun and scontrol were asked."""
+    """Start a template as Slurm does; return the process. srun and scontrol write to ``calls``."""
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    env = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "espo", "SLURM_JOB_NODELIST": "gpu[03-04]"}
-    env |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    env = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "espo"}
+    env |= {"SLURM_JOB_NODELIST": "gpu[03-04]", "CALLS": str(tmp_path / "calls")}
+    env |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     env |= {"RUN_DIR": str(tmp_path / "run"), "ENDS": "done"}
 
     def run(template, *args: str, **more: str) -> subprocess.Popen:
         command = ["bash", template, *args]
-        return subprocess.Popen(command, env=env | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, env=env | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     return run
 
@@ -59,11 +64,15 @@ def calls(tmp_path) -> list[str]:
     return (tmp_path / "calls").read_text().splitlines()
 
 
-def test_preflight_then_training_with_the_jobs_own_folder(start, tmp_path):
+def test_preflight_then_training_in_the_jobs_folder(start, tmp_path):
     job = start(COLOCATED, "run.steps=5")
     text, _ = job.communicate(timeout=60)
-    run, one_each = tmp_path / "run", "--kill-on-bad-exit=1 --ntasks-per-node=1 bash examples/run_espo_70b.sh"
-    assert calls(tmp_path) == [f"{one_each} --preflight {run} run.steps=5", f"{one_each} run.steps=5 run.dir={run}"]
+    run = tmp_path / "run"
+    one_each = "--kill-on-bad-exit=1 --ntasks-per-node=1 bash examples/run_espo_70b.sh"
+    assert calls(tmp_path) == [
+        f"{one_each} --preflight {run} run.steps=5",
+        f"{one_each} run.steps=5 run.dir={run}",
+    ]
     assert job.returncode == 0 and "exit code 0, run done" in text
 
 
@@ -75,11 +84,13 @@ def test_nothing_is_trained_on_nodes_that_fail_the_preflight(start, tmp_path):
 
 @pytest.mark.parametrize("ends, asked, code, requeued", [
     ("requeue", True, 0, True),
-    ("done", True, 0, False),  # the end came first
+    ("done", True, 0, False),  # the run ended first
     ("failed", True, 1, False),
-    ("requeue", False, 0, False),  # somebody made the STOP file by hand
+    ("requeue", False, 0, False),  # the user made the STOP file
 ])  # fmt: skip
-def test_requeued_only_if_the_clock_asked_and_the_run_saved(start, tmp_path, ends, asked, code, requeued):
+def test_requeued_only_after_the_signal_and_if_the_run_saved(
+    start, tmp_path, ends, asked, code, requeued
+):
     job = start(COLOCATED, ENDS=ends, CODE=str(code))
     if asked:
         until(lambda: (tmp_path / "calls").exists() and len(calls(tmp_path)) == 2)
@@ -93,11 +104,14 @@ def test_requeued_only_if_the_clock_asked_and_the_run_saved(start, tmp_path, end
 
 
 def test_containers_wrap_the_command(start, tmp_path):
-    start(COLOCATED, CONTAINER="pyxis", IMAGE="/i.sqsh", MOUNTS="/models:/models").communicate(timeout=60)
-    start(COLOCATED, CONTAINER="apptainer", IMAGE="/i.sif").communicate(timeout=60)
+    for container, image in {"pyxis": "/i.sqsh", "apptainer": "/i.sif"}.items():
+        env = {"CONTAINER": container, "IMAGE": image, "MOUNTS": "/models:/models"}
+        start(COLOCATED, **env).communicate(timeout=60)
     pyxis, _, apptainer, _ = calls(tmp_path)
-    assert f"--container-image=/i.sqsh --container-workdir={ROOT} --container-mounts={ROOT}:{ROOT},/models:/models bash" in pyxis
-    assert f"apptainer exec --nv --bind {ROOT} --pwd {ROOT} /i.sif bash examples/run_espo_70b.sh" in apptainer
+    mounts = f"--container-mounts={ROOT}:{ROOT},/models:/models bash"
+    assert f"--container-image=/i.sqsh --container-workdir={ROOT} {mounts}" in pyxis
+    command = f"--bind {ROOT},/models:/models --pwd {ROOT} /i.sif bash examples/run_espo_70b.sh"
+    assert f"apptainer exec --nv {command}" in apptainer
     job = start(COLOCATED, CONTAINER="pyxis")
     assert "CONTAINER=pyxis needs IMAGE" in job.communicate(timeout=60)[0] and job.returncode != 0
 
@@ -107,43 +121,57 @@ def keepers_end(tmp_path) -> bool:
     return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-def test_split_starts_keepers_on_the_last_nodes_and_the_trainer_on_the_others(start, tmp_path):
+def test_keepers_run_on_the_last_nodes_and_the_trainer_on_the_others(start, tmp_path):
     job = start(DISAGGREGATED, "--model", "qwen2.5_72b", ENGINE_NODES="2", SPARE_NODES="1")
     text, _ = job.communicate(timeout=60)
     assert job.returncode == 0 and "engines: gpu04 gpu05 (1 spare); trainer: gpu03" in text
     run, common = tmp_path / "run", "--kill-on-bad-exit=1 --ntasks-per-node=1"
-    preflight, *keepers, train = sorted(calls(tmp_path), key=lambda call: ("--preflight" not in call, "run_espo" in call, call))
-    assert preflight == f"{common} bash examples/run_espo_70b.sh --preflight {run} --model qwen2.5_72b", "on all nodes"
+    script, one = "bash examples/run_espo_70b.sh", f"{common} --nodes=1 --ntasks=1"
+    preflight, *keepers, train = sorted(
+        calls(tmp_path), key=lambda call: ("--preflight" not in call, "run_espo" in call, call)
+    )
+    assert preflight == f"{common} {script} --preflight {run} --model qwen2.5_72b", "on all nodes"
     assert keepers == [
-        f"{common} --nodes=1 --ntasks=1 --nodelist=gpu0{4 + i} --output={run}/keeper-gpu0{4 + i}.log --open-mode=append "
-        f"python -m megatron_espo serve {run} --listen gpu0{4 + i}-ib:{7700 + i}"
-        for i in range(2)
+        f"{one} --nodelist={node} --output={run}/keeper-{node}.log --open-mode=append "
+        f"python -m megatron_espo serve {run} --listen {node}-ib:{port}"
+        for node, port in {"gpu04": 7700, "gpu05": 7701}.items()
     ]
-    assert train.startswith(f"{common} --nodes=1 --ntasks=1 --nodelist=gpu03 bash examples/run_espo_70b.sh rollout.hosts=")
-    assert '["gpu04-ib:7700","gpu05-ib:7701"] rollout.engines=1 ' in train and train.endswith(f"--model qwen2.5_72b run.dir={run}")
+    assert train.startswith(f"{one} --nodelist=gpu03 {script} rollout.hosts=")
+    assert '["gpu04-ib:7700","gpu05-ib:7701"] rollout.engines=1 ' in train
+    assert train.endswith(f"--model qwen2.5_72b run.dir={run}")
     until(lambda: keepers_end(tmp_path))
 
 
-def test_split_of_a_heterogeneous_job_takes_its_second_component_for_engines(start, tmp_path):
-    job = start(DISAGGREGATED, SLURM_JOB_NODELIST_HET_GROUP_1="engines[1-2]", CONTAINER="apptainer", IMAGE="/i.sif")
+def test_engines_of_a_heterogeneous_job_use_its_second_component(start, tmp_path):
+    env = {"CONTAINER": "apptainer", "IMAGE": "/i.sif"}
+    job = start(DISAGGREGATED, SLURM_JOB_NODELIST_HET_GROUP_1="engines[1-2]", **env)
     text, _ = job.communicate(timeout=60)
-    assert job.returncode == 0 and "engines: big01 big02 (0 spare); trainer: gpu03 gpu04 gpu05" in text
+    assert job.returncode == 0
+    assert "engines: big01 big02 (0 spare); trainer: gpu03 gpu04 gpu05" in text
     keepers = [call for call in calls(tmp_path) if "megatron_espo serve" in call]
-    assert len(keepers) == 2 and all("--het-group=1 --nodes=1" in call and "/i.sif python -m" in call for call in keepers)
-    assert [call for call in calls(tmp_path) if "--nodelist=gpu03,gpu04,gpu05 " in call and "run_espo_70b.sh rollout.hosts=" in call]
+    assert len(keepers) == 2
+    assert all("--het-group=1 --nodes=1" in c and "/i.sif python -m" in c for c in keepers)
+    (train,) = [call for call in calls(tmp_path) if "run_espo_70b.sh rollout.hosts=" in call]
+    assert "--nodelist=gpu03,gpu04,gpu05 " in train
 
 
-def test_split_needs_a_node_for_the_trainer(start, tmp_path):
+def test_the_trainer_needs_a_node(start, tmp_path):
     job = start(DISAGGREGATED, ENGINE_NODES="3")
-    assert "ENGINE_NODES: expected less than the job's 3 nodes, got 3" in job.communicate(timeout=60)[0] and job.returncode == 2
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert "ENGINE_NODES: expected less than the job's 3 nodes, got 3" in text
 
 
-def test_split_layout_is_valid():
+def test_layout_of_the_disaggregated_template_is_valid():
     from megatron_espo.config import load_config
+    from megatron_espo.config.checks import check_model, check_world_size
     from tests.test_run_espo_70b import MODELS
 
     words = [word.strip('"') for word in DISAGGREGATED.read_text().split()]
-    layout = [word for word in words if word.startswith(("rollout.gpu", "rollout.sleep", "rollout.max", "megatron.", "algorithm."))]
-    config = load_config(str(ROOT / "examples/llama3_70b_8nodes.yaml"), [*layout, "rollout.engines=2", "rollout.hosts=['n9:7700', 'n10:7701']"])
-    assert len(layout) == 5 and config.validate_for(64) == 2 and config.rollout.max_staleness == 1
-    config.validate_model(MODELS["llama3_70b"])
+    keys = ("rollout.gpu", "rollout.sleep", "rollout.max", "megatron.", "algorithm.")
+    layout = [word for word in words if word.startswith(keys)]
+    hosts = ["rollout.engines=2", "rollout.hosts=['n9:7700', 'n10:7701']"]
+    config = load_config(str(ROOT / "examples/llama3_70b_8nodes.yaml"), [*layout, *hosts])
+    assert len(layout) == 5 and check_world_size(config, 64) == 2
+    assert config.rollout.max_staleness == 1
+    check_model(config, MODELS["llama3_70b"])

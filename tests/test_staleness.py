@@ -1,7 +1,6 @@
-"""``rollout.max_staleness``: prompts stay in flight over steps and weight updates; each is trained once, and in time."""
+"""``rollout.max_staleness``: prompts in flight across steps are trained once and in time."""
 
 import asyncio
-import json
 import os
 import random
 import signal
@@ -15,19 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_espo.config import Rollout, load_config
+from megatron_espo.data.rollout_store import RolloutLog
+from megatron_espo.distributed.stop_request import Stopped
 from megatron_espo.errors import InputError
-from megatron_espo.ledger import Ledger
-from megatron_espo.lengths import LengthEstimates
+from megatron_espo.files import read_jsonl
 from megatron_espo.rollout.engine import EngineError
-from megatron_espo.rollout_log import RolloutLog
-from megatron_espo.stopping import Stopped
-from megatron_espo.types import Prompt, Trajectory
-from tests.distributed import ROOT
-from tests.fake_engine import FakeRun, prompt_ids
+from megatron_espo.trainer.ledger import Ledger
+from megatron_espo.types import Prompt
 from tests.faults.runs import Runs, environment
-from tests.tiny import save_tiny_model, write_tiny_run
+from tests.support.distributed import ROOT
+from tests.support.fake_engine import FakeRun, prompt_ids
+from tests.support.tiny import save_tiny_model, write_tiny_run
 
-# -- the sampler, between fakes ----------------------------------------------------------------------------------------
+# -- the sampler with fakes --
 
 STEPS, GROUP = 7, 2
 
@@ -51,14 +50,13 @@ def rollouts(draw) -> Rollout:
         max_staleness=staleness,
         over_sampling_prompts=over,
         max_resampling_rounds=draw(st.integers(0, 2)),
-        longest_first=draw(st.booleans()),
     )
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(rollout=rollouts(), seed=st.integers(0, 2**31), faults=st.sampled_from([0.0, 0.1, 0.4]))
 def test_each_prompt_is_trained_once_and_in_time(rollout, seed, faults):
-    """Whatever the order in which responses finish, and where engines fail or the process is killed after a step."""
+    """For any order of responses, engine failures, and restarts after a step."""
     chance = random.Random(seed)
 
     def check() -> None:
@@ -71,7 +69,12 @@ def test_each_prompt_is_trained_once_and_in_time(rollout, seed, faults):
             run.sampler.load_state_dict(state)
         return run
 
-    ledger, state, trained, run = Ledger(), {"stream": {"position": 0}, "pending": []}, Counter(), launch(None)
+    ledger, state, trained, run = (
+        Ledger(),
+        {"stream": {"position": 0}, "pending": []},
+        Counter(),
+        launch(None),
+    )
     try:
         for step in range(1, STEPS + 1):
             started = {entry["id"]: entry["start_step"] for entry in state["pending"]}
@@ -86,13 +89,18 @@ def test_each_prompt_is_trained_once_and_in_time(rollout, seed, faults):
             assert len(groups.rollouts) == rollout.prompts_per_step
             pending = [entry["id"] for entry in state["pending"]]
             assert len(pending) == groups.in_flight == ledger.in_flight == rollout.ahead
-            assert all(entry["start_step"] > step - rollout.max_staleness for entry in state["pending"])
+            assert all(
+                entry["start_step"] > step - rollout.max_staleness for entry in state["pending"]
+            )
             assert groups.max_staleness(step) <= rollout.max_staleness
             for group, rewards in zip(groups.rollouts, groups.rewards.tolist(), strict=True):
                 trained[group[0].prompt.id] += 1
                 assert step - started.get(group[0].prompt.id, step) <= rollout.max_staleness
                 assert rewards == [judge(sample.prompt, sample.text) for sample in group]
-                assert all(sample.prompt is group[0].prompt for sample in group) and len(group) == GROUP
+                assert (
+                    all(sample.prompt is group[0].prompt for sample in group)
+                    and len(group) == GROUP
+                )
             dispatched = {str(number) for number in range(state["stream"]["position"])}
             dropped = dispatched - set(trained) - set(pending)
             assert set(trained.values()) == {1} and not set(trained) & set(pending)
@@ -105,7 +113,7 @@ def test_each_prompt_is_trained_once_and_in_time(rollout, seed, faults):
         run.close()
 
 
-def test_the_oldest_are_taken_first_and_the_last_moment_is_waited_for():
+def test_oldest_first_and_due_prompts_are_waited_for():
     polls = 0
 
     def check() -> None:
@@ -116,7 +124,7 @@ def test_the_oldest_are_taken_first_and_the_last_moment_is_waited_for():
 
     with FakeRun(make_rollout(max_staleness=2), judge, check=check) as run:
         run.source.held = {0, 4}
-        polls = -10**9
+        polls = -(10**9)
         assert prompt_ids(run.batch(1)) == [1, 2, 3]
         assert prompt_ids(run.batch(2)) == [5, 6, 7], "those of step 1 come before those of step 2"
         polls = 0
@@ -127,7 +135,7 @@ def test_the_oldest_are_taken_first_and_the_last_moment_is_waited_for():
 
 
 def test_a_due_prompt_does_not_make_later_ones_late():
-    """Six prompts due by step 3 in a row: two steps must take three each, so step 2 cannot take newer ones."""
+    """Six prompts are due by step 3: steps 2 and 3 must take three each."""
     with FakeRun(make_rollout(max_staleness=2), judge, order=lambda ids, seed: -ids[0]) as run:
         for step in range(1, 8):
             run.batch(step)
@@ -203,17 +211,7 @@ def test_an_aborted_response_goes_on_from_its_tokens():
     assert found.finish_reason == ("stop" if found.response_ids[-1] == 2 else "length")
 
 
-def test_order_of_the_longest_first():
-    def sample(number: int, length: int) -> Trajectory:
-        return Trajectory.single_turn(Prompt(str(number), "", "", (1,)), (3,) * length, (-1.0,) * length, 0, "stop", "")
-
-    estimates = LengthEstimates()
-    prompts = [sample(number, 1).prompt for number in range(5)]
-    estimates.learn([[sample(0, 2), sample(0, 4)], [sample(1, 5)], [sample(3, 3)], [sample(4, 1)]])
-    assert estimates.longest_first(prompts) == [2, 1, 0, 3, 4], "never sampled, 5, 3, 3, 1 tokens"
-
-
-# -- whole runs on a tiny model, with vLLM -----------------------------------------------------------------------------
+# -- runs of a tiny model with vLLM --
 
 RUN_STEPS, PROMPTS, STALENESS = 6, 4, 2
 
@@ -238,30 +236,45 @@ def runs(tmp_path_factory) -> Runs:
 
 
 def train(runs: Runs, name: str, *overrides: str, ranks: int = 1) -> list[dict]:
-    """The metrics of a launch that ends well."""
+    """Train and return the metrics."""
     done = runs.train(name, *overrides, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return metrics(runs, name)
 
 
 def metrics(runs: Runs, name: str) -> list[dict]:
-    return [json.loads(line) for line in (runs.folder / name / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(runs.folder / name / "metrics.jsonl")
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
+
+
+def children(pid: int, *options: str) -> list[int]:
+    command = ["pgrep", "-P", str(pid), *options]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
 
 
 def assert_whole(runs: Runs, name: str) -> None:
-    """Every step once; each prompt of the stream trained once, dropped or in flight; no token too old."""
+    """Every step once, each prompt trained once or in flight, no token too old."""
     lines = metrics(runs, name)
     assert [line["step"] for line in lines] == list(range(1, RUN_STEPS + 1))
     log = RolloutLog(runs.folder / name / "rollouts", {})
     recorded = [log.read(step, None) for step in range(1, RUN_STEPS + 1)]
     assert all(line["rollout/staleness_max"] <= STALENESS for line in lines)
-    assert all(found.groups.max_staleness(step) <= STALENESS for step, found in enumerate(recorded, 1))
+    assert all(
+        found.groups.max_staleness(step) <= STALENESS for step, found in enumerate(recorded, 1)
+    )
     trained = Counter(prompt for found in recorded for prompt in ids_of(found.groups))
     pending = Counter(entry["id"] for entry in recorded[-1].after["pending"])
     # 24 trained and 8 in flight are the first 32 of a stream that repeats its 9 rows.
     assert trained.total() == PROMPTS * RUN_STEPS and pending.total() == PROMPTS * STALENESS
     assert sorted((trained + pending).values()) == [3] * 4 + [4] * 5
-    assert recorded[-1].after["stream"]["epoch"] == 3 and recorded[-1].after["stream"]["position"] == 5
+    assert (
+        recorded[-1].after["stream"]["epoch"] == 3 and recorded[-1].after["stream"]["position"] == 5
+    )
     expected = {"dispatched": 32, "trained": 24, "dropped_equal": 0, "in_flight": 8}
     assert {key: lines[-1][f"ledger/{key}"] for key in expected} == expected
 
@@ -277,33 +290,32 @@ def assert_same_weights(runs: Runs, name: str, other: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_with_weight_updates_in_flight(runs):
-    """Two replays of its rollouts and the run itself end with the same weights, bit for bit."""
+    """A replay of its rollouts ends with the weights of the run, bit for bit."""
     train(runs, "stale", ranks=2)
     assert_whole(runs, "stale")
     log = RolloutLog(runs.folder / "stale" / "rollouts", {})
     recorded = [log.read(step, None).groups for step in range(1, RUN_STEPS + 1)]
     assert max(groups.max_staleness(step) for step, groups in enumerate(recorded, 1)) >= 1
-    for name in ("again", "and again"):
-        train(runs, name, f"run.replay={runs.folder / 'stale' / 'rollouts'}", ranks=2)
-        assert_same_weights(runs, "stale", name)
+    train(runs, "again", f"run.replay={runs.folder / 'stale' / 'rollouts'}", ranks=2)
+    assert_same_weights(runs, "stale", "again")
 
 
 @pytest.mark.slow
 def test_the_trainer_measures_the_log_probs_that_the_engine_reports(runs):
-    """With weights that do not move, responses that span updates have the log-probs of a response that does not."""
+    """With constant weights, a weight update in flight does not change log-probs."""
     lines = train(runs, "still", "optimizer.lr=1e-30")
     assert_whole(runs, "still")
-    assert max(line["mismatch/logprob_gap_max"] for line in lines if "mismatch/logprob_gap_max" in line) < 1e-4
+    gaps = [line.get("mismatch/logprob_gap_max", 0.0) for line in lines]
+    assert 0 < max(gaps) < 1e-4
 
 
 @pytest.mark.slow
 def test_a_killed_run_trains_each_prompt_once(runs):
     """SIGKILL between two checkpoints, then the same command."""
-    command = runs.command("killed", ranks=1)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(runs.command("killed", ranks=1))
     runs.wait_for_step(process, "killed", 3)
-    (rank,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(rank), signal.SIGKILL)
+    (rank,) = children(process.pid)
+    os.kill(rank, signal.SIGKILL)
     process.communicate(timeout=100)
     assert process.returncode != 0 and len(metrics(runs, "killed")) < RUN_STEPS
     runs.assert_no_orphans("killed")
@@ -315,41 +327,38 @@ def test_a_killed_run_trains_each_prompt_once(runs):
 
 @pytest.mark.slow
 def test_a_killed_engine_is_replaced(runs):
-    command = runs.command("engine", ranks=1)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(runs.command("engine", ranks=1))
     runs.wait_for_step(process, "engine", 2)
-    (rank,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    found = subprocess.run(["pgrep", "-P", rank, "-f", "vllm.entrypoints"], capture_output=True, text=True)
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    (rank,) = children(process.pid)
+    os.kill(children(rank, "-f", "vllm.entrypoints")[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    # The failure is met while a step waits for responses, or in a weight update.
-    assert "restarting the rollout engine" in output or any(line.get("sync/restarts") for line in metrics(runs, "engine"))
+    # The failure occurs while a step waits for responses, or in a weight update.
+    assert "restarting the rollout engine" in output or any(
+        line.get("sync/restarts") for line in metrics(runs, "engine")
+    )
     assert_whole(runs, "engine")
-
-
-@pytest.mark.slow
-def test_the_same_data_are_trained_without_staleness(runs):
-    """``longest_first`` changes the order of requests alone."""
-    still = ["rollout.max_staleness=0", "optimizer.lr=1e-30"]
-    for name, more in (("plain", []), ("longest", ["rollout.longest_first=true"])):
-        train(runs, name, *still, *more)
-    logs = [RolloutLog(runs.folder / name / "rollouts", {}) for name in ("plain", "longest")]
-    for step in range(1, RUN_STEPS + 1):
-        one, other = (log.read(step, None).groups for log in logs)
-        assert (one.in_flight, one.staleness(step)) == (other.in_flight, other.staleness(step)) == (0, 0)
-        texts = [sorted((s.prompt.id, s.text) for group in groups.rollouts for s in group) for groups in (one, other)]
-        assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["algorithm.rollout_correction=metrics"], "rollout_correction: expected token or sequence with rollout.max_staleness 2"),
-        (["rollout.over_sampling_prompts=9"], "over_sampling_prompts: expected at most max_staleness x prompts_per_step = 8"),
-        (["rollout.max_staleness=0", "rollout.over_sampling_prompts=1"], "over_sampling_prompts: expected null with max_staleness 0"),
+        (
+            ["algorithm.rollout_correction=metrics"],
+            "rollout_correction: expected token or sequence with rollout.max_staleness 2",
+        ),
+        (
+            ["rollout.over_sampling_prompts=9"],
+            "over_sampling_prompts: expected at most max_staleness x prompts_per_step = 8",
+        ),
+        (
+            ["rollout.max_staleness=0", "rollout.over_sampling_prompts=1"],
+            "over_sampling_prompts: expected null with max_staleness 0",
+        ),
     ],
 )
-def test_what_does_not_go_together(runs, overrides, message):
+def test_settings_that_exclude_each_other(overrides, message):
+    base = ["rollout.max_staleness=2", "algorithm.rollout_correction=token"]
+    base += ["rollout.prompts_per_step=4", "run.dir=x"]
     with pytest.raises(InputError, match=message):
-        load_config(str(runs.folder / "run.yaml"), ["run.dir=x", *overrides])
+        load_config(str(ROOT / "examples" / "quickstart.yaml"), [*base, *overrides])

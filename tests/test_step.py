@@ -1,17 +1,15 @@
-"""One ESPO step's gradient through Megatron equals the dense float64 reference, whatever the layout.
+"""The gradient of one step through Megatron equals the dense float64 reference, in every layout.
 
-All cases on the same number of ranks run in one launch, which is what takes the time.
+All cases on the same number of ranks share one launch, because launches take most of the time.
 """
 
 import pytest
 
-from tests.distributed import run_ranks
-from tests.weights_models import save_model
+from tests.support.distributed import run_ranks
+from tests.support.weights_models import save_model
 
-TP, PP, VPP, CP, EP, ETP = (
-    f"{kind}_parallel_size"
-    for kind in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor")
-)
+TP, PP, VPP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline"))
+CP, EP, ETP = (f"{kind}_parallel_size" for kind in ("context", "expert_model", "expert_tensor"))
 SEQUENCE = {TP: 2, "sequence_parallel": True}
 LAYOUTS = {
     "one rank": (1, {}),
@@ -34,56 +32,54 @@ MOE_LAYOUTS = {
     "pp2 vpp2": (2, {PP: 2, VPP: 2}),
 }
 APART, PADDED = {"share_prompts": False}, {"share_prompts": False, "padded": True}
+PACKINGS = {
+    "one sequence each": {"max_tokens": 1},
+    "all in one": {"max_tokens": 1000},
+    "prompts not shared": {"max_tokens": 1000, "packing": APART},
+    "padded": {"max_tokens": 40, "packing": PADDED},
+    # Three tokens' logits of 131 columns: the head computes logits again, chunk by chunk.
+    "head by chunks": {"max_tokens": 1000, "packing": {"head_budget_bytes": 3 * 4 * 131}},
+}
+FOUR = ("one rank", "tp2", "pp2", "cp2")
 
 
 def cases() -> dict[str, tuple[int, str, dict]]:
-    """Name to ``(ranks, check, arguments)``; folders by name."""
-    found = {}
-    for name, (ranks, sizes) in LAYOUTS.items():
-        found[f"first step, {name}"] = (ranks, "check_gradient", {"folder": "new", **sizes})
-    # Old log-probs and groups from a scoring pass of an older policy: some groups are clipped and some not.
-    for name in ("one rank", "tp2", "pp2", "cp2"):
-        ranks, sizes = LAYOUTS[name]
-        found[f"off-policy, {name}"] = (ranks, "check_gradient", {"folder": "new", "old_folder": "old", **sizes})
-    for name in ("one rank", "tp2", "pp2", "tp2 sp cp2"):
-        for level in ("token", "sequence"):
-            ranks, sizes = LAYOUTS[name]
-            algorithm = {"rollout_correction": level, "kl_coef": 0.5, "entropy_coef": 0.3}
-            arguments = {"folder": "new", "reference_folder": "old", "algorithm": algorithm, **sizes}
-            found[f"correction by {level}, penalty and bonus, {name}"] = (ranks, "check_regularized_gradient", arguments)
-    for name in ("tp2 sp cp2", "pp2", "dp2"):
-        ranks, sizes = LAYOUTS[name]
-        arguments = {"folder": "new", "packing": PADDED, "max_tokens": 40, **sizes}
-        found[f"padded rows, {name}"] = (ranks, "check_gradient", arguments)
-    # Several turns: tokens between them have no loss, but the tokens after them attend to them.
-    for name, (ranks, sizes) in LAYOUTS.items():
-        found[f"several turns, {name}"] = (ranks, "check_gradient", {"folder": "new", "masked": True, **sizes})
-        padded = {"packing": PADDED, "max_tokens": 40}
-        found[f"several turns, padded, {name}"] = (ranks, "check_gradient", {"folder": "new", "masked": True, **padded, **sizes})
-    for name in ("one rank", "tp2", "pp2", "cp2"):
-        ranks, sizes = LAYOUTS[name]
-        arguments = {"folder": "new", "old_folder": "old", "masked": True, **sizes}
-        found[f"several turns, off-policy, {name}"] = (ranks, "check_gradient", arguments)
-        algorithm = {"rollout_correction": "sequence", "kl_coef": 0.5, "entropy_coef": 0.3}
-        arguments = {"folder": "new", "reference_folder": "old", "algorithm": algorithm, "masked": True, **sizes}
-        found[f"several turns, correction, penalty and bonus, {name}"] = (ranks, "check_regularized_gradient", arguments)
-    packings = {
-        "one sequence each": {"max_tokens": 1},
-        "all in one": {"max_tokens": 1000},
-        "prompts not shared": {"max_tokens": 1000, "packing": APART},
-        "padded": {"max_tokens": 40, "packing": PADDED},
-        # Three tokens' logits of 131 columns: the head computes them again, chunk by chunk.
-        "head by chunks": {"max_tokens": 1000, "packing": {"head_budget_bytes": 3 * 4 * 131}},
-    }
-    for name, options in packings.items():
-        found[f"micro-batches: {name}"] = (1, "check_gradient", {"folder": "new", **options})
-        found[f"several turns, micro-batches: {name}"] = (1, "check_gradient", {"folder": "new", "masked": True, **options})
-    for name in ("one rank", "tp2", "pp2", "dp2", "cp2"):
-        ranks, sizes = LAYOUTS[name]
-        found[f"update of the distributed optimizer, {name}"] = (ranks, "check_update", {"folder": "new", **sizes})
-    for name, (ranks, sizes) in MOE_LAYOUTS.items():
-        found[f"experts, {name}"] = (ranks, "check_gradient", {"folder": "moe", **sizes})
-    found["experts and dense layers, ep2"] = (2, "check_gradient", {"folder": "mixed", EP: 2})
+    """Name to ``(ranks, check, arguments)``; folders by name.
+
+    With ``masked``, responses have several turns: tokens between turns have no loss, and later
+    tokens attend to them. One of the responses is trained on all tokens.
+    """
+    found: dict[str, tuple[int, str, dict]] = {}
+
+    def add(name, check="check_gradient", layouts=LAYOUTS, only=None, **arguments):
+        for layout in only or layouts:
+            ranks, sizes = layouts[layout]
+            found[f"{name}, {layout}"] = (ranks, check, {"folder": "new"} | arguments | sizes)
+
+    add("every token trained", only=["one rank", "tp2 sp cp2"])
+    add("several turns", masked=True)
+    overlap = {"overlap_grad_reduce": True}
+    add("gradients reduced during backward", only=["dp2", "pp2 vpp2"], overrides=overlap)
+    add("several turns, padded", masked=True, packing=PADDED, max_tokens=40)
+    # Old log-probs and groups of an older policy: some groups are clipped and some are not.
+    add("off-policy", only=FOUR, masked=True, old_folder="old")
+    # An objective that a user adds in one file.
+    sapo = {"objective": "examples.sapo:SAPO"}
+    add("SAPO", only=["one rank", "cp2"], masked=True, old_folder="old", algorithm=sapo)
+    for level in ("token", "sequence"):
+        add(
+            f"correction by {level}, penalty and bonus",
+            "check_regularized_gradient",
+            only=["one rank", "tp2", "pp2", "tp2 sp cp2"],
+            masked=True,
+            reference_folder="old",
+            algorithm={"rollout_correction": level, "kl_coef": 0.5, "entropy_coef": 0.3},
+        )
+    for name, options in PACKINGS.items():
+        add(f"micro-batches: {name}", only=["one rank"], masked=True, **options)
+    add("update of the distributed optimizer", "check_update", only=[*FOUR, "dp2"])
+    add("experts", layouts=MOE_LAYOUTS, folder="moe")
+    add("experts and dense layers", layouts=MOE_LAYOUTS, only=["ep2"], folder="mixed")
     # Four ranks: the dense part has four replicas, each expert two.
     found["update with experts, ep2 dp2"] = (4, "check_update", {"folder": "moe", EP: 2})
     return found
@@ -94,18 +90,19 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny tied Qwen3 with an odd vocabulary (131: padded under TP), a slightly different older version of it, and two models with experts."""
+    """Tiny models: a tied Qwen3 whose vocabulary (131) TP pads, an older version, two with experts.
+
+    No choice of experts is a near tie.
+    """
     folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("new", "old", "moe", "mixed")}
-    save_model("qwen3", folders["new"], tie_word_embeddings=True)
-    # No token's choice of experts is a near-tie.
-    save_model("qwen3_moe", folders["moe"], tie_word_embeddings=True)
-    save_model("qwen3_moe_mixed", folders["mixed"], tie_word_embeddings=True)
+    for family, name in (("qwen3", "new"), ("qwen3_moe", "moe"), ("qwen3_moe_mixed", "mixed")):
+        save_model(family, folders[name], tie_word_embeddings=True)
     save_older_version(folders["new"], folders["old"])
     return folders
 
 
 def save_older_version(folder: str, out: str) -> None:
-    """Slightly different weights."""
+    """Save slightly different weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -118,25 +115,30 @@ def save_older_version(folder: str, out: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(folders):
-    """Runs all cases of a number of ranks when the first of them is asked for."""
+def results(folders):
+    """Result of a case; the first case of a number of ranks runs all of them."""
     known: dict[str, dict] = {}
 
-    def answer(name: str) -> dict:
+    def result(name: str) -> dict:
         ranks = CASES[name][0]
         if name not in known:
-            mine = {n: (check, arguments) for n, (count, check, arguments) in CASES.items() if count == ranks}
-            wanted = [[check, _with_paths(arguments, folders)] for check, arguments in mine.values()]
-            known.update(zip(mine, run_ranks(ranks, "tests.ranks.step:check_all", timeout=900, cases=wanted), strict=True))
+            names = [other for other, case in CASES.items() if case[0] == ranks]
+            wanted = [[CASES[n][1], _with_paths(CASES[n][2], folders)] for n in names]
+            check = "tests.support.ranks.step:check_all"
+            known.update(
+                zip(names, run_ranks(ranks, check, timeout=900, cases=wanted), strict=True)
+            )
         return known[name]
 
-    return answer
+    return result
 
 
 def _with_paths(arguments: dict, folders: dict[str, str]) -> dict:
-    return {key: folders[value] if key.endswith("folder") else value for key, value in arguments.items()}
+    return {
+        key: folders[value] if key.endswith("folder") else value for key, value in arguments.items()
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_reference(answers, name):
-    assert answers(name)["worst"] <= 1e-4, answers(name)
+def test_equals_reference(results, name):
+    assert results(name)["worst"] <= 1e-4, results(name)

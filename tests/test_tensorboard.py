@@ -1,36 +1,58 @@
-"""TensorBoard of a real (short) quick start in a headless browser: every documented tag has data, and each page draws it."""
+"""TensorBoard of a short quickstart run in a headless browser: every documented tag has data, and
+each page shows it.
+"""
 
-import os
 import re
 import subprocess
 
 import pytest
 
-from megatron_espo.metric_names import METRICS, as_pattern, board_layout
-from tests.board import HARMLESS, PAGES, Board
-from tests.browser import find_browser
-from tests.distributed import ROOT
-from tests.documented import is_documented
+from megatron_espo.monitoring.metric_names import METRICS, as_pattern, board_layout
+from tests.faults.runs import environment, torchrun
+from tests.support.board import HARMLESS, PAGES, Board
+from tests.support.browser import find_browser
+from tests.support.distributed import ROOT
+from tests.support.documented import is_documented
 
-# Only on GPUs, for mixtures of experts, or where training and sampling overlap; docs/metrics.md says so.
-ELSEWHERE = {"throughput/mfu", "system/gpu_memory_gib", "system/gpu_peak_allocated_gib", "time/wait_s", *METRICS["Experts"]}
+# Only on GPUs, for mixtures of experts, or if training and sampling overlap.
+ELSEWHERE = {
+    "throughput/mfu",
+    "system/gpu_memory_gib",
+    "system/gpu_peak_allocated_gib",
+    "time/wait_s",
+    *METRICS["Experts"],
+}
+TASK = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2, seed: 99, size: 4"
 EVERYTHING = [
-    "run.steps=2", "run.save_hf=false", "run.checkpoint_every=null", "algorithm.kl_coef=0.001", "algorithm.num_mini_batches=2",
-    "rollout.sleep=true", "megatron.offload=[optimizer, gradients]", "rollout.prompts_per_step=8", "rollout.verify_every=1", "eval.prompts=reasoning_gym:chain_sum", "eval.every=1", "eval.max_prompts=4",
-    "eval.samples=2", "eval.task_args={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2, seed: 99, size: 4}",
-]  # fmt: skip
+    "run.steps=2",
+    "run.save_hf=false",
+    "run.checkpoint_every=null",
+    "algorithm.kl_coef=0.001",
+    "algorithm.num_mini_batches=2",
+    "rollout.sleep=true",
+    "megatron.offload=[optimizer, gradients]",
+    "rollout.prompts_per_step=8",
+    "rollout.verify_every=1",
+    "eval.prompts=reasoning_gym:chain_sum",
+    "eval.every=1",
+    "eval.max_prompts=4",
+    "eval.samples=2",
+    f"eval.task_args={{{TASK}}}",
+]
 
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory):
     if find_browser() is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium): TensorBoard was not looked at in a browser")
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
     if not (ROOT / "models" / "SmolLM2-135M-Instruct").exists():
-        pytest.skip("models/SmolLM2-135M-Instruct is not there: examples/quickstart.sh makes it")
+        pytest.skip("no models/SmolLM2-135M-Instruct (examples/quickstart.sh)")
     folder = tmp_path_factory.mktemp("quickstart")
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "megatron_espo", "train", "examples/quickstart.yaml"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, f"run.dir={folder}", *EVERYTHING], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    command = [*torchrun(2), "-m", "megatron_espo", "train", "examples/quickstart.yaml"]
+    command += [f"run.dir={folder}", *EVERYTHING]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     with Board(folder) as board:
         yield board
@@ -41,9 +63,14 @@ def test_every_documented_tag_has_data(board):
     (run,) = board.answer("/data/runs")
     tags = board.answer("/data/plugin/scalars/tags")[run]
     documented = [name for names in METRICS.values() for name in names]
-    assert {name for name in documented if not any(re.match(as_pattern(name), tag) for tag in tags)} <= ELSEWHERE
+    assert {
+        name for name in documented if not any(re.match(as_pattern(name), tag) for tag in tags)
+    } <= ELSEWHERE
     assert [tag for tag in tags if not is_documented(tag)] == []
-    points = {tag: board.answer(f"/data/plugin/scalars/scalars?run={run}&tag={tag.replace('@', '%40')}") for tag in tags}
+    points = {
+        tag: board.answer(f"/data/plugin/scalars/scalars?run={run}&tag={tag.replace('@', '%40')}")
+        for tag in tags
+    }
     assert min(map(len, points.values())) >= 1 and len(points["reward/mean"]) == 2
 
 
@@ -53,5 +80,7 @@ def test_each_page_draws(board):
     assert all(chart in text for charts in board_layout().values() for chart in charts)
     for page in ("Histograms", "Text"):
         board.show(page, PAGES[page])
-    assert [line for line in board.browser.complaints if not any(word in line for word in HARMLESS)] == []
+    assert [
+        line for line in board.browser.complaints if not any(word in line for word in HARMLESS)
+    ] == []
     assert all(address.startswith((board.address, "blob:")) for address in board.browser.requests)

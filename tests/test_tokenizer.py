@@ -1,4 +1,4 @@
-"""Tokenizers against the libraries' own objects: a real SentencePiece model and a byte-level BPE trained on the spot."""
+"""Tokenizers against the libraries: a SentencePiece model, and a byte-level BPE trained here."""
 
 import json
 import shutil
@@ -19,7 +19,9 @@ TEMPLATE = (
 
 
 def write_hf_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """A byte-level BPE with a beginning-of-sequence post-processor, eos ``<|im_end|>`` and a ChatML template."""
+    """A byte-level BPE with a beginning-of-sequence post-processor, eos ``<|im_end|>`` and a ChatML
+    template.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -30,7 +32,9 @@ def write_hf_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     core.train_from_iterator(["What is 2 + 2? The answer is 4."] * 4, trainer)
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>")
     fast.chat_template = template
     fast.save_pretrained(folder)
@@ -43,7 +47,11 @@ def test_sentencepiece_file_matches_the_library():
     text = "What is 12 + 30? Ünïcode 数学"
     assert tokenizer.encode_prompt(text) == [reference.bos_id(), *reference.encode(text)]
     assert tokenizer.decode([*tokenizer.encode_prompt(text), reference.eos_id()]) == text
-    assert tokenizer.eos_ids == {2} and tokenizer.vocab_size == 32000 and tokenizer.render(text) == text
+    assert (
+        tokenizer.eos_ids == {2}
+        and tokenizer.vocab_size == 32000
+        and tokenizer.render(text) == text
+    )
     with pytest.raises(InputError, match="no chat template"):
         tokenizer.encode_prompt([{"role": "user", "content": text}])
 
@@ -54,7 +62,9 @@ def test_sentencepiece_folder_with_model_configs(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_ids == {2, 5, 7, 9} and tokenizer.vocab_size == 32064
-    assert tokenizer.decode([*tokenizer.encode_prompt("four"), 32063]) == "four"  # a column without a piece
+    assert (
+        tokenizer.decode([*tokenizer.encode_prompt("four"), 32063]) == "four"
+    )  # a column without a piece
     shutil.copy(MISTRAL, tmp_path / "other.model")
     with pytest.raises(InputError, match="exactly one.*other.model, tokenizer.model"):
         load_tokenizer(tmp_path)
@@ -62,13 +72,17 @@ def test_sentencepiece_folder_with_model_configs(tmp_path):
 
 def test_hugging_face_chat_and_text(tmp_path):
     tokenizer = load_tokenizer(write_hf_tokenizer(tmp_path))
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
-    rendered = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 2 + 2?"},
+    ]
+    rendered = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    rendered += "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.has_chat_template and tokenizer.render(messages) == rendered
     ids = tokenizer.encode_prompt(messages)
-    assert ids[0] == 1 and ids.count(1) == 3 and ids.count(2) == 2 and 0 not in ids  # the template wrote no <s>
+    assert (
+        ids[0] == 1 and ids.count(1) == 3 and ids.count(2) == 2 and 0 not in ids
+    )  # the template wrote no <s>
     assert tokenizer.encode_prompt("What")[0] == 0  # plain text gets it
     pieces = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     text = " 数学 .  2 , 2"
@@ -79,13 +93,17 @@ def test_hugging_face_chat_and_text(tmp_path):
 def test_eos_and_vocab_come_from_the_model_folder(tmp_path):
     folder, model = write_hf_tokenizer(tmp_path / "tokenizer"), tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 512, "eos_token_id": 3}}))
+    (model / "config.json").write_text(
+        json.dumps({"text_config": {"vocab_size": 512, "eos_token_id": 3}})
+    )
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 4}))
     tokenizer = load_tokenizer(folder, model_path=model)
     assert tokenizer.eos_ids == {2, 3, 4} and tokenizer.vocab_size == 512
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 4]}))
+    assert load_tokenizer(folder, model_path=model).eos_ids == {2, 3, 4}
 
 
-def test_template_that_refuses_is_an_input_error(tmp_path):
+def test_errors_of_a_template_are_input_errors(tmp_path):
     template = "{{ raise_exception('system role not supported') }}"
     tokenizer = load_tokenizer(write_hf_tokenizer(tmp_path, template))
     with pytest.raises(InputError, match="system role not supported"):

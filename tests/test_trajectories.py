@@ -1,4 +1,4 @@
-"""Trajectories of several turns: their type, their way through packing in every layout, and their file."""
+"""Trajectories of several turns: their type, packing in every layout, recorded rollouts."""
 
 import math
 import pickle
@@ -12,12 +12,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.batch import ScoredGroups
-from megatron_espo.data.packing import MicroBatch, batch_totals, pack
+from megatron_espo.data.packing import MicroBatch, PackingSpec, batch_totals, pack
+from megatron_espo.data.rollout_store import RolloutLog
+from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
-from megatron_espo.rollout_log import RolloutLog
-from megatron_espo.samples import sample_record, spread
-from megatron_espo.trainer import train_sequences
+from megatron_espo.monitoring.samples import sample_record
+from megatron_espo.trainer.train import train_sequences
 from megatron_espo.types import Prompt, Trajectory
 from tests.test_packing import hidden_states
 
@@ -25,8 +25,10 @@ QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None
 PROMPT = Prompt("p", "What?", "4", (1, 2))
 
 
-def make_trajectory(draw: np.random.Generator, prompt: Prompt, turns: int, earlier: int = 0) -> Trajectory:
-    """Random tokens. Each sampled turn but the last is followed by tokens of the environment; so may the last one be."""
+def make_trajectory(
+    draw: np.random.Generator, prompt: Prompt, turns: int, earlier: int = 0
+) -> Trajectory:
+    """Random tokens. Tokens of the environment follow each turn; after the last turn they may."""
 
     def part(turns: int, context: list[int], earlier: tuple[Trajectory, ...] = ()) -> Trajectory:
         mask, starts = [], []
@@ -62,7 +64,9 @@ def make_groups(seed: int, shapes: list[tuple[int, int]], samples: int = 2) -> S
     draw = np.random.default_rng(seed)
     rollouts = []
     for number, (turns, earlier) in enumerate(shapes):
-        prompt = Prompt(f"p{number}", "", "", tuple(draw.integers(0, 1000, draw.integers(1, 6)).tolist()))
+        prompt = Prompt(
+            f"p{number}", "", "", tuple(draw.integers(0, 1000, draw.integers(1, 6)).tolist())
+        )
         rollouts.append([make_trajectory(draw, prompt, turns, earlier) for _ in range(samples)])
     rewards = torch.from_numpy(draw.random((len(shapes), samples), np.float32))
     return ScoredGroups(rollouts, rewards, len(shapes))
@@ -85,21 +89,35 @@ LAYOUTS = {
     shapes=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2)), min_size=1, max_size=4),
     max_tokens=st.integers(1, 80),
 )
-def test_the_model_sees_each_token_and_the_loss_each_trained_token(layout, seed, shapes, max_tokens):
-    """Every trained token occurs once with its context, target, log-prob and advantage; nothing else occurs in the loss."""
+def test_the_model_sees_each_token_and_the_loss_each_trained_token(
+    layout, seed, shapes, max_tokens
+):
+    """Every trained token is in the loss once, with its context, target, log-prob and advantage."""
     groups = make_groups(seed, shapes)
-    options = {"data_parallel_size": 1, "context_parallel_size": 1, "max_tokens": max_tokens} | LAYOUTS[layout]
+    options = {
+        "data_parallel_size": 1,
+        "context_parallel_size": 1,
+        "max_tokens": max_tokens,
+    } | LAYOUTS[layout]
     advantages = torch.from_numpy(np.random.default_rng(seed).normal(size=groups.rewards.shape))
-    sequences = [s for group in train_sequences(groups, advantages, mask_truncated=False) for s in group]
+    sequences = [
+        s for group in train_sequences(groups, advantages, mask_truncated=False) for s in group
+    ]
     parts = [part for group in groups.rollouts for sample in group for part in sample.parts]
     assert len(sequences) == len(parts)
     count = sum(sample.num_trained for group in groups.rollouts for sample in group)
     totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=count)
-    assert totals.num_tokens == sum(sample.num_tokens for group in groups.rollouts for sample in group)
+    assert totals.num_tokens == sum(
+        sample.num_tokens for group in groups.rollouts for sample in group
+    )
     found, lengths = [], []
     for rank in range(options["data_parallel_size"]):
         slices = [
-            pack(sequences, totals, data_parallel_rank=rank, context_parallel_rank=slice_rank, **options)
+            pack(
+                sequences,
+                totals,
+                PackingSpec(data_parallel_rank=rank, context_parallel_rank=slice_rank, **options),
+            )
             for slice_rank in range(options["context_parallel_size"])
         ]
         for batches in zip(*slices, strict=True):
@@ -107,7 +125,12 @@ def test_the_model_sees_each_token_and_the_loss_each_trained_token(layout, seed,
             lengths += batches[0].lengths.tolist()
     advantage_of = {(i, j): np.float32(advantages[i, j]) for i, j in np.ndindex(*advantages.shape)}
     expected = [
-        ((*part.prompt_ids, *part.response_ids[:t]), part.response_ids[t], part.logprobs[t], advantage_of[i, j])
+        (
+            (*part.prompt_ids, *part.response_ids[:t]),
+            part.response_ids[t],
+            part.logprobs[t],
+            advantage_of[i, j],
+        )
         for i, group in enumerate(groups.rollouts)
         for j, sample in enumerate(group)
         for part in sample.parts
@@ -119,9 +142,10 @@ def test_the_model_sees_each_token_and_the_loss_each_trained_token(layout, seed,
 
 
 def seen_tokens(batches: tuple[MicroBatch, ...]) -> list[tuple]:
-    """``(context, target, log-prob, advantage)`` of each token in the loss of one micro-batch, from all context-parallel slices.
+    """``(context, target, log-prob, advantage)`` of each token in the loss of one micro-batch.
 
-    The context is read from the tokens that the model receives, by position id and by the branches of a shared prompt.
+    Args:
+        batches: context-parallel slices. The context follows from position ids and prefix groups.
     """
     total = int(batches[0].lengths.sum())
     rows: list[tuple | None] = [None] * total
@@ -149,7 +173,12 @@ def whole_sequences(batches: tuple[MicroBatch, ...]) -> dict[tuple[int, int], tu
     if first.cu_seqlens is None:
         for row in range(len(first.tokens)):
             columns = sorted(
-                (int(batch.position_ids[row, column]), int(batch.tokens[row, column]), number, column * len(batch.tokens) + row)
+                (
+                    int(batch.position_ids[row, column]),
+                    int(batch.tokens[row, column]),
+                    number,
+                    column * len(batch.tokens) + row,
+                )
                 for number, batch in enumerate(batches)
                 for column in range(batch.tokens.size(1))
             )
@@ -163,10 +192,10 @@ def whole_sequences(batches: tuple[MicroBatch, ...]) -> dict[tuple[int, int], tu
             for slice_number, batch in enumerate(batches)
             for column in range(start // size, stop // size)
         ]
-        if first.branches is None:
+        if first.prefix_groups is None:
             add_contexts(contexts, sorted(columns))
             continue
-        prefix, *suffixes = first.branches[number]
+        prefix, *suffixes = first.prefix_groups[number]
         add_contexts(contexts, columns[:prefix])
         begin = prefix
         for length in suffixes:
@@ -177,17 +206,26 @@ def whole_sequences(batches: tuple[MicroBatch, ...]) -> dict[tuple[int, int], tu
 
 
 def add_contexts(contexts: dict, columns: list[tuple[int, int, int, int]]) -> None:
-    assert [position for position, *_ in columns] == list(range(len(columns))), "position ids count up"
+    assert [position for position, *_ in columns] == list(range(len(columns))), (
+        "position ids count up"
+    )
     tokens = tuple(token for _, token, *_ in columns)
     for place, (_, _, number, row) in enumerate(columns):
         contexts[number, row] = tokens[: place + 1]
 
 
 def test_values_of_other_tokens_change_nothing():
-    """Log-probs, old log-probs and old entropies of tokens that were not sampled do not reach a micro-batch, NaN neither."""
+    """Log-probs and entropies of tokens that were not sampled do not reach a micro-batch."""
     groups = make_groups(3, [(3, 0), (2, 1)])
-    sequences = [s for group in train_sequences(groups, torch.ones(2, 2), mask_truncated=False) for s in group]
-    sequences = [replace(s, old_logprobs=s.rollout_logprobs, old_entropies=-s.rollout_logprobs) for s in sequences]
+    sequences = [
+        s
+        for group in train_sequences(groups, torch.ones(2, 2), mask_truncated=False)
+        for s in group
+    ]
+    sequences = [
+        replace(s, old_logprobs=s.rollout_logprobs, old_entropies=-s.rollout_logprobs)
+        for s in sequences
+    ]
     assert not all(s.loss_mask.all() for s in sequences)
 
     def noisy(values, mask):
@@ -205,53 +243,83 @@ def test_values_of_other_tokens_change_nothing():
     totals = batch_totals(sequences, num_responses=9, num_response_tokens=99)
     for name, layout in LAYOUTS.items():
         options = {"data_parallel_rank": 0, "data_parallel_size": 1, "max_tokens": 60} | layout
-        for one, other in zip(pack(sequences, totals, **options), pack(changed, totals, **options), strict=True):
+        spec = PackingSpec(**options)
+        for one, other in zip(
+            pack(sequences, totals, spec), pack(changed, totals, spec), strict=True
+        ):
             for field, value in vars(one).items():
-                same = torch.equal(value, getattr(other, field)) if isinstance(value, torch.Tensor) else value == getattr(other, field)
+                same = (
+                    torch.equal(value, getattr(other, field))
+                    if isinstance(value, torch.Tensor)
+                    else value == getattr(other, field)
+                )
                 assert same, (name, field)
 
 
 def test_logits_of_other_tokens_have_no_gradient():
-    """The gradient at the hidden states is exactly zero in rows that predict no trained token, and nowhere else."""
-    from megatron_espo.mcore.head import LogProbEntropyHead
+    """The gradient at hidden states is zero exactly in rows that predict no trained token."""
+    from megatron_espo.megatron.head import LogProbEntropyHead
 
     groups = make_groups(4, [(3, 0), (2, 1)])
-    sequences = [s for group in train_sequences(groups, torch.ones(2, 2), mask_truncated=False) for s in group]
+    sequences = [
+        s
+        for group in train_sequences(groups, torch.ones(2, 2), mask_truncated=False)
+        for s in group
+    ]
     totals = batch_totals(sequences, num_responses=9, num_response_tokens=99)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        head = LogProbEntropyHead(dist.group.WORLD, temperature=0.7, vocab_size=1000, entropy_grad=True)
+        head = LogProbEntropyHead(
+            dist.group.WORLD, temperature=0.7, vocab_size=1000, entropy_grad=True
+        )
         for layout in ({}, {"padded": True}, {"share_prompts": True}):
-            (batch,) = pack(sequences, totals, data_parallel_rank=0, data_parallel_size=1, max_tokens=9999, **layout)
+            (batch,) = pack(sequences, totals, PackingSpec(9999, 0, 1, **layout))
             draw = torch.Generator().manual_seed(5)
             hidden = torch.randn(*batch.tokens.t().shape, 8, generator=draw).requires_grad_()
             weight = torch.randn(1000, 8, generator=draw)
             layer = SimpleNamespace(sequence_parallel=False)
-            output = head(hidden_states=hidden, output_layer=layer, output_weight=weight, context=batch)
+            output = head(
+                hidden_states=hidden, output_layer=layer, output_weight=weight, context=batch
+            )
             output.square().sum().backward()
             rows = hidden.grad.flatten(0, 1).abs().sum(1)
-            trained = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, batch.logit_positions, True)
+            trained = torch.zeros(len(rows), dtype=torch.bool).index_fill(
+                0, batch.logit_positions, True
+            )
             assert (rows[trained] > 0).all() and (rows[~trained] == 0).all()
-            assert int(trained.sum()) == sum(s.num_trained for s in sequences) < len(hidden_states(batch))
+            assert (
+                int(trained.sum())
+                == sum(s.num_trained for s in sequences)
+                < len(hidden_states(batch))
+            )
     finally:
         dist.destroy_process_group()
 
 
-def test_one_advantage_and_the_truncation_of_the_whole_for_every_part():
+def test_all_parts_share_advantage_and_truncation():
     groups = make_groups(5, [(2, 2)], samples=2)
-    ends = [replace(sample, finish_reason=reason) for sample, reason in zip(groups.rollouts[0], ("length", "stop"), strict=True)]
+    ends = [
+        replace(sample, finish_reason=reason)
+        for sample, reason in zip(groups.rollouts[0], ("length", "stop"), strict=True)
+    ]
     groups = ScoredGroups([ends], groups.rewards, 1)
-    (sequences,) = train_sequences(groups, torch.tensor([[0.5, -0.25]]), mask_truncated=True, watched={(0, 1): 7})
+    (sequences,) = train_sequences(
+        groups, torch.tensor([[0.5, -0.25]]), mask_truncated=True, logged_sample={(0, 1): 7}
+    )
     assert [s.advantage for s in sequences] == [0.5] * 3 + [-0.25] * 3
     assert [s.masked for s in sequences] == [True] * 3 + [False] * 3
-    assert [s.watched for s in sequences] == [None] * 5 + [7]
+    assert [s.logged_sample for s in sequences] == [None] * 5 + [7]
 
 
 def test_a_sequence_without_trained_tokens_is_refused():
     bare = replace(make_trajectory(np.random.default_rng(1), PROMPT, 1), reward=0.0)
     bare = replace(bare, loss_mask=np.zeros(len(bare.response_ids), bool))
-    with pytest.raises(ValueError, match="loss_mask: expected at least one trained token, got a mask of . False"):
-        train_sequences(ScoredGroups([[bare]], torch.zeros(1, 1), 1), torch.ones(1, 1), mask_truncated=False)
+    with pytest.raises(
+        ValueError, match="loss_mask: expected at least one trained token, got a mask of . False"
+    ):
+        train_sequences(
+            ScoredGroups([[bare]], torch.zeros(1, 1), 1), torch.ones(1, 1), mask_truncated=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -259,12 +327,21 @@ def test_a_sequence_without_trained_tokens_is_refused():
     [
         ({"logprobs": [0.0]}, r"Trajectory.logprobs: expected shape \[2\], got \[1\]"),
         ({"loss_mask": [1, 0]}, "Trajectory.loss_mask: expected dtype bool, got int64"),
-        ({"response_ids": [1.0, 2.5]}, "Trajectory.response_ids: expected dtype int32, got float64"),
-        ({"prompt_ids": [[1]]}, r"Trajectory.prompt_ids: expected shape \[any length\], got \[1, 1\]"),
-        ({"routed_experts": np.zeros((3, 2))}, r"routed_experts: expected shape \[tokens - 1, layers, top_k\], got \[3, 2\]"),
+        (
+            {"response_ids": [1.0, 2.5]},
+            "Trajectory.response_ids: expected dtype int32, got float64",
+        ),
+        (
+            {"prompt_ids": [[1]]},
+            r"Trajectory.prompt_ids: expected shape \[any length\], got \[1, 1\]",
+        ),
+        (
+            {"routed_experts": np.zeros((3, 2))},
+            r"routed_experts: expected shape \[tokens - 1, layers, top_k\], got \[3, 2\]",
+        ),
     ],
 )
-def test_a_wrong_field_is_named(change, message):
+def test_the_error_names_the_field(change, message):
     trajectory = Trajectory.single_turn(PROMPT, (5, 6), (-1.0, -2.0), 3, "stop", "x")
     with pytest.raises(ValueError, match=message):
         replace(trajectory, **change)
@@ -287,7 +364,8 @@ def test_equality_and_counts():
     with pytest.raises(ValueError, match="nested parts"):
         replace(trajectory, earlier=(trajectory,))
     single = Trajectory.single_turn(PROMPT, (5, 6), (-1.0, -2.0), (3, 4), "stop", "x")
-    assert single.versions.tolist() == [3, 4] and single.turns.tolist() == [0] and single.num_trained == 2
+    assert single.versions.tolist() == [3, 4] and single.turns.tolist() == [0]
+    assert single.num_trained == 2
     assert single.prompt_ids.tolist() == [1, 2] and single.num_tokens == 4
 
 
@@ -305,14 +383,25 @@ def test_trajectories_survive_the_file(tmp_path):
     draw = np.random.default_rng(6)
     groups = make_groups(6, [(3, 0), (1, 2), (2, 1)])
     groups.rewards[1, 0] = math.nan
-    prompts = [replace(group[0].prompt, text="é\n", metadata={"entry": [1, {"a": None}]}) for group in groups.rollouts]
+    prompts = [
+        replace(group[0].prompt, text="é\n", metadata={"entry": [1, {"a": None}]})
+        for group in groups.rollouts
+    ]
 
     def with_experts(sample: Trajectory, prompt: Prompt) -> Trajectory:
         shape = (len(sample.prompt_ids) + len(sample.response_ids) - 1, 2, 3)
         earlier = tuple(with_experts(part, prompt) for part in sample.earlier)
-        return replace(sample, prompt=prompt, earlier=earlier, routed_experts=draw.integers(0, 999, shape, np.uint16))
+        return replace(
+            sample,
+            prompt=prompt,
+            earlier=earlier,
+            routed_experts=draw.integers(0, 999, shape, np.uint16),
+        )
 
-    rollouts = [[with_experts(s, p) for s in group] for group, p in zip(groups.rollouts, prompts, strict=True)]
+    rollouts = [
+        [with_experts(s, p) for s in group]
+        for group, p in zip(groups.rollouts, prompts, strict=True)
+    ]
     groups = ScoredGroups(rollouts, groups.rewards, 5, in_flight=2)
     log = RolloutLog(tmp_path, {"seed": 1})
     log.write(3, groups, before={"at": 1}, after={"at": 2})
@@ -343,7 +432,10 @@ def test_a_flipped_bit_is_found(tmp_path, name):
     damaged = bytearray(path.read_bytes())
     damaged[damaged.index(content) + len(content) - 1] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(InputError, match="step_000001.npz: expected recorded rollouts, found damage .*remove the file"):
+    with pytest.raises(
+        InputError,
+        match="step_000001.npz: expected recorded rollouts, found damage .*remove the file",
+    ):
         log.read(1, {})
     path.write_bytes(damaged[: len(damaged) // 2])
     with pytest.raises(InputError, match="found damage"):
@@ -351,15 +443,27 @@ def test_a_flipped_bit_is_found(tmp_path, name):
 
 
 def test_a_logged_sample_has_no_entropy_where_the_policy_did_not_sample():
-    from megatron_espo.report.page import _shown
-    from megatron_espo.reporter import as_markdown
+    from megatron_espo.monitoring.report.page import _shown
+    from megatron_espo.monitoring.samples import as_markdown
 
-    sample = Trajectory(PROMPT, [1, 2], [65, 66, 67], [True, False, True], [-1, 0, -2], [3, -1, 4], "stop", "ABC", [0, 2])
-    record = sample_record(5, sample, 1.0, 0.5, lambda ids: bytes(ids).decode())
+    sample = Trajectory(
+        PROMPT,
+        [1, 2],
+        [65, 66, 67],
+        [True, False, True],
+        [-1, 0, -2],
+        [3, -1, 4],
+        "stop",
+        "ABC",
+        [0, 2],
+    )
+    entropies = ([0.5, 2.0], [0, 1])
+    record = sample_record(5, sample, 1.0, 0.5, lambda ids: bytes(ids).decode(), entropies)
     assert record["mask"] == [1, 0, 1] and record["policy_versions"] == [3, 4]
-    record |= {"entropies": spread([0.5, 2.0], record["mask"]), "groups": spread([0, 1], record["mask"])}
     assert record["entropies"] == [0.5, None, 2.0]
     assert as_markdown(record).endswith("AB**C**")
     shown = _shown(record, 2.0)["shown"]
-    assert [token["heat"] for token in shown] == [25, 0, 100] and [token["top"] for token in shown] == [False, False, True]
+    assert [token["heat"] for token in shown] == [25, 0, 100] and [
+        token["top"] for token in shown
+    ] == [False, False, True]
     assert shown[1]["title"] == "token 66"

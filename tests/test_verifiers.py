@@ -1,4 +1,4 @@
-"""The adapter for ``verifiers``, in its virtual environment; chat sessions."""
+"""The adapter for ``verifiers`` in its virtual environment; chat sessions."""
 
 import asyncio
 import json
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_espo.rollout import verifiers
-from megatron_espo.rollout.chat import ChatSession, NoRoomError
-from megatron_espo.rollout.environments import load_environment
+from megatron_espo.rollout.environments import ChatSession, NoRoomError
+from megatron_espo.rollout.runner import load_environment
 from megatron_espo.rollout.verifiers import VERSION, VerifiersError
 from megatron_espo.types import Prompt
-from tests.distributed import ROOT
+from tests.support.distributed import ROOT
 from tests.test_environments import (
     EOS,
     FakeSource,
@@ -25,6 +24,7 @@ from tests.test_environments import (
     render,
 )
 
+FOLDER = ROOT / "tests" / "support"
 VARIABLE = "MEGATRON_ESPO_VERIFIERS_PYTHON"
 
 
@@ -34,19 +34,18 @@ def python() -> str:
     if VARIABLE in os.environ:
         return os.environ[VARIABLE]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    found = cache / f"megatron_espo_verifiers_{VERSION}" / "bin" / "python"
+    folder = cache / f"megatron_espo_verifiers_{VERSION}"
+    found = folder / "bin" / "python"
+    check = f"from importlib.metadata import version; assert version('verifiers') == '{VERSION}'"
     try:
         if not found.exists():
-            subprocess.run(
-                ["python3.11", "-m", "venv", found.parents[1]], check=True, capture_output=True
-            )
-        if subprocess.run([found, "-c", "import verifiers.v1"], capture_output=True).returncode:
+            command = ["python3.11", "-m", "venv", folder]
+            subprocess.run(command, check=True, capture_output=True)
+        if subprocess.run([found, "-c", check], capture_output=True).returncode:
             install = [found, "-m", "pip", "install", "-q", f"verifiers=={VERSION}"]
             subprocess.run(install, check=True, capture_output=True, timeout=600)
     except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(
-            f"verifiers {VERSION} cannot be installed ({error}); set {VARIABLE} to a Python with it"
-        )
+        pytest.skip(f"verifiers {VERSION}: {error}; set {VARIABLE} to a Python that has it")
     return str(found)
 
 
@@ -54,60 +53,46 @@ def row(task: int) -> Prompt:
     return Prompt("row", "Q", "", tuple(encode("Q")), {"task": task})
 
 
-def play(python: str, *rollouts, **changes):
-    """All rollouts ``(task, source)`` at the same time."""
+def make_environment(python: str):
+    arguments = {"python": python, "folder": str(FOLDER)}
+    return load_environment("verifiers:guess-number-v1", arguments)
 
-    async def run():
-        environment = load_environment(
-            "verifiers:guess-number-v1", {"python": python, "folder": str(ROOT / "tests")}
-        )
+
+def test_episodes(python):
+    """Episodes of several turns, one without room for its last turn, and two that fail."""
+    turns = [["1", "9", "5"], ["7"], ["8", "3"], ["1", "2", "5"], ["1"], []]
+    sources = [FakeSource(texts) for texts in turns]
+    limits = [{}, {}, {}, {"max_tokens": 30}, {}, {}]
+
+    async def play():
+        environment = make_environment(python)
+        rollouts = [
+            environment.rollout(row(task), make_policy(source, **limit))
+            for task, source, limit in zip((1, 2, 0, 1, 99, 1), sources, limits, strict=True)
+        ]
         try:
-            return await asyncio.gather(
-                *(
-                    environment.rollout(row(task), make_policy(source, **changes))
-                    for task, source in rollouts
-                ),
-                return_exceptions=True,
-            )
+            return await asyncio.gather(*rollouts, return_exceptions=True)
         finally:
             await environment.close()
 
-    return asyncio.run(asyncio.wait_for(run(), 120))
-
-
-def test_episodes_of_several_turns(python):
-    sources = [FakeSource(["1", "9", "5"]), FakeSource(["7"]), FakeSource(["8", "3"])]
-    found = play(python, (1, sources[0]), (2, sources[1]), (0, sources[2]))
-    for trajectory, source in zip(found, sources, strict=True):
+    *found, short, missing, raising = asyncio.run(asyncio.wait_for(play(), 120))
+    for trajectory, source in zip([*found, short], sources[:4], strict=True):
         check_lines_up(trajectory, source.sampled)
-        assert (
-            trajectory.reward == 1
-            and trajectory.rewards["guessed"] == 1
-            and trajectory.finish_reason == "stop"
-        )
-        assert trajectory.earlier == () and trajectory.rewards["splits"] == 0
+    for trajectory in found:
+        assert trajectory.reward == 1 and trajectory.finish_reason == "stop"
+        assert trajectory.rewards["guessed"] == 1 and trajectory.rewards["splits"] == 0
+        assert trajectory.earlier == ()
     first = found[0]
     assert decode(first.prompt_ids) == "user:Guess a number up to 9 (not 50).assistant:"
     assert first.text == "1user:higherassistant:9user:lowerassistant:5" and len(first.turns) == 3
+    assert (short.reward, short.finish_reason, len(short.turns)) == (0, "length", 2)
+    assert isinstance(missing, VerifiersError) and "IndexError" in str(missing)
+    assert isinstance(raising, VerifiersError) and "pop from empty list" in str(raising)
 
 
-def test_a_trajectory_without_room_ends_without_reward(python):
-    source = FakeSource(["1", "2", "5"])
-    (found,) = play(python, (1, source), max_tokens=30)
-    check_lines_up(found, source.sampled)
-    assert found.reward == 0 and found.finish_reason == "length" and len(found.turns) == 2
-
-
-def test_a_failed_episode_and_a_lost_process_are_errors(python, monkeypatch):
-    (found,) = play(python, (99, FakeSource(["1"])))
-    assert isinstance(found, VerifiersError) and "IndexError" in str(found)
-    (found,) = play(python, (1, FakeSource([])))  # the source raises
-    assert isinstance(found, VerifiersError) and "pop from empty list" in str(found)
-
+def test_a_lost_process_is_an_error_and_is_replaced(python):
     async def lose():
-        environment = verifiers.VerifiersEnvironment(
-            "guess-number-v1", python=python, folder=str(ROOT / "tests")
-        )
+        environment = make_environment(python)
 
         class Killer(FakeSource):
             async def generate(self, *arguments, **settings):
@@ -116,7 +101,7 @@ def test_a_failed_episode_and_a_lost_process_are_errors(python, monkeypatch):
 
         with pytest.raises(VerifiersError, match="ended"):
             await environment.rollout(row(1), make_policy(Killer(["1"])))
-        found = await environment.rollout(row(1), make_policy(FakeSource(["5"])))  # a new process
+        found = await environment.rollout(row(1), make_policy(FakeSource(["5"])))
         await environment.close()
         return found
 
@@ -126,7 +111,7 @@ def test_a_failed_episode_and_a_lost_process_are_errors(python, monkeypatch):
 def test_prompts_of_a_taskset(python):
     command = [python, "-P", ROOT / "megatron_espo/rollout/verifiers_worker.py"]
     command += [json.dumps({"taskset": {"id": "guess-number-v1"}}), "--export", "2"]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["task"] for row in rows] == [0, 1]
     assert rows[0]["prompt"] == [{"role": "user", "content": "Guess a number up to 9 (not 30)."}]
@@ -160,7 +145,7 @@ def test_a_chat_session_splits_where_the_history_differs():
     assert source.sampled[0][-1] == EOS
 
 
-def test_replies_of_one_session_wait_for_each_other():
+def test_a_chat_session_answers_one_call_at_a_time():
     source = FakeSource(["one", "two", "three"], abort_after=2)
 
     async def talk():

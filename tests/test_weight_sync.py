@@ -1,4 +1,4 @@
-"""Weights from Megatron ranks into a real engine: verified, checked by the canary, mended or refused by name."""
+"""Weight updates from Megatron ranks into a real engine: verified, repeated or refused."""
 
 import json
 import re
@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("vllm")
 from safetensors.torch import load_file
 
-from megatron_espo.rollout.checksum import byte_sum, tensor_checksum
+from megatron_espo.distributed.checksum import byte_sum, tensor_checksum
 from megatron_espo.rollout.engine import TRANSITIONS, EngineError, State, check_transition
 from megatron_espo.weights.verification import CanarySample, canary_gap, wrong_tensors
-from tests.distributed import run_ranks
-from tests.ranks.sync import PROMPT_IDS
-from tests.real_engine import fresh_engine, living_in_group
-from tests.tiny import save_tiny_model
+from tests.support.distributed import run_ranks
+from tests.support.ranks.sync import PROMPT_IDS
+from tests.support.real_engine import fresh_engine, living_in_group
+from tests.support.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -27,73 +27,86 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> str:
-    """With biases and an output layer of its own."""
-    return str(save_tiny_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tie_word_embeddings=False, hidden_size=128))
+    """A model with biases and a separate output layer."""
+    folder = tmp_path_factory.mktemp("qwen2")
+    return str(save_tiny_model(folder, "qwen2", tie_word_embeddings=False, hidden_size=128))
 
 
-# -- ranks and engines ------------------------------------------------------------------------------------------------
+# -- ranks and engines --------------------------------------------------------------------
 
 
-def test_syncs_are_verified_and_a_killed_engine_comes_back(folder):
-    answer = run_ranks(2, "tests.ranks.sync:sync_and_recover", folder=folder, kill=True, tensor=2)
-    # Versions 0 and 2 by rollout.verify_every=2; 4 is the first of an engine that was killed inside that sync.
-    assert [m.get("sync/verified_tensors") for m in answer["metrics"]] == [20, None, 20, None, 20]
-    assert [m["sync/restarts"] for m in answer["metrics"]] == [0, 0, 0, 0, 1]
-    assert all(0 < m["mismatch/canary"] < 1e-4 and m["time/canary_s"] > 0 for m in answer["metrics"])
-    assert answer["gap"] < 1e-4
-
-
-def test_pipeline_stages_biases_and_an_output_layer_are_verified(untied):
-    answer = run_ranks(2, "tests.ranks.sync:sync_and_recover", folder=untied, kill=False, pipeline=2)
+def test_syncs_are_verified_and_a_killed_engine_comes_back(untied):
+    answer = run_ranks(
+        2, "tests.support.ranks.sync:sync_and_recover", folder=untied, kill=True, pipeline=2
+    )
     count = len(load_file(Path(untied, "model.safetensors")))
-    assert [m.get("sync/verified_tensors") for m in answer["metrics"]] == [count, None, count, None, count]
-    assert all(0 < m["mismatch/canary"] < 1e-4 for m in answer["metrics"]) and answer["gap"] < 1e-4
+    # Versions 0 and 2 by rollout.verify_every=2. In version 4 the engine was killed and restarted.
+    verified = [metrics.get("sync/verified_tensors") for metrics in answer["metrics"]]
+    assert verified == [count, None, count, None, count]
+    assert [metrics["sync/restarts"] for metrics in answer["metrics"]] == [0, 0, 0, 0, 1]
+    for metrics in answer["metrics"]:
+        assert 0 < metrics["mismatch/canary"] < 1e-4 and metrics["time/canary_s"] > 0
+    assert answer["gap"] < 1e-4
 
 
 @pytest.mark.slow
 def test_engines_that_fail_asleep_or_on_waking_come_back(folder):
-    metrics = run_ranks(2, "tests.ranks.turns:sleep_and_fail", folder=folder, timeout=400)
+    metrics = run_ranks(2, "tests.support.ranks.turns:sleep_and_fail", folder=folder, timeout=400)
     assert [m["sync/restarts"] for m in metrics] == [0, 0, 2, 0]
-    # The second process of an engine is verified anew, as the third is.
+    # Every new process of the engine is verified.
     assert [m.get("sync/verified_tensors") for m in metrics] == [20, None, 20, 20]
     assert all(0 < m["mismatch/canary"] < 1e-4 for m in metrics)
 
 
 @pytest.mark.slow
 def test_experts_are_read_back_from_two_workers(tmp_path):
-    """Experts of 72 columns over two workers: 36 each, which vLLM pads to 64 and packs."""
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "norm_topk_prob": True}
+    """Experts of 72 columns over two workers: vLLM pads the 36 of each to 64, and packs them."""
+    sizes = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 72,
+        "norm_topk_prob": True,
+    }
     moe = str(save_tiny_model(tmp_path / "moe", "qwen3_moe", **sizes))
-    answer = run_ranks(2, "tests.ranks.sync:sync_two_workers", folder=moe, out=str(tmp_path / "export"), expert=2)
+    answer = run_ranks(
+        2,
+        "tests.support.ranks.sync:sync_two_workers",
+        folder=moe,
+        out=str(tmp_path / "export"),
+        expert=2,
+    )
     names = set(answer["sent"])
     assert sum(".experts." in name for name in names) == 2 * 4 * 3
-    assert answer["metrics"]["sync/verified_tensors"] == len(names) == len(load_file(Path(moe, "model.safetensors")))
+    in_file = len(load_file(Path(moe, "model.safetensors")))
+    assert answer["metrics"]["sync/verified_tensors"] == len(names) == in_file
     fresh, served = fresh_engine(tmp_path / "export", tmp_path, PROMPT_IDS, seed=3)
     assert wrong_tensors(answer["sent"], served) is None and names <= served.keys()
-    assert [ids for ids, _ in answer["samples"]] == [generation.token_ids.tolist() for generation in fresh]
+    assert [ids for ids, _ in answer["samples"]] == [g.token_ids.tolist() for g in fresh]
 
 
+@pytest.mark.slow
 def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(folder, tmp_path):
     out = str(tmp_path / "export")
-    answer = run_ranks(2, "tests.ranks.sync:sync_two_workers", folder=folder, out=out)
+    answer = run_ranks(2, "tests.support.ranks.sync:sync_two_workers", folder=folder, out=out)
     fresh, served = fresh_engine(out, tmp_path, PROMPT_IDS, seed=3)
     for (ids, logprobs), generation in zip(answer["samples"], fresh, strict=True):
         assert ids == generation.token_ids.tolist()
-        assert max(abs(a - b) for a, b in zip(logprobs, generation.logprobs.tolist(), strict=True)) <= 1e-4
-    # The trainer's tensors, and what a fresh engine holds: equal checksums; two workers' shards were equal too.
+        assert generation.logprobs.tolist() == pytest.approx(logprobs, abs=1e-4)
+    # The tensors of trainer and fresh engine have equal checksums.
     assert wrong_tensors(answer["sent"], served) is None and len(served) == len(answer["sent"]) + 1
     assert answer["metrics"]["sync/verified_tensors"] == len(answer["sent"]) == 20
     assert answer["processes"] >= 3 and answer["left"] == []
 
 
 def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
-    found = run_ranks(2, "tests.ranks.sync:faults", folder=folder)
+    found = run_ranks(2, "tests.support.ranks.sync:faults", folder=folder)
     served = r"are not served as they were sent: model\.embed_tokens\.weight, .*\(and \d+ more\)"
     expected = {
-        "nothing loaded at start": rf"weights of version 0: rank 0, phase verify: 21 of 21 tensors {served}"
-        r"\ngave up after 0 engine restarts",
-        "nothing loaded later": r"weights of version 2: rank 0, phase canary: mean \|engine - trainer\| log-prob gap "
-        r"\S+ nats, above rollout\.canary_tolerance 0\.001; prompt 'row-\d', token \d \(id \d+\): engine -\S+, trainer -",
+        "nothing loaded at start": "weights of version 0: rank 0, phase verify: "
+        rf"21 of 21 tensors {served}\ngave up after 0 engine restarts",
+        "nothing loaded later": "weights of version 2: rank 0, phase canary: "
+        r"mean \|engine - trainer\| log-prob gap \S+ nats, above 0\.001; "
+        r"prompt 'row-\d', token \d \(id \d+\): engine -\S+, trainer -",
         "damaged": r"weights of version 4: rank 0, phase load: load: the rollout engine failed: "
         r".*weight 'model\.layers\.1\.self_attn\.k_proj\.weight' arrived damaged: checksum",
     }
@@ -102,44 +115,69 @@ def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
 
 
 @pytest.mark.slow
-def test_exporters_are_checked_before_the_first_byte(folder):
-    found = run_ranks(2, "tests.ranks.sync:exporter_faults", folder=folder)
-    assert re.match(r"InputError: .*up_proj.weight: shape \(64, 128\), expected \(128, 64\)", found["transposed"])
-    assert "1.mlp.up_proj.weight: missing" in found["renamed"] and "1.mlp.upper_proj.weight: unknown" in found["renamed"]
+def test_exporters_are_checked_before_anything_is_sent(folder):
+    found = run_ranks(2, "tests.support.ranks.sync:exporter_faults", folder=folder)
+    assert re.match(
+        r"InputError: .*up_proj.weight: shape \(64, 128\), expected \(128, 64\)",
+        found["transposed"],
+    )
+    assert (
+        "1.mlp.up_proj.weight: missing" in found["renamed"]
+        and "1.mlp.upper_proj.weight: unknown" in found["renamed"]
+    )
     assert "phase gather" in found["fickle"] and "as in its first pass" in found["fickle"]
-    assert found["whole"]["sync/verified_tensors"] == 20 and found["whole"]["mismatch/canary"] < 1e-4
+    assert (
+        found["whole"]["sync/verified_tensors"] == 20 and found["whole"]["mismatch/canary"] < 1e-4
+    )
 
 
+@pytest.mark.slow
 def test_engine_dies_with_a_rank_that_is_killed_inside_a_sync(folder, tmp_path):
     began = time.monotonic()
     with pytest.raises(AssertionError, match="SIGKILL|exitcode: -9|Signal 9"):
-        run_ranks(2, "tests.ranks.sync:die_midway", folder=folder, pid_file=str(tmp_path / "pid"), timeout=120)
-    assert time.monotonic() - began < 90  # the other rank did not wait for a collective's timeout
+        run_ranks(
+            2,
+            "tests.support.ranks.sync:die_midway",
+            folder=folder,
+            pid_file=str(tmp_path / "pid"),
+            timeout=120,
+        )
+    assert time.monotonic() - began < 90  # shorter than a collective's timeout
     engine, processes = map(int, (tmp_path / "pid").read_text().split())
     assert processes >= 3  # the engine and its two workers
     deadline = time.monotonic() + 20
     while living_in_group(engine):
-        assert time.monotonic() < deadline, "the engine, or one of its workers, outlived its owner"
+        assert time.monotonic() < deadline, "a process of the engine outlived its owner"
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("rank, limit", [(1, 4), pytest.param(0, 16, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_inside_a_sync_is_named_in_time(folder, tmp_path, rank, limit):
     with pytest.raises(AssertionError, match="freeze_midway on 2 ranks failed"):
-        run_ranks(2, "tests.ranks.sync:freeze_midway", folder=folder, rank=rank, out=str(tmp_path / "out"), timeout=150)
+        run_ranks(
+            2,
+            "tests.support.ranks.sync:freeze_midway",
+            folder=folder,
+            rank=rank,
+            out=str(tmp_path / "out"),
+            timeout=150,
+        )
     message, seconds = json.loads((tmp_path / "out").read_text())
-    assert re.match(rf"WeightSyncError: weights: phase transfer: rank {rank} .* for the weights of model\.", message), message
+    assert re.match(
+        rf"WeightSyncError: weights: phase transfer: rank {rank} .* for the weights of model\.",
+        message,
+    ), message
     assert limit <= seconds < limit + 6
 
 
-# -- pure parts -------------------------------------------------------------------------------------------------------
+# -- pure functions -----------------------------------------------------------------------
 
 
-def test_every_transition_of_the_engine_is_legal_or_refused_by_name():
+def test_illegal_transitions_of_the_engine_are_refused():
     legal = {
         ("dead", "starting"), ("starting", "stale"), ("stale", "updating"), ("updating", "ready"),
-        ("updating", "stale"), ("ready", "updating"), ("ready", "asleep"), ("stale", "asleep"), ("asleep", "stale"),
-        ("stale", "ready"),  # an engine that read its weights itself, for evaluation
+        ("updating", "stale"), ("ready", "updating"), ("ready", "asleep"), ("stale", "asleep"),
+        ("asleep", "stale"), ("stale", "ready"),  # the last: an engine that loads its own weights
     } | {(state, "dead") for state in State}  # fmt: skip
     assert {(a, b) for a in State for b in TRANSITIONS[a]} == legal
     for current in State:
@@ -147,28 +185,37 @@ def test_every_transition_of_the_engine_is_legal_or_refused_by_name():
             if (current, following) in legal:
                 check_transition(current, following, "act")
             else:
-                with pytest.raises(EngineError, match=f"act: the rollout engine is {current}; expected "):
+                with pytest.raises(
+                    EngineError, match=f"act: the rollout engine is {current}; expected "
+                ):
                     check_transition(current, following, "act")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checksums_add_up_over_shards_and_see_every_change(dtype):
+def test_checksums_add_up_over_shards_and_detect_every_change(dtype):
     tensor = torch.randn(24, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = tensor_checksum(tensor)
     blocks = [(r, c) for r in (0, 8, 16) for c in (0, 5)]
-    assert sum(tensor_checksum(tensor[r : r + 8, c : c + 5], r, c) for r, c in blocks) % 2**64 == whole
+    assert (
+        sum(tensor_checksum(tensor[r : r + 8, c : c + 5], r, c) for r, c in blocks) % 2**64 == whole
+    )
     bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
     for bit in range(bits.itemsize * 8):
         damaged = tensor.clone()
-        damaged.view(bits)[17, 3] ^= 1 << bit if bit < bits.itemsize * 8 - 1 else torch.iinfo(bits).min
+        damaged.view(bits)[17, 3] ^= (
+            1 << bit if bit < bits.itemsize * 8 - 1 else torch.iinfo(bits).min
+        )
         assert tensor_checksum(damaged) != whole, bit
-    assert tensor_checksum(tensor[torch.randperm(24, generator=torch.Generator().manual_seed(1))]) != whole
+    assert (
+        tensor_checksum(tensor[torch.randperm(24, generator=torch.Generator().manual_seed(1))])
+        != whole
+    )
     assert tensor_checksum(tensor.T.contiguous().T) == whole
     zeros = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny / 4], dtype=dtype)
     assert tensor_checksum(zeros) == 0
 
 
-def test_byte_sum_sees_every_bit_at_any_length():
+def test_byte_sum_detects_every_bit_at_any_length():
     data = bytearray(range(200))
     for size in (0, 1, 7, 8, 67):
         clean = byte_sum(memoryview(data), 3, size)
@@ -180,11 +227,19 @@ def test_byte_sum_sees_every_bit_at_any_length():
 
 def test_comparison_names_what_differs():
     sent = {"model.embed_tokens.weight": 1, "b": 2, "experts": 3}
-    assert wrong_tensors(sent, {"model.embed_tokens.weight": 1, "b": 2, "lm_head.weight": 1}) is None
+    assert (
+        wrong_tensors(sent, {"model.embed_tokens.weight": 1, "b": 2, "lm_head.weight": 1}) is None
+    )
     assert "1 of 4 tensors are not served as they were sent: b" in wrong_tensors(sent, {"b": 5})
     assert "lm_head.weight" in wrong_tensors(sent, {"lm_head.weight": 9})
-    samples = [CanarySample("p", (1,), (7, 8), (-1.0, -2.0)), CanarySample("q", (1,), (9,), (-3.0,))]
+    samples = [
+        CanarySample("p", (1,), (7, 8), (-1.0, -2.0)),
+        CanarySample("q", (1,), (9,), (-3.0,)),
+    ]
     gap, worst = canary_gap(samples, [[-1.0, -2.5], [-3.1]])
-    assert gap == pytest.approx(0.2) and worst == "prompt 'p', token 1 (id 8): engine -2.0000, trainer -2.5000"
+    assert (
+        gap == pytest.approx(0.2)
+        and worst == "prompt 'p', token 1 (id 8): engine -2.0000, trainer -2.5000"
+    )
     gap, worst = canary_gap(samples, [[-1.0, float("nan")], [-3.1]])
     assert gap != gap and "trainer nan" in worst

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is refused on reading, and that writing never leaves half a folder."""
+"""Hugging Face folders: bad files are refused, and an interrupted export changes nothing."""
 
 import json
 
@@ -11,7 +11,7 @@ from megatron_espo.weights.hf_io import open_checkpoint
 from megatron_espo.weights.hf_reader import CheckpointFolder
 from megatron_espo.weights.hf_writer import write_folder
 from megatron_espo.weights.source import ParameterMetadata
-from tests.weights_models import save_model
+from tests.support.weights_models import save_model
 
 
 @pytest.fixture
@@ -28,7 +28,9 @@ def rewrite(folder, tensors) -> None:
 def test_slices_are_those_of_the_file(llama):
     folder, config, tensors = llama
     name = "model.layers.3.mlp.down_proj.weight"
-    assert torch.equal(open_checkpoint(config, folder).get_slice(name, (32, 48))[:, 12:24], tensors[name][:, 12:24])
+    assert torch.equal(
+        open_checkpoint(config, folder).get_slice(name, (32, 48))[:, 12:24], tensors[name][:, 12:24]
+    )
 
 
 def test_sharded_checkpoint_is_the_same(llama, tmp_path):
@@ -54,14 +56,27 @@ def test_missing_unknown_and_misshapen_tensors_are_named(llama):
         CheckpointFolder(folder).get_slice("model.embed_tokens.weight", (132, 32))
 
 
-def test_redundant_tensors_of_old_exports_are_passed_over(llama):
+def test_redundant_tensors_of_old_exports_are_ignored(llama):
     folder, config, tensors = llama
-    redundant = {"lm_head.weight": torch.zeros(131, 32), "model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    redundant = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+    }
     rewrite(folder, tensors | redundant)
     open_checkpoint(config, folder)
     rewrite(folder, tensors)
     with pytest.raises(InputError, match="'lm_head.weight' is missing"):
         open_checkpoint(config | {"tie_word_embeddings": False}, folder)
+
+
+def test_a_tied_model_with_another_head_in_its_file_is_refused(llama):
+    folder, config, tensors = llama
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[130, 31] += 1
+    rewrite(folder, tensors | {"lm_head.weight": head})
+    with pytest.raises(InputError, match="tie_word_embeddings true, but lm_head.weight differs"):
+        open_checkpoint(config, folder)
+    open_checkpoint(config | {"tie_word_embeddings": False}, folder)
 
 
 def test_unreadable_folders_are_named(llama, tmp_path):
@@ -70,7 +85,7 @@ def test_unreadable_folders_are_named(llama, tmp_path):
         CheckpointFolder(tmp_path / "nowhere")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="model.safetensors: not readable"):
+    with pytest.raises(InputError, match="bytes in .*model.safetensors, as its header says"):
         CheckpointFolder(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(InputError, match="expected JSON with a 'weight_map'"):
@@ -95,15 +110,42 @@ def source_dir(tmp_path):
 def test_files_are_bounded_and_complete(tmp_path, source_dir, limit, files):
     out = tmp_path / "runs" / "out"
     write_folder(METADATA, iter(STREAM), out, source_dir, torch.float32, limit)
-    assert json.loads((out / "config.json").read_text()) == {"torch_dtype": "float32", "hidden_size": 32}
+    assert json.loads((out / "config.json").read_text()) == {
+        "torch_dtype": "float32",
+        "hidden_size": 32,
+    }
     assert len(list(out.glob("*.safetensors"))) == files
-    assert {p.name for p in out.iterdir() if p.suffix == ".bin" or "token" in p.name} == {"tokenizer.json"}
+    assert {p.name for p in out.iterdir() if p.suffix == ".bin" or "token" in p.name} == {
+        "tokenizer.json"
+    }
     folder = CheckpointFolder(out)
     assert folder.names == dict(STREAM).keys()
     assert all(torch.equal(folder.get_slice(name, (10,))[:], tensor) for name, tensor in STREAM)
 
 
-def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, source_dir):
+def test_weights_are_as_readable_as_the_configuration(tmp_path, source_dir):
+    out = tmp_path / "out"
+    write_folder(METADATA, iter(STREAM), out, source_dir, torch.float32, 40)
+    modes = {file.stat().st_mode for file in out.iterdir()}
+    assert len(modes) == 1
+
+
+def test_the_export_has_the_tokenizer_of_the_run(tmp_path, source_dir):
+    tokenizer, out = tmp_path / "tokenizer", tmp_path / "out"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text('{"other": 1}')
+    (tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    options = (source_dir, torch.float32, 1 << 20)
+    write_folder(METADATA, iter(STREAM), out, *options, tokenizer=str(tokenizer))
+    assert (out / "tokenizer.json").read_text() == '{"other": 1}'
+    assert (out / "chat_template.jinja").is_file()
+    (tmp_path / "spm.model").write_bytes(b"model")
+    write_folder(METADATA, iter(STREAM), out, *options, tokenizer=str(tmp_path / "spm.model"))
+    assert (out / "tokenizer.model").read_bytes() == b"model"
+    assert not (out / "tokenizer.json").exists()
+
+
+def test_an_interrupted_export_keeps_the_earlier_one(tmp_path, source_dir):
     out = tmp_path / "out"
     write_folder(METADATA, iter(STREAM), out, source_dir, torch.float32, 40)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
@@ -115,6 +157,13 @@ def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, source_dir):
     with pytest.raises(OSError, match="disk full"):
         write_folder(METADATA, interrupted(), out, source_dir, torch.float32, 40)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    write_folder(METADATA, ((name, tensor + 1) for name, tensor in STREAM), out, source_dir, torch.float32, 1 << 20)
+    write_folder(
+        METADATA,
+        ((name, tensor + 1) for name, tensor in STREAM),
+        out,
+        source_dir,
+        torch.float32,
+        1 << 20,
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
     assert torch.equal(CheckpointFolder(out).get_slice("tensor3", (10,))[:], STREAM[3][1] + 1)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The Python environment of the quick start and the tests. Run it to install, source it to also use what it installed.
-#   An active virtual environment is used as it is, with what it lacks added; otherwise `.venv` in the repository.
-#   Installs requirements/cpu-py3XX.txt (pinned, with hashes) and torch's CPU build; installs nothing when all is there.
+#   Uses the active virtual environment, or makes `.venv` in the repository. Installs only what the environment lacks of
+#   requirements/cpu-py3XX.txt (pinned, with hashes) and torch's CPU build.
 #   MEGATRON_ESPO_ALLOW_CUDA_TORCH=1   accept torch's CUDA build (several GB) where the package index has no CPU build
 # No `set -e` here: it would stay on in the shell that sources this file.
 
@@ -19,7 +19,7 @@ espo_activate() {
         case "$(espo_version "$VIRTUAL_ENV/bin/python")" in
             3.11 | 3.12) ;;
             *) espo_fail "the active environment $VIRTUAL_ENV has Python '$(espo_version "$VIRTUAL_ENV/bin/python")'," \
-                "expected 3.11 or 3.12: run 'deactivate' to let this script make its own"; return ;;
+                "expected 3.11 or 3.12: run 'deactivate', and this script makes .venv"; return ;;
         esac
     elif [ ! -x "$root/.venv/bin/pip" ]; then
         for candidate in python3.11 python3.12 python3 ""; do
@@ -36,7 +36,7 @@ espo_activate() {
     export PATH="$VIRTUAL_ENV/bin:$PATH"
 }
 
-# Installs torch's CPU build, after asking the index which build it would give.
+# Installs torch's CPU build. A dry run first shows which build the index has.
 espo_install_torch() {
     local build
     build=$(python -m pip install -qq --dry-run --ignore-installed --no-deps --report - "torch==$espo_torch" |
@@ -52,13 +52,13 @@ print("cuda" if any(need.startswith(("nvidia-", "cuda-")) for need in needs) els
         espo_say "installing torch $espo_torch (CUDA build, several GB)"
         python -m pip install -qq "torch==$espo_torch"
     else
-        espo_fail "this machine's package index gives the CUDA build of torch $espo_torch (several GB)." \
+        espo_fail "this machine's package index has only the CUDA build of torch $espo_torch (several GB)." \
             $'\n  CPU build:   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash tools/env.sh' \
             $'\n  CUDA build:  MEGATRON_ESPO_ALLOW_CUDA_TORCH=1 bash tools/env.sh'
     fi
 }
 
-# Installs the pinned packages, torch and this repository where they are lacking.
+# Installs the missing ones of the pinned packages, torch and this repository.
 espo_install() {
     local root=$1 pins=$2 lacking torch
     lacking=$(python "$root/tools/missing_packages.py" "$pins" "$root") || return
@@ -67,7 +67,7 @@ espo_install() {
         "$espo_torch"*) ;;
         "") espo_install_torch || return ;;
         *) espo_fail "$VIRTUAL_ENV has torch $torch, expected $espo_torch: use another environment" \
-            "(run 'deactivate' to let this script make its own)"; return ;;
+            "(run 'deactivate', and this script makes .venv)"; return ;;
     esac
     if [ -n "${lacking%megatron-espo}" ]; then
         espo_say "installing $(grep -c == <<<"$lacking") pinned packages into $VIRTUAL_ENV (minutes, the first time)"
@@ -89,7 +89,7 @@ espo_env() {
         return
     fi
     pins="$root/requirements/cpu-py$(espo_version python | tr -d .).txt"
-    # Two first runs at once must not install over each other; the lock ends with the subshell.
+    # The lock keeps two first runs from installing at the same time; it ends with the subshell.
     # shellcheck disable=SC2094 # flock locks the file it is given; nothing writes to it
     (flock 9 && espo_install "$root" "$pins") 9<"$pins" || return
     espo_say "ready: $VIRTUAL_ENV"

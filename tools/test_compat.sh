@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The core tests (no engine) against several Megatron-Core releases: source tools/env.sh; bash tools/test_compat.sh [VERSION ...]
-# A release is downloaded without its dependencies, also where it asks for a newer Python than this one, unpacked under
-# build/compat and put before the installed one; the environment stays as it is. COMPAT_TESTS="tests/..." runs other tests.
-# Prints a row of docs/compatibility.md for each; exit code 1 if a test failed. Logs: build/compat/<version>.log
+# Each release is downloaded without its dependencies, whatever Python it needs, unpacked under build/compat and put first on
+# PYTHONPATH; the environment does not change. COMPAT_TESTS="tests/..." runs other tests.
+# Prints a row of CONTRIBUTING.md for each release; exit code 1 if a test failed. Logs: build/compat/<version>.log
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,7 +18,7 @@ for version in "${versions[@]}"; do
     release=$folder/$version
     if [ ! -d "$release/megatron" ]; then
         python -m pip download -qq --no-deps --only-binary :all: --ignore-requires-python --dest "$folder/wheels-$version" \
-            "megatron-core==$version" || { echo "| $version | not to be had |"; failed=1; continue; }
+            "megatron-core==$version" || { echo "| $version | not found |"; failed=1; continue; }
         python -m zipfile -e "$folder/wheels-$version"/*.whl "$release"
     fi
     PYTHONPATH=$release:$PWD python -m pytest -q -p no:cacheprovider -m "not slow" "${tests[@]}" >"$release.log" 2>&1 || failed=1

@@ -1,19 +1,46 @@
-"""The mathematics of the objectives. Imports torch and nothing else: no process groups, no Megatron, no vLLM."""
+"""Objectives, advantages and regularizers: torch only, no process groups, Megatron or vLLM."""
 
 from megatron_espo.algo.advantages import group_advantages, overlong_penalty
-from megatron_espo.algo.objectives import OBJECTIVES, Objective, policy_loss
+from megatron_espo.algo.objectives import (
+    CISPO,
+    DAPO,
+    ESPO,
+    GMPO,
+    GRPO,
+    GSPO,
+    OBJECTIVES,
+    DrGRPO,
+    LossInputs,
+    LossOutput,
+    Objective,
+    importance_ratio,
+    load_objective,
+    would_clip,
+)
+from megatron_espo.algo.padded import padded_loss
 from megatron_espo.algo.regularizers import kl_estimate, rollout_correction
-from megatron_espo.algo.segments import Annotation, annotate, entropy_groups
+from megatron_espo.algo.segments import TokenSegments, entropy_groups
 
 __all__ = [
+    "CISPO",
+    "DAPO",
+    "ESPO",
+    "GMPO",
+    "GRPO",
+    "GSPO",
     "OBJECTIVES",
-    "Annotation",
+    "DrGRPO",
+    "LossInputs",
+    "LossOutput",
     "Objective",
-    "annotate",
+    "TokenSegments",
     "entropy_groups",
     "group_advantages",
+    "importance_ratio",
     "kl_estimate",
+    "load_objective",
     "overlong_penalty",
-    "policy_loss",
+    "padded_loss",
     "rollout_correction",
+    "would_clip",
 ]

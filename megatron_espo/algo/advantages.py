@@ -1,4 +1,4 @@
-"""Group-relative advantages (Eq. 11), and what length takes from a reward."""
+"""Group-relative advantages (Eq. 11) and the penalty for long responses."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     """``A = (R - mean) / std`` over the responses of each prompt whose verifier ran (Eq. 11).
 
     Args:
-        rewards: ``[prompts, group_size]``; NaN marks a response whose reward could not be computed. It gets ``A = 0``
-            and is left out of the mean and the standard deviation.
+        rewards: ``[prompts, group_size]``; NaN where the verifier failed. Such a response gets
+            ``A = 0`` and does not count in mean and standard deviation.
         normalize_std: divide by the unbiased standard deviation; ``False`` only centres (Dr. GRPO).
 
     Returns:
@@ -21,30 +21,33 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     if rewards.dim() != 2 or rewards.size(1) < 2:
         raise ValueError(f"rewards: expected [prompts, group_size >= 2], got {list(rewards.shape)}")
     if rewards.isinf().any():
-        raise ValueError("rewards: expected finite values (NaN where the verifier failed), got an infinite one")
+        raise ValueError(
+            "rewards: expected finite values, or NaN where the verifier failed; got inf"
+        )
     rewards = rewards.double()
     ran = ~rewards.isnan()
     filled = rewards.where(ran, 0.0)
     count = ran.sum(1, keepdim=True)
     centred = (filled - filled.sum(1, keepdim=True) / count.clamp(min=1)).where(ran, 0.0)
-    # "All equal" is max == min: the floating-point std of eight equal 100.1s is 1.6e-5, not 0.
+    # Compare maximum and minimum: the floating-point std of eight equal 100.1s is 1.6e-5, not 0.
     highest = rewards.where(ran, -torch.inf).amax(1, keepdim=True)
-    lowest = rewards.where(ran, torch.inf).amin(1, keepdim=True)
-    varies = highest > lowest
+    varies = highest > rewards.where(ran, torch.inf).amin(1, keepdim=True)
     if normalize_std:
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
         centred = centred / std.where(varies, 1.0)
     return centred.where(varies, 0.0).float()
 
 
-def overlong_penalty(lengths: Tensor, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0) -> Tensor:
-    """DAPO's soft overlong penalty: 0 up to ``max_tokens - buffer_tokens``, falling to ``-factor`` at ``max_tokens``.
+def overlong_penalty(
+    lengths: Tensor, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0
+) -> Tensor:
+    """DAPO's soft overlong penalty: from 0 at ``max_tokens - buffer_tokens`` to ``-factor``.
 
     Args:
         lengths: response tokens, any shape, at most ``max_tokens``.
 
     Returns:
-        What is added to the rewards, of the same shape, float32.
+        The same shape, float32, to be added to the rewards.
     """
     beyond = (lengths - (max_tokens - buffer_tokens)).clamp(min=0)
     return -factor * beyond.float() / buffer_tokens

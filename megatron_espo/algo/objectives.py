@@ -1,183 +1,431 @@
-"""ESPO and its relatives as one formulation: segments, bounds, weights and a surrogate.
+"""ESPO and other policy objectives, one class each, with its settings.
 
-All tokens of a segment share one importance ratio; each token carries its own clip bounds and weight. A new objective
-is one :class:`Objective` in :data:`OBJECTIVES`.
+An objective cuts responses into segments and gives each token a clip range and a weight. All tokens
+of a segment share one importance ratio. The loss is ``-Σ_t w_t surrogate_t``; each class has its
+own surrogate.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-# Exponents are clamped before exp: one wild token must not turn a step into inf.
+from megatron_espo.algo.segments import (
+    Segments,
+    SumOverRanks,
+    TokenSegments,
+    check_range,
+    entropy_groups,
+    response_index,
+    sum_by_index,
+)
+from megatron_espo.errors import InputError
+from megatron_espo.plugins import load_object
+
+# Exponents are clamped before exp, so that one extreme token does not make the loss infinite.
 MAX_EXPONENT = 20.0
 
-Reduce = Callable[[Tensor], Tensor]
+Segmentation = Literal["entropy", "response", "token"]
+Aggregation = Literal["segment", "response", "token"]
+RatioForm = Literal["segment", "segment_times_token"]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """How an objective differs from the others.
-
-    Attributes:
-        segments: what shares a ratio: ``entropy`` groups, the ``response``, or each ``token``.
-        weights: what counts the same: every ``segment`` of a response (``1/(N K_i n_σ)``), every ``response``
-            (``1/(N T_i)``), every ``token`` (``1/ΣT``), or tokens against the length ``limit`` (``1/(N T_max)``).
-        surrogate: ``(logprob, log_ratio, advantage, annotation, algorithm, reduce_segments)`` to
-            ``(surrogate, detached ratio, token has no gradient)``, all ``[tokens]``.
-        low, high: default clip range; ESPO derives its own (Eq. 8).
-    """
-
-    segments: str
-    weights: str
-    surrogate: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    low: float = 0.2
-    high: float = 0.2
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossOutput:
-    """What :func:`policy_loss` hands back.
+    """What an objective computes from :class:`LossInputs`.
 
     Attributes:
-        loss: scalar, the sum over these tokens of ``-weight * surrogate``.
-        ratio: ``[tokens]`` detached importance ratio of each token's segment.
-        clipped_low, clipped_high: ``[tokens]`` bool, the ratio lies outside its bound on that side.
-        no_gradient: ``[tokens]`` bool, the token's loss is constant in the policy.
-        would_clip: objective's name to ``[tokens]`` bool, the ratio of GRPO or GSPO lies outside their default bounds.
+        loss: scalar with gradient, the sum of ``-weight * surrogate`` over these tokens.
+        ratio: ``[tokens]``, detached importance ratio of each token's segment.
+        no_gradient: ``[tokens]`` bool, the token's surrogate is constant in the policy.
     """
 
     loss: Tensor
     ratio: Tensor
-    clipped_low: Tensor
-    clipped_high: Tensor
     no_gradient: Tensor
-    would_clip: dict[str, Tensor]
 
 
-def policy_loss(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    annotation,
-    algorithm,
-    *,
-    reduce_segments: Reduce | None = None,
-) -> LossOutput:
-    """``-Σ_t w_t min(s_t A_t, clip(s_t, 1 - lo_t, 1 + hi_t) A_t)`` with the segment's ratio (Eq. 9, 10).
+@dataclass(frozen=True, eq=False)
+class LossInputs:
+    """One micro-batch as an objective takes it; under context parallelism, this rank's tokens.
 
-    Args:
-        logprob: ``[tokens]`` float32, log π_θ(y_t) in nats at the sampling temperature, with gradient.
+    Attributes:
+        logprob: ``[tokens]`` float32 with gradient, log π_θ(y_t) at the sampling temperature
+            (nats).
         old_logprob: ``[tokens]`` float32, the same of the policy before the update.
         advantage: ``[tokens]`` float32.
-        annotation: :class:`~megatron_espo.algo.segments.Annotation` of the same tokens (a slice of it under context
-            parallelism).
-        algorithm: the ``algorithm`` section of the configuration.
-        reduce_segments: sums a vector over context-parallel ranks; the only collective an objective ever needs.
+        segments: of the same tokens.
+        entropy: ``[tokens]`` float32, entropy of π_θ (nats); with gradient if
+            :attr:`Objective.uses_entropy`.
+        sum_over_ranks: sums a vector over context-parallel ranks, the only collective of an
+            objective.
 
     Raises:
-        ValueError: log-probs that are NaN, infinite or positive; segments that do not cover the tokens.
+        ValueError: log-probs that are NaN, infinite or positive.
     """
-    _check(logprob, old_logprob, annotation)
-    reduce_segments = reduce_segments or (lambda sums: sums)
-    objective = OBJECTIVES[algorithm.objective]
-    log_ratio = (logprob - old_logprob).detach()
-    surrogate, ratio, no_gradient = objective.surrogate(
-        logprob, log_ratio, advantage, annotation, algorithm, reduce_segments
-    )
-    # GMPO's bounds are on the token's log-ratio, everyone else's on the ratio.
-    position = log_ratio if objective.surrogate is geometric_mean_surrogate else ratio - 1
-    return LossOutput(
-        loss=-(annotation.weight * surrogate).sum(),
-        ratio=ratio,
-        clipped_low=position < -annotation.low,
-        clipped_high=position > annotation.high,
-        no_gradient=no_gradient,
-        would_clip=_would_clip(log_ratio, annotation, reduce_segments),
-    )
+
+    logprob: Tensor
+    old_logprob: Tensor
+    advantage: Tensor
+    segments: TokenSegments
+    entropy: Tensor | None = None
+    sum_over_ranks: SumOverRanks = field(default=lambda sums: sums)
+
+    def __post_init__(self) -> None:
+        for name in ("old_logprob", "logprob"):
+            values, expected = getattr(self, name).detach(), "log-probabilities (finite, at most 0)"
+            check_range(name, values, torch.finfo(values.dtype).min, 1e-4, expected)
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """``[tokens]``, detached ``log π_θ - log π_old`` of each token."""
+        return (self.logprob - self.old_logprob).detach()
+
+    def segment_mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values [tokens]`` over each token's whole segment, ``[tokens]``."""
+        return self._mean(values, self.segments.segment, self.segments.size)
+
+    def response_mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values [tokens]`` over each token's whole response, ``[tokens]``."""
+        return self._mean(values, self.segments.response, self.segments.length)
+
+    def _mean(self, values: Tensor, index: Tensor, size: Tensor) -> Tensor:
+        sums = self.sum_over_ranks(sum_by_index(values, index, size.numel()))
+        return (sums / size)[index]
+
+    def output(self, surrogate: Tensor, ratio: Tensor, no_gradient: Tensor) -> LossOutput:
+        """The loss ``-Σ_t w_t surrogate_t``, with ratio and mask; each ``[tokens]``."""
+        return LossOutput(-(self.segments.weight * surrogate).sum(), ratio.detach(), no_gradient)
 
 
-def _check(logprob: Tensor, old_logprob: Tensor, annotation) -> None:
-    for name, values in (("old_logprob", old_logprob), ("logprob", logprob.detach())):
-        # Written so that NaN fails too.
-        wrong = ~((values <= 1e-4) & (values > -torch.inf))
-        if wrong.any():
-            position = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"{name}: expected log-probabilities (finite, at most 0), got {float(values[position])} at token {position}"
-            )
-    segment, size = annotation.segment, annotation.size
-    if segment.shape != logprob.shape:
-        raise ValueError(f"annotation: expected a segment for each of {len(logprob)} tokens, got {len(segment)}")
-    found = torch.bincount(segment, minlength=len(size))
-    # A context-parallel rank has some of a segment's tokens; nobody has more than there are.
-    whole = int(size.sum()) == len(segment)
-    if len(found) > len(size) or (found > size).any() or (whole and (found < size).any()):
-        raise ValueError(
-            f"annotation: segments do not cover the tokens: expected sizes {size.tolist()[:8]}, found {found.tolist()[:8]}"
-        )
-
-
-def _would_clip(log_ratio: Tensor, annotation, reduce_segments: Reduce) -> dict[str, Tensor]:
-    """Tokens whose ratio under GRPO's (token) and GSPO's (response) rule lies outside their default bounds."""
-    sequence = _mean(log_ratio, annotation.response, annotation.length, reduce_segments)
-    positions = {"grpo": log_ratio.expm1(), "gspo": sequence.expm1()}
-    return {name: (p < -OBJECTIVES[name].low) | (p > OBJECTIVES[name].high) for name, p in positions.items()}
-
-
-def _mean(values: Tensor, index: Tensor, size: Tensor, reduce_segments: Reduce) -> Tensor:
-    """Mean of ``values [tokens]`` over all tokens with the same ``index``, for each token ``[tokens]``."""
-    sums = values.new_zeros(size.numel()).index_add_(0, index, values)
-    return (reduce_segments(sums) / size)[index]
-
-
-def _ratio(exponent: Tensor, logprob: Tensor) -> Tensor:
-    """``sg[exp(exponent)] · exp(logp - sg[logp])``: the segment's value, the token's gradient."""
+def importance_ratio(exponent: Tensor, logprob: Tensor) -> Tensor:
+    """``sg[exp(exponent)] · exp(logp - sg[logp])``: each token has its own gradient (Eq. 9)."""
     value = exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
     return value * (logprob - logprob.detach()).exp()
 
 
-def clipped_surrogate(logprob, log_ratio, advantage, annotation, algorithm, reduce_segments):
-    """PPO's pessimistic minimum with the segment's length-normalised ratio (ESPO, GSPO, GRPO, Dr. GRPO, DAPO)."""
-    exponent = _mean(log_ratio, annotation.segment, annotation.size, reduce_segments)
-    if algorithm.ratio == "segment_times_token":  # Eq. 9 to the letter
-        exponent = exponent + log_ratio
-    ratio = _ratio(exponent, logprob)
-    clipped = ratio.detach().clamp(1 - annotation.low, 1 + annotation.high) * advantage
-    surrogate = ratio * advantage
-    constant = clipped < surrogate
-    surrogate = surrogate.where(~constant, clipped)
-    if algorithm.dual_clip is not None:
-        floor = algorithm.dual_clip * advantage
-        below = (advantage < 0) & (surrogate < floor)
-        surrogate, constant = surrogate.where(~below, floor), constant | below
-    return surrogate, ratio.detach(), constant | (advantage == 0)
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """A policy objective. A subclass is a frozen dataclass whose fields are its settings.
+
+    Attributes:
+        quantiles: entropy quantiles inside a response at which its tokens are cut into groups;
+            every objective reports its metrics by group.
+        segmentation: tokens that share a ratio: an ``entropy`` group, the ``response``, or each
+            ``token`` alone.
+        aggregation: what has equal weight: each ``segment`` of a response (``w_t = 1/(N K_i
+            n_σ)``), each ``response`` (``1/(N T_i)``), or each ``token`` (``1/ΣT``).
+        uses_entropy: the loss differentiates :attr:`LossInputs.entropy`.
+    """
+
+    quantiles: tuple[float, ...] = (0.8,)
+
+    segmentation: ClassVar[Segmentation]
+    aggregation: ClassVar[Aggregation]
+    uses_entropy: ClassVar[bool] = False
+
+    @abstractmethod
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """Loss of one micro-batch; :meth:`LossInputs.output` sums a surrogate."""
+
+    def bounds(self, segments: Segments, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """Clip range ``(low, high)``, each ``[tokens]``; infinite unless a subclass clips."""
+        unbounded = torch.full_like(segments.entropy, torch.inf)
+        return unbounded, unbounded
+
+    def token_counts(self, segments: Segments, num_responses: int, num_tokens: int) -> Tensor:
+        """Reciprocal weights ``[tokens]`` int64; arguments as in :meth:`segment_tokens`."""
+        segment, response = segments.segment, segments.response
+        if self.aggregation == "token":
+            return torch.full_like(response, num_tokens)
+        if self.aggregation == "response":
+            return num_responses * segments.length[response]
+        first = torch.zeros_like(segments.size).index_put_((segment,), response)
+        segments_of = torch.bincount(first, minlength=segments.length.numel())
+        return num_responses * segments_of[response] * segments.size[segment]
+
+    def segment_tokens(
+        self,
+        entropy: Tensor,
+        lengths: Tensor,
+        *,
+        vocab_size: int,
+        num_responses: int,
+        num_tokens: int,
+    ) -> TokenSegments:
+        """Cut whole responses into segments, with bounds and weights (Eq. 7, 8).
+
+        Zero collectives. The result does not depend on which other responses are in the call.
+
+        Args:
+            entropy: ``[tokens]`` float32, entropy of the old policy over the true vocabulary
+                (nats).
+            lengths: ``[responses]`` int64, all at least 1.
+            vocab_size: the true vocabulary; its logarithm is the largest possible entropy.
+            num_responses: ``N`` of the optimizer step's whole batch, masked responses included.
+            num_tokens: response tokens ``ΣT`` of the optimizer step's whole batch.
+
+        Raises:
+            ValueError: entropies outside ``[0, ln V]``, or lengths whose sum is not the number of
+                tokens.
+        """
+        if entropy.dim() != 1 or int(lengths.sum()) != entropy.numel() or (lengths < 1).any():
+            raise ValueError(
+                f"lengths: expected lengths of at least 1 whose sum is the {entropy.numel()} "
+                f"tokens of entropy, got {lengths.tolist()[:8]} with sum {int(lengths.sum())}"
+            )
+        highest = math.log(vocab_size)
+        expected = f"values in [0, ln {vocab_size} = {highest:.4f}] nats (true vocabulary)"
+        check_range("entropy", entropy, -1e-3, highest + 1e-3, expected)
+        response = response_index(lengths)
+        group = entropy_groups(entropy, lengths, self.quantiles)
+        key = {
+            "entropy": response * (len(self.quantiles) + 1) + group,
+            "response": response,
+            "token": torch.arange(entropy.numel(), device=entropy.device),
+        }[self.segmentation]
+        _, segment, size = torch.unique(key, return_inverse=True, return_counts=True)
+        cut = Segments(segment, size, response, lengths, group, entropy)
+        low, high = self.bounds(cut, vocab_size)
+        weight = self.token_counts(cut, num_responses, num_tokens).to(entropy).reciprocal()
+        return TokenSegments(**vars(cut), low=low, high=high, weight=weight)
+
+    def clipped(self, inputs: LossInputs, output: LossOutput) -> tuple[Tensor, Tensor]:
+        """Whether a ratio lies below or above its range, ``[tokens]`` bool each; for metrics."""
+        return _outside(output.ratio - 1, inputs.segments.low, inputs.segments.high)
 
 
-def detached_ratio_surrogate(logprob, log_ratio, advantage, annotation, algorithm, reduce_segments):
-    """CISPO: the clipped ratio is a detached weight, so that every token keeps its gradient."""
-    ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-    weight = ratio.clamp(1 - annotation.low, 1 + annotation.high)
-    return weight * advantage * logprob, ratio, advantage == 0
+def _outside(value, low, high) -> tuple[Tensor, Tensor]:
+    return value < -low, value > high
 
 
-def geometric_mean_surrogate(logprob, log_ratio, advantage, annotation, algorithm, reduce_segments):
-    """GMPO: token log-ratios are clipped (pessimistically) before the response's geometric mean is taken."""
-    clipped = log_ratio.clamp(-annotation.low, annotation.high)
-    pessimistic = torch.where(advantage > 0, torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped))
-    exponent = _mean(pessimistic, annotation.segment, annotation.size, reduce_segments)
-    constant = pessimistic != log_ratio
-    ratio = _ratio(exponent, logprob.where(~constant, logprob.detach()))
-    return ratio * advantage, ratio.detach(), constant | (advantage == 0)
+@dataclass(frozen=True, kw_only=True)
+class _Clipped(Objective):
+    """PPO's pessimistic minimum: ``min(s_t A_t, clip(s_t, 1 - low, 1 + high) A_t)`` (Eq. 9, 10).
+
+    Attributes:
+        dual_clip: bounds the surrogate of negative advantages to ``dual_clip · A``; ``None``: no
+            bound.
+    """
+
+    dual_clip: float | None = None
+
+    def exponent(self, inputs: LossInputs) -> Tensor:
+        """Logarithm of each token's ratio: the segment's length-normalised one."""
+        return inputs.segment_mean(inputs.log_ratio)
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        advantage, segments = inputs.advantage, inputs.segments
+        ratio = importance_ratio(self.exponent(inputs), inputs.logprob)
+        clipped = ratio.detach().clamp(1 - segments.low, 1 + segments.high) * advantage
+        surrogate = ratio * advantage
+        constant = clipped < surrogate
+        surrogate = surrogate.where(~constant, clipped)
+        if self.dual_clip is not None:
+            floor = self.dual_clip * advantage
+            below = (advantage < 0) & (surrogate < floor)
+            surrogate, constant = surrogate.where(~below, floor), constant | below
+        return inputs.output(surrogate, ratio, constant | (advantage == 0))
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "espo": Objective("entropy", "segment", clipped_surrogate),
-    "gspo": Objective("response", "response", clipped_surrogate, 3e-4, 4e-4),
-    "grpo": Objective("token", "response", clipped_surrogate),
-    "dr_grpo": Objective("token", "limit", clipped_surrogate),
-    "dapo": Objective("token", "token", clipped_surrogate, 0.2, 0.28),
-    "cispo": Objective("token", "token", detached_ratio_surrogate),
-    "gmpo": Objective("response", "response", geometric_mean_surrogate, 0.4, 0.4),
+@dataclass(frozen=True, kw_only=True)
+class _SegmentRatio(_Clipped):
+    """Clipped objective of long segments.
+
+    Attributes:
+        ratio: the segment's ratio, or ``segment_times_token``: Eq. 9 to the letter.
+    """
+
+    ratio: RatioForm = "segment"
+
+    def exponent(self, inputs: LossInputs) -> Tensor:
+        exponent = super().exponent(inputs)
+        return exponent + inputs.log_ratio if self.ratio == "segment_times_token" else exponent
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FixedBounds(Objective):
+    """The same clip range for all tokens.
+
+    Attributes:
+        clip_low, clip_high: clip range below and above a ratio of 1 (GMPO: below and above a
+            log-ratio of 0).
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def bounds(self, segments: Segments, vocab_size: int) -> tuple[Tensor, Tensor]:
+        low, high = (torch.full_like(segments.entropy, x) for x in (self.clip_low, self.clip_high))
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESPO(_SegmentRatio):
+    """One ratio for each entropy group of a response; the clip range follows the group's entropy.
+
+    Attributes:
+        alpha: scale of the clip range (Eq. 8).
+        clip_floor: smallest clip range of a group.
+    """
+
+    alpha: float = 0.02
+    clip_floor: float = 0.0
+
+    segmentation = "entropy"
+    aggregation = "segment"
+
+    def bounds(self, segments: Segments, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """``alpha / ln V`` times the group's mean entropy, on both sides (Eq. 8)."""
+        size, segment = segments.size, segments.segment
+        mean = sum_by_index(segments.entropy, segment, size.numel()) / size
+        epsilon = (self.alpha / math.log(vocab_size) * mean).clamp(min=self.clip_floor)[segment]
+        return epsilon, epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPO(_SegmentRatio, _FixedBounds):
+    """One ratio for each response."""
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+    segmentation = "response"
+    aggregation = "response"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(_Clipped, _FixedBounds):
+    """One ratio for each token; responses have equal weight."""
+
+    segmentation = "token"
+    aggregation: ClassVar[Aggregation] = "response"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrGRPO(GRPO):
+    """GRPO whose tokens have the weight ``1/(N T_max)``.
+
+    Attributes:
+        max_response_tokens: ``T_max``, the generation limit.
+    """
+
+    max_response_tokens: int
+
+    def token_counts(self, segments: Segments, num_responses: int, num_tokens: int) -> Tensor:
+        return torch.full_like(segments.segment, num_responses * self.max_response_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DAPO(GRPO):
+    """GRPO whose tokens have equal weight, with a wider clip range above 1."""
+
+    clip_high: float = 0.28
+
+    aggregation = "token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(_FixedBounds):
+    """The clipped ratio is a detached factor of the log-prob: every token has a gradient."""
+
+    segmentation = "token"
+    aggregation = "token"
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        advantage, segments = inputs.advantage, inputs.segments
+        ratio = inputs.log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+        factor = ratio.clamp(1 - segments.low, 1 + segments.high)
+        return inputs.output(factor * advantage * inputs.logprob, ratio, advantage == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMPO(_FixedBounds):
+    """Token log-ratios are clipped (pessimistically) before the response's geometric mean."""
+
+    clip_low: float = 0.4
+    clip_high: float = 0.4
+
+    segmentation = "response"
+    aggregation = "response"
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        log_ratio, advantage, logprob = inputs.log_ratio, inputs.advantage, inputs.logprob
+        clipped = log_ratio.clamp(-inputs.segments.low, inputs.segments.high)
+        pessimistic = torch.where(
+            advantage > 0, torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped)
+        )
+        constant = pessimistic != log_ratio
+        free = logprob.where(~constant, logprob.detach())
+        ratio = importance_ratio(inputs.segment_mean(pessimistic), free)
+        return inputs.output(ratio * advantage, ratio, constant | (advantage == 0))
+
+    def clipped(self, inputs: LossInputs, output: LossOutput) -> tuple[Tensor, Tensor]:
+        return _outside(inputs.log_ratio, inputs.segments.low, inputs.segments.high)
+
+
+def would_clip(inputs: LossInputs) -> dict[str, Tensor]:
+    """Whether a ratio lies outside the default bounds of GRPO or GSPO, ``[tokens]`` bool each.
+
+    For metrics. One sum over context-parallel ranks.
+    """
+    log_ratio = inputs.log_ratio
+    rules: dict[str, tuple[type[_FixedBounds], Tensor]] = {
+        "grpo": (GRPO, log_ratio),
+        "gspo": (GSPO, inputs.response_mean(log_ratio)),
+    }
+    return {
+        name: torch.logical_or(*_outside(exponent.expm1(), cls.clip_low, cls.clip_high))
+        for name, (cls, exponent) in rules.items()
+    }
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "espo": ESPO,
+    "gspo": GSPO,
+    "grpo": GRPO,
+    "dr_grpo": DrGRPO,
+    "dapo": DAPO,
+    "cispo": CISPO,
+    "gmpo": GMPO,
 }
+
+
+def load_objective(algorithm: Any, *, max_response_tokens: int | None = None) -> Objective:
+    """The objective of the ``algorithm`` section of a configuration.
+
+    A built-in objective takes its settings from the keys of the section; a ``module:Class`` takes
+    them from ``objective_args``. Both get ``quantiles``, and ``max_response_tokens`` if they have
+    that field.
+
+    Args:
+        algorithm: :class:`megatron_espo.config.Algorithm`.
+        max_response_tokens: the generation limit.
+
+    Raises:
+        InputError: an unknown objective, or settings that its class does not have.
+    """
+    name = algorithm.objective
+    shared = {"quantiles": algorithm.quantiles, "max_response_tokens": max_response_tokens}
+    given: Mapping[str, Any] = vars(algorithm)
+    cls = OBJECTIVES.get(name)
+    if cls is None:
+        cls, given = load_object("algorithm.objective", name), algorithm.objective_args
+        if not (isinstance(cls, type) and issubclass(cls, Objective)):
+            raise InputError(f"algorithm.objective: expected a subclass of Objective, got {name}")
+        known = {field.name for field in fields(cls)} - shared.keys()
+        if unknown := sorted(given.keys() - known):
+            raise InputError(
+                f"algorithm.objective_args: expected settings of {name} "
+                f"({', '.join(sorted(known)) or 'it has none'}), got {', '.join(unknown)}"
+            )
+    settings = {key: value for key, value in (shared | dict(given)).items() if value is not None}
+    try:
+        return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"algorithm.objective_args: {name}: {error}") from None

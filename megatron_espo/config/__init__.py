@@ -1,4 +1,5 @@
-"""One training run's settings: read, checked and explained before torch, Megatron-Core or vLLM is imported."""
+"""Settings of a run: schema, loader, checks and reference. Imports neither torch nor
+Megatron-Core nor vLLM."""
 
 from megatron_espo.config.loading import load_config
 from megatron_espo.config.reference import render_reference

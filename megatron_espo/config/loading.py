@@ -1,4 +1,5 @@
-"""A YAML file and ``section.key=value`` overrides to a ``Config``, or one ``InputError`` that lists every mistake."""
+"""Reads a YAML file and ``section.key=value`` overrides into a ``Config``. One ``InputError``
+lists every mistake."""
 
 import difflib
 import json
@@ -14,27 +15,43 @@ from megatron_espo.errors import InputError
 
 Places = dict[yaml_source.Path, str]
 
-# Settings and values of older releases, and what to use instead.
-_REPLACED = {
-    "rollout.extra_prompts": "use rollout.max_staleness, and rollout.over_sampling_prompts for the number of prompts",
+# Settings of older releases, and what to use or what happens instead.
+_REMOVED = {
+    "environment.max_concurrent": "at most 4096 trajectories run at the same time",
+    "environment.retries": "a failed trajectory is started once more",
+    "eval.max_response_tokens": "use rollout.max_response_tokens, which limits evaluations too",
+    "eval.top_p": "evaluations sample without top-p",
+    "optimizer.lr_decay_iters": "the learning rate decays over all optimizer steps of the run",
+    "optimizer.spike_window": "optimizer.spike_factor compares with the last 50 gradient norms",
+    "reward.overlap": "rewards are computed while other responses are sampled",
+    "reward.overlong_penalty": "the overlong penalty is 1 at the length limit",
+    "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
+    "rollout.canary_prompts=0 turns the comparison off",
+    "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",
+    "rollout.dtype": "engines use model.dtype",
+    "rollout.extra_prompts": "use rollout.max_staleness and rollout.over_sampling_prompts",
+    "rollout.log_prob_gap_warn": "the limit is 0.05 nats; see also rollout.log_prob_gap_stop",
+    "rollout.longest_first": "prompts are dispatched in the order of the data",
     "rollout.max_carried_steps": "use rollout.max_staleness",
-    "rollout.cpu_kv_cache_gib": "use rollout.engine_args, such as {kv_cache_memory_bytes: 1073741824}",
-    "reward.overlap": "leave it out; responses are judged while others are sampled",
+    "run.agree_every": "ranks compare their weights every 10 optimizer steps",
+    "run.name": "a run has the name of its folder, run.dir",
 }
-_REPLACED_VALUES = {
+_REMOVED_VALUES = {
     ("rollout.transport", "shared_memory"): "use files",
     ("rollout.transport", "tcp"): "use files",
 }
 
 
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a run's settings.
+    """Read the settings of a run.
 
     Args:
         path: YAML file, a mapping of sections.
-        overrides: ``"section.key=value"``, the value in YAML; they win over the file, later ones over earlier ones.
+        overrides: ``"section.key=value"`` with the value in YAML. They replace values of the file;
+            later ones win.
+
     Raises:
-        InputError: one line for each mistake, ``file:line: section.key: expected ..., got ...``, or
+        InputError: one line per mistake, ``file:line: section.key: expected ..., got ...`` or
             ``override 'section.key=value': ...``.
     """
     tree, places = _read(path)
@@ -44,10 +61,11 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        lines = [line for entry in error.errors(include_url=False) for line in _explain(entry, path, places)]
+        entries = error.errors(include_url=False)
+        lines = [line for entry in entries for line in _explain(entry, path, places)]
         raise InputError("\n".join(dict.fromkeys(lines))) from None
     config.origins[""] = str(path)
-    config.origins.update({".".join(map(str, key)): place for key, place in places.items() if len(key) == 2})
+    config.origins.update({".".join(map(str, k)): v for k, v in places.items() if len(k) == 2})
     return config
 
 
@@ -56,25 +74,29 @@ def _read(path: str) -> tuple[dict[str, Any], Places]:
         with open(path, encoding="utf-8") as stream:
             tree, lines = yaml_source.parse(stream.read())
     except FileNotFoundError:
-        raise InputError(f"{path}: expected a YAML configuration file, found none in {os.getcwd()}") from None
+        expected = "expected a YAML configuration file"
+        raise InputError(f"{path}: {expected}, found none in {os.getcwd()}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration file: {error.strerror}") from None
     except yaml_source.YamlError as error:
-        raise InputError("\n".join(f"{path}:{line}: {message}" for line, message in error.problems)) from None
+        problems = [f"{path}:{line}: {message}" for line, message in error.problems]
+        raise InputError("\n".join(problems)) from None
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: expected UTF-8 text, got byte {error.object[error.start]:#04x}; save it as UTF-8") from None
+        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise InputError(f"{path}:{line}: expected UTF-8 text, got byte {byte:#04x}") from None
     if tree is None:
         raise InputError(f"{path}:1: the file is empty; model.path and data.prompts are required")
+    known = sections()
     if not isinstance(tree, dict):
-        raise InputError(f"{path}:1: expected a mapping of sections ({', '.join(sections())}), got {_show(tree)}")
+        expected = f"a mapping of sections ({', '.join(known)})"
+        raise InputError(f"{path}:1: expected {expected}, got {_show(tree)}")
     # A section whose keys are all commented out reads as null.
-    tree = {name: {} if value is None and name in sections() else value for name, value in tree.items()}
+    tree = {k: {} if value is None and k in known else value for k, value in tree.items()}
     return tree, {key: f"{path}:{line}" for key, line in lines.items()}
 
 
 def _apply(override: str, tree: dict[str, Any], places: Places) -> str | None:
-    """Put one override into ``tree``; return what is wrong with it, if anything."""
+    """Apply one override to ``tree``. Return a message if it is wrong."""
     place = f"override '{override}'"
     name, equals, text = override.partition("=")
     keys = name.split(".")
@@ -88,10 +110,12 @@ def _apply(override: str, tree: dict[str, Any], places: Places) -> str | None:
         return f"{place}: {error}"
     target = tree
     for depth, key in enumerate(keys[:-1], 1):
-        held = target.get(key)
-        if held is not None and not isinstance(held, dict):
-            return f"{place}: {'.'.join(keys[:depth])} is not a mapping, so {keys[depth]} cannot be set in it"
-        target[key] = target = dict(held or {})  # a copy: a YAML alias may hold the same mapping elsewhere
+        inner = target.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            parent = ".".join(keys[:depth])
+            return f"{place}: {parent} is not a mapping, so {keys[depth]} cannot be set in it"
+        # Copy, because a YAML alias may share the mapping with another key.
+        target[key] = target = dict(inner or {})
     target[keys[-1]] = value
     for old in [key for key in places if key[: len(keys)] == tuple(keys)]:
         del places[old]
@@ -100,34 +124,37 @@ def _apply(override: str, tree: dict[str, Any], places: Places) -> str | None:
 
 
 def _explain(entry: Any, path: str, places: Places) -> list[str]:
-    """Lines for one of pydantic's error entries."""
+    """Messages for one of pydantic's error entries."""
     kind, location, value = entry["type"], entry["loc"], entry["input"]
     if kind == "rules":
-        found = [((*location, *key.split(".")), message) for key, message in entry["ctx"]["problems"]]
-        return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
-    if kind == "missing":
-        message = f"required, but not given; expected {_expected(location)}"
+        found = [((*location, *k.split(".")), message) for k, message in entry["ctx"]["problems"]]
+    elif kind == "missing":
+        found = [(location, f"required, but not given; expected {_expected(location)}")]
     elif kind == "extra_forbidden":
-        replacement = _REPLACED.get(_name(location))
-        what = "section" if len(location) == 1 else "key"
-        message = f"removed; {replacement}" if replacement else f"unknown {what}{_suggest(location)}"
+        what = f"unknown {'section' if len(location) == 1 else 'key'}{_suggest(location)}"
+        instead = _REMOVED.get(_name(location))
+        found = [(location, f"removed; {instead}" if instead else what)]
     elif kind == "invalid_key":
-        message = "expected a name as key"
+        found = [(location, "expected a name as key")]
     else:
-        message = f"expected {_expected(location)}, got {_show(value)}{_hint(location, kind, value)}"
-    return [f"{_place(location, path, places)}: {_name(location)}: {message}"]
+        got = f"{_show(value)}{_hint(location, kind, value)}"
+        found = [(location, f"expected {_expected(location)}, got {got}")]
+    return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
 
 
 def _place(location: yaml_source.Path, path: str, places: Places) -> str:
-    """``file:line`` or the override that set ``location``, else those of what holds it, else of what it holds."""
+    """``file:line`` or the override that set ``location``, or else its nearest parent or first
+    child."""
     for length in range(len(location), 0, -1):
         if place := places.get(tuple(location[:length])):
             return place
-    return next((place for key, place in places.items() if key[: len(location)] == location), f"{path}:1")
+    inside = (place for key, place in places.items() if key[: len(location)] == location)
+    return next(inside, f"{path}:1")
 
 
 def _name(location: yaml_source.Path) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return "".join(parts).lstrip(".")
 
 
 def _expected(location: yaml_source.Path) -> str:
@@ -140,38 +167,38 @@ def _expected(location: yaml_source.Path) -> str:
 
 
 def _suggest(location: yaml_source.Path) -> str:
-    if len(location) > 1:
-        return _suggest_key(str(location[0]), str(location[1]))
     name = str(location[0])
+    if len(location) > 1:
+        return _suggest_key(name, str(location[1]))
     if close := difflib.get_close_matches(name, sections(), n=1):
         return f'; did you mean "{close[0]}"?'
     return _suggest_key("", name) or f"; the sections are {', '.join(sections())}"
 
 
 def _suggest_key(section: str, name: str) -> str:
-    """The likeliest setting meant: in its own section first, then anywhere."""
+    """The most similar setting: of the same section, or else of any section."""
     own = list(sections()[section].model_fields) if section in sections() else []
     if close := difflib.get_close_matches(name, own, n=1):
         return f'; did you mean "{section}.{close[0]}"?'
-    homes = {key: f"{other}.{key}" for other, model in sections().items() for key in model.model_fields}
+    homes = {key: f"{other}.{key}" for other, m in sections().items() for key in m.model_fields}
     if close := difflib.get_close_matches(name, homes, n=1, cutoff=0.75):
         return f'; did you mean "{homes[close[0]]}"?'
     return f"; the keys of {section} are {', '.join(own)}" if own else ""
 
 
 def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:
-    if isinstance(value, str) and (replacement := _REPLACED_VALUES.get((_name(location), value))):
-        return f"; {replacement}"
-    if isinstance(value, str) and kind != "string_type":
-        try:
-            plain, _ = yaml_source.parse(value)
-        except yaml_source.YamlError:
-            return ""
-        if not isinstance(plain, str):
-            return " (a string); drop the quotes"
-    if kind == "string_type" and value is not None and not isinstance(value, (dict, list)):
-        return "; put it in quotes"
-    return ""
+    if kind == "string_type":
+        is_scalar = value is not None and not isinstance(value, (dict, list))
+        return "; put it in quotes" if is_scalar else ""
+    if not isinstance(value, str):
+        return ""
+    if instead := _REMOVED_VALUES.get((_name(location), value)):
+        return f"; {instead}"
+    try:
+        plain, _ = yaml_source.parse(value)
+    except yaml_source.YamlError:
+        return ""
+    return "" if isinstance(plain, str) else " (a string); drop the quotes"
 
 
 def _show(value: Any) -> str:

@@ -1,134 +1,110 @@
-"""Settings of the rollouts and of the engines that make them."""
+"""Settings of rollouts and of the vLLM engines that sample them."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_espo.config import rules
-from megatron_espo.config.section import Section
+from megatron_espo.config.rules import LOWEST_TEMPERATURE, Problems, Section
+from megatron_espo.distributed.addresses import parse_address
+
+# Arguments of vLLM's server that this project sets, and what to use instead.
+RESERVED_ENGINE_ARGS = {
+    "model": "use model.path",
+    "dtype": "use model.dtype",
+    "seed": "use run.seed",
+    "max-model-len": "use rollout.max_model_len",
+    "tensor-parallel-size": "use rollout.tensor_parallel_size",
+    "data-parallel-size": "use rollout.engines",
+    "gpu-memory-utilization": "use rollout.gpu_memory_utilization",
+    "enable-sleep-mode": "use rollout.sleep",
+    "weight-transfer-config": "use rollout.transport",
+    "enable-return-routed-experts": "use rollout.router_replay",
+} | dict.fromkeys(
+    (
+        "api-key", "generation-config", "hf-overrides", "host", "load-format", "logprobs-mode",
+        "middleware", "port", "served-model-name", "skip-tokenizer-init", "uds",
+        "worker-extension-cls",
+    ),
+    "leave it out",
+)  # fmt: skip
 
 
 class Rollout(Section):
     """Sampling with vLLM."""
 
-    prompts_per_step: int = Field(128, ge=1, description="Prompts in one rollout batch (paper: 128).")
-    group_size: int = Field(
-        8, description="Responses for each prompt, at least 2 (paper: 8); advantages compare within this group."
-    )
-    temperature: float = Field(
-        1.0, ge=0, description="Sampling temperature; training log-probs use the same. Lower explores less."
-    )
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Nucleus sampling; below 1 the trained distribution is not the sampled one."
-    )
-    top_k: int = Field(0, ge=-1, description="Sample from the k likeliest tokens only; 0 or -1 turns it off.")
-    allow_truncated_sampling: bool = Field(
-        False, description="Accept top_p < 1 or top_k > 0 although importance ratios are then biased."
-    )
-    router_replay: bool = Field(
-        True, description="Train each token of a mixture of experts in those experts that the engine chose for it; of no effect on other models."
-    )
-    allow_router_mismatch: bool = Field(
-        False, description="Accept router_replay false: engine and trainer each choose a token's experts and now and then differ."
-    )
-    max_response_tokens: int = Field(
-        2048, ge=1, description="Longest response, in tokens (paper: 16384); longer ones are cut and counted."
-    )
-    max_resampling_rounds: int = Field(
-        0,
-        ge=0,
-        description="DAPO's dynamic sampling: replace prompts whose responses have equal rewards by new ones, "
-        "at most so many times a step; 0 turns it off.",
-    )
-    max_model_len: int | None = Field(
-        None,
-        ge=2,
-        description="Longest prompt + response, in tokens; null takes the model's context. Less saves memory.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Engine precision; auto takes model.dtype, which keeps the log-prob gap small."
-    )
-    engines: int = Field(
-        1,
-        ge=1,
-        description="Engines, spread evenly over the trainer's ranks: every (world size / engines)-th has one as "
-        "its child, or on one of hosts. On GPUs: one a node, or more.",
-    )
-    tensor_parallel_size: int = Field(1, ge=1, description="Ranks of one engine; independent of Megatron's TP.")
-    hosts: tuple[str, ...] = Field(
-        (),
-        strict=False,
-        description="Machines for the engines, host:port of each one's server (megatron-espo serve); more than engines are spares. "
-        "Empty: engines are children of the trainer's ranks.",
-    )
-    host_timeout_s: float = Field(
-        60.0,
-        ge=5,
-        description="With hosts: seconds without contact after which an engine's machine is given up and its server ends, and in which "
-        "another machine must answer.",
-    )
-    transport: Literal["auto", "files", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = Field(
-        "auto",
-        description="How weights reach the engine: files (in memory; with hosts in run.dir), ipc (same GPU), nccl "
-        "(other GPUs), nccl_m2n (other GPUs, from all ranks), sharded_rdt (other GPUs, over Ray).",
-    )
-    visible_devices: str | None = Field(
-        None, min_length=1, description="GPUs of the engine, such as 6,7; null shares those of the trainer. Not with hosts."
-    )
-    verify_every: int = Field(
-        20,
-        ge=0,
-        description="Syncs between two comparisons of every tensor with what the engine serves; 0: at its start only.",
-    )
-    canary_prompts: int = Field(
-        4, ge=0, description="Prompts whose log-probs engine and trainer compare after every sync; 0 turns it off."
-    )
-    canary_tolerance: float | None = Field(
-        None, gt=0, description="Largest mean difference there, in nats a token; null: 0.1 in bfloat16, 0.001 in float32."
-    )
-    max_restarts: int = Field(
-        2, ge=0, description="Restarts of a failed engine, with a new weight sync, before the run is given up."
-    )
-    gpu_memory_utilization: float = Field(
-        0.5, gt=0, le=1, description="Share of each GPU that the engine may take; the rest is the trainer's."
-    )
-    sleep: bool = Field(
-        False,
-        description="The engine holds no GPU memory while the trainer trains, and gets all weights anew afterwards; for engines that "
-        "share the trainer's GPUs. gpu_memory_utilization can then be high.",
-    )
-    engine_args: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Further arguments of vLLM's server by their names, such as {max_num_seqs: 64}; those that this project sets are refused.",
-    )
-    longest_first: bool = Field(
-        False,
-        description="Give the engine those prompts first whose responses were longest when they were last sampled, new prompts "
-        "before all: fewer long responses are left alone at a batch's end. The same responses come of it.",
-    )
-    max_staleness: int = Field(
-        0,
-        ge=0,
-        description="Most weight updates between the sampling of a token and the step that trains it. 0: each step samples its own prompts and waits "
-        "for them. Above 0 the engines sample while the trainer trains (needs algorithm.rollout_correction token or sequence).",
-    )
-    over_sampling_prompts: int | None = Field(
-        None,
-        ge=1,
-        description="With max_staleness: prompts in flight beyond prompts_per_step; null: max_staleness x prompts_per_step.",
-    )
-    timeout_s: float = Field(
-        900.0,
-        gt=0,
-        description="Seconds without news (start-up done, a finished response) before an engine is given up.",
-    )
-    log_prob_gap_warn: float = Field(
-        0.05, gt=0, description="Warn above this mean |engine - trainer| log-prob difference, in nats a token."
-    )
-    log_prob_gap_stop: float | None = Field(
-        None, gt=0, description="End the run above this mean difference, before its step is saved; null: never."
-    )
+    prompts_per_step: int = Field(128, ge=1)
+    """Prompts in one rollout batch (paper: 128)."""
+    group_size: int = Field(8, ge=2)
+    """Responses per prompt (paper: 8). Advantages compare the responses of this group."""
+    temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE)
+    """Sampling temperature; training uses the same. Lower explores less. vLLM silently raises
+    values below 0.01."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling. Below 1 the sampled distribution differs from the trained one."""
+    top_k: int = Field(0, ge=-1)
+    """Sample only from the k most likely tokens. 0 or -1 turns it off."""
+    allow_truncated_sampling: bool = False
+    """Accept top_p < 1 or top_k > 0, which bias the importance ratios."""
+    router_replay: bool = True
+    """Train each token of a mixture of experts in the experts that the engine chose for it.
+    Other models ignore it."""
+    allow_router_mismatch: bool = False
+    """Accept router_replay false, where engine and trainer choose different experts for some
+    tokens."""
+    max_response_tokens: int = Field(2048, ge=1)
+    """Longest response, in tokens (paper: 16384). Longer ones are truncated and counted."""
+    max_resampling_rounds: int = Field(0, ge=0)
+    """DAPO's dynamic sampling: most rounds per step that replace prompts whose rewards are all
+    equal. 0 turns it off."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt + response, in tokens. null uses the model's context. Less saves memory."""
+    engines: int = Field(1, ge=1)
+    """Number of engines. Every (world size / engines)-th rank owns one, as its child process or
+    on one of hosts. On GPUs: one or more per node."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """TP of one engine, independent of Megatron's TP."""
+    hosts: tuple[str, ...] = Field((), strict=False)
+    """Machines that run the engines, as host:port of their servers (megatron-espo serve). Hosts
+    beyond engines are spares. Empty: engines are child processes of the trainer's ranks."""
+    host_timeout_s: float = Field(60.0, ge=5)
+    """With hosts: seconds without contact after which the trainer gives up a machine and its
+    server exits. Another machine must answer within the same time."""
+    transport: Literal["auto", "files", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = "auto"
+    """How weights reach the engine: files (in memory; with hosts in run.dir), ipc (same GPU),
+    nccl (other GPUs), nccl_m2n (other GPUs, from all ranks), sharded_rdt (other GPUs, over
+    Ray)."""
+    visible_devices: str | None = Field(None, min_length=1)
+    """GPUs of the engine, such as 6,7. null shares the trainer's. Not with hosts."""
+    verify_every: int = Field(20, ge=0)
+    """Weight updates between two checks that every tensor in the engine equals the trainer's. 0
+    checks only the first."""
+    canary_prompts: int = Field(4, ge=0)
+    """Prompts whose log-probs engine and trainer compare after every weight update. 0 turns it
+    off."""
+    max_restarts: int = Field(2, ge=0)
+    """Restarts of a failed engine before the run ends."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    """Share of each GPU's memory for the engine. The rest is for the trainer."""
+    sleep: bool = False
+    """Free the engine's GPU memory while the trainer trains; all weights are sent again
+    afterwards. For engines that share the trainer's GPUs. Allows a high
+    gpu_memory_utilization."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of vLLM's server by name, such as {max_num_seqs: 64}. Arguments that this
+    project sets are refused."""
+    max_staleness: int = Field(0, ge=0)
+    """Most weight updates between the sampling of a token and the step that trains it. 0: each
+    step waits for its own prompts. Above 0: the engines sample while the trainer trains, and
+    algorithm.rollout_correction must be token or sequence."""
+    over_sampling_prompts: int | None = Field(None, ge=1)
+    """With max_staleness: prompts in flight beyond prompts_per_step. null: max_staleness x
+    prompts_per_step."""
+    timeout_s: float = Field(900.0, gt=0)
+    """Seconds without progress (start-up, a finished response) after which an engine counts as
+    failed."""
+    log_prob_gap_stop: float | None = Field(None, gt=0)
+    """End the run, before its step is saved, when the mean |engine - trainer| log-prob
+    difference exceeds this, in nats per token. null never ends it."""
 
     @property
     def ahead(self) -> int:
@@ -137,5 +113,67 @@ class Rollout(Section):
             return 0
         return self.over_sampling_prompts or self.max_staleness * self.prompts_per_step
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.rollout(self)
+    def problems(self) -> Problems:
+        if not self.allow_truncated_sampling:
+            consent = "rollout.allow_truncated_sampling=true accepts biased importance ratios"
+            if self.top_p < 1:
+                yield "top_p", f"expected 1.0 (off), got {self.top_p:g}; {consent}"
+            if self.top_k > 0:
+                yield "top_k", f"expected 0 or -1 (off), got {self.top_k}; {consent}"
+        if self.engines > 1 and self.transport in ("nccl_m2n", "sharded_rdt"):
+            expected = f"1 with transport {self.transport}"
+            yield (
+                "engines",
+                f"expected {expected}, got {self.engines}; or use transport nccl or ipc",
+            )
+        if self.over_sampling_prompts and not self.max_staleness:
+            got = self.over_sampling_prompts
+            yield "over_sampling_prompts", f"expected null with max_staleness 0, got {got}"
+        if self.ahead > (most := self.max_staleness * self.prompts_per_step):
+            expected = f"at most max_staleness x prompts_per_step = {most}"
+            yield "over_sampling_prompts", f"expected {expected}, got {self.ahead}"
+        for name in self.engine_args:
+            if instead := RESERVED_ENGINE_ARGS.get(name.replace("_", "-")):
+                expected = "no argument that this project sets"
+                yield "engine_args", f"expected {expected}, got {name}; {instead}"
+        if self.sleep and (own := self._own_gpus()):
+            yield "sleep", f"expected false with {own} (the engine has GPUs of its own), got true"
+        if self.hosts:
+            yield from self._host_problems()
+        longest, context = self.max_response_tokens, self.max_model_len
+        if context is not None and longest >= context:
+            expected = f"less than rollout.max_model_len ({context}), which includes the prompt"
+            yield "max_response_tokens", f"expected {expected}, got {longest}"
+
+    def _own_gpus(self) -> str:
+        """The setting that gives the engine GPUs that the trainer does not use; empty if they
+        share."""
+        if self.hosts:
+            return "rollout.hosts"
+        if self.transport in ("nccl", "nccl_m2n", "sharded_rdt"):
+            return f"rollout.transport {self.transport}"
+        if self.transport == "auto" and self.visible_devices is not None:
+            return f'rollout.visible_devices "{self.visible_devices}"'
+        return ""
+
+    def _host_problems(self) -> Problems:
+        seen = set()
+        for text in self.hosts:
+            try:
+                address = parse_address(text)
+            except ValueError as error:
+                yield "hosts", str(error)
+                continue
+            if address in seen:
+                yield "hosts", f"expected each address once (one engine per host), got {text} twice"
+            seen.add(address)
+        if len(self.hosts) < self.engines:
+            expected = f"at least rollout.engines = {self.engines} addresses"
+            yield "hosts", f"expected {expected}, got {len(self.hosts)}"
+        if self.visible_devices is not None:
+            advice = "set CUDA_VISIBLE_DEVICES where megatron-espo serve starts"
+            got = self.visible_devices
+            yield "visible_devices", f"expected null with rollout.hosts, got {got}; {advice}"
+        if self.transport == "ipc":
+            expected = "auto, files, nccl, nccl_m2n or sharded_rdt with rollout.hosts"
+            yield "transport", f"expected {expected}, got ipc, which works on one machine only"

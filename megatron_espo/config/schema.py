@@ -1,274 +1,269 @@
-"""The settings of a run, section by section. Megatron-Core's own names wherever it has one."""
+"""The settings of a run, by section. Settings of Megatron-Core keep its names."""
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_espo.config import placement, rules
+from megatron_espo.config import rules
 from megatron_espo.config.rollout import Rollout
-from megatron_espo.config.section import Section
+from megatron_espo.config.rules import Problems, Section
 from megatron_espo.config.tasks import Data, Environment, Eval, Reward
 
 
 class Run(Section):
-    """Where a run lives and how long it lasts."""
+    """Folder, length, checkpoints and logs of a run."""
 
-    dir: str = Field(
-        "runs/default",
-        min_length=1,
-        description="Output folder (checkpoints, metrics, exported model); relative to the current directory. "
-        "Give every experiment its own.",
-    )
-    name: str | None = Field(None, description="Label in logs and plots; null takes the name of run.dir.")
-    steps: int = Field(
-        200,
-        ge=1,
-        description="Rollout batches to train on (paper: 200); one has num_epochs x num_mini_batches updates.",
-    )
-    seed: int = Field(1, ge=0, le=2**31 - 1, description="Seed of prompt order, sampling and initial random states.")
-    checkpoint_every: int | None = Field(
-        20,
-        ge=1,
-        description="Steps between checkpoints (and one at the end): after whatever happens, the same command goes on "
-        "from the latest. null saves none.",
-    )
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept; older ones are removed.")
-    resume: str = Field(
-        "latest",
-        min_length=1,
-        description="Where to start: latest (a new run if there is no checkpoint), never (from model.path), or the "
-        "name of one, such as step_000020.",
-    )
-    keep_rollouts: bool = Field(
-        False, description="Keep every step's rollouts for run.replay; otherwise only those newer than a checkpoint."
-    )
-    replay: str | None = Field(
-        None, min_length=1, description="Train from the rollouts in this folder (<run.dir>/rollouts of another run): no engine."
-    )
-    max_seconds: float | None = Field(
-        None,
-        gt=0,
-        description="Save and end after so many seconds, counted from the start of the Slurm job where there is one.",
-    )
-    watchdog_s: float = Field(
-        900.0,
-        gt=0,
-        lt=1800,
-        description="Seconds in which no rank makes progress before the rank that stands still is named and the run ends.",
-    )
-    agree_every: int = Field(
-        10,
-        ge=0,
-        description="Steps between comparisons of the weights of ranks that hold the same ones (a step's data and gradient norm are compared "
-        "every step); 0: none.",
-    )
-    save_hf: bool = Field(
-        True, description="Export the final model to <run.dir>/hf in Hugging Face format; false saves disk and time."
-    )
-    samples_per_step: int = Field(
-        2,
-        ge=0,
-        description="Responses a step written to samples.jsonl and TensorBoard with each token's entropy and group; 0: none.",
-    )
-    wandb: bool = Field(
-        False, description="Send the metrics to Weights & Biases too; its own environment variables set project, entity and mode."
-    )
+    dir: str = Field("runs/default", min_length=1)
+    """Output folder (checkpoints, metrics, exported model), relative to the current directory.
+    Each run needs its own."""
+    steps: int = Field(200, ge=1)
+    """Training steps (paper: 200). A step trains one rollout batch with num_epochs x
+    num_mini_batches updates."""
+    seed: int = Field(1, ge=0, le=2**31 - 1)
+    """Seed of prompt order, sampling and initial random states."""
+    checkpoint_every: int | None = Field(20, ge=1)
+    """Steps between checkpoints; the last step always saves one. The same command resumes from
+    the latest. null saves none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Number of newest checkpoints to keep."""
+    resume: str = Field("latest", min_length=1)
+    """Checkpoint to start from: latest (a new run if there is none), never (start from
+    model.path), or a name such as step_000020."""
+    keep_rollouts: bool = False
+    """Keep the rollouts of every step for run.replay. false keeps only those newer than the
+    latest checkpoint."""
+    replay: str | None = Field(None, min_length=1)
+    """Folder of recorded rollouts (<run.dir>/rollouts of another run) to train on. No engine is
+    started."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Save a checkpoint and stop after this many seconds, counted from the start of the Slurm
+    job if there is one."""
+    watchdog_s: float = Field(900.0, gt=0, lt=1800)
+    """Seconds without progress on any rank after which the run ends. The error names the rank
+    that hangs."""
+    save_hf: bool = True
+    """Export the final model to <run.dir>/hf in Hugging Face format."""
+    samples_per_step: int = Field(2, ge=0)
+    """Responses per step that are logged to samples.jsonl and TensorBoard, with each token's
+    entropy and group. 0 logs none."""
+    profile_steps: tuple[int, ...] = Field((), strict=False)
+    """Steps that write a torch profiler trace and, on a GPU, a memory snapshot of every rank to
+    <run.dir>/profile."""
+    wandb: bool = False
+    """Also log metrics to Weights & Biases. Its own environment variables set project, entity
+    and mode."""
 
 
 class Model(Section):
-    """The policy to train."""
+    """The model to train."""
 
-    path: str = Field(
-        min_length=1,
-        description="Local Hugging Face model folder (config.json, *.safetensors, tokenizer); relative to the current "
-        "directory, not to this file. Never looked up on a hub.",
-    )
-    tokenizer: str | None = Field(
-        None, min_length=1, description="Tokenizer folder or SentencePiece *.model file; null takes model.path."
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16",
-        description="Training precision. bfloat16 halves memory and keeps float32 master weights; float32 is exact "
-        "and slow.",
-    )
-    exporter: str | None = Field(
-        None,
-        min_length=1,
-        description="Your module:function(chunks, hf_config) on every rank: an iterator of (Hugging Face name, whole "
-        "tensor) that replaces the built-in export into the engine; null takes that.",
-    )
+    path: str = Field(min_length=1)
+    """Local Hugging Face model folder (config.json, *.safetensors, tokenizer), relative to the
+    current directory. Nothing is downloaded."""
+    tokenizer: str | None = Field(None, min_length=1)
+    """Tokenizer folder or SentencePiece *.model file. null uses model.path."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of training and of the engine. bfloat16 halves memory and keeps float32 master
+    weights."""
+    exporter: str | None = Field(None, min_length=1)
+    """Your module:function(chunks, hf_config), called on every rank. It returns an iterator of
+    (Hugging Face name, whole tensor) and replaces the built-in weight export to the engine."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.model(self)
+    def problems(self) -> Problems:
+        yield from rules.check_function("exporter", self.exporter)
 
 
 class Megatron(Section):
-    """Layout over ranks. World size = TP x PP x CP x DP; the data-parallel size is whatever remains."""
+    """Parallel layout and memory. World size = TP x PP x CP x DP; the data-parallel size is
+    derived."""
 
-    tensor_model_parallel_size: int = Field(
-        1, ge=1, description="TP: ranks that share each layer. Saves memory, costs two all-reduces a layer."
-    )
-    pipeline_model_parallel_size: int = Field(
-        1, ge=1, description="PP: pipeline stages. Cheap to communicate; idles while the pipeline fills."
-    )
-    virtual_pipeline_model_parallel_size: int | None = Field(
-        None, ge=2, description="VPP: model chunks a stage (interleaved schedule). Less idling, more messages."
-    )
-    context_parallel_size: int = Field(
-        1, ge=1, description="CP: ranks that share each sequence. For contexts whose activations do not fit."
-    )
-    expert_model_parallel_size: int = Field(
-        1, ge=1, description="EP: ranks that share a layer's experts; mixture-of-experts models only."
-    )
-    expert_tensor_parallel_size: int | None = Field(
-        None, ge=1, description="Ranks that share each expert; null: TP. 1 with EP keeps many small experts whole."
-    )
-    sequence_parallel: bool = Field(
-        False, description="Shard norm and dropout activations over the TP ranks: less memory, same traffic."
-    )
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
-        "auto", description="Layer implementation; auto takes Transformer Engine on a GPU where installed, else local."
-    )
-    fp8: Literal["hybrid", "e4m3"] | None = Field(
-        None,
-        description="8-bit floating point in the layers' matrix products (hybrid: E4M3 forward, E5M2 backward); needs Transformer Engine and model.dtype "
-        "bfloat16, which weights keep. null: none.",
-    )
-    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
-        "tensorwise", description="How fp8 scales: by tensor, by its history, by blocks (H100), by small blocks (B200)."
-    )
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="Most responses in one micro-batch; null leaves the limit to tokens alone."
-    )
-    max_tokens_per_micro_batch: int = Field(
-        16384,
-        ge=1,
-        description="Most tokens (prompt + response) packed into one micro-batch; bounds activation memory. Larger is "
-        "faster until memory runs out. Never changes the gradient.",
-    )
-    packed: bool = Field(
-        True,
-        description="Lay sequences one after the other without padding (THD); false: rows padded to the longest, for "
-        "attention that cannot. Same gradient, slower.",
-    )
-    head_memory_mib: int | None = Field(
-        None,
-        ge=1,
-        description="Most MiB for logits and their gradient; null keeps all logits of a micro-batch. Less recomputes "
-        "them by chunks: slower, same numbers.",
-    )
-    recompute_granularity: Literal["full", "selective"] | None = Field(
-        None,
-        description="Activations computed again in backward: selective (attention core), full (layers), null none.",
-    )
-    recompute_method: Literal["uniform", "block"] | None = Field(
-        None, description="With full recomputation: uniform units over all layers, or the first layers of each stage."
-    )
-    recompute_num_layers: int | None = Field(
-        None, ge=1, description="With full recomputation: layers a unit (uniform) or a stage (block)."
-    )
-    offload: tuple[Literal["optimizer", "gradients", "weights"], ...] = Field(
-        (),
-        strict=False,
-        description="What lies in host memory while the engine samples: optimizer (moments and float32 weights), gradients (freed, not "
-        "copied), weights. Makes room for an engine with rollout.sleep.",
-    )
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    """TP: ranks that share each layer. Saves memory and costs two all-reduces per layer."""
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    """PP: number of pipeline stages. Little communication, but idle time while the pipeline
+    fills."""
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
+    """VPP: model chunks per stage (interleaved schedule). Less idle time, more messages."""
+    context_parallel_size: int = Field(1, ge=1)
+    """CP: ranks that share each sequence, for contexts whose activations do not fit on one rank."""
+    expert_model_parallel_size: int = Field(1, ge=1)
+    """EP: ranks that share the experts of a layer. Mixture-of-experts models only."""
+    expert_tensor_parallel_size: int | None = Field(None, ge=1)
+    """Ranks that share each expert. null uses TP; 1 keeps small experts whole."""
+    sequence_parallel: bool = False
+    """Shard norm and dropout activations over the TP ranks. Less memory, same traffic."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation. auto uses Transformer Engine if there is a GPU and it is installed,
+    else local."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """8-bit matrix products in the layers (hybrid: E4M3 forward, E5M2 backward). Needs
+    Transformer Engine and model.dtype bfloat16. null turns it off."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """Scaling of fp8: per tensor, by the tensor's history, per block (H100), or per small block
+    (B200)."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Most responses in one micro-batch. null limits only the tokens."""
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    """Most tokens (prompt + response) in one micro-batch. Bounds activation memory; larger is
+    faster. Does not change the gradient."""
+    packed: bool = True
+    """Pack sequences without padding (THD). false pads rows to the longest, for attention that
+    does not support packing. Same gradient, slower."""
+    head_memory_mib: int | None = Field(None, ge=1)
+    """Most MiB for logits and their gradient; a smaller budget recomputes them in chunks. null
+    keeps all logits of a micro-batch."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of Megatron-Core's TransformerConfig, DistributedDataParallelConfig and
+    OptimizerConfig, such as {moe_permute_fusion: true}. Checked by name and type; fields that this
+    package or another setting owns are refused."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Activations to recompute in backward: selective (core attention) or full (layers). null
+    recomputes none."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full recomputation: uniform (units of layers) or block (the first layers of each
+    stage)."""
+    recompute_num_layers: int | None = Field(None, ge=1)
+    """With full recomputation: layers per unit (uniform) or per stage (block)."""
+    offload: tuple[Literal["optimizer", "gradients", "weights"], ...] = Field((), strict=False)
+    """What moves to host memory while the engine samples: optimizer (moments and float32
+    weights), gradients (freed), weights. Makes room for an engine with rollout.sleep."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.megatron(self)
+    def problems(self) -> Problems:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            yield "sequence_parallel", "expected false with tensor_model_parallel_size 1, got true"
+        if (
+            vpp := self.virtual_pipeline_model_parallel_size
+        ) and self.pipeline_model_parallel_size == 1:
+            key = "virtual_pipeline_model_parallel_size"
+            yield key, f"expected null with pipeline_model_parallel_size 1, got {vpp}"
+        if self.fp8 and self.transformer_impl == "local":
+            needs = "needs Transformer Engine"
+            yield "fp8", f"expected null with transformer_impl local ({needs}), got {self.fp8}"
+        granularity = self.recompute_granularity or "null"
+        for key in ("recompute_method", "recompute_num_layers"):
+            value = getattr(self, key)
+            if (value is not None) != (granularity == "full"):
+                expected = "a value" if value is None else "null"
+                got = "null" if value is None else value
+                yield (
+                    key,
+                    f"expected {expected} with recompute_granularity {granularity}, got {got}",
+                )
 
 
 class Optimizer(Section):
     """Megatron-Core's Adam. All *_iters count optimizer steps."""
 
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate (paper: 1e-6).")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
-    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Shape of the decay from lr to min_lr; constant (the paper's) stays at lr."
-    )
-    lr_warmup_iters: int = Field(0, ge=0, description="Optimizer steps of linear warm-up from 0 to lr.")
-    lr_decay_iters: int | None = Field(
-        None, ge=1, description="Optimizer steps until min_lr is reached; null takes all of the run's."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
-    adam_eps: float = Field(1e-8, gt=0, description="Added to the denominator of Adam's update.")
-    spike_factor: float | None = Field(
-        None, gt=1, description="Skip an update whose gradient norm is above so many times the recent median; null: none is skipped."
-    )
-    spike_window: int = Field(50, ge=1, description="Latest gradient norms in that median; the guard begins after 10, or so many if fewer.")
-    clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm (L2); 0 turns clipping off.")
-    use_distributed_optimizer: bool = Field(
-        True, description="Shard optimizer states over the data-parallel ranks: 12 bytes a parameter / DP."
-    )
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate (paper: 1e-6)."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the run."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from lr to min_lr over the run. constant (the paper's) stays at lr."""
+    lr_warmup_iters: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up from 0 to lr."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (AdamW)."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay rate of the first moment."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay rate of the second moment."""
+    adam_eps: float = Field(1e-8, gt=0)
+    """Added to the denominator of Adam's update."""
+    spike_factor: float | None = Field(None, gt=1)
+    """Skip an update whose gradient norm exceeds this factor times the median of the last 50.
+    null skips none."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm (L2). 0 turns clipping off."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer states over the data-parallel ranks: 12 bytes per parameter / DP."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.optimizer(self)
+    def problems(self) -> Problems:
+        if self.min_lr > self.lr:
+            yield "min_lr", f"expected at most lr ({self.lr:g}), got {self.min_lr:g}"
+
+
+_BOUNDED = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo")
+OBJECTIVES = ("espo", *_BOUNDED)
+# Settings of some objectives: neutral value, and the objectives that have them.
+USED_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "clip_low": (None, _BOUNDED),
+    "clip_high": (None, _BOUNDED),
+    "clip_floor": (0.0, ("espo",)),
+    "ratio": ("segment", ("espo", "gspo")),
+    "dual_clip": (None, ("espo", "gspo", "grpo", "dr_grpo", "dapo")),
+}
 
 
 class Algorithm(Section):
     """The objective and how often a rollout batch is used."""
 
-    objective: Literal["espo", "gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo"] = Field(
-        "espo", description="espo: one ratio per entropy group with adaptive clipping; the others are baselines."
-    )
-    alpha: float = Field(
-        0.02, gt=0, description="ESPO's clip scale (Eq. 8). Larger clips fewer tokens; paper tried 0.01-0.10."
-    )
-    quantiles: tuple[float, ...] = Field(
-        (0.8,),
-        strict=False,
-        description="ESPO: entropy quantiles inside a response where groups are cut, ascending, between 0 and 1; "
-        "[0.8] puts the top 20% of tokens into their own group.",
-    )
-    ratio: Literal["segment", "segment_times_token"] = Field(
-        "segment",
-        description="ESPO, GSPO: the segment's ratio, or Eq. 9 to the letter (times the token's; clips more).",
-    )
-    clip_floor: float = Field(
-        0.0, ge=0, description="ESPO: smallest clip range of a group; keeps sure tokens trainable."
-    )
-    clip_low: float | None = Field(
-        None, ge=0, description="Clip range below a ratio of 1; null takes the objective's own. Not for espo."
-    )
-    clip_high: float | None = Field(
-        None, ge=0, description="Clip range above a ratio of 1; null takes the objective's own. Not for espo."
-    )
-    dual_clip: float | None = Field(
-        None, gt=1, description="Bounds the loss of negative advantages to this factor; null turns it off."
-    )
-    normalize_std: bool = Field(
-        True, description="Divide advantages by the group's standard deviation; dr_grpo needs false."
-    )
-    kl_coef: float = Field(
-        0.0, ge=0, description="Weight of the KL penalty (k3) to the initial policy; above 0 costs a scoring pass a step."
-    )
-    entropy_coef: float = Field(
-        0.0, ge=0, description="Weight of the entropy bonus (exact, over the whole vocabulary); keeps exploring."
-    )
-    rollout_correction: Literal["off", "metrics", "token", "sequence"] = Field(
-        "metrics",
-        description="Truncated importance sampling of trainer over engine probabilities, by token or by sequence; "
-        "metrics only reports the ratios.",
-    )
-    rollout_correction_cap: float = Field(2.0, gt=0, description="Largest ratio of the rollout correction.")
-    mask_truncated: bool = Field(
-        False, description="No gradient from responses cut at the length limit; they still count in the means."
-    )
-    num_epochs: int = Field(1, ge=1, description="Passes over each rollout batch; more reuse, more off-policy.")
-    num_mini_batches: int = Field(
-        1, ge=1, description="Optimizer steps a pass; the batch of responses is cut into so many equal parts."
-    )
+    objective: str = Field("espo", min_length=1)
+    """espo: one ratio per entropy group with adaptive clipping; gspo, grpo, dr_grpo, dapo, cispo,
+    gmpo; or your module:Class."""
+    objective_args: dict[str, Any] = Field(default_factory=dict)
+    """Settings of your class; those of the other objectives are keys of this section."""
+    alpha: float = Field(0.02, gt=0)
+    """ESPO: scale of the clip range (Eq. 8); larger clips fewer tokens (paper: 0.01-0.10)."""
+    quantiles: tuple[float, ...] = Field((0.8,), strict=False)
+    """Entropy quantiles inside a response at which its tokens are grouped, ascending, between 0 and
+    1; [0.8] groups the top 20%. ESPO's segments; other objectives only report the groups."""
+    ratio: Literal["segment", "segment_times_token"] = "segment"
+    """ESPO, GSPO: the segment's ratio, or that times the token's (Eq. 9 to the letter; clips
+    more)."""
+    clip_floor: float = Field(0.0, ge=0)
+    """ESPO: smallest clip range of a group, so that groups of low entropy can change."""
+    clip_low: float | None = Field(None, ge=0)
+    """Clip range below a ratio of 1; null: the objective's default. Not for espo."""
+    clip_high: float | None = Field(None, ge=0)
+    """Clip range above a ratio of 1; null: the objective's default. Not for espo."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bounds the loss of negative advantages to this factor; null: no bound."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation; dr_grpo needs false."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL penalty (k3) to the initial policy; above 0 costs a scoring pass a step."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus (exact, over the whole vocabulary); keeps responses diverse."""
+    rollout_correction: Literal["off", "metrics", "token", "sequence"] = "metrics"
+    """Truncated importance sampling of trainer over engine probabilities, by token or by sequence;
+    metrics only reports the ratios."""
+    rollout_correction_cap: float = Field(2.0, gt=0)
+    """Largest ratio of the rollout correction."""
+    mask_truncated: bool = False
+    """No gradient from responses cut at the length limit; they still count in means and weights."""
+    num_epochs: int = Field(1, ge=1)
+    """Passes over each rollout batch; more reuse, more off-policy."""
+    num_mini_batches: int = Field(1, ge=1)
+    """Optimizer steps a pass; the batch is cut into this number of equal parts."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.algorithm(self)
+    def problems(self) -> Problems:
+        q, name, known = self.quantiles, self.objective, ", ".join(OBJECTIVES)
+        if any(not 0 < x < 1 for x in q) or any(a >= b for a, b in zip(q, q[1:], strict=False)):
+            text = f"expected ascending numbers between 0 and 1 (both excluded), got {list(q)}"
+            yield "quantiles", text
+        built_in = name in OBJECTIVES
+        if not built_in and not rules.FUNCTION.fullmatch(name):
+            yield "objective", f'expected one of {known}, or module:Class, got "{name}"'
+            return
+        if built_in and self.objective_args:
+            args = self.objective_args
+            yield "objective_args", f"expected none with objective {name}, got {args}"
+        for key, (neutral, users) in USED_BY.items():
+            value = getattr(self, key)
+            if value != neutral and name not in users:
+                off = "null" if neutral is None else neutral
+                text = f"which does not use it (only {', '.join(users)})"
+                yield key, f"expected {off} with objective {name}, {text}, got {value}"
+        if name == "dr_grpo" and self.normalize_std:
+            text = "expected false with objective dr_grpo (it only centres rewards), got true"
+            yield "normalize_std", text
 
 
 class Config(Section):
-    """All settings of one run. ``load_config`` makes one; ``validate_*`` check it against the machine and the model."""
+    """All settings of one run, as ``load_config`` reads them. ``config.checks`` compares them
+    with machine and model."""
 
     run: Run = Field(default_factory=Run)
     model: Model
@@ -283,28 +278,38 @@ class Config(Section):
 
     @cached_property
     def origins(self) -> dict[str, str]:
-        """Place of each given key, ``{"optimizer.lr": "run.yaml:7"}``, and the file under ``""``; not in dumps."""
+        """Where each given key was set, ``{"optimizer.lr": "run.yaml:7"}``; ``""`` maps to the
+        file. Not dumped."""
         return {}
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.across_sections(self)
-
-    def validate_for(self, world_size: int) -> int:
-        """Check the layout against ``world_size`` ranks; return the data-parallel size. InputError lists what fails."""
-        return placement.validate_world_size(self, world_size)
-
-    def validate_model(self, hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Check layout and lengths against the model and return its Hugging Face config.
-
-        Without ``hf_config`` the folder ``model.path`` is read and its weight and tokenizer files are looked for too.
-        InputError lists what fails.
-        """
-        return placement.validate_model(self, hf_config)
-
-    def validate_router(self, hf_config: dict[str, Any]) -> None:
-        """InputError for a mixture of experts whose router is not replayed, unless that is allowed."""
-        placement.validate_router(self, hf_config)
-
-    def validate_paths(self) -> None:
-        """InputError where ``run.dir`` cannot be written, ``run.replay`` holds no rollouts, or a prompt file cannot be read."""
-        placement.validate_paths(self)
+    def problems(self) -> Problems:
+        algorithm, rollout, fp8 = self.algorithm, self.rollout, self.megatron.fp8
+        prompts, parts = rollout.prompts_per_step, algorithm.num_mini_batches
+        if prompts % parts:
+            expected = f"a divisor of rollout.prompts_per_step = {prompts}"
+            yield "algorithm.num_mini_batches", f"expected {expected}, got {parts}"
+        staleness, correction = rollout.max_staleness, algorithm.rollout_correction
+        if staleness and correction not in ("token", "sequence"):
+            expected = f"token or sequence with rollout.max_staleness {staleness}"
+            yield "algorithm.rollout_correction", f"expected {expected}, got {correction}"
+        if fp8 and self.model.dtype != "bfloat16":
+            yield "megatron.fp8", f"expected null with model.dtype {self.model.dtype}, got {fp8}"
+        buffer, longest = self.reward.overlong_buffer_tokens, rollout.max_response_tokens
+        if buffer is not None and buffer > longest:
+            expected = f"at most rollout.max_response_tokens ({longest})"
+            yield "reward.overlong_buffer_tokens", f"expected {expected}, got {buffer}"
+        updates, warmup = (
+            self.run.steps * algorithm.num_epochs * parts,
+            self.optimizer.lr_warmup_iters,
+        )
+        if warmup >= updates:
+            expected = f"less than the run's optimizer steps ({updates})"
+            yield "optimizer.lr_warmup_iters", f"expected {expected}, got {warmup}"
+        for key, source in (
+            ("data.prompts", self.data.prompts),
+            ("eval.prompts", self.eval.prompts),
+        ):
+            is_file = source is not None and not source.startswith("reasoning_gym:")
+            if self.reward.function == "reasoning_gym" and is_file:
+                expected = f'math_verify or "module:function" with {key} "{source}"'
+                yield "reward.function", f"expected {expected}, got reasoning_gym"

@@ -1,99 +1,111 @@
-"""Settings of what is asked and how it is judged."""
+"""Settings of prompts, environments, rewards and evaluations."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import Field
 
-from megatron_espo.config import rules
-from megatron_espo.config.section import Section
+from megatron_espo.config.rules import LOWEST_TEMPERATURE, Problems, Section, check_function
 
 
 class Data(Section):
-    """The questions."""
+    """Training prompts."""
 
-    prompts: str = Field(
-        min_length=1,
-        description="reasoning_gym:<task>, or a *.jsonl or *.parquet file (path from the current directory).",
-    )
-    task_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the reasoning_gym task.")
-    system_prompt: str | None = Field(None, description="System message put before every prompt; null for none.")
-    shuffle: bool = Field(True, description="New prompt order each epoch (from run.seed); false keeps the file's.")
+    prompts: str = Field(min_length=1)
+    """reasoning_gym:<task>, or a *.jsonl or *.parquet file, relative to the current directory."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the reasoning_gym task."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of the file, such as {prompt: question, answer: reward_model.ground_truth}. a.b is
+    field b of column a. id and metadata for the reward function may be added. Other columns are not
+    read. Empty: prompt, answer and id, and all other columns as metadata."""
+    raw: bool = False
+    """Prompts are text that the model reads as it is, without the chat template."""
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, such as {enable_thinking: false}."""
+    system_prompt: str | None = None
+    """System message before every prompt. null adds none."""
+    shuffle: bool = True
+    """Shuffle the prompts each epoch, from run.seed. false keeps the order of the file."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.data(self)
+    def problems(self) -> Problems:
+        yield from _source_problems(self.prompts, self.task_args)
 
 
 class Eval(Section):
-    """Held-out prompts: judged every so many steps of a run, and by ``megatron-espo eval``."""
+    """Held-out prompts, evaluated during training and by ``megatron-espo eval``."""
 
-    prompts: str | None = Field(
-        None, min_length=1, description="As data.prompts; null: no evaluation in training, and `eval` takes data.prompts."
-    )
-    task_args: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the reasoning_gym task; give it a seed other than data's."
-    )
-    max_prompts: int | None = Field(None, ge=1, description="Only the first so many prompts; null: all.")
-    every: int = Field(10, ge=1, description="Evaluate after so many steps, and after the last one.")
-    samples: int = Field(4, ge=1, description="Responses to each prompt: the k of avg@k and the largest k of pass@k.")
-    temperature: float | None = Field(
-        None, ge=0, description="Sampling temperature; 0: greedy, with samples 1; null: rollout.temperature."
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling in evaluations.")
-    max_response_tokens: int | None = Field(
-        None, ge=1, description="Longest response, in tokens; null: rollout.max_response_tokens."
-    )
+    prompts: str | None = Field(None, min_length=1)
+    """As data.prompts. null: no evaluation during training, and `eval` uses data.prompts."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the reasoning_gym task. Give it another seed than data.task_args."""
+    columns: dict[str, str] | None = None
+    """As data.columns. null uses data.columns."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Use only the first this many prompts. null uses all."""
+    every: int = Field(10, ge=1)
+    """Steps between evaluations. The last step is always evaluated."""
+    samples: int = Field(4, ge=1)
+    """Responses per prompt: the k of avg@k and the largest k of pass@k."""
+    temperature: float | None = Field(None, ge=0)
+    """Sampling temperature. 0 is greedy, with samples 1. null uses rollout.temperature."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.evaluation(self)
+    def problems(self) -> Problems:
+        if self.prompts is not None:
+            yield from _source_problems(self.prompts, self.task_args)
+        elif self.task_args:
+            yield "task_args", f"expected none without eval.prompts, got {self.task_args}"
+        if self.temperature == 0 and self.samples > 1:
+            yield "samples", f"expected 1 with temperature 0 (greedy), got {self.samples}"
+        if 0 < (self.temperature or 0) < LOWEST_TEMPERATURE:
+            expected = f"0 or at least {LOWEST_TEMPERATURE} (vLLM silently raises lower values)"
+            yield "temperature", f"expected {expected}, got {self.temperature:g}"
 
 
 class Environment(Section):
-    """What turns a prompt into a trajectory of one or several turns."""
+    """The environment that turns a prompt into a trajectory of one or several turns."""
 
-    name: str = Field(
-        "single_turn", min_length=1, description="single_turn, tool, verifiers:<id>, or your module:Class."
-    )
-    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of that class.")
-    max_concurrent: int = Field(4096, ge=1, description="Most trajectories at the same time.")
-    timeout_s: float | None = Field(
-        None, gt=0, description="Seconds for one trajectory, after which it failed; null: no limit."
-    )
-    retries: int = Field(
-        1, ge=0, description="Further attempts at a trajectory whose environment failed; then it counts as one without a reward."
-    )
+    name: str = Field("single_turn", min_length=1)
+    """single_turn, tool, verifiers:<id>, or your module:Class."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment."""
+    timeout_s: float | None = Field(None, gt=0)
+    """Seconds for one trajectory. It is started once more after a failure. null: no limit."""
 
 
 class Reward(Section):
-    """The verifier, run in processes that can be killed."""
+    """The reward function, called in worker processes."""
 
-    function: str = Field(
-        "auto",
-        min_length=1,
-        description="auto (fits data.prompts), reasoning_gym, math_verify, or your module:function.",
-    )
-    timeout_s: float = Field(
-        10.0, gt=0, description="Seconds for one response; then the verifier is killed and the response left out."
-    )
-    memory_gib: float = Field(4.0, gt=0, description="Most memory of one verifier process, in GiB.")
-    isolate: bool = Field(
-        True,
-        description="Verifiers have no network, write to a temporary folder only (their working directory and home), and leave no process "
-        "behind, where the kernel grants it; false for one that asks a server.",
-    )
-    environment: tuple[str, ...] = Field(
-        (), strict=False, description="Environment variables that verifiers see, such as the key of a server; the others stay hidden."
-    )
-    max_failed: float = Field(
-        0.5, ge=0, le=1, description="Largest share of a step's responses that may go unjudged (no advantage, no gradient) before the run ends."
-    )
-    overlong_buffer_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="DAPO's soft overlong penalty: rewards fall over the last so many tokens before the limit.",
-    )
-    overlong_penalty: float = Field(1.0, gt=0, description="What a response at the length limit loses by it.")
-    workers: int = Field(2, ge=1, description="Verifier processes on each node; each takes one CPU core.")
+    function: str = Field("auto", min_length=1)
+    """auto (depends on data.prompts), reasoning_gym, math_verify, or your module:function."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Seconds for one response. Then the worker is killed and the response gets no reward."""
+    memory_gib: float = Field(4.0, gt=0)
+    """Memory limit of one worker process, in GiB."""
+    isolate: bool = True
+    """Workers have no network, write only to a temporary folder (their working directory and
+    home) and leave no process behind, where the kernel allows it. false for a function that
+    calls a server."""
+    environment: tuple[str, ...] = Field((), strict=False)
+    """Environment variables that workers see, such as the key of a server. All others are
+    hidden."""
+    max_failed: float = Field(0.5, ge=0, le=1)
+    """The run ends when a larger share of a step's responses gets no reward (no advantage, no
+    gradient)."""
+    overlong_buffer_tokens: int | None = Field(None, ge=1)
+    """DAPO's soft overlong penalty: over this many tokens before the length limit the reward
+    falls by up to 1."""
+    workers: int = Field(2, ge=1)
+    """Worker processes per node. Each uses one CPU core."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from rules.reward(self)
+    def problems(self) -> Problems:
+        yield from check_function("function", self.function, "auto", "reasoning_gym", "math_verify")
+
+
+def _source_problems(prompts: str, task_args: dict[str, Any]) -> Problems:
+    is_task = prompts.startswith("reasoning_gym:")
+    if prompts == "reasoning_gym:" or not (is_task or prompts.endswith((".jsonl", ".parquet"))):
+        expected = '"reasoning_gym:<task>", a *.jsonl or a *.parquet file'
+        yield "prompts", f'expected {expected}, got "{prompts}"'
+    elif task_args and not is_task:
+        expected = f'none with a file of prompts ("{prompts}")'
+        yield "task_args", f"expected {expected}, got {task_args}"

@@ -1,4 +1,4 @@
-"""Prompts in, prompt batches out: sources, tokenizer, and the resumable prompt stream."""
+"""Prompt sources, tokenizer, prompt stream, recorded rollouts and packing."""
 
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer

@@ -1,6 +1,7 @@
-"""What is trained on: a response with its advantage, a micro-batch of them, and the sizes of a whole step."""
+"""Training data: a response with its advantage, a micro-batch, and the sizes of a whole step."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,24 +14,30 @@ from megatron_espo.types import as_vector
 class TrainSequence:
     """One prompt and response with its advantage.
 
-    ``P`` and ``T`` are the lengths of prompt and response. Only *trained* tokens (``loss_mask`` True) have a loss, and only they
-    count in lengths, groups and denominators. The other response tokens are context.
+    ``P`` and ``T`` are the lengths of prompt and response. Only *trained* tokens (``loss_mask``
+    True) have a loss, and only they count in lengths, groups and denominators. The other response
+    tokens are context.
 
     Attributes:
-        prompt_ids: ``[P]`` int32, at least one: the hidden state of the last one predicts the first response token.
+        prompt_ids: ``[P]`` int32, at least one: the hidden state of the last one predicts the first
+            response token.
         response_ids: ``[T]`` int32, at least one.
         rollout_logprobs: ``[T]`` float32, the engine's log-probs of ``response_ids`` (nats).
         advantage: of every trained token.
         loss_mask: ``[T]`` bool, at least one True; ``None``: all True.
-        masked: gives no gradient (a truncated response, for example), but counts in the denominators.
-        old_logprobs, old_entropies: ``[T]`` float32, the old policy's (nats), where they are known already; ``None``: from a
-            scoring pass, or the policy itself on the first step on these rollouts.
-        watched: number of the response among those whose entropies are reported token by token; ``None``: not among them.
-        routed_experts: ``[P + T - 1, layers with experts, experts a token]`` integers: the engine's choice of experts for every
-            token but the last, which predicts nothing. ``None``: the trainer's routers choose.
+        masked: the sequence has no gradient (a truncated response, for example), but counts in the
+            denominators.
+        old_logprobs, old_entropies: ``[T]`` float32, of the old policy (nats), if they are known;
+            ``None``: from a scoring pass, or the policy itself in the first step on these rollouts.
+        logged_sample: index of the response among those whose entropies are logged for each token;
+            ``None``: it is not logged.
+        routed_experts: ``[P + T - 1, layers with experts, experts a token]`` integers: the engine's
+            choice of experts for every token except the last, which predicts nothing. ``None``: the
+            trainer's routers choose.
 
     Raises:
-        ValueError: an empty prompt or response, no trained token, or values that do not match the response.
+        ValueError: an empty prompt or response, no trained token, or values that do not match the
+            response.
     """
 
     prompt_ids: np.ndarray
@@ -41,7 +48,7 @@ class TrainSequence:
     masked: bool = False
     old_logprobs: np.ndarray | None = None
     old_entropies: np.ndarray | None = None
-    watched: int | None = None
+    logged_sample: int | None = None
     routed_experts: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,17 +68,18 @@ class TrainSequence:
         ):
             values = getattr(self, name)
             if values is not None:
-                object.__setattr__(self, name, as_vector(f"TrainSequence.{name}", values, dtype, length))
+                values = as_vector(f"TrainSequence.{name}", values, dtype, length)
+                object.__setattr__(self, name, values)
         if not self.num_trained:
             raise ValueError(
-                f"TrainSequence.loss_mask: expected at least one trained token, got a mask of {response} False"
+                "TrainSequence.loss_mask: expected at least one trained token, "
+                f"got a mask of {response} False"
             )
         experts = self.routed_experts
         if experts is not None and (experts.ndim != 3 or len(experts) != prompt + response - 1):
-            expected = f"[{prompt + response - 1}, layers, top_k]"
             raise ValueError(
-                f"TrainSequence: expected routed_experts {expected}, one row a token but the last, "
-                f"got {list(experts.shape)}"
+                f"TrainSequence: expected routed_experts [{prompt + response - 1}, layers, top_k], "
+                f"one row for each token except the last, got {list(experts.shape)}"
             )
 
     @property
@@ -82,20 +90,22 @@ class TrainSequence:
     @property
     def num_trained(self) -> int:
         """Response tokens with a loss."""
-        return len(self.response_ids) if self.loss_mask is None else int(np.count_nonzero(self.loss_mask))
+        mask = self.loss_mask
+        return len(self.response_ids) if mask is None else int(np.count_nonzero(mask))
 
     def trained(self, values: np.ndarray) -> np.ndarray:
-        """Of ``values [T]`` those of the trained tokens."""
+        """The entries of ``values [T]`` at the trained tokens."""
         return values if self.loss_mask is None else values[self.loss_mask]
 
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """Sizes of one optimizer step's whole batch, over all data-parallel ranks; the denominators of the loss.
+    """Sizes of one optimizer step's batch over all data-parallel ranks: the denominators of the
+    loss.
 
-    ``num_responses`` and ``num_response_tokens`` count every sequence and its trained tokens, also of sequences that need no
-    gradient. ``num_tokens`` counts all tokens of the sequences that go through the model; Megatron's schedule divides gradients
-    by it.
+    ``num_responses`` and ``num_response_tokens`` count every sequence and its trained tokens, also
+    those of sequences without gradient. ``num_tokens`` counts all tokens that go through the model;
+    Megatron's schedule divides gradients by it.
     """
 
     num_responses: int
@@ -105,32 +115,41 @@ class BatchTotals:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences as the model and the loss take them: laid one after the other (THD), or side by side in rows, padded.
+    """Sequences in the form that the model and the loss take: concatenated (THD), or in padded
+    rows.
 
-    ``trained_tokens`` counts response tokens with a loss; other tokens occur in ``tokens`` and ``position_ids`` only. Under context
-    parallelism ``total`` and ``trained_tokens`` are this rank's; ``cu_seqlens``, ``max_seqlen`` and ``lengths`` the whole's.
+    ``trained_tokens`` counts response tokens with a loss. Other tokens occur in ``tokens`` and
+    ``position_ids`` only. Under context parallelism ``total`` and ``trained_tokens`` count this
+    rank's tokens; ``cu_seqlens``, ``max_seqlen`` and ``lengths`` describe the whole micro-batch.
 
     Attributes:
         tokens: int64 token ids, ``[1, total]`` packed or ``[sequences, longest]`` padded.
         position_ids: int64, of the same shape, from 0 in each sequence.
         cu_seqlens: ``[sequences + 1]`` int32 boundaries; ``None`` in a padded micro-batch.
         max_seqlen: tokens of the longest sequence.
-        logit_positions: ``[trained_tokens]`` int64, row of the model's hidden states (``[total, hidden]``, or ``[longest, sequences,
-            hidden]`` flattened) that predicts each trained token.
+        logit_positions: ``[trained_tokens]`` int64, row of the model's hidden states (``[total,
+            hidden]``, or ``[longest, sequences, hidden]`` flattened) that predicts each trained
+            token.
         targets: ``[trained_tokens]`` int64, the trained tokens.
         lengths: ``[sequences]`` int64, trained tokens of each sequence.
         advantage, rollout_logprob: ``[trained_tokens]`` float32.
         totals: sizes of the whole optimizer step.
-        num_tokens: real tokens (padding excluded); under context parallelism all of them on the first rank and 0 on others.
-        local_tokens: ``[trained_tokens]`` int64, which of the whole micro-batch's trained tokens these are; ``None``: all.
-        branches: where prompts are shared: for each sequence of ``cu_seqlens`` the lengths of its shared prefix and of the suffixes
-            after it, each of which attends to the prefix and itself; ``None``: plain sequences.
-        old_logprob, old_entropy: ``[trained_tokens]`` float32, of the old policy (nats), from a scoring pass; ``None`` when the
-            step is the first on its rollouts, where the policy itself is the old policy.
-        reference_logprob: ``[trained_tokens]`` float32, of the frozen reference (nats); ``None`` without a KL penalty.
-        watched: for each response its :attr:`TrainSequence.watched`.
-        routed_experts: ``[rows, layers with experts, experts a token]`` int16, in the order of the hidden states' rows: the engine's choices; -1 where there is
-            none (padding, last tokens): the router's own. ``None``: its own everywhere.
+        num_tokens: tokens without padding; under context parallelism the first rank has the number
+            and the others 0.
+        local_tokens: ``[trained_tokens]`` int64, indices of this rank's trained tokens in the whole
+            micro-batch; ``None``: all.
+        prefix_groups: with shared prompts, for each sequence of ``cu_seqlens`` the length of its
+            shared prefix and the lengths of the suffixes after it. Each suffix attends to the
+            prefix and to itself. ``None``: plain sequences.
+        old_logprob, old_entropy: ``[trained_tokens]`` float32, of the old policy (nats), from a
+            scoring pass; ``None``: the policy itself is the old policy, because the step is the
+            first on its rollouts.
+        reference_logprob: ``[trained_tokens]`` float32, of the frozen reference (nats); ``None``
+            without a KL penalty.
+        logged_sample: for each response its :attr:`TrainSequence.logged_sample`.
+        routed_experts: ``[rows, layers with experts, experts a token]`` int16, in the order of the
+            rows of the hidden states: the engine's choices, or -1 where the router chooses
+            (padding, last tokens). ``None``: the router chooses everywhere.
     """
 
     tokens: Tensor
@@ -145,13 +164,16 @@ class MicroBatch:
     totals: BatchTotals
     num_tokens: int
     local_tokens: Tensor | None = None
-    branches: tuple[tuple[int, ...], ...] | None = None
+    prefix_groups: tuple[tuple[int, ...], ...] | None = None
     old_logprob: Tensor | None = None
     old_entropy: Tensor | None = None
     reference_logprob: Tensor | None = None
-    watched: tuple[int | None, ...] = ()
+    logged_sample: tuple[int | None, ...] = ()
     routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on ``device``."""
-        return replace(self, **{n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)})
+        tensors: dict[str, Any] = {
+            name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        return replace(self, **tensors)

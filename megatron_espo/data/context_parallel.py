@@ -1,10 +1,13 @@
-"""Cuts a micro-batch for context parallelism: every sequence in 2 x CP chunks, two of them for each rank (zigzag).
+"""Cuts a micro-batch for context parallelism: every sequence into 2 x CP chunks, two for each rank
+(zigzag).
 
-Causal attention costs more the later a token is; rank ``r`` gets chunks ``r`` and ``2 CP - 1 - r``, so that all ranks do the same work. This is
-the order that Megatron-Core's rotary embedding and Transformer Engine expect. Pure bookkeeping: zero collectives.
+With causal attention the work of a token grows with its position. Rank ``r`` gets chunks ``r`` and
+``2 CP - 1 - r``, so that all ranks do the same work. Megatron-Core's rotary embedding and
+Transformer Engine expect this order. Zero collectives.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,35 +21,32 @@ def zigzag(boundaries: Tensor, rank: int, size: int) -> Tensor:
     Args:
         boundaries: ``[sequences + 1]``, each length a multiple of ``2 size``.
     """
-    parts = []
-    for start, stop in zip(boundaries.tolist(), boundaries.tolist()[1:], strict=False):
-        chunk = (stop - start) // (2 * size)
-        for number in (rank, 2 * size - 1 - rank):
-            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
-    return torch.cat(parts)
+    sequences = torch.arange(int(boundaries[-1])).split(boundaries.diff().tolist())
+    chunks = [sequence.chunk(2 * size) for sequence in sequences]
+    return torch.cat([part for c in chunks for part in (c[rank], c[2 * size - 1 - rank])])
 
 
 def slice_micro_batch(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
-    """One context-parallel rank's tokens, and the trained tokens that they predict.
+    """The tokens of one context-parallel rank, and the trained tokens that they predict.
 
-    Boundaries and lengths stay those of the whole; ``local_tokens`` says which of the whole micro-batch's trained tokens are here.
+    ``cu_seqlens`` and ``lengths`` stay those of the whole micro-batch. ``local_tokens`` selects
+    this rank's trained tokens.
     """
+    assert batch.cu_seqlens is not None
     local = zigzag(batch.cu_seqlens, rank, size)
     place = torch.full((batch.tokens.size(1),), -1)
     place[local] = torch.arange(len(local))
     local_tokens = (place[batch.logit_positions] >= 0).nonzero()[:, 0]
+    per_token = ("targets", "advantage", "rollout_logprob", "old_logprob", "old_entropy")
+    known: dict[str, Any] = {name: getattr(batch, name) for name in per_token}
     return replace(
         batch,
         tokens=batch.tokens[:, local],
         position_ids=batch.position_ids[:, local],
         logit_positions=place[batch.logit_positions[local_tokens]],
-        targets=batch.targets[local_tokens],
-        advantage=batch.advantage[local_tokens],
-        rollout_logprob=batch.rollout_logprob[local_tokens],
-        old_logprob=None if batch.old_logprob is None else batch.old_logprob[local_tokens],
-        old_entropy=None if batch.old_entropy is None else batch.old_entropy[local_tokens],
         routed_experts=None if batch.routed_experts is None else batch.routed_experts[local],
         local_tokens=local_tokens,
         # Megatron adds these counts over context-parallel ranks.
         num_tokens=batch.num_tokens if rank == 0 else 0,
+        **{name: values[local_tokens] for name, values in known.items() if values is not None},
     )

@@ -1,8 +1,8 @@
-"""reasoning-gym tasks: creation with readable errors, and generation in a process of its own.
+"""reasoning-gym tasks: creation with readable errors, and generation in a child process.
 
-A few generators (``word_ladder``, ``ransom_note``, ...) iterate over sets of strings, so that the same seed gives other
-questions in another process. Rows are therefore generated in a child process with ``PYTHONHASHSEED=0``: a resumed run and
-every rank see the same rows.
+Some generators (``word_ladder``, ``ransom_note``, ...) iterate over sets of strings, so their rows
+depend on the hash seed of the process. A child process with ``PYTHONHASHSEED=0`` generates the
+rows, so that a resumed run and every rank get the same rows.
 """
 
 import dataclasses
@@ -17,41 +17,50 @@ from megatron_espo.errors import InputError
 
 
 def create_task(task: str, task_args: dict[str, Any]) -> Any:
-    """reasoning-gym's dataset ``task`` with ``task_args``; ``composite`` takes its ``datasets`` as a list of mappings.
+    """Create the reasoning-gym dataset ``task``; ``composite`` takes its ``datasets`` as a list of
+    mappings.
 
     Raises:
-        InputError: unknown task or argument (with the nearest known names), or values that the task refuses.
+        InputError: unknown task or argument (with the nearest known names), or values that the task
+            rejects.
     """
     import reasoning_gym
     from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        raise InputError(f"data.prompts: unknown reasoning-gym task {task!r}{_nearest(task, DATASETS)}")
+        raise InputError(
+            f"data.prompts: unknown reasoning-gym task {task!r}{_nearest(task, DATASETS)}"
+        )
     known = [field.name for field in dataclasses.fields(DATASETS[task][1])]
     for name in task_args:
         if name not in known:
             raise InputError(
-                f"data.task_args.{name}: not an argument of reasoning_gym:{task}{_nearest(name, known)};"
-                f" it takes {', '.join(known)}"
+                f"data.task_args.{name}: not an argument of reasoning_gym:{task}"
+                f"{_nearest(name, known)}; it takes {', '.join(known)}"
             )
     try:
         if task == "composite":
-            task_args = task_args | {"datasets": [DatasetSpec(**spec) for spec in task_args.get("datasets", [])]}
+            specs = [DatasetSpec(**spec) for spec in task_args.get("datasets", [])]
+            task_args = task_args | {"datasets": specs}
         return reasoning_gym.create_dataset(task, **task_args)
-    except Exception as error:  # tasks validate with assert, ValueError and TypeError alike
-        raise InputError(f"data.task_args: reasoning_gym:{task} refused {task_args}: {error}") from error
+    except Exception as error:  # tasks raise AssertionError, ValueError or TypeError
+        raise InputError(
+            f"data.task_args: reasoning_gym:{task} refused {task_args}: {error}"
+        ) from error
 
 
 def generate_entries(task: str, task_args: dict[str, Any]) -> list[dict[str, Any]]:
-    """All entries ``{question, answer, metadata}`` of the task, the same in every process for the same arguments.
+    """Generate all entries ``{question, answer, metadata}`` of the task; the same arguments give
+    the same entries in every process.
 
     Raises:
-        InputError: as :func:`create_task`, or the generator itself failed.
+        InputError: see :func:`create_task`, or the generator failed.
     """
     call = (
-        "import pickle, sys; path, task, task_args = pickle.load(sys.stdin.buffer); sys.path[:] = path;"
-        " from megatron_espo.data.reasoning_gym_task import _write_entries; _write_entries(task, task_args)"
+        "import pickle, sys; sys.path[:], task, task_args = pickle.load(sys.stdin.buffer); "
+        "from megatron_espo.data import reasoning_gym_task as module; "
+        "module._write_entries(task, task_args)"
     )
     process = subprocess.run(
         [sys.executable, "-P", "-c", call],
@@ -60,7 +69,10 @@ def generate_entries(task: str, task_args: dict[str, Any]) -> list[dict[str, Any
         env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
     )
     if process.returncode != 0:
-        raise InputError(f"data.prompts: generating reasoning_gym:{task} failed (exit status {process.returncode})")
+        status = process.returncode
+        raise InputError(
+            f"data.prompts: generating reasoning_gym:{task} failed (exit status {status})"
+        )
     entries, message = pickle.loads(process.stdout)
     if message is not None:
         raise InputError(message)
@@ -68,17 +80,18 @@ def generate_entries(task: str, task_args: dict[str, Any]) -> list[dict[str, Any
 
 
 def _write_entries(task: str, task_args: dict[str, Any]) -> None:
-    """The child's side of :func:`generate_entries`: pickles ``(entries, error message)`` to standard output."""
+    """In the child process: pickle ``(entries, error message)`` to standard output."""
     output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a generator that prints must not corrupt the answer
+    os.dup2(2, 1)  # what a generator prints must not reach the pickle
     try:
         dataset = create_task(task, task_args)
-        answer = ([dataset[index] for index in range(len(dataset))], None)
+        entries, message = [dataset[index] for index in range(len(dataset))], None
     except InputError as error:
-        answer = (None, str(error))
+        entries, message = [], str(error)
     except Exception as error:
-        answer = (None, f"data.task_args: reasoning_gym:{task} failed to generate with {task_args}: {error!r}")
-    pickle.dump(answer, output)
+        failed = f"reasoning_gym:{task} failed to generate with {task_args}: {error!r}"
+        entries, message = [], f"data.task_args: {failed}"
+    pickle.dump((entries, message), output)
     output.close()
 
 

@@ -1,16 +1,31 @@
-"""Prompt sources: JSONL, Parquet and reasoning-gym tasks, read and checked in full before anything else starts."""
+"""Prompt sources: JSONL, Parquet and reasoning-gym tasks, held as Arrow columns."""
 
 import json
-from collections.abc import Iterator
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from megatron_espo.data.reasoning_gym_task import generate_entries
 from megatron_espo.errors import InputError
 
 REASONING_GYM = "reasoning_gym:"
 MAX_REPORTED = 10
+_CHUNK_ROWS = 65_536
+_PROGRESS_FROM_BYTES = 32 << 20
+
+_CHOOSE_COLUMNS = "convert the column, or name only the columns that you need in data.columns"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,11 +33,13 @@ class Row:
     """One checked row of a source.
 
     Attributes:
-        where: ``file:line`` (JSONL), ``file:row n`` (Parquet, from 1) or ``reasoning_gym:task[index]``, for messages.
+        where: ``file:line`` (JSONL), ``file:row n`` (Parquet, from 1) or
+            ``reasoning_gym:task[index]``, for messages.
         id: the row's own id, or a name made of the file and line.
         prompt: text, or chat messages ``{role, content}``.
-        answer: what the reward function compares with.
-        metadata: the other columns; for a reasoning-gym row ``{"reasoning_gym": {"task", "task_args", "entry"}}``.
+        answer: the value that the reward function compares with.
+        metadata: the other columns; for a reasoning-gym row
+            ``{"reasoning_gym": {"task", "task_args", "entry"}}``.
     """
 
     where: str
@@ -32,9 +49,70 @@ class Row:
     metadata: dict[str, Any]
 
 
+class Rows(Sequence[Row]):
+    """The rows of a source, in its order. Indexing makes a :class:`Row`.
+
+    Args:
+        table: columns ``number`` (line or row), ``id`` (null: no own id), ``prompt`` (text, or
+            messages as JSON), ``is_chat``, ``messages`` (null: ``prompt`` has them; otherwise
+            ``prompt`` holds their contents), ``kind`` (the messages' roles), ``answer`` and
+            ``metadata`` (JSON; null: none).
+        where: format of :attr:`Row.where`, with ``{number}``.
+        default_id: format of the id of a row without one, with ``{number}``.
+        metadata: metadata of each row, instead of the column.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        where: str,
+        default_id: str,
+        metadata: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        self.table, self._metadata = table.combine_chunks(), metadata
+        self._where, self._default_id = where, default_id
+        self._columns = {name: self.table[name] for name in self.table.column_names}
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        values = {name: column[index].as_py() for name, column in self._columns.items()}
+        number, identifier, metadata = values["number"], values["id"], values["metadata"]
+        if identifier is None:
+            identifier = self._default_id.format(number=number)
+        prompt = values["messages"]
+        if prompt is None:
+            prompt = json.loads(values["prompt"]) if values["is_chat"] else values["prompt"]
+        if self._metadata is not None:
+            extra = self._metadata[index]
+        else:
+            extra = {} if metadata is None else json.loads(metadata)
+        where = self._where.format(number=number)
+        return Row(where, identifier, prompt, values["answer"], extra)
+
+    def find(self, identifier: str) -> int:
+        """Index of the row with this id.
+
+        Raises:
+            KeyError: there is none.
+        """
+        index = pc.index(self._columns["id"], identifier).as_py()
+        if index < 0:
+            prefix, suffix = self._default_id.split("{number}")
+            digits = identifier.removeprefix(prefix).removesuffix(suffix)
+            if digits.isdecimal():
+                index = pc.index(self._columns["number"], int(digits)).as_py()
+        if index < 0 or self[index].id != identifier:
+            raise KeyError(identifier)
+        return index
+
+
 @dataclass
 class Problems:
-    """Collects what is wrong with rows, so that one run of the program shows many mistakes at once."""
+    """Collects mistakes in rows, so that one run of the program shows many of them."""
 
     shown: list[str] = field(default_factory=list)
     count: int = 0
@@ -45,147 +123,398 @@ class Problems:
             self.shown.append(f"{where}: {what}")
 
     def raise_if_any(self, source: str) -> None:
-        """Raises InputError naming the first problems and their number."""
+        """Raise InputError with the first problems and their number."""
         if self.count == 1:
             raise InputError(self.shown[0])
         if self.count:
             more = self.count - len(self.shown)
             tail = f"\n  ... and {more} more" if more else ""
-            raise InputError(f"{source}: {self.count} problems\n  " + "\n  ".join(self.shown) + tail)
+            raise InputError(
+                f"{source}: {self.count} problems\n  " + "\n  ".join(self.shown) + tail
+            )
 
 
-def read_rows(prompts: str, task_args: dict[str, Any], seed: int) -> list[Row]:
+def read_rows(
+    prompts: str, task_args: Mapping[str, Any], seed: int, columns: Mapping[str, str] | None = None
+) -> Rows:
     """All rows of the source ``prompts``, in its own order.
 
+    A second call with the same arguments returns the same object, while the file is unchanged.
+
     Args:
-        prompts: ``reasoning_gym:<task>``, or the path of a ``.jsonl`` or ``.parquet`` file with the columns ``prompt``,
-            ``answer`` and optionally ``id``.
-        task_args: arguments of the reasoning-gym task (``size``, ``seed``, ...); must be empty for files.
+        prompts: ``reasoning_gym:<task>``, or the path of a ``.jsonl`` or ``.parquet`` file.
+        task_args: arguments of the reasoning-gym task (``size``, ``seed``, ...); empty for files.
         seed: used for a reasoning-gym task without a ``seed`` of its own.
+        columns: where a file has ``prompt``, ``answer``, ``id`` and metadata, as
+            ``{name: column}``; ``a.b`` is field ``b`` of column ``a``. Other columns are not read.
+            Empty: ``prompt``, ``answer`` and optionally ``id``, and all other columns as metadata.
 
     Raises:
         InputError: no such source, malformed rows, duplicate ids, or no rows at all.
     """
     if prompts.startswith(REASONING_GYM):
-        return _reasoning_gym_rows(prompts.removeprefix(REASONING_GYM), {"seed": seed} | task_args)
+        return _reasoning_gym_rows(prompts.removeprefix(REASONING_GYM), {"seed": seed, **task_args})
     if task_args:
-        raise InputError(f"data.task_args: only for {REASONING_GYM}<task>; data.prompts is {prompts!r}")
-    readers = {".jsonl": _jsonl_records, ".parquet": _parquet_records}
-    path = Path(prompts)
-    if path.suffix not in readers:
         raise InputError(
-            f"data.prompts: expected {REASONING_GYM}<task>, *.jsonl or *.parquet, got {prompts!r}; convert the file"
+            f"data.task_args: only for {REASONING_GYM}<task>; data.prompts is {prompts!r}"
+        )
+    path = Path(prompts)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise InputError(
+            f"data.prompts: expected {REASONING_GYM}<task>, *.jsonl or *.parquet, got {prompts!r}; "
+            "convert the file"
         )
     if not path.is_file():
         raise InputError(f"data.prompts: no such file: {path} (looked for {path.absolute()})")
+    status = path.stat()
+    return _read_file(
+        path, tuple(sorted((columns or {}).items())), status.st_mtime_ns, status.st_size
+    )
 
-    problems, rows, seen = Problems(), [], {}
-    for where, number, record in readers[path.suffix](path, problems):
-        row = _check_record(where, f"{path.stem}:{number}", record, problems)
-        if row is None:
-            continue
-        if row.id in seen:
-            problems.add(where, f"id {row.id!r} is already used by {seen[row.id]}; ids must be unique")
-        seen[row.id] = where
-        rows.append(row)
+
+@lru_cache(maxsize=2)
+def _read_file(path: Path, columns: tuple[tuple[str, str], ...], *_: int) -> Rows:
+    problems = Problems()
+    wanted = {"prompt": "prompt", "answer": "answer", **dict(columns)} if columns else {}
+    is_jsonl = path.suffix == ".jsonl"
+    where = f"{path}:{{number}}" if is_jsonl else f"{path}:row {{number}}"
+    builder = _Builder(where, wanted, problems)
+    batches = _jsonl_batches if is_jsonl else _parquet_batches
+    chunks = [_TABLE.empty_table(), *batches(path, builder)]
     problems.raise_if_any(str(path))
+    rows = Rows(pa.concat_tables(chunks), where, f"{path.stem}:{{number}}")
     if not rows:
         raise InputError(f"{path}: expected at least one row, found none")
+    _check_ids(rows, problems)
+    problems.raise_if_any(str(path))
+    repeated = len(rows) - pc.count_distinct(rows.table["prompt"]).as_py()
+    if repeated:
+        logger.warning(
+            "%s: %s of %s rows repeat the prompt of another row",
+            path,
+            f"{repeated:,}",
+            f"{len(rows):,}",
+        )
     return rows
 
 
-def _jsonl_records(path: Path, problems: Problems) -> Iterator[tuple[str, int, Any]]:
-    with path.open("rb") as file:
+_MESSAGE = pa.struct({"role": pa.large_string(), "content": pa.large_string()})
+_TABLE = pa.schema({
+    "number": pa.int32(), "id": pa.large_string(), "prompt": pa.large_string(),
+    "is_chat": pa.bool_(), "messages": pa.large_list(_MESSAGE), "kind": pa.large_string(),
+    "answer": pa.large_string(), "metadata": pa.large_string(),
+})  # fmt: skip
+
+
+class _Builder:
+    """Makes chunks of :data:`_TABLE` from records; adds mistakes to ``problems``."""
+
+    def __init__(self, where: str, wanted: Mapping[str, str], problems: Problems) -> None:
+        self._where, self._wanted, self._problems = where, wanted, problems
+        self._values: list[tuple[Any, ...]] = []
+
+    def add(self, number: int, record: Any) -> None:
+        """Check one record, and take it if it is right."""
+        if isinstance(record, dict) and self._wanted:
+            record = {name: _field(record, path) for name, path in self._wanted.items()}
+            record = {name: value for name, value in record.items() if value is not _ABSENT}
+        row = _check_record(self._where.format(number=number), record, self._problems)
+        if row is not None:
+            self._values.append((number, *row))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def flush(self) -> pa.Table:
+        """The chunk of all records since the last call."""
+        columns = zip(*self._values, strict=True) if self._values else [()] * len(_TABLE)
+        arrays = [pa.array(list(c), f.type) for c, f in zip(columns, _TABLE, strict=True)]
+        self._values = []
+        return pa.Table.from_arrays(arrays, schema=_TABLE)
+
+
+def _jsonl_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
+    problems = builder._problems
+    with _progress(path, path.stat().st_size) as advance, path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number % 4096 == 0:
+                advance(file.tell())
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:
-                problems.add(where, f"expected one JSON object in UTF-8, got {_shorten(line)} ({error})")
+                what = f"expected one JSON object in UTF-8, got {_shorten(line)} ({error})"
+                problems.add(f"{path}:{number}", what)
                 continue
-            yield where, number, record
+            builder.add(number, record)
+            if len(builder) == _CHUNK_ROWS:
+                yield builder.flush()
+    yield builder.flush()
 
 
-def _parquet_records(path: Path, problems: Problems) -> Iterator[tuple[str, int, Any]]:
-    import pyarrow
+def _parquet_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            missing = [name for name in ("prompt", "answer") if name not in columns]
+        with ParquetFile(path) as file, _progress(path, file.metadata.num_rows) as advance:
+            schema = file.schema_arrow
+            needed = builder._wanted or {"prompt": "prompt", "answer": "answer"}
+            missing = [c for c in needed.values() if c.partition(".")[0] not in schema.names]
             if missing:
-                problems.add(str(path), f"expected the columns prompt and answer, got {', '.join(columns)}")
+                builder._problems.add(
+                    str(path),
+                    f"expected the columns {' and '.join(needed.values())}, got "
+                    f"{', '.join(schema.names)}; name them in data.columns, such as "
+                    "{prompt: question, answer: reward_model.ground_truth}",
+                )
+                return
+            columns = list(builder._wanted.values()) or None
+            for field in schema:
+                if not (columns is None or field.name in columns) or _fits_json(field.type):
+                    continue
+                what = f"{field.name}: expected values that JSON can hold, got {field.type}"
+                builder._problems.add(str(path), f"{what}; {_CHOOSE_COLUMNS}")
+            if builder._problems.count:
                 return
             number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:row {number}", number, record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected a Parquet file, got one that cannot be read ({error}); write it again") from error
+            for batch in file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns):
+                fast = _fast_table(batch, builder._wanted, number)
+                if fast is not None:
+                    yield fast
+                else:
+                    for index, record in enumerate(batch.to_pylist(), start=number + 1):
+                        builder.add(index, record)
+                    yield builder.flush()
+                number += len(batch)
+                advance(number)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path}: expected a Parquet file, got an unreadable one ({error}); write it again"
+        ) from error
 
 
-def _check_record(where: str, default_id: str, record: Any, problems: Problems) -> Row | None:
-    """The row that ``record`` makes, or None with the reason added to ``problems``."""
+def _fast_table(batch: pa.RecordBatch, wanted: Mapping[str, str], before: int) -> pa.Table | None:
+    """The chunk of correct rows with prompt and answer only; ``None``: look at each row."""
+    names = wanted or {name: name for name in batch.schema.names}
+    if set(names) - {"prompt", "answer"}:
+        return None
+    prompt, answer = (_nested(batch, names[name]) for name in ("prompt", "answer"))
+    if prompt is None or answer is None or prompt.null_count or answer.null_count:
+        return None
+    if not (_is_text(answer.type) or pa.types.is_integer(answer.type)):
+        return None
+    size, messages = len(batch), pa.nulls(len(batch), _TABLE.field("messages").type)
+    kind, is_chat = pa.repeat(pa.scalar("", pa.large_string()), size), not _is_text(prompt.type)
+    if is_chat:
+        messages = prompt
+        parts = _message_parts(prompt)
+        if parts is None:
+            return None
+        kind, prompt = parts
+    if not pc.all(pc.not_equal(pc.utf8_trim_whitespace(prompt), "")).as_py():
+        return None
+    number = pa.array(range(before + 1, before + size + 1), pa.int32())
+    none = pa.nulls(size, pa.large_string())
+    columns = [number, none, prompt, pa.repeat(is_chat, size), messages, kind, answer, none]
+    arrays = [column.cast(field.type) for column, field in zip(columns, _TABLE, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=_TABLE)
+
+
+def _message_parts(messages: pa.Array) -> tuple[pa.Array, pa.Array] | None:
+    """Joined roles and joined contents of correct messages with these two fields only."""
+    kind = messages.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return None
+    if not pa.types.is_struct(kind.value_type):
+        return None
+    if {field.name for field in kind.value_type} != {"role", "content"}:
+        return None
+    joined = []
+    for name in ("role", "content"):
+        values = pc.struct_field(messages.values, name)
+        if values.null_count or not _is_text(values.type):
+            return None
+        texts = pa.LargeListArray.from_arrays(
+            messages.offsets.cast(pa.int64()), values.cast(pa.large_string())
+        )
+        joined.append(pc.binary_join(texts, pa.scalar("\n", pa.large_string())))
+    is_empty = pc.any(pc.equal(pc.list_value_length(messages), 0)).as_py()
+    is_assistants = pc.any(pc.ends_with(joined[0], "assistant")).as_py()
+    return None if is_empty or is_assistants else (joined[0], joined[1])
+
+
+def _fits_json(kind: pa.DataType) -> bool:
+    is_other = pa.types.is_temporal(kind) or pa.types.is_decimal(kind) or pa.types.is_binary(kind)
+    return not (is_other or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _nested(batch: pa.RecordBatch, path: str) -> pa.Array | None:
+    """Column ``path``, or field ``b`` of column ``a`` for ``a.b``; ``None``: it does not exist."""
+    if path in batch.schema.names:
+        return batch.column(path)
+    first, *rest = path.split(".")
+    if first not in batch.schema.names or batch.column(first).null_count:
+        return None
+    value = batch.column(first)
+    for name in rest:
+        if not pa.types.is_struct(value.type) or value.type.get_field_index(name) < 0:
+            return None
+        value = pc.struct_field(value, name)
+    return value
+
+
+_ABSENT = object()
+
+
+def _field(record: Mapping[str, Any], path: str) -> Any:
+    """Column ``path`` of a record, or field ``b`` of column ``a`` for ``a.b``."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return _ABSENT
+        value = value[name]
+    return value
+
+
+def _check_record(
+    where: str, record: Any, problems: Problems
+) -> tuple[str | None, str, bool, None, str, str, str | None] | None:
+    """The columns of a record from ``id`` on; ``None``: it has mistakes."""
     if not isinstance(record, dict):
         problems.add(where, f"expected an object with prompt and answer, got {_describe(record)}")
         return None
     before = problems.count
     for name in ("prompt", "answer"):
         if name not in record:
-            problems.add(where, f"{name}: expected this key, got {', '.join(record) or 'none'}; rename or add it")
-    if "prompt" in record:
-        _check_prompt(where, record["prompt"], problems)
-    if "answer" in record and not isinstance(record["answer"], str):
-        problems.add(where, f"answer: expected text, got {_describe(record['answer'])}; write it as a string")
-    identifier = record.get("id")
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
-        problems.add(where, f"id: expected text or an integer, got {_describe(identifier)}")
-    if problems.count > before:
-        return None
-    prompt, answer = record["prompt"], record["answer"]
-    try:
-        json.dumps([prompt, answer], ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        problems.add(where, f"expected valid Unicode, got a lone surrogate ({error})")
-        return None
-    metadata = {name: value for name, value in record.items() if name not in ("id", "prompt", "answer")}
-    if not isinstance(prompt, str):
-        # Parquet gives every message the fields of all; templates ask whether a field is there, not whether it is None.
-        prompt = [{name: value for name, value in message.items() if value is not None} for message in prompt]
-    return Row(where, default_id if identifier is None else str(identifier), prompt, answer, metadata)
-
-
-def _check_prompt(where: str, prompt: Any, problems: Problems) -> None:
+            got = ", ".join(record) or "none"
+            problems.add(
+                where,
+                f"{name}: expected this key, got {got}; rename it, or name it in data.columns",
+            )
+    prompt: Any = record.get("prompt")
     if isinstance(prompt, str):
         if not prompt.strip():
             problems.add(where, "prompt: expected text, got an empty one")
-        return
+    elif "prompt" in record:
+        _check_messages(where, prompt, problems)
+    answer: Any = record.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+        answer = str(answer)
+    if "answer" in record and not isinstance(answer, str):
+        problems.add(where, f"answer: expected text or a number, got {_describe(answer)}")
+    identifier = record.get("id")
+    if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
+        problems.add(where, f"id: expected text or an integer, got {_describe(identifier)}")
+    metadata = {n: value for n, value in record.items() if n not in ("id", "prompt", "answer")}
+    encoded = _encode_metadata(where, metadata, problems) if metadata else None
+    if problems.count > before:
+        return None
+    is_chat, kind = not isinstance(prompt, str), ""
+    if is_chat:
+        # Parquet gives every message the fields of all; templates ask whether a field exists.
+        messages = [{n: v for n, v in message.items() if v is not None} for message in prompt]
+        kind = "\n".join(message["role"] for message in messages)
+        prompt = json.dumps(messages, ensure_ascii=False)
+    try:
+        prompt.encode(), answer.encode()
+    except UnicodeEncodeError as error:
+        problems.add(where, f"expected valid Unicode, got a lone surrogate ({error})")
+        return None
+    identifier = None if identifier is None else str(identifier)
+    return identifier, prompt, is_chat, None, kind, answer, encoded
+
+
+def _check_messages(where: str, prompt: Any, problems: Problems) -> None:
     if not isinstance(prompt, list) or not prompt:
         problems.add(where, f"prompt: expected text or a list of messages, got {_describe(prompt)}")
         return
     for index, message in enumerate(prompt):
         fields = message if isinstance(message, dict) else {}
         if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
-            got = _describe(message)
-            problems.add(where, f"prompt[{index}]: expected {{role, content}} with text in both, got {got}")
+            problems.add(
+                where,
+                f"prompt[{index}]: expected {{role, content}} with text in both, "
+                f"got {_describe(message)}",
+            )
             return
     if prompt[-1]["role"] == "assistant":
-        problems.add(where, "prompt: the last message is the assistant's; expected the user's, for the model to answer")
+        problems.add(
+            where,
+            "prompt: expected the user's message last, got the assistant's",
+        )
 
 
-def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> list[Row]:
-    rows = []
-    for index, entry in enumerate(generate_entries(task, task_args)):
-        metadata = {"reasoning_gym": {"task": task, "task_args": task_args, "entry": entry}}
-        # Some tasks have no single right answer and leave it None; their verifier reads the entry.
-        answer = "" if entry["answer"] is None else str(entry["answer"])
-        where = f"{REASONING_GYM}{task}[{index}]"
-        rows.append(Row(where, f"{task}-{index}", entry["question"], answer, metadata))
-    return rows
+def _encode_metadata(where: str, metadata: Mapping[str, Any], problems: Problems) -> str | None:
+    try:
+        return json.dumps(metadata)
+    except (TypeError, ValueError):
+        for name, value in metadata.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                problems.add(
+                    where,
+                    f"{name}: expected a value that JSON can hold, got {_describe(value)}; "
+                    f"{_CHOOSE_COLUMNS}",
+                )
+        return None
+
+
+def _check_ids(rows: Rows, problems: Problems) -> None:
+    ids = rows.table["id"]
+    own = ids.drop_null()
+    if not len(own) or pc.count_distinct(own).as_py() == len(own):
+        return
+    first: dict[str, str] = {}
+    for index, identifier in enumerate(ids.to_pylist()):
+        if identifier is not None:
+            where = rows._where.format(number=rows.table["number"][index].as_py())
+            if identifier in first:
+                problems.add(
+                    where,
+                    f"id {identifier!r} is already used by {first[identifier]}; ids must be unique",
+                )
+            first.setdefault(identifier, where)
+
+
+def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
+    entries = generate_entries(task, task_args)
+    # Some tasks have no single right answer and leave it None; their verifier reads the entry.
+    answers = ["" if entry["answer"] is None else str(entry["answer"]) for entry in entries]
+    none = pa.nulls(len(entries), pa.large_string())
+    columns = [range(len(entries)), none, [entry["question"] for entry in entries]]
+    columns += [
+        pa.repeat(False, len(entries)),
+        pa.nulls(len(entries), _TABLE.field("messages").type),
+    ]
+    columns += [pa.repeat("", len(entries)), answers, none]
+    table = pa.table(dict(zip(_TABLE.names, columns, strict=True)), schema=_TABLE)
+    metadata = [
+        {"reasoning_gym": {"task": task, "task_args": task_args, "entry": entry}}
+        for entry in entries
+    ]
+    return Rows(table, f"{REASONING_GYM}{task}[{{number}}]", f"{task}-{{number}}", metadata)
+
+
+@contextmanager
+def _progress(path: Path, total: int) -> Iterator[Any]:
+    """A progress bar on a terminal, for a large file; yields ``advance(done)``."""
+    if not sys.stderr.isatty() or os.path.getsize(path) < _PROGRESS_FROM_BYTES:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"reading {path.name}", total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _describe(value: Any) -> str:

@@ -1,8 +1,11 @@
-"""The trainer's tokenizer: a Hugging Face folder or a bare SentencePiece model, from local files only."""
+"""The trainer's tokenizer: a Hugging Face folder or a bare SentencePiece model, from local files
+only.
+"""
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +16,13 @@ HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer.
+    """Interface of a tokenizer.
 
     Attributes:
-        eos_ids: ids that end a response; the union of what the model folder and the tokenizer declare, never empty.
-        vocab_size: true vocabulary of the model (``vocab_size`` of its ``config.json``), or of the tokenizer where no
-            ``config.json`` is there. No padding for tensor parallelism.
+        eos_ids: ids that end a response: those that the model folder or the tokenizer declares.
+            Never empty.
+        vocab_size: vocabulary of the model (``vocab_size`` of its ``config.json``), or of the
+            tokenizer if there is no ``config.json``. Without padding for tensor parallelism.
         has_chat_template: whether a list of messages can be encoded.
     """
 
@@ -27,10 +31,14 @@ class Tokenizer(Protocol):
     has_chat_template: bool
 
     def render(self, prompt: str | Messages) -> str:
-        """Text the model reads: messages through the chat template with the assistant's turn opened, text as it is."""
+        """The model's input as text: messages through the chat template with a generation prompt,
+        text unchanged.
+        """
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Token ids of ``render(prompt)``; plain text gets the beginning-of-sequence token that the model expects."""
+        """Token ids of ``render(prompt)``; plain text gets the beginning-of-sequence token that the
+        model expects.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens."""
@@ -39,63 +47,96 @@ class Tokenizer(Protocol):
         """Text of ``ids`` without special tokens."""
 
 
-def load_tokenizer(path: str | Path, model_path: str | Path | None = None) -> Tokenizer:
-    """Load the tokenizer at ``path``. Never asks a hub.
+def load_tokenizer(
+    path: str | Path,
+    model_path: str | Path | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    """Load the tokenizer at ``path``. Never contacts a hub.
 
     Args:
-        path: a Hugging Face tokenizer folder, a SentencePiece model file, or a folder whose only tokenizer is one.
-        model_path: folder with the model's ``config.json`` and ``generation_config.json`` where it is not ``path``.
+        path: a Hugging Face tokenizer folder, a SentencePiece model file, or a folder whose only
+            tokenizer is one.
+        template_args: arguments of the chat template.
+        model_path: folder with the model's ``config.json`` and ``generation_config.json`` if it is
+            not ``path``.
 
     Raises:
-        InputError: nothing there, files missing or unreadable, several candidates, or no end-of-sequence token.
+        InputError: files are missing or unreadable, there are several candidates, or no
+            end-of-sequence token.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(
-            f"tokenizer: {path} does not exist (looked for {path.absolute()}); expected a local Hugging Face folder or"
-            " a SentencePiece .model file; hub names are not looked up, download the model first"
+            f"tokenizer: {path} does not exist (looked for {path.absolute()}); "
+            "expected a local Hugging Face folder or a SentencePiece .model file; "
+            "hub names are not looked up, download the model first"
         )
-    folder = Path(model_path) if model_path is not None else (path if path.is_dir() else path.parent)
-    configs = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
-    vocab_size = _text_config(configs[1]).get("vocab_size")
-    eos_ids = _declared_eos(configs[0]) | _declared_eos(configs[1]) | _declared_eos(_text_config(configs[1]))
-
+    folder = Path(model_path or (path if path.is_dir() else path.parent))
+    generation, config = (_read_json(folder / f"{n}.json") for n in ("generation_config", "config"))
+    text_config = _text_config(config)
+    vocab_size = text_config.get("vocab_size")
+    eos_ids = _declared_eos(generation) | _declared_eos(config) | _declared_eos(text_config)
     if path.is_dir() and any((path / name).is_file() for name in HF_FILES):
-        return HuggingFaceTokenizer(path, eos_ids, vocab_size)
+        return HuggingFaceTokenizer(path, eos_ids, vocab_size, template_args or {})
+    if template_args:
+        raise InputError(f"data.template_args: expected none, {path} has no chat template")
     return SentencePieceTokenizer(_find_sentencepiece(path), eos_ids, vocab_size)
 
 
 class HuggingFaceTokenizer:
     """A :class:`Tokenizer` over transformers' ``AutoTokenizer``."""
 
-    def __init__(self, folder: Path, eos_ids: frozenset[int], vocab_size: int | None):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
+    def __init__(
+        self,
+        folder: Path,
+        eos_ids: frozenset[int],
+        vocab_size: int | None,
+        template_args: Mapping[str, Any],
+    ) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it when it is imported
         from transformers import AutoTokenizer
 
         try:
-            # trust_remote_code=False refuses at once; left out, transformers asks on standard input.
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever the broken file led it to
+            # Without trust_remote_code=False transformers asks on standard input.
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises many types for a broken file
             raise InputError(
-                f"tokenizer: expected files in {folder} that transformers can load, got {type(error).__name__}: {error}; fetch them again"
+                f"tokenizer: expected files in {folder} that transformers can load, "
+                f"got {type(error).__name__}: {error}; fetch them again"
             ) from error
         own = self._tokenizer.eos_token_id
         self.vocab_size = vocab_size or len(self._tokenizer)
-        self.eos_ids = _require_eos(eos_ids | (frozenset() if own is None else {own}), self.vocab_size, folder)
-        self.has_chat_template = bool(self._tokenizer.chat_template)
+        own_ids = frozenset() if own is None else {own}
+        self.eos_ids = _require_eos(eos_ids | own_ids, self.vocab_size, folder)
+        template = self._tokenizer.chat_template
+        self.has_chat_template, self._template_args = bool(template), template_args
+        unknown = [name for name in template_args if not re.search(rf"\b{name}\b", str(template))]
+        if unknown:
+            raise InputError(
+                f"data.template_args: expected variables of the chat template in {folder}, "
+                f"which has no {', '.join(unknown)}"
+            )
 
     def render(self, prompt: str | Messages) -> str:
         if isinstance(prompt, str):
             return prompt
         if not self.has_chat_template:
-            raise InputError("tokenizer: chat messages need a chat template and this tokenizer has none; use text")
+            raise InputError(
+                "tokenizer: chat messages need a chat template and this tokenizer has none; "
+                "use text"
+            )
         try:
-            return self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise jinja errors for roles that they refuse
-            raise InputError(f"tokenizer: the chat template refused the messages: {error}") from error
+            options = {"tokenize": False, "add_generation_prompt": True, **self._template_args}
+            return str(self._tokenizer.apply_chat_template(prompt, **options))
+        except Exception as error:  # a template raises jinja errors
+            message = f"tokenizer: the chat template rejected the messages: {error}"
+            raise InputError(message) from error
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        # A template writes its own special tokens; adding them again would double the beginning of sequence.
+        # A template writes its own special tokens.
         text = self.render(prompt)
         return list(self._tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)))
 
@@ -103,11 +144,12 @@ class HuggingFaceTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(list(ids), **options))
 
 
 class SentencePieceTokenizer:
-    """A :class:`Tokenizer` over one SentencePiece model file; it has no chat template."""
+    """A :class:`Tokenizer` over one SentencePiece model file. It has no chat template."""
 
     has_chat_template = False
 
@@ -118,15 +160,20 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(file.read_bytes())
         except (RuntimeError, OSError) as error:
-            raise InputError(f"tokenizer: {file} is not a readable SentencePiece model: {error}") from error
+            message = f"tokenizer: {file} is not a readable SentencePiece model: {error}"
+            raise InputError(message) from error
         own, bos = self._processor.eos_id(), self._processor.bos_id()
         self._prefix = [bos] if bos >= 0 else []
         self.vocab_size = vocab_size or self._processor.vocab_size()
-        self.eos_ids = _require_eos(eos_ids | ({own} if own >= 0 else frozenset()), self.vocab_size, file)
+        own_ids = {own} if own >= 0 else frozenset()
+        self.eos_ids = _require_eos(eos_ids | own_ids, self.vocab_size, file)
 
     def render(self, prompt: str | Messages) -> str:
         if not isinstance(prompt, str):
-            raise InputError("tokenizer: a bare SentencePiece model has no chat template; use text instead of messages")
+            raise InputError(
+                "tokenizer: a bare SentencePiece model has no chat template; "
+                "use text instead of messages"
+            )
         return prompt
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
@@ -136,7 +183,7 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        # The model's vocabulary may be larger than the tokenizer's; sentencepiece raises on ids it does not know.
+        # The vocabulary of the model may be larger. sentencepiece raises for unknown ids.
         known = self._processor.vocab_size()
         return self._processor.decode([int(i) for i in ids if i < known])
 
@@ -148,8 +195,8 @@ def _find_sentencepiece(path: Path) -> Path:
     if len(found) != 1:
         got = ", ".join(file.name for file in found) or "none of them"
         raise InputError(
-            f"tokenizer: {path} holds no tokenizer that can be told; expected one of {', '.join(HF_FILES)}, or exactly"
-            f" one SentencePiece *.model file; got {got}"
+            f"tokenizer: {path}: expected one of {', '.join(HF_FILES)}, "
+            f"or exactly one SentencePiece *.model file; got {got}"
         )
     return found[0]
 
@@ -174,20 +221,19 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _declared_eos(config: dict[str, Any]) -> frozenset[int]:
     declared = config.get("eos_token_id")
-    if declared is None:
-        return frozenset()
-    return frozenset(declared if isinstance(declared, list) else [declared])
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in ids if i is not None and i >= 0)  # some folders write -1 for none
 
 
 def _require_eos(eos_ids: frozenset[int], vocab_size: int, where: Path) -> frozenset[int]:
     if not eos_ids:
         raise InputError(
-            f"tokenizer: {where} declares no end-of-sequence token, so no response would ever end;"
-            " set eos_token_id in the model folder's generation_config.json"
+            f"tokenizer: {where} declares no end-of-sequence token, so no response would ever end; "
+            "set eos_token_id in the model folder's generation_config.json"
         )
     if max(eos_ids) >= vocab_size:
         raise InputError(
-            f"tokenizer: expected end-of-sequence ids below {vocab_size}, the model's vocab_size, got {max(eos_ids)} for {where};"
-            " is the tokenizer another model's?"
+            f"tokenizer: expected end-of-sequence ids below {vocab_size}, the model's vocab_size, "
+            f"got {max(eos_ids)} for {where}; is the tokenizer another model's?"
         )
     return eos_ids

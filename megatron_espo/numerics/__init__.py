@@ -1,4 +1,4 @@
-"""Vocabulary-parallel log-prob and entropy. Imports torch, and Triton when a path asks for it; groups are arguments."""
+"""Vocabulary-parallel log-prob and entropy. Imports torch, and Triton where a call uses it."""
 
 from megatron_espo.numerics.head import linear_logprob_entropy
 from megatron_espo.numerics.logits import vocab_parallel_logprob_entropy

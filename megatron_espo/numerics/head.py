@@ -1,5 +1,6 @@
-"""The output layer, log-prob and entropy as one op: from hidden states to both, keeping nothing it does not need."""
+"""Output layer, log-prob and entropy as one op, without the logits of all tokens."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_espo.numerics import paths
-from megatron_espo.numerics.collectives import all_gather, reduce_scatter
-from megatron_espo.numerics.logits import Shard, check_arguments
 from megatron_espo.numerics.plan import HeadPlan, plan_head
-from megatron_espo.numerics.products import accumulate, multiply, wide_products
-from megatron_espo.numerics.statistics import gradient_terms, logprob_and_entropy
+from megatron_espo.numerics.shard import (
+    Path,
+    Shard,
+    all_gather,
+    check_arguments,
+    choose_path,
+    reduce_scatter,
+)
+from megatron_espo.numerics.statistics import (
+    accumulation_dtype,
+    gradient_terms,
+    logprob_and_entropy,
+)
 
 
 def linear_logprob_entropy(
@@ -28,29 +37,35 @@ def linear_logprob_entropy(
     sequence_parallel: bool = False,
     budget_bytes: int | None = None,
     float32_logits: bool | None = None,
-    path: paths.Path = "auto",
+    path: Path = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``vocab_parallel_logprob_entropy(hidden @ weight.T, …)`` without the logits of all tokens at once.
+    """``vocab_parallel_logprob_entropy(hidden @ weight.T, …)``, by chunks of tokens.
 
-    Works through the tokens in chunks. The budget decides between two memory modes (:func:`plan_head` tells which):
-    keep one buffer of logits, which backward overwrites with their gradient, or keep none and compute each chunk again.
-    The numbers are the same. Without gradients (scoring) nothing is kept.
+    The budget selects one of two memory modes (:func:`plan_head`): one buffer keeps all logits,
+    and backward overwrites them with their gradient; or backward computes each chunk of logits
+    again. The numbers are the same. Without gradients (scoring) nothing is kept.
 
-    Collectives over ``group``: an all-gather of four floats per token; with sequence parallelism an all-gather of the
-    hidden states in each direction and a reduce-scatter of their gradient; without it an all-reduce of that gradient.
+    Collectives over ``group``: an all-gather of four floats per token. With sequence parallelism
+    also an all-gather of the hidden states in each direction and a reduce-scatter of their
+    gradient; without it an all-reduce of that gradient.
 
-    The weight's gradient is summed in float32. Where Megatron's DDP gave the weight a ``main_grad`` it is added there,
-    ``grad_added_to_main_grad`` is set, and autograd gets a dummy: zeros if ``zero_out_wgrad`` asks for it, as for an
-    embedding tied to the output layer, whose own gradient comes through autograd.
+    The weight's gradient is summed in float32. Where Megatron's DDP gave the weight a
+    ``main_grad``, the gradient is added there, ``grad_added_to_main_grad`` is set, and autograd
+    gets a dummy: zeros if ``zero_out_wgrad`` is set, as for an embedding tied to the output layer,
+    whose own gradient comes through autograd.
 
     Args:
-        hidden: ``[tokens, hidden]``; under sequence parallelism this rank's ``[tokens/tp, hidden]``.
+        hidden: ``[tokens, hidden]``; with sequence parallelism this rank's ``[tokens/tp, hidden]``.
         weight: ``[vocab/tp, hidden]``, of the same dtype.
-        targets: int64 global token ids, one per scored token.
-        positions: int64 indices, without repetition, of the tokens to score among all (gathered) tokens; default all.
+        targets: int64 global token ids, one for each scored token.
+        group: tensor-parallel process group; None: the whole vocabulary is on this rank.
+        positions: int64 indices, without repetition, of the scored tokens among all (gathered)
+            tokens; default: all.
+        sequence_parallel: the tokens of ``hidden`` are sharded over ``group``.
         budget_bytes: limit of the memory that grows with the vocabulary; None: keep the logits.
-        float32_logits: do not round the logits to bfloat16. Default: where it is free (CUDA, torch >= 2.8).
-        temperature, vocab_size, entropy_grad, path: see :func:`~megatron_espo.numerics.vocab_parallel_logprob_entropy`.
+        float32_logits: do not round the logits to bfloat16. Default: on CUDA, where it is free.
+        temperature, vocab_size, entropy_grad, path: see
+            :func:`~megatron_espo.numerics.vocab_parallel_logprob_entropy`.
 
     Returns:
         ``(logprob, entropy)``, ``[scored tokens]``, nats, float32, the same on every rank.
@@ -58,84 +73,116 @@ def linear_logprob_entropy(
     Raises:
         ValueError: arguments that do not fit together, or a budget below one row.
     """
-    size = 1 if group is None else group.size()
-    _check_tensors(hidden, weight)
-    tokens = hidden.shape[0] * (size if sequence_parallel else 1) if positions is None else positions.shape[0]
-    check_arguments(targets, (tokens, weight.shape[0]), size, temperature, vocab_size)
-    if float32_logits is None:
-        float32_logits = wide_products(hidden.device.type)
-    plan = _plan(hidden, tokens, weight.shape[0], budget_bytes, float32_logits)
-    options = _Options(
-        shard=Shard(weight.shape[0], group, vocab_size, 1.0 / temperature),
+    shapes = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    if not shapes or hidden.dtype != weight.dtype:
+        raise ValueError(
+            "hidden must be [tokens, hidden] and weight [vocab/tp, hidden], of one dtype; got "
+            f"{hidden.dtype} {list(hidden.shape)} and {weight.dtype} {list(weight.shape)}"
+        )
+    size, width, dtype = 1 if group is None else group.size(), weight.shape[0], hidden.dtype
+    tokens = hidden.shape[0] * (size if sequence_parallel else 1)
+    if positions is not None:
+        tokens = positions.shape[0]
+    check_arguments(targets, (tokens, width), group, temperature, vocab_size)
+    narrow = dtype.itemsize < 4
+    wide = narrow and (hidden.is_cuda if float32_logits is None else float32_logits)
+    plan = plan_head(
+        tokens,
+        width,
+        dtype=dtype,
+        budget_bytes=budget_bytes,
+        float32_logits=wide,
+        convert_gradient=narrow and not hidden.is_cuda,
+    )
+    path = choose_path(path, hidden, plan.chunk_tokens * width)
+    call = _Call(
+        shard=Shard(width, group, vocab_size, temperature, path),
         plan=plan,
-        path=paths.choose(path, hidden.device, hidden.dtype, plan.chunk_tokens * weight.shape[0]),
-        logits_dtype=torch.float32 if float32_logits and hidden.dtype.itemsize < 4 else hidden.dtype,
+        logits_dtype=torch.float32 if wide else dtype,
         sequence_parallel=sequence_parallel and size > 1,
         entropy_grad=entropy_grad,
         training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
     )
-    return _LinearLogprobEntropy.apply(hidden, weight, targets, positions, options)
-
-
-def _check_tensors(hidden: Tensor, weight: Tensor) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
-        raise ValueError(
-            "hidden must be [tokens, hidden] and weight [vocab/tp, hidden], of one dtype; got "
-            f"{hidden.dtype} {tuple(hidden.shape)} and {weight.dtype} {tuple(weight.shape)}"
-        )
-
-
-def _plan(hidden: Tensor, tokens: int, columns: int, budget_bytes: int | None, float32_logits: bool) -> HeadPlan:
-    return plan_head(
-        tokens,
-        columns,
-        dtype=hidden.dtype,
-        budget_bytes=budget_bytes,
-        float32_logits=float32_logits,
-        convert_gradient=not hidden.is_cuda and hidden.dtype.itemsize < 4,
-    )
+    return _LinearLogprobEntropy.apply(hidden, weight, targets, positions, call)
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Call:
+    """The options of one call."""
+
     shard: Shard
     plan: HeadPlan
-    path: paths.Path
     logits_dtype: torch.dtype
     sequence_parallel: bool
     entropy_grad: bool
     training: bool
 
+    def scored_rows(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
+        """Hidden states of the scored tokens; with sequence parallelism one all-gather."""
+        group = self.shard.group
+        if self.sequence_parallel and group is not None:
+            gathered = hidden.new_empty(group.size() * len(hidden), hidden.shape[1])
+            all_gather(gathered, hidden.contiguous(), group)
+            hidden = gathered
+        return hidden if positions is None else hidden[positions]
+
+    def chunk(self, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialized logits of one chunk of tokens."""
+        return rows.new_empty(min(self.plan.chunk_tokens, len(rows)), len(weight), dtype=dtype)
+
+    def sum_over_ranks(
+        self, grad_rows: Tensor, hidden: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, dist.Work | None, Tensor]:
+        """Start the sum of the gradient of the hidden states over the group.
+
+        Returns:
+            The gradient of ``hidden``, the collective to wait for, and its input, which must stay
+            alive until then.
+        """
+        group, whole = self.shard.group, grad_rows
+        size = 1 if group is None else group.size()
+        if positions is not None:
+            tokens = len(hidden) * (size if self.sequence_parallel else 1)
+            whole = grad_rows.new_zeros(tokens, hidden.shape[1])
+            whole[positions] = grad_rows
+        if self.sequence_parallel and group is not None:
+            result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            return result, reduce_scatter(result, whole, group), whole
+        handle = dist.all_reduce(whole, group=group, async_op=True) if size > 1 else None
+        return whole, handle, whole
+
 
 class _LinearLogprobEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, positions: Tensor | None, options: _Options
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        positions: Tensor | None,
+        call: _Call,
     ) -> tuple[Tensor, Tensor]:
-        shard, plan = options.shard, options.plan
-        rows = _scored_rows(hidden, positions, options)
-        local = shard.local(targets)
-        keep = options.training and plan.keep_logits
-        store = rows.new_empty(len(targets), weight.shape[0]) if keep else None
-        same_type = options.logits_dtype == rows.dtype
-        buffer = None if keep and same_type else _chunk(rows, weight, options.logits_dtype, plan)
+        shard, plan = call.shard, call.plan
+        rows = call.scored_rows(hidden, positions)
+        keep, same_type = call.training and plan.keep_logits, call.logits_dtype == rows.dtype
+        store = rows.new_empty(len(targets) if keep else 0, len(weight))
+        buffer = None if keep and same_type else call.chunk(rows, weight, call.logits_dtype)
         stats, tile_maxima = [], []
         for part in _parts(len(targets), plan.chunk_tokens):
-            logits = store[part] if buffer is None else buffer[: len(targets[part])]
-            multiply(rows[part], weight.t(), logits)
+            logits = store[part] if buffer is None else buffer[: part.stop - part.start]
+            _multiply(rows[part], weight.t(), logits)
             narrow = store[part] if keep and not same_type else None
-            part_stats, tile_max = paths.statistics(
-                options.path, logits, shard.columns, local[part], shard.scale, store=narrow
-            )
+            part_stats, tile_max = shard.statistics(logits, targets[part], narrow)
             stats.append(part_stats)
-            tile_maxima.append(tile_max)
+            if tile_max is not None:
+                tile_maxima.append(tile_max)
         merged = shard.merge(torch.cat(stats))
         ctx.save_for_backward(hidden, weight, targets, positions, *merged)
-        ctx.options, ctx.store = options, store
-        ctx.tile_max = torch.cat(tile_maxima) if keep and not same_type else None
+        ctx.call, ctx.store = call, store if keep else None
+        ctx.tile_max = torch.cat(tile_maxima) if tile_maxima else None
         ctx.set_materialize_grads(False)
         logprob, entropy = logprob_and_entropy(*merged, shard.scale)
-        if not options.entropy_grad:
+        if not call.entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logprob, entropy
 
@@ -143,113 +190,93 @@ class _LinearLogprobEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None):
         hidden, weight, targets, positions, *merged = ctx.saved_tensors
-        options: _Options = ctx.options
-        terms = gradient_terms(*merged, options.shard.scale, grad_logprob, grad_entropy)
-        rows = _scored_rows(hidden, positions, options)
-        # The store is overwritten below; a second backward finds none and computes the logits again.
-        store, tile_max, ctx.store, ctx.tile_max = ctx.store, ctx.tile_max, None, None
-        chunks = _gradient_chunks(
-            rows, weight, options.shard.local(targets), terms, options, grad_entropy is not None, store, tile_max
-        )
+        call: _Call = ctx.call
+        shard = call.shard
+        terms = gradient_terms(merged, shard.scale, grad_logprob, grad_entropy)
+        rows = call.scored_rows(hidden, positions)
+        # The store is overwritten below: a second backward computes the logits again.
+        store, tile_max = ctx.store, ctx.tile_max
+        ctx.store = ctx.tile_max = None
+
+        def logit_gradients() -> Iterator[tuple[slice, Tensor]]:
+            """Tokens and the gradient of their logits; the next chunk reuses the buffer."""
+            chunk, entropy = call.plan.chunk_tokens, grad_entropy is not None
+            if store is not None:
+                # On CPU a float32 copy of narrower logits needs the memory of a chunk.
+                whole = store.is_cuda or store.dtype.itemsize >= 4
+                for part in _parts(len(rows), len(rows) if whole else chunk):
+                    x, shift = store[part], None if tile_max is None else tile_max[part]
+                    shard.gradient(x, x, targets[part], terms[part], entropy, shift)
+                    yield part, x
+                return
+            logits = grad = call.chunk(rows, weight, call.logits_dtype)
+            if call.logits_dtype != rows.dtype:
+                grad = call.chunk(rows, weight, rows.dtype)
+            for part in _parts(len(rows), chunk):
+                x, dx = (t[: part.stop - part.start] for t in (logits, grad))
+                _multiply(rows[part], weight.t(), x)
+                shard.gradient(x, dx, targets[part], terms[part], entropy)
+                yield part, dx
+
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_rows = torch.empty_like(rows) if need_hidden else None
-        sum_weight = _weight_accumulator(weight) if need_weight else None
-        reduction = None
-        for part, grad_logits in chunks:
-            if need_hidden:
+        total = _weight_accumulator(weight) if need_weight else None
+        grad_hidden = handle = kept_alive = None  # noqa: F841
+        for part, grad_logits in logit_gradients():
+            if grad_rows is not None:
                 torch.mm(grad_logits, weight, out=grad_rows[part])
-                if part.stop >= len(targets):  # the last: reduce while the weight's product runs
-                    reduction = _Reduction(grad_rows, hidden, positions, options)
-            if need_weight:
-                accumulate(sum_weight, grad_logits.t(), rows[part])
-        if need_hidden and reduction is None:
-            reduction = _Reduction(grad_rows, hidden, positions, options)
-        grad_hidden = reduction.wait() if need_hidden else None
-        return grad_hidden, _weight_gradient(weight, sum_weight) if need_weight else None, None, None, None
+                if part.stop >= len(targets):  # the last: communicate during the weight's product
+                    grad_hidden, handle, kept_alive = call.sum_over_ranks(
+                        grad_rows, hidden, positions
+                    )
+            if total is not None:
+                _accumulate(total, grad_logits.t(), rows[part])
+        if handle is not None:
+            handle.wait()
+        grad_weight = None if total is None else _weight_gradient(weight, total)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _parts(tokens: int, chunk: int) -> list[slice]:
     return [slice(i, min(i + chunk, tokens)) for i in range(0, max(tokens, 1), max(chunk, 1))]
 
 
-def _chunk(rows: Tensor, weight: Tensor, dtype: torch.dtype, plan: HeadPlan) -> Tensor:
-    return torch.empty(min(plan.chunk_tokens, len(rows)), weight.shape[0], dtype=dtype, device=rows.device)
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b``; ``out`` may be float32 where ``a`` and ``b`` are narrower."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def _scored_rows(hidden: Tensor, positions: Tensor | None, options: _Options) -> Tensor:
-    """Hidden states of the scored tokens; all-gathered under sequence parallelism (anew in backward)."""
-    if options.sequence_parallel:
-        group = options.shard.group
-        gathered = hidden.new_empty(group.size() * hidden.shape[0], hidden.shape[1])
-        all_gather(gathered, hidden.contiguous(), group)
-        hidden = gathered
-    return hidden if positions is None else hidden[positions]
-
-
-def _gradient_chunks(
-    rows: Tensor, weight: Tensor, local: Tensor, terms: Tensor, options: _Options, entropy: bool,
-    store: Tensor | None, tile_max: Tensor | None,
-):  # fmt: skip
-    """Yield ``(slice of tokens, gradient of their logits)``; a yielded buffer is reused for the next chunk."""
-    shard, plan = options.shard, options.plan
-    columns, scale = shard.columns, shard.scale
-    if store is not None:
-        whole = store.is_cuda or store.dtype.itemsize >= 4  # else the float32 copy of a chunk bounds the memory
-        for part in _parts(len(rows), len(rows) if whole else plan.chunk_tokens):
-            shift = None if tile_max is None else tile_max[part]
-            x = store[part]
-            paths.gradient(options.path, x, x, columns, local[part], terms[part], scale, entropy, tile_max=shift)
-            yield part, x
-        return
-    logits = _chunk(rows, weight, options.logits_dtype, plan)
-    grad = logits if options.logits_dtype == rows.dtype else _chunk(rows, weight, rows.dtype, plan)
-    for part in _parts(len(rows), plan.chunk_tokens):
-        x, dx = (t[: part.stop - part.start] for t in (logits, grad))
-        multiply(rows[part], weight.t(), x)
-        paths.gradient(options.path, x, dx, columns, local[part], terms[part], scale, entropy)
-        yield part, dx
-
-
-class _Reduction:
-    """The sum of the hidden states' gradient over the group, started at once, waited for later."""
-
-    def __init__(self, grad_rows: Tensor, hidden: Tensor, positions: Tensor | None, options: _Options) -> None:
-        group = options.shard.group
-        size = 1 if group is None else group.size()
-        full = grad_rows
-        if positions is not None:
-            tokens = hidden.shape[0] * (size if options.sequence_parallel else 1)
-            full = grad_rows.new_zeros(tokens, hidden.shape[1])
-            full[positions] = grad_rows
-        self.result, self.handle = full, None
-        if options.sequence_parallel:
-            self.result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            self.handle = reduce_scatter(self.result, full, group)
-        elif size > 1:
-            self.handle = dist.all_reduce(full, group=group, async_op=True)
-        self.full = full  # alive until the collective is done
-
-    def wait(self) -> Tensor:
-        if self.handle is not None:
-            self.handle.wait()
-        return self.result
+def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b``, rounded once where ``out`` is float32 and ``a`` and ``b`` are narrower."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda and out.dtype == torch.float32:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def _has_main_grad(weight: Tensor) -> bool:
-    # Megatron-FSDP manages its own buffers: it gets an ordinary gradient.
+    # Megatron-FSDP manages its own buffers and gets an ordinary gradient.
     by_ddp = hasattr(weight, "grad_added_to_main_grad") and hasattr(weight, "main_grad")
     return by_ddp and not hasattr(weight, "__fsdp_param__")
 
 
 def _weight_accumulator(weight: Tensor) -> Tensor:
     if _has_main_grad(weight):
-        return weight.main_grad
-    return torch.zeros_like(weight, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        return weight.main_grad  # type: ignore[attr-defined]
+    return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
 
 
 def _weight_gradient(weight: Tensor, total: Tensor) -> Tensor:
     if not _has_main_grad(weight):
         return total.to(weight.dtype)
-    weight.grad_added_to_main_grad = True
-    # DDP's hook wants a gradient to be there, and adds it only if `zero_out_wgrad` is set: then it must be zeros.
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    # DDP's hook needs a gradient, and adds it only if `zero_out_wgrad` is set: it must be 0 then.
+    dummy = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return dummy(weight)

@@ -1,15 +1,17 @@
-"""The four numbers per token from which log-prob, entropy and their gradients follow. Zero collectives.
+"""Four numbers per token that give log-prob, entropy and their gradients. Zero collectives.
 
-A *part* of the vocabulary (a block of columns, a tensor-parallel shard) is summed up, per token, with ``z = logit/T``:
+They are computed over a *part* of the vocabulary (a block of columns, a tensor-parallel shard):
 
     maximum  m = max logit of the part            (in logits, not divided by the temperature)
     sum_exp  a = Σ exp(s),     s = (logit - m)/T
     sum_s    b = Σ s·exp(s)
-    target   y = the target's logit, -inf where the part does not hold it
+    target   y = the target's logit, -inf where the part does not have it
 
-Parts merge like an online softmax. The maximum is subtracted *before* the division by the temperature: for rows around
--1e4 the quotient alone would carry an error of 1e-3.
+Parts merge like an online softmax. The maximum is subtracted *before* the division by the
+temperature: around a logit of -1e4 the quotient alone has an error of 1e-3.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,29 +20,40 @@ from torch import Tensor
 LOWEST = -1000.0
 
 
-def merge(maximum: Tensor, sum_exp: Tensor, sum_s: Tensor, scale: float, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge parts along ``dim``; ``scale`` is 1/temperature. Returns ``(m, a, b)`` without that dimension."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, but float64 for float64 input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge(
+    maximum: Tensor, sum_exp: Tensor, sum_s: Tensor, scale: float, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge parts along ``dim`` to ``(m, a, b)`` without ``dim``; ``scale`` is 1/temperature."""
     top = maximum.amax(dim, keepdim=True)
     shift = ((maximum - top) * scale).clamp(min=LOWEST)
     weight = shift.exp()
-    return top.squeeze(dim), (weight * sum_exp).sum(dim), (weight * (sum_s + shift * sum_exp)).sum(dim)
+    sum_s = (weight * (sum_s + shift * sum_exp)).sum(dim)
+    return top.squeeze(dim), (weight * sum_exp).sum(dim), sum_s
 
 
-def logprob_and_entropy(m: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def logprob_and_entropy(
+    m: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """``log π(y) = (y - m)/T - log a`` and ``H = log a - b/a``, both in nats."""
     log_a = a.log()
     return (y - m) * scale - log_a, log_a - b / a
 
 
 def gradient_terms(
-    m: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float, grad_logprob: Tensor | None, grad_entropy: Tensor | None
+    sums: Sequence[Tensor], scale: float, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 ) -> Tensor:
-    """Per-token numbers of the gradient, ``[tokens, 5]``: ``(m, b/a, u, v, gradient at the target's column)``.
+    """Per-token numbers of the gradient, ``[tokens, 5]``: ``(m, b/a, u, v, target's gradient)``.
 
-    The gradient with respect to a logit with ``s = (logit - m)/T`` is ``exp(s)·(u + v·(s - b/a))``, plus
-    ``grad_logprob/T`` in the target's column. That column is computed here, in full precision: ``1 - p`` of a sure
-    token would be lost if the sum were rounded to bfloat16 twice.
+    The gradient of a logit with ``s = (logit - m)/T`` is ``exp(s)·(u + v·(s - b/a))``, plus
+    ``grad_logprob/T`` in the target's column. That column is computed here in full precision: two
+    roundings to bfloat16 would lose ``1 - p`` of a token with ``p`` near 1.
     """
+    m, a, b, y = sums
     zero = torch.zeros_like(m)
     u = zero if grad_logprob is None else -scale * grad_logprob.to(m.dtype) / a
     v = zero if grad_entropy is None else -scale * grad_entropy.to(m.dtype) / a

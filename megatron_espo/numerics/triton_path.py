@@ -1,13 +1,13 @@
-"""Statistics and gradient of a logits shard as two Triton kernels, bound by memory bandwidth. Zero collectives.
-Float32 arithmetic: float64 logits take the torch path.
+"""Statistics and gradient of a logits shard as two Triton kernels. Zero collectives.
 
-Forward reads every logit once, backward reads and writes each once. A program works on a run of tiles of one row; with
-few rows, several programs share a row, and their parts are merged like shards. Sums are kept per lane, so each float32
-addition chain is as long as the number of tiles, not of columns. ``TRITON_INTERPRET=1``, set before Triton is imported,
-runs the same kernels on CPU.
+Arithmetic is float32: float64 logits take the torch path. The kernels are bound by memory
+bandwidth: forward reads every logit once; backward reads and writes each once. A program works on a
+run of tiles of one row. With few rows, several programs share a row, and their parts are merged
+like shards. Sums are kept per lane, so each chain of float32 additions has the length of the number
+of tiles. ``TRITON_INTERPRET=1``, set before Triton is imported, runs the same kernels on CPU.
 
-Optionally the forward kernel stores the logits, each tile shifted by its own maximum, in a narrower type: near the
-maximum, where the probability is, bfloat16 then keeps far more digits than it would of the plain logit.
+The forward kernel can also store the logits in a narrower dtype, each tile minus its own maximum.
+Near the maximum, where the probability is, bfloat16 is then far more precise than for plain logits.
 """
 
 import torch
@@ -18,29 +18,30 @@ from torch import Tensor
 from megatron_espo.numerics.statistics import merge
 
 _TILE = 4096
-_PROGRAMS = 1024  # enough to fill any present GPU several times over
+_PROGRAMS = 1024  # several for each multiprocessor of a GPU
 _STAGES = tl.constexpr(3)  # tiles in flight: the next ones load while one is reduced
 _LOWEST = tl.constexpr(-1000.0)  # statistics.LOWEST
-_FLOOR = tl.constexpr(-3.4028234663852886e38)  # lowest float32: the maximum of a part that is all -inf stays finite
+# Lowest float32: the maximum of a part that is all -inf stays finite.
+_FLOOR = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def _exponent(x, m, scale):
     s = (x - m) * scale
-    return tl.where(s < _LOWEST, _LOWEST, s)  # a comparison, not a maximum: NaN must stay NaN
+    return tl.where(s < _LOWEST, _LOWEST, s)  # unlike a maximum, NaN stays NaN
 
 
 @triton.jit
 def _load(row_start, column, columns, width):
-    # Padding is loaded and dropped: a mask at the true vocabulary, often an odd number, would forbid 128-bit loads.
+    # A mask at the true vocabulary, often an odd number, would forbid 128-bit loads.
     x = tl.load(row_start + column, mask=column < width, other=-float("inf")).to(tl.float32)
     return tl.where(column < columns, x, -float("inf"))
 
 
 @triton.jit
 def _statistics_kernel(
-    logits, parts, store, tile_max, columns, width, row_stride, store_stride, tiles, tiles_per_program, scale,
-    STORE: tl.constexpr, TILE: tl.constexpr,
+    logits, parts, store, tile_max, columns, width, row_stride, store_stride, tiles,
+    tiles_per_program, scale, STORE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -54,7 +55,8 @@ def _statistics_kernel(
         x = _load(logits + row * row_stride, column, columns, width)
         top = tl.maximum(tl.max(x, 0), _FLOOR)
         if STORE:
-            tl.store(store + row * store_stride + column, (x - top).to(store.dtype.element_ty), mask=column < width)
+            target = store + row * store_stride + column
+            tl.store(target, (x - top).to(store.dtype.element_ty), mask=column < width)
             tl.store(tile_max + row * tiles + tile, top)
         new = tl.maximum(m, top)
         shift = _exponent(m, new, scale)
@@ -72,9 +74,8 @@ def _statistics_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    source, tile_max, out, terms, local_target, columns, width, source_stride, out_stride, tiles, tiles_per_program,
-    scale,
-    ENTROPY: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr,
+    source, tile_max, out, terms, local_target, columns, width, source_stride, out_stride, tiles,
+    tiles_per_program, scale, ENTROPY: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE)
@@ -97,55 +98,49 @@ def _gradient_kernel(
             factor = u + v * (s - mean)
         grad = tl.where(column == target, at_target, tl.exp(s) * factor)
         grad = tl.where(column < columns, grad, 0.0)
-        tl.store(out + row * out_stride + column, grad.to(out.dtype.element_ty), mask=column < width)
+        grad = grad.to(out.dtype.element_ty)
+        tl.store(out + row * out_stride + column, grad, mask=column < width)
 
 
 def statistics(
-    logits: Tensor, columns: int, local_target: Tensor, scale: float, store: Tensor | None = None
+    logits: Tensor, columns: int, scale: float, store: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`megatron_espo.numerics.torch_path.statistics`; with ``store`` ``[tokens, width]`` also a narrow copy.
-
-    Returns:
-        ``[tokens, 4]`` statistics and, with ``store``, the tiles' maxima ``[tokens, tiles]``: a stored number plus its
-        tile's maximum is the logit.
-    """
+    """As :func:`megatron_espo.numerics.torch_path.statistics`; a row has several tiles."""
     tokens = logits.shape[0]
     tile, warps, tiles, per_program = _layout(logits)
     programs = triton.cdiv(tiles, per_program)
-    parts = torch.empty(tokens, programs, 3, dtype=torch.float32, device=logits.device)
-    tile_max = None if store is None else torch.empty(tokens, tiles, dtype=torch.float32, device=logits.device)
+    parts = logits.new_empty(tokens, programs, 3, dtype=torch.float32)
+    tile_max, stride = None, 0
+    if store is not None:
+        tile_max, stride = logits.new_empty(tokens, tiles, dtype=torch.float32), store.stride(0)
     if tokens:
         _statistics_kernel[(tokens, programs)](
-            logits, parts, store, tile_max, columns, logits.shape[1], logits.stride(0),
-            0 if store is None else store.stride(0), tiles, per_program, scale, STORE=store is not None, TILE=tile,
-            num_warps=warps,
+            logits, parts, store, tile_max, columns, logits.shape[1], logits.stride(0), stride,
+            tiles, per_program, scale, STORE=store is not None, TILE=tile, num_warps=warps,
         )  # fmt: skip
-    m, a, b = merge(*parts.unbind(-1), scale, dim=1)
-    here = (local_target >= 0) & (local_target < columns)
-    index = local_target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-    y = torch.where(here, logits.gather(1, index).squeeze(1).float(), -torch.inf)
-    return torch.stack((m, a, b, y), dim=1), tile_max
+    m, a, b = parts.unbind(-1)
+    return torch.stack(merge(m, a, b, scale, dim=1), dim=1), tile_max
 
 
 def gradient(
-    source: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float, entropy: bool,
-    tile_max: Tensor | None = None,
+    source: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float,
+    entropy: bool, tile_max: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As :func:`megatron_espo.numerics.torch_path.gradient`; with ``tile_max``, ``source`` is the stored copy."""
+    """As :func:`megatron_espo.numerics.torch_path.gradient`."""
     tokens, width = source.shape
     if not tokens:
         return
     tile, warps, tiles, per_program = _layout(source)
     assert tile_max is None or tile_max.shape[1] == tiles
     _gradient_kernel[(tokens, triton.cdiv(tiles, per_program))](
-        source, tile_max, out, terms.contiguous(), local_target, columns, width, source.stride(0), out.stride(0),
-        tiles, per_program, scale, ENTROPY=entropy, SHIFTED=tile_max is not None, TILE=tile,
-        num_warps=warps,
+        source, tile_max, out, terms.contiguous(), local_target, columns, width, source.stride(0),
+        out.stride(0), tiles, per_program, scale, ENTROPY=entropy, SHIFTED=tile_max is not None,
+        TILE=tile, num_warps=warps,
     )  # fmt: skip
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
-    """(columns of a tile, warps, tiles of a row, tiles of a program)."""
+    """``(columns of a tile, warps, tiles of a row, tiles of a program)``."""
     tile = min(_TILE, max(128, triton.next_power_of_2(x.shape[1])))
     tiles = triton.cdiv(x.shape[1], tile)
     programs = min(tiles, triton.cdiv(_PROGRAMS, max(x.shape[0], 1)))

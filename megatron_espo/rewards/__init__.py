@@ -1,4 +1,4 @@
-"""Rewards: functions that judge one response, and the pool of killable processes that runs them."""
+"""Reward functions, and the pool of processes that runs them."""
 
 from megatron_espo.rewards.functions import RewardFunction
 from megatron_espo.rewards.pool import RewardPool

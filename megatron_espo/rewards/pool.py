@@ -1,4 +1,4 @@
-"""A pool of reward workers that can be killed: a verifier that hangs, crashes or lies costs one item, not the run."""
+"""A pool of processes that run the reward function. A failing verifier costs one response."""
 
 import collections
 import json
@@ -6,57 +6,72 @@ import logging
 import math
 import os
 import pickle
-import selectors
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_espo.config import Reward
 from megatron_espo.errors import InputError
+from megatron_espo.rewards.sandbox import passed_environment
 from megatron_espo.types import Prompt
 
 START_TIMEOUT_S = 180.0  # imports from a cold network file system
 MAX_FAILED_STARTS = 3
 MAX_REPLY_BYTES = 1 << 16
-PROGRESS_INTERVAL_S = 1.0
 MAX_FILE_BYTES = 64 << 20  # of a file that a verifier writes
-# What Python and its libraries need; everything else of the trainer's environment (keys, tokens) stays there.
-ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 
 logger = logging.getLogger(__name__)
 
 
-class RewardPool:
-    """Scores responses in persistent worker processes, started on first use.
+def wait_all(futures: Sequence[Future], on_progress: Callable[[int, int], None]) -> list[Any]:
+    """Wait for all futures and return their results.
 
-    A worker is a fresh interpreter (no fork of the caller's threads, no second run of its ``__main__``) in a session, an
-    almost empty environment and a temporary folder of its own, which is its home; see ``sandbox`` for its limits and for what
-    ``isolate`` adds. It is killed with its process group when one item takes longer than ``timeout_s`` of wall-clock time, and
-    replaced. Workers write to standard error only and die with the thread that started them. ``module:function`` is looked up on the caller's ``sys.path``,
-    then in the working directory.
+    Args:
+        on_progress: called with (finished, all) four times a second. It may raise.
+    """
+    while True:
+        finished = sum(future.done() for future in futures)
+        on_progress(finished, len(futures))
+        if finished == len(futures):
+            return [future.result() for future in futures]
+        wait(futures, timeout=0.25)
+
+
+class RewardPool:
+    """Scores responses in persistent worker processes, which start on first use.
+
+    A worker is a fresh interpreter in its own session, with few environment variables and with a
+    temporary folder as its home; see ``sandbox`` for its limits and for ``isolate``. When one
+    response takes longer than ``timeout_s`` of wall-clock time, the pool kills the worker's process
+    group and replaces the worker. Workers write to standard error only and end with this process.
+    ``module:function`` is looked up on the caller's ``sys.path``, then in the working directory.
 
     Args:
         config: the ``reward`` section of the configuration.
 
     Attributes:
-        failures: number of items without a score so far, by cause: ``timeout``, ``crash``, ``exception`` (the function
-            raised or returned something other than a finite number).
-        last_failure: what the latest of them said.
+        failures: number of responses without a score so far, by cause: ``timeout``, ``crash``,
+            ``exception`` (the function raised or returned something other than a finite number).
+        last_failure: message of the latest failure.
     """
 
-    def __init__(self, config: Reward):
+    def __init__(self, config: Reward) -> None:
         self._config = config
-        self._workers: list[_Worker] = []
-        self._failed_starts = 0
-        self._told = False
         self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
+        self._workers: list[_Worker] = []
+        self._idle: list[_Worker] = []
+        self._warned = False
         self.failures: collections.Counter[str] = collections.Counter()
         self.last_failure = ""
 
@@ -66,53 +81,50 @@ class RewardPool:
         Raises:
             InputError: the function cannot be loaded; carries the worker's message.
         """
-        with self._lock:
-            while not any(worker.ready for worker in self._workers):
-                self._replace_dead_workers(1)
-                for worker, reply in self._replies(START_TIMEOUT_S):
-                    self._settle(worker, reply, [])
+        self._submit(lambda: self._idle.append(self._take_worker())).result()
 
-    def score(
-        self, items: Sequence[tuple[Prompt, str]], on_progress: Callable[[int, int], None] | None = None
-    ) -> list[float | None]:
-        """Judge ``(prompt, response)`` pairs; results in the same order.
-
-        Args:
-            on_progress: called with (items judged, all items) at least once a second; may raise to give up.
+    def submit(self, prompt: Prompt, response: str) -> Future[float | None]:
+        """Score one response in the background.
 
         Returns:
-            One finite float an item, or None where the verifier crashed, hung, raised or returned nonsense.
-
-        Raises:
-            InputError: the reward function cannot be loaded.
+            A finite float, or ``None`` where the verifier crashed, hung, raised or returned
+            something else. InputError: the reward function cannot be loaded.
         """
-        with self.scoring() as scoring:
-            for number, (prompt, response) in enumerate(items):
-                scoring.add(number, prompt, response)
-            return scoring.finish(on_progress)
+        return self._submit(self._score, prompt, response)
 
-    @contextmanager
-    def scoring(self) -> Iterator["Scoring"]:
-        """Judge items while more of them come; nobody else may use the pool meanwhile."""
-        with self._lock:
-            try:
-                yield Scoring(self)
-            except BaseException:
-                self._kill_all()  # a worker in the middle of an item would answer the next call with it
-                raise
+    def score(
+        self,
+        items: Sequence[tuple[Prompt, str]],
+        on_progress: Callable[[int, int], None] = lambda *_: None,
+    ) -> list[float | None]:
+        """Score ``(prompt, response)`` pairs; see :meth:`submit` and :func:`wait_all`."""
+        futures = [self.submit(*item) for item in items]
+        try:
+            return wait_all(futures, on_progress)
+        finally:
+            for future in futures:
+                future.cancel()
 
-    def refuse_failures(self, failed: int, total: int, step: int) -> None:
+    def check_failures(self, failed: int, total: int, step: int) -> None:
         """InputError where more than ``max_failed`` of a step's responses have no score."""
-        if failed > self._config.max_failed * total:
+        limit = self._config.max_failed
+        if failed > limit * total:
+            count = f"{failed} of {total} of step {step} failed"
+            advice = "fix the function or raise reward.max_failed"
             raise InputError(
-                f"reward.function: expected a number for each response, but {failed} of {total} of step {step} failed, more than "
-                f"reward.max_failed = {self._config.max_failed:g}; mend the function or raise it; the last one: {self.last_failure}"
+                f"reward.function: expected a number for each response, but {count}, more than "
+                f"reward.max_failed = {limit:g}; {advice}; the last failure: {self.last_failure}"
             )
 
     def close(self) -> None:
         """Kill the workers. The pool may be used again; it then starts new ones."""
         with self._lock:
-            self._kill_all()
+            if self._threads:
+                self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+            workers, self._workers, self._idle = self._workers, [], []
+            for worker in workers:
+                worker.kill()
 
     def __enter__(self) -> "RewardPool":
         return self
@@ -120,227 +132,149 @@ class RewardPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def busy(self) -> int:
-        """Workers in the middle of an item."""
-        return sum(worker.item is not None for worker in self._workers)
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        with self._lock:
+            self._threads = self._threads or ThreadPoolExecutor(self._config.workers, "reward")
+            return self._threads.submit(function, *arguments)
 
-    def _kill_all(self) -> None:
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
+    def _take_worker(self) -> "_Worker":
+        """Return an idle worker that is alive, or start one."""
+        with suppress(IndexError):
+            while True:
+                worker = self._idle.pop()
+                if worker.process.poll() is None:
+                    return worker
+                self._remove(worker)
+        for _ in range(MAX_FAILED_STARTS):
+            with self._lock:
+                if self._threads is None:
+                    raise CancelledError("the pool was closed")
+                worker = _Worker(self._config)
+                self._workers.append(worker)
+            try:
+                reply = worker.call(_setup(self._config), START_TIMEOUT_S)
+            except OSError as error:
+                end = self._remove(worker, grace_s=1.0)
+                cause = "timeout" if isinstance(error, TimeoutError) else "crash"
+                continue
+            if "refused" in reply:
+                self._remove(worker)
+                raise InputError(str(reply["refused"]))
+            if reply["ready"] and not self._warned:
+                self._warned = True
+                message = "reward workers are limited, but not isolated (%s): see docs/rewards.md"
+                logger.warning(message, reply["ready"])
+            return worker
+        ended = f"worker ended before {self._config.function} was loaded ({cause}, {end})"
+        raise InputError(f"reward.function: {ended}; see standard error")
 
-    def _replace_dead_workers(self, wanted: int) -> None:
-        # Only idle ones: the last words of a busy or starting worker are still to be read.
-        for worker in [w for w in self._workers if w.ready and w.item is None and w.process.poll() is not None]:
+    def _score(self, prompt: Prompt, response: str) -> float | None:
+        worker, item = self._take_worker(), secrets.token_hex(8)
+        try:
+            reply = worker.call((item, prompt, response), self._config.timeout_s)
+            if reply.get("item") != item:
+                raise ConnectionError
+        except TimeoutError:
             self._remove(worker)
-        while len(self._workers) < wanted:
-            self._workers.append(_Worker(self._config))
-
-    def _remove(self, worker: "_Worker") -> None:
-        worker.kill()
-        self._workers.remove(worker)
-
-    def _dispatch(self, todo: collections.deque[tuple[int, tuple[Prompt, str]]]) -> None:
-        """Give every idle worker one item; one at a time, so that its clock is the item's own."""
-        self._replace_dead_workers(min(self._config.workers, self.busy + len(todo)))
-        for worker in self._workers:
-            if todo and worker.ready and worker.item is None:
-                index, (prompt, response) = todo.popleft()
-                worker.send((index, prompt, response))
-                worker.item, worker.prompt_id = index, prompt.id
-                worker.deadline = time.monotonic() + self._config.timeout_s
-
-    def _replies(self, wait_s: float) -> list[tuple["_Worker", dict[str, Any]]]:
-        """Move bytes for at most ``wait_s`` seconds; what workers said, where ``{"lost": cause}`` stands for a dead one."""
-        waiting = [worker for worker in self._workers if worker.item is not None or not worker.ready]
-        with selectors.DefaultSelector() as selector:
-            for worker in waiting:
-                selector.register(worker.reply_fd, selectors.EVENT_READ, worker)
-                if worker.unsent:
-                    selector.register(worker.request_fd, selectors.EVENT_WRITE, worker)
-            now = time.monotonic()
-            events = selector.select(max(0.0, min([wait_s, *(worker.deadline - now for worker in waiting)])))
-        replies = []
-        for key, mask in events:
-            if mask & selectors.EVENT_WRITE:
-                key.data.flush()
-            elif (reply := key.data.receive()) is not None:
-                replies.append((key.data, reply))
-        # After reading: an answer that came in time counts even if this process was too busy to look.
-        answered = {worker for worker, _ in replies}
-        late = [worker for worker in waiting if worker not in answered and worker.deadline <= time.monotonic()]
-        return replies + [(worker, {"lost": "timeout"}) for worker in late]
-
-    def _settle(self, worker: "_Worker", reply: dict[str, Any], results: list[float | None] | dict[int, float | None]) -> None:
-        if not worker.ready:
-            self._settle_start(worker, reply)
-            return
-        index, worker.item, score = worker.item, None, reply.get("score")
-        if "lost" in reply or reply.get("item") != index:
-            cause = reply.get("lost", "crash")
-            end = worker.kill(grace_s=0.0 if cause == "timeout" else 1.0)
-            late = f"no answer in {self._config.timeout_s:g} s (reward.timeout_s)"
-            self._count_failure(cause, worker, late if cause == "timeout" else f"the worker ended with {end}")
-            self._remove(worker)
-        elif isinstance(score, float) and math.isfinite(score):
-            results[index] = score
+            cause = "timeout"
+            message = f"no answer in {self._config.timeout_s:g} s (reward.timeout_s)"
+        except OSError:
+            cause, message = "crash", f"the worker ended with {self._remove(worker, grace_s=1.0)}"
         else:
-            self._count_failure("exception", worker, str(reply.get("failure")))
+            self._idle.append(worker)
+            score = reply.get("score")
+            if isinstance(score, float) and math.isfinite(score):
+                return score
+            cause, message = "exception", str(reply.get("failure"))
+        with self._lock:
+            if self._threads is not None:  # else the pool was closed
+                self.last_failure = f"prompt {prompt.id!r}: {message}"
+                if not self.failures[cause]:
+                    text = "response not scored (%s): %s; later failures are only counted"
+                    logger.warning(text, cause, self.last_failure)
+                self.failures[cause] += 1
+        return None
 
-    def _settle_start(self, worker: "_Worker", reply: dict[str, Any]) -> None:
-        if "ready" in reply:
-            worker.ready, self._failed_starts = True, 0
-            if reply["ready"] and not self._told:
-                self._told = True
-                logger.warning("reward workers are limited, but not isolated (%s): see docs/rewards.md", reply["ready"])
-            return
-        self._failed_starts += 1
-        end = worker.kill(grace_s=1.0)
-        self._remove(worker)
-        if "refused" in reply:
-            raise InputError(str(reply["refused"]))
-        if self._failed_starts == MAX_FAILED_STARTS:
-            self._failed_starts = 0
-            raise InputError(
-                f"reward.function: worker ended before {self._config.function} was loaded"
-                f" ({reply.get('lost', 'nonsense')}, {end}); its last words are on standard error"
-            )
-
-    def _count_failure(self, cause: str, worker: "_Worker", message: str) -> None:
-        self.last_failure = f"prompt {worker.prompt_id!r}: {message}"
-        if not self.failures[cause]:
-            logger.warning("a response could not be judged (%s): %s; later ones are only counted", cause, self.last_failure)
-        self.failures[cause] += 1
+    def _remove(self, worker: "_Worker", grace_s: float = 0.0) -> str:
+        end = worker.kill(grace_s)
+        with suppress(ValueError):  # the pool was closed
+            self._workers.remove(worker)
+        return end
 
 
-class Scoring:
-    """Items under judgement, by number; made by :meth:`RewardPool.scoring`."""
-
-    def __init__(self, pool: RewardPool) -> None:
-        self._pool, self._todo = pool, collections.deque()
-        self._scores: dict[int, float | None] = {}
-
-    def add(self, number: int, prompt: Prompt, response: str) -> None:
-        """Judge a response, once."""
-        if number not in self._scores:
-            self._scores[number] = None
-            self._todo.append((number, (prompt, response)))
-
-    def pump(self, wait_s: float = 0.0) -> int:
-        """Hand items to idle workers and take answers for at most ``wait_s`` seconds; how many items are judged."""
-        self._pool._dispatch(self._todo)
-        for worker, reply in self._pool._replies(wait_s):
-            self._pool._settle(worker, reply, self._scores)
-        return len(self._scores) - len(self._todo) - self._pool.busy
-
-    def finish(self, on_progress: Callable[[int, int], None] | None = None) -> list[float | None]:
-        """Wait for all; scores by number. See :meth:`RewardPool.score`."""
-        judged = self.pump()
-        while self._todo or self._pool.busy:
-            if on_progress:
-                on_progress(judged, len(self._scores))
-            judged = self.pump(PROGRESS_INTERVAL_S)
-        return [self._scores[number] for number in range(len(self._scores))]
+def _setup(config: Reward) -> dict[str, Any]:
+    cwd = os.getcwd()
+    path = [entry or cwd for entry in sys.path]
+    return {
+        "sys_path": path if cwd in path else [*path, cwd],
+        "function": config.function,
+        "memory_bytes": int(config.memory_gib * 2**30),
+        "file_bytes": MAX_FILE_BYTES,
+        "isolate": config.isolate,
+    }
 
 
 class _Worker:
-    """One worker process and its two pipes. Nothing here blocks."""
+    """One worker process and the socket to it. One call at a time."""
 
-    def __init__(self, config: Reward):
-        self._home = tempfile.TemporaryDirectory(prefix="megatron-espo-reward-", ignore_cleanup_errors=True)
-        child_request, self.request_fd = os.pipe()
-        self.reply_fd, child_reply = os.pipe()
-        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
-        passed = {name: os.environ[name] for name in (*ENVIRONMENT, *config.environment) if name in os.environ}
-        try:
-            self.process = subprocess.Popen(
-                [*command, str(child_request), str(child_reply), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # the caller's standard output is its own
-                pass_fds=(child_request, child_reply),
-                cwd=self._home.name,
-                env=passed | {"HOME": self._home.name, "TMPDIR": self._home.name, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # one kill reaches what the verifier started
-            )
-        finally:
-            os.close(child_request)
-            os.close(child_reply)
-        os.set_blocking(self.request_fd, False)
-        os.set_blocking(self.reply_fd, False)
-        self.unsent, self._unread = memoryview(b""), b""
-        self.ready, self.item, self.prompt_id = False, None, None
-        self.deadline = time.monotonic() + START_TIMEOUT_S
-        cwd = os.getcwd()
-        path = [entry or cwd for entry in sys.path]
-        self.send(
-            {
-                "sys_path": path if cwd in path else [*path, cwd],
-                "function": config.function,
-                "memory_bytes": int(config.memory_gib * 2**30),
-                "file_bytes": MAX_FILE_BYTES,
-                "isolate": config.isolate,
-            }
+    def __init__(self, config: Reward) -> None:
+        self._home = tempfile.TemporaryDirectory(
+            prefix="megatron-espo-reward-", ignore_cleanup_errors=True
         )
+        script, home = Path(__file__).with_name("worker.py"), self._home.name
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", script, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # standard output belongs to the caller
+                pass_fds=[theirs.fileno()],
+                cwd=home,
+                env=passed_environment(config.environment, home),
+                start_new_session=True,  # so that one kill reaches the verifier's children
+            )
 
-    def send(self, request: object) -> None:
-        body = pickle.dumps(request)
-        assert not self.unsent, "a worker takes one request at a time"
-        self.unsent = memoryview(len(body).to_bytes(8, "little") + body)
-        self.flush()
+    def call(self, request: object, timeout_s: float) -> dict[str, Any]:
+        """Send a request and return the reply.
 
-    def flush(self) -> None:
-        try:
-            while self.unsent:
-                self.unsent = self.unsent[os.write(self.request_fd, self.unsent) :]
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            self.unsent = memoryview(b"")  # it died; the reply pipe's end of file says so
+        The reply is JSON: a process that ran a model's output may have written it.
 
-    def receive(self) -> dict[str, Any] | None:
-        """One reply, None while it is incomplete, or ``{"lost": "crash"}`` for a dead or incoherent worker."""
-        try:
-            data = os.read(self.reply_fd, MAX_REPLY_BYTES)
-        except BlockingIOError:
-            return None
-        self._unread += data
-        line, newline, rest = self._unread.partition(b"\n")
-        if not newline:
-            return None if data and len(line) < MAX_REPLY_BYTES else {"lost": "crash"}
-        self._unread = b""
-        try:
-            reply = json.loads(line)
-        except ValueError:
-            reply = None
-        return reply if isinstance(reply, dict) and not rest else {"lost": "crash"}
+        Raises:
+            TimeoutError: no reply in time.
+            ConnectionError: the worker ended, or its reply is not one JSON object.
+        """
+        deadline = time.monotonic() + timeout_s
+        body, reply = pickle.dumps(request), b""
+        self._socket.settimeout(timeout_s)
+        self._socket.sendall(len(body).to_bytes(8, "little") + body)
+        while not reply.endswith(b"\n"):
+            # Data that is there is read even after the deadline.
+            self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
+            data = self._socket.recv(MAX_REPLY_BYTES)
+            reply += data
+            if not data or len(reply) > MAX_REPLY_BYTES:
+                raise ConnectionError
+        with suppress(ValueError):
+            if isinstance(found := json.loads(reply), dict):
+                return found
+        raise ConnectionError
 
     def kill(self, grace_s: float = 0.0) -> str:
-        """Kill the process group, reap the process, close the pipes, remove its folder; says how the process ended. Harmless twice.
+        """Kill the process group, remove the folder and return how the process ended.
 
         Args:
-            grace_s: wait so long for a process that is already ending, to learn its own exit status.
+            grace_s: seconds for a process that is already ending to leave its own exit status.
         """
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            pass
-        if self.request_fd >= 0:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self.process.wait()
-            os.close(self.request_fd)
-            os.close(self.reply_fd)
-            self.request_fd = self.reply_fd = -1
-            self._home.cleanup()
-        return _end_in_words(self.process.returncode)
-
-
-def _end_in_words(code: int) -> str:
-    """Exit status, or signal: of the process itself (negative), or of the isolated worker that it waited for (128 + n)."""
-    number = -code if code < 0 else code - 128
-    if number not in set(signal.Signals):
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # ends a call in another thread
+        code = self.process.wait()
+        self._home.cleanup()
+        # Negative: a signal. 128 + n: the signal n of the isolated process below this one.
+        number = -code if code < 0 else code - 128
+        if number in set(signal.Signals):
+            return f"signal {signal.Signals(number).name}"
         return f"exit status {code}"
-    return f"signal {signal.Signals(number).name}"

@@ -1,11 +1,11 @@
-"""One reward worker: reads a request, judges it, writes a line, until its owner closes the pipe or dies.
+"""One reward worker: reads a request, scores it, writes a line, until its owner ends.
 
-Run as a script by ``pool``. Only the standard library is imported before the owner's ``sys.path`` has arrived, and before the worker is isolated.
+``pool`` starts this file as a script. Before the owner's ``sys.path`` has arrived and the worker is
+isolated, it imports only the standard library.
 
-Requests: 8 bytes of length, then a pickle; first the set-up, then ``(number, prompt, response)``.
-Replies: one JSON object a line: ``{"ready"}`` (null, or what of the isolation the kernel refused), ``{"refused"}``, or
-``{"item", "score"}`` / ``{"item", "failure"}``. They are JSON because the owner must not unpickle what a process that ran a
-model's output has written.
+Requests: 8 bytes of length, then a pickle; first the setup, then ``(item, prompt, response)``.
+Replies: one JSON object a line. ``{"ready"}`` (null, or what the kernel refused of the isolation)
+or ``{"refused"}`` answers the setup; ``{"item", "score"}`` or ``{"item", "failure"}`` an item.
 """
 
 import json
@@ -13,34 +13,38 @@ import math
 import numbers
 import os
 import pickle
+import socket
 import sys
 import traceback
+from typing import IO, Any
 
 
-def main(request_fd: int, reply_fd: int, owner_pid: int) -> None:
+def main(socket_fd: int, owner_pid: int) -> None:
     """Serve requests until end of file."""
-    requests, replies = os.fdopen(request_fd, "rb"), os.fdopen(reply_fd, "w", encoding="ascii")
+    connection = socket.socket(fileno=socket_fd)
+    requests = connection.makefile("rb")
+    sys.path.insert(0, os.path.dirname(__file__))
+    import sandbox  # not through the package, which imports more
+
+    del sys.modules["sandbox"]  # a verifier may have a module of that name
     setup = _receive(requests)
     sys.path[:] = setup["sys_path"]
-    from megatron_espo.rewards import sandbox
-
-    sandbox.die_with_parent()  # end of file is not enough: a worker stuck in a long computation never reads it
-    if os.getppid() != owner_pid:  # the owner died before the line above
-        sys.exit(1)
+    sandbox.die_with_parent(owner_pid)  # a worker in a long computation never reads end of file
     sandbox.limit_resources(memory_bytes=setup["memory_bytes"], file_bytes=setup["file_bytes"])
     missing = sandbox.isolate(os.environ["HOME"], setup["file_bytes"]) if setup["isolate"] else None
 
     def reply(**message: object) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
+    name = setup["function"]
     try:
         from megatron_espo.rewards.functions import load_reward_function
 
-        function = load_reward_function(setup["function"])
+        function = load_reward_function(name)
     except BaseException as error:
-        told = type(error).__name__ == "InputError"
-        reply(refused=str(error) if told else f"reward.function: {setup['function']} cannot be loaded: {_describe(error)}")
+        known = type(error).__name__ == "InputError"
+        unknown = f"reward.function: {name} cannot be loaded: {_describe(error)}"
+        reply(refused=str(error) if known else unknown)
         return
     reply(ready=missing)
 
@@ -48,16 +52,18 @@ def main(request_fd: int, reply_fd: int, owner_pid: int) -> None:
         item, prompt, response = request
         try:
             score = function(prompt, response)
-        except BaseException as error:  # a verifier that calls sys.exit has not judged the response either
+            if not (isinstance(score, numbers.Real) and math.isfinite(score)):
+                got = f"{type(score).__name__} {score!r:.60}"
+                reply(item=item, failure=f"expected a finite number, got {got}")
+                continue
+            score = float(score)
+        except BaseException as error:  # also SystemExit: the verifier has not scored the response
             reply(item=item, failure=_describe(error))
             continue
-        if isinstance(score, numbers.Real) and math.isfinite(score):
-            reply(item=item, score=float(score))
-        else:
-            reply(item=item, failure=f"expected a finite number, got {type(score).__name__} {score!r:.60}")
+        reply(item=item, score=score)
 
 
-def _receive(requests) -> object | None:
+def _receive(requests: IO[bytes]) -> Any:
     header = requests.read(8)
     if len(header) < 8:
         return None
@@ -65,10 +71,12 @@ def _receive(requests) -> object | None:
 
 
 def _describe(error: BaseException) -> str:
-    """Type, message, and the innermost place, in one line."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    # A syntax error tells its own place; the innermost frame is the one that imported it.
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
+    """Type, message and innermost place of an exception, in one line."""
+    trace = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in trace if "importlib" not in frame.filename]
+    # The message of a syntax error has its place; the innermost frame is the import.
+    known = frames and not isinstance(error, SyntaxError)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if known else ""
     return f"{type(error).__name__}: {str(error)[:500]}{place}"
 
 

@@ -1,34 +1,41 @@
-"""Environments: coroutines that drive the policy from a prompt to a trajectory."""
+"""What an environment needs: the protocol, the policy that it samples from, trajectory builders."""
 
-import importlib
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from megatron_espo.errors import InputError
 from megatron_espo.rollout.engine import Generation, Sampling, TokenSource
 from megatron_espo.rollout.pool import concatenate, request_seed
 from megatron_espo.types import Prompt, Trajectory
 
+Messages = list[dict[str, str]]
+
+
+class NoRoomError(ValueError):
+    """The limits of the trajectory leave no token for another turn."""
+
 
 @dataclass
 class Policy:
-    """What an environment samples from. One for each trajectory.
+    """What an environment samples from. Each trajectory has its own.
 
     Attributes:
-        max_response_tokens: most tokens that the whole trajectory may have after its prompt.
+        source: answers requests for tokens.
+        name: of the trajectory, unique within the run.
+        seed: makes every response a function of (seed, number of the call). ``None``: the engine's
+            running generator.
+        sampling: temperature and limits; ``max_tokens`` bounds the whole trajectory after its
+            prompt.
         max_model_len: most tokens of context and response together.
         encode: text -> token ids, without special tokens.
         decode: token ids -> text, without special tokens.
         render: chat messages -> token ids of the template with the assistant's turn opened.
-        source: answers requests for tokens.
-        name: of the trajectory, unique within the run.
-        seed: makes every response a function of (seed, number of the call). ``None``: the engine's running generator.
-        sampling: temperature and limits; see :class:`Sampling`.
         slot: trajectories with the same slot go to the same server.
         routed_experts: whether to return the experts of each token.
+        calls: number of calls of :meth:`generate`.
     """
 
     source: TokenSource
@@ -36,78 +43,74 @@ class Policy:
     seed: int | None
     sampling: Sampling
     max_model_len: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    render: Callable[[Messages], Sequence[int]]
     slot: int = 0
     routed_experts: bool = False
-    encode: Callable[[str], list[int]] | None = None
-    decode: Callable[[Sequence[int]], str] | None = None
-    render: Callable[[list[dict[str, str]]], list[int]] | None = None
     calls: int = 0
 
-    @property
-    def max_response_tokens(self) -> int:
-        return self.sampling.max_tokens
-
     async def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int | None = None, stop_token_ids: Sequence[int] | None = None
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop_token_ids: Sequence[int] | None = None,
     ) -> Generation:
         """Sample one turn after ``token_ids``.
 
-        A turn that was aborted (the engine sleeps, or takes new weights) is continued from the tokens that it has.
+        The engine aborts a turn when it sleeps or takes new weights. The turn then continues from
+        the tokens that it has.
 
         Args:
-            token_ids: the whole context. It begins with the ids of earlier turns exactly as they were sampled.
+            token_ids: the whole context. It begins with the ids of earlier turns exactly as they
+                were sampled.
             max_tokens: most tokens of this turn; ``None``: what the trajectory's limit leaves.
             stop_token_ids: ids that end the turn; ``None``: the tokenizer's end-of-sequence ids.
 
         Raises:
-            ValueError: the context leaves no room for a token.
+            NoRoomError: the context leaves no room for a token.
         """
         call, self.calls = self.calls, self.calls + 1
-        limit = min(self.sampling.max_tokens if max_tokens is None else max_tokens, self.max_model_len - len(token_ids))
+        limit = self.sampling.max_tokens if max_tokens is None else max_tokens
+        limit = min(limit, self.max_model_len - len(token_ids))
         if limit < 1:
-            raise ValueError(f"generate: {len(token_ids)} tokens of context leave no room in {self.max_model_len}")
-        context, found = np.asarray(token_ids).tolist(), None
+            used, room = len(token_ids), self.max_model_len
+            raise NoRoomError(f"generate: {used} tokens of context leave no room in {room}")
+        stops = self.sampling.stop_token_ids if stop_token_ids is None else tuple(stop_token_ids)
+        context, found, done = np.asarray(token_ids).tolist(), None, 0
         while True:
-            done = 0 if found is None else len(found.token_ids)
-            sampling = replace(
-                self.sampling,
-                max_tokens=limit - done,
-                seed=self._seed_of(call, done),
-                stop_token_ids=self.sampling.stop_token_ids if stop_token_ids is None else tuple(stop_token_ids),
+            seed = self.seed
+            if seed is not None and (call, done) != (0, 0):
+                seed = request_seed(seed, call, done)
+            rest = await self.source.generate(
+                f"{self.name}.{call}.{done}",
+                context if found is None else context + found.token_ids.tolist(),
+                replace(self.sampling, max_tokens=limit - done, seed=seed, stop_token_ids=stops),
+                slot=self.slot,
+                routed_experts=self.routed_experts,
             )
-            found = concatenate(
-                found,
-                await self.source.generate(
-                    f"{self.name}.{call}.{done}",
-                    context if found is None else context + found.token_ids.tolist(),
-                    sampling,
-                    slot=self.slot,
-                    routed_experts=self.routed_experts,
-                ),
-            )
+            found = concatenate(found, rest)
+            done = len(found.token_ids)
             if found.finish_reason != "abort":
                 return found
-            if len(found.token_ids) >= limit:
+            if done >= limit:
                 return replace(found, finish_reason="length")
-
-    def _seed_of(self, call: int, done: int) -> int | None:
-        if self.seed is None or (call, done) == (0, 0):
-            return self.seed
-        return request_seed(self.seed, call, done)
 
 
 class Environment(Protocol):
-    """Turns a prompt into a trajectory. One object serves all trajectories of a run, many at the same time.
+    """Turns a prompt into a trajectory. One object runs all trajectories of a run concurrently.
 
     An environment may also have a coroutine ``close()``, which is called when the run ends.
     """
 
     async def rollout(self, prompt: Prompt, policy: Policy) -> Trajectory:
-        """Drive the policy from ``prompt`` to the end. What it raises is counted like a failed verifier."""
+        """Drive the policy from ``prompt`` to the end. An exception counts as a failed attempt."""
+        ...
 
 
 class SingleTurn:
-    """One response to each prompt; the reward function judges it."""
+    """Samples one response to each prompt; the reward function scores it."""
 
     async def rollout(self, prompt: Prompt, policy: Policy) -> Trajectory:
         found = await policy.generate(prompt.token_ids)
@@ -123,40 +126,34 @@ class SingleTurn:
 
 
 class TrajectoryBuilder:
-    """Collects the turns of a trajectory, token by token as they were sampled.
+    """Collects the turns of a trajectory as token ids.
 
     Args:
-        prompt: the row.
-        prompt_ids: context before the first turn; ``None``: the prompt's own.
+        prompt: its ``token_ids`` are the context before the first turn.
     """
 
-    def __init__(self, prompt: Prompt, prompt_ids: Sequence[int] | None = None) -> None:
+    def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
-        self._prompt_ids = [int(token) for token in (prompt.token_ids if prompt_ids is None else prompt_ids)]
         self._earlier: list[Trajectory] = []
-        self._clear()
+        self._begin(prompt.token_ids)
 
-    def _clear(self) -> None:
-        self._ids: list[int] = []
-        self._mask: list[bool] = []
-        self._logprobs: list[float] = []
-        self._versions: list[int] = []
+    def _begin(self, prompt_ids: Sequence[int]) -> None:
+        self._prompt_ids = [int(token) for token in prompt_ids]
+        # After the prompt: id, whether sampled, log-prob and policy version of each token.
+        self._tokens: list[tuple[int, bool, float, int]] = []
         self._turns: list[int] = []
+        self._end = 0  # after the last sampled token
         self._experts: np.ndarray | None = None
 
     @property
     def context(self) -> list[int]:
         """Token ids of the prompt and of everything after it."""
-        return self._prompt_ids + self._ids
+        return self._prompt_ids + [token[0] for token in self._tokens]
 
     @property
     def response_ids(self) -> list[int]:
-        """Token ids after the context before the first turn, up to the last sampled token."""
-        return self._ids[: self._end]
-
-    @property
-    def _end(self) -> int:
-        return 1 + max((i for i, sampled in enumerate(self._mask) if sampled), default=-1)
+        """Token ids from the first turn up to the last sampled token."""
+        return [token[0] for token in self._tokens[: self._end]]
 
     @property
     def splits(self) -> int:
@@ -164,34 +161,32 @@ class TrajectoryBuilder:
         return len(self._earlier)
 
     def room(self, policy: Policy) -> int:
-        """Tokens that the limits of the policy leave for the next turn."""
-        used = len(self._ids) + sum(len(part.response_ids) for part in self._earlier)
-        return min(policy.max_response_tokens - used, policy.max_model_len - len(self.context))
+        """Return the tokens that the limits of the policy leave for the next turn."""
+        used = len(self._tokens) + sum(len(part.response_ids) for part in self._earlier)
+        context = len(self._prompt_ids) + len(self._tokens)
+        return min(policy.sampling.max_tokens - used, policy.max_model_len - context)
 
     def add_turn(self, generation: Generation) -> None:
-        """Append sampled tokens, which are trained."""
-        self._turns.append(len(self._ids))
-        self._ids += generation.token_ids.tolist()
-        self._mask += [True] * len(generation.token_ids)
-        self._logprobs += generation.logprobs.tolist()
-        self._versions += generation.versions.tolist()
-        earlier, experts = self._experts, generation.routed_experts
-        if earlier is not None and experts is not None:
-            experts = np.concatenate([earlier, experts[len(earlier) :]])
+        """Append sampled tokens. They are trained."""
+        ids, experts = generation.token_ids.tolist(), generation.routed_experts
+        values = generation.logprobs.tolist(), generation.versions.tolist()
+        self._turns.append(len(self._tokens))
+        self._tokens += zip(ids, [True] * len(ids), *values, strict=True)
+        self._end = len(self._tokens) if ids else self._end
+        if self._experts is not None and experts is not None:
+            experts = np.concatenate([self._experts, experts[len(self._experts) :]])
         self._experts = experts
 
     def add_observation(self, token_ids: Sequence[int]) -> None:
-        """Append tokens of the environment, which are not trained."""
-        self._ids += [int(token) for token in token_ids]
-        self._mask += [False] * len(token_ids)
-        self._logprobs += [0.0] * len(token_ids)
-        self._versions += [-1] * len(token_ids)
+        """Append tokens of the environment. They are not trained."""
+        self._tokens += [(int(token), False, 0.0, -1) for token in token_ids]
 
     def set_context(self, token_ids: Sequence[int]) -> bool:
         """Continue from a client's history. Tokens after the known ones are an observation.
 
         Returns:
-            Whether the trajectory had to be split, because the history does not begin with the tokens that were sampled.
+            Whether the trajectory was split, because the history does not begin with the sampled
+            tokens.
         """
         known, given = self.context, [int(token) for token in token_ids]
         if given[: len(known)] == known:
@@ -200,8 +195,7 @@ class TrajectoryBuilder:
         split = bool(self._turns)
         if split:
             self._earlier.append(self._part("", "stop"))
-        self._prompt_ids = given
-        self._clear()
+        self._begin(given)
         return split
 
     def build(
@@ -212,56 +206,61 @@ class TrajectoryBuilder:
         reward: float | None = None,
         rewards: dict[str, float] | None = None,
     ) -> Trajectory:
-        """The trajectory. Observations after the last turn are dropped.
+        """Build the trajectory. Observations after the last turn are dropped.
 
         Args:
-            text: what the reward function judges where ``reward`` is ``None``.
+            text: what the reward function scores if ``reward`` is ``None``.
         """
-        part = self._part(text, finish_reason)
-        return replace(part, reward=reward, rewards=dict(rewards or {}), earlier=tuple(self._earlier))
+        part, earlier = self._part(text, finish_reason), tuple(self._earlier)
+        return replace(part, reward=reward, rewards=rewards or {}, earlier=earlier)
 
     def _part(self, text: str, finish_reason: str) -> Trajectory:
-        stop = self._end
+        tokens = np.array(self._tokens[: self._end], np.dtype("i4, ?, f4, i4"))
+        ids, mask, logprobs, versions = (tokens[f"f{i}"].copy() for i in range(4))
+        length = len(self._prompt_ids) + len(ids) - 1
         return Trajectory(
             prompt=self.prompt,
             prompt_ids=np.array(self._prompt_ids, np.int32),
-            response_ids=np.array(self._ids[:stop], np.int32),
-            loss_mask=np.array(self._mask[:stop], bool),
-            logprobs=np.array(self._logprobs[:stop], np.float32),
-            versions=np.array(self._versions[:stop], np.int32),
+            response_ids=ids,
+            loss_mask=mask,
+            logprobs=logprobs,
+            versions=versions,
             finish_reason=finish_reason,
             text=text,
             turns=np.array(self._turns, np.int32),
-            routed_experts=None if self._experts is None else self._experts[: len(self._prompt_ids) + stop - 1],
+            routed_experts=None if self._experts is None else self._experts[:length],
         )
 
 
-def load_environment(name: str, arguments: dict[str, Any]) -> Environment:
-    """The environment of a configuration.
+class ChatSession:
+    """Answers a client that sends its whole history of messages with every call.
 
-    Args:
-        name: ``single_turn``, ``tool``, ``verifiers:<id>``, or ``module:Class``.
-        arguments: keyword arguments of the class.
+    The chat template turns the history into token ids. Where they begin with the known ids, the
+    trajectory continues; elsewhere it is split. Sampled ids are never tokenized again.
 
-    Raises:
-        InputError: there is none of that name, or it refuses the arguments.
+    Attributes:
+        builder: the trajectory so far; ``builder.splits`` counts the splits.
+        last: the last turn; ``None`` before the first.
     """
-    if name == "single_turn":
-        found = SingleTurn
-    elif name == "tool":
-        from megatron_espo.rollout.tools import ToolEnvironment as found
-    elif name.startswith("verifiers:"):
-        from megatron_espo.rollout.verifiers import VerifiersEnvironment
 
-        found = VerifiersEnvironment
-        arguments = {"environment_id": name.removeprefix("verifiers:")} | arguments
-    else:
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"environment.name: expected single_turn, tool, verifiers:<id> or module:Class, got {name!r} ({error})") from None
-    try:
-        return found(**arguments)
-    except TypeError as error:
-        raise InputError(f"environment.args: {name} refused {arguments}: {error}") from None
+    def __init__(self, prompt: Prompt, policy: Policy) -> None:
+        self.builder = TrajectoryBuilder(prompt)
+        self.last: Generation | None = None
+        self._policy, self._turn = policy, asyncio.Lock()
+
+    async def reply(self, messages: Messages, max_tokens: int | None = None) -> str:
+        """Return the text of the model's next turn. Calls of one session run one at a time.
+
+        Raises:
+            NoRoomError: the limits leave no token of context or of the response.
+        """
+        async with self._turn:
+            self.builder.set_context(self._policy.render(messages))
+            room = self.builder.room(self._policy)
+            if room < 1:
+                raise NoRoomError("the limits of the trajectory leave no room for another turn")
+            limit = min(room, max_tokens or room)
+            found = await self._policy.generate(self.builder.context, max_tokens=limit)
+            self.builder.add_turn(found)
+            self.last = found
+            return self._policy.decode(found.token_ids.tolist())

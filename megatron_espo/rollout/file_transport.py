@@ -17,32 +17,28 @@ vLLM's factories.
 import mmap
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    VLLMWeightSyncClient,
-    WeightSource,
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer import base
 from vllm.distributed.weight_transfer.factory import (
     WeightTransferEngineFactory,
     WeightTransferTrainerFactory,
 )
 
-from megatron_espo.rollout.checksum import byte_sum
-from megatron_espo.rollout.vllm_patches import forget_expert_kernels, repack_tied_head
+from megatron_espo.distributed.checksum import byte_sum
+from megatron_espo.rollout.vllm_patches import (
+    clone_pending_weights,
+    forget_expert_kernels,
+    repack_tied_head,
+)
 
 BACKEND = "files"
 _ALIGNMENT = 64  # bytes; each tensor starts on a cache line
@@ -50,7 +46,7 @@ _FILES = 2
 
 
 @dataclass
-class FileTrainerInitInfo(TrainerInitInfo):
+class FileTrainerInitInfo(base.TrainerInitInfo):
     """Trainer side: rank 0 sends, all ranks iterate the source.
 
     Attributes:
@@ -65,22 +61,20 @@ class FileTrainerInitInfo(TrainerInitInfo):
 
 
 @dataclass
-class FileInitInfo(WeightTransferInitInfo):
-    """Worker side: paths of the files; name, dtype and shape of each weight of an update."""
+class FileInitInfo(base.WeightTransferInitInfo):
+    """Worker side: paths of the files; ``[name, dtype, shape]`` of each weight of an update."""
 
     paths: list[str]
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
+    weights: list[tuple[str, str, list[int]]]
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
+class FileUpdateInfo(base.WeightTransferUpdateInfo):
     """One group.
 
     Attributes:
         file: index of its file in ``FileInitInfo.paths``.
-        positions: index of each tensor in ``FileInitInfo.names``.
+        positions: index of each tensor in ``FileInitInfo.weights``.
         offsets: first byte of each tensor in the file.
         checksums: ``byte_sum`` of each tensor, an unsigned 64-bit integer.
     """
@@ -91,7 +85,7 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     checksums: list[int]
 
 
-class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
     """Worker side. An error leaves the model half loaded: the engine must be restarted.
 
     Attributes:
@@ -101,7 +95,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     init_info_cls = FileInitInfo
     update_info_cls = FileUpdateInfo
 
-    seconds: Counter[str]
+    seconds: defaultdict[str, float]
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         """Keep the list of weights.
@@ -113,29 +107,24 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             try:
                 open(path, "rb").close()
             except OSError as error:
+                got = f"{path} ({error.strerror})"
                 raise RuntimeError(
-                    f"transfer: expected a file that trainer and engine share, got {path} "
-                    f"({error.strerror})"
+                    f"transfer: expected a file that trainer and engine share, got {got}"
                 ) from error
         self._paths = init_info.paths
-        self._manifest = [
-            ParamMeta(name, getattr(torch, dtype), tuple(shape))
-            for name, dtype, shape in zip(
-                init_info.names, init_info.dtype_names, init_info.shapes, strict=True
-            )
+        self._metas = [
+            base.ParamMeta(name, getattr(torch, dtype), tuple(shape))
+            for name, dtype, shape in init_info.weights
         ]
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         self._arrived: set[int] = set()
-        self.seconds = Counter()
+        self.seconds = defaultdict(float)
         if self.device.type == "cpu":
             forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
-        layers = [layer for layer in self.model.modules() if layer._parameters]
-        self._layers = [get_layerwise_info(layer) for layer in layers]
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # vLLM's method synchronizes the accelerator, which raises where there is none.
@@ -159,53 +148,35 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         items = zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
         weights = [self._read(mapping, buffer, *item) for item in items]
         checked = time.perf_counter()
+        load: Any = self.model.load_weights
         try:
             with disable_mtp_completeness_check():
-                self.model.load_weights(weights)
+                load(weights)
         except Exception as error:
-            names = f"{weights[0][0]} ... {weights[-1][0]}"
-            raise RuntimeError(
-                f"vLLM could not load {names}: {type(error).__name__}: {error}"
-            ) from error
-        self._clone_waiting(buffer)
+            what = f"{weights[0][0]} ... {weights[-1][0]}: {type(error).__name__}: {error}"
+            raise RuntimeError(f"vLLM could not load {what}") from error
+        clone_pending_weights(self.model, buffer)
         self.seconds["checksum"] += checked - began
         self.seconds["load"] += time.perf_counter() - checked
 
     def _read(
         self, mapping: mmap.mmap, buffer: torch.Tensor, position: int, offset: int, checksum: int
     ) -> tuple[str, torch.Tensor]:
-        meta = self._manifest[position]
+        meta = self._metas[position]
         if position in self._arrived:
             raise ValueError(f"transfer: weight {meta.name!r} arrived twice in one update.")
         self._arrived.add(position)
-        stop = offset + num_bytes(meta)
+        damaged = f"transfer: weight {meta.name!r} arrived damaged"
+        stop = offset + prod(meta.shape) * meta.dtype.itemsize
         if stop > len(mapping):
-            raise ValueError(
-                f"transfer: weight {meta.name!r} arrived damaged: the file has {len(mapping)} of "
-                f"{stop} bytes."
-            )
+            raise ValueError(f"{damaged}: the file has {len(mapping)} of {stop} bytes.")
         if (found := byte_sum(memoryview(mapping), offset, stop - offset)) != checksum:
-            raise ValueError(
-                f"transfer: weight {meta.name!r} arrived damaged: checksum {found:016x}, sent "
-                f"{checksum:016x}."
-            )
+            raise ValueError(f"{damaged}: checksum {found:016x}, sent {checksum:016x}.")
         return meta.name, buffer[offset:stop].view(meta.dtype).view(meta.shape)
-
-    def _clone_waiting(self, buffer: torch.Tensor) -> None:
-        """Clone the tensors that vLLM's loaders keep until their layer is complete.
-
-        The trainer overwrites the file before that.
-        """
-        start, size = buffer.data_ptr(), buffer.numel()
-        for info in self._layers:
-            for _, bound in info.loaded_weights:
-                for name, value in bound.arguments.items():
-                    if isinstance(value, torch.Tensor) and 0 <= value.data_ptr() - start < size:
-                        bound.arguments[name] = value.clone()
 
     def missing_weights(self) -> list[str]:
         """Announced names that have not arrived in this update."""
-        return [meta.name for i, meta in enumerate(self._manifest) if i not in self._arrived]
+        return [meta.name for i, meta in enumerate(self._metas) if i not in self._arrived]
 
     def finish_weight_update(self) -> None:
         """Repack what vLLM serves.
@@ -216,10 +187,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         if missing := self.missing_weights():
-            raise ValueError(
-                f"transfer: {len(missing)} announced weights did not arrive: "
-                f"{', '.join(missing[:5])}."
-            )
+            names = ", ".join(missing[:5])
+            raise ValueError(f"transfer: {len(missing)} announced weights did not arrive: {names}.")
         began = time.perf_counter()
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model, self.model_config)
@@ -229,7 +198,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         """Nothing to release: each mapping goes with the last tensor that views it."""
 
 
-class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerInitInfo]):
+class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrainerInitInfo]):
     """Trainer side. ``send_weights`` runs on every trainer rank; all collectives are the source's.
 
     Attributes:
@@ -244,40 +213,37 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
         cls,
         init_info: FileTrainerInitInfo,
         *,
-        client: VLLMWeightSyncClient,
-        source: WeightSource | None = None,
+        client: base.VLLMWeightSyncClient,
+        source: base.WeightSource | None = None,
     ) -> Self:
-        if source is None:
-            raise ValueError(f"The {BACKEND} transport needs a WeightSource.")
+        assert source is not None
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         if engine.is_sender:
             engine._open(init_info, source.metadata())
         return engine
 
-    def _open(self, init_info: FileTrainerInitInfo, metas: list[ParamMeta]) -> None:
+    def _open(self, init_info: FileTrainerInitInfo, metas: list[base.ParamMeta]) -> None:
         self._metas = {meta.name: (i, meta) for i, meta in enumerate(metas)}
-        self._executor = ThreadPoolExecutor(1, "weight-update")
-        self.seconds: Counter[str] = Counter()
-        self._shared: list[Path] = []
-        self._memory: list[Any] = []
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._paths: list[str] = []
+        self._resources = ExitStack()
+        folder = Path(init_info.folder)
         if init_info.folder:
-            folder = Path(init_info.folder)
             folder.mkdir(parents=True, exist_ok=True)
-            self._shared = [folder / f"{init_info.name}-{i}" for i in range(_FILES)]
-            for path in self._shared:
+        for i in range(_FILES):
+            if init_info.folder:
+                path = folder / f"{init_info.name}-{i}"
                 path.unlink(missing_ok=True)  # a killed run leaves its files
                 path.touch(mode=0o600)
-            self._paths = list(map(str, self._shared))
-        else:
-            fds = [os.memfd_create("megatron_espo_weights") for _ in range(_FILES)]
-            self._memory = [open(fd, "r+b") for fd in fds]
-            self._paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in fds]
-        info = FileInitInfo(
-            self._paths,
-            [meta.name for meta in metas],
-            [str(meta.dtype).removeprefix("torch.") for meta in metas],
-            [list(meta.shape) for meta in metas],
-        )
+                self._resources.callback(path.unlink, missing_ok=True)
+            else:
+                fd = os.memfd_create("megatron_espo_weights")
+                self._resources.enter_context(open(fd, "r+b"))
+                path = Path(f"/proc/{os.getpid()}/fd/{fd}")
+            self._paths.append(str(path))
+        self._executor = self._resources.enter_context(ThreadPoolExecutor(1, "weight-update"))
+        weights = [(m.name, str(m.dtype).removeprefix("torch."), list(m.shape)) for m in metas]
+        info = FileInitInfo(self._paths, weights)
         self.client.init_weight_transfer_engine(asdict(info))
 
     def send_weights(self) -> None:
@@ -287,18 +253,20 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
             Exception: the engine's or the writer's error, after the source is exhausted, because
                 the other ranks are inside its collectives.
         """
+        assert self.source is not None
         if not self.is_sender:
             for _ in self.source.iter_groups():
                 pass
             return
         pending = self._executor.submit(self.client.start_weight_update)
-        error: Exception | None = None
+        error: BaseException | None = None
         index = -1  # not enumerate(), which would keep the last group's tensors
         for names, tensors in self.source.iter_groups():
             index += 1
             # The workers have loaded the group before the last one, so its file is free.
             try:
-                info = self._write(index % _FILES, names, tensors) if error is None else None
+                if error is None:
+                    info = self._write(index % _FILES, names, tensors)
             except Exception as problem:
                 error = problem
             del tensors  # the next gather needs the memory
@@ -309,7 +277,7 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
             raise error
         self.client.finish_weight_update()
 
-    def _wait(self, pending: Future) -> Exception | None:
+    def _wait(self, pending: Future) -> BaseException | None:
         began = time.perf_counter()
         error = pending.exception()
         self.seconds["wait"] += time.perf_counter() - began
@@ -323,9 +291,8 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
         with open(self._paths[index], "r+b") as file:
             for name, tensor in zip(names, tensors, strict=True):
                 position, meta = self._metas[name]
-                _check_tensor(meta, tensor)
-                flat = tensor.detach().reshape(-1).cpu().view(torch.uint8)
-                data = memoryview(flat.numpy())
+                flat = _checked(meta, tensor).detach().reshape(-1).cpu().view(torch.uint8)
+                data = flat.numpy().data
                 info.positions.append(position)
                 info.offsets.append(file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT))
                 info.checksums.append(byte_sum(data, 0, len(data)))
@@ -338,29 +305,22 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
     def shutdown(self) -> None:
         """Remove the files."""
         if self.is_sender:
-            self._executor.shutdown()
-            for file in self._memory:
-                file.close()
-            for path in self._shared:
-                path.unlink(missing_ok=True)
+            self._resources.close()
 
 
-def num_bytes(meta: ParamMeta) -> int:
-    """Size of a tensor in the file, in bytes."""
-    return prod(meta.shape) * meta.dtype.itemsize
-
-
-def _check_tensor(meta: ParamMeta, tensor: torch.Tensor | None) -> None:
+def _checked(meta: base.ParamMeta, tensor: torch.Tensor | None) -> torch.Tensor:
+    """``tensor``, if it is what the source announced."""
     if tensor is None:
         raise ValueError(
             f"Weight {meta.name!r} is not held by the sending rank; this transport needs a source "
             "that yields every tensor on rank 0."
         )
-    if tuple(tensor.shape) != tuple(meta.shape) or tensor.dtype != meta.dtype:
+    announced, got = (meta.dtype, tuple(meta.shape)), (tensor.dtype, tuple(tensor.shape))
+    if announced != got:
         raise ValueError(
-            f"Weight {meta.name!r} was announced as {meta.dtype} {tuple(meta.shape)}, "
-            f"got {tensor.dtype} {tuple(tensor.shape)}."
+            "Weight {!r} was announced as {} {}, got {} {}.".format(meta.name, *announced, *got)
         )
+    return tensor
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)

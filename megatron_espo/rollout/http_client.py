@@ -1,9 +1,10 @@
-"""HTTP to one server, on a background event loop. Coroutines run there; other threads wait for them."""
+"""HTTP requests to an engine's server. Coroutines run on an event loop in a background thread."""
 
 import asyncio
+import json
 import socket
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -12,14 +13,16 @@ import aiohttp
 import numpy as np
 from safetensors.numpy import load
 
-from megatron_espo.rollout.engine import EngineError, Generation, Phase, Sampling
+from megatron_espo.rollout.engine import EngineError, Generation, HttpStatusError, Sampling
 from megatron_espo.rollout.server import PREFIX
 
+# Exceptions of a request that no server answered.
+NO_ANSWER = (OSError, aiohttp.ClientError)
 _CONNECT_SECONDS = 5.0
 
 
 class LoopThread:
-    """An event loop in a thread of its own."""
+    """An event loop in a background thread."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -31,7 +34,7 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
-        """Wait for a coroutine's result from another thread. TimeoutError cancels it."""
+        """Wait in another thread for a coroutine's result. TimeoutError cancels the coroutine."""
         future = self.submit(coroutine)
         try:
             return future.result(timeout)
@@ -40,7 +43,7 @@ class LoopThread:
             raise
 
     def close(self) -> None:
-        """Cancel the coroutines that still run, and stop the loop."""
+        """Cancel the running coroutines and stop the loop."""
         if self._thread.is_alive():
             with suppress(TimeoutError):
                 self.run(_cancel_tasks(), 5.0)
@@ -61,51 +64,60 @@ class HttpClient:
     Args:
         address: ``unix:<path>`` or ``host:port``.
         key: of the run.
-        host_timeout_s: a request fails when the server's machine is silent for so long, whatever it waits for.
+        host_timeout_s: a request fails when the server's machine does not respond for this time.
     """
 
     def __init__(self, address: str, key: str, host_timeout_s: float = 60.0) -> None:
         self.address, self._key, self._host_timeout_s = address, key, host_timeout_s
         self._session: aiohttp.ClientSession | None = None
 
-    def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            is_unix = self.address.startswith("unix:")
-            connector = (
-                aiohttp.UnixConnector(self.address.removeprefix("unix:"), limit=0)
-                if is_unix
-                else aiohttp.TCPConnector(limit=0, socket_factory=self._make_socket)
-            )
-            self._session = aiohttp.ClientSession(
-                "http://engine" if is_unix else f"http://{self.address}",
-                connector=connector,
-                headers={"Authorization": f"Bearer {self._key}"},
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
-            )
-        return self._session
+    def _open_session(self) -> aiohttp.ClientSession:
+        connector: aiohttp.BaseConnector
+        if self.address.startswith("unix:"):
+            base = "http://engine"
+            connector = aiohttp.UnixConnector(self.address.removeprefix("unix:"), limit=0)
+        else:
+            base = f"http://{self.address}"
+            connector = aiohttp.TCPConnector(limit=0, socket_factory=self._make_socket)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+        headers = {"Authorization": f"Bearer {self._key}"}
+        return aiohttp.ClientSession(base, connector=connector, headers=headers, timeout=timeout)
 
     def _make_socket(self, info: Any) -> socket.socket:
-        """A socket whose kernel asks the other machine for signs of life (keepalive), and limits what is not acknowledged."""
+        """A TCP socket with keepalive probes. Limits how long sent data may stay unacknowledged."""
         sock, probe = socket.socket(*info[:3]), max(1, int(self._host_timeout_s / 5))
+        # The kernel may send its last probe up to one interval after TCP_USER_TIMEOUT.
+        limit_ms = int((self._host_timeout_s - probe) * 1000)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe)
-        # The last probe is sent up to one interval after this limit.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int((self._host_timeout_s - probe) * 1000))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
         return sock
 
-    async def call(self, path: str, body: dict[str, Any] | None = None, *, method: str = "POST") -> dict[str, Any]:
-        """JSON in, JSON out.
+    async def _post(
+        self, path: str, body: dict[str, Any] | None
+    ) -> tuple[bytes, Mapping[str, str]]:
+        if self._session is None:
+            self._session = self._open_session()
+        async with self._session.post(path, json=body) as response:
+            content = await response.read()
+            if response.status != 200:
+                raise HttpStatusError(path, response.status, _error_text(content))
+            return content, response.headers
+
+    async def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """POST a JSON body and return the JSON content of the answer.
 
         Raises:
-            EngineError: an answer other than 200.
-            aiohttp.ClientError, OSError: no answer.
+            HttpStatusError: the status is not 200.
+            EngineError: the content is not JSON.
+            aiohttp.ClientError, OSError: no answer (``NO_ANSWER``).
         """
-        async with self._connected().request(method, path, json=body) as response:
-            if response.status != 200:
-                raise EngineError(f"{path}: {response.status} {await _error_text(response)}")
-            content = await response.read()
-            return await response.json(content_type=None) if content else {}
+        content, _ = await self._post(path, body)
+        try:
+            return json.loads(content) if content else {}
+        except ValueError:
+            raise EngineError(f"{path}: expected JSON, got {content[:50]!r}") from None
 
     async def generate(
         self,
@@ -116,7 +128,7 @@ class HttpClient:
         routed_experts: bool = False,
         canary: bool = False,
     ) -> Generation:
-        """Sample one response. Errors as :meth:`call`; EngineError also where a log-prob is not finite."""
+        """Sample one response. Raises as :meth:`call`; EngineError for a non-finite log-prob."""
         body = {
             "request_id": request_id,
             "token_ids": np.asarray(token_ids).tolist(),
@@ -124,15 +136,11 @@ class HttpClient:
             "routed_experts": routed_experts,
             "canary": canary,
         }
-        async with self._connected().post(f"{PREFIX}/generate", json=body) as response:
-            if response.status != 200:
-                raise EngineError(f"generate: {response.status} {await _error_text(response)}")
-            arrays, reason = load(await response.read()), response.headers["x-finish-reason"]
+        content, headers = await self._post(f"{PREFIX}/generate", body)
+        arrays = load(content)
         if not np.isfinite(arrays["logprobs"]).all():
-            raise EngineError(f"generate: a log-prob of request {request_id!r} is not finite", Phase.ROLLOUT)
-        return Generation(
-            arrays["token_ids"], arrays["logprobs"], arrays["versions"], reason, arrays.get("routed_experts")
-        )
+            raise EngineError(f"generate: a log-prob of request {request_id!r} is not finite")
+        return Generation(finish_reason=headers["x-finish-reason"], **arrays)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -140,11 +148,25 @@ class HttpClient:
             self._session = None
 
 
-async def _error_text(response: aiohttp.ClientResponse) -> str:
-    text = await response.text()
+def call_once(
+    address: str, key: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
+) -> dict[str, Any]:
+    """:meth:`HttpClient.call` from a thread without an event loop. Raises as it does."""
+
+    async def call() -> dict[str, Any]:
+        client = HttpClient(address, key)
+        try:
+            return await asyncio.wait_for(client.call(path, body), timeout_s)
+        finally:
+            await client.close()
+
+    return asyncio.run(call())
+
+
+def _error_text(content: bytes) -> str:
+    """The message in an error's JSON content; otherwise the first 500 bytes."""
     try:
-        content = await response.json(content_type=None)
-        error = content["error"]
-        return str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return text[:500]
+        error = json.loads(content)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return content[:500].decode(errors="replace")

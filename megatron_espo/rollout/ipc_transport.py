@@ -88,7 +88,7 @@ def encode_handles(handles: list[Handle] | Handle) -> Any:
     return {gpu: _encode(arguments) for gpu, arguments in handles.items()}
 
 
-def decode_handles(coded: Any) -> list[Handle] | Handle:
+def decode_handles(coded: Any) -> Any:
     """Inverse of ``encode_handles``; ValueError for anything that it does not produce."""
     if isinstance(coded, list):
         return [decode_handles(handle) for handle in coded]

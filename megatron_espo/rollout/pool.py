@@ -2,77 +2,86 @@
 
 import asyncio
 import hashlib
-import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
 
-import aiohttp
 import numpy as np
 
 from megatron_espo.rollout.engine import EngineError, Generation, Sampling
-from megatron_espo.rollout.http_client import HttpClient
-from megatron_espo.rollout.server import PREFIX, read_key, run_key_file
+from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient
+from megatron_espo.rollout.server import PREFIX, run_key
 from megatron_espo.types import Prompt
 
-_HEALTH_SECONDS = 30.0
-
-logger = logging.getLogger(__name__)
+_PING_SECONDS = 30.0
 
 
 class EnginePool:
-    """Spreads requests over servers and holds them while a server is down.
+    """Spreads requests over servers and holds requests while a server is down.
 
-    A request that a failed server had is sent again, with the same seed, once :meth:`connect` brings servers back; until then
-    :attr:`failure` says what happened. All methods but the constructor run on the event loop.
+    A request that fails is held until :meth:`connect` sets the servers, then sent again with the
+    same seed. Meanwhile :attr:`failure` gives the reason. All methods except the constructor run
+    on the event loop.
 
     Args:
-        key: of the run.
-        timeout_s: without an answer for so long, while requests wait, a server counts as failed.
-        host_timeout_s: without contact for so long, a server on another machine counts as failed.
+        folder: of the run.
+        timeout_s: a server counts as failed if requests wait this long and none is answered.
+        host_timeout_s: a server counts as failed if its machine does not respond for this time.
 
     Attributes:
-        failure: why requests are held; ``None``: they are not.
+        failure: why requests are held; ``None``: they are not held.
     """
 
-    def __init__(self, key: str, timeout_s: float, host_timeout_s: float = 60.0) -> None:
-        self._key, self._timeout_s, self._host_timeout_s = key, timeout_s, host_timeout_s
+    def __init__(self, folder: str, timeout_s: float, host_timeout_s: float = 60.0) -> None:
+        self._key, self._timeout_s, self._host_timeout_s = (
+            run_key(folder),
+            timeout_s,
+            host_timeout_s,
+        )
         self._clients: list[HttpClient] = []
         self._connected = asyncio.Event()
         self._in_flight = 0
-        self._news = time.monotonic()
+        self._last_reply = time.monotonic()
         self._watcher: asyncio.Task | None = None
         self.failure: EngineError | None = None
 
     async def connect(self, addresses: Sequence[str]) -> None:
-        """Use these servers from now on; requests that were held go on."""
-        if self.failure is not None or [client.address for client in self._clients] != list(addresses):
+        """Use these servers from now on and send held requests again."""
+        known = [client.address for client in self._clients]
+        if self.failure is not None or known != list(addresses):
             for client in self._clients:
                 await client.close()
-            self._clients = [HttpClient(address, self._key, self._host_timeout_s) for address in addresses]
-        self.failure, self._news = None, time.monotonic()
+            timeout = self._host_timeout_s
+            self._clients = [HttpClient(address, self._key, timeout) for address in addresses]
+        self.failure, self._last_reply = None, time.monotonic()
         self._connected.set()
         if self._watcher is None:
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def generate(
-        self, request_id: str, token_ids: Sequence[int], sampling: Sampling, *, slot: int = 0, routed_experts: bool = False
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        slot: int = 0,
+        routed_experts: bool = False,
     ) -> Generation:
-        """Sample one response, on whichever server has it, whatever happens to servers meanwhile."""
+        """Sample one response; retries after failures of servers."""
         attempt = 0
         while True:
             await self._connected.wait()
             client = self._clients[slot % len(self._clients)]
+            name = f"{request_id}.{attempt}"
             self._in_flight += 1
             try:
                 found = await client.generate(
-                    f"{request_id}.{attempt}", token_ids, sampling, routed_experts=routed_experts
+                    name, token_ids, sampling, routed_experts=routed_experts
                 )
-                self._news = time.monotonic()
+                self._last_reply = time.monotonic()
                 return found
-            except (EngineError, aiohttp.ClientError, OSError) as error:
-                if client in self._clients:
-                    self._fail(f"generate: the server at {client.address} failed: {error}")
+            except (EngineError, *NO_ANSWER) as error:
+                self._fail(f"the server at {client.address} failed: {error}", client)
             finally:
                 self._in_flight -= 1
             attempt += 1
@@ -83,43 +92,34 @@ class EnginePool:
         for client in self._clients:
             await client.close()
 
-    def _fail(self, why: str) -> None:
-        if self.failure is None:
-            self.failure = EngineError(why)
-        self._connected.clear()
+    def _fail(self, reason: str, client: HttpClient | None = None) -> None:
+        """Hold requests. A failure of a ``client`` that the pool no longer uses does not count."""
+        if client is None or client in self._clients:
+            self.failure = self.failure or EngineError(f"generate: {reason}")
+            self._connected.clear()
 
     async def _watch(self) -> None:
-        """Ask servers for a sign of life while requests wait without an answer. vLLM's ``/health`` does not see a stopped worker."""
+        """Ping servers while requests wait. vLLM's ``/health`` does not detect stopped workers."""
+        pings = 0.0
         while True:
             await asyncio.sleep(min(1.0, self._timeout_s / 10))
-            quiet = time.monotonic() - self._news
             if not (self._connected.is_set() and self._in_flight):
-                self._news = time.monotonic()
-            elif quiet > self._timeout_s:
-                self._fail(f"generate: no response in {self._timeout_s:g} s (rollout.timeout_s)")
-            elif quiet > _HEALTH_SECONDS and int(quiet / _HEALTH_SECONDS) > int((quiet - 1.0) / _HEALTH_SECONDS):
-                await self._ping()
-
-    async def _ping(self) -> None:
-        for client in list(self._clients):
-            call = client.call(f"{PREFIX}/worker", {"method": "ping", "timeout": self._timeout_s})
-            try:
-                await asyncio.wait_for(call, min(60.0, self._timeout_s))
-            except (TimeoutError, EngineError, aiohttp.ClientError, OSError) as error:
-                if client in self._clients and self._connected.is_set():
-                    self._fail(f"generate: the server at {client.address} does not answer: {error!r}")
-
-
-async def connected_pool(folder: str, timeout_s: float, addresses: Sequence[str], host_timeout_s: float = 60.0) -> EnginePool:
-    """A pool of the run in ``folder``, with the servers at ``addresses`` (there may be none yet)."""
-    pool = EnginePool(read_key(run_key_file(folder)), timeout_s, host_timeout_s)
-    if addresses:
-        await pool.connect(addresses)
-    return pool
+                self._last_reply = time.monotonic()
+            quiet = time.monotonic() - self._last_reply
+            if quiet > self._timeout_s:
+                self._fail(f"no response in {self._timeout_s:g} s (rollout.timeout_s)")
+            due = quiet // _PING_SECONDS > pings
+            pings = quiet // _PING_SECONDS
+            for client in list(self._clients) if due else ():
+                call = client.call(f"{PREFIX}/worker/ping", {"timeout": self._timeout_s})
+                try:
+                    await asyncio.wait_for(call, min(60.0, self._timeout_s))
+                except (EngineError, *NO_ANSWER) as error:
+                    self._fail(f"the server at {client.address} does not answer: {error!r}", client)
 
 
 def request_seeds(prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[int]]:
-    """A seed for each response: of the prompt's id, the occurrence of that id, and the position in the group."""
+    """Seeds ``[prompts][samples]``, hashes of prompt id, occurrence of the id and sample index."""
     seen: Counter[str] = Counter()
     seeds = []
     for prompt in prompts:
@@ -129,19 +129,22 @@ def request_seeds(prompts: Sequence[Prompt], samples: int, seed: int) -> list[li
 
 
 def request_seed(seed: int, *key: object) -> int:
-    """A 63-bit seed: a hash of a seed and of what is sampled with it."""
+    """A 63-bit seed: hash of ``seed`` and ``key``."""
     digest = hashlib.blake2b(":".join(map(str, (seed, *key))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def concatenate(first: Generation | None, rest: Generation) -> Generation:
-    """A response that was continued. The experts of its earlier tokens are those with which they were sampled."""
+    """Join a partial response and its continuation. Earlier tokens keep their recorded experts."""
     if first is None:
         return rest
     experts = rest.routed_experts
     if first.routed_experts is not None and experts is not None:
         experts = np.concatenate([first.routed_experts, experts[len(first.routed_experts) :]])
-    joined = (np.concatenate(pair) for pair in (
-        (first.token_ids, rest.token_ids), (first.logprobs, rest.logprobs), (first.versions, rest.versions),
-    ))  # fmt: skip
-    return Generation(*joined, rest.finish_reason, experts)
+    return Generation(
+        np.concatenate([first.token_ids, rest.token_ids]),
+        np.concatenate([first.logprobs, rest.logprobs]),
+        np.concatenate([first.versions, rest.versions]),
+        rest.finish_reason,
+        experts,
+    )

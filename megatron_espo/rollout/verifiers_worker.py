@@ -1,11 +1,12 @@
-"""Runs a ``verifiers`` 0.4 environment for ``verifiers.py``, in a virtual environment of its own.
+"""Runs a ``verifiers`` 0.4 environment for ``verifiers.py``, in its own virtual environment.
 
 Started as a script. It imports ``verifiers`` and the standard library, never this package.
 
-One JSON object a line. Standard input: ``{"rollout", "task"}`` starts an episode on the task of
-that index, ``{"cancel"}`` ends it, ``{"call", "text", "finish_reason"}`` or ``{"call", "error"}``
-answers a request for a turn. Standard output: ``{"ready"}``, ``{"rollout", "call", "messages",
-"max_tokens"}`` asks for a turn, ``{"rollout", "reward", "rewards", "errors"}`` ends an episode.
+The protocol is one JSON object a line. Standard input: ``{"rollout", "task"}`` starts an episode on
+the task of that index; ``{"cancel"}`` ends it; ``{"call", "text", "finish_reason"}`` or
+``{"call", "error"}`` answers a request for a turn. Standard output: ``{"ready"}``; ``{"rollout",
+"call", "messages", "max_tokens"}`` requests a turn; ``{"rollout", "reward", "rewards", "errors"}``
+ends an episode.
 
     python verifiers_worker.py '{"taskset": {"id": "my-taskset"}}' --export 100 > prompts.jsonl
 """
@@ -15,7 +16,7 @@ import itertools
 import json
 import os
 import sys
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import verifiers.v1 as vf
@@ -26,14 +27,14 @@ from verifiers.v1.interception import server
 from verifiers.v1.runtimes import ProgramResult
 from verifiers.v1.utils.loaders import env_config_type, load_environment
 
-POLICY = "http://megatron-espo"  # not a host: the client of this address asks the trainer
+POLICY = "http://megatron-espo"  # not a host: marks the client that asks the trainer
 HARNESS = "megatron_espo_chat"
 
 __all__ = ["ChatHarness"]
 
 
 class ChatHarness(vf.Harness[vf.HarnessConfig]):
-    """One model call for each turn of the environment, in this process. Without tools."""
+    """Makes one model call for each turn of the environment, in this process. Without tools."""
 
     APPENDS_SYSTEM_PROMPT, SUPPORTS_RESUME = True, True
     EXECUTES_CODE, NEEDS_CONTAINER = False, False
@@ -52,7 +53,7 @@ class ChatHarness(vf.Harness[vf.HarnessConfig]):
 
 
 def first_messages(data: vf.TaskData) -> list[dict[str, Any]]:
-    """The messages with which a task opens."""
+    """Return the first messages of a task."""
     system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
     if isinstance(data.prompt, str):
         return [*system, {"role": "user", "content": data.prompt}]
@@ -62,9 +63,9 @@ def first_messages(data: vf.TaskData) -> list[dict[str, Any]]:
 class Worker(Client):
     """The environment, and the client through which it asks the trainer's policy."""
 
-    def __init__(self, env: vf.Env, output) -> None:
-        self.env, self._output = env, output
-        self._tasks, self._known = iter(env.taskset), []
+    def __init__(self, env: vf.Env, output: IO[str]) -> None:
+        self.env, self._output, self._tasks = env, output, iter(env.taskset)
+        self._known: list[vf.Task] = []
         self._rollouts: dict[int, asyncio.Task] = {}
         self._rollout_of_trace: dict[str, int] = {}
         self._calls: dict[int, asyncio.Future] = {}
@@ -77,25 +78,20 @@ class Worker(Client):
     async def get_response(self, dialect, body, sampling, session_id=None, turn=None, headers=None):
         if body.get("tools"):
             raise ProviderError("the policy takes no tool schemas", status_code=400)
-        call = next(self._numbers)
-        self._calls[call] = asyncio.get_running_loop().create_future()
+        call, number = next(self._numbers), self._rollout_of_trace[session_id]
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        self.send(
-            rollout=self._rollout_of_trace[session_id],
-            call=call,
-            messages=body["messages"],
-            max_tokens=limit,
-        )
+        reply = self._calls[call] = asyncio.get_running_loop().create_future()
+        self.send(rollout=number, call=call, messages=body["messages"], max_tokens=limit)
         try:
-            answer = await self._calls[call]
+            answer = await reply
         finally:
             del self._calls[call]
         if "error" in answer:
             raise ProviderError(answer["error"], status_code=400)
         message = {"role": "assistant", "content": answer["text"]}
         choice = {"index": 0, "message": message, "finish_reason": answer["finish_reason"]}
-        raw = {"id": str(call), "object": "chat.completion", "created": 0, "model": body["model"]}
-        raw["choices"] = [choice]
+        raw = {"id": str(call), "object": "chat.completion", "created": 0}
+        raw |= {"model": body["model"], "choices": [choice]}
         response = dialect.parse_response(dialect.validate_response(raw))
         response.raw = raw
         return response
@@ -107,18 +103,15 @@ class Worker(Client):
     async def rollout(self, number: int, index: int) -> None:
         traces = []
 
-        def watch(trace: vf.Trace) -> None:
+        def register(trace: vf.Trace) -> None:
             self._rollout_of_trace[trace.id] = number
             traces.append(trace.id)
 
         context = ModelContext(model="policy", client=EvalClientConfig(base_url=POLICY))
         result: dict[str, Any] = {"reward": None, "rewards": {}, "errors": []}
         try:
-            episode = await self.env.run_episode(self.task(index), context, on_trace=watch)
-            errors = [
-                *episode.errors,
-                *(error for trace in episode.traces for error in trace.errors),
-            ]
+            episode = await self.env.run_episode(self.task(index), context, on_trace=register)
+            errors = itertools.chain(episode.errors, *(trace.errors for trace in episode.traces))
             result["errors"] = [f"{error.type}: {error.message}" for error in errors]
             trained = [trace for trace in episode.traces if trace.agent.trainable]
             if episode.ok and trained:
@@ -154,20 +147,17 @@ class Worker(Client):
 
 
 def make_env(config: dict[str, Any]) -> vf.Env:
-    """The environment, with our harness and local processes for each agent that names no others."""
+    """Build the environment. Agents run with our harness in local processes by default."""
     config_type = env_config_type(config["taskset"]["id"], config.get("id", ""))
     local = {"harness": {"id": HARNESS}, "runtime": {"type": "subprocess"}}
-    agents = [
-        name
-        for name, field in config_type.model_fields.items()
-        if isinstance(field.default, vf.AgentConfig)
-    ]
-    config |= {name: local | config.get(name, {}) for name in agents}
+    for name, field in config_type.model_fields.items():
+        if isinstance(field.default, vf.AgentConfig):
+            config[name] = local | config.get(name, {})
     return load_environment(config_type.model_validate(config))
 
 
 def main() -> None:
-    # The protocol has standard output for itself: what libraries print goes to standard error.
+    # Standard output is for the protocol. What libraries print goes to standard error.
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.modules[HARNESS] = sys.modules["__main__"]  # verifiers finds a harness by its module

@@ -1,26 +1,35 @@
-"""What vLLM's reload of weights leaves out on a CPU. Its own modules are imported on first use."""
+"""Changes to vLLM at run time, for vLLM 0.32. Imports vLLM's modules on first use.
+
+``tests/test_vllm_patches.py`` checks that the installed vLLM still needs each patch.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Have vLLM build the kernels of experts again when it has loaded their weights; call it before.
+    """Remove the kernels of expert layers before a reload, so vLLM builds them again.
 
-    On a CPU a layer of experts computes with padded and packed weights, and vLLM packs them only where it builds the
-    kernel, not where it reloads: the kernel would take the new weights for packed ones.
+    vLLM 0.32. On a CPU vLLM packs the weights of experts only when it builds the kernel. In a
+    reload the existing kernel would use the new weights as if they were packed.
     """
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
 
     for layer in model.modules():
-        if isinstance(method := getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
             method.moe_kernel = None
 
 
-def repack_tied_head(model: torch.nn.Module, model_config) -> None:
-    """Renew the packed copy that a tied output layer computes with on a CPU.
+def repack_tied_head(model: torch.nn.Module, model_config: Any) -> None:
+    """Pack the weight of a tied output layer again after a reload.
 
-    It shares the embedding's weight, but vLLM's layerwise reload repacks only the layers that received tensors: logits
-    would come from old weights.
+    vLLM 0.32. A tied output layer shares the embedding's weight, and on a CPU computes with a
+    packed copy. vLLM's reload packs only layers that received tensors, so the copy would be old.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -28,3 +37,45 @@ def repack_tied_head(model: torch.nn.Module, model_config) -> None:
         for layer in model.modules():
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
+
+
+def clone_pending_weights(model: torch.nn.Module, buffer: torch.Tensor) -> None:
+    """Clone the tensors in ``buffer`` that vLLM keeps until their layer is complete.
+
+    vLLM 0.32. In a reload vLLM stores the arguments of its weight loaders, and the sender may
+    overwrite ``buffer`` (uint8) before the layer is complete.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    start, size = buffer.data_ptr(), buffer.numel()
+    for layer in model.modules():
+        for _, bound in get_layerwise_info(layer).loaded_weights:
+            for name, value in bound.arguments.items():
+                if isinstance(value, torch.Tensor) and 0 <= value.data_ptr() - start < size:
+                    bound.arguments[name] = value.clone()
+
+
+def record_routed_experts(runner: Any, capturer: Any, on_finish: Callable[[str], None]) -> None:
+    """Send the routers' choices to ``capturer``; report requests before vLLM drops their state.
+
+    vLLM 0.32. ``enable_return_routed_experts`` works only with vLLM's second model runner, which
+    needs Triton. CPU builds have no Triton.
+
+    Args:
+        runner: vLLM's first model runner.
+        capturer: its ``capture(layer_id, topk_ids)`` is called in every forward pass.
+        on_finish: called with the internal name of each finished request.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+        bind_routed_experts_capturer,
+    )
+
+    update_states = runner._update_states
+
+    def report_and_update(scheduled: Any) -> Any:
+        for name in scheduled.finished_req_ids:
+            on_finish(name)
+        return update_states(scheduled)
+
+    runner._update_states = report_and_update
+    bind_routed_experts_capturer(runner.get_model(), capturer)

@@ -1,6 +1,6 @@
-"""Megatron weights <-> Hugging Face: naming tables, loading, export, and the stream that feeds vLLM."""
+"""Hugging Face weights into Megatron, and Megatron's weights to Hugging Face folders and vLLM."""
 
 from megatron_espo.weights.hf_io import load_hf_weights, save_hf
-from megatron_espo.weights.source import MegatronWeightSource
+from megatron_espo.weights.source import WeightGatherer
 
-__all__ = ["MegatronWeightSource", "load_hf_weights", "save_hf"]
+__all__ = ["WeightGatherer", "load_hf_weights", "save_hf"]

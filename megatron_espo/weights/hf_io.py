@@ -1,4 +1,4 @@
-"""Hugging Face folders into and out of a Megatron model."""
+"""Load a Hugging Face folder into a Megatron model, and export a model to such a folder."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,52 +8,77 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from megatron_espo.weights.binding import Place, bind
-from megatron_espo.weights.families import is_tied, model_groups
+from megatron_espo.errors import InputError
+from megatron_espo.models.families import is_tied, model_groups
+from megatron_espo.models.layouts import shard_into
+from megatron_espo.weights.binding import ShardRanks, bind
 from megatron_espo.weights.hf_reader import CheckpointFolder
 from megatron_espo.weights.hf_writer import write_folder
-from megatron_espo.weights.layouts import shard_into
-from megatron_espo.weights.source import MegatronWeightSource
+from megatron_espo.weights.source import WeightGatherer
+
+_ROWS = 4096  # of the vocabulary, read at a time
 
 
 def open_checkpoint(hf_config: dict[str, Any], path: str | Path) -> CheckpointFolder:
-    """Open a Hugging Face folder and check that it has every tensor of the model and no other; reads headers only.
+    """Open a Hugging Face folder and check its tensor names. Reads headers only.
 
     Raises:
-        InputError: unreadable files, or a tensor too few or too many.
+        InputError: an unreadable file, a missing tensor or an unknown one.
     """
     folder = CheckpointFolder(path)
-    expected = (name for group in model_groups(hf_config) for mapping in group for name, _ in mapping.huggingface)
+    mappings = (mapping for group in model_groups(hf_config) for mapping in group)
+    expected = (name for mapping in mappings for name, _ in mapping.huggingface)
     folder.check_names(expected, _ignored(hf_config))
+    if is_tied(hf_config) and "lm_head.weight" in folder.names:
+        _check_tied_head(folder, (hf_config["vocab_size"], hf_config["hidden_size"]))
     return folder
+
+
+def _check_tied_head(folder: CheckpointFolder, shape: tuple[int, int]) -> None:
+    """InputError if the head in the file differs from the embedding. Each rank reads some rows."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    head, embedding = (folder.get_slice(name, shape) for name in names)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for first in range(rank * _ROWS, shape[0], ranks * _ROWS):
+        rows = slice(first, first + _ROWS)
+        if not torch.equal(head[rows], embedding[rows]):
+            raise InputError(
+                f"{folder.path}: config.json has tie_word_embeddings true, but lm_head.weight "
+                "differs from model.embed_tokens.weight; set tie_word_embeddings to false in "
+                "config.json to use both, or remove lm_head.weight"
+            )
 
 
 @torch.no_grad()
 def load_hf_weights(
-    chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any], path: str | Path, pg_collection: Any
+    chunks: Sequence[torch.nn.Module],
+    hf_config: dict[str, Any],
+    path: str | Path,
+    pg_collection: Any,
 ) -> None:
     """Read a Hugging Face folder into this rank's model chunks, in place. Zero collectives.
 
-    Each rank reads the bytes of its own shards only. Values are cast to the parameters' dtype; padding rows of the
-    vocabulary become zero. An optimizer with its own copy of the parameters has to be built, or reloaded, afterwards.
+    Each rank reads only the bytes of its own shards. Values are cast to the parameters' dtype;
+    padding rows of the vocabulary become zero. An optimizer that copies the parameters must be
+    built, or reloaded, afterwards.
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
         hf_config: content of ``config.json``.
         path: folder with ``model.safetensors`` or a sharded checkpoint with its index.
-        pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``expt_tp`` and ``ep`` are used.
+        pg_collection: Megatron's ``ProcessGroupCollection``; uses ``tp``, ``expt_tp``, ``ep``.
 
     Raises:
-        InputError: a tensor too few, too many or of another shape, or a model that does not match; nothing is loaded.
+        InputError: a missing, unknown or misshapen tensor, or a model that does not match.
+            Nothing is loaded.
     """
-    groups = model_groups(hf_config)
-    place = Place.of(pg_collection)
-    bound_groups = bind(chunks, groups, place)
+    ranks = ShardRanks.of(pg_collection)
+    bound = [item for group in bind(chunks, model_groups(hf_config), ranks) for item in group]
     folder = open_checkpoint(hf_config, path)
-    bound = [item for group in bound_groups for item in group]
-    sources = [[folder.get_slice(name, shape) for name, shape in mapping.huggingface] for mapping, _ in bound]
-    for (mapping, parameter), slices in zip(bound, sources, strict=True):
-        shard_into(parameter, slices, mapping.layout, *place.cut(mapping), mapping.query_groups)
+    slices = [[folder.get_slice(name, shape) for name, shape in m.huggingface] for m, _ in bound]
+    for (mapping, parameter), sources in zip(bound, slices, strict=True):
+        shard = ranks.shard(mapping)
+        shard_into(parameter, sources, mapping.layout, *shard, mapping.query_groups)
 
 
 def save_hf(
@@ -64,39 +89,41 @@ def save_hf(
     pg_collection: Any,
     dtype: torch.dtype,
     max_file_bytes: int = 4 << 30,
+    tokenizer: str | None = None,
 ) -> None:
-    """Write the model as a Hugging Face folder that ``from_pretrained`` loads, one decoder layer at a time.
+    """Write the model as a Hugging Face folder for ``from_pretrained``, one layer at a time.
 
-    Rank 0 writes files of at most ``max_file_bytes`` (one tensor may exceed it), with one of them in host memory, into
-    ``<out_dir>.partial``; the finished folder replaces ``out_dir`` by a rename. Configuration and tokenizer come from
-    ``source_dir``, with the dtype set to the one written.
+    Rank 0 writes files of at most ``max_file_bytes`` (a single tensor may exceed it) and keeps one
+    file in host memory. Configuration and tokenizer are copied from ``source_dir``; the tokenizer
+    from ``tokenizer`` (a folder or a SentencePiece file) if it is given.
 
-    Collectives: those of ``MegatronWeightSource``; then one broadcast over all ranks, so that a failed write raises on each.
+    Collectives: those of :class:`WeightGatherer`; then one broadcast over all ranks, so that a
+    failed write raises on every rank.
 
     Raises:
         InputError: ``out_dir`` exists and is not an earlier export.
         RuntimeError: rank 0 could not write.
     """
-    source = MegatronWeightSource(chunks, hf_config, pg_collection, dtype=dtype)
-    failure = None
-    stream = iter(source)
+    source = WeightGatherer(chunks, hf_config, pg_collection, dtype=dtype)
+    metadata, stream, failure = source.metadata(), iter(source), None
     if dist.get_rank() == 0:
+        out, source_folder = Path(out_dir), Path(source_dir)
         try:
-            write_folder(source.metadata(), stream, Path(out_dir), Path(source_dir), dtype, max_file_bytes)
+            write_folder(metadata, stream, out, source_folder, dtype, max_file_bytes, tokenizer)
         except (OSError, ValueError, SafetensorError) as error:
             failure = error
-    for _ in stream:  # the collectives need every rank, also one that does not write or no longer can
+    for _ in stream:  # every rank takes part in all gathers, even if rank 0 failed to write
         pass
-    outcome = [None if failure is None else f"{type(failure).__name__}: {failure}"]
-    dist.broadcast_object_list(outcome, src=0)
+    message = [failure and f"{type(failure).__name__}: {failure}"]
+    dist.broadcast_object_list(message, src=0)
     if failure is not None:
         raise failure
-    if outcome[0] is not None:
-        raise RuntimeError(f"rank 0 could not write {out_dir}: {outcome[0]}")
+    if message[0] is not None:
+        raise RuntimeError(f"rank 0 could not write {out_dir}: {message[0]}")
 
 
 def _ignored(hf_config: dict[str, Any]) -> Iterator[str]:
-    """Tensors that transformers ignores too: a tied model's redundant head, and inverse frequencies in old exports."""
+    """Yield tensors that transformers ignores: a tied head, and rotary buffers of old exports."""
     if is_tied(hf_config):
         yield "lm_head.weight"
     for layer in range(hf_config["num_hidden_layers"]):

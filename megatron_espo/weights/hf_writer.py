@@ -1,96 +1,79 @@
-"""Writing a Hugging Face folder so that a reader never sees half of one."""
+"""Write a Hugging Face folder and rename it into place when it is complete."""
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from megatron_espo.errors import InputError
-from megatron_espo.run_files import make_durable
-from megatron_espo.weights.hf_reader import INDEX_NAME, SINGLE_NAME
+from megatron_espo.files import make_durable
+from megatron_espo.weights.hf_reader import INDEX_NAME
 from megatron_espo.weights.source import ParameterMetadata
 
-COPIED_FILES = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template*", "*.model", "LICENSE*",
+MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*")
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template*", "*.model",
 )  # fmt: skip
 
 
 def write_folder(
     metadata: list[ParameterMetadata],
-    stream: Iterator[tuple[str, torch.Tensor]],
+    stream: Iterator[tuple[str, Any]],
     out_dir: Path,
     source_dir: Path,
     dtype: torch.dtype,
     max_file_bytes: int,
+    tokenizer: str | None = None,
 ) -> None:
-    """Write a stream of tensors as a Hugging Face folder: all files aside, then into place by a rename.
+    """Write a stream of tensors as a Hugging Face folder.
+
+    All files are written to ``<out_dir>.partial``, which then replaces ``out_dir`` by a rename.
 
     Args:
-        metadata: what the stream yields, in its order.
-        source_dir: folder that configuration (its dtype becomes ``dtype``) and tokenizer are copied from.
-        max_file_bytes: limit of a weight file, and of what is held in host memory; one tensor may exceed it.
+        metadata: what the stream yields, in order.
+        source_dir: folder with configuration (its dtype becomes ``dtype``) and tokenizer to copy.
+        tokenizer: folder or SentencePiece file of the tokenizer, if it is not ``source_dir``.
+        max_file_bytes: limit of a weight file and of host memory; a single tensor may exceed it.
 
     Raises:
         InputError: ``out_dir`` exists and is not an earlier export.
     """
-    if out_dir.exists() and not (out_dir / "config.json").exists() and (out_dir.is_file() or any(out_dir.iterdir())):
-        raise InputError(f"{out_dir}: expected nothing or an earlier export, got something else; choose another folder")
+    is_export = (out_dir / "config.json").exists()
+    is_empty = not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir()))
+    if not is_export and not is_empty:
+        raise InputError(
+            f"{out_dir}: expected nothing or an earlier export, got something else; choose another "
+            "folder"
+        )
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _copy_metadata_files(source_dir, partial, dtype)
-    files = _plan_files(metadata, max_file_bytes)
-    for file, names in files.items():
-        tensors = {}
-        for expected in names:
-            name, tensor = next(stream)
-            assert name == expected, (name, expected)
-            tensors[name] = tensor.to("cpu", copy=True)
-        save_file(tensors, partial / file, metadata={"format": "pt"})
-    if len(files) > 1:
-        total = sum(map(_bytes, metadata))
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _copy_metadata_files(source_dir, Path(tokenizer or source_dir), partial, dtype)
+    split = split_state_dict_into_shards_factory(
+        {item.name: item for item in metadata},
+        get_storage_size=lambda item: torch.Size(item.shape).numel() * item.dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
+    pending: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in stream:
+        file = split.tensor_to_filename[name]
+        pending[file][name] = tensor.to("cpu", copy=True)
+        if len(pending[file]) == len(split.filename_to_tensors[file]):
+            save_file(pending.pop(file), partial / file, metadata={"format": "pt"})
+            # safetensors makes files that only their owner can read.
+            (partial / file).chmod((partial / "config.json").stat().st_mode)
+    assert not pending, pending.keys()
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    _replace(partial, out_dir)
-
-
-def _plan_files(metadata: list[ParameterMetadata], max_file_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names, in stream order, each file as full as the limit allows."""
-    files: list[list[str]] = [[]]
-    size = 0
-    for item in metadata:
-        if files[-1] and size + _bytes(item) > max_file_bytes:
-            files.append([])
-            size = 0
-        files[-1].append(item.name)
-        size += _bytes(item)
-    if len(files) == 1:
-        return {SINGLE_NAME: files[0]}
-    return {f"model-{i:05}-of-{len(files):05}.safetensors": names for i, names in enumerate(files, start=1)}
-
-
-def _bytes(item: ParameterMetadata) -> int:
-    return torch.Size(item.shape).numel() * item.dtype.itemsize
-
-
-def _copy_metadata_files(source_dir: Path, target: Path, dtype: torch.dtype) -> None:
-    for pattern in COPIED_FILES:
-        for file in source_dir.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
-    config = json.loads((target / "config.json").read_text())
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _replace(partial: Path, out_dir: Path) -> None:
-    """Make what was written durable, then rename it into place."""
     make_durable(*partial.iterdir(), partial)
     old = out_dir.with_name(out_dir.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -98,3 +81,18 @@ def _replace(partial: Path, out_dir: Path) -> None:
         out_dir.rename(old)
     partial.rename(out_dir)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_metadata_files(
+    source_dir: Path, tokenizer: Path, target: Path, dtype: torch.dtype
+) -> None:
+    found = [file for pattern in MODEL_FILES for file in source_dir.glob(pattern)]
+    found += [file for pattern in TOKENIZER_FILES for file in tokenizer.glob(pattern)]
+    for file in found:
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, target / "tokenizer.model")
+    config = json.loads((target / "config.json").read_text())
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

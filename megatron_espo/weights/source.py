@@ -1,4 +1,4 @@
-"""Megatron's shards as one stream of whole, Hugging-Face-named tensors."""
+"""Gather Megatron's shards into a stream of whole tensors with Hugging Face names."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,55 +8,59 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_espo.collectives import control_device, gathered, on_rank_0
+from megatron_espo.distributed.collectives import control_device, gather_objects, on_rank_0
+from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
 from megatron_espo.errors import InputError
-from megatron_espo.weights.binding import Bound, Cut, Place, bind
-from megatron_espo.weights.families import Mapping, model_groups
-from megatron_espo.weights.layouts import Layout, unshard_into
-from megatron_espo.weights.lockstep import Lockstep
+from megatron_espo.models.families import ParamMapping, model_groups
+from megatron_espo.models.layouts import ShardLayout, unshard_into
+from megatron_espo.weights.binding import BoundParam, ShardIndex, ShardRanks, bind
 
 _GATHER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class ParameterMetadata:
-    """Name, dtype and whole shape of one tensor of the stream (the fields of vLLM's ``ParamMeta``)."""
+    """Name, dtype and whole shape of a tensor of the stream, as vLLM's ``ParamMeta``."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-class MegatronWeightSource:
-    """The model's weights, tensor after tensor, gathered from the ranks that hold them.
+class WeightGatherer:
+    """The model's weights, one tensor after the other, gathered from the ranks that hold them.
 
-    It has the methods of ``vllm.distributed.weight_transfer.base.WeightSource`` without importing vLLM (seconds, and
-    thousands of modules); ``vllm_source.MegatronWeightSource`` is the subclass of vLLM's class.
+    It has the methods of ``vllm.distributed.weight_transfer.base.WeightSource`` without importing
+    vLLM, which takes seconds; ``vllm_source.MegatronWeightSource`` is the subclass of vLLM's class.
 
-    A *group* is the embedding, one decoder layer, or final norm with output layer. Its shards are gathered, as many at
-    once as ``gather_bytes`` says, over the tensor-parallel group of the stage that owns it (a layer's experts over all
-    ranks that share them); where the pipeline is gathered, broadcasts over the pipeline-parallel group follow. Beyond the
-    model this takes one group's whole tensors in the wire dtype, two and a half times ``gather_bytes``, and whatever
-    earlier tensors the caller still holds. The tensors are fresh memory, never the live parameters.
+    A *group* is the embedding, one decoder layer, or the final norm with the output layer. Its
+    shards are gathered, at most ``gather_bytes`` in one collective, over the tensor-parallel group
+    of the stage that holds it (a layer's experts over all ranks that share them). If the pipeline
+    is gathered, broadcasts over the pipeline-parallel group follow. Beyond the model this takes the
+    whole tensors of one group in the stream's dtype, 2.5 times ``gather_bytes``, and the earlier
+    tensors that the caller still holds. The tensors are new memory, never the live parameters.
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
         hf_config: content of ``config.json``.
-        pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``pp``, ``expt_tp``, ``ep``, ``tp_ep`` and ``tp_dp_cp`` are
-            used.
-        dtype: dtype of the stream; cast before anything is sent.
-        sharded: a rank yields only what its pipeline stage and its expert-parallel rank hold, and None for the other
-            experts of its layers (sharded transports). Otherwise the whole model (dense ones, where rank 0 sends all).
-        all_replicas: every rank gathers (CUDA IPC shares each rank's own memory). Otherwise only the first ranks of each
-            stage do, as many as hold a replica of its dense part and one of its experts; iteration on the others ends at
-            once.
-        read: what to stream of a parameter: itself, or a tensor of its shape (its ``main_grad``).
-        lockstep: finds out who is late, before each gather on a CPU and before the first one elsewhere; None: nobody does.
+        pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``pp``, ``expt_tp``, ``ep``,
+            ``tp_ep`` and ``tp_dp_cp`` are used.
+        dtype: dtype of the stream; tensors are cast before they are sent.
+        sharded: a rank yields only what its pipeline stage and its expert-parallel rank hold, and
+            None for the other experts of its layers (sharded transports). Otherwise it yields the
+            whole model (dense transports, in which rank 0 sends everything).
+        all_replicas: every rank gathers (CUDA IPC shares each rank's own memory). Otherwise only
+            the first ranks of each stage do, which together hold one replica of its dense
+            parameters and of its experts; on the other ranks iteration ends at once.
+        read: returns the tensor to stream for a parameter: itself, or one of its shape such as its
+            ``main_grad``.
+        barrier: names a late rank before each gather on a CPU, and before the first one elsewhere.
 
-    Collectives: construction runs an all-reduce, a gather and a broadcast over all ranks; iteration as above; else none.
+    Collectives: the constructor runs an all-reduce, a gather and a broadcast over all ranks;
+    iteration as above.
 
     Raises:
-        InputError: the model and the naming table do not match (see ``binding.bind``).
+        InputError: the model does not match the naming table (see ``binding.bind``).
     """
 
     def __init__(
@@ -69,48 +73,42 @@ class MegatronWeightSource:
         sharded: bool = False,
         all_replicas: bool = False,
         read: Callable[[torch.nn.Parameter], torch.Tensor] = torch.nn.Parameter.detach,
-        lockstep: Lockstep | None = None,
+        barrier: MonitoredBarrier | None = None,
     ) -> None:
-        self._read, self._lockstep = read, lockstep
+        self._read, self._barrier = read, barrier
         self._tp, self._pp = pg_collection.tp, pg_collection.pp
         self._experts = pg_collection.expt_tp if sharded else pg_collection.tp_ep
-        self._place = Place.of(pg_collection)
+        self._ranks = ShardRanks.of(pg_collection)
         self._dtype, self._sharded = dtype, sharded
         self._groups = model_groups(hf_config)
-        self._gathered = gather_bytes(self._groups, dtype.itemsize) // dtype.itemsize
-        self._bound = bind(chunks, self._groups, self._place)
+        self._limit = gather_bytes(self._groups, dtype.itemsize) // dtype.itemsize
+        self._bound = bind(chunks, self._groups, self._ranks)
         self._device = next(chunks[0].parameters()).device
-        # Tensor-parallel ranks and the ranks that share experts are blocks of neighbours within a stage.
-        whole = math.lcm(self._tp.size(), pg_collection.tp_ep.size())
-        self.participates = all_replicas or pg_collection.tp_dp_cp.rank() < whole
+        # In a stage, tensor-parallel ranks and ranks that share experts are contiguous blocks.
+        replica = math.lcm(self._tp.size(), pg_collection.tp_ep.size())
+        self.participates = all_replicas or pg_collection.tp_dp_cp.rank() < replica
         self._owners = _find_owners(self._bound, self._groups, self._pp.rank())
-        answers = gathered(self.participates)
-        self._others = on_rank_0(lambda: [rank for rank in range(1, len(answers)) if answers[rank]])
+        flags = gather_objects(self.participates)
+        self._others = on_rank_0(lambda: [rank for rank in range(1, len(flags)) if flags[rank]])
 
     def metadata(self) -> list[ParameterMetadata]:
-        """Name, dtype and shape of every tensor of the whole model, in order, on every rank. Zero collectives."""
-        return [
-            ParameterMetadata(name, self._dtype, shape)
-            for group in self._groups
-            for mapping in group
-            for name, shape in mapping.huggingface
-        ]
+        """Return name, dtype and shape of every tensor of the whole model, in stream order."""
+        tensors = (t for group in self._groups for mapping in group for t in mapping.huggingface)
+        return [ParameterMetadata(name, self._dtype, shape) for name, shape in tensors]
 
     def held_names(self) -> set[str] | None:
-        """Names that this rank's stage and expert-parallel rank hold; None (all) where the stream is whole."""
+        """Return the names that this rank yields with ``sharded``; None means all names."""
         if not self._sharded:
             return None
         return {name for index in self._yielded() for name in _names(self._held(index))}
 
     def groups(self) -> list[list[str]]:
-        """Names of the groups that iteration yields on this rank, in order. Zero collectives."""
+        """Return the names of each group that iteration yields on this rank, in order."""
         return [_names(self._groups[index]) for index in self._yielded()]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor | None]]]:
-        """Yield (names, whole tensors) for each group; every participating rank has to run it to its end, in step."""
-        if not self.participates:
-            return
-        for index in self._yielded():
+        """Yield (names, whole tensors) for each group. Collective over participating ranks."""
+        for index in self._yielded() if self.participates else ():
             names = _names(self._groups[index])
             try:
                 yield names, self._gather(index)
@@ -121,89 +119,99 @@ class MegatronWeightSource:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         for names, tensors in self.iter_groups():
             yield from zip(names, tensors, strict=True)
-            del tensors  # or it would live until the next group is gathered
+            del tensors  # free them before the next group is gathered
 
     def _yielded(self) -> list[int]:
-        return [i for i, owner in enumerate(self._owners) if not self._sharded or owner == self._pp.rank()]
+        """Return the indices of the groups that this rank yields."""
+        stage = self._pp.rank()
+        return [i for i, own in enumerate(self._owners) if not self._sharded or own == stage]
 
-    def _held(self, index: int) -> list[Mapping]:
-        """What of a group this rank yields."""
-        return [m for m in self._groups[index] if not self._sharded or self._place.holds(m)]
+    def _held(self, index: int) -> list[ParamMapping]:
+        """Return the part of a group that this rank yields."""
+        return [m for m in self._groups[index] if not self._sharded or self._ranks.holds(m)]
 
     @torch.no_grad()
     def _gather(self, index: int) -> list[torch.Tensor | None]:
-        """One group's whole tensors in the wire dtype; None for those that another rank yields."""
-        group, held = self._groups[index], self._held(index)
+        """Return a group's whole tensors; None for those that another rank yields."""
+        group, owner = self._groups[index], self._owners[index]
         outputs = {
             name: torch.empty(shape, dtype=self._dtype, device=self._device)
-            for mapping in held
+            for mapping in self._held(index)
             for name, shape in mapping.huggingface
         }
         every = self._device.type == "cpu" and not self._sharded
-        if self._lockstep is not None and (every or index == self._yielded()[0]):
-            self._lockstep.meet(f"the weights of {_names(group)[0]}", self._others)
-        if self._owners[index] == self._pp.rank():
+        if self._barrier is not None and (every or index == self._yielded()[0]):
+            self._barrier.wait(f"the weights of {_names(group)[0]}", self._others)
+        if owner == self._pp.rank():
             self._merge(index, outputs)
         if not self._sharded and self._pp.size() > 1:
-            self._broadcast(list(outputs.values()), dist.get_global_rank(self._pp, self._owners[index]))
+            source = dist.get_global_rank(self._pp, owner)
+            self._broadcast(list(outputs.values()), source)
         return [outputs.get(name) for name in _names(group)]
 
     def _merge(self, index: int, outputs: dict[str, torch.Tensor]) -> None:
         """Fill the group's whole tensors from the shards of all ranks that have one."""
-        group, cut_up = self._groups[index], {False: [], True: []}
+        split: dict[bool, list[BoundParam]] = {False: [], True: []}
         for bound in self._bound[index]:
-            is_expert = bound.mapping.expert is not None
-            if (self._experts if is_expert else self._tp).size() == 1 or bound.mapping.layout is Layout.REPLICATED:
-                _put(outputs, bound.mapping, self._read(bound.parameter), self._place.cut(bound.mapping))
+            mapping, is_expert = bound.mapping, bound.mapping.expert is not None
+            size = (self._experts if is_expert else self._tp).size()
+            if size == 1 or mapping.layout is ShardLayout.REPLICATED:
+                part = self._read(bound.parameter)
+                _put(outputs, mapping, part, self._ranks.shard(mapping))
             else:
-                cut_up[is_expert].append(bound)
-        for is_expert, sharing in ((False, self._tp), (True, self._experts)):
-            own = cut_up[is_expert]
+                split[is_expert].append(bound)
+        for is_expert, shared in ((False, self._tp), (True, self._experts)):
+            own = split[is_expert]
             parts = [[mapping for mapping, _ in own]]
             if is_expert and not self._sharded:
-                # An owner's parameters lie in the group's order, as they do in ``own``.
-                owners = range(self._place.ep.size)
-                parts = [[m for m in group if m.expert is not None and self._place.owner(m) == o] for o in owners]
-            tp_size = sharing.size() // len(parts)
-            parameters = [self._read(parameter) for _, parameter in own]
-            for batch in batches([p.shape for p in parameters], self._gathered // sharing.size()):
-                blocks = [parameters[position][rows] for position, rows in batch]
-                for rank, of_rank in enumerate(self._all_gather(blocks, sharing)):
-                    owner, cut = divmod(rank, tp_size)
+                # An owner's parameters are in the group's order, like ``own``.
+                experts = [m for m in self._groups[index] if m.expert is not None]
+                owners = range(self._ranks.ep.size)
+                parts = [[m for m in experts if self._ranks.owner(m) == o] for o in owners]
+            tp_size = shared.size() // len(parts)
+            tensors = [self._read(parameter) for _, parameter in own]
+            for batch in batches([t.shape for t in tensors], self._limit // shared.size()):
+                blocks = [tensors[position][rows] for position, rows in batch]
+                for rank, of_rank in enumerate(self._all_gather(blocks, shared)):
+                    owner, shard = divmod(rank, tp_size)
                     for (position, rows), block in zip(batch, of_rank, strict=True):
-                        mapping, size = parts[owner][position], len(parameters[position])
-                        _put(outputs, mapping, block, Cut(cut, tp_size), first_row=rows.start, local_rows=size)
+                        mapping, place = parts[owner][position], ShardIndex(shard, tp_size)
+                        _put(outputs, mapping, block, place, rows.start, len(tensors[position]))
 
-    def _all_gather(self, blocks: list[torch.Tensor], sharing: Any) -> list[list[torch.Tensor]]:
-        """For each rank of the process group its blocks in the wire dtype; shapes are equal on all. One all-gather."""
+    def _all_gather(self, blocks: list[torch.Tensor], group: Any) -> list[list[torch.Tensor]]:
+        """Return each rank's blocks in the stream's dtype. Shapes are equal on all ranks."""
         shapes = [tuple(block.shape) for block in blocks]
         local = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
         for view, block in zip(_views(local, shapes), blocks, strict=True):
             view.copy_(block)
-        gathered = local.new_empty(sharing.size() * local.numel())
-        dist.all_gather_into_tensor(gathered, local, group=sharing)
-        return [_views(shard, shapes) for shard in gathered.chunk(sharing.size())]
+        gathered = local.new_empty(group.size() * local.numel())
+        dist.all_gather_into_tensor(gathered, local, group=group)
+        return [_views(shard, shapes) for shard in gathered.chunk(group.size())]
 
     def _broadcast(self, tensors: list[torch.Tensor], source: int) -> None:
-        """Whole tensors from one pipeline stage to the others; small ones travel together."""
-        for batch in batches([tensor.shape for tensor in tensors], self._gathered):
+        """Send whole tensors from one pipeline stage to the others, small ones together."""
+        for batch in batches([tensor.shape for tensor in tensors], self._limit):
             blocks = [tensors[position][rows] for position, rows in batch]
-            flat = blocks[0] if len(blocks) == 1 else torch.cat([block.view(-1) for block in blocks])
+            is_single = len(blocks) == 1
+            flat = blocks[0] if is_single else torch.cat([block.view(-1) for block in blocks])
             dist.broadcast(flat, src=source, group=self._pp)
-            if len(blocks) > 1:
-                for block, view in zip(blocks, _views(flat, [block.shape for block in blocks]), strict=True):
+            if not is_single:
+                views = _views(flat, [block.shape for block in blocks])
+                for block, view in zip(blocks, views, strict=True):
                     block.copy_(view)
 
 
-def gather_bytes(groups: Sequence[Sequence[Mapping]], itemsize: int) -> int:
-    """Most bytes that one collective of ``MegatronWeightSource`` brings together (unless a single row is more)."""
-    largest = max(sum(_numel(shape) for m in group for _, shape in m.huggingface) for group in groups)
-    return min(_GATHER_BYTES, largest * itemsize // 16)
+def gather_bytes(groups: Sequence[Sequence[ParamMapping]], itemsize: int) -> int:
+    """Return the most bytes that one collective gathers (unless a single row is larger)."""
+    sizes = [sum(_numel(shape) for m in group for _, shape in m.huggingface) for group in groups]
+    return min(_GATHER_BYTES, max(sizes) * itemsize // 16)
 
 
 def batches(shapes: Sequence[Sequence[int]], limit: int) -> Iterator[list[tuple[int, slice]]]:
-    """All rows of tensors of these shapes in order, as (tensor's position, rows): at most ``limit`` elements at once, or
-    a single row."""
+    """Split tensors of these shapes into batches of rows, as (position of the tensor, rows).
+
+    A batch has at most ``limit`` elements, or a single row.
+    """
     batch: list[tuple[int, slice]] = []
     room = limit
     for position, (rows, *row) in enumerate(shapes):
@@ -220,25 +228,36 @@ def batches(shapes: Sequence[Sequence[int]], limit: int) -> Iterator[list[tuple[
         yield batch
 
 
-def _put(outputs: dict[str, torch.Tensor], mapping: Mapping, part: torch.Tensor, cut: Cut, **rows: int) -> None:
-    """Write a rank's shard of a parameter into the tensors it is made of (see ``unshard_into``)."""
-    own = [outputs[name] for name, _ in mapping.huggingface]
-    unshard_into(own, part, mapping.layout, cut.rank, cut.size, mapping.query_groups, **rows)
+def _put(
+    outputs: dict[str, torch.Tensor],
+    mapping: ParamMapping,
+    part: torch.Tensor,
+    shard: ShardIndex,
+    first_row: int = 0,
+    rows: int | None = None,
+) -> None:
+    """Write (rows of) a rank's shard of a parameter into its Hugging Face tensors."""
+    own, heads = [outputs[name] for name, _ in mapping.huggingface], mapping.query_groups
+    unshard_into(own, part, mapping.layout, *shard, heads, first_row=first_row, local_rows=rows)
 
 
-def _find_owners(bound: list[list[Bound]], groups: list[list[Mapping]], stage: int) -> list[int]:
-    """The first pipeline stage that holds each group (a tied embedding has a copy on the last)."""
-    nobody = dist.get_world_size()
-    owners = torch.tensor([stage if group else nobody for group in bound], device=control_device())
+def _find_owners(
+    bound: list[list[BoundParam]], groups: list[list[ParamMapping]], stage: int
+) -> list[int]:
+    """Return the first pipeline stage that holds each group (the last has a tied copy)."""
+    none = dist.get_world_size()
+    owners = torch.tensor([stage if group else none for group in bound], device=control_device())
     dist.all_reduce(owners, op=dist.ReduceOp.MIN)
     for group, owner in zip(groups, owners.tolist(), strict=True):
-        if owner == nobody:
+        if owner == none:
             name = group[0].megatron[0]
-            raise InputError(f"no pipeline stage holds {name!r}; config.json must be the one the model was built from")
+            raise InputError(
+                f"no pipeline stage holds {name!r}; build the model from the same config.json"
+            )
     return owners.tolist()
 
 
-def _names(group: list[Mapping]) -> list[str]:
+def _names(group: list[ParamMapping]) -> list[str]:
     return [name for mapping in group for name, _ in mapping.huggingface]
 
 

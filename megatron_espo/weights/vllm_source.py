@@ -1,4 +1,4 @@
-"""Weight sources as vLLM's own classes. This module imports vLLM; nothing else in this package does."""
+"""Weight sources as subclasses of vLLM's classes. Only this module of the folder imports vLLM."""
 
 import time
 from collections.abc import Iterator
@@ -10,36 +10,36 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.m2n_common import REPLICATED, M2NMesh, M2NParamMeta
 from vllm.distributed.weight_transfer.m2n_source import M2NWeightSource
 
-from megatron_espo.rollout.checksum import tensor_checksum
-from megatron_espo.weights import source
-from megatron_espo.weights.lockstep import RankLostError
+from megatron_espo.distributed.checksum import tensor_checksum
+from megatron_espo.distributed.monitored_barrier import RankLostError
+from megatron_espo.weights.source import WeightGatherer
 
 
-class MegatronWeightSource(source.MegatronWeightSource, WeightSource):
-    """The same stream for a transport that asks for vLLM's types."""
+class MegatronWeightSource(WeightGatherer, WeightSource):  # type: ignore[misc]
+    """The stream of :class:`WeightGatherer` with vLLM's types."""
 
-    def metadata(self) -> list[ParamMeta]:
-        """As in the parent, as vLLM's ``ParamMeta``."""
+    def metadata(self) -> list[ParamMeta]:  # type: ignore[override]
+        """Return the parent's metadata as vLLM's ``ParamMeta``."""
         return [ParamMeta(item.name, item.dtype, item.shape) for item in super().metadata()]
 
 
 class GatherError(RuntimeError):
-    """The trainer's side of the stream failed; the message names the layer."""
+    """The trainer failed to gather the weights. The message names the layer."""
 
 
 class ObservedSource(M2NWeightSource):
-    """A source that knows where it is: for error messages, checksums and times. Every tensor passes through untouched.
+    """Records position, checksums and time of another source's stream. Tensors are not changed.
 
-    For ``nccl_m2n`` every tensor counts as replicated: each trainer rank gathers the whole.
+    For ``nccl_m2n`` every tensor counts as replicated: each trainer rank gathers the whole model.
 
     Args:
         inner: any weight source.
-        ranks: trainer ranks.
+        ranks: number of trainer ranks.
 
     Attributes:
         current: first name of the group that was gathered last; None before the first.
-        checksums: ``tensor_checksum`` by name, filled while iterating; None to skip them.
-        seconds: spent in the inner source's gathers since the last ``iter_groups``.
+        checksums: ``tensor_checksum`` by name, filled while iterating; None: not computed.
+        seconds: time spent in the inner source since the last call of ``iter_groups``.
     """
 
     def __init__(self, inner: Any, ranks: int) -> None:
@@ -50,18 +50,24 @@ class ObservedSource(M2NWeightSource):
         self._iterator: Iterator | None = None
 
     def mesh(self) -> M2NMesh:
+        """Return one row of all trainer ranks."""
         return M2NMesh((self._ranks, 1), 0)
 
-    def metadata(self) -> list[M2NParamMeta]:
-        return [M2NParamMeta(item.name, item.dtype, item.shape, REPLICATED) for item in self._inner.metadata()]
+    def metadata(self) -> list[M2NParamMeta]:  # type: ignore[override]
+        """Return the inner source's metadata, every tensor replicated."""
+        inner = self._inner.metadata()
+        return [M2NParamMeta(item.name, item.dtype, item.shape, REPLICATED) for item in inner]
 
     def held_names(self) -> set[str] | None:
+        """Return the inner source's names."""
         return self._inner.held_names()
 
     def groups(self) -> list[list[str]]:
+        """Return the inner source's groups."""
         return self._inner.groups()
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """Start a pass over the inner source. Collective, as the inner source."""
         self.current, self.seconds = None, 0.0
         self._iterator = self._observed()
         return self._iterator
@@ -72,7 +78,7 @@ class ObservedSource(M2NWeightSource):
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Whatever the body raises, exactly one pass has run to its end then: other ranks are inside its collectives."""
+        """Complete one pass even if the body raises: other ranks are in its collectives."""
         self._iterator = None
         try:
             yield
@@ -91,9 +97,10 @@ class ObservedSource(M2NWeightSource):
             except RankLostError:
                 raise
             except Exception as error:
-                after = f"after the group of {self.current}" if self.current else "at the first group"
+                where = f"after the group of {self.current}" if self.current else "first group"
                 notes = "; ".join(getattr(error, "__notes__", []))
-                raise GatherError(f"{after}: {type(error).__name__}: {error}{notes and f' ({notes})'}") from error
+                what = f"{type(error).__name__}: {error}{notes and f' ({notes})'}"
+                raise GatherError(f"{where}: {what}") from error
             self.seconds += time.perf_counter() - began
             self.current = names[0]
             if self.checksums is not None:

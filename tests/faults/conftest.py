@@ -23,5 +23,7 @@ def undisturbed(runs):
     assert kept == ["latest", "step_000004", "step_000006"]
     final = runs.weights("undisturbed")
     start = load_file(runs.folder / "model" / "model.safetensors")
-    assert any((final[name].float() - start[name]).abs().max() > 1e-3 for name in final), "nothing was trained"
+    assert any((final[name].float() - start[name]).abs().max() > 1e-3 for name in final), (
+        "nothing was trained"
+    )
     return final

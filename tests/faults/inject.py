@@ -1,15 +1,19 @@
-"""Runs ``megatron-espo`` with a fault: ``MEGATRON_ESPO_FAULT=point:rank:step:action python -m tests.faults.inject train ...`` makes one rank fail.
+"""Runs ``megatron-espo`` with a fault in one rank: ``MEGATRON_ESPO_FAULT=point:rank:step:action
+python -m tests.faults.inject train ...``
 
-Several faults are separated by commas. The package knows nothing of this: :func:`install` replaces functions of it. Points:
+Commas separate several faults. :func:`install` replaces functions of the package. Points:
 
-* every phase of a step (``rollout``, ``reward``, ``train``, ``sync``, ``eval``, ``checkpoint``, ``export``), where it begins;
-* ``backward``: before each micro-batch; ``gradient``: after the backward pass; ``weights``: where ranks compare their weights;
-  ``serve``: before checked weights are served;
-* ``save``: before this rank writes its shard of a checkpoint; ``rename``: before the folder gets its name; ``latest``: before ``latest`` is written.
+* the start of a phase (``rollout``, ``reward``, ``train``, ``sync``, ``eval``, ``checkpoint``,
+  ``export``);
+* ``backward``: before each micro-batch; ``gradient``: after the backward pass; ``weights``: before
+  ranks compare their weights; ``serve``: before an engine serves new weights;
+* ``save``: before this rank writes its shard of a checkpoint; ``rename``: before the folder gets
+  its name; ``latest``: before ``latest`` is written.
 
-Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``term`` (SIGTERM), ``loop`` (endless), ``raise`` (RuntimeError), ``full`` (OSError: no space left),
-``oom`` (MemoryError), ``engine`` (SIGKILL to the API process of this rank's rollout engine), and ``nan`` and ``spike`` of a gradient, ``flip`` of a
-weight's bit. Each fault happens once in a process.
+Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``term`` (SIGTERM), ``loop`` (endless), ``raise``
+(RuntimeError), ``full`` (OSError: no space left), ``oom`` (MemoryError), ``engine`` (SIGKILL to the
+API process of this rank's engine), ``nan`` and ``spike`` of a gradient, ``flip`` of a bit of a
+weight. Each fault happens once in a process.
 """
 
 import errno
@@ -29,8 +33,12 @@ _step = 0
 
 
 def inject(point: str) -> str | None:
-    """Fail if this point, this rank and the current step are meant. Returns an action that the caller has to take."""
-    faults, here = os.environ.get(VARIABLE, "").split(","), f"{point}:{os.environ.get('RANK', '0')}:{_step}:"
+    """Perform the fault of this point, rank and step.
+
+    Returns its action, which the caller may have to perform.
+    """
+    faults = os.environ.get(VARIABLE, "").split(",")
+    here = f"{point}:{os.environ.get('RANK', '0')}:{_step}:"
     found = next((fault for fault in faults if fault.startswith(here)), None)
     if found is None:
         return None
@@ -39,8 +47,8 @@ def inject(point: str) -> str | None:
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
     elif action == "engine":
-        (server,) = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "vllm.entrypoints"], capture_output=True, text=True).stdout.split()
-        os.kill(int(server), signal.SIGKILL)
+        command = ["pgrep", "-P", str(os.getpid()), "-f", "vllm.entrypoints"]
+        os.kill(int(subprocess.check_output(command)), signal.SIGKILL)
     elif action == "loop":
         while True:
             time.sleep(0.01)
@@ -55,12 +63,17 @@ def inject(point: str) -> str | None:
 
 def install() -> None:
     """Replace the functions of the package in which faults happen."""
-    from megatron_espo import checkpoints
-    from megatron_espo.mcore import checkpoint, learner, optimizer
-    from megatron_espo.progress import Phases
+    from megatron_espo.megatron import actor, guards, patches
+    from megatron_espo.megatron import train_engine as optimizer
+    from megatron_espo.monitoring.progress import Phases
     from megatron_espo.rollout.vllm_engine import VLLMEngine
+    from megatron_espo.trainer import checkpoints
+    from megatron_espo.weights.verification import TOLERANCE
 
-    phase, ticking, backward = Phases.phase, optimizer._ticking, optimizer.Policy.backward
+    # Runs of a few steps on random weights need other constants.
+    actor.CHECK_WEIGHTS_EVERY, guards.LEAST_NORMS, TOLERANCE["bfloat16"] = 1, 3, 1.0
+
+    phase, ticking, backward = Phases.phase, optimizer._ticking, optimizer.TrainEngine.backward
 
     @contextmanager
     def phase_with_fault(self, name, step, steps):
@@ -81,16 +94,24 @@ def install() -> None:
             self.chunks[0].buffers[0].grad_data *= {"nan": torch.nan, "spike": 1e6}[action]
         return metrics
 
-    Phases.phase, optimizer._ticking, optimizer.Policy.backward = phase_with_fault, ticking_with_fault, backward_with_fault
-    _before(learner.Learner, "_compare_ranks", lambda self, *_: inject("weights") and _flip(next(self.chunks[0].parameters())))
+    Phases.phase, optimizer._ticking, optimizer.TrainEngine.backward = (
+        phase_with_fault,
+        ticking_with_fault,
+        backward_with_fault,
+    )
+    _before(
+        actor.Actor,
+        "_compare_ranks",
+        lambda self, *_: inject("weights") and _flip(next(self.chunks[0].parameters())),
+    )
     _before(VLLMEngine, "serve", lambda _: inject("serve"))
-    _before(checkpoint, "_keep_results_here", lambda: inject("save"))
+    _before(patches, "keep_checkpoint_results_in_process", lambda: inject("save"))
     _before(Path, "rename", lambda path, _: path.suffix == ".partial" and inject("rename"))
     _before(checkpoints, "write_durably", lambda *_: inject("latest"))
 
 
 def _before(owner, name: str, action) -> None:
-    """Have ``action`` called with the arguments of a function before that function."""
+    """Call ``action`` with the arguments of a function before that function."""
     original = getattr(owner, name)
 
     def replaced(*args):
@@ -101,7 +122,7 @@ def _before(owner, name: str, action) -> None:
 
 
 def _flip(parameter: torch.Tensor) -> None:
-    """Turn one bit of the first row's last value."""
+    """Flip one bit of the last value of the first row."""
     parameter.data.view(torch.uint8)[0, -1] ^= 1
 
 

@@ -1,4 +1,6 @@
-"""Tiny runs on recorded rollouts (``run.replay``, so no engine), made to fail at one place, and what they must look like afterwards."""
+"""Tiny runs on recorded rollouts (``run.replay``, without engine) for fault injection, and checks
+of their results.
+"""
 
 import json
 import os
@@ -12,16 +14,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_espo.batch import ScoredGroups
-from megatron_espo.rollout_log import RolloutLog
+from megatron_espo.data.rollout_store import RolloutLog
+from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.types import Prompt, Trajectory
-from tests.distributed import ROOT
 from tests.faults.inject import VARIABLE
-from tests.tiny import WORDS, save_tiny_model, write_tiny_run
+from tests.support.distributed import ROOT
+from tests.support.tiny import WORDS, save_tiny_model, write_tiny_run
 
 
 def record_rollouts(folder: Path, steps: int) -> None:
-    """Made-up rollouts: four prompts a step, two responses each."""
+    """Write random rollouts: four prompts a step, two responses each."""
     log, draw = RolloutLog(folder, {}), random.Random(1)
 
     def ids(count: int) -> tuple[int, ...]:
@@ -32,7 +34,12 @@ def record_rollouts(folder: Path, steps: int) -> None:
         groups = []
         for prompt in prompts:
             lengths = [draw.randint(1, 6) for _ in range(2)]
-            groups.append([Trajectory.single_turn(prompt, ids(n), (-2.0,) * n, step - 1, "stop", "") for n in lengths])
+            groups.append(
+                [
+                    Trajectory.single_turn(prompt, ids(n), (-2.0,) * n, step - 1, "stop", "")
+                    for n in lengths
+                ]
+            )
         rewards = torch.tensor([[draw.random(), draw.random()] for _ in prompts])
         log.write(step, ScoredGroups(groups, rewards, 4), before={}, after={})
 
@@ -42,7 +49,7 @@ class Runs:
     """Runs of one configuration in one folder.
 
     Attributes:
-        folder: holds ``run.yaml``, model, rollouts and the runs.
+        folder: contains ``run.yaml``, model, rollouts and the runs.
         steps: of a run.
     """
 
@@ -51,26 +58,43 @@ class Runs:
 
     @staticmethod
     def prepare(folder: Path, *, steps: int, every: int) -> "Runs":
-        """Model, rollouts (of two steps more) and configuration; a checkpoint ``every`` so many steps."""
+        """Write model, rollouts (for ``steps + 2`` steps) and configuration, with a checkpoint
+        every ``every`` steps.
+        """
         save_tiny_model(folder / "model")
         record_rollouts(folder / "rollouts", steps + 2)
-        run = {"steps": steps, "checkpoint_every": every, "replay": str(folder / "rollouts"), "agree_every": 1, "watchdog_s": 10.0}
+        run = {
+            "steps": steps,
+            "checkpoint_every": every,
+            "replay": str(folder / "rollouts"),
+            "watchdog_s": 10.0,
+        }
         write_tiny_run(folder, run=run, model={"dtype": "bfloat16"})
         return Runs(folder, steps)
 
-    def command(self, run: str, *overrides: str, ranks: int = 2, module: str = "megatron_espo") -> list[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        return [*launcher, "-m", module, "train", str(self.folder / "run.yaml"), f"run.dir={self.folder / run}", *overrides]
+    def command(
+        self, run: str, *overrides: str, ranks: int = 2, module: str = "megatron_espo"
+    ) -> list[str]:
+        file, folder = self.folder / "run.yaml", self.folder / run
+        return [*torchrun(ranks), "-m", module, "train", str(file), f"run.dir={folder}", *overrides]
 
-    def train(self, run: str, *overrides: str, ranks: int = 2, fault: str | None = None) -> subprocess.CompletedProcess:
-        """One launch, to its end."""
-        command = self.command(run, *overrides, ranks=ranks, module="tests.faults.inject" if fault else "megatron_espo")
-        done = subprocess.run(command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=580)
+    def train(
+        self, run: str, *overrides: str, ranks: int = 2, fault: str | None = None
+    ) -> subprocess.CompletedProcess:
+        """Run one launch to its end."""
+        command = self.command(run, *overrides, ranks=ranks, module="tests.faults.inject")
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=580
+        )
         self.assert_no_orphans(run)
         return done
 
     def weights(self, run: str) -> dict[str, torch.Tensor]:
-        return {name: t for file in (self.folder / run / "hf").glob("*.safetensors") for name, t in load_file(file).items()}
+        return {
+            name: t
+            for file in (self.folder / run / "hf").glob("*.safetensors")
+            for name, t in load_file(file).items()
+        }
 
     def status(self, run: str) -> dict:
         return json.loads((self.folder / run / "status.json").read_text())
@@ -83,30 +107,44 @@ class Runs:
             time.sleep(0.02)
 
     def assert_no_orphans(self, run: str) -> None:
-        """No process of the run lives on (they name its folder, or inherit the command line)."""
+        """No process of the run is left. Their command lines contain its folder."""
         needle, deadline = f"run.dir={self.folder / run}".encode() + b"\0", time.monotonic() + 10
-        while left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if needle in _read(path)]:
-            assert time.monotonic() < deadline, f"still there: {left}"
+        while left := [
+            path for path in Path("/proc").glob("[0-9]*/cmdline") if needle in _read(path)
+        ]:
+            assert time.monotonic() < deadline, f"processes left: {left}"
             time.sleep(0.1)
 
     def assert_same_end(self, run: str, undisturbed: dict[str, torch.Tensor]) -> None:
-        """Equal weights, and every step once in both records."""
+        """The weights are equal, and ``metrics.jsonl`` and TensorBoard contain every step once."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         final = self.weights(run)
         assert final.keys() == undisturbed.keys()
         assert all(torch.equal(final[name], undisturbed[name]) for name in final)
-        lines = [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [line["step"] for line in lines] == list(range(1, self.steps + 1))
         assert lines[-1]["ledger/dispatched"] == lines[-1]["ledger/trained"] == 4 * self.steps
-        board = EventAccumulator(str(self.folder / run / "tensorboard"), size_guidance={"scalars": 0})
-        board.Reload()
-        assert [event.step for event in board.Scalars("reward/mean")] == list(range(1, self.steps + 1))
+        path = str(self.folder / run / "tensorboard")
+        board = EventAccumulator(path, size_guidance={"scalars": 0}).Reload()
+        steps = [event.step for event in board.Scalars("reward/mean")]
+        assert steps == list(range(1, self.steps + 1))
 
 
 def environment(fault: str | None = None) -> dict[str, str]:
-    """Of a launch, with a fault for :mod:`tests.faults.inject`."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({VARIABLE: fault} if fault else {})
+    """Environment of a launch, with a fault for :mod:`tests.faults.inject`."""
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return os.environ | variables | ({VARIABLE: fault} if fault else {})
+
+
+def torchrun(ranks: int) -> list[str]:
+    """Command that starts a module with ``-m`` on several ranks."""
+    return (
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+    )
 
 
 def _read(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""What happens to requests and prompts when the rollout engine, a part of it, or its owner fails."""
+"""Requests and prompts when the rollout engine, one of its processes or its owner fails."""
 
 import asyncio
 import json
@@ -7,9 +7,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,18 +17,19 @@ from safetensors.numpy import save
 
 from megatron_espo.config import Algorithm, Config, Data, Model, Rollout, Run, load_config
 from megatron_espo.data.prompts import PromptStream
+from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.tokenizer import load_tokenizer
-from megatron_espo.ledger import Ledger
-from megatron_espo.progress import Phases
+from megatron_espo.monitoring.progress import Phases
 from megatron_espo.rollout.engine import EngineError, Sampling
 from megatron_espo.rollout.http_client import HttpClient, LoopThread
-from megatron_espo.rollout.pool import EnginePool, connected_pool
+from megatron_espo.rollout.pool import EnginePool
 from megatron_espo.rollout.sampler import Sampler
-from megatron_espo.rollout.server import PREFIX, EngineConfig, read_key, run_key_file
-from megatron_espo.rollout_log import RolloutLog
+from megatron_espo.rollout.server import PREFIX, run_key
+from megatron_espo.trainer.ledger import Ledger
 from megatron_espo.types import Prompt, Trajectory
 from tests.faults.runs import Runs
-from tests.tiny import save_tiny_model, write_tiny_run
+from tests.support.real_engine import engine_config, wait_until
+from tests.support.tiny import save_tiny_model, write_tiny_run
 
 PROMPT, SAMPLING = (5, 6, 7), Sampling(12, seed=3)
 slow = pytest.mark.slow
@@ -43,21 +42,14 @@ def loop():
     loop.close()
 
 
-def wait_for(condition, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
-# -- a server that loses replies ---------------------------------------------------------------------------------------
+# -- a server that loses replies -----------------------------------------------------------------
 
 
 class LossyServer:
-    """Answers requests for tokens, except for the first, which it loses.
+    """Answers requests for tokens except for the first one.
 
     Attributes:
-        bodies: of the requests that came.
+        bodies: of the requests that arrived.
     """
 
     def __init__(self, path: Path, how: str) -> None:
@@ -79,29 +71,34 @@ class LossyServer:
             if self._how == "closed":
                 request.transport.close()
             await asyncio.sleep(3600)
-        arrays = {"token_ids": np.array([8, 9], np.int32), "logprobs": np.array([-1, -2], np.float32), "versions": np.zeros(2, np.int32)}
+        arrays = {
+            "token_ids": np.array([8, 9], np.int32),
+            "logprobs": np.array([-1, -2], np.float32),
+            "versions": np.zeros(2, np.int32),
+        }
         return web.Response(body=save(arrays), headers={"x-finish-reason": "stop"})
 
 
 @pytest.mark.parametrize("how", ["closed", "silent"])
 def test_a_lost_reply_counts_as_a_failed_server_and_the_request_is_sent_again(loop, tmp_path, how):
-    server, pool = LossyServer(tmp_path / "socket", how), EnginePool("key", timeout_s=1.0)
+    server, pool = LossyServer(tmp_path / "socket", how), EnginePool(str(tmp_path), timeout_s=1.0)
     loop.run(server.start())
     try:
         loop.run(pool.connect([server.address]))
         reply = loop.submit(pool.generate("r", PROMPT, SAMPLING))
-        wait_for(lambda: pool.failure is not None, 10)
+        wait_until(lambda: pool.failure is not None, "the pool detects the failure", 10)
         assert not reply.done() and len(server.bodies) == 1
         loop.run(pool.connect([server.address]))
         assert reply.result(10).token_ids.tolist() == [8, 9] and pool.failure is None
         first, second = server.bodies
-        assert first.pop("request_id") != second.pop("request_id") and first == second, "the same request, with the same seed"
+        assert first.pop("request_id") != second.pop("request_id")
+        assert first == second, "the same request, with the same seed"
     finally:
         loop.run(pool.close())
         loop.run(server.stop())
 
 
-# -- the sampler, with an environment that answers at once -----------------------------------------------------------------
+# -- the sampler, with an environment that answers at once ---------------------------------------
 
 
 class Numbers:
@@ -124,7 +121,7 @@ class Numbers:
 
 
 class InstantRunner:
-    """Every trajectory is there at once. Rewards of each third prompt are equal, so that it is resampled."""
+    """Every trajectory is complete at once. The rewards of every third prompt are equal."""
 
     def start(self, prompt, name, seed, sampling, slot):
         position = int(name.rpartition(".")[2])
@@ -136,16 +133,12 @@ class InstantRunner:
 
 
 class NoRewards:
-    @contextmanager
-    def scoring(self):
-        yield SimpleNamespace(pump=lambda: None, finish=lambda on_progress: [])
-
-    def refuse_failures(self, *counts):
+    def check_failures(self, *counts):
         pass
 
 
 def sampled(fails_at: int, **rollout) -> list[list[str]]:
-    """The prompts of three steps. The wait is interrupted once, at its poll number ``fails_at``."""
+    """The prompts of three steps. An engine fails once, at poll number ``fails_at``."""
     polls = [0]
 
     def check():
@@ -153,10 +146,22 @@ def sampled(fails_at: int, **rollout) -> list[list[str]]:
         if polls[0] == fails_at:
             raise EngineError("it broke")
 
-    correction = Algorithm(rollout_correction="token" if rollout.get("max_staleness") else "metrics")
+    correction = Algorithm(
+        rollout_correction="token" if rollout.get("max_staleness") else "metrics"
+    )
     settings = Rollout(prompts_per_step=4, group_size=2, **rollout)
-    config = Config(run=Run(steps=3), model=Model(path="none"), algorithm=correction, rollout=settings, data=Data(prompts="reasoning_gym:none"))
-    sampler, ledger, steps = Sampler(config, Numbers(), InstantRunner(), NoRewards(), frozenset({2}), check), Ledger(), []
+    config = Config(
+        run=Run(steps=3),
+        model=Model(path="none"),
+        algorithm=correction,
+        rollout=settings,
+        data=Data(prompts="reasoning_gym:none"),
+    )
+    sampler, ledger, steps = (
+        Sampler(config, Numbers(), InstantRunner(), NoRewards(), frozenset({2}), check),
+        Ledger(),
+        [],
+    )
     while len(steps) < 3:
         try:
             groups = sampler.batch(len(steps) + 1, Phases(draw=False))
@@ -170,23 +175,27 @@ def sampled(fails_at: int, **rollout) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
-@pytest.mark.parametrize("rollout", [{}, {"max_resampling_rounds": 2}, {"max_staleness": 1}], ids=["plain", "resampling", "ahead"])
+@pytest.mark.parametrize(
+    "rollout",
+    [{}, {"max_resampling_rounds": 2}, {"max_staleness": 1}],
+    ids=["plain", "resampling", "ahead"],
+)
 def test_a_batch_that_an_engine_failure_interrupts_has_the_same_prompts(rollout, fails_at):
     assert sampled(fails_at, **rollout) == sampled(0, **rollout)
 
 
-# -- a real engine -----------------------------------------------------------------------------------------------------
+# -- a real engine -------------------------------------------------------------------------------
 
 
 def make_engine(folder: Path, loop: LoopThread, **changes):
     from megatron_espo.rollout.vllm_engine import VLLMEngine
 
-    settings = {"dtype": "float32", "transport": "files", "timeout_s": 120.0, "engine_args": {"kv_cache_memory_bytes": 1 << 28}}
-    return VLLMEngine(EngineConfig(str(folder / "model"), str(folder), **settings | changes), loop)
+    settings = {"temperature": 1.0, "timeout_s": 120.0} | changes
+    return VLLMEngine(engine_config(folder / "model", folder, **settings), loop)
 
 
 def update(engine, model, version: int, send: bool = True):
-    """Bring the weights of ``model`` and serve them; with ``send`` false, do all that precedes."""
+    """Send the weights of ``model`` and serve them. Without ``send``, only prepare it."""
     from vllm.distributed.weight_transfer.base import ModuleSource
 
     from megatron_espo.rollout.transport import make_trainer_transport, send_weights
@@ -217,21 +226,26 @@ def model(folder):
 def assert_sampled_from(model, found, version: int) -> None:
     assert set(found.versions.tolist()) == {version}
     with torch.no_grad():
-        logprobs = model(torch.tensor([[*PROMPT, *found.token_ids.tolist()]])).logits[0].log_softmax(-1)
-    expected = logprobs[len(PROMPT) - 1 : -1].gather(-1, torch.tensor(found.token_ids)[:, None].long())[:, 0]
+        logprobs = (
+            model(torch.tensor([[*PROMPT, *found.token_ids.tolist()]])).logits[0].log_softmax(-1)
+        )
+    expected = logprobs[len(PROMPT) - 1 : -1].gather(
+        -1, torch.tensor(found.token_ids)[:, None].long()
+    )[:, 0]
     torch.testing.assert_close(torch.tensor(found.logprobs), expected, atol=1e-4, rtol=0)
 
 
 @slow
 def test_no_request_is_answered_before_whole_weights_are_served(loop, folder, model):
-    """Not with random weights, not with NaN, not in the middle of an update, not after an update that was given up; never with a wrong key."""
+    """Weights may be random, NaN or partly updated, or an update failed. Also tests the key."""
     engine = make_engine(folder, loop)
-    pool = loop.run(connected_pool(str(folder), 120.0, []))
+    pool = EnginePool(str(folder), 120.0)
     engine.start()
     try:
         engine.wait_ready()
-        stranger, owner = HttpClient(engine.address, "0" * 64), HttpClient(engine.address, read_key(run_key_file(folder)))
-        for path in (f"{PREFIX}/generate", "/v1/completions", "/pause", "/collective_rpc", "/update_weights", "/sleep"):
+        stranger, owner = (HttpClient(engine.address, key) for key in ("0" * 64, run_key(folder)))
+        paths = ("/v1/completions", "/pause", "/collective_rpc", "/update_weights", "/sleep")
+        for path in (*paths, f"{PREFIX}/generate"):
             with pytest.raises(EngineError, match="401"):
                 loop.run(stranger.call(path, {}))
         loop.run(pool.connect([engine.address]))
@@ -248,7 +262,7 @@ def test_no_request_is_answered_before_whole_weights_are_served(loop, folder, mo
         assert not any(reply.done() for reply in replies)
         engine.reject()
         assert engine.state == "dead"
-        wait_for(lambda: pool.failure is not None, 10)
+        wait_until(lambda: pool.failure is not None, "the pool detects the failure", 10)
         engine.start()
         update(engine, model, 3)
         loop.run(pool.connect([engine.address]))
@@ -262,8 +276,10 @@ def test_no_request_is_answered_before_whole_weights_are_served(loop, folder, mo
 
 
 def workers_of(server: int) -> list[int]:
-    """Processes that ran ``fork`` or ``spawn`` under the API server, except Python's resource tracker."""
-    found = subprocess.run(["pgrep", "-g", str(server), "-f", "Worker|spawn_main"], capture_output=True, text=True).stdout.split()
+    """Worker processes of the API server, without Python's resource tracker."""
+    found = subprocess.run(
+        ["pgrep", "-g", str(server), "-f", "Worker|spawn_main"], capture_output=True, text=True
+    ).stdout.split()
     return [int(pid) for pid in found if int(pid) != server]
 
 
@@ -279,7 +295,7 @@ FAULTS = {
 @pytest.mark.parametrize("workers", [1, 2])
 def test_requests_survive_a_process_that_is_killed_or_stopped(loop, folder, model, workers):
     engine = make_engine(folder, loop, tensor_parallel_size=workers)
-    pool = loop.run(connected_pool(str(folder), 8.0, []))
+    pool = EnginePool(str(folder), 8.0)
     try:
         version, replies = 0, []
         for what, (engines, number) in FAULTS.items():
@@ -292,10 +308,12 @@ def test_requests_survive_a_process_that_is_killed_or_stopped(loop, folder, mode
                 assert_sampled_from(model, reply.result(60), version)
             victim = engine.pid if workers == 1 else workers_of(engine.pid)[-1]
             os.kill(victim, signal.SIGSTOP)  # so that the requests are in flight when it is killed
-            replies = [loop.submit(pool.generate(f"{version}-{i}", PROMPT, SAMPLING)) for i in range(3)]
+            replies = [
+                loop.submit(pool.generate(f"{version}-{i}", PROMPT, SAMPLING)) for i in range(3)
+            ]
             time.sleep(0.5)
             os.kill(victim, number)
-            wait_for(lambda: pool.failure is not None, 30)
+            wait_until(lambda: pool.failure is not None, "the pool detects the failure", 30)
             assert not any(reply.done() for reply in replies), what
             engine.close()
             version += 1
@@ -309,16 +327,21 @@ def test_requests_survive_a_process_that_is_killed_or_stopped(loop, folder, mode
         engine.close()
 
 
-# -- a whole run -------------------------------------------------------------------------------------------------------
+# -- a whole run ---------------------------------------------------------------------------------
 
 STEPS, PROMPTS, AHEAD = 5, 4, 2
 
 
 @slow
 def test_a_run_goes_on_after_its_engine_is_killed_in_training_update_and_rollout(tmp_path):
-    """Each prompt is trained once, no token is too old, and the recorded rollouts give the same weights, bit for bit."""
+    """Each prompt is trained once, no token is too old, and a replay is bitwise equal."""
     save_tiny_model(tmp_path / "model")
-    rollout = {"prompts_per_step": PROMPTS, "max_response_tokens": 24, "max_staleness": 1, "over_sampling_prompts": AHEAD}
+    rollout = {
+        "prompts_per_step": PROMPTS,
+        "max_response_tokens": 24,
+        "max_staleness": 1,
+        "over_sampling_prompts": AHEAD,
+    }
     write_tiny_run(
         tmp_path,
         run={"steps": STEPS, "checkpoint_every": STEPS, "keep_rollouts": True},
@@ -329,16 +352,26 @@ def test_a_run_goes_on_after_its_engine_is_killed_in_training_update_and_rollout
     done = runs.train("killed", fault="backward:0:2:engine,serve:0:3:engine,rollout:0:4:engine")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("restarting the rollout engine") == 3, done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["sync/restarts"] for line in lines] == [0, 1, 1, 0, 0]
     assert lines[-1]["ledger/trained"] == PROMPTS * STEPS and lines[-1]["ledger/in_flight"] == AHEAD
-    assert lines[-1]["ledger/dispatched"] == PROMPTS * STEPS + AHEAD and lines[-1]["ledger/dropped_equal"] == 0
+    assert (
+        lines[-1]["ledger/dispatched"] == PROMPTS * STEPS + AHEAD
+        and lines[-1]["ledger/dropped_equal"] == 0
+    )
     log = RolloutLog(tmp_path / "killed" / "rollouts", {})
     steps = [log.read(step, None).groups for step in range(1, STEPS + 1)]
     assert all(groups.max_staleness(step) in (0, 1) for step, groups in enumerate(steps, 1))
-    state = json.loads((tmp_path / "killed" / "checkpoints" / f"step_{STEPS:06d}" / "state.json").read_text())
-    seen = [group[0].prompt.id for groups in steps for group in groups.rollouts] + [entry["id"] for entry in state["rollouts"]["pending"]]
+    state = json.loads(
+        (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:06d}" / "state.json").read_text()
+    )
+    seen = [group[0].prompt.id for groups in steps for group in groups.rollouts] + [
+        entry["id"] for entry in state["rollouts"]["pending"]
+    ]
     assert sorted(seen) == sorted(first_prompts(tmp_path, PROMPTS * STEPS + AHEAD))
     again = runs.train("again", f"run.replay={tmp_path / 'killed' / 'rollouts'}")
     assert again.returncode == 0, again.stdout + again.stderr
@@ -349,5 +382,7 @@ def test_a_run_goes_on_after_its_engine_is_killed_in_training_update_and_rollout
 def first_prompts(folder: Path, count: int) -> list[str]:
     config = load_config(str(folder / "run.yaml"), ["run.dir=x"])
     tokenizer = load_tokenizer(config.model.path, config.model.path)
-    stream = PromptStream(config.data, tokenizer, config.run.seed, max_response_tokens=24, max_model_len=128)
+    stream = PromptStream(
+        config.data, tokenizer, config.run.seed, max_response_tokens=24, max_model_len=128
+    )
     return [prompt.id for prompt in stream.take(count)]

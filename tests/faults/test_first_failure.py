@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_espo.run_files import read_json
-from megatron_espo.status import _tell_failure, write_status
-from megatron_espo.watchdog import Watchdog
+from megatron_espo.distributed.watchdog import Watchdog
+from megatron_espo.files import read_json
+from megatron_espo.trainer.status import _report_failure, write_status
 
 
 @pytest.mark.parametrize("folder_is_cleared", [True, False])
@@ -12,16 +12,22 @@ def test_of_ranks_that_fail_at_once_one_tells_it(tmp_path, capsys, monkeypatch, 
     """The others may look at ``status.json`` before the first has written it: nobody has, here."""
     if folder_is_cleared:
         Watchdog.clear(tmp_path)
-    watchdog = Watchdog(tmp_path, 0, 1, limit_s=1.0, slow_s=1.0, tell=print)
-    monkeypatch.setattr("megatron_espo.status.write_status", lambda *_: None)
+    watchdog = Watchdog(tmp_path, 0, 1, limit_s=1.0, slow_s=1.0, log=print)
+    monkeypatch.setattr("megatron_espo.trainer.status.write_status", lambda *_: None)
     for cause in ("first", "second"):
-        _tell_failure(tmp_path, watchdog, RuntimeError(cause))
+        _report_failure(tmp_path, watchdog, RuntimeError(cause))
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "RuntimeError: first" in told[0] and len(told) == (1 if folder_is_cleared else 2), "rather twice than never"
+    assert "RuntimeError: first" in told[0] and len(told) == (1 if folder_is_cleared else 2), (
+        "rather twice than never"
+    )
 
 
 def test_a_later_rank_leaves_the_first_cause(tmp_path):
     Watchdog.clear(tmp_path)
     write_status(tmp_path, "failed", "the cause")
-    _tell_failure(tmp_path, Watchdog(tmp_path, 0, 1, limit_s=1.0, slow_s=1.0, tell=print), RuntimeError("a consequence"))
+    _report_failure(
+        tmp_path,
+        Watchdog(tmp_path, 0, 1, limit_s=1.0, slow_s=1.0, log=print),
+        RuntimeError("a consequence"),
+    )
     assert read_json(tmp_path / "status.json")["why"] == "the cause"

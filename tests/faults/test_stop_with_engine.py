@@ -1,4 +1,4 @@
-"""A request to stop is honoured inside every phase that needs the engine, and the same command goes on as if there had been none."""
+"""A stop request takes effect in every phase that needs the engine; the same command resumes."""
 
 import pytest
 import torch
@@ -27,7 +27,9 @@ def test_stop_in_each_phase(tmp_path):
         # Nothing of a phase that was given up is kept; a step that was trained is.
         saved = tmp_path / "stopped" / "checkpoints" / "latest"
         kept = step - (phase in ("rollout", "reward"))
-        assert (saved.read_text().strip() if saved.exists() else "") == (f"step_{kept:06d}" if kept else ""), phase
+        assert (saved.read_text().strip() if saved.exists() else "") == (
+            f"step_{kept:06d}" if kept else ""
+        ), phase
     done = runs.train("stopped")
     assert done.returncode == 0, done.stdout + done.stderr
     one, other = runs.weights("undisturbed"), runs.weights("stopped")

@@ -1,0 +1,294 @@
+"""Checks of a configuration against the number of ranks, the model and the files. Standard
+library only."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_espo.config import model_folder
+from megatron_espo.config.rules import Problems
+from megatron_espo.config.schema import Config, Megatron
+from megatron_espo.errors import InputError
+from megatron_espo.models.experts import Experts, read_experts
+
+# Supported architectures: (QKV bias, norms on queries and keys).
+ARCHITECTURES = {
+    "LlamaForCausalLM": (False, False),
+    "Qwen2ForCausalLM": (True, False),
+    "Qwen3ForCausalLM": (False, True),
+    "Qwen3MoeForCausalLM": (False, True),
+    "MistralForCausalLM": (False, False),
+}
+# Keys that config.json must have.
+SIZES = (
+    "num_attention_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """Check the parallel layout against the number of ranks.
+
+    Returns:
+        The data-parallel size.
+
+    Raises:
+        InputError: lists every problem.
+    """
+    m = config.megatron
+    sizes = {
+        f"megatron.{kind}_parallel_size": getattr(m, f"{kind}_parallel_size")
+        for kind in ("tensor_model", "pipeline_model", "context")
+    }
+    tp, pp, cp = sizes.values()
+    model_ranks = tp * pp * cp
+    dp, rest = divmod(world_size, model_ranks)
+    if dp == 0 or rest:
+        fits = f"{dp * model_ranks} or {(dp + 1) * model_ranks}" if dp else f"{model_ranks}"
+        shrinkable = ", ".join(key for key, size in sizes.items() if size > 1)
+        message = (
+            f"expected a world size of TP x PP x CP x DP = {tp} x {pp} x {cp} x DP, a multiple of "
+            f"{model_ranks}, got {world_size}; start {fits} ranks or lower {shrinkable}"
+        )
+        _fail(config, max(sizes, key=sizes.__getitem__), message)
+    _raise(config, _rank_problems(config, world_size, dp))
+    return dp
+
+
+def _rank_problems(config: Config, world_size: int, dp: int) -> Problems:
+    m, rollout = config.megatron, config.rollout
+    tp, cp, ep = m.tensor_model_parallel_size, m.context_parallel_size, m.expert_model_parallel_size
+    expert_tp = m.expert_tensor_parallel_size or tp
+    stage = tp * cp * dp
+    if stage % (expert_tp * ep):
+        fits = m.pipeline_model_parallel_size * math.lcm(tp * cp, expert_tp * ep)
+        yield (
+            "megatron.expert_model_parallel_size",
+            f"expected expert-TP x EP = {expert_tp} x {ep} to divide the TP x CP x DP = {tp} x "
+            f"{cp} x {dp} = {stage} ranks of a pipeline stage; start a multiple of {fits} ranks",
+        )
+    engines, engine_tp = rollout.engines, rollout.tensor_parallel_size
+    needs_own_gpus = engines > 1 and not rollout.hosts
+    if world_size % engines or (needs_own_gpus and engines * engine_tp > world_size):
+        limit = "" if rollout.hosts else " with engines x rollout.tensor_parallel_size at most that"
+        got = f"{engines}" if rollout.hosts else f"{engines} x {engine_tp}"
+        yield "rollout.engines", f"expected a divisor of the {world_size} ranks{limit}, got {got}"
+    prompts, group = rollout.prompts_per_step, rollout.group_size
+    needed = dp * config.algorithm.num_mini_batches
+    if prompts * group < needed:
+        yield (
+            "rollout.prompts_per_step",
+            "expected prompts_per_step x group_size >= DP x algorithm.num_mini_batches = "
+            f"{needed}, got {prompts} x {group} = {prompts * group}; raise it or start fewer ranks",
+        )
+
+
+def check_model(config: Config, hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Check layout and lengths against the model.
+
+    Args:
+        hf_config: content of ``config.json``. ``None`` reads it from ``model.path`` and also checks
+            the weight and tokenizer files there.
+
+    Returns:
+        The content of ``config.json``.
+
+    Raises:
+        InputError: lists every problem.
+    """
+    if hf_config is None:
+        _raise(config, model_folder.problems(config.model.path, config.model.tokenizer))
+        hf_config = read_hf_config(config)
+    architecture, *_ = hf_config.get("architectures") or ["none"]
+    if architecture not in ARCHITECTURES:
+        expected = f"an architecture out of {', '.join(ARCHITECTURES)}"
+        _fail(
+            config, "model.path", f'expected {expected}, got {architecture} ("{config.model.path}")'
+        )
+    # transformers 5 writes num_experts under another name.
+    known = {"num_experts": hf_config.get("num_local_experts"), **hf_config}
+    sizes = SIZES + EXPERT_SIZES if "Moe" in architecture else SIZES
+    if missing := [key for key in sizes if not isinstance(known.get(key), int)]:
+        expected = f"integers {', '.join(missing)} in config.json"
+        _fail(config, "model.path", f'expected {expected}, found none ("{config.model.path}")')
+    _raise(config, _layout_problems(config, hf_config))
+    _raise(config, _length_problems(config, hf_config))
+    return hf_config
+
+
+def check_router(config: Config, hf_config: dict[str, Any]) -> None:
+    """Check that a model with experts uses router replay, or that the user accepts a mismatch.
+
+    Raises:
+        InputError: it is not.
+    """
+    replays, accepts = config.rollout.router_replay, config.rollout.allow_router_mismatch
+    if not read_experts(hf_config) or replays != accepts:
+        return
+    if accepts:
+        key = "rollout.allow_router_mismatch"
+        _fail(config, key, "expected false with rollout.router_replay true, got true; remove one")
+    message = (
+        "expected true for a model with experts, got false: engine and trainer choose different "
+        "experts for some tokens, and training can collapse; if the engine cannot return its "
+        "choices, set rollout.allow_router_mismatch to true and algorithm.rollout_correction to "
+        "token"
+    )
+    _fail(config, "rollout.router_replay", message)
+
+
+def check_paths(config: Config) -> None:
+    """Check that prompts and recorded rollouts are readable and that ``run.dir`` is writable.
+
+    Raises:
+        InputError: lists every problem.
+    """
+    _raise(config, _path_problems(config))
+
+
+def _path_problems(config: Config) -> Problems:
+    for key, prompts in (
+        ("data.prompts", config.data.prompts),
+        ("eval.prompts", config.eval.prompts),
+    ):
+        if prompts is None or prompts.startswith("reasoning_gym:"):
+            continue
+        if not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
+            expected = f"a readable file (relative to {os.getcwd()})"
+            yield key, f'expected {expected}, got "{prompts}"'
+    replay, folder = config.run.replay, config.run.dir
+    if replay and not any(Path(replay).glob("step_*.npz")):
+        expected = "a folder of recorded rollouts (step_000001.npz ...)"
+        advice = "run.keep_rollouts=true records all steps of a run"
+        yield "run.replay", f'expected {expected}, got "{replay}"; {advice}'
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        yield "run.dir", f'expected a writable folder, got "{folder}" ({error.strerror})'
+
+
+def read_hf_config(config: Config) -> dict[str, Any]:
+    """Read ``config.json`` of the model folder.
+
+    Raises:
+        InputError: it is not a JSON object.
+    """
+    path = Path(config.model.path, "config.json")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(loaded, dict):
+            return loaded
+        reason = f"a JSON {type(loaded).__name__}"
+    except (OSError, ValueError) as error:
+        reason = f"{type(error).__name__} ({error})"
+    _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
+
+
+def _layout_problems(config: Config, hf: dict[str, Any]) -> Problems:
+    m, experts, heads = config.megatron, read_experts(hf), hf["num_attention_heads"]
+    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    vpp = m.virtual_pipeline_model_parallel_size
+    key = "megatron.tensor_model_parallel_size"
+    yield from _check_divides(key, tp, heads, "attention heads")
+    # Megatron could replicate key-value heads; the weight update needs one owner for each.
+    yield from _check_divides(key, tp, hf.get("num_key_value_heads") or heads, "key-value heads")
+    if experts is None or not all(experts.layers):
+        yield from _check_divides(key, tp, hf["intermediate_size"], "feed-forward columns")
+    layers = hf["num_hidden_layers"]
+    if vpp is None:
+        yield from _check_divides("megatron.pipeline_model_parallel_size", pp, layers, "layers")
+    elif layers % (pp * vpp):
+        expected = f"PP x VPP to divide the model's {layers} layers"
+        got = f"{pp} x {vpp} = {pp * vpp}"
+        yield "megatron.virtual_pipeline_model_parallel_size", f"expected {expected}, got {got}"
+    yield from _expert_problems(m, experts, hf["architectures"][0])
+    ffn = (experts.ffn if experts else hf["intermediate_size"]) // tp
+    for what, count in (
+        ("hidden columns", hf["hidden_size"]),
+        ("feed-forward columns per rank", ffn),
+    ):
+        if m.fp8 and count % 16:
+            expected = f"null with {count} {what} (8-bit products need multiples of 16)"
+            yield "megatron.fp8", f"expected {expected}, got {m.fp8}"
+    # A row of float32 logits, and a copy in the training dtype where that is narrower.
+    row = hf["vocab_size"] // tp * (6 if config.model.dtype == "bfloat16" else 4)
+    if m.head_memory_mib is not None and m.head_memory_mib << 20 < row:
+        expected = f"at least {-(-row >> 20)} (one token's logits)"
+        yield "megatron.head_memory_mib", f"expected {expected}, got {m.head_memory_mib}"
+    key = "rollout.tensor_parallel_size"
+    yield from _check_divides(key, config.rollout.tensor_parallel_size, heads, "attention heads")
+    if hf.get("quantization_config"):
+        got = "a quantization_config in config.json"
+        yield "model.path", f"expected unquantised weights, got {got}; use the bfloat16 model"
+
+
+def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) -> Problems:
+    tp, ep, expert_tp = (
+        m.tensor_model_parallel_size,
+        m.expert_model_parallel_size,
+        m.expert_tensor_parallel_size,
+    )
+    if experts is None:
+        where = f"for a model without experts ({architecture})"
+        if ep > 1:
+            yield "megatron.expert_model_parallel_size", f"expected 1 {where}, got {ep}"
+        if expert_tp is not None:
+            yield "megatron.expert_tensor_parallel_size", f"expected null {where}, got {expert_tp}"
+        return
+    yield from _check_divides("megatron.expert_model_parallel_size", ep, experts.count, "experts")
+    key = "expert_tensor_parallel_size" if expert_tp else "tensor_model_parallel_size"
+    yield from _check_divides(f"megatron.{key}", expert_tp or tp, experts.ffn, "columns per expert")
+    if tp > 1 and not m.sequence_parallel:
+        expected = f"true for a model with experts and tensor_model_parallel_size {tp}"
+        yield "megatron.sequence_parallel", f"expected {expected}, got false"
+
+
+def _length_problems(config: Config, hf: dict[str, Any]) -> Problems:
+    context, longest = hf["max_position_embeddings"], config.rollout.max_response_tokens
+    limit = config.rollout.max_model_len or context
+    if limit > context:
+        expected = f"at most the model's context (max_position_embeddings {context})"
+        yield "rollout.max_model_len", f"expected {expected}, got {limit}"
+    if longest >= limit:
+        expected = f"less than the context of {limit} tokens, which includes the prompt"
+        yield "rollout.max_response_tokens", f"expected {expected}, got {longest}"
+    # Qwen models use their window only with use_sliding_window; Mistral always uses it.
+    is_used = hf.get("use_sliding_window", not hf["architectures"][0].startswith("Qwen"))
+    window = hf.get("sliding_window") if is_used else None
+    if window and window < min(limit, context):
+        expected = (
+            f"at most {window}, the model's attention window (sliding windows are not supported)"
+        )
+        yield "rollout.max_model_len", f"expected {expected}, got {limit}"
+
+
+def _check_divides(key: str, size: int, count: int, what: str) -> Problems:
+    if count % size:
+        yield key, f"expected a divisor of the model's {count} {what}, got {size}"
+
+
+def _raise(config: Config, problems: Problems) -> None:
+    """Raise one InputError that lists every problem."""
+    if lines := [_locate(config, key, message) for key, message in problems]:
+        raise InputError("\n".join(lines))
+
+
+def _fail(config: Config, key: str, message: str) -> NoReturn:
+    raise InputError(_locate(config, key, message))
+
+
+def _locate(config: Config, key: str, message: str) -> str:
+    """Prepend the place where the key was set."""
+    default = f"{config.origins['']} (default)" if config.origins else ""
+    place = config.origins.get(key, default)
+    return f"{place}: {key}: {message}" if place else f"{key}: {message}"

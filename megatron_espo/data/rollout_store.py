@@ -1,0 +1,119 @@
+"""Recorded rollouts on disk, one file for each step.
+
+A run continues from them, or trains from them again (``run.replay``).
+"""
+
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_espo.data.scored_groups import ScoredGroups, from_columns, to_columns
+from megatron_espo.errors import InputError
+from megatron_espo.files import make_durable
+
+_JSON = "step.json"
+# zipfile, numpy and json raise these errors for a damaged file.
+_NUMPY_DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError)
+_DAMAGE = (*_NUMPY_DAMAGE, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A step's rollouts, and the state of the prompt stream after they were sampled."""
+
+    groups: ScoredGroups
+    after: dict[str, Any]
+
+
+class RolloutLog:
+    """The folder ``rollouts`` with one ``step_000007.npz`` for each step.
+
+    The file is an uncompressed zip archive. Its ``.npy`` members contain the columns of
+    :func:`megatron_espo.data.scored_groups.to_columns`; ``step.json`` contains the rest. The CRC of
+    the zip format detects damage.
+
+    Args:
+        folder: folder of the files.
+        fingerprint: of the run. ``read`` does not return rollouts of a run with another
+            fingerprint.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self.folder, self._fingerprint = folder, fingerprint
+
+    def write(
+        self, step: int, groups: ScoredGroups, *, before: dict[str, Any], after: dict[str, Any]
+    ) -> None:
+        """Write a step's scored rollouts and flush them to disk. The file appears complete or not
+        at all.
+
+        Args:
+            step: counted from 1.
+            groups: the rollouts.
+            before, after: JSON values, the state of the prompt stream before and after sampling.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content, columns = to_columns(groups)
+        content |= {"fingerprint": self._fingerprint, "before": before, "after": after}
+        path = self._path(step)
+        partial = path.with_name(path.name + ".partial")
+        with zipfile.ZipFile(partial, "w") as archive:
+            archive.writestr(_JSON, json.dumps(content))
+            for name, arrays in columns.items():
+                _write_array(archive, name, arrays)
+        make_durable(partial)
+        partial.replace(path)
+
+    def read(self, step: int, before: dict[str, Any] | None) -> Recorded | None:
+        """Read a step's rollouts and the state after them; ``None`` if this run has recorded none
+        from the state ``before``.
+
+        Args:
+            step: counted from 1.
+            before: the current state of the prompt stream; ``None`` accepts any state and any run.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self._path(step)
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path) as file:
+                content = json.loads(file[_JSON])
+                state = (content["before"], content["fingerprint"])
+                if before is not None and state != (before, self._fingerprint):
+                    return None
+                arrays = {name: file[name] for name in file.files if name != _JSON}
+            return Recorded(from_columns(content, arrays), content["after"])
+        except _DAMAGE as error:
+            raise InputError(
+                f"{path}: expected recorded rollouts, found damage ({error}); "
+                "remove the file to sample the step again"
+            ) from None
+
+    def forget(self, up_to_step: int) -> None:
+        """Remove the files up to a step, because a checkpoint makes them unnecessary."""
+        for path in self.folder.glob("step_*.npz"):
+            if int(path.stem[5:]) <= up_to_step:
+                path.unlink()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}.npz"
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, arrays: list[np.ndarray]) -> None:
+    """Write the concatenation of ``arrays`` as a ``.npy`` member, without building it in memory:
+    experts may take gigabytes.
+    """
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape}
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for array in arrays:
+            member.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,1 @@
+"""Start ranks, exchange objects, monitored barriers, checksums, the watchdog."""

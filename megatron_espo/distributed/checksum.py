@@ -1,0 +1,57 @@
+"""Checksums of weights: one for bytes in transit, one that adds up over shards."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK_ELEMENTS = 1 << 16  # fits a CPU cache
+
+
+def byte_sum(buffer: memoryview, offset: int, size: int) -> int:
+    """Return the sum of the 64-bit words of ``size`` bytes, mod 2^64.
+
+    It detects every single damaged word and runs at memory speed.
+    """
+    words = np.frombuffer(buffer, np.uint64, size // 8, offset)
+    tail = bytes(buffer[offset + size // 8 * 8 : offset + size])
+    return (int(words.sum(dtype=np.uint64)) + int.from_bytes(tail, "little")) & (2**64 - 1)
+
+
+@torch.no_grad()
+def tensor_checksum(part: Tensor, first_row: int = 0, first_column: int = 0) -> int:
+    """Return sum over r, c of a(r) * b(c) * bits(value) mod 2^64, where a and b are odd.
+
+    The checksums of the parts of a tensor (shards, slices) add up, mod 2^64, to the checksum of the
+    whole tensor. A single wrong element always changes it. Zeros of either sign and subnormal
+    numbers count as zero, because kernels that read a weight back do not distinguish them.
+
+    Args:
+        part: ``[rows]`` or ``[rows, ...]``, a floating dtype of at least 16 bits, on any device.
+            The dimensions after the first count as columns.
+        first_row, first_column: position of ``part`` in the whole tensor.
+    """
+    if not part.numel():
+        return 0
+    flat = part.reshape(part.shape[0], -1)
+    columns = _multipliers(first_column, flat.shape[1], flat.device)
+    rows = _multipliers(first_row, flat.shape[0], flat.device)
+    step = max(1, _CHUNK_ELEMENTS // flat.shape[1])
+    words = flat.contiguous().view(_WORDS[flat.element_size()])
+    magnitude = torch.iinfo(words.dtype).max
+    smallest = int(torch.tensor(torch.finfo(part.dtype).tiny, dtype=part.dtype).view(words.dtype))
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.shape[0], step):
+        chunk = words[start : start + step]
+        chunk = (chunk * ((chunk & magnitude) >= smallest)).long()
+        # CUDA has no integer matrix product.
+        sums = (chunk * columns).sum(1) if flat.is_cuda else chunk @ columns
+        total += (sums * rows[start : start + step]).sum()
+    return int(total) & (2**64 - 1)
+
+
+def _multipliers(first: int, count: int, device: torch.device) -> Tensor:
+    """Return odd pseudo-random int64 numbers for the indices ``first``, ... (splitmix64)."""
+    x = torch.arange(first + 1, first + count + 1, device=device) * -7046029254386353131
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    return (x ^ (x >> 27)) | 1

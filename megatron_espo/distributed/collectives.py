@@ -1,0 +1,63 @@
+"""Collectives of Python objects. Without a process group the process is the only rank."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and return its result, or raise its exception, on every rank.
+
+    Collectives: one broadcast over all ranks.
+    """
+    if not dist.is_initialized():
+        return work()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def gather_objects(own: T) -> list[T]:
+    """Return the objects of all ranks, in rank order, on rank 0; ``[]`` elsewhere.
+
+    Collectives: one gather to rank 0.
+    """
+    if not dist.is_initialized():
+        return [own]
+    objects: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(own, objects or None, dst=0)
+    return objects
+
+
+def first_not_none(own: T | None) -> T | None:
+    """Return the object of the lowest rank that passes one, on every rank; None if no rank does.
+
+    Collectives: one all-reduce of an integer; one broadcast if a rank passes an object.
+    """
+    if not dist.is_initialized():
+        return own
+    ranks = dist.get_world_size()
+    first = torch.tensor(ranks if own is None else dist.get_rank(), device=control_device())
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if int(first) == ranks:
+        return None
+    box = [own]
+    dist.broadcast_object_list(box, src=int(first))
+    return box[0]
+
+
+def control_device() -> torch.device:
+    """Return the device that collectives of the default process group need."""
+    is_nccl = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")

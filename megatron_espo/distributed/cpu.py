@@ -1,0 +1,138 @@
+"""Run an unmodified Megatron-Core on a machine without CUDA.
+
+For Megatron-Core 0.16 to 0.19 and torch 2.8 and newer. Megatron-Core passes the device ``cuda`` in
+many places. Without CUDA, :func:`install` redirects these to the CPU: a ``TorchFunctionMode``
+changes device arguments, and the ``torch.cuda`` functions that Megatron calls are replaced. The
+change holds for the whole process, so the rollout engine runs in another process. With CUDA
+:func:`install` does nothing, which is also the check that the replacements are needed.
+"""
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_mode: TorchFunctionMode | None = None
+
+
+def _is_cuda(device: Any) -> bool:
+    # For torch an integer device is a CUDA device number. A bool is an int, but never a device.
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Replaces ``device="cuda"`` by the CPU and reports CUDA names for the types of CPU tensors."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)  # pinning needs an accelerator
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # distrib_optimizer.py sorts parameters by this string and accepts CUDA names only.
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class _Stream:
+    """A CUDA stream or event that does nothing: work on a CPU is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record_event(self, *args: Any) -> "_Stream":
+        return self
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+
+def install() -> bool:
+    """Redirect ``torch.cuda`` to the CPU in this process if there is no CUDA. Idempotent.
+
+    Call it before importing ``megatron``.
+
+    Returns:
+        Whether the redirection is active.
+    """
+    global _mode
+    if torch.cuda.is_available():
+        return False
+    if _mode is None:
+        _replace_functions()
+        _mode = _CudaToCpu()
+        _mode.__enter__()
+    return True
+
+
+def _returning(result: Any = None):
+    """Return a new function with a fixed result, or with the result of a new call of ``result``.
+
+    torch.compile refuses one function object under two names in ``torch.cuda``.
+    """
+    return lambda *args, **kwargs: result() if callable(result) else result
+
+
+def _to_numpy(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+    """Convert token counts for gloo's all-to-all. Megatron converts CUDA tensors only."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _gather_rows(gather):
+    """Wrap Megatron's gather of different numbers of rows: gloo gathers equal shapes only."""
+
+    def gather_along_first_dim(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        most = max(output_split_sizes)
+        padded = input_.new_zeros(most, *input_.shape[1:])
+        padded[: len(input_)] = input_
+        gathered = gather(padded, group).view(group.size(), most, *input_.shape[1:])
+        parts = zip(gathered, output_split_sizes, strict=True)
+        return torch.cat([rows[:size] for rows, size in parts])
+
+    return gather_along_first_dim
+
+
+def _replace_functions() -> None:
+    def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    null = _returning(contextlib.nullcontext)
+    replacements = {
+        "current_device": _returning(_CPU),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "_lazy_call": lambda function, **kwargs: function(),
+        "Stream": type("Stream", (_Stream,), {}),
+        "Event": type("Event", (_Stream,), {}),
+        "nvtx": SimpleNamespace(range_push=_returning(), range_pop=_returning(), range=null),
+        **{name: _returning() for name in ("synchronize", "set_device", "empty_cache")},
+        **{name: _returning(_Stream) for name in ("current_stream", "default_stream")},
+        **{name: _returning(contextlib.nullcontext) for name in ("stream", "device")},
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+
+    # Megatron's random number tracker, expert gather and dispatcher do not go through torch.cuda.
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    random._get_cuda_rng_state = get_rng_state
+    random._set_cuda_rng_state = set_rng_state
+    mappings._gather_along_first_dim = _gather_rows(mappings._gather_along_first_dim)
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy

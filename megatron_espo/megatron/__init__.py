@@ -1,0 +1,1 @@
+"""Megatron-Core: model, training, checkpoints, offload."""

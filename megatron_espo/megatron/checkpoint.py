@@ -1,0 +1,368 @@
+"""Save and load Megatron's distributed checkpoints, with a manifest of model identity and SHA-256.
+
+The format (``torch_dist``) stores whole tensors, so a checkpoint written in one layout loads in any
+other. Its ``.metadata`` is a pickle, which runs code when it is opened: nothing in a folder is read
+before its checksum was compared with the manifest.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from megatron_espo.distributed.collectives import gather_objects, on_rank_0
+from megatron_espo.errors import InputError
+from megatron_espo.files import make_durable
+from megatron_espo.megatron import patches
+from megatron_espo.megatron.model import rope_arguments
+from megatron_espo.megatron.rng import load_rng, save_rng
+from megatron_espo.models.experts import read_experts
+from megatron_espo.models.families import is_tied, model_sizes
+
+MANIFEST_NAME = "megatron_espo.json"
+STATE_NAME = "state.json"
+VERSION = 1
+_CHECKSUM_THREADS = 4
+_WRITER = re.compile(r"(?:__|rng_)(\d+)")  # the rank that wrote a file; rank 0 wrote the others
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
+
+
+def check_existing(out: str | Path) -> None:
+    """Raise InputError if ``out`` exists."""
+    if Path(out).exists():
+        raise InputError(
+            f"{out}: expected a path where nothing is yet, found something; choose another or "
+            "remove it"
+        )
+
+
+def save_checkpoint(
+    chunks: Sequence[Any],
+    hf_config: dict[str, Any],
+    out: str | Path,
+    *,
+    optimizer: Any = None,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write this rank's part into ``<out>.partial``, which becomes ``out`` once all are done.
+
+    Collective over all ranks. All ranks share the file system of ``out``.
+
+    Args:
+        chunks: this rank's model chunks, not wrapped in DDP.
+        optimizer: Megatron's optimizer, to store its state too.
+        state: further JSON values of the run; rank 0's are written, and the random number states.
+
+    Raises:
+        InputError: ``out`` exists; nothing is written.
+        OSError: this rank could not write; ``out`` does not appear.
+    """
+    from megatron.core import __version__, dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelSaveStrategyWrapper,
+    )
+
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+
+    def begin() -> None:
+        check_existing(out)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    on_rank_0(begin)
+    form = optimizer and optimizer_form(chunks[0].config, hf_config)
+    try:
+        patches.keep_checkpoint_results_in_process()
+        # Without the wrapper the first of several data-parallel ranks would write everything.
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
+        with _checksums_while_written(partial) as shards:
+            tensors = _sharded_state(chunks, optimizer, form, is_loading=False)
+            dist_checkpointing.save(tensors, str(partial), strategy)
+        if state is not None:
+            save_rng(partial)
+            if dist.get_rank() == 0:
+                (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
+    except Exception as error:
+        # No collective here: the other ranks wait in Megatron's, and end when this rank ends.
+        rank = dist.get_rank()
+        raise OSError(f"{partial}: rank {rank} could not write its part: {error}") from error
+    manifest = {
+        "version": VERSION,
+        "megatron_core": __version__,
+        "dtype": str(chunks[0].config.params_dtype),
+        "optimizer": form,
+        "model": model_identity(hf_config),
+        "files": _checksums(partial, shards),
+    }
+
+    def finish() -> None:
+        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+        make_durable(*partial.iterdir(), partial)
+        partial.rename(out)
+
+    on_rank_0(finish)
+
+
+def load_checkpoint(
+    chunks: Sequence[Any], hf_config: dict[str, Any], path: str | Path, *, optimizer: Any = None
+) -> dict[str, Any]:
+    """Load a checkpoint of any layout into this rank's chunks, in place. Collective: all ranks.
+
+    Values are cast to the parameters' dtype. Embedding rows that only pad the vocabulary become
+    zero if the checkpoint has none.
+
+    Args:
+        chunks: this rank's model chunks, not wrapped in DDP.
+        optimizer: Megatron's optimizer, to load its state and the random number states too. The
+            latter are restored only in a world of the same size.
+
+    Returns:
+        The ``state`` that was saved with it.
+
+    Raises:
+        InputError: a missing, foreign or damaged checkpoint, another model's, one without the
+            optimizer's state, or a missing or unknown parameter.
+    """
+    from megatron.core import dist_checkpointing
+
+    manifest = on_rank_0(lambda: read_manifest(path, hf_config))
+    verify_files(path, manifest)
+    own = optimizer and optimizer_form(chunks[0].config, hf_config)
+    form = optimizer and _loadable_form(path, manifest.get("optimizer"), own)
+    wanted = _sharded_state(chunks, optimizer, form, is_loading=True)
+    loaded, unknown, missing = dist_checkpointing.load(wanted, str(path), strict="return_all")
+
+    def must_match(key: str) -> bool:
+        # Without an optimizer only the weights are read.
+        is_wanted = optimizer is not None or not key.startswith("optimizer.")
+        return is_wanted and not key.endswith("_extra_state")
+
+    # Only the ranks that asked for a parameter know that the checkpoint lacks it.
+    differences = gather_objects([set(filter(must_match, keys)) for keys in (missing, unknown)])
+
+    def check_parameters() -> None:
+        lacks, has = (sorted(set().union(*keys)) for keys in zip(*differences, strict=True))
+        if lacks or has:
+            raise InputError(
+                f"{path}: expected the model's parameters; lacks {lacks or 'none'}, has besides "
+                f"{has or 'none'}"
+            )
+
+    on_rank_0(check_parameters)
+    for i, chunk in enumerate(chunks):
+        # Not strict: only Transformer Engine's layers store an extra state (FP8 scales).
+        chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+    if optimizer is not None:
+        with torch.no_grad():
+            optimizer.load_state_dict(loaded["optimizer"])
+        patches.separate_adam_steps(optimizer)
+        load_rng(Path(path))
+    return read_state(path)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Return the JSON values saved with a checkpoint. InputError if the file is damaged."""
+    file = Path(path, STATE_NAME)
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{file}: expected JSON, found damage ({error}); copy it again") from None
+
+
+def model_identity(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Return what distinguishes models, independent of the transformers version."""
+    experts = read_experts(hf_config)
+    return {
+        "experts": experts and {**vars(experts), "layers": list(experts.layers)},
+        "architecture": (hf_config.get("architectures") or ["none"])[0],
+        "num_hidden_layers": hf_config["num_hidden_layers"],
+        "num_attention_heads": hf_config["num_attention_heads"],
+        "rms_norm_eps": hf_config.get("rms_norm_eps", 1e-6),
+        "attention_bias": bool(hf_config.get("attention_bias")),
+        "tie_word_embeddings": is_tied(hf_config),
+        **model_sizes(hf_config),
+        **rope_arguments(hf_config),
+    }
+
+
+def read_manifest(path: str | Path, hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a checkpoint of this model. Reads nothing else. Zero collectives.
+
+    Raises:
+        InputError: no folder, no manifest, another version, or another model (names the keys that
+            differ).
+    """
+    file = Path(path, MANIFEST_NAME)
+    if not file.is_file():
+        found = "a folder without one" if Path(path).is_dir() else "no such folder"
+        raise InputError(
+            f"{path}: expected a checkpoint of `megatron-espo convert to-megatron` (with "
+            f"{MANIFEST_NAME}), got {found}"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+        version, model = manifest["version"], manifest["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: expected a checkpoint's manifest, got {error!r}") from None
+    if version != VERSION:
+        raise InputError(
+            f"{file}: expected version {VERSION}, got {version}; convert with the megatron_espo "
+            "that wrote it"
+        )
+    what = f"{path}: expected a checkpoint of the model at model.path, got another model's"
+    check_differences(what, model_identity(hf_config), model)
+    return manifest
+
+
+def check_differences(
+    what: str, expected: dict[str, Any], found: dict[str, Any], way_out: str = ""
+) -> None:
+    """Raise InputError with the keys in which ``found`` differs from ``expected``, if any."""
+    every = sorted(expected.keys() | found.keys())
+    keys = [key for key in every if expected.get(key) != found.get(key)]
+    if keys:
+        pairs = (f"{key} {expected.get(key)} (checkpoint: {found.get(key)})" for key in keys)
+        raise InputError(f"{what}: {', '.join(pairs)}" + (f"; {way_out}" if way_out else ""))
+
+
+def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
+    """Raise InputError, on every rank, unless the folder has exactly the manifest's files.
+
+    Collectives: one gather of objects and one broadcast.
+    """
+    expected, found = manifest["files"], _checksums(Path(path))
+
+    def check() -> None:
+        for name in sorted(found.keys() | expected.keys()):
+            if name not in found:
+                raise InputError(f"{path}: {name} is missing")
+            if name not in expected:
+                raise InputError(f"{path}: {name} is not part of the checkpoint; remove it")
+            if found[name] != expected[name]:
+                raise InputError(
+                    f"{path}: {name} is not the file that was written (SHA-256 differs); convert "
+                    "or copy it again"
+                )
+
+    on_rank_0(check)
+
+
+def optimizer_form(config: Any, hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Return how the optimizer's state is stored, and the layout that writes it.
+
+    Whole tensors load in any layout. DDP's buckets need the same TP, PP, VPP and EP: they are used
+    for an embedding tied over pipeline stages, which has its own bucket, because Megatron-Core (as
+    of 0.16) then cuts whole tensors at wrong places.
+    """
+    is_whole = not is_tied(hf_config) or config.pipeline_model_parallel_size == 1
+    layout = {name: getattr(config, name) for name in _LAYOUT}
+    return {"format": "fully_reshardable" if is_whole else "dp_reshardable", **layout}
+
+
+def _loadable_form(
+    path: str | Path, stored: dict[str, Any] | None, own: dict[str, Any]
+) -> dict[str, Any]:
+    if stored is None:
+        raise InputError(
+            f"{path}: expected a run's checkpoint, got one of weights only; use it with "
+            "`megatron-espo convert to-hf`"
+        )
+    if stored["format"] == "dp_reshardable":
+        check_differences(
+            f"{path}: its optimizer state can be loaded in the layout that wrote it only (another "
+            "data-parallel size is fine)",
+            own | {"format": "dp_reshardable"},
+            stored,
+            "restore the layout, or convert the weights to Hugging Face",
+        )
+    return stored
+
+
+def _sharded_state(
+    chunks: Sequence[Any], optimizer: Any, form: dict[str, Any] | None, is_loading: bool
+) -> dict[str, Any]:
+    model = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    if form is None:
+        return model
+    if is_loading:
+        patches.prepare_adam_for_loading(optimizer)
+    metadata = {"distrib_optim_sharding_type": form["format"], "chained_optim_avoid_prefix": True}
+    return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
+
+
+def _checksums(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
+    """Return SHA-256 of every file but the manifest, on rank 0. One gather of objects.
+
+    Each rank reads the files that it (or rank modulo world size) wrote, except ``known`` ones.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    digests = dict(known or {})
+    unknown = []
+    for file in folder.rglob("*"):
+        name = str(file.relative_to(folder))
+        match = _WRITER.match(name)
+        is_own = (int(match[1]) if match else 0) % ranks == rank
+        if is_own and file.is_file() and file.name != MANIFEST_NAME and name not in digests:
+            unknown.append(name)
+    with ThreadPoolExecutor(_CHECKSUM_THREADS) as pool:  # hashlib releases the GIL
+        found = pool.map(lambda name: _checksum(folder / name), unknown)
+        digests |= zip(unknown, found, strict=True)
+    return {name: digest for part in gather_objects(digests) for name, digest in part.items()}
+
+
+@contextmanager
+def _checksums_while_written(folder: Path) -> Iterator[dict[str, str]]:
+    """Compute SHA-256 of this rank's shards while they are written. Fills the dict on exit.
+
+    Megatron's writers only append, so a thread can read behind them. torch's CRC32 is turned off.
+    """
+    digests: dict[str, Any] = defaultdict(hashlib.sha256)
+    positions: dict[str, int] = defaultdict(int)
+    written, found, crc32 = threading.Event(), dict[str, str](), get_crc32_options()
+
+    def follow() -> None:
+        is_last = False
+        while not is_last:
+            is_last = written.wait(0.05)
+            for file in folder.glob(f"__{dist.get_rank()}_*"):
+                with file.open("rb") as stream:
+                    stream.seek(positions[file.name])
+                    while part := stream.read(1 << 20):
+                        digests[file.name].update(part)
+                    positions[file.name] = stream.tell()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    set_crc32_options(False)
+    thread.start()
+    try:
+        yield found
+    finally:
+        written.set()
+        thread.join()
+        set_crc32_options(crc32)
+        for name, digest in digests.items():
+            if positions[name] == (folder / name).stat().st_size:
+                found[name] = digest.hexdigest()
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

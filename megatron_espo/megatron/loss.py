@@ -1,0 +1,125 @@
+"""The loss function that Megatron's schedule calls on the head's output of a micro-batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_espo.algo import (
+    LossInputs,
+    Objective,
+    TokenSegments,
+    kl_estimate,
+    rollout_correction,
+)
+from megatron_espo.data.packing import MicroBatch
+from megatron_espo.monitoring.metrics import loss_metrics
+
+if TYPE_CHECKING:
+    from megatron_espo.config import Algorithm
+
+Recorder = Callable[[MicroBatch, TokenSegments], None]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """``loss_func(batch, output)``: objective, rollout correction, KL penalty, entropy bonus and
+    metrics.
+
+    Collectives over the context-parallel group: sums over segments and responses, and the entropies
+    of whole responses while their groups are not known.
+
+    Attributes:
+        objective: the policy objective.
+        algorithm: the ``algorithm`` section of the configuration; ``rollout_correction`` and the
+            coefficients are read.
+        cp_group: context-parallel process group.
+        vocab_size: the true vocabulary.
+        record: called with each trained micro-batch and the segments of its whole responses; it
+            must not communicate.
+    """
+
+    objective: Objective
+    algorithm: "Algorithm"
+    cp_group: dist.ProcessGroup
+    vocab_size: int
+    record: Recorder | None = None
+
+    def __call__(self, batch: MicroBatch, output: Tensor, non_loss_data: bool = False):
+        """``(loss sum, token count, metrics)``; with ``non_loss_data`` (scoring) the detached
+        ``output``.
+
+        Args:
+            output: ``[2, trained_tokens]`` float32: log-probs with gradient, entropies.
+        """
+        if non_loss_data:
+            return output.detach()
+        logprob, entropy = output[0], output[1]
+        # Without a scoring pass this is the first step on its rollouts: the policy is still the old
+        # policy.
+        old_logprob = logprob.detach() if batch.old_logprob is None else batch.old_logprob
+        old_entropy = entropy.detach() if batch.old_entropy is None else batch.old_entropy
+        segments = self._segment_tokens(batch, old_entropy)
+        factor, per_token = self._rollout_correction(segments, old_logprob, batch.rollout_logprob)
+        corrected = (
+            segments if factor is None else replace(segments, weight=segments.weight * factor)
+        )
+        inputs = LossInputs(
+            logprob, old_logprob, batch.advantage, corrected, entropy, self._sum_over_ranks
+        )
+        result = self.objective.loss(inputs)
+        penalty = logprob.new_zeros(())
+        if batch.reference_logprob is not None:
+            kl = kl_estimate(logprob, batch.reference_logprob)
+            penalty = penalty + self.algorithm.kl_coef * (segments.weight * kl).sum()
+            per_token["kl/reference"] = kl.detach()
+        if self.algorithm.entropy_coef:
+            penalty = penalty - self.algorithm.entropy_coef * (segments.weight * entropy).sum()
+        metrics = loss_metrics(self.objective, inputs, result, batch.rollout_logprob, per_token)
+        count = torch.tensor(batch.num_tokens, dtype=torch.int, device=logprob.device)
+        return (result.loss + penalty) * batch.totals.num_tokens, count, metrics
+
+    def _segment_tokens(self, batch: MicroBatch, entropy: Tensor) -> TokenSegments:
+        """Segment whole responses; return this context-parallel rank's tokens."""
+        if batch.local_tokens is not None:
+            whole = entropy.new_zeros(int(batch.lengths.sum()))
+            entropy = self._sum_over_ranks(whole.index_copy_(0, batch.local_tokens, entropy))
+        segments = self.objective.segment_tokens(
+            entropy,
+            batch.lengths,
+            vocab_size=self.vocab_size,
+            num_responses=batch.totals.num_responses,
+            num_tokens=batch.totals.num_response_tokens,
+        )
+        if self.record is not None:
+            self.record(batch, segments)
+        return segments if batch.local_tokens is None else segments.select(batch.local_tokens)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        if self.cp_group.size() > 1:
+            dist.all_reduce(values, group=self.cp_group)
+        return values
+
+    def _rollout_correction(
+        self, segments: TokenSegments, old_logprob: Tensor, rollout_logprob: Tensor
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Factor of the weights (``None``: weights stay) and metrics, each ``[tokens]``."""
+        mode, cap = self.algorithm.rollout_correction, self.algorithm.rollout_correction_cap
+        if mode == "off":
+            return None, {}
+        factor = rollout_correction(
+            old_logprob,
+            rollout_logprob,
+            segments,
+            level="token" if mode == "metrics" else mode,
+            cap=cap,
+            sum_over_ranks=self._sum_over_ranks,
+        )
+        report = {
+            "rollout_correction/weight": factor,
+            "rollout_correction/truncated": (factor >= cap).float(),
+        }
+        return None if mode == "metrics" else factor, report

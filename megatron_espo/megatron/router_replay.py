@@ -1,0 +1,163 @@
+"""Make Megatron's routers take the engine's experts, and send these to the training ranks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_espo.data.packing import TrainSequence, shard_by_tokens
+from megatron_espo.models.experts import Experts
+
+
+class ReplayedChoice:
+    """Chooses the experts for one router.
+
+    It replaces Megatron's ``RouterReplay``, which handles one micro-batch at a time. Scores,
+    probabilities and their gradient remain the router's.
+
+    Attributes:
+        given: ``[tokens of this rank, top_k]`` experts of the current micro-batch; -1: the router
+            chooses for this token; ``None``: the router chooses for all tokens.
+        counts: ``[2]``: tokens of training passes for which the router would choose other experts,
+            and tokens with given experts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.given: Tensor | None = None
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups=None, group_topk=None, default_compute_topk=None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts' scores and indices, ``[tokens, top_k]`` each.
+
+        Megatron calls this with ``scores [tokens, experts]``.
+        """
+        values, own = default_compute_topk(scores, topk, num_groups, group_topk)
+        if self.given is None:
+            return values, own
+        known = self.given[:, :1] >= 0
+        chosen = torch.where(known, self.given.long(), own)
+        # Scoring passes, and the first pass of a recomputed layer, have no gradient.
+        if torch.is_grad_enabled():
+            differ = (chosen.sort(1).values != own.sort(1).values).any(1)
+            self.counts += torch.stack([differ.sum(), known.sum()])
+        return scores.gather(1, chosen), chosen
+
+
+class RouterReplay:
+    """All routers of a rank's model chunks.
+
+    Args:
+        chunks: from :func:`megatron_espo.megatron.model.build_model`.
+        experts: of the model.
+        tp_group: tensor-parallel process group; sequence parallelism splits the tokens over it.
+    """
+
+    def __init__(self, chunks: Sequence[Any], experts: Experts, tp_group: Any) -> None:
+        self._group = tp_group if chunks[0].config.sequence_parallel else None
+        self._routers: dict[torch.nn.Module, list[tuple[int, ReplayedChoice]]] = {}
+        for chunk in chunks:
+            routers = self._routers[chunk] = []
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.router_replay = choice = ReplayedChoice(module.weight.device)
+                    # Megatron counts layers from 1 over all stages. The given experts have no rows
+                    # for layers without experts.
+                    routers.append((sum(experts.layers[: module.layer_number - 1]), choice))
+
+    def give(self, model: torch.nn.Module, experts: Tensor | None) -> None:
+        """Set the experts (``MicroBatch.routed_experts``) of a chunk's routers until the next call.
+
+        Zero collectives.
+        """
+        if experts is not None and self._group is not None:
+            experts = experts.chunk(self._group.size())[self._group.rank()]
+        for layer, choice in self._routers[unwrap_model(model)]:
+            choice.given = None if experts is None else experts[:, layer]
+
+    def follow(self, model: torch.nn.Module, experts: Tensor | None, output: Tensor) -> None:
+        """Set the same experts again when the backward of ``output`` begins.
+
+        Other micro-batches run in between, and a recomputed layer runs its router again.
+        """
+        if output.requires_grad:
+            output.register_hook(lambda _: self.give(model, experts))
+
+    def pop(self) -> dict[str, float]:
+        """Return ``moe/router_mismatch`` since the last call, on every rank. One all-reduce."""
+        total = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
+        for _, choice in chain.from_iterable(self._routers.values()):
+            total += choice.counts
+            choice.counts.zero_()
+        dist.all_reduce(total)
+        differ, given = total.tolist()
+        return {"moe/router_mismatch": differ / given} if given else {}
+
+
+def scatter_routed_experts(
+    sequences: Sequence[TrainSequence], experts: Experts, groups: Any, share_prompts: bool
+) -> list[TrainSequence]:
+    """Send routed experts from rank 0 to the data-parallel replica that trains each sequence.
+
+    Collectives over all ranks: for each sequence a message from rank 0 to the first rank of the
+    replica, and broadcasts from there over the context-, tensor- and pipeline-parallel groups.
+
+    Args:
+        sequences: the same on every rank, except that only rank 0 has their routed experts.
+        experts: of the model.
+        groups: Megatron's ``ProcessGroupCollection``.
+        share_prompts: as for :func:`megatron_espo.data.packing.pack`.
+
+    Returns:
+        The sequences; those of this rank's replica have their routed experts.
+
+    Raises:
+        ValueError: on rank 0, sequences without routed experts.
+    """
+    is_source = dist.get_rank() == 0
+    missing = sum(sequence.routed_experts is None for sequence in sequences)
+    if is_source and missing:
+        raise ValueError(
+            "router replay: expected routed_experts of every response, got none of "
+            f"{missing} of {len(sequences)}"
+        )
+    shares = enumerate(shard_by_tokens(sequences, groups.dp.size(), share_prompts))
+    owners = {number: rank for rank, share in shares for tree in share for number in tree}
+    dtype = np.dtype(np.uint8 if experts.count <= 256 else np.uint16)
+    result = list(sequences)
+    for number, sequence in enumerate(sequences):
+        if owners[number] != groups.dp.rank() and not is_source:
+            continue
+        shape = (sequence.num_tokens - 1, sum(experts.layers), experts.per_token)
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        if is_source:
+            rows = np.ascontiguousarray(sequence.routed_experts, dtype)
+            data.numpy()[:] = rows.reshape(-1).view(np.uint8)
+        data = _send_to_replica(data.to(torch.cuda.current_device()), owners[number], groups)
+        received = data.cpu().numpy().view(dtype).reshape(shape)
+        result[number] = replace(sequence, routed_experts=received)
+    return result
+
+
+def _send_to_replica(data: Tensor, owner: int, groups: Any) -> Tensor:
+    """Send ``data`` from rank 0 to all ranks of a data-parallel replica, all of which call this."""
+    replica = (groups.cp, groups.tp, groups.pp)
+    if dist.get_rank() == 0 and owner > 0:
+        dist.send(data, dist.get_global_rank(groups.dp, owner))
+        return data
+    if owner > 0 and all(group.rank() == 0 for group in replica):
+        dist.recv(data, src=0)
+    for number, group in enumerate(replica):
+        # Each broadcast starts from the ranks that the earlier ones have reached.
+        if all(later.rank() == 0 for later in replica[number + 1 :]):
+            dist.broadcast(data, group=group, group_src=0)
+    return data

@@ -1,0 +1,1 @@
+"""Model families: sizes, shard layouts and weight mappings."""

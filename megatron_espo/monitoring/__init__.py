@@ -1,0 +1,1 @@
+"""Metrics, logs, pictures and the report of a run."""

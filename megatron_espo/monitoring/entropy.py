@@ -1,0 +1,117 @@
+"""Records entropies of a step: histograms by group over all trained tokens, and the tokens of
+logged samples.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_espo.algo import TokenSegments
+from megatron_espo.data.packing import MicroBatch
+
+BINS = 64
+
+
+@dataclass(frozen=True)
+class EntropyReport:
+    """Entropies of one step, in nats.
+
+    Attributes:
+        edges: ``[BINS + 1]`` boundaries of the histogram's bins, from 0 to ``ln V``.
+        counts: ``[groups][BINS]`` trained tokens; with several epochs each token counts once for
+            every epoch.
+        boundaries: ``[groups - 1]`` the lowest entropy above each boundary between groups, mean
+            over responses; NaN without responses.
+        tokens: entropies and entropy groups of each logged sample; ``None`` if it was not trained
+            (no advantage).
+    """
+
+    edges: list[float]
+    counts: list[list[int]]
+    boundaries: list[float]
+    tokens: list[tuple[list[float], list[int]] | None]
+
+    def metrics(self) -> dict[str, float]:
+        """``entropy/boundary1``, ..."""
+        return {
+            f"entropy/boundary{i}": value
+            for i, value in enumerate(self.boundaries, 1)
+            if not math.isnan(value)
+        }
+
+
+class EntropyRecorder:
+    """Collects the values of :class:`EntropyReport` during a step. Every rank has a recorder; only
+    ``gather`` is collective.
+
+    Args:
+        num_groups: entropy groups of the configuration.
+        vocab_size: the true vocabulary.
+        is_logging_rank: whether this rank's tokens count. Tensor- and context-parallel ranks see
+            the same responses, so only one of them logs.
+        device: device of the loss.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        vocab_size: int,
+        *,
+        is_logging_rank: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_groups, self.is_logging_rank, self.device = num_groups, is_logging_rank, device
+        self.highest = math.log(vocab_size)
+        self.start_step([])
+
+    def start_step(self, lengths: Sequence[int]) -> None:
+        """Reset for a step.
+
+        ``lengths``: response tokens of each logged sample, the same on every rank.
+        """
+        # float64 counts exactly. One flat tensor needs one all-reduce.
+        sizes = (self.num_groups * BINS, 2 * (self.num_groups - 1), 2 * sum(lengths))
+        self._all = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+        self._counts, boundaries, tokens = self._all.split(sizes)
+        self._boundaries = boundaries.view(2, -1)  # sum, number of responses
+        parts = tokens.split([2 * length for length in lengths])
+        self._tokens = [part.view(2, -1) for part in parts]  # entropy, group + 1
+
+    def record(self, batch: MicroBatch, segments: TokenSegments) -> None:
+        """Add the entropies of one micro-batch. Zero collectives."""
+        if not self.is_logging_rank or not segments.entropy.numel():
+            return
+        entropy, group = segments.entropy.double(), segments.group
+        bins = (entropy / self.highest * BINS).long().clamp(0, BINS - 1)
+        self._counts.index_add_(0, group * BINS + bins, torch.ones_like(entropy))
+        for boundary in range(1, self.num_groups):
+            above = entropy.where(group >= boundary, torch.inf)
+            lowest = above.new_full((len(segments.length),), torch.inf)
+            lowest = lowest.scatter_reduce(0, segments.response, above, "amin")
+            found = lowest[lowest.isfinite()]
+            sums = torch.stack([found.sum(), torch.ones_like(found).sum()])
+            self._boundaries[:, boundary - 1] += sums
+        tokens = torch.stack([entropy, (group + 1).double()]).split(batch.lengths.tolist(), dim=1)
+        for number, values in zip(batch.logged_sample, tokens, strict=True):
+            if number is not None:
+                self._tokens[number].copy_(values)
+
+    def gather(self) -> EntropyReport:
+        """The step's report on every rank. One all-reduce over all ranks."""
+        dist.all_reduce(self._all)
+        # One rank contributes each response, so the sum is its value. The group is 0 if no rank had
+        # it.
+        tokens = [
+            (entropy.tolist(), (group.long() - 1).tolist()) if bool((group > 0).all()) else None
+            for entropy, group in (part.cpu() for part in self._tokens)
+        ]
+        total, responses = self._boundaries.cpu()
+        return EntropyReport(
+            edges=[self.highest * i / BINS for i in range(BINS + 1)],
+            counts=self._counts.view(-1, BINS).long().tolist(),
+            boundaries=(total / responses).tolist(),
+            tokens=tokens,
+        )

@@ -1,0 +1,268 @@
+"""Metrics: sums over a micro-batch, means over a step, written to TensorBoard and
+``metrics.jsonl``.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_espo.algo import LossInputs, LossOutput, Objective, would_clip
+from megatron_espo.files import keep_steps
+from megatron_espo.monitoring.metric_names import board_layout
+from megatron_espo.types import Trajectory
+
+# The key prefix selects the reduction: "sum/x" / "count/x" is the mean x; "total/x", "max/x" and
+# "min/x" give x.
+_COMBINE = (
+    (("sum", "count", "total"), torch.sum, dist.ReduceOp.SUM),
+    (("max",), torch.amax, dist.ReduceOp.MAX),
+    (("min",), torch.amin, dist.ReduceOp.MIN),
+)
+
+
+def loss_metrics(
+    objective: Objective,
+    inputs: LossInputs,
+    result: LossOutput,
+    rollout_logprob: Tensor,
+    per_token: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Sums over the response tokens of one micro-batch, over all tokens and for each entropy group.
+
+    Args:
+        objective: computed ``result`` from ``inputs``.
+        inputs: of the loss.
+        result: of the loss.
+        rollout_logprob: ``[tokens]`` the engine's log-probs (nats).
+        per_token: further values ``[tokens]`` to average.
+
+    Returns:
+        Scalars (float32, this device). One sum over context-parallel ranks.
+    """
+    segments = inputs.segments
+    clipped_low, clipped_high = objective.clipped(inputs, result)
+    gap = (inputs.old_logprob - rollout_logprob).abs()
+    metrics = {
+        "max/mismatch/logprob_gap_max": _max(gap),
+        # The loss is already a weighted mean over the batch.
+        "total/loss/policy": result.loss.detach(),
+    }
+    averaged = {
+        "mismatch/logprob_gap_mean": gap,
+        # E_rollout[log π_rollout - log π_train]: the plain estimate of KL(engine || trainer).
+        "mismatch/kl": rollout_logprob - inputs.old_logprob,
+        "policy/entropy": segments.entropy,
+        "policy/clipped": (clipped_low | clipped_high).float(),
+        "policy/no_gradient": result.no_gradient.float(),
+        **{f"would_clip/{name}": clipped.float() for name, clipped in would_clip(inputs).items()},
+        **per_token,
+    }
+    over_group = {
+        "entropy": segments.entropy,
+        "epsilon": segments.high,
+        "ratio": result.ratio,
+        "clipped_low": clipped_low.float(),
+        "clipped_high": clipped_high.float(),
+        "no_gradient": result.no_gradient.float(),
+    }
+    clips = segments.high.isfinite()  # Without clipping there is no epsilon to report.
+    for group in range(len(objective.quantiles) + 1):
+        member = segments.group == group
+        averaged |= {
+            f"group{group}/{name}": values[member & clips if name == "epsilon" else member]
+            for name, values in over_group.items()
+        }
+        chosen = result.ratio[member]
+        metrics[f"max/group{group}/ratio_max"] = _max(chosen)
+        metrics[f"min/group{group}/ratio_min"] = -_max(-chosen)
+    for name, values in averaged.items():
+        metrics[f"sum/{name}"] = values.sum()
+        metrics[f"count/{name}"] = values.new_full((), values.numel())
+    return metrics
+
+
+def _max(values: Tensor) -> Tensor:
+    return values.max() if values.numel() else values.new_tensor(-torch.inf)
+
+
+def reduce_metrics(micro_batches: list[dict[str, Tensor]], group) -> dict[str, float]:
+    """Combine micro-batches and ranks. Three all-reduces over ``group``.
+
+    Args:
+        micro_batches: metrics of the last pipeline stage; empty on other stages, which return
+            ``{}``.
+        group: data-parallel group (with context parallelism) of that stage.
+    """
+    if not micro_batches:
+        return {}
+    values: dict[str, float] = {}
+    for kinds, combine, operation in _COMBINE:
+        names = [name for name in micro_batches[0] if name.split("/", 1)[0] in kinds]
+        # float64: float32 cannot count past 2^24 tokens.
+        rows = [torch.stack([batch[name] for name in names]) for batch in micro_batches]
+        combined = combine(torch.stack(rows).double(), dim=0)
+        dist.all_reduce(combined, op=operation, group=group)
+        values |= dict(zip(names, combined.tolist(), strict=True))
+    return _means(values)
+
+
+def reduce_metrics_everywhere(micro_batches: list[dict[str, Tensor]], group) -> dict[str, float]:
+    """:func:`reduce_metrics`, then sent to the ranks of the other pipeline stages too: one
+    broadcast over all ranks.
+    """
+    box = [reduce_metrics(micro_batches, group)]
+    # Pipeline stages are the outermost dimension of Megatron's rank order: the last rank is on the
+    # last stage.
+    dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
+    return box[0]
+
+
+def _means(values: dict[str, float]) -> dict[str, float]:
+    """Values by name, without metrics that have no token."""
+    means = {}
+    for key, value in values.items():
+        kind, name = key.split("/", 1)
+        if kind == "sum" and values[f"count/{name}"]:
+            means[name] = value / values[f"count/{name}"]
+        # The maximum of no values is -inf. NaN stays visible.
+        elif kind == "total" or (kind in ("max", "min") and not math.isinf(value)):
+            means[name] = value
+    return means
+
+
+def average_steps(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps that report it; maximum of ``*_max``, minimum of
+    ``*_min``.
+    """
+    combine, names = {"_max": max, "_min": min}, {name: None for r in results for name in r}
+    return {
+        name: combine.get(name[-4:], statistics.fmean)([r[name] for r in results if name in r])
+        for name in names
+    }
+
+
+def rollout_metrics(
+    rollouts: list[list[Trajectory]], rewards: Tensor, advantages: Tensor
+) -> dict[str, float]:
+    """Reward and length metrics of one rollout batch.
+
+    Args:
+        rollouts: ``[prompt][sample]``.
+        rewards: ``[prompts, group_size]``, NaN where the verifier failed.
+        advantages: ``[prompts, group_size]``.
+
+    Returns:
+        ``reward/*``, ``rollout/*`` and ``environment/*``; see ``metric_names``.
+    """
+    samples = [sample for group in rollouts for sample in group]
+    parts = [part for sample in samples for part in sample.parts]
+    lengths = torch.tensor([float(sample.num_trained) for sample in samples])
+    ran = rewards[~rewards.isnan()]
+    highest, lowest = rewards.nan_to_num(-torch.inf).amax(1), rewards.nan_to_num(torch.inf).amin(1)
+    any_ran = ~rewards.isnan().all(1)
+    spread = float(ran.std()) if ran.numel() > 1 else 0.0
+    metrics = {
+        "reward/mean": float(ran.mean()),
+        "reward/std": spread,
+        "reward/standard_error": spread / max(1, ran.numel()) ** 0.5,
+        "reward/equal_groups": float((highest <= lowest).float().mean()),
+        "reward/solved_all": float(((lowest >= 1) & any_ran).float().mean()),
+        "reward/solved_none": float(((highest <= 0) & any_ran).float().mean()),
+        "reward/failed": float(rewards.isnan().sum()),
+        "rollout/with_advantage": float((advantages != 0).float().mean()),
+        "rollout/length_mean": float(lengths.mean()),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated": sum(sample.truncated for sample in samples) / len(samples),
+        "environment/failed": float(sum(sample.failed for sample in samples)),
+        "environment/turns": sum(len(part.turns) for part in parts) / len(samples),
+        "environment/splits": float(len(parts) - len(samples)),
+    }
+    for name in sorted({name for sample in samples for name in sample.rewards}):
+        values = [sample.rewards[name] for sample in samples if name in sample.rewards]
+        metrics[f"environment/reward_{name}"] = sum(values) / len(values)
+    return metrics
+
+
+def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    """One line for the terminal."""
+    seconds = {name[5:-2]: value for name, value in metrics.items() if name.startswith("time/")}
+    total = seconds.pop("step")
+    phases = " ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    gap = metrics.get("mismatch/logprob_gap_mean")
+    gap_text = "none trained" if gap is None else f"{gap:.1e}"
+    reward, length = metrics["reward/mean"], metrics["rollout/length_mean"]
+    return (
+        f"step {step}/{steps}  reward {reward:.3f}  length {length:.1f}  "
+        f"grad norm {metrics['optimizer/grad_norm']:.2f}  log-prob gap {gap_text}  "
+        f"{total:.1f} s ({phases})"
+    )
+
+
+class MetricsWriter:
+    """Writes metrics to TensorBoard and, one JSON object for each step, to ``metrics.jsonl``. Rank
+    0 only.
+
+    Args:
+        folder: of the run.
+        wandb: a run of Weights & Biases that gets the same metrics, or ``None``.
+        after_step: the step from which the run continues. Removes what was written for later steps.
+    """
+
+    def __init__(self, folder: str | Path, wandb: Any = None, after_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = Path(folder)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
+        self._board.add_custom_scalars(board_layout())
+        path = self.folder / "metrics.jsonl"
+        keep_steps(path, after_step)
+        self._lines = path.open("a", encoding="utf-8")
+        self._wandb = wandb
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Write ``metrics`` of ``step`` (counted from 1) and flush."""
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._lines.flush()
+        self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def text(self, name: str, value: str, step: int) -> None:
+        """Write a text sample to TensorBoard."""
+        self._board.add_text(name, value, step)
+
+    def histogram(self, name: str, counts: list[int], edges: list[float], step: int) -> None:
+        """Write a histogram to TensorBoard: ``counts`` of the bins between ``edges``."""
+        count, edge = np.array(counts), np.array(edges)
+        (occupied,) = count.nonzero()
+        if not occupied.size:
+            return
+        middles = (edge[:-1] + edge[1:]) / 2
+        self._board.add_histogram_raw(
+            name,
+            min=edge[occupied[0]],
+            max=edge[occupied[-1] + 1],
+            num=count.sum(),
+            sum=count @ middles,
+            sum_squares=count @ middles**2,
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        """Flush and close the files, and finish the run of Weights & Biases."""
+        self._board.close()
+        self._lines.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,66 @@
+"""Times the phases of a step on every rank, and shows a progress bar on rank 0."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+from megatron_espo.distributed.watchdog import BETWEEN
+
+OnProgress = Callable[[int, int], None]
+
+
+class Phases:
+    """Times named phases and shows a bar for the running one on a terminal (standard error).
+
+    Args:
+        draw: whether this rank shows the bar; without a terminal it never does.
+        heartbeat: called on every progress, and with the phase's name and the step at its start and
+            end (``Watchdog.heartbeat``).
+    """
+
+    def __init__(self, draw: bool, heartbeat: Callable[..., None] = lambda *_: None) -> None:
+        self._draw, self._heartbeat = draw and sys.stderr.isatty(), heartbeat
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, step: int, steps: int) -> Iterator[OnProgress]:
+        """Time a phase and add its seconds to ``seconds[name]``.
+
+        Yields ``on_progress(finished, total)``.
+        """
+        start = time.perf_counter()
+        self._heartbeat(name, step)
+        try:
+            label = f"step {step}/{steps} {name}"
+            with self._bar(label) if self._draw else nullcontext(lambda *_: None) as draw:
+
+                def on_progress(finished: int, total: int) -> None:
+                    self._heartbeat()
+                    draw(finished, total)
+
+                yield on_progress
+            self._heartbeat(BETWEEN, step)  # not after a failure: the error names the phase
+        finally:
+            self.add({name: time.perf_counter() - start})
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Add seconds of phases that were timed elsewhere."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    def pop(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+    @staticmethod
+    @contextmanager
+    def _bar(label: str) -> Iterator[OnProgress]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        columns = ("{task.description:<28}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda finished, total: progress.update(task, completed=finished, total=total)

@@ -1,0 +1,195 @@
+"""Reads a run's folder: metrics by name, settings, samples and problems."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_espo.errors import InputError
+from megatron_espo.files import read_json, read_jsonl
+from megatron_espo.monitoring.metric_names import LARGE_GAP
+
+# The last line of a Python traceback, with or without vLLM's prefix.
+_EXCEPTION = re.compile(
+    r"(?:^|\] )((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout)\b.*)$"
+)
+_STEP = re.compile(r'{"step": (\d+),')
+_MOST_EXCEPTIONS = 12
+SAMPLE_STEPS = 6
+
+
+def write_summary(folder: str | Path, *, seconds: float, seed: int) -> dict[str, float]:
+    """Write ``summary.json``: mean reward of the first and last three steps, steps, seconds of the
+    run, seed.
+    """
+    rewards = [line["reward/mean"] for line in read_jsonl(Path(folder, "metrics.jsonl"))]
+    means = {"reward_first3": fmean(rewards[:3]), "reward_last3": fmean(rewards[-3:])}
+    summary = means | {"steps": len(rewards), "seconds": round(seconds, 1), "seed": seed}
+    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a report shows of one run.
+
+    Attributes:
+        folder: of the run.
+        name: unique among the runs of a report.
+        lines: ``metrics.jsonl`` by step; of a repeated step the last line.
+        config, summary, status: ``config.json``, ``summary.json``, ``status.json``; ``{}`` if there
+            is none.
+        samples: lines of ``samples.jsonl`` by step, of ``SAMPLE_STEPS`` steps spread evenly over
+            those with trained samples.
+        entropies: lines of ``entropy.jsonl``.
+        engine_exceptions: last lines of tracebacks in ``engine.log``, with their number.
+    """
+
+    folder: Path
+    name: str
+    lines: list[dict[str, Any]]
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    status: dict[str, Any]
+    samples: dict[int, list[dict[str, Any]]]
+    entropies: list[dict[str, Any]]
+    engine_exceptions: Counter[str]
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps that report ``metric``, and its values."""
+        lines = [line for line in self.lines if isinstance(line.get(metric), int | float)]
+        return [line["step"] for line in lines], [float(line[metric]) for line in lines]
+
+    def names(self, pattern: str) -> list[str]:
+        """Metrics whose whole name matches, in order of appearance."""
+        names = dict.fromkeys(name for line in self.lines for name in line)
+        return [name for name in names if re.fullmatch(pattern, name)]
+
+    def mean(self, metric: str) -> float:
+        """Over the steps that report it; NaN without any."""
+        values = [value for value in self.series(metric)[1] if math.isfinite(value)]
+        return fmean(values) if values else math.nan
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of ``config.json``, or ``None``."""
+        return self.config.get(section, {}).get(key)
+
+    @property
+    def phases(self) -> list[str]:
+        """Phases of a step, without those that are part of another phase."""
+        names = [name[5:-2] for name in self.names("time/.*")]
+        return [name for name in names if name not in ("step", "verify", "canary")]
+
+    def problems(self) -> list[str]:
+        """Problems of the run, worst first."""
+        last, found = self.lines[-1]["step"], []
+
+        def steps_where(metric: str, test: Callable[[float], bool] = bool) -> list[int]:
+            return [step for step, x in zip(*self.series(metric), strict=True) if test(x)]
+
+        state, why = self.status.get("state"), self.status.get("why")
+        if state in ("failed", "requeue"):
+            verb = "failed" if state == "failed" else "was asked to stop"
+            found.append(f"the run {verb} after step {last}: {why}")
+        elif not self.summary:
+            steps = self.setting("run", "steps") or "?"
+            found.append(
+                f"the run had not finished when this was written ({last} of {steps} steps)"
+            )
+        if steps := steps_where("sync/restarts"):
+            total = sum(self.series("sync/restarts")[1])
+            when = f"at the weight updates of steps {_some(steps)}"
+            found.append(f"the rollout engine was restarted {total:.0f} times, {when}")
+        if missing := sorted(set(range(1, last + 1)) - {line["step"] for line in self.lines}):
+            found.append(f"no metrics of {len(missing)} steps: {_some(missing)}")
+        metrics = self.names(r".+/.+")
+        if broken := [n for n in metrics if not all(map(math.isfinite, self.series(n)[1]))]:
+            found.append(f"NaN or infinity in {', '.join(broken)}")
+        if steps := steps_where("optimizer/skipped"):
+            found.append(
+                f"updates were skipped in steps {_some(steps)}, because a gradient was not finite "
+                "(bad_batches/)"
+            )
+        if failed := sum(self.series("reward/failed")[1]):
+            why = "the verifier crashed, hung or returned no number"
+            found.append(f"{failed:.0f} responses were not judged: {why}")
+        if steps := steps_where("mismatch/logprob_gap_mean", lambda gap: not gap <= LARGE_GAP):
+            gap = f"more than {LARGE_GAP:g} nats a token"
+            found.append(f"engine and trainer differ by {gap} in steps {_some(steps)}")
+        for line, count in self.engine_exceptions.most_common(_MOST_EXCEPTIONS):
+            found.append(f"engine.log: {line[:300]}" + (f" ({count} times)" if count > 1 else ""))
+        return found
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
+    """Read the runs in ``folders``.
+
+    Raises:
+        InputError: no such folder, or no finished step in it.
+    """
+    names: Counter[str] = Counter()
+    runs = []
+    for folder in map(Path, folders):
+        lines = {line["step"]: line for line in read_jsonl(folder / "metrics.jsonl")}
+        if not lines:
+            raise InputError(
+                f"{folder}: expected a run's folder with at least one step in metrics.jsonl, "
+                "found none"
+            )
+        config, summary, status = (
+            read_json(folder / f"{name}.json") for name in ("config", "summary", "status")
+        )
+        name = folder.resolve().name
+        names[name] += 1
+        runs.append(
+            RunData(
+                folder,
+                name if names[name] == 1 else f"{name} ({names[name]})",
+                [lines[step] for step in sorted(lines)],
+                config,
+                summary,
+                status,
+                _read_samples(folder / "samples.jsonl"),
+                read_jsonl(folder / "entropy.jsonl"),
+                _exceptions(folder / "engine.log"),
+            )
+        )
+    return runs
+
+
+def _read_samples(path: Path) -> dict[int, list[dict[str, Any]]]:
+    """Parses only the lines that are shown: the file of a long run has hundreds of MB."""
+    if not path.is_file():
+        return {}
+    trained: dict[int, bool] = {}
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if match := _STEP.match(line):
+                step = int(match[1])
+                trained[step] = trained.get(step, False) or not line.endswith('"groups": null}\n')
+    steps = sorted(step for step, found in trained.items() if found) or sorted(trained)
+    count = min(SAMPLE_STEPS, len(steps))
+    chosen: dict[int, list] = {
+        steps[round(i * (len(steps) - 1) / max(1, count - 1))]: [] for i in range(count)
+    }
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if (match := _STEP.match(line)) and int(match[1]) in chosen and line.endswith("\n"):
+                chosen[int(match[1])].append(json.loads(line))
+    return chosen
+
+
+def _exceptions(log: Path) -> Counter[str]:
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    matches = map(_EXCEPTION.search, text.splitlines())
+    return Counter(match.group(1) for match in matches if match)
+
+
+def _some(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown + (f", ... ({len(numbers)} in all)" if len(numbers) > 8 else "")

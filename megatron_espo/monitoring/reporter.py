@@ -1,0 +1,210 @@
+"""Logs a step: metrics, entropy histograms and samples, to files, TensorBoard and the terminal."""
+
+import importlib
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_espo.config import Config
+from megatron_espo.data.scored_groups import ScoredGroups
+from megatron_espo.data.tokenizer import Tokenizer
+from megatron_espo.distributed.runtime import Runtime
+from megatron_espo.errors import InputError
+from megatron_espo.files import keep_steps
+from megatron_espo.monitoring.entropy import EntropyRecorder, EntropyReport
+from megatron_espo.monitoring.metric_names import LARGE_GAP
+from megatron_espo.monitoring.metrics import MetricsWriter, rollout_metrics, step_line
+from megatron_espo.monitoring.samples import SampleIndex, as_markdown, choose_samples, sample_record
+from megatron_espo.monitoring.throughput import peak_flops, system_metrics, training_flops
+
+
+class LogProbGap(RuntimeError):
+    """The log-probs of engine and trainer differ by more than ``rollout.log_prob_gap_stop``."""
+
+
+class Reporter:
+    """Logs steps. Every rank has a reporter, because the last pipeline stage has the entropies;
+    rank 0 writes.
+
+    Args:
+        config: the run's configuration.
+        hf_config: the model's ``config.json``.
+        runtime: rank and process groups.
+        tokenizer: decodes samples on rank 0; not used on other ranks.
+
+    Raises:
+        InputError: ``run.wandb`` without the package.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        hf_config: dict[str, Any],
+        runtime: Runtime,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        if config.run.wandb and importlib.util.find_spec("wandb") is None:
+            raise InputError(
+                "run.wandb: expected the package wandb, found none; "
+                "pip install wandb, or set it to false"
+            )
+        self.config, self._hf_config, self._runtime = config, hf_config, runtime
+        self._tokenizer = tokenizer
+        groups = runtime.groups
+        self._recorder = EntropyRecorder(
+            len(config.algorithm.quantiles) + 1,
+            hf_config["vocab_size"],
+            is_logging_rank=groups.tp.rank() == 0 and groups.cp.rank() == 0,
+            device=runtime.device,
+        )
+        self.record = self._recorder.record
+        self._logged: list[SampleIndex] = []
+        self._folder = Path(config.run.dir)
+        self._writer: MetricsWriter | None = None
+
+    def open(self, after_step: int) -> None:
+        """Open the files on rank 0.
+
+        Removes what an earlier part of the run wrote for steps after ``after_step``.
+        """
+        if self._runtime.is_main:
+            self._writer = MetricsWriter(self._folder, self._start_wandb(), after_step)
+            for name in ("samples.jsonl", "entropy.jsonl", "eval.jsonl"):
+                keep_steps(self._folder / name, after_step)
+
+    def _start_wandb(self) -> Any:
+        run, settings = self.config.run, self.config.model_dump(mode="json")
+        if not run.wandb:
+            return None
+        wandb = importlib.import_module("wandb")
+        return wandb.init(name=run.dir, dir=run.dir, config=settings)
+
+    def start_step(self, groups: ScoredGroups) -> dict[SampleIndex, int]:
+        """Choose the samples to log, before training.
+
+        Returns their numbers by ``(prompt, sample)``.
+        """
+        self._logged = choose_samples(groups.rewards, self.config.run.samples_per_step)
+        samples = [groups.rollouts[prompt][sample] for prompt, sample in self._logged]
+        self._recorder.start_step([int(sample.loss_mask.sum()) for sample in samples])
+        return {index: number for number, index in enumerate(self._logged)}
+
+    def write(
+        self,
+        step: int,
+        groups: ScoredGroups,
+        advantages: torch.Tensor,
+        metrics: dict[str, float],
+        seconds: dict[str, float],
+    ) -> None:
+        """Write a step's metrics and samples after training, and print one line. Collective: one
+        all-reduce.
+
+        Args:
+            step: counted from 1.
+            groups: the step's rollouts.
+            advantages: ``[prompts, group_size]``.
+            metrics: of training and evaluation.
+            seconds: by phase, and ``step``.
+
+        Raises:
+            LogProbGap: on every rank. The step is not written.
+        """
+        gap, rollout = metrics.get("mismatch/logprob_gap_mean", 0.0), self.config.rollout
+        if rollout.log_prob_gap_stop is not None:
+            limit = rollout.log_prob_gap_stop
+            if message := _gap_message(gap, limit, "rollout.log_prob_gap_stop = "):
+                raise LogProbGap(message)
+        entropies = self._recorder.gather()
+        if self._writer is None:
+            return
+        metrics = metrics | rollout_metrics(groups.rollouts, groups.rewards, advantages)
+        metrics |= entropies.metrics() | {
+            "rollout/staleness": groups.staleness(step),
+            "rollout/staleness_max": float(groups.max_staleness(step)),
+        }
+        metrics |= {f"time/{name}_s": value for name, value in seconds.items()}
+        metrics |= self._throughput(groups, advantages, metrics) | system_metrics()
+        self._writer.write(step, metrics)
+        self._write_entropies(step, entropies)
+        self._write_samples(step, groups, advantages, entropies)
+        print(step_line(step, self.config.run.steps, metrics), flush=True)
+        message = _gap_message(gap, LARGE_GAP)
+        if message and not groups.max_staleness(step):  # older weights explain a gap
+            print(f"warning: {message}", flush=True)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _throughput(
+        self, groups: ScoredGroups, advantages: torch.Tensor, metrics: dict[str, float]
+    ) -> dict[str, float]:
+        found = {}
+        if rollout_s := metrics.get("time/rollout_s"):
+            tokens = float(groups.lengths().sum())
+            found["throughput/response_tokens_per_s"] = tokens / rollout_s
+        train_s, peak = metrics.get("time/train_s"), peak_flops(self.config.model.dtype)
+        if train_s and "train/tokens" in metrics:
+            found["throughput/trained_tokens_per_s"] = metrics["train/tokens"] / train_s
+            if peak:
+                trained = [
+                    len(part.prompt_ids) + len(part.response_ids)
+                    for sample, advantage in zip(
+                        groups.samples, advantages.flatten().tolist(), strict=True
+                    )
+                    if advantage
+                    for part in sample.parts
+                ]
+                flops = training_flops(self._hf_config, trained) * self.config.algorithm.num_epochs
+                found["throughput/mfu"] = flops / (train_s * peak * dist.get_world_size())
+        return found
+
+    def _write_entropies(self, step: int, report: EntropyReport) -> None:
+        assert self._writer
+        for group, counts in enumerate(report.counts):
+            self._writer.histogram(f"entropy/group{group}", counts, report.edges, step)
+        boundaries = [None if math.isnan(value) else value for value in report.boundaries]
+        record = {"highest": report.edges[-1], "counts": report.counts, "boundaries": boundaries}
+        self._append("entropy.jsonl", {"step": step} | record)
+
+    def _write_samples(
+        self, step: int, groups: ScoredGroups, advantages: torch.Tensor, entropies: EntropyReport
+    ) -> None:
+        assert self._writer and self._tokenizer
+        for number, index in enumerate(self._logged):
+            prompt, sample = index
+            reward, advantage = float(groups.rewards[index]), float(advantages[index])
+            record = sample_record(
+                step,
+                groups.rollouts[prompt][sample],
+                None if math.isnan(reward) else reward,
+                advantage,
+                self._tokenizer.decode,
+                entropies.tokens[number],
+            )
+            self._append("samples.jsonl", record)
+            self._writer.text(f"samples/{number}", as_markdown(record), step)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with open(self._folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _gap_message(gap: float, limit: float, setting: str = "") -> str | None:
+    """A message if the log-prob gap is above the limit or NaN: stale weights, or different sampling
+    distributions.
+    """
+    if gap <= limit:
+        return None
+    return (
+        f"mean |engine - trainer| log-prob gap {gap:.3g} nats, "
+        f"above {setting}{limit:g}: "
+        "compare dtypes, temperature and weights of trainer and engine"
+    )

@@ -1,0 +1,165 @@
+"""One rank's columns of the vocabulary, and the collectives over tensor-parallel ranks."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_espo.numerics import torch_path
+from megatron_espo.numerics.statistics import merge
+
+Path = Literal["auto", "torch", "compiled", "triton"]
+# On a CPU a compilation takes seconds, and pays off from this number of logits on.
+COMPILE_FROM = 1 << 24
+
+
+def choose_path(path: Path, like: Tensor, elements: int) -> Path:
+    """Resolve ``auto`` from device and dtype of ``like`` and the number of logits alone.
+
+    Equal runs therefore take equal paths.
+    """
+    if path not in get_args(Path):
+        raise ValueError(f"path must be one of {', '.join(get_args(Path))}, got {path!r}")
+    double = like.dtype == torch.float64
+    if path == "triton" and double:
+        raise ValueError("path='triton' computes in float32; use path='torch' for float64 logits")
+    if path != "auto":
+        return path
+    if like.is_cuda and not double and importlib.util.find_spec("triton"):
+        return "triton"
+    large = like.device.type == "cpu" and elements >= COMPILE_FROM and not double
+    has_compiler = large and any(map(shutil.which, ("c++", "g++", "clang++")))
+    return "compiled" if has_compiler else "torch"
+
+
+class Shard:
+    """The columns of the vocabulary that a rank holds.
+
+    Args:
+        width: columns, padding included.
+        group: tensor-parallel process group; ``None``: this rank has the whole vocabulary.
+        vocab_size: the true vocabulary; ``None``: every column of every rank.
+        temperature: the sampling temperature.
+        path: implementation, from :func:`choose_path`.
+
+    Attributes:
+        columns: how many leading columns are true vocabulary.
+        scale: 1/temperature.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        group: dist.ProcessGroup | None,
+        vocab_size: int | None,
+        temperature: float,
+        path: Path,
+    ) -> None:
+        self.group, self.scale, self.path = group, 1.0 / temperature, path
+        self._first = 0 if group is None else group.rank() * width
+        true = width if vocab_size is None else vocab_size - self._first
+        self.columns = min(max(true, 0), width)
+
+    def statistics(
+        self, logits: Tensor, targets: Tensor, store: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums of :mod:`megatron_espo.numerics.statistics` over this shard.
+
+        Args:
+            logits: ``[tokens, width]``, not changed.
+            targets: ``[tokens]`` int64 global token ids.
+            store: ``[tokens, width]`` of a narrower dtype: receives the logits minus the maximum of
+                their tile of columns.
+
+        Returns:
+            ``(m, a, b, y)`` as ``[tokens, 4]``, float32 (float64 for float64 logits), and with
+            ``store`` the maxima ``[tokens, tiles]``.
+        """
+        run: Callable = partial(torch_path.statistics, compiled=self.path == "compiled")
+        if self.path == "triton":
+            from megatron_espo.numerics import triton_path
+
+            run = triton_path.statistics
+        sums, tile_max = run(logits, self.columns, self.scale, store)
+        local = targets - self._first
+        here = (local >= 0) & (local < self.columns)
+        index = local.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+        y = torch.where(here, logits.gather(1, index).squeeze(1).to(sums.dtype), -torch.inf)
+        return torch.cat((sums, y.unsqueeze(1)), dim=1), tile_max
+
+    def gradient(
+        self,
+        source: Tensor,
+        out: Tensor,
+        targets: Tensor,
+        terms: Tensor,
+        entropy: bool,
+        tile_max: Tensor | None = None,
+    ) -> None:
+        """Write the gradient of the logits into ``out``; padded columns get exactly 0.
+
+        Args:
+            source: ``[tokens, width]`` logits, or with ``tile_max`` what :meth:`statistics` stored.
+            out: ``[tokens, width]``; may be ``source`` itself.
+            targets: ``[tokens]`` int64 global token ids.
+            terms: ``[tokens, 5]`` of :func:`~megatron_espo.numerics.statistics.gradient_terms`.
+            entropy: whether the entropy has a gradient.
+        """
+        run: Callable = partial(torch_path.gradient, compiled=self.path == "compiled")
+        if self.path == "triton":
+            from megatron_espo.numerics import triton_path
+
+            run = triton_path.gradient
+        local = targets - self._first
+        run(source, out, self.columns, local, terms, self.scale, entropy, tile_max)
+
+    def merge(self, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(m, a, b, y)`` of the whole vocabulary from ``stats [tokens, 4]``: one all-gather."""
+        parts = stats.unsqueeze(0)
+        if self.group is not None and self.group.size() > 1 and stats.numel():
+            parts = stats.new_empty(self.group.size(), *stats.shape)
+            all_gather(parts.flatten(0, 1), stats, self.group)
+        m, a, b, y = parts.unbind(-1)
+        return *merge(m, a, b, self.scale, dim=0), y.amax(0)
+
+
+# torch 2.13 renamed both collectives.
+
+
+def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
+    """``out`` = every rank's ``part`` along the first dimension."""
+    run = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    run(out, part, group=group)
+
+
+def reduce_scatter(out: Tensor, whole: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start ``out`` = this rank's rows of the sum of every rank's ``whole``."""
+    run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return run(out, whole, group=group, async_op=True)
+
+
+def check_arguments(
+    targets: Tensor,
+    shard_shape: tuple[int, ...],
+    group: dist.ProcessGroup | None,
+    temperature: float,
+    vocab_size: int | None,
+) -> None:
+    """Raise ValueError unless the arguments describe one ``[tokens, vocab/tp]`` shard."""
+    if len(shard_shape) != 2:
+        raise ValueError(
+            f"logits must be [tokens, vocab/tp], got {list(shard_shape)}; flatten them"
+        )
+    tokens, total = shard_shape[0], shard_shape[1] * (1 if group is None else group.size())
+    if targets.shape != (tokens,) or targets.dtype != torch.int64:
+        got = f"{targets.dtype} {list(targets.shape)}"
+        raise ValueError(f"targets must be int64 [{tokens}], got {got}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if vocab_size is not None and not 0 < vocab_size <= total:
+        raise ValueError(f"vocab_size must lie in 1..{total} (all columns), got {vocab_size}")

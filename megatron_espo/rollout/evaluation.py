@@ -1,0 +1,288 @@
+"""Evaluation of held-out prompts during a run or of a model folder: avg@k, pass@k, intervals."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_espo.config import Config
+from megatron_espo.config.checks import check_model
+from megatron_espo.data.prompts import PromptStream
+from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_espo.monitoring.progress import Phases
+from megatron_espo.rewards.pool import RewardPool, wait_all
+from megatron_espo.rollout.engine import Sampling
+from megatron_espo.rollout.http_client import LoopThread
+from megatron_espo.rollout.pool import EnginePool, request_seeds
+from megatron_espo.rollout.runner import EnvironmentRunner, load_environment
+from megatron_espo.rollout.sampler import checked
+from megatron_espo.rollout.server import EngineConfig
+from megatron_espo.rollout.transport import engine_devices, resolve_transport
+from megatron_espo.rollout.vllm_engine import VLLMEngine
+from megatron_espo.types import Trajectory
+
+RESAMPLES = 5000
+CONFIDENCE = 0.95  # level of the intervals
+# Entries of a reasoning-gym task without its own seed must differ from those of the training run.
+_SEED_OFFSET = 1_000_003
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Estimate the chance that one of ``k`` responses is correct, without bias.
+
+    ``1 - C(n - c, k) / C(n, k)`` (Chen et al., 2021).
+
+    Args:
+        n: responses.
+        c: correct responses among them.
+        k: at most ``n``.
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def bootstrap_interval(
+    values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of ``values``, one for each prompt.
+
+    Draws ``RESAMPLES`` samples of the prompts with replacement. If all values are equal, the
+    interval is a point.
+    """
+    column = np.asarray(values, dtype=np.float64)
+    count, generator = len(column), np.random.default_rng(seed)
+    # A loop: one array would hold RESAMPLES x prompts numbers.
+    means = [column[generator.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scored responses.
+
+    Attributes:
+        rollouts: ``[prompt][sample]``.
+        rewards: ``[prompt][sample]``; ``None``: scoring failed, which counts as wrong.
+    """
+
+    rollouts: list[list[Trajectory]]
+    rewards: list[list[float | None]]
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``eval/*``: avg@n, pass@k, their intervals, mean reward and length, failures.
+
+        ``k`` is every power of two up to the ``n`` responses of a prompt, and ``n``. A response is
+        correct with a reward of at least 1.
+        """
+        n = len(self.rewards[0])
+        found: dict[str, float] = {}
+        correct = [sum(r is not None and r >= 1 for r in row) for row in self.rewards]
+        columns = {f"avg@{n}": [c / n for c in correct]}
+        for k in sorted({2**i for i in range(n.bit_length())} | {n}):
+            columns[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
+        for name, values in columns.items():
+            low, high = bootstrap_interval(values)
+            key = f"eval/{name}"
+            found |= {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
+        scored = [reward for row in self.rewards for reward in row if reward is not None]
+        responses = [sample for group in self.rollouts for sample in group]
+        if scored:
+            found["eval/reward_mean"] = float(np.mean(scored))
+        return found | {
+            "eval/length_mean": float(np.mean([sample.num_trained for sample in responses])),
+            "eval/truncated": float(np.mean([sample.truncated for sample in responses])),
+            "eval/failed": float(len(responses) - len(scored)),
+        }
+
+    def record(self, **head: Any) -> dict[str, Any]:
+        """Return JSON values: ``head``, the metrics, rewards and response lengths by prompt."""
+        prompts = []
+        for group, row in zip(self.rollouts, self.rewards, strict=True):
+            lengths = [sample.num_trained for sample in group]
+            prompts.append({"id": group[0].prompt.id, "rewards": row, "lengths": lengths})
+        return head | {"metrics": self.metrics(), "confidence": CONFIDENCE, "prompts": prompts}
+
+
+def render_table(metrics: dict[str, float], prompts: int) -> str:
+    """Format the metrics of one evaluation for a terminal."""
+    lines = [f"{prompts} prompts, {CONFIDENCE:.0%} bootstrap intervals over prompts"]
+    for name, value in metrics.items():
+        if not name.endswith(("_low", "_high")):
+            low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
+            interval = "" if low is None else f"   {low:.4f} – {high:.4f}"
+            lines.append(f"  {name.removeprefix('eval/'):<12} {value:>10.4f}{interval}")
+    return "\n".join(lines)
+
+
+def engine_config(
+    config: Config,
+    max_model_len: int,
+    *,
+    routed_experts: bool = False,
+    load_weights: bool = False,
+    listen: str | None = None,
+) -> EngineConfig:
+    """Return the settings of this rank's rollout engine.
+
+    Args:
+        load_weights: load the weights of the model folder, in a child process on this machine.
+        listen: address of its server; ``None``: chosen by the server.
+    """
+    rollout, rank = config.rollout, int(os.environ.get("RANK", "0"))
+    hosts, visible = () if load_weights else rollout.hosts, rollout.visible_devices
+    transport = "" if load_weights else resolve_transport(rollout.transport, visible, bool(hosts))
+    sizes = rollout.engines, rollout.tensor_parallel_size
+    devices = None if hosts else engine_devices(visible, *sizes, os.environ)
+    # Each rank with an engine begins with another host.
+    first = rank * rollout.engines // int(os.environ.get("WORLD_SIZE", "1"))
+    # A keeper on another machine may run in another folder.
+    resolve = os.path.abspath if hosts else str
+    return EngineConfig(
+        model=resolve(config.model.path),
+        folder=resolve(config.run.dir),
+        log_name=f"engine-rank{rank}.log" if rank else "engine.log",
+        dtype=config.model.dtype,
+        transport=transport,
+        max_model_len=max_model_len,
+        temperature=rollout.temperature,
+        seed=config.run.seed,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        timeout_s=rollout.timeout_s,
+        start_timeout_s=rollout.timeout_s,
+        visible_devices=devices,
+        hosts=hosts[first:] + hosts[:first],
+        host_timeout_s=rollout.host_timeout_s,
+        listen=listen,
+        sleep=rollout.sleep and not load_weights,
+        routed_experts=routed_experts,
+        load_weights=load_weights,
+        engine_args=rollout.engine_args,
+    )
+
+
+class Evaluator:
+    """Samples and scores the prompts of ``eval.prompts`` (without it: of ``data.prompts``).
+
+    Args:
+        config: the run's configuration.
+        tokenizer: the trainer's.
+        max_model_len: the engine's context.
+
+    Raises:
+        InputError: bad rows.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int) -> None:
+        settings, rollout = config.eval, config.rollout
+        source = config.data if settings.prompts is None else settings
+        data = {"prompts": source.prompts, "task_args": source.task_args, "shuffle": False}
+        if source.columns is not None:
+            data["columns"] = source.columns
+        stream = PromptStream(
+            config.data.model_copy(update=data),
+            tokenizer,
+            config.run.seed + _SEED_OFFSET,
+            max_response_tokens=rollout.max_response_tokens,
+            max_model_len=max_model_len,
+        )
+        self.prompts = stream.take(min(len(stream), settings.max_prompts or len(stream)))
+        self._samples, self._seed = settings.samples, config.run.seed
+        temperature = rollout.temperature if settings.temperature is None else settings.temperature
+        self.sampling = Sampling(
+            max_tokens=rollout.max_response_tokens,
+            temperature=temperature,
+            stop_token_ids=tuple(sorted(tokenizer.eos_ids)),
+        )
+
+    def run(
+        self,
+        runner: EnvironmentRunner,
+        rewards: RewardPool,
+        phases: Phases,
+        step: int,
+        steps: int,
+        check: Callable[[], None],
+    ) -> Evaluation:
+        """Sample and score. The seeds are the same in every call: only the weights differ.
+
+        Args:
+            check: called several times a second; an exception ends the evaluation.
+        """
+        seeds = request_seeds(self.prompts, self._samples, self._seed)
+        with phases.phase("eval", step, steps) as on_progress:
+            poll = checked(check, on_progress)
+            futures = [
+                runner.start(prompt, f"eval{step}.{i}.{j}", seed, self.sampling, slot=i)
+                for i, prompt in enumerate(self.prompts)
+                for j, seed in enumerate(seeds[i])
+            ]
+            try:
+                samples: list[Trajectory] = wait_all(futures, poll)
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+            unscored = [(found.prompt, found.text) for found in samples if found.reward is None]
+            scores = iter(rewards.score(unscored, poll))
+        values = [next(scores) if found.reward is None else found.reward for found in samples]
+        row = [None if value is None or math.isnan(value) else value for value in values]
+        starts = range(0, len(samples), self._samples)
+        groups = [samples[start : start + self._samples] for start in starts]
+        return Evaluation(groups, [row[start : start + self._samples] for start in starts])
+
+
+def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
+    """Run ``megatron-espo eval``: evaluate ``model.path`` and print a table.
+
+    Args:
+        out: JSON file to write; ``None``: ``<run.dir>/eval.json``.
+
+    Returns:
+        The contents of the file, except the seconds.
+
+    Raises:
+        InputError: bad rows, tokenizer, reward function or model folder.
+    """
+    run_dir, model, limits = config.run.dir, config.model.path, config.environment
+    os.makedirs(run_dir, exist_ok=True)
+    tokenizer = load_tokenizer(config.model.tokenizer or model, model, config.data.template_args)
+    length = config.rollout.max_model_len or check_model(config)["max_position_embeddings"]
+    evaluator = Evaluator(config, tokenizer, length)
+    environment = load_environment(limits.name, limits.args)
+    loop, phases = LoopThread(), Phases(draw=True)
+    engine = VLLMEngine(engine_config(config, length, load_weights=True), loop)
+    with RewardPool(config.reward) as rewards, closing(loop), closing(engine):
+        engine.start()
+        rewards.start()
+        print(f"loading {model}; the engine's log: {engine.config.log_path}", flush=True)
+        engine.wait_ready()
+        pool = EnginePool(run_dir, config.rollout.timeout_s)
+        loop.run(pool.connect([engine.address]))
+
+        def check() -> None:
+            if pool.failure is not None:
+                raise pool.failure
+
+        runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits, length)
+        evaluation = evaluator.run(runner, rewards, phases, 1, 1, check)
+        loop.run(pool.close())
+    record = evaluation.record(
+        model=model,
+        prompts_from=config.eval.prompts or config.data.prompts,
+        sampling=asdict(evaluator.sampling),
+    )
+    path = Path(out or Path(run_dir, "eval.json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = record | {"seconds": round(phases.seconds["eval"], 1)}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(render_table(record["metrics"], len(evaluation.rollouts)))
+    print(f"results: {path}")
+    return record

@@ -1,0 +1,111 @@
+"""The guard of a server: checks the run's key on every path and the state of the weights."""
+
+import asyncio
+import hmac
+import json
+import os
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+
+from megatron_espo.rollout.server import KEY_FILE_VARIABLE, PREFIX, read_key
+
+# vLLM's POST routes that return nothing computed from weights. All other POST routes wait for
+# served weights.
+CONTROL_ROUTES = frozenset({
+    "/abort_requests", "/collective_rpc", "/detokenize", "/finish_weight_update",
+    "/inference/v1/abort_requests", "/init_weight_transfer_engine", "/is_scaling_elastic_ep",
+    "/pause", "/ping", "/release_kv_cache_memory", "/reset_encoder_cache", "/reset_mm_cache",
+    "/reset_prefix_cache", "/resume", "/scale_elastic_ep", "/shutdown_weight_transfer_engine",
+    "/sleep", "/start_draft_weight_update", "/start_weight_update", "/tokenize",
+    "/update_weight_version", "/update_weights", "/wake_up", "/weight_checker",
+})  # fmt: skip
+# Routes that change weights in place; the weights are unusable until an update is finished.
+_WEIGHT_CHANGES = frozenset({
+    "/collective_rpc", "/sleep", "/start_draft_weight_update", "/start_weight_update",
+    "/update_weights", f"{PREFIX}/worker/fill_nan",
+})  # fmt: skip
+_WAIT_SECONDS = 600.0
+
+
+class Weights(StrEnum):
+    """State of a server's weights. Only ``serving`` answers requests for tokens."""
+
+    UNUSABLE = "unusable"  # random, NaN, asleep, or partly updated
+    ARRIVED = "arrived"  # updated and not yet checked
+    SERVING = "serving"
+
+
+class WeightState:
+    """State and policy version of the weights; version -1: no weights were served yet."""
+
+    def __init__(self) -> None:
+        self.weights, self.version = Weights.UNUSABLE, -1
+        self.serving = asyncio.Event()
+
+    def set(self, weights: Weights) -> None:
+        self.weights = weights
+        if weights == Weights.SERVING:
+            self.serving.set()
+        else:
+            self.serving.clear()
+
+
+STATE = WeightState()
+
+
+class Guard:
+    """ASGI middleware around the whole server, including vLLM's own routes.
+
+    * Every request needs the header ``Authorization: Bearer <key>``; the answer is 401 otherwise.
+      Websockets are rejected.
+    * A request for tokens waits until weights are served. It never reaches weights that are
+      random, NaN or partly updated. A server that never served weights answers 503, because it
+      replaces another server whose clients must notice.
+    * ``/resume`` answers 409 while the weights are unusable.
+
+    Raises:
+        RuntimeError: at start, ``MEGATRON_ESPO_KEY_FILE`` is not set.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        if not os.environ.get(KEY_FILE_VARIABLE):
+            raise RuntimeError(f"{KEY_FILE_VARIABLE}: expected the path of the run's key, got none")
+        self._expected = f"Bearer {read_key(os.environ[KEY_FILE_VARIABLE])}".encode()
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if not hmac.compare_digest(given, self._expected):
+            return await _answer(send, 401, "expected the run's key")
+        path = scope["path"]
+        is_control = path in CONTROL_ROUTES or path.startswith(f"{PREFIX}/")
+        if path == "/resume" and STATE.weights == Weights.UNUSABLE:
+            return await _answer(send, 409, "the weights are unusable; finish an update first")
+        if path in _WEIGHT_CHANGES:
+            STATE.set(Weights.UNUSABLE)
+        elif scope["method"] == "POST" and not is_control:
+            if STATE.version < 0:
+                return await _answer(send, 503, "this server has served no weights yet")
+            try:
+                await asyncio.wait_for(STATE.serving.wait(), _WAIT_SECONDS)
+            except TimeoutError:
+                return await _answer(send, 503, f"the weights are {STATE.weights}, not serving")
+
+        async def send_and_observe(message: dict) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                STATE.set(Weights.ARRIVED)
+            await send(message)
+
+        is_finish = path == "/finish_weight_update"
+        await self.app(scope, receive, send_and_observe if is_finish else send)
+
+
+async def _answer(send: Callable, status: int, text: str) -> None:
+    body = json.dumps({"error": text}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,148 @@
+"""Loss and gradient of the recorded batch in one layout, compared with the one-rank reference."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_espo.config import Algorithm, Config, Megatron, Optimizer
+from megatron_espo.data.packing import TrainSequence, batch_totals, pack
+from megatron_espo.distributed import runtime as distributed_runtime
+from megatron_espo.megatron.actor import build_chunks, packing_spec
+from megatron_espo.megatron.forward_step import make_forward_step
+from megatron_espo.megatron.train_engine import TrainEngine
+from megatron_espo.monitoring.metrics import reduce_metrics_everywhere
+from megatron_espo.tools.parity.cases import Objective
+from megatron_espo.weights.source import WeightGatherer
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One gradient compared with the reference.
+
+    Attributes:
+        loss, grad_norm: of this layout; Megatron clips by this norm.
+        loss_error, norm_error: relative to the reference's loss and to the norm of all its tensors.
+        worst: largest relative difference of a tensor, |gradient - reference| / |reference| (L2).
+        tensor: that tensor's Hugging Face name.
+    """
+
+    loss: float
+    grad_norm: float
+    loss_error: float
+    norm_error: float
+    worst: float
+    tensor: str
+
+    def within(self, tolerance: float) -> bool:
+        """Whether loss, norm and every tensor agree (NaN does not)."""
+        return all(error <= tolerance for error in (self.loss_error, self.norm_error, self.worst))
+
+
+class Model:
+    """The model in its layout, with Megatron's DDP and distributed optimizer. Collective.
+
+    Args:
+        config: ``model`` and ``megatron`` are used.
+        hf_config: the model's ``config.json``.
+    """
+
+    def __init__(self, config: Config, hf_config: dict[str, Any]) -> None:
+        self.config, self.vocab_size = config, hf_config["vocab_size"]
+        sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
+        self.runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
+        groups = self.runtime.groups
+        chunks = build_chunks(config, hf_config, self.runtime)
+        self.train_engine = TrainEngine(chunks, groups, Optimizer(), 1)
+        chunks, read = self.train_engine.chunks, attrgetter("main_grad")
+        self._gradients = WeightGatherer(chunks, hf_config, groups, dtype=torch.float32, read=read)
+
+    def score(self, sequences: list[TrainSequence]) -> tuple[list[list[float]], list[list[float]]]:
+        """Log-probs and entropies of each sequence, on one rank."""
+        megatron = self.config.megatron
+        batches = [batch for sequence in sequences for batch in self._pack([sequence], megatron)]
+        scored = self.train_engine.score(self._forward_step("espo"), batches)
+        return [values[0].tolist() for values in scored], [values[1].tolist() for values in scored]
+
+    def backward(
+        self, sequences: list[TrainSequence], megatron: Megatron, objective: Objective
+    ) -> tuple[float, float]:
+        """Compute the gradient; return the loss and Megatron's gradient norm, on every rank."""
+        batches = self._pack(sequences, megatron)
+        reports = self.train_engine.backward(self._forward_step(objective), batches)
+        norm = self.train_engine.grad_norm()
+        self.train_engine.gather_gradients()
+        return reduce_metrics_everywhere(reports, self.runtime.groups.dp_cp)["loss/policy"], norm
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Hugging Face names, with whole gradients on the ranks that gather them."""
+        return iter(self._gradients)
+
+    def _pack(self, sequences: list[TrainSequence], megatron: Megatron) -> list:
+        tokens = sum(sequence.num_trained for sequence in sequences)
+        totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=tokens)
+        return pack(sequences, totals, packing_spec(megatron, self.runtime.groups))
+
+    def _forward_step(self, objective: Objective) -> Any:
+        return make_forward_step(
+            Algorithm(objective=objective),
+            groups=self.runtime.groups,
+            vocab_size=self.vocab_size,
+            temperature=self.config.rollout.temperature,
+        )
+
+
+def write_reference(
+    model: Model, sequences: list[TrainSequence], objectives: tuple[Objective, ...], folder: Path
+) -> None:
+    """Write loss, norm and gradients of the one-rank model."""
+    numbers = {}
+    for objective in objectives:
+        loss, _ = model.backward(sequences, model.config.megatron, objective)
+        gradients = {
+            name: tensor.clone() for name, tensor in model.gradients() if tensor is not None
+        }
+        norm = torch.stack([tensor.double().norm() for tensor in gradients.values()]).norm()
+        numbers[objective] = {"loss": loss, "grad_norm": float(norm)}
+        save_file(gradients, folder / f"{objective}.safetensors")
+    (folder / "reference.json").write_text(json.dumps(numbers))
+
+
+def compare(
+    model: Model, loss: float, norm: float, objective: str, folder: Path
+) -> Difference | None:
+    """Compare the gradient that ``model`` holds; the result on rank 0, None on other ranks."""
+    is_main = model.runtime.is_main
+    errors = {}
+    reference = safe_open(folder / f"{objective}.safetensors", "pt") if is_main else None
+    for name, tensor in model.gradients():
+        if reference is not None and tensor is not None:
+            wanted, found = reference.get_tensor(name).double(), tensor.cpu().double()
+            errors[name] = _relative(float((found - wanted).norm()), float(wanted.norm()))
+    if reference is None:
+        return None
+    missing = set(reference.keys()) ^ set(errors)
+    assert not missing, missing
+    numbers = json.loads((folder / "reference.json").read_text())[objective]
+    # NaN is the worst value.
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return Difference(
+        loss=loss,
+        grad_norm=norm,
+        loss_error=_relative(abs(loss - numbers["loss"]), abs(numbers["loss"])),
+        norm_error=_relative(abs(norm - numbers["grad_norm"]), numbers["grad_norm"]),
+        worst=errors[worst],
+        tensor=worst,
+    )
+
+
+def _relative(difference: float, size: float) -> float:
+    if size:
+        return difference / size
+    return 0.0 if difference == 0 else float("inf")

@@ -1,0 +1,140 @@
+"""The recorded batch: prompts, responses, advantages, and an old policy unlike the model's."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from megatron_espo.algo import LossInputs, load_objective
+from megatron_espo.config import Algorithm
+from megatron_espo.data.packing import TrainSequence
+from megatron_espo.models.families import model_groups
+from megatron_espo.tools.parity.cases import OBJECTIVES
+
+SEED = 5
+# Mean changes of a response's log-probs: inside GSPO's bounds, inside ESPO's, outside GRPO's.
+DRIFTS = (3e-4, 5e-3, 0.5)
+# Rounding may clip a ratio this close to its bound (in log-probs) in one layout only.
+MARGIN = 2e-5
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 517,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    "moe": SIZES
+    | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
+"""Small models with grouped queries, experts, and a vocabulary of 11 x 47 that needs padding."""
+
+
+def write_model(folder: Path, hf_config: dict[str, Any]) -> None:
+    """Write a Hugging Face folder of random float32 weights, without a tokenizer."""
+    draw = torch.Generator().manual_seed(SEED)
+    folder.mkdir(parents=True)
+    tensors = {}
+    for group in model_groups(hf_config):
+        for mapping in group:
+            for name, shape in mapping.huggingface:
+                # Norm weights are near 1; matrices are large enough for a policy that is not
+                # uniform.
+                tensors[name] = torch.randn(shape, generator=draw) * 0.2 + (len(shape) == 1)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2))
+
+
+def make_sequences(vocab_size: int, max_tokens: int) -> list[TrainSequence]:
+    """Fourteen random responses of 1 to ``max_tokens // 4`` tokens to four prompts."""
+    draw = random.Random(SEED)
+    prompts: list[Any] = [[draw.randrange(vocab_size) for _ in range(n)] for n in (1, 5, 9, 12)]
+    longest = min(40, max_tokens // 4)
+    lengths = [1, 2, longest, *(draw.randint(1, longest) for _ in range(11))]
+    responses: list[Any] = [[draw.randrange(vocab_size) for _ in range(n)] for n in lengths]
+    logprobs: list[Any] = [[-1.0] * length for length in lengths]
+    advantages = [draw.choice((-1, 1)) * draw.uniform(0.2, 2) for _ in responses]
+    rows = zip(cycle(prompts), responses, logprobs, advantages, strict=False)
+    return [TrainSequence(*row) for row in rows]
+
+
+def drift(
+    sequences: Sequence[TrainSequence],
+    logprobs: Sequence[Sequence[float]],
+    entropies: Sequence[Sequence[float]],
+    vocab_size: int,
+) -> list[TrainSequence]:
+    """Give each response old log-probs unlike the model's, with no ratio near a clip bound."""
+    draw = random.Random(SEED + 1)
+    drifted = []
+    entropy: Any  # TrainSequence converts lists to arrays
+    old: Any
+    for i, (sequence, new, entropy) in enumerate(zip(sequences, logprobs, entropies, strict=True)):
+        entropy = [max(0.0, value) for value in entropy]
+        for _ in range(1000):
+            scale, lean = DRIFTS[i % len(DRIFTS)], draw.uniform(-1, 1)
+            old = [min(-1e-6, value + scale * (lean + draw.uniform(-1, 1))) for value in new]
+            if not _on_edge(new, old, entropy, sequence.advantage, vocab_size):
+                break
+        else:
+            raise AssertionError(f"no old policy found for response {i}")
+        drifted.append(replace(sequence, old_logprobs=old, old_entropies=entropy))
+    return drifted
+
+
+def _on_edge(
+    new: Sequence[float], old: list[float], entropy: list[float], advantage: float, vocab_size: int
+) -> bool:
+    """Whether a shift of all log-probs by ``MARGIN`` changes the clipped tokens of an objective."""
+    lengths = torch.tensor([len(new)])
+    old_logprob, advantages = torch.tensor(old), torch.full((len(new),), advantage)
+    for name in OBJECTIVES:
+        objective = load_objective(Algorithm(objective=name))
+        segments = objective.segment_tokens(
+            torch.tensor(entropy),
+            lengths,
+            vocab_size=vocab_size,
+            num_responses=1,
+            num_tokens=len(new),
+        )
+        lower, upper = (
+            objective.loss(LossInputs(logprob.clamp(max=0), old_logprob, advantages, segments))
+            for logprob in (torch.tensor(new) - MARGIN, torch.tensor(new) + MARGIN)
+        )
+        if not torch.equal(lower.no_gradient, upper.no_gradient):
+            return True
+    return False
+
+
+def save_sequences(path: Path, sequences: Sequence[TrainSequence]) -> None:
+    """Write the recorded batch as JSON."""
+    path.write_text(
+        json.dumps([asdict(sequence) for sequence in sequences], default=np.ndarray.tolist)
+    )
+
+
+def load_sequences(path: Path) -> list[TrainSequence]:
+    """Read what :func:`save_sequences` wrote."""
+    return [TrainSequence(**entry) for entry in json.loads(path.read_text())]

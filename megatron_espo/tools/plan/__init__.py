@@ -1,0 +1,1 @@
+"""``megatron-espo plan``: parameters, memory, pipeline and weight transfer, without a GPU."""

@@ -1,0 +1,422 @@
+"""Bytes on one GPU of each pipeline stage, in every phase of a step.
+
+Parameters and optimizer states are exact: they are read off Megatron's own model. Activations are
+estimated tensor by tensor. Attention is a fused kernel (Transformer Engine, flash attention, or
+torch on a CPU), so no T x T matrix is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+import torch
+
+from megatron_espo.megatron.meta import BuiltRank
+from megatron_espo.models.experts import read_experts
+from megatron_espo.models.families import ParamMapping, model_sizes, query_groups
+from megatron_espo.models.layouts import ShardLayout
+from megatron_espo.numerics.plan import plan_head
+
+Groups = Sequence[Sequence[ParamMapping]]
+GB = 10**9
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One optimizer step of one data-parallel rank.
+
+    Attributes:
+        stages, chunks: pipeline stages, and model chunks on each (virtual pipeline stages).
+        tokens: of the largest micro-batch, over all its context-parallel ranks.
+        expected_tokens: assumed mean length of a prompt with its response.
+        micro_batches: of a step, at that length.
+        bubble: idle share of a stage's time, (PP - 1) / (VPP x micro-batches + PP - 1).
+    """
+
+    stages: int
+    chunks: int
+    tokens: int
+    expected_tokens: int
+    micro_batches: int
+    bubble: float
+
+    def in_flight(self, stage: int) -> int:
+        """Chunks of micro-batches that a stage keeps at once: 1F1B, or interleaved 1F1B."""
+        if self.chunks == 1:
+            return min(self.stages - stage, self.micro_batches)
+        warm_up = 2 * (self.stages - stage - 1) + (self.chunks - 1) * self.stages
+        return min(warm_up + 1, self.chunks * self.micro_batches)
+
+
+def plan_pipeline(
+    config: Any, hf_config: dict[str, Any], data_parallel_size: int, expected_tokens: int | None
+) -> Pipeline:
+    """Count the micro-batches of ``data.packing`` if every response has the expected length.
+
+    Args:
+        expected_tokens: mean tokens of a prompt with its response; None: half of
+            ``rollout.max_response_tokens``.
+    """
+    megatron, rollout = config.megatron, config.rollout
+    longest = rollout.max_model_len or hf_config["max_position_embeddings"]
+    expected = min(expected_tokens or max(1, rollout.max_response_tokens // 2), longest)
+    capacity = megatron.max_tokens_per_micro_batch
+    # A response longer than a micro-batch gets a micro-batch to itself.
+    largest = max(capacity, rollout.max_response_tokens)
+    each = max(1, capacity // expected)
+    if megatron.micro_batch_size:
+        each = min(each, megatron.micro_batch_size)
+        largest = min(largest, megatron.micro_batch_size * longest)
+    responses = rollout.prompts_per_step * rollout.group_size
+    count = ceil(ceil(responses / config.algorithm.num_mini_batches / data_parallel_size) / each)
+    stages = megatron.pipeline_model_parallel_size
+    chunks = megatron.virtual_pipeline_model_parallel_size or 1
+    if chunks > 1:  # the interleaved schedule needs a multiple of the number of stages
+        count = ceil(count / stages) * stages
+    bubble = (stages - 1) / (chunks * count + stages - 1)
+    return Pipeline(stages, chunks, largest, expected, count, bubble)
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Elements of one pipeline stage.
+
+    Attributes:
+        layers: decoder layers.
+        whole: elements of the checkpoint's tensors that this stage owns (the first stage owns a
+            tied embedding).
+        per_gpu: elements on each GPU of the stage: its shards, whole norms, the padding of the
+            vocabulary.
+    """
+
+    stage: int
+    layers: int
+    whole: int
+    per_gpu: int
+
+
+def total_parameters(groups: Groups) -> int:
+    """Elements of the whole checkpoint, from the naming tables alone."""
+    return sum(_elements(mapping) for group in groups for mapping in group)
+
+
+def _elements(mapping: ParamMapping) -> int:
+    return sum(prod(shape) for _, shape in mapping.huggingface)
+
+
+def count_parameters(ranks: Sequence[BuiltRank], groups: Groups) -> list[StageParameters]:
+    """Count each stage's parameters. RuntimeError if their sum differs from the checkpoint's."""
+    stages: list[StageParameters] = []
+    seen: set[str] = set()
+    for stage in sorted({rank.stage for rank in ranks}):
+        own = [rank for rank in ranks if rank.stage == stage]
+        new = {held.mapping.huggingface[0][0]: held.mapping for rank in own for held in rank.held}
+        whole = sum(_elements(mapping) for name, mapping in new.items() if name not in seen)
+        seen |= new.keys()
+        layers = {held.group for held in own[0].held} - {0, len(groups) - 1}
+        per_gpu = max(rank.parameters for rank in own)
+        stages.append(StageParameters(stage, len(layers), whole, per_gpu))
+    built, expected = sum(stage.whole for stage in stages), total_parameters(groups)
+    if built != expected:
+        raise RuntimeError(
+            f"plan: expected the checkpoint's {expected:,} parameters, got {built:,}"
+        )
+    return stages
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One vLLM engine, per GPU; all engines are alike.
+
+    Attributes:
+        number: of engines.
+        gpus: GPUs of an engine (``rollout.tensor_parallel_size``).
+        shares_gpus: whether the trainer uses the same GPUs: those of the engine's owner and of the
+            next ranks.
+        on_hosts: whether the engines run on other machines (``rollout.hosts``).
+        budget_bytes: vLLM's memory, ``rollout.gpu_memory_utilization`` of the GPU.
+        weight_bytes: the model's weights.
+        kv_bytes_per_token: keys and values of one token.
+        kv_tokens: tokens that fit beside the weights; vLLM's workspace is not subtracted.
+        max_model_len: longest prompt and response.
+    """
+
+    number: int
+    gpus: int
+    shares_gpus: bool
+    on_hosts: bool
+    budget_bytes: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_tokens: int
+    max_model_len: int
+
+    def problems(self) -> Iterator[str]:
+        """Reasons why vLLM would not start."""
+        if self.weight_bytes > self.budget_bytes:
+            yield (
+                f"the engine's weights take {self.weight_bytes / GB:.1f} GB on each of its "
+                f"{self.gpus} GPUs, its share (rollout.gpu_memory_utilization) is "
+                f"{self.budget_bytes / GB:.1f} GB"
+            )
+        elif self.kv_tokens < self.max_model_len:
+            yield (
+                f"the engine's cache holds {self.kv_tokens:,} tokens, one sequence may have "
+                f"{self.max_model_len:,} (rollout.max_model_len, null: the model's context)"
+            )
+
+
+def plan_engine(
+    config: Any, hf_config: dict[str, Any], groups: Groups, itemsize: int, shares_gpus: bool,
+    gpu_memory: int,
+) -> Engine:  # fmt: skip
+    """Shard the weights as vLLM does, norms whole; keys and values take the rest of its budget."""
+    rollout, gpus = config.rollout, config.rollout.tensor_parallel_size
+    weights = 0
+    for mapping in (mapping for group in groups for mapping in group):
+        size = _elements(mapping) * itemsize
+        weights += size if mapping.layout is ShardLayout.REPLICATED else -(-size // gpus)
+    heads = max(1, query_groups(hf_config) // gpus)  # vLLM replicates heads on more GPUs than heads
+    head_bytes = model_sizes(hf_config)["head_dim"] * itemsize
+    per_token = 2 * hf_config["num_hidden_layers"] * heads * head_bytes
+    budget = int(rollout.gpu_memory_utilization * gpu_memory)
+    return Engine(
+        number=rollout.engines,
+        gpus=gpus,
+        shares_gpus=shares_gpus,
+        on_hosts=bool(rollout.hosts),
+        budget_bytes=budget,
+        weight_bytes=weights,
+        kv_bytes_per_token=per_token,
+        kv_tokens=max(0, budget - weights) // per_token,
+        max_model_len=rollout.max_model_len or hf_config["max_position_embeddings"],
+    )
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One GPU of a pipeline stage, in bytes.
+
+    Attributes:
+        weights, gradients, main_weights, adam: held between steps; read off the built model and
+            optimizer.
+        activations: kept for backward by all micro-batches in flight.
+        working: recomputed activations and gradients of one chunk, during its backward pass.
+        head: final norm, logits and their gradient (last stage).
+        sync: extra memory while weights are gathered for the engine; no activations exist then.
+        engine: memory of an engine on the same GPU.
+        engine_weights: the part of ``engine`` that holds weights.
+        sleeps: the engine holds nothing during training, and only weights during the sync
+            (``rollout.sleep``).
+        offload: parts of the trainer that are on the host outside training (``megatron.offload``).
+        canary: after a sync, engine and trainer compute log-probs of the same weights.
+    """
+
+    stage: int
+    in_flight: int
+    weights: int
+    gradients: int
+    main_weights: int
+    adam: int
+    activations: int
+    working: int
+    head: int
+    sync: int
+    engine: int
+    engine_weights: int
+    sleeps: bool
+    offload: tuple[str, ...]
+    canary: bool
+
+    @property
+    def static(self) -> int:
+        """Bytes held between steps without offloading."""
+        return self.weights + self.gradients + self.main_weights + self.adam
+
+    @property
+    def host(self) -> int:
+        """Host memory for the offloaded parts; gradients are not copied."""
+        return self._offloaded("optimizer") + self._offloaded("weights")
+
+    @property
+    def phases(self) -> dict[str, tuple[int, int]]:
+        """Bytes of trainer and engine in each phase of a step."""
+        kept = self.static - self._offloaded("optimizer") - self._offloaded("gradients")
+        step = self.static + self.activations + max(self.working, self.head)
+        awake = self.engine
+        phases = {
+            "training": (step, 0 if self.sleeps else awake),
+            "sync": (kept + self.sync, self.engine_weights if self.sleeps else awake),
+        }
+        if self.canary:  # the engine decodes, and the trainer scores the same tokens
+            phases["canary"] = (kept, awake)
+        return phases | {"rollouts": (kept - self._offloaded("weights"), awake)}
+
+    @property
+    def total(self) -> int:
+        """Trainer and engine in the worst phase."""
+        return max(map(sum, self.phases.values()))
+
+    def _offloaded(self, part: str) -> int:
+        states = self.main_weights + self.adam
+        sizes = {"optimizer": states, "gradients": self.gradients, "weights": self.weights}
+        return sizes[part] if part in self.offload else 0
+
+
+def plan_memory(
+    rank: BuiltRank, config: Any, hf_config: dict[str, Any], groups: Groups, pipeline: Pipeline,
+    *, on_gpu: bool, sync: int, engine: Engine | None,
+) -> StageMemory:  # fmt: skip
+    """Memory of one GPU of the stage of ``rank``.
+
+    Args:
+        groups: from ``families.model_groups``.
+        on_gpu: a GPU (``transformer_impl: auto`` means Transformer Engine), else a CPU.
+        sync: extra bytes while weights are gathered.
+        engine: the engine on the same GPU, if there is one.
+    """
+    activations = Activations(config, hf_config, pipeline.tokens, on_gpu)
+    layers = [
+        groups[i] for i in sorted({shard.group for shard in rank.held} - {0, len(groups) - 1})
+    ]
+    per_chunk = max(1, len(layers) // pipeline.chunks)
+    chunks = [
+        activations.chunk(layers[start : start + per_chunk])
+        for start in range(0, len(layers), per_chunk)
+    ]
+    kept, working = map(max, zip((0, 0), *chunks, strict=True))
+    in_flight, is_last = pipeline.in_flight(rank.stage), rank.stage == pipeline.stages - 1
+    if not is_last:  # the stage's output is kept until its gradient arrives
+        kept += activations.stage_output()
+    if not activations.fused:  # a linear's gradient is a tensor before DDP's buffer takes it
+        decoder = [shard for shard in rank.held if 0 < shard.group < len(groups) - 1]
+        working += max(prod(shard.shape) for shard in decoder) * activations.itemsize
+    return StageMemory(
+        stage=rank.stage,
+        in_flight=in_flight,
+        weights=rank.parameter_bytes,
+        gradients=rank.gradient_bytes,
+        main_weights=rank.main_bytes,
+        adam=rank.adam_bytes,
+        activations=in_flight * kept,
+        working=working,
+        head=activations.head() if is_last else 0,
+        sync=sync,
+        engine=engine.budget_bytes if engine else 0,
+        engine_weights=engine.weight_bytes if engine else 0,
+        sleeps=config.rollout.sleep,
+        offload=config.megatron.offload,
+        canary=bool(config.rollout.canary_prompts),
+    )
+
+
+class Activations:
+    """Estimated bytes of the activations on one rank.
+
+    Args:
+        tokens: of a micro-batch, over all its context-parallel ranks.
+        on_gpu: what ``transformer_impl: auto`` means: Transformer Engine, or Megatron's own layers.
+    """
+
+    def __init__(self, config: Any, hf_config: dict[str, Any], tokens: int, on_gpu: bool) -> None:
+        self.megatron, self.hf_config, self.on_gpu = config.megatron, hf_config, on_gpu
+        m = config.megatron
+        self.tp, self.cp = m.tensor_model_parallel_size, m.context_parallel_size
+        self.sp = self.tp if m.sequence_parallel else 1  # shards of the states between linears
+        self.tokens = -(-tokens // self.cp)
+        self.itemsize = getattr(torch, config.model.dtype).itemsize
+        self.hidden_bytes = hf_config["hidden_size"] * self.itemsize
+        auto = m.transformer_impl == "auto"
+        self.fused = on_gpu if auto else m.transformer_impl == "transformer_engine"
+
+    def stage_output(self) -> int:
+        """Bytes of a stage's output."""
+        return int(self.hidden_bytes * self.tokens / self.sp)
+
+    def chunk(self, layers: Groups) -> tuple[int, int]:
+        """Bytes of one micro-batch in one model chunk under the configured recomputation.
+
+        Returns:
+            Bytes kept after forward; bytes that backward adds (recomputed activations, gradients).
+        """
+        full, gradients = zip(*map(self._layer, layers), strict=True)
+        working = max(gradients)
+        if self.megatron.recompute_granularity != "full":
+            return int(sum(full) * self.tokens), int(working * self.tokens)
+        unit = min(self.megatron.recompute_num_layers or 1, len(layers))
+        unit_input = self.hidden_bytes / self.sp
+        if self.megatron.recompute_method == "uniform":
+            units = [full[start : start + unit] for start in range(0, len(layers), unit)]
+            kept, again = len(units) * unit_input, max(map(sum, units))
+        else:  # block: recompute each of the first layers, keep the others
+            kept, again = unit * unit_input + sum(full[unit:]), max(full[:unit])
+        return int(kept * self.tokens), int((again + working) * self.tokens)
+
+    def head(self) -> int:
+        """Bytes of the final norm and the fused output layer when every token is scored."""
+        columns, budget_mib = (
+            -(-self.hf_config["vocab_size"] // self.tp),
+            self.megatron.head_memory_mib,
+        )
+        logits = plan_head(
+            self.tokens,
+            columns,
+            dtype={2: torch.bfloat16, 4: torch.float32}[self.itemsize],
+            budget_bytes=None if budget_mib is None else budget_mib << 20,
+            float32_logits=True,
+            convert_gradient=not self.on_gpu and self.itemsize < 4,
+        )
+        # Scored rows, their gradient, and the gradient of all rows before and after its reduction.
+        rows = 4 * self.hidden_bytes * self.tokens
+        # Autograd needs a gradient of the weight, although DDP's buffer holds the real one.
+        stand_in = columns * self.hidden_bytes
+        return int(logits.training_bytes + rows + stand_in + self._norm() * self.tokens)
+
+    def _layer(self, layer: Sequence[ParamMapping]) -> tuple[float, float]:
+        """Bytes a token: what one layer keeps, and the gradients alive at once in its backward."""
+        gates = [mapping for mapping in layer if mapping.layout is ShardLayout.GATED]
+        ffn, experts = gates[0].huggingface[0][1][0], len(gates)
+        routing = read_experts(self.hf_config)
+        copies = routing.per_token if routing and experts > 1 else 1
+        qk_norm = any("q_norm" in name for mapping in layer for name, _ in mapping.huggingface)
+        kept = 2 * self._norm() + self._attention(qk_norm) + self._mlp(ffn, experts, copies)
+        # Sequence parallelism gathers the linears' inputs and gradients.
+        hidden = (2 if self.sp > 1 else 1) * self.hf_config["hidden_size"]
+        return kept, (2 * ffn * copies / self.tp + hidden) * self.itemsize
+
+    def _norm(self) -> float:
+        """An RMSNorm's input, and its output for the next linear."""
+        # Megatron's own norm works in float32.
+        kept = self.hidden_bytes if self.fused else 2 * FLOAT32 * self.hf_config["hidden_size"]
+        return (kept + self.hidden_bytes + FLOAT32) / self.sp
+
+    def _attention(self, qk_norm: bool) -> float:
+        model, b = model_sizes(self.hf_config), self.itemsize
+        q, k = model["query"] / self.tp, model["key"] / self.tp
+        # The value is a view that keeps the whole projection; rotated query and key are copies.
+        kept = (q + 2 * k) * b + (q + k) * b
+        kept += q * b  # input of the output projection
+        lse = self.hf_config["num_attention_heads"] / self.tp * FLOAT32
+        selective = self.megatron.recompute_granularity == "selective"
+        if self.fused:
+            return kept + (0 if selective else lse) + ((q + k) * b if qk_norm else 0)
+        if not selective:
+            kept += q * b + lse  # the kernel's own output, one packed sequence at a time
+        if self.cp > 1:
+            kept += 2 * k * self.cp * b  # keys and values of all context-parallel ranks
+        kept += 4 * model["head_dim"] * b  # cosines and sines, for query and key
+        return kept + (2 * FLOAT32 * (q + k) if qk_norm else 0)
+
+    def _mlp(self, ffn: int, experts: int, copies: int) -> float:
+        """Gate, up projection, their product; unfused also the gate's SiLU and a copy."""
+        widths = 3 if self.fused else 5
+        if experts == 1:
+            return widths * ffn / self.tp * self.itemsize
+        # Balanced routing: a rank computes its tokens x experts per token. Dispatch and combine
+        # both keep these copies.
+        m = self.megatron
+        whole = m.expert_tensor_parallel_size in (None, self.tp)
+        hidden = self.hf_config["hidden_size"] / (1 if whole else self.sp)
+        return copies * self.itemsize * (2 * hidden + widths * ffn / self.tp) + experts * FLOAT32

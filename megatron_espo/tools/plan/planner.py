@@ -1,0 +1,323 @@
+"""The whole plan of a run, and settings that make a run fit that does not."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import reduce
+from math import lcm
+from operator import or_
+from typing import Any
+
+import torch
+
+from megatron_espo.config import Config
+from megatron_espo.config.checks import check_model, check_world_size
+from megatron_espo.distributed.runtime import parallel_sizes
+from megatron_espo.megatron.meta import BuiltRank, build_ranks
+from megatron_espo.models.families import model_groups
+from megatron_espo.rollout.server import engine_owners
+from megatron_espo.tools.plan.memory import (
+    GB,
+    Engine,
+    Pipeline,
+    StageMemory,
+    StageParameters,
+    count_parameters,
+    plan_engine,
+    plan_memory,
+    plan_pipeline,
+    total_parameters,
+)
+from megatron_espo.tools.plan.transfer import Links, Transfer, plan_transfer
+
+Changes = dict[str, Any]
+MAX_FIXES = 3
+MIN_ENGINE_SHARE = 0.1  # of a GPU
+MIN_MICRO_BATCH_TOKENS = 1024
+RECOMPUTE = {
+    "megatron.recompute_granularity": "full",
+    "megatron.recompute_method": "uniform",
+    "megatron.recompute_num_layers": 1,
+}
+OFFLOAD = {"rollout.sleep": True, "megatron.offload": ["optimizer", "gradients"]}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs of a run.
+
+    Attributes:
+        gpu_memory: usable bytes of one GPU.
+        links: speeds for the estimate of the weight update.
+        expected_tokens: mean tokens of a prompt with its response; None: half of
+            ``rollout.max_response_tokens``.
+        on_gpu: false for a run without GPUs (tests compare such runs with the plan).
+        host_link: bytes a second and direction between a GPU and host memory.
+    """
+
+    gpu_memory: int
+    links: Links
+    expected_tokens: int | None = None
+    on_gpu: bool = True
+    host_link: float = 50e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs and transfers, in bytes, elements and seconds.
+
+    ``host_bytes`` is the memory of a node for what ``megatron.offload`` moves there, ``offload_s``
+    the estimated seconds that a step spends on moving it.
+    """
+
+    model: str
+    layout: dict[str, Any]
+    world_size: int
+    data_parallel_size: int
+    gpu_memory: int
+    total_parameters: int
+    parameters: list[StageParameters]
+    memory: list[StageMemory]
+    pipeline: Pipeline
+    engine: Engine
+    transfer: Transfer
+    host_bytes: int
+    offload_s: float
+    problems: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits the GPUs."""
+        return not self.problems
+
+    @property
+    def worst(self) -> StageMemory:
+        """The stage that needs most memory."""
+        return max(self.memory, key=lambda stage: stage.total)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, derived values included."""
+        data = asdict(self) | {"fits": self.fits}
+        for stage, row in zip(self.memory, data["memory"], strict=True):
+            row |= {name: getattr(stage, name) for name in ("static", "phases", "host", "total")}
+        data["transfer"]["seconds"] = self.transfer.seconds
+        return data
+
+
+# The part of a plan that depends only on the layout and the number of ranks.
+Built = tuple[list[BuiltRank], list[StageParameters], Transfer]
+
+
+class Builder:
+    """Builds one model for one kind of machine; builds each layout once.
+
+    Args:
+        hf_config: the model's ``config.json``.
+    """
+
+    def __init__(self, hf_config: dict[str, Any], machine: Machine) -> None:
+        self.hf_config, self.machine = hf_config, machine
+        self.groups = model_groups(hf_config)
+        self._built: dict[tuple, Built] = {}
+
+    def __call__(self, config: Config, world_size: int) -> Built:
+        """Build, or return what was built for an equal layout."""
+        transport, hosts = self._transport(config), bool(config.rollout.hosts)
+        sharded = config.optimizer.use_distributed_optimizer
+        sizes = tuple(parallel_sizes(config.megatron).values())
+        key = (sizes, config.model.dtype, sharded, transport, hosts, world_size)
+        if key not in self._built:
+            ranks = list(build_ranks(config, self.hf_config, world_size))
+            stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
+            # ``files`` writes to the shared folder, and the engine's node reads from it.
+            copies = 0 if not hosts else 2 if transport == "files" else 1
+            itemsize, links = _itemsize(config), self.machine.links
+            transfer = plan_transfer(
+                ranks, self.groups, itemsize, transport, stage_ranks, links, copies
+            )
+            self._built[key] = ranks, count_parameters(ranks, self.groups), transfer
+        return self._built[key]
+
+    def engine(self, config: Config) -> Engine:
+        """vLLM's memory on one of its GPUs."""
+        rollout, transport = config.rollout, self._transport(config)
+        has_own = rollout.hosts or rollout.visible_devices is not None or not self.machine.on_gpu
+        shares = transport == "ipc" or (transport == "files" and not has_own)
+        itemsize, memory = _itemsize(config), self.machine.gpu_memory
+        return plan_engine(config, self.hf_config, self.groups, itemsize, shares, memory)
+
+    def _transport(self, config: Config) -> str:
+        if config.rollout.transport != "auto":
+            return config.rollout.transport
+        if not self.machine.on_gpu:
+            return "files"
+        return "nccl" if config.rollout.hosts else "ipc"
+
+
+def _itemsize(config: Config) -> int:
+    """Bytes of a weight in the engine."""
+    return getattr(torch, config.model.dtype).itemsize
+
+
+def _smallest_world(config: Config) -> int:
+    """The fewest ranks of the layout: one replica of the dense part and of the experts."""
+    m = config.megatron
+    expert_tp = m.expert_tensor_parallel_size or m.tensor_model_parallel_size
+    dense = m.tensor_model_parallel_size * m.context_parallel_size
+    return m.pipeline_model_parallel_size * lcm(dense, expert_tp * m.expert_model_parallel_size)
+
+
+def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
+    """Build every stage of the run on the meta device and add up. Takes seconds.
+
+    It patches torch's functions (``distributed.cpu.install``), so the process must do nothing else.
+
+    Args:
+        gpus: trainer ranks; None: the fewest that the layout allows.
+
+    Raises:
+        InputError: the layout fits neither the model nor the number of GPUs.
+    """
+    hf_config, machine, megatron = build.hf_config, build.machine, config.megatron
+    check_model(config, hf_config)
+    world_size = gpus or _smallest_world(config)
+    data_parallel_size = check_world_size(config, world_size)
+    stage_ranks = world_size // megatron.pipeline_model_parallel_size
+    ranks, parameters, transfer = build(config, world_size)
+    engine = build.engine(config)
+    pipeline = plan_pipeline(config, hf_config, data_parallel_size, machine.expected_tokens)
+    owners = engine_owners(engine.number, world_size) if engine.shares_gpus else ()
+    shared = {owner + i for owner in owners for i in range(engine.gpus)}
+    sync = transfer.peak_bytes + (0 if machine.on_gpu else transfer.file_bytes)
+    memory = []
+    for rank in ranks:
+        if rank.rank % stage_ranks == 0:
+            alone = shared.isdisjoint(range(rank.rank, rank.rank + stage_ranks))
+            memory.append(
+                plan_memory(
+                    rank, config, hf_config, build.groups, pipeline,
+                    on_gpu=machine.on_gpu, sync=sync, engine=None if alone else engine,
+                )
+            )  # fmt: skip
+    offloaded = max(stage.host for stage in memory)
+    return Plan(
+        model=config.model.path,
+        layout=megatron.model_dump(),
+        world_size=world_size,
+        data_parallel_size=data_parallel_size,
+        gpu_memory=machine.gpu_memory,
+        total_parameters=total_parameters(build.groups),
+        parameters=parameters,
+        memory=memory,
+        pipeline=pipeline,
+        engine=engine,
+        transfer=transfer,
+        host_bytes=offloaded * min(world_size, machine.links.gpus_per_node),
+        offload_s=2 * offloaded / machine.host_link,
+        problems=[*_memory_problems(memory, machine.gpu_memory), *engine.problems()],
+    )
+
+
+def _memory_problems(memory: list[StageMemory], gpu_memory: int) -> Iterator[str]:
+    for stage in memory:
+        if stage.total > gpu_memory:
+            phase, (trainer, engine) = max(stage.phases.items(), key=lambda item: sum(item[1]))
+            parts = f" (trainer {trainer / GB:.1f}, engine {engine / GB:.1f})" if engine else ""
+            yield (
+                f"a GPU of stage {stage.stage} needs {stage.total / GB:.1f} GB during "
+                f"{phase}{parts}, it has {gpu_memory / GB:.1f} GB"
+            )
+
+
+def find_fixes(config: Config, build: Builder, plan: Plan, gpus: int | None) -> list[str]:
+    """Up to three changes that each make the run of ``plan`` fit, the cheapest first.
+
+    Every candidate is planned. Single settings come first, then each together with all settings
+    that save memory without changing the layout.
+    """
+    node = build.machine.links.gpus_per_node
+    savings = list(_savings(config, plan, node))
+    together: Changes = reduce(or_, savings, {})
+    singles = [*savings, *_smaller(config), *_layouts(config, node, gpus)]
+    for candidates in (singles, [together, *(together | changes for changes in singles)]):
+        found: dict[str, str] = {}
+        for changes in candidates:
+            settings = " ".join(changes)
+            changed = None if settings in found else _changed_plan(config, build, changes, gpus)
+            if changed and changed.fits:
+                memory = f"{changed.worst.total / GB:.1f} GB on each of {changed.world_size} GPUs"
+                found[settings] = f"{_overrides(changes)}: {memory}"
+            if len(found) == MAX_FIXES:
+                break
+        if found:
+            return list(found.values())
+    return []
+
+
+def _overrides(changes: Changes) -> str:
+    """The changes as arguments of the command line."""
+    text = (f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in changes.items())
+    return " ".join(text).replace('"', "")
+
+
+def _savings(config: Config, plan: Plan, node: int) -> Iterator[Changes]:
+    """Changes that save memory in the same layout."""
+    m, engine = config.megatron, plan.engine
+    if not config.optimizer.use_distributed_optimizer:
+        yield {"optimizer.use_distributed_optimizer": True}
+    if m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
+        yield {"megatron.sequence_parallel": True}
+    if engine.shares_gpus and not config.rollout.sleep and not config.rollout.max_staleness:
+        yield OFFLOAD
+    if m.recompute_granularity != "full":
+        yield RECOMPUTE
+    if engine.kv_tokens < engine.max_model_len and engine.gpus < node:
+        yield {"rollout.tensor_parallel_size": node}
+
+
+def _smaller(config: Config) -> Iterator[Changes]:
+    """A smaller engine, then smaller micro-batches."""
+    share = config.rollout.gpu_memory_utilization
+    while (share := round(share - 0.1, 2)) >= MIN_ENGINE_SHARE:
+        yield {"rollout.gpu_memory_utilization": share}
+    if config.megatron.head_memory_mib is None:
+        yield {"megatron.head_memory_mib": 1024}
+    tokens = config.megatron.max_tokens_per_micro_batch
+    while (tokens := tokens // 2) >= max(
+        MIN_MICRO_BATCH_TOKENS, config.rollout.max_response_tokens
+    ):
+        yield {"megatron.max_tokens_per_micro_batch": tokens}
+
+
+def _layouts(config: Config, node: int, gpus: int | None) -> Iterator[Changes]:
+    """More GPUs for each replica of the model, or for the optimizer's states."""
+    m = config.megatron
+    if m.virtual_pipeline_model_parallel_size:
+        yield {"megatron.virtual_pipeline_model_parallel_size": None}
+    tp = m.tensor_model_parallel_size
+    while (tp := tp * 2) <= node:
+        yield {"megatron.tensor_model_parallel_size": tp, "megatron.sequence_parallel": True}
+    for times in (2, 4, 8):
+        yield {"megatron.pipeline_model_parallel_size": m.pipeline_model_parallel_size * times}
+    if gpus:
+        for times in (2, 4):
+            yield {"--gpus": gpus * times}
+
+
+def _changed_plan(
+    config: Config, build: Builder, changes: Changes, gpus: int | None
+) -> Plan | None:
+    """The plan with ``changes``; None where the model, the GPUs or the engine do not allow them."""
+    tree = config.model_dump()
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            tree[section][name] = value
+    try:
+        changed = Config.model_validate(tree)
+        # The engine is checked first: this needs no build.
+        if any(build.engine(changed).problems()):
+            return None
+        return make_plan(changed, build, changes.get("--gpus", gpus))
+    except ValueError:  # an InputError, or pydantic's
+        return None

@@ -1,0 +1,277 @@
+"""Prompts -> rollouts -> rewards: builds the parts that do this on rank 0, and sends the result to
+all ranks.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_espo.config import Config
+from megatron_espo.data.prompts import PromptStream
+from megatron_espo.data.rollout_store import RolloutLog
+from megatron_espo.data.scored_groups import ScoredGroups, broadcast_groups
+from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_espo.distributed.addresses import address_towards
+from megatron_espo.distributed.collectives import gather_objects
+from megatron_espo.distributed.runtime import Runtime
+from megatron_espo.distributed.stop_request import Stopped, StopRequest
+from megatron_espo.models.experts import replays_router
+from megatron_espo.monitoring.progress import Phases
+from megatron_espo.rewards import RewardPool
+from megatron_espo.rollout.engine import EngineError
+from megatron_espo.rollout.evaluation import Evaluator, engine_config
+from megatron_espo.rollout.http_client import LoopThread
+from megatron_espo.rollout.pool import EnginePool
+from megatron_espo.rollout.runner import EnvironmentRunner, load_environment
+from megatron_espo.rollout.sampler import Sampler
+from megatron_espo.rollout.server import engine_owners
+from megatron_espo.rollout.vllm_engine import VLLMEngine
+from megatron_espo.trainer.checkpoints import fingerprint
+from megatron_espo.trainer.rollout_sources import ReplayedRollouts, RolloutSource, SampledRollouts
+from megatron_espo.types import Prompt
+
+Result = TypeVar("Result")
+
+
+class RolloutManager:
+    """The prompt stream, the environments and the reward workers on rank 0, and the engine of this
+    rank.
+
+    The constructor checks data, reward function and environment before any rank builds its model.
+    Engines start in the background.
+
+    Args:
+        config: the run's configuration.
+        hf_config: the model's ``config.json``.
+        runtime: rank and process groups.
+        stop: polled while engines and verifiers work.
+
+    Attributes:
+        engine: this rank's engine, or ``None``.
+        tokenizer: on rank 0 and on ranks with an engine.
+        source: rank 0's rollouts; ``None`` on other ranks.
+
+    Raises:
+        InputError: bad rows, tokenizer, reward function or environment (rank 0).
+    """
+
+    def __init__(
+        self, config: Config, hf_config: dict[str, Any], runtime: Runtime, stop: StopRequest
+    ) -> None:
+        self.config, self.runtime, self._stop = config, runtime, stop
+        self.engine: VLLMEngine | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.source: RolloutSource | None = None
+        self._closing = ExitStack()
+        self._pool: EnginePool | None = None
+        replay, router_replay = config.run.replay, replays_router(config.rollout, hf_config)
+        owners = [] if replay else engine_owners(config.rollout.engines, runtime.world_size)
+        max_model_len = config.rollout.max_model_len or hf_config["max_position_embeddings"]
+        if runtime.is_main or runtime.rank in owners:
+            path = config.model.tokenizer or config.model.path
+            template_args = config.data.template_args
+            self.tokenizer = load_tokenizer(path, config.model.path, template_args)
+        if runtime.is_main:
+            log = RolloutLog(Path(replay or f"{config.run.dir}/rollouts"), fingerprint(config))
+            assert self.tokenizer
+            self._stream = PromptStream(
+                config.data,
+                self.tokenizer,
+                config.run.seed,
+                max_response_tokens=config.rollout.max_response_tokens,
+                max_model_len=max_model_len,
+            )
+            if replay:
+                self.source = ReplayedRollouts(log, self._stream, need_experts=router_replay)
+            else:
+                environment = load_environment(config.environment.name, config.environment.args)
+                self._rewards = RewardPool(config.reward)
+                self._closing.callback(self._rewards.close)
+                self._rewards.start()
+                if config.eval.prompts:
+                    self._evaluator = Evaluator(config, self.tokenizer, max_model_len)
+        if runtime.rank in owners:
+            self._loop = LoopThread()
+            settings = engine_config(
+                config, max_model_len, routed_experts=router_replay, listen=_listen_address()
+            )
+            self.engine = VLLMEngine(settings, self._loop)
+            self._closing.callback(self._loop.close)
+            self._closing.callback(self.engine.close)
+            self.engine.start()
+        if runtime.is_main and not replay:
+            self._connect_environment(environment, max_model_len, router_replay)
+            self.source = SampledRollouts(
+                log,
+                self._sampler,
+                max_staleness=config.rollout.max_staleness,
+                need_experts=router_replay,
+                keep=config.run.keep_rollouts,
+            )
+
+    def _connect_environment(
+        self, environment: Any, max_model_len: int, router_replay: bool
+    ) -> None:
+        """Build the pool of engines, the runner of environments and the sampler."""
+        rollout, tokenizer = self.config.rollout, self.tokenizer
+        assert tokenizer
+        folder = self.config.run.dir
+        self._pool = pool = EnginePool(folder, rollout.timeout_s, rollout.host_timeout_s)
+        self._closing.callback(lambda: self._loop.run(pool.close(), 5.0))
+        if close := getattr(environment, "close", None):
+            self._closing.callback(lambda: self._loop.run(close(), 5.0))
+        parts = (environment, pool, tokenizer, self._loop)
+        limits = self.config.environment
+        self._runner = EnvironmentRunner(*parts, limits, max_model_len, router_replay)
+        eos_ids = tokenizer.eos_ids
+        self._sampler = Sampler(
+            self.config, self._stream, self._runner, self._rewards, eos_ids, self._check
+        )
+        self._closing.callback(self._sampler.close)
+
+    def canary(self) -> list[Prompt]:
+        """The first prompts of the stream, without advancing it.
+
+        One object broadcast from rank 0.
+        """
+        box: list[list[Prompt]] = [[]]
+        if self.runtime.is_main:
+            state = self._stream.state_dict()
+            box[0] = self._stream.take(self.config.rollout.canary_prompts)
+            self._stream.load_state_dict(state)
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def connect(self) -> None:
+        """Connect to the current engines of all ranks and release requests that waited.
+
+        Collective: a gather to rank 0.
+        """
+        addresses = gather_objects(self.engine.address if self.engine else None)
+        if self._pool is not None:
+            self._loop.run(self._pool.connect([address for address in addresses if address]))
+
+    def collect(self, step: int, phases: Phases, recover: Callable[[], None]) -> ScoredGroups:
+        """Get the step's rollouts with their rewards, sampled or recorded, on every rank.
+        Collective.
+
+        Only rank 0 gets routed experts and texts (:func:`broadcast_groups`).
+
+        Args:
+            step: counted from 1.
+            phases: times the phases.
+            recover: called on every rank after an engine failed; it restarts engines and updates
+                their weights. Requests in flight are sent again. At most ``rollout.max_restarts``
+                times.
+
+        Raises:
+            Stopped: on every rank, if the run was asked to stop.
+            EngineError: on every rank, if engines failed more often.
+        """
+
+        def attempt() -> ScoredGroups:
+            assert self.source
+            return self.source.batch(step, phases)
+
+        return broadcast_groups(self._retry(attempt, recover))
+
+    def evaluate(self, step: int, phases: Phases, recover: Callable[[], None]) -> dict[str, float]:
+        """Evaluate on held-out prompts if that is due after ``step``, and append the result to
+        ``eval.jsonl``. Collective.
+
+        Args:
+            step: counted from 1.
+            phases: times the phases.
+            recover: see :meth:`collect`.
+
+        Returns:
+            ``eval/*`` metrics on rank 0. Empty on other ranks, if no evaluation is due, and after a
+                request to stop.
+        """
+        settings, run = self.config.eval, self.config.run
+        if not settings.prompts or run.replay or (step % settings.every and step != run.steps):
+            return {}
+        return self._retry(lambda: self._evaluate(step, phases), recover) or {}
+
+    def _retry(self, attempt: Callable[[], Result], recover: Callable[[], None]) -> Result | None:
+        """Rank 0's result of ``attempt``, which is repeated after failures of an engine; ``None``
+        on other ranks.
+        """
+        restarts_left = self.config.rollout.max_restarts
+        while True:
+            result, box = None, list[EngineError | Stopped | None]([None])
+            if self.runtime.is_main:
+                try:
+                    result = attempt()
+                except (EngineError, Stopped) as error:
+                    box = [error]
+            dist.broadcast_object_list(box, src=0)
+            failure = box[0]
+            if failure is None:
+                return result
+            if isinstance(failure, Stopped):
+                raise failure
+            if not restarts_left:
+                restarts = self.config.rollout.max_restarts
+                raise EngineError(f"{failure}\ngave up after {restarts} engine restarts")
+            restarts_left -= 1
+            if self.runtime.is_main:
+                print(f"warning: {failure}\nrestarting the rollout engine", flush=True)
+            recover()
+
+    def _evaluate(self, step: int, phases: Phases) -> dict[str, float]:
+        try:
+            self._check()
+            found = self._evaluator.run(
+                self._runner, self._rewards, phases, step, self.config.run.steps, self._check
+            )
+        except Stopped:
+            return {}
+        record = found.record(step=step)
+        with open(Path(self.config.run.dir, "eval.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return record["metrics"]
+
+    def _check(self) -> None:
+        """Raise an error that ends a wait: a request to stop, or a failed engine."""
+        self._stop.check()
+        if self._pool and self._pool.failure:
+            raise self._pool.failure
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """State of the prompt stream and of prompts in flight, as JSON values; ``None`` on ranks
+        other than 0.
+        """
+        return self.source.state_dict() if self.source else None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`. Prompts that were in flight are sampled again."""
+        if self.source:
+            self.source.load_state_dict(state)
+
+    def forget(self, step: int) -> None:
+        """Remove records up to ``step``, because a checkpoint makes them unnecessary."""
+        if self.source:
+            self.source.forget(step)
+
+    def close(self) -> None:
+        """Cancel trajectories in flight. Stop this rank's engine and the reward workers."""
+        self._closing.close()
+
+
+def _listen_address() -> str | None:
+    """``host:port`` for an engine on another machine than rank 0: the interface that reaches rank
+    0, and a free port.
+    """
+    if os.environ.get("GROUP_RANK", "0") == "0":
+        return None
+    host = address_towards(os.environ["MASTER_ADDR"])
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"

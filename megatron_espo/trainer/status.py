@@ -1,0 +1,101 @@
+"""Status of a run for other programs: ``status.json``, the watchdog's heartbeats, and one line
+about a failure.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from megatron_espo.config import Config
+from megatron_espo.distributed.collectives import on_rank_0
+from megatron_espo.distributed.runtime import Runtime
+from megatron_espo.distributed.stop_request import Stopped
+from megatron_espo.distributed.watchdog import Watchdog
+from megatron_espo.errors import InputError
+from megatron_espo.files import read_json, write_durably
+from megatron_espo.trainer.run_lock import RunLock
+
+
+def write_status(folder: Path, state: str, why: str | None = None) -> None:
+    """Write ``status.json`` for schedulers.
+
+    Args:
+        folder: of the run.
+        state: ``running``, ``done``, ``requeue`` (stopped on request; the same command continues)
+            or ``failed``.
+        why: reason of a stop or failure.
+    """
+    status = {"state": state, "why": why, "rank": int(os.environ.get("RANK", 0))}
+    write_durably(folder / "status.json", json.dumps(status) + "\n")
+
+
+@contextmanager
+def reported(config: Config, runtime: Runtime) -> Iterator[Callable[..., None]]:
+    """Run the block under a watchdog and write its outcome to ``status.json``. Yields the
+    watchdog's ``heartbeat``.
+
+    Does not propagate ``Stopped``. Collective: one broadcast over all ranks before the block, one
+    after it.
+
+    Raises:
+        InputError: on every rank, if another run uses the folder.
+    """
+    folder, lock = Path(config.run.dir), ExitStack()
+
+    def begin() -> None:
+        lock.enter_context(RunLock(folder))
+        Watchdog.clear(folder)
+        write_status(folder, "running")
+
+    on_rank_0(begin)
+    watchdog = Watchdog(
+        folder,
+        runtime.rank,
+        runtime.world_size,
+        limit_s=config.run.watchdog_s,
+        slow_s=config.rollout.timeout_s,
+        log=lambda why: write_status(folder, "failed", why),
+    )
+    with lock, watchdog:
+        try:
+            yield watchdog.heartbeat
+            on_rank_0(lambda: write_status(folder, "done"))
+        except Stopped as stopped:
+            reason = str(stopped)
+            on_rank_0(lambda: write_status(folder, "requeue", reason))
+        except BaseException as error:
+            _report_failure(folder, watchdog, error)
+            raise
+
+
+def _report_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> None:
+    """Write the error to ``status.json`` and, on one line, to the terminal.
+
+    Only the first rank that fails reports, because failures of other ranks are consequences. The
+    command line prints an InputError.
+    """
+    if read_json(folder / "status.json").get("state") == "failed" or not _is_first(folder):
+        return
+    why = f"{type(error).__name__}: {error}"
+    if not isinstance(error, InputError):
+        lost = any(word in why for word in ("peer", "remote process"))  # in gloo and NCCL errors
+        gone = "".join(f"{name} has died; " for name in watchdog.gone(wait_s=2.0 * lost))
+        place = f"{gone}rank {watchdog.rank}, step {watchdog.step}, phase {watchdog.phase}"
+        line = why.strip().partition("\n")[0]
+        why = f"{place}: {line}; the same command continues from the latest checkpoint"
+        print(f"error: {why}", file=sys.stderr, flush=True)
+    write_status(folder, "failed", why)
+
+
+def _is_first(folder: Path) -> bool:
+    """Whether this rank creates the file ``failure``. ``Watchdog.clear`` removes it."""
+    try:
+        (folder / "heartbeats" / "failure").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # Disk full or no permission: reporting twice is better than never.
+        pass
+    return True

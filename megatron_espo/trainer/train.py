@@ -1,0 +1,291 @@
+"""The training loop.
+
+    prompts -> rollouts -> rewards -> advantages -> segments -> pack -> [score] -> train -> weights
+    -> next policy version
+
+With ``rollout.max_staleness`` above 0 the engines continue to sample during training and weight
+updates.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_espo.algo import group_advantages, overlong_penalty
+from megatron_espo.config import Config
+from megatron_espo.config.checks import check_model, check_router
+from megatron_espo.data.packing import TrainSequence
+from megatron_espo.data.scored_groups import ScoredGroups
+from megatron_espo.distributed import runtime as distributed_runtime
+from megatron_espo.distributed.runtime import Runtime
+from megatron_espo.distributed.stop_request import Stopped, StopRequest
+from megatron_espo.megatron.actor import Actor
+from megatron_espo.monitoring.profiler import StepProfiler
+from megatron_espo.monitoring.progress import Phases
+from megatron_espo.monitoring.report import draw_learning_curve, write_summary
+from megatron_espo.monitoring.reporter import Reporter
+from megatron_espo.trainer.checkpoints import Checkpoints
+from megatron_espo.trainer.colocation import Colocation, start_asleep
+from megatron_espo.trainer.ledger import Ledger
+from megatron_espo.trainer.rollout_manager import RolloutManager
+from megatron_espo.trainer.status import reported
+from megatron_espo.weights.hf_io import save_hf
+from megatron_espo.weights.sync import NoSync, WeightSync
+
+
+def train(config: Config) -> None:
+    """Train for ``config.run.steps`` steps, starting from the latest checkpoint. Call on every
+    rank; collective.
+
+    Writes into ``config.run.dir``: ``config.json``, ``metrics.jsonl``, ``samples.jsonl``,
+    ``entropy.jsonl``, ``tensorboard/``, ``checkpoints/``, ``rollouts/``, ``status.json``,
+    ``summary.json``, ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained
+    model in ``hf/``.
+    """
+    started, hf_config = time.perf_counter(), check_model(config)
+    check_router(config, hf_config)
+    sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
+    runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
+    with (
+        reported(config, runtime) as heartbeat,
+        build(config, hf_config, runtime, heartbeat) as run,
+    ):
+        for step in range(run.step + 1, config.run.steps + 1):
+            with run.profiler.step(step):
+                began = time.perf_counter()
+                # prompts -> rollouts -> rewards
+                groups = run.rollouts.collect(step, run.phases, run.colocation.recover)
+                advantages = advantages_of(groups, config)
+                logged = run.reporter.start_step(groups)
+                mask_truncated = config.algorithm.mask_truncated
+                sequences = train_sequences(groups, advantages, mask_truncated, logged)
+                # segments -> pack -> [score] -> train
+                run.colocation.offload_engine(step)
+                with run.phases.phase("train", step, config.run.steps) as on_progress:
+                    metrics = run.actor.update(sequences, on_progress)
+                # weights -> next policy version
+                metrics |= run.colocation.update_engine(version=step)
+                metrics |= run.rollouts.evaluate(step, run.phases, run.colocation.recover)
+                run.finish_step(step, groups, advantages, metrics, began)
+        run.finish(seconds=time.perf_counter() - started)
+    distributed_runtime.shutdown()
+
+
+@dataclass
+class Run:
+    """The parts of a run. As a context manager it closes them, and saves a run that was asked to
+    stop.
+
+    Attributes:
+        step: the last trained step.
+    """
+
+    config: Config
+    runtime: Runtime
+    stop: StopRequest
+    checkpoints: Checkpoints
+    rollouts: RolloutManager
+    phases: Phases
+    reporter: Reporter
+    actor: Actor
+    colocation: Colocation
+    ledger: Ledger
+    profiler: StepProfiler
+    step: int
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.rollouts.close()
+        self.reporter.close()
+        if kind is Stopped and self.checkpoints.due_at_stop(self.step):
+            self._save(last=True)
+
+    def finish_step(
+        self,
+        step: int,
+        groups: ScoredGroups,
+        advantages: torch.Tensor,
+        metrics: dict[str, float],
+        began: float,
+    ) -> None:
+        """Write the step's metrics and, if due, a checkpoint. Collective.
+
+        Args:
+            step: counted from 1.
+            groups: the step's rollouts.
+            advantages: ``[prompts, group_size]``.
+            metrics: of training, weight update and evaluation.
+            began: ``time.perf_counter()`` at the start of the step.
+
+        Raises:
+            Stopped: on every rank, if the run was asked to stop.
+        """
+        self.step, last = step, step == self.config.run.steps
+        self.ledger.count(groups)
+        seconds = self.phases.pop() | {"step": time.perf_counter() - began}
+        self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
+        if not last and (reason := self.stop.agreed()):
+            raise Stopped(reason)
+        if self.checkpoints.due(step):
+            self._save(last=last)
+
+    def _save(self, last: bool) -> None:
+        with (
+            self.colocation.all_on_device(self.step, last=last),
+            self.phases.phase("checkpoint", self.step, self.config.run.steps),
+        ):
+            rollouts, ledger = self.rollouts.state_dict(), vars(self.ledger)
+            state = {"step": self.step, "rollouts": rollouts, "ledger": ledger}
+            path = self.checkpoints.save(self.step, self.actor, state)
+        self.rollouts.forget(self.step)
+        _log(self.runtime, f"saved {path}")
+
+    def finish(self, seconds: float) -> None:
+        """Export the model, and write the summary (``seconds`` of the run) and the learning curve.
+
+        Collective.
+        """
+        config, folder = self.config, Path(self.config.run.dir)
+        if config.run.save_hf:
+            dtype, steps = getattr(torch, config.model.dtype), config.run.steps
+            with (
+                self.colocation.all_on_device(steps, last=True),
+                self.phases.phase("export", steps, steps),
+            ):
+                model, groups = (self.actor.chunks, self.actor.hf_config), self.runtime.groups
+                paths = (folder / "hf", config.model.path)
+                save_hf(*model, *paths, groups, dtype, tokenizer=config.model.tokenizer)
+        if self.runtime.is_main:
+            summary = write_summary(folder, seconds=seconds, seed=config.run.seed)
+            picture = draw_learning_curve(folder)
+            change = f"{summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}"
+            _log(self.runtime, f"reward {change}; picture: {picture}")
+
+
+def build(
+    config: Config,
+    hf_config: dict[str, Any],
+    runtime: Runtime,
+    heartbeat: Callable[..., None],
+) -> Run:
+    """Build the parts of a run and load its latest checkpoint. Collective.
+
+    Cheap checks run first, so that user errors surface before the model loads.
+    """
+    folder = Path(config.run.dir)
+    stop = StopRequest(folder, config.run.max_seconds)
+    checkpoints = Checkpoints(config)
+    checkpoint = checkpoints.find()
+    rollouts = RolloutManager(config, hf_config, runtime, stop)
+    try:
+        phases = Phases(runtime.is_main, heartbeat)
+        reporter = Reporter(config, hf_config, runtime, rollouts.tokenizer)
+        log = f"the engine's log: {folder / 'engine.log'}"
+        _log(runtime, f"loading {config.model.path} on {runtime.world_size} ranks; {log}")
+        if config.rollout.sleep and not config.run.replay:
+            start_asleep(rollouts.engine, config.rollout.timeout_s)
+        actor = Actor(config, hf_config, runtime, reporter.record)
+        step, ledger, steps = 0, Ledger(), config.run.steps
+        if checkpoint:
+            state = checkpoints.load(checkpoint, actor)
+            step, ledger = state["step"], Ledger(**state["ledger"])
+            rollouts.load_state_dict(state["rollouts"])
+            _log(runtime, f"continuing after step {step} of {steps}, from {checkpoint}")
+        if step >= steps:
+            done = f"step {step} of {steps} is done"
+            _log(runtime, f"nothing to train: {done}; raise run.steps to continue")
+        sync: WeightSync | NoSync = NoSync()
+        if not config.run.replay:
+            engine, canary = rollouts.engine, rollouts.canary()
+            parts = (config, hf_config, actor, runtime, engine, canary)
+            sync = WeightSync(*parts, on_served=rollouts.connect)
+        colocation = Colocation(config, actor, sync, phases)
+        colocation.update_engine(version=step)
+        phases.pop()  # the first step does not count these seconds
+    except BaseException:
+        rollouts.close()
+        raise
+    if runtime.is_main:
+        folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    reporter.open(after_step=step)
+    return Run(
+        config,
+        runtime,
+        stop,
+        checkpoints,
+        rollouts,
+        phases,
+        reporter,
+        actor,
+        colocation,
+        ledger,
+        StepProfiler(folder, runtime.role, config.run.profile_steps),
+        step,
+    )
+
+
+def _log(runtime: Runtime, text: str) -> None:
+    """Print on rank 0."""
+    if runtime.is_main:
+        print(text, flush=True)
+
+
+def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
+    """Advantages ``[prompts, group_size]`` of the rewards, minus the overlong penalty if it is
+    configured.
+    """
+    rewards, buffer = groups.rewards, config.reward.overlong_buffer_tokens
+    if buffer is not None:
+        rewards = rewards + overlong_penalty(
+            groups.lengths(),
+            max_tokens=config.rollout.max_response_tokens,
+            buffer_tokens=buffer,
+        )
+    return group_advantages(rewards, normalize_std=config.algorithm.normalize_std)
+
+
+def train_sequences(
+    groups: ScoredGroups,
+    advantages: torch.Tensor,
+    mask_truncated: bool,
+    logged_sample: Mapping[tuple[int, int], int] | None = None,
+) -> list[list[TrainSequence]]:
+    """The sequences to train, by prompt: one for each part of a trajectory, with the advantage of
+    the trajectory.
+
+    Every part counts as a response: N in the loss is the number of sequences returned here.
+
+    Args:
+        groups: the step's rollouts.
+        advantages: ``[prompts, group_size]``.
+        mask_truncated: whether truncated trajectories give no gradient.
+        logged_sample: index of each logged sample ``(prompt, sample)``; the last part of the
+            trajectory is logged.
+
+    Raises:
+        ValueError: a part without sampled tokens.
+    """
+    logged_sample = logged_sample or {}
+    return [
+        [
+            TrainSequence(
+                part.prompt_ids,
+                part.response_ids,
+                part.logprobs,
+                float(advantages[i, j]),
+                loss_mask=part.loss_mask,
+                masked=sample.failed or (mask_truncated and sample.truncated),
+                logged_sample=logged_sample.get((i, j)) if part is sample else None,
+                routed_experts=part.routed_experts,
+            )
+            for j, sample in enumerate(rollouts)
+            for part in sample.parts
+        ]
+        for i, rollouts in enumerate(groups.rollouts)
+    ]

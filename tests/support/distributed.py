@@ -1,0 +1,138 @@
+"""Run a function on several gloo ranks, under the launcher of ``torchrun``.
+
+    run_ranks(2, "tests.support.ranks.numerics:check_gradient", temperature=0.7)
+
+The function gets the keyword arguments on every rank. Rank 0's result is returned. Arguments and
+result are sent as JSON. An exception on any rank fails the caller with the ranks' output.
+
+Launcher and ranks are forked from a process that has imported torch and Megatron-Core, because the
+imports take longer than most functions. That process runs no test code itself.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_ranks(nproc: int, target: str, timeout: float = 240, **kwargs: Any) -> Any:
+    """Call ``target`` (``module:function``) on ``nproc`` ranks; return rank 0's result."""
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "log")
+        function = (target, kwargs, str(result))
+        place = {"nproc": nproc, "log": str(log), "environment": dict(os.environ)}
+        server = _server()
+        print(
+            json.dumps({"function": function, "place": place, "timeout": timeout}),
+            file=server.stdin,
+            flush=True,
+        )
+        outcome = json.loads(server.stdout.readline())
+        output = log.read_text(errors="replace")[-6000:]
+        assert outcome is not None, (
+            f"{target} on {nproc} ranks: not finished after {timeout} s\n{output}"
+        )
+        assert outcome == 0, f"{target} on {nproc} ranks failed\n{output}"
+        return json.loads(result.read_text())
+
+
+@cache
+def _server() -> subprocess.Popen:
+    """Start the process that forks the ranks. It ends when its input closes."""
+    # The caller's path may have another Megatron-Core (tools/test_compat.sh).
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.distributed"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def serve() -> None:
+    """Fork a launcher for each line of the input; print its exit status, ``null`` on a timeout."""
+    for module in (
+        "megatron_espo.megatron.actor",
+        "megatron_espo.weights.source",
+        "torch.distributed.launcher.api",
+    ):
+        importlib.import_module(module)
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            _launch(job["function"], **job["place"])
+        print(json.dumps(_outcome(pid, time.monotonic() + job["timeout"])), flush=True)
+
+
+def _outcome(pid: int, deadline: float) -> int | None:
+    try:
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return None
+    finally:
+        # The launcher leads its own process group. Kill what is left of it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _launch(function: list, nproc: int, log: str, environment: dict[str, str]) -> None:
+    """Run ``torchrun --standalone --nproc-per-node NPROC`` with forked ranks. Does not return."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    config = LaunchConfig(
+        1, 1, nproc, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        start_method="fork", max_restarts=0, monitor_interval=0.1,
+    )  # fmt: skip
+    status = 0
+    try:
+        elastic_launch(config, _rank)(*function)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _rank(target: str, kwargs: dict, file: str) -> None:
+    """Initialize gloo, call the function, write rank 0's result."""
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group("gloo")
+        module, function = target.split(":")
+        result = getattr(importlib.import_module(module), function)(**kwargs)
+        if torch.distributed.get_rank() == 0:
+            Path(file).write_text(json.dumps(result))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        for line in traceback.format_exc().splitlines():
+            print(f"[rank{os.environ['RANK']}] {line}", file=sys.stderr, flush=True)
+        raise
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,170 @@
+"""Save, load and continue an actor. Runs on every rank."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_espo.config import Algorithm, Config, Data, Megatron, Model, Optimizer, Rollout, Run
+from megatron_espo.data.packing import TrainSequence
+from megatron_espo.distributed import runtime
+from megatron_espo.errors import InputError
+from tests.support.weights_models import read_hf_config
+
+
+def make_groups(step: int, vocab_size: int) -> list[list[TrainSequence]]:
+    """Return four prompts with two responses each, determined by the step."""
+    draw = random.Random(step)
+
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(vocab_size) for _ in range(count)]
+
+    prompts = [ids(4) for _ in range(4)]
+    return [
+        [
+            TrainSequence(prompt, ids(n), [-1.0] * n, draw.uniform(-1, 1))
+            for n in (draw.randint(1, 9), draw.randint(1, 9))
+        ]
+        for prompt in prompts
+    ]
+
+
+def make_actor(
+    folder: str,
+    dtype: str,
+    sizes: dict,
+    optimizer: dict | None = None,
+    algorithm: dict | None = None,
+):
+    """Build an actor with two updates a step and a decaying learning rate.
+
+    ``sizes`` are settings of the section ``megatron``.
+    """
+    config = Config(
+        run=Run(steps=9),
+        model=Model(path=folder, dtype=dtype),
+        megatron=Megatron(**sizes),
+        optimizer=Optimizer(lr=1e-2, lr_decay_style="linear", lr_warmup_iters=2, **optimizer or {}),
+        algorithm=Algorithm(num_mini_batches=2, **algorithm or {}),
+        # No engine has chosen experts for the groups of ``make_groups``.
+        rollout=Rollout(
+            prompts_per_step=4, group_size=2, max_response_tokens=10, router_replay=False
+        ),
+        data=Data(prompts="reasoning_gym:none"),
+    )
+    place = runtime.initialize(**runtime.parallel_sizes(config.megatron))
+    from megatron_espo.megatron.actor import Actor
+
+    hf_config = read_hf_config(folder)
+    return Actor(config, hf_config, place), hf_config, place
+
+
+def weights(actor, hf_config, place) -> dict[str, torch.Tensor]:
+    from megatron_espo.weights.source import WeightGatherer
+
+    source = WeightGatherer(
+        actor.chunks, hf_config, place.groups, dtype=torch.float32, all_replicas=True
+    )
+    return {name: tensor.clone() for name, tensor in source}
+
+
+def train(folder: str, first: int, last: int, dtype: str, sizes: dict, load=None, save=None):
+    """Train steps ``first`` to ``last``, from a checkpoint or from ``folder``.
+
+    Returns the final weights and each step's metrics.
+    """
+    actor, hf_config, place = make_actor(folder, dtype, sizes)
+    if load:
+        assert actor.load(load) == {"step": first - 1, "note": "ü"}
+    metrics = [
+        actor.update(make_groups(step, hf_config["vocab_size"]), lambda done, total: None)
+        for step in range(first, last + 1)
+    ]
+    if save:
+        actor.save(save, {"step": last, "note": "ü"})
+    return weights(actor, hf_config, place), metrics
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def check_continues(folder: str, out: str, cases: list[dict]) -> list[dict[str, float]]:
+    """Compare three steps with two steps, a checkpoint and a third step."""
+    answers = []
+    for number, case in enumerate(cases):
+        dtype, sizes = case.get("dtype", "float32"), case.get("sizes", {})
+        whole, all_metrics = train(folder, 1, 3, dtype, sizes)
+        train(folder, 1, 2, dtype, sizes, save=f"{out}/{number}")
+        parts, metrics = train(folder, 3, 3, dtype, sizes, load=f"{out}/{number}")
+        start, _ = train(folder, 1, 0, dtype, sizes)
+        answers.append(
+            {
+                "weights": largest_difference(whole, parts),
+                "metrics": max(
+                    abs(metrics[0][name] - value) for name, value in all_metrics[2].items()
+                ),
+                "trained": largest_difference(whole, start),
+                "learning rates": len({step["optimizer/lr"] for step in all_metrics}),
+            }
+        )
+    return answers
+
+
+def save_and_continue(folder: str, checkpoint: str, out: str) -> None:
+    """Write a checkpoint after two steps, and the weights after a third."""
+    train(folder, 1, 2, "float32", {}, save=checkpoint)
+    final, _ = train(folder, 1, 3, "float32", {})
+    if torch.distributed.get_rank() == 0:
+        save_file(final, out)
+
+
+def continue_in_layouts(
+    folder: str, checkpoint: str, expected: str, layouts: list[dict]
+) -> list[float | str]:
+    """Train the third step in each layout; return the worst mean difference, or the error.
+
+    The mean, because Adam takes a full step for a gradient that is only rounding.
+    """
+    answers: list[float | str] = []
+    for sizes in layouts:
+        try:
+            final, _ = train(folder, 3, 3, "float32", sizes, load=checkpoint)
+            differences = [
+                (tensor - final[name]).abs().mean() for name, tensor in load_file(expected).items()
+            ]
+            answers.append(float(max(differences)))
+        except InputError as error:
+            answers.append(str(error))
+    return answers
+
+
+def check_rng(folder: str) -> list[bool]:
+    """Check that generators repeat their numbers, and that another world size changes nothing."""
+    runtime.initialize(tensor_model_parallel_size=2)
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megatron_espo.megatron.rng import load_rng, save_rng
+
+    def drawn() -> list[float]:
+        with get_cuda_rng_tracker().fork():
+            forked = float(torch.rand(()))
+        return [forked, float(torch.rand(())), random.random(), float(np.random.rand())]
+
+    save_rng(Path(folder))
+    torch.distributed.barrier()
+    first = drawn()
+    assert load_rng(Path(folder))
+    again = drawn()
+    torch.distributed.barrier()
+    Path(folder, "rng_00002.json").touch()
+    following = (load_rng(Path(folder)), drawn())
+    everyone = [None] * 2
+    torch.distributed.all_gather_object(everyone, first)
+    return [
+        first == again,
+        following[0] is False and following[1] != first,
+        everyone[0][0] != everyone[1][0],
+    ]

@@ -1,0 +1,296 @@
+"""The gradient of a step through Megatron against dense float64; runs on every rank."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_espo.config import Algorithm, Megatron, Optimizer
+from megatron_espo.data.packing import TrainSequence, batch_totals, pack
+from megatron_espo.distributed import runtime
+from megatron_espo.models.experts import read_experts
+from tests.support import reference
+from tests.support.weights_models import per_expert, read_hf_config
+
+TEMPERATURE = 0.7
+NUM_RESPONSES = 10  # of which eight have an advantage
+MASK_SEED = 1
+
+
+def make_batch(vocab_size: int):
+    """Eight (prompt, response, advantage) triples for three prompts; some have one token."""
+    # With this seed, entropies at the boundary of a group differ by more than float32 rounding.
+    draw = random.Random(6)
+    lengths = [1, 2, 5, 7, 11, 4, 3, 9]
+    prompts = [[draw.randrange(vocab_size) for _ in range(length)] for length in (4, 1, 5)]
+    return [
+        (prompts[i // 3], [draw.randrange(vocab_size) for _ in range(n)], draw.uniform(-2, 2))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def engine_logprobs(responses: list[list[int]]) -> list[list[float]]:
+    """Random log-probs of the rollout engine."""
+    draw = random.Random(8)
+    return [[draw.uniform(-6, -3) for _ in response] for response in responses]
+
+
+def make_masks(batch) -> list[list[bool]]:
+    """Which response tokens the policy sampled, over several turns; all of response 3."""
+    draw = random.Random(MASK_SEED)
+    masks = []
+    for number, (_, response, _) in enumerate(batch):
+        mask = [draw.random() < 0.6 or number == 3 for _ in response]
+        mask[draw.randrange(len(mask))] = True
+        masks.append(mask)
+    return masks
+
+
+def engine_experts(batch, hf_config) -> list[np.ndarray]:
+    """Random experts of the rollout engine, equal for equal prompts but for the last token."""
+    experts, draw = read_experts(hf_config), np.random.default_rng(9)
+
+    def choose(tokens: int) -> np.ndarray:
+        scores = draw.random((tokens, sum(experts.layers), experts.count))
+        return scores.argsort(-1)[..., : experts.per_token].astype(np.uint8)
+
+    of_prompts = {tuple(prompt): choose(len(prompt) - 1) for prompt, _, _ in batch}
+    return [
+        np.concatenate([of_prompts[tuple(prompt)], choose(len(response))])
+        for prompt, response, _ in batch
+    ]
+
+
+def build(
+    folder: str,
+    weights: str,
+    settings: Optimizer,
+    max_tokens: int,
+    sizes: dict,
+    algorithm: Algorithm | None = None,
+    head_budget_bytes: int | None = None,
+    replays: bool = False,
+    masked: bool = False,
+    **packing,
+):
+    """Runtime, engine, forward step, micro-batches of this rank, batch and model configuration."""
+    place = runtime.initialize(
+        **{k: v for k, v in sizes.items() if k in runtime.PARALLEL_SIZES}, seed=1
+    )
+    from megatron_espo.megatron.actor import packing_spec
+    from megatron_espo.megatron.forward_step import make_forward_step
+    from megatron_espo.megatron.model import build_model
+    from megatron_espo.megatron.router_replay import RouterReplay, scatter_routed_experts
+    from megatron_espo.megatron.train_engine import TrainEngine
+    from megatron_espo.weights.hf_io import load_hf_weights
+
+    hf_config = read_hf_config(folder)
+    chunks = build_model(hf_config, Megatron(**sizes), place.groups)
+    load_hf_weights(chunks, hf_config, weights, place.groups)
+    policy = TrainEngine(
+        chunks, place.groups, settings, train_steps=1, overrides=sizes.get("overrides")
+    )
+    batch = make_batch(hf_config["vocab_size"])
+    rollout_logprobs = engine_logprobs([r for _, r, _ in batch])
+    sequences = [
+        TrainSequence(p, r, logprobs, a)
+        for (p, r, a), logprobs in zip(batch, rollout_logprobs, strict=True)
+    ]
+    if masked:  # NaN where the policy did not sample: nothing may read these values
+        sequences = [
+            replace(s, loss_mask=mask, rollout_logprobs=np.where(mask, s.rollout_logprobs, np.nan))
+            for s, mask in zip(sequences, make_masks(batch), strict=True)
+        ]
+    settings_of_layout = Megatron(max_tokens_per_micro_batch=max_tokens, **sizes)
+    totals = batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99)
+    spec = replace(packing_spec(settings_of_layout, place.groups), **packing)
+    experts = read_experts(hf_config)
+    if replays:
+        if dist.get_rank() == 0:
+            chosen = zip(sequences, engine_experts(batch, hf_config), strict=True)
+            sequences = [replace(sequence, routed_experts=rows) for sequence, rows in chosen]
+        sequences = scatter_routed_experts(sequences, experts, place.groups, spec.share_prompts)
+    micro_batches = pack(sequences, totals, spec)
+    step = make_forward_step(
+        algorithm or Algorithm(),
+        groups=place.groups,
+        vocab_size=hf_config["vocab_size"],
+        temperature=TEMPERATURE,
+        head_budget_bytes=head_budget_bytes,
+        router_replay=RouterReplay(chunks, experts, place.groups.tp) if replays else None,
+    )
+    return place, policy, step, micro_batches, batch, hf_config
+
+
+def check_gradient(
+    folder: str,
+    old_folder: str | None = None,
+    max_tokens: int = 24,
+    packing: dict | None = None,
+    replays: bool = False,
+    masked: bool = False,
+    algorithm: dict | None = None,
+    **sizes,
+) -> dict[str, float]:
+    """Worst relative difference of the gradient over all tensors, and the tensor's name."""
+    # All-reduced gradients: each rank has the whole gradient of its shard.
+    settings = Optimizer(use_distributed_optimizer=False)
+    place, policy, step, micro_batches, batch, hf_config = build(
+        folder,
+        old_folder or folder,
+        settings,
+        max_tokens,
+        sizes,
+        Algorithm(**algorithm or {}),
+        replays=replays,
+        masked=masked,
+        **packing or {},
+    )
+    if old_folder:
+        from megatron_espo.weights.hf_io import load_hf_weights
+
+        scored = policy.score(step, micro_batches)
+        if scored:
+            micro_batches = [
+                replace(b, old_logprob=p, old_entropy=e)
+                for b, (p, e) in zip(micro_batches, scored, strict=True)
+            ]
+        load_hf_weights(policy.chunks, hf_config, folder, place.groups)
+    policy.backward(step, micro_batches)
+    found = gathered_gradients(policy.chunks, hf_config, place.groups)
+    formula = reference.sapo_loss if algorithm else reference.espo_loss
+    expected = reference_gradients(
+        folder, old_folder, batch, hf_config, replays, masked, formula=formula
+    )
+    return compare(expected, found)
+
+
+def check_regularized_gradient(
+    folder: str,
+    reference_folder: str,
+    algorithm: dict,
+    replays: bool = False,
+    masked: bool = False,
+    **sizes,
+) -> dict[str, float]:
+    """The gradient with rollout correction, KL penalty and entropy bonus."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_espo.megatron.reference import ReferencePolicy
+    from megatron_espo.weights.hf_io import load_hf_weights
+
+    settings = Optimizer(use_distributed_optimizer=False)
+    place, policy, step, micro_batches, batch, hf_config = build(
+        folder,
+        reference_folder,
+        settings,
+        24,
+        sizes,
+        Algorithm(**algorithm),
+        replays=replays,
+        masked=masked,
+    )
+    frozen = ReferencePolicy(policy.chunks)
+    load_hf_weights(policy.chunks, hf_config, folder, place.groups)
+    with frozen.swapped_in():
+        scored = policy.score(step, micro_batches)
+    if scored:
+        micro_batches = [
+            replace(b, reference_logprob=p) for b, (p, _) in zip(micro_batches, scored, strict=True)
+        ]
+    policy.backward(step, micro_batches)
+    found = gathered_gradients(policy.chunks, hf_config, place.groups)
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **eager)
+        for path in (folder, reference_folder)
+    ]
+    loss = reference.espo_loss(
+        models[0],
+        batch,
+        num_responses=NUM_RESPONSES,
+        temperature=TEMPERATURE,
+        vocab_size=hf_config["vocab_size"],
+        reference_model=models[1],
+        rollout_logprobs=engine_logprobs([r for _, r, _ in batch]),
+        routed_experts=engine_experts(batch, hf_config) if replays else None,
+        masks=make_masks(batch) if masked else None,
+        **algorithm,
+    )
+    return compare(per_expert(reference.gradients(models[0], loss)), found)
+
+
+def check_update(folder: str, **sizes) -> dict[str, float]:
+    """The change of the weights by one step of Megatron's distributed optimizer.
+
+    Adam's first update is ``-lr g / (|g| + eps)``; with ``eps = 1`` it is smooth in ``g``.
+    """
+    from megatron_espo.weights.source import WeightGatherer
+
+    settings = Optimizer(lr=1.0, adam_eps=1.0, clip_grad=0.0, weight_decay=0.0)
+    place, policy, step, micro_batches, batch, hf_config = build(
+        folder, folder, settings, 24, sizes
+    )
+
+    def weights() -> dict[str, torch.Tensor]:
+        source = WeightGatherer(
+            policy.chunks, hf_config, place.groups, dtype=torch.float32, all_replicas=True
+        )
+        return {name: tensor.double() for name, tensor in source}
+
+    before = weights()
+    policy.step(step, micro_batches)
+    change = {name: tensor - before[name] for name, tensor in weights().items()}
+    gradients = reference_gradients(folder, None, batch, hf_config)
+    return compare({name: -g / (g.abs() + 1.0) for name, g in gradients.items()}, change)
+
+
+def gathered_gradients(chunks, hf_config, groups) -> dict[str, torch.Tensor]:
+    """Whole gradients under Hugging Face names, through the weight source."""
+    from megatron_espo.weights.source import WeightGatherer
+
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.copy_(parameter.main_grad)
+    return dict(WeightGatherer(chunks, hf_config, groups, dtype=torch.float32, all_replicas=True))
+
+
+def reference_gradients(
+    folder, old_folder, batch, hf_config, replays=False, masked=False, formula=reference.espo_loss
+) -> dict[str, torch.Tensor]:
+    """The dense float64 gradient."""
+    from transformers import AutoModelForCausalLM
+
+    def load(path):
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **eager)
+
+    model = load(folder)
+    loss = formula(
+        model,
+        batch,
+        num_responses=NUM_RESPONSES,
+        temperature=TEMPERATURE,
+        vocab_size=hf_config["vocab_size"],
+        old_model=load(old_folder) if old_folder else None,
+        routed_experts=engine_experts(batch, hf_config) if replays else None,
+        masks=make_masks(batch) if masked else None,
+    )
+    return per_expert(reference.gradients(model, loss))
+
+
+def compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Worst relative difference (L2) over the tensors."""
+    assert expected.keys() == found.keys(), expected.keys() ^ found.keys()
+    assert all(tensor.norm() > 0 for tensor in expected.values()), (
+        "a gradient of the reference is zero"
+    )
+    differences = {n: float((found[n].double() - g).norm() / g.norm()) for n, g in expected.items()}
+    return {"worst": max(differences.values()), "tensor": max(differences, key=differences.get)}
+
+
+def check_all(cases: list[list]) -> list[dict[str, float]]:
+    """Run each ``[name of a check, arguments]`` in its layout."""
+    return [globals()[check](**arguments) for check, arguments in cases]

@@ -1,0 +1,75 @@
+"""Tiny Hugging Face models with random tensors, norms and biases included."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES = {
+    "llama": {},
+    "llama_tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": MOE | {"norm_topk_prob": True},
+    "qwen3_moe_mixed": MOE
+    | {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+}
+
+
+def make_model(family: str, **changes: Any) -> torch.nn.Module:
+    """Return a float32 model on the CPU in eval mode, determined by the arguments."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = family.removesuffix("_tied").removesuffix("_mixed")
+    config = AutoConfig.for_model(model_type, **(SIZES | FAMILIES[family] | changes))
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
+    return model.eval()
+
+
+def save_model(family: str, folder: str | Path, **changes: Any) -> torch.nn.Module:
+    """Write ``make_model`` to a folder (``max_shard_size`` limits its files) and return it."""
+    max_shard_size = changes.pop("max_shard_size", "1GB")
+    model = make_model(family, **changes)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Split transformers' stacked experts of a layer into a checkpoint's tensors."""
+    answer = {}
+    for name, tensor in tensors.items():
+        prefix, _, kind = name.rpartition("experts.")
+        if not prefix:
+            answer[name] = tensor
+            continue
+        for i, matrix in enumerate(tensor):
+            parts = kind.removesuffix("_proj").split("_")  # gate and up, or down
+            for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                answer[f"{prefix}experts.{i}.{part}_proj.weight"] = rows
+    return answer
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a folder."""
+    return json.loads(Path(folder, "config.json").read_text())

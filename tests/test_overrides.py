@@ -1,0 +1,41 @@
+"""``megatron.overrides`` reaches Megatron-Core's configurations, or is refused with a reason."""
+
+import pytest
+import torch
+
+from megatron_espo.errors import InputError
+from megatron_espo.megatron.overrides import check_overrides
+
+FIXED = {"hidden_size": "config.json gives it"}
+
+
+def test_each_configuration_gets_its_fields():
+    given = {"moe_permute_fusion": True, "bucket_size": 1 << 20, "exp_avg_dtype": "bfloat16"}
+    found = check_overrides(given, FIXED)
+    assert found.transformer == {"moe_permute_fusion": True}
+    assert found.ddp == {"bucket_size": 1 << 20}
+    assert found.optimizer == {"exp_avg_dtype": torch.bfloat16}
+
+
+def test_a_field_of_two_configurations_reaches_both():
+    found = check_overrides({"delay_wgrad_compute": False}, FIXED)
+    assert found.transformer == found.ddp == {"delay_wgrad_compute": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("moe_permute_fusoin", True, "moe_permute_fusion"),
+        ("moe_permute_fusion", "yes", "valid boolean"),
+        ("bucket_size", 1.5, "valid integer"),
+        ("activation_func", "gelu", "callable"),
+        ("exp_avg_dtype", "bf16", "torch dtype"),
+        ("timers", 1, "callable"),
+        ("hidden_size", 8, "config.json"),
+        ("calculate_per_token_loss", False, "schedule"),
+        ("lr", 1.0, "optimizer.lr"),
+    ],
+)
+def test_what_cannot_be_overridden_is_refused(name, value, part):
+    with pytest.raises(InputError, match=rf"megatron\.overrides\.{name}.*{part}"):
+        check_overrides({name: value}, FIXED)
