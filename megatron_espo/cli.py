@@ -5,6 +5,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -40,6 +41,9 @@ EVAL_EXAMPLES = """\
 greedy:          megatron-espo eval run.yaml eval.prompts=a.jsonl eval.samples=1 eval.temperature=0
 after a run:     megatron-espo eval run.yaml model.path=runs/mine/hf eval.samples=16
 """
+
+
+_SILENT_RANK_S = 5.0
 
 
 class _ReferenceHelp(argparse.Action):
@@ -229,7 +233,7 @@ def _load_config(args: argparse.Namespace) -> Any:
         checks.check_router(config, hf_config)
     if args.command in ("train", "eval"):
         checks.check_paths(config)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
 
             data, evaluation, seed = config.data, config.eval, config.run.seed
@@ -280,6 +284,9 @@ def _report(error: InputError, checked: bool) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif checked or os.environ.get("LOCAL_RANK") == "0":
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    else:
+        # torchrun kills all ranks when one ends. The rank that prints must end first.
+        time.sleep(_SILENT_RANK_S)
 
 
 if __name__ == "__main__":

@@ -216,9 +216,9 @@ class PromptStream:
 
 
 def _fingerprint(rows: Rows) -> str:
-    """SHA-256 over ids, prompts and answers."""
+    """SHA-256 over ids, prompts with their roles, and answers."""
     digest = hashlib.sha256()
-    for name in ("id", "prompt", "answer"):
+    for name in ("id", "prompt", "kind", "answer"):
         for chunk in rows.table[name].chunks:
             for buffer in chunk.buffers():
                 digest.update(b"" if buffer is None else buffer)
