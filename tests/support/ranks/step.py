@@ -158,6 +158,9 @@ def check_gradient(
                 for b, (p, e) in zip(micro_batches, scored, strict=True)
             ]
         load_hf_weights(policy.chunks, hf_config, folder, place.groups)
+    if sizes.get("overrides"):
+        # Megatron overlaps from the second batch on, also if that has fewer micro-batches.
+        policy.backward(step, [*micro_batches, *micro_batches])
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, hf_config, place.groups)
     formula = reference.sapo_loss if algorithm else reference.espo_loss
