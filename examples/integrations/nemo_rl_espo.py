@@ -1,10 +1,7 @@
 """ESPO in NeMo RL, as a loss function class. Written for the commit in docs/own_trainer.md.
 
-NeMo RL has no setting for the class of the loss. Replace it before ``setup`` in a copy of
-``examples/run_grpo.py``, and put this file on the ``PYTHONPATH`` of the policy workers:
-
-    import nemo_rl.algorithms.grpo as grpo
-    grpo.ClippedPGLossFn = ESPOLossFn
+NeMo RL has no setting for the loss class. Replace it before ``setup`` in ``examples/run_grpo.py``
+(``nemo_rl.algorithms.grpo.ClippedPGLossFn = ESPOLossFn``), with this file on the workers' path.
 
 Exact: segments, clip ranges, weights; the result does not depend on micro-batches, sequence
 packing (``fuse_loss=false``), data or tensor parallelism. NeMo RL keeps no entropies of the old
@@ -34,10 +31,7 @@ class ESPOLossFn(LossFunction):
         self.force_on_policy_ratio = cfg.force_on_policy_ratio
         kl = 0 if cfg.use_kl_in_reward else cfg.reference_policy_kl_penalty
         if kl or use_fused_linear_logprobs or cfg.use_importance_sampling_correction:
-            raise ValueError(
-                "loss_fn: expected reference_policy_kl_penalty=0, use_fused_linear_logprobs=false "
-                "and use_importance_sampling_correction=false for ESPO"
-            )
+            raise ValueError("expected no KL penalty, fused log-probs or importance correction")
 
     def __call__(
         self,

@@ -1,15 +1,16 @@
-"""ESPO in slime, as a custom loss function. Written for the commit in docs/own_trainer.md.
+"""ESPO in slime and vime, as a custom loss function. Commits: docs/own_trainer.md.
 
     --loss-type custom_loss --custom-loss-function-path examples.integrations.slime_espo.espo_loss
     --use-rollout-entropy
     --rollout-data-postprocess-path examples.integrations.slime_espo.keep_old_entropy
 
 Exact: log-probs and entropies of the tensor-parallel shards, segments, clip ranges, weights; the
-result does not depend on micro-batches or data-parallel ranks. N is slime's
-``step_global_batch_size``, responses without trained tokens included. With the last two flags the
-entropies are those of the old policy; without them, those of the trained policy, which is exact in
-the first update of a rollout. Padded columns of the vocabulary count, as in slime's own old
-log-probs. No context parallelism, KL loss, entropy bonus, TIS, OPSM or top-p replay.
+result does not depend on micro-batches or data-parallel ranks. N is the global batch size of the
+step, responses without trained tokens included. With the last two flags the entropies are those of
+the old policy; without them, those of the trained policy, which is exact in the first update of a
+rollout. Padded columns of the vocabulary count, as in the frameworks'
+own old log-probs. Packed sequences only (``--qkv-format thd``, the default). No context
+parallelism, KL loss, entropy bonus, TIS, OPSM or top-p replay.
 """
 
 from collections.abc import Callable
@@ -38,18 +39,19 @@ def espo_loss(
     logits: torch.Tensor,
     sum_of_sample_mean: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the responses' losses; slime divides it by ``step_global_batch_size``.
+    """Sum of the responses' losses; the framework divides it by the step's global batch size.
 
     Args:
-        args: slime's arguments.
+        args: arguments of slime or vime.
         batch: lists with one tensor per response.
         logits: ``[1, tokens, vocab/tp]`` float32, packed sequences and padding.
-        sum_of_sample_mean: slime's reduction, for metrics.
+        sum_of_sample_mean: the framework's reduction, for metrics.
     """
     if wrong := [name for name in REFUSED if getattr(args, name)]:
         raise ValueError(f"expected no {', '.join(wrong)} for ESPO")
-    if mpu.get_context_parallel_world_size() > 1 or args.rollout_top_p != 1:
-        raise ValueError("expected context_parallel_size=1 and rollout_top_p=1 for ESPO")
+    packed = getattr(args, "qkv_format", "thd") == "thd"
+    if mpu.get_context_parallel_world_size() > 1 or args.rollout_top_p != 1 or not packed:
+        raise ValueError("expected context_parallel_size=1, rollout_top_p=1, qkv_format=thd")
     lengths, ends = batch["response_lengths"], torch.tensor(batch["total_lengths"]).cumsum(0)
     rows = [torch.arange(e - n - 1, e - 1) for e, n in zip(ends.tolist(), lengths, strict=True)]
     index = torch.cat(rows).to(logits.device)

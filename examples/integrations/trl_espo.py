@@ -30,11 +30,9 @@ class ESPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
         self.objective, self._scored = objective or ESPO(), []
         super().__init__(*args, **kwargs)
-        wrong = {
-            k: getattr(self.args, k) for k, v in REQUIRED.items() if getattr(self.args, k) != v
-        }
+        wrong = [name for name, value in REQUIRED.items() if getattr(self.args, name) != value]
         if wrong or self._entropy_bonus_enabled or self.aux_loss_enabled:
-            raise ValueError(f"GRPOConfig: expected {REQUIRED} and no auxiliary loss, got {wrong}")
+            raise ValueError(f"expected {REQUIRED} and no auxiliary loss (wrong: {wrong})")
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any):
         found = super()._get_per_token_logps_and_entropies(

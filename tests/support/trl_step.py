@@ -7,7 +7,7 @@ import sys
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig
 
 from examples.integrations.trl_espo import ESPOTrainer
@@ -37,7 +37,6 @@ config = GRPOConfig(
     output_dir=f"{out}.run",
     use_cpu=True,
     bf16=False,
-    model_init_kwargs={"dtype": "float32"},
     per_device_train_batch_size=4,
     gradient_accumulation_steps=2,
     num_generations=4,
@@ -56,5 +55,10 @@ config = GRPOConfig(
     seed=1,
 )
 rows = Dataset.from_list([{"prompt": f"What is {i} + {i + 1} ?"} for i in range(4)])
-Trainer(folder, reward, args=config, train_dataset=rows, callbacks=[Record()]).train()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+Trainer(
+    model, reward, args=config, train_dataset=rows, processing_class=tokenizer,
+    callbacks=[Record()],
+).train()  # fmt: skip
 torch.save(record, out)

@@ -25,7 +25,7 @@ folder, out = sys.argv[1:]
 store = torch.distributed.HashStore()
 torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 transformer_impl.get_device_id = transformer_impl.get_device_name = lambda: "cpu"
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
 Engine = transformer_impl.FSDPEngineWithLMHead
 engine = Engine.__new__(Engine)
 vars(engine).update(
@@ -35,7 +35,7 @@ vars(engine).update(
     use_ulysses_sp=False,
     pad_to_length=False,
     scaler=None,
-    _autocast_dtype=torch.float32,
+    _autocast_dtype=torch.float64,
     engine_config=SimpleNamespace(entropy_checkpointing=False, strategy="fsdp"),
 )
 
