@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from typing import get_args
 
 import pytest
 import torch
@@ -9,26 +10,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_espo.algo import group_advantages
+from megatron_espo.algo.advantages import AdvantageName
+from megatron_espo.config import Algorithm
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 REWARD = st.one_of(st.just(math.nan), st.integers(0, 1).map(float), st.floats(-10, 10, width=32))
 
 
-def reference(rewards: list[float], normalize_std: bool) -> list[float]:
-    """One prompt: ``(R - mean) / std`` over its rewards."""
+METHODS = get_args(AdvantageName)
+
+
+def reference(rewards: list[float], method: str) -> list[float]:
+    """Advantages of one prompt."""
     ran = [r for r in rewards if not math.isnan(r)]
     if len(set(ran)) < 2:
         return [0.0] * len(rewards)
     mean = statistics.mean(ran)
-    std = statistics.stdev(ran) if normalize_std else 1.0
-    return [0.0 if math.isnan(r) else (r - mean) / std for r in rewards]
+    if method == "rloo":  # the mean of the others
+        others = {r: (sum(ran) - r) / (len(ran) - 1) for r in ran}
+        return [0.0 if math.isnan(r) else r - others[r] for r in rewards]
+    scale = {"grpo": statistics.stdev(ran), "dr_grpo": 1.0, "maxrl": mean}[method]
+    return [0.0 if math.isnan(r) else (r - mean) / scale for r in rewards]
 
 
 @QUICK
-@given(st.lists(st.lists(REWARD, min_size=4, max_size=4), min_size=1, max_size=3), st.booleans())
-def test_equals_statistics(rewards, normalize_std):
-    found = group_advantages(torch.tensor(rewards), normalize_std=normalize_std)
-    expected = torch.tensor([reference(row, normalize_std) for row in rewards])
+@given(
+    st.lists(st.lists(REWARD, min_size=4, max_size=4), min_size=1, max_size=3),
+    st.sampled_from(METHODS),
+)
+def test_equals_statistics(rewards, method):
+    if method == "maxrl":
+        rewards = [[abs(r) for r in row] for row in rewards]
+    found = group_advantages(torch.tensor(rewards), method)
+    expected = torch.tensor([reference(row, method) for row in rewards])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -40,12 +54,12 @@ def test_std_is_the_unbiased_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("normalize_std", [True, False])
-def test_equal_rewards_give_exactly_zero(normalize_std, dtype):
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_rewards_give_exactly_zero(method, dtype):
     # The floating-point mean of 100.1s is not always 100.1.
     for size in range(2, 20):
         rewards = torch.full((1, size), 100.1, dtype=dtype)
-        assert not group_advantages(rewards, normalize_std=normalize_std).any()
+        assert not group_advantages(rewards, method).any()
 
 
 def test_rewards_that_differ_by_little_still_differ():
@@ -72,3 +86,14 @@ def test_group_of_one_is_refused(rewards):
 def test_infinite_reward_is_refused(value):
     with pytest.raises(ValueError, match="finite"):
         group_advantages(torch.tensor([[0.0, value]]))
+
+
+def test_the_configuration_has_all_methods():
+    assert get_args(Algorithm.model_fields["advantage"].annotation) == METHODS
+
+
+def test_wrong_methods_and_rewards_raise():
+    with pytest.raises(ValueError, match=r"method: .*maxrl.*got 'std'"):
+        group_advantages(torch.tensor([[0.0, 1.0]]), "std")
+    with pytest.raises(ValueError, match="at least 0 for maxrl, got -1"):
+        group_advantages(torch.tensor([[-1.0, 1.0]]), "maxrl")

@@ -219,10 +219,10 @@ BAD_TEXTS = {
         "run.yaml:6: algorithm.clip_high: expected null",
         "got 0.2",
     ),
-    "Dr. GRPO with a standard deviation": (
-        GOOD + "algorithm:\n  objective: dr_grpo\n  normalize_std: true\n",
-        "run.yaml:7: algorithm.normalize_std: expected false",
-        "got true",
+    "Dr. GRPO with other advantages": (
+        GOOD + "algorithm:\n  objective: dr_grpo\n  advantage: rloo\n",
+        "run.yaml:7: algorithm.advantage: expected dr_grpo",
+        "got rloo",
     ),
     "mini-batches of unequal size": (
         GOOD + "algorithm:\n  num_mini_batches: 3\n",

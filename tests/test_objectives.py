@@ -32,6 +32,8 @@ BOUNDS = {
     "dapo": (0.2, 0.28),
     "cispo": (0.2, 0.2),
     "gmpo": (0.4, 0.4),
+    "ce_gppo": (0.2, 0.28),
+    "dppo": (0.2, 0.2),
 }
 QUANTILES = st.sampled_from([(0.8,), (0.5,), (0.3, 0.8), (0.25, 0.5, 0.75)])
 CASES = [
@@ -57,7 +59,8 @@ def batches(draw) -> list[Response]:
     levels = [single(rng.uniform(0, math.log(VOCAB))) for _ in range(draw(st.integers(1, 12)))]
     responses = []
     for length in draw(st.lists(st.integers(1, 12), min_size=1, max_size=5)):
-        new = [single(-60 - rng.uniform(0, 5)) for _ in range(length)]
+        start = rng.choice([-60.0, 0.0]) if spread < 1 else -60.0
+        new = [single(min(start - spread, 0.0) - rng.uniform(0, 5)) for _ in range(length)]
         responses.append(
             Response(
                 logprob=new,
@@ -97,7 +100,9 @@ def totals_of(responses: list[Response]) -> dict[str, int]:
 
 
 def make_objective(objective: str, **settings) -> Objective:
-    algorithm = Algorithm(objective=objective, normalize_std=objective != "dr_grpo", **settings)
+    algorithm = Algorithm(
+        objective=objective, advantage="dr_grpo" if objective == "dr_grpo" else "grpo", **settings
+    )
     return load_objective(algorithm, max_response_tokens=MAX_TOKENS)
 
 
@@ -144,9 +149,10 @@ def test_clipped_shares_equal_reference(objective, responses):
     instance = make_objective(objective)
     _, inputs, output = run(responses, instance, torch.float64, **totals_of(responses))
     ratio = wanted.ratio
-    if objective == "gmpo":
+    if objective in ("gmpo", "dppo"):
+        change = {"gmpo": lambda x: x, "dppo": math.exp}[objective]
         ratio = [
-            1 + new - old
+            1 + change(new) - change(old)
             for r in responses
             for new, old in zip(r.logprob, r.old_logprob, strict=True)
         ]
@@ -282,7 +288,10 @@ def test_configuration_keys_are_the_settings_of_the_classes():
         classes = {name for name, cls in OBJECTIVES.items() if key in names_of(cls)}
         assert classes == set(users) and getattr(Algorithm(), key) == neutral, key
     keys = Algorithm.model_fields.keys() | {"max_response_tokens"}
-    assert all(names_of(cls) <= keys for cls in OBJECTIVES.values())
+    with_args = ("ce_gppo", "dppo")
+    assert all(names_of(cls) <= keys for n, cls in OBJECTIVES.items() if n not in with_args)
+    changed = Algorithm(objective="ce_gppo", objective_args={"beta_low": 0.5}, clip_high=0.3)
+    assert (load_objective(changed).beta_low, load_objective(changed).clip_high) == (0.5, 0.3)
 
 
 def names_of(cls: type[Objective]) -> set[str]:
@@ -291,7 +300,7 @@ def names_of(cls: type[Objective]) -> set[str]:
 
 def test_dr_grpo_without_its_limit_is_refused():
     with pytest.raises(InputError, match="dr_grpo.*max_response_tokens"):
-        load_objective(Algorithm(objective="dr_grpo", normalize_std=False))
+        load_objective(Algorithm(objective="dr_grpo", advantage="dr_grpo"))
 
 
 SAPO_NAME = "examples.sapo:SAPO"

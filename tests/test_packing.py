@@ -168,7 +168,7 @@ def test_empty_micro_batch_is_padding_and_its_loss_is_zero():
 
 
 def objective_loss(name: str, logprob: torch.Tensor, batch: MicroBatch):
-    algorithm = Algorithm(objective=name, normalize_std=name != "dr_grpo")
+    algorithm = Algorithm(objective=name, advantage="dr_grpo" if name == "dr_grpo" else "grpo")
     objective = load_objective(algorithm, max_response_tokens=16)
     entropy = (batch.targets.double() * 0.7).sin().abs() * math.log(VOCAB)
     totals = {

@@ -2,11 +2,13 @@
 
 import math
 import random
+from typing import get_args
 
 import pytest
 import torch
 
 from megatron_espo.algo import kl_estimate, load_objective, overlong_penalty, rollout_correction
+from megatron_espo.algo.regularizers import CorrectionLevel
 from megatron_espo.config import Algorithm
 
 LENGTHS = [1, 4, 9]
@@ -18,46 +20,60 @@ def segments():
     return objective.segment_tokens(torch.linspace(0, 4, 14), torch.tensor(LENGTHS), **totals)
 
 
+def single(value: float) -> float:
+    return round(value, 6)
+
+
 def random_logprobs(seed: int, spread: float = 1.0) -> list[float]:
     draw = random.Random(seed)
     return [-draw.uniform(0, spread) for _ in range(14)]
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("level", get_args(CorrectionLevel))
 @pytest.mark.parametrize("spread", [1.0, 500.0])
-def test_correction_is_the_truncated_ratio(level, spread):
+def test_correction_is_the_limited_ratio(level, spread, mask):
     old, rollout = random_logprobs(1, spread), random_logprobs(2, spread)
+    floor, cap = (0.9, 1.2) if level == "geometric" and spread == 1.0 else (0.5, 2.0)
     found = rollout_correction(
-        torch.tensor(old), torch.tensor(rollout), segments(), level=level, cap=2.0
-    )
+        torch.tensor(old), torch.tensor(rollout), segments(),
+        level=level, cap=cap, floor=floor, mask=mask,
+    )  # fmt: skip
     wanted, start = [], 0
     for length in LENGTHS:
-        exponents = [
-            o - r
-            for o, r in zip(
-                old[start : start + length], rollout[start : start + length], strict=True
-            )
-        ]
-        if level == "sequence":
-            exponents = [sum(exponents)] * length
-        wanted += [min(math.exp(max(-20.0, min(20.0, x))), 2.0) for x in exponents]
+        exponents = [o - r for o, r in zip(old, rollout, strict=True)][start : start + length]
+        if level != "token":
+            total = sum(exponents) / (length if level == "geometric" else 1)
+            exponents = [total] * length
+        ratios = [math.exp(max(-20.0, min(20.0, x))) for x in exponents]
+        limited = [min(max(r, floor), cap) for r in ratios]
+        if mask:
+            limited = [r if r == kept else 0.0 for r, kept in zip(ratios, limited, strict=True)]
+        wanted += limited
         start += length
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-4, atol=1e-9)
-    assert (found == 2.0).any() and (found < 2.0).any()
+    limits = {0.0} if mask else {floor, cap}
+    assert limits & set(map(single, found.tolist())) or level == "sequence"
 
 
-def test_sequence_correction_adds_up_over_slices():
+def test_an_unknown_level_raises():
+    levels = get_args(Algorithm.model_fields["rollout_correction"].annotation)
+    assert levels == ("off", "metrics", *get_args(CorrectionLevel))
+    with pytest.raises(ValueError, match=r"level: .*geometric.*got 'metrics'"):
+        rollout_correction(torch.zeros(14), torch.zeros(14), segments(), level="metrics", cap=2.0)
+
+
+@pytest.mark.parametrize("level", ["sequence", "geometric"])
+def test_correction_of_responses_adds_up_over_slices(level):
     old, rollout = torch.tensor([random_logprobs(1), random_logprobs(2)])
     whole = segments()
-    wanted = rollout_correction(old, rollout, whole, level="sequence", cap=2.0)
+    wanted = rollout_correction(old, rollout, whole, level=level, cap=2.0)
     halves = [torch.arange(0, 14, 2), torch.arange(1, 14, 2)]
     sums: list[torch.Tensor] = []
 
     def correct(half, sum_over_ranks):
         arguments = old[half], rollout[half], whole.select(half)
-        return rollout_correction(
-            *arguments, level="sequence", cap=2.0, sum_over_ranks=sum_over_ranks
-        )
+        return rollout_correction(*arguments, level=level, cap=2.0, sum_over_ranks=sum_over_ranks)
 
     for half in halves:
         correct(half, lambda part: sums.append(part) or part)

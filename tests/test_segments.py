@@ -21,7 +21,9 @@ RESPONSES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_s
 
 
 def make_objective(objective: str, **settings) -> Objective:
-    algorithm = Algorithm(objective=objective, normalize_std=objective != "dr_grpo", **settings)
+    algorithm = Algorithm(
+        objective=objective, advantage="dr_grpo" if objective == "dr_grpo" else "grpo", **settings
+    )
     return load_objective(algorithm, max_response_tokens=16)
 
 

@@ -345,7 +345,7 @@ def test_a_killed_engine_is_replaced(runs):
     [
         (
             ["algorithm.rollout_correction=metrics"],
-            "rollout_correction: expected token or sequence with rollout.max_staleness 2",
+            "rollout_correction: expected token, sequence or geometric with rollout.max_stale",
         ),
         (
             ["rollout.over_sampling_prompts=9"],

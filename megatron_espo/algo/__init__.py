@@ -2,8 +2,10 @@
 
 from megatron_espo.algo.advantages import group_advantages, overlong_penalty
 from megatron_espo.algo.objectives import (
+    CEGPPO,
     CISPO,
     DAPO,
+    DPPO,
     ESPO,
     GMPO,
     GRPO,
@@ -22,8 +24,10 @@ from megatron_espo.algo.regularizers import kl_estimate, rollout_correction
 from megatron_espo.algo.segments import TokenSegments, entropy_groups
 
 __all__ = [
+    "CEGPPO",
     "CISPO",
     "DAPO",
+    "DPPO",
     "ESPO",
     "GMPO",
     "GRPO",

@@ -1,22 +1,31 @@
 """Group-relative advantages (Eq. 11) and the penalty for long responses."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
+AdvantageName = Literal["grpo", "dr_grpo", "rloo", "maxrl"]
 
-def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
-    """``A = (R - mean) / std`` over the responses of each prompt whose verifier ran (Eq. 11).
+
+def group_advantages(rewards: Tensor, method: AdvantageName = "grpo") -> Tensor:
+    """Advantages over the ``n`` responses of each prompt whose verifier ran.
+
+    ``grpo``: ``(R - mean) / std`` (Eq. 11), with the unbiased standard deviation. ``dr_grpo``:
+    ``R - mean``. ``rloo``: the reward minus the mean of the other responses, which is
+    ``(R - mean) n / (n - 1)``. ``maxrl``: ``(R - mean) / mean`` (arXiv 2602.02710).
 
     Args:
         rewards: ``[prompts, group_size]``; NaN where the verifier failed. Such a response gets
-            ``A = 0`` and does not count in mean and standard deviation.
-        normalize_std: divide by the unbiased standard deviation; ``False`` only centres (Dr. GRPO).
+            ``A = 0`` and does not count in ``n``, mean and standard deviation.
+        method: one of the four names above.
 
     Returns:
         ``[prompts, group_size]`` float32. Exactly 0 for a group whose rewards are all equal.
 
     Raises:
-        ValueError: a group of one response, or an infinite reward.
+        ValueError: a group of one response, an infinite reward, a negative one with ``maxrl``, or
+            an unknown method.
     """
     if rewards.dim() != 2 or rewards.size(1) < 2:
         raise ValueError(f"rewards: expected [prompts, group_size >= 2], got {list(rewards.shape)}")
@@ -32,10 +41,19 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     # Compare maximum and minimum: the floating-point std of eight equal 100.1s is 1.6e-5, not 0.
     highest = rewards.where(ran, -torch.inf).amax(1, keepdim=True)
     varies = highest > rewards.where(ran, torch.inf).amin(1, keepdim=True)
-    if normalize_std:
-        std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        centred = centred / std.where(varies, 1.0)
-    return centred.where(varies, 0.0).float()
+    if method == "grpo":
+        scale = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    elif method == "dr_grpo":
+        scale = torch.ones_like(highest)
+    elif method == "rloo":
+        scale = (count - 1) / count.clamp(min=1)
+    elif method == "maxrl":
+        if (filled < 0).any():
+            raise ValueError(f"rewards: expected at least 0 for maxrl, got {filled.min()}")
+        scale = filled.sum(1, keepdim=True) / count.clamp(min=1)
+    else:
+        raise ValueError(f"method: expected one of {get_args(AdvantageName)}, got {method!r}")
+    return (centred / scale.where(varies, 1.0)).where(varies, 0.0).float()
 
 
 def overlong_penalty(

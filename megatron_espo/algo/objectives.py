@@ -331,6 +331,66 @@ class DAPO(GRPO):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CEGPPO(_FixedBounds):
+    """GRPO whose clipped tokens keep a bounded gradient (CE-GPPO, arXiv 2509.20712).
+
+    Where GRPO's surrogate is constant, the factor of ``∇ log π_θ`` is ``beta (1 ± clip) A``. Tokens
+    have equal weight.
+
+    Attributes:
+        beta_low: of tokens with ``A < 0`` below the clip range; a larger one raises the entropy.
+        beta_high: of tokens with ``A > 0`` above the clip range; a larger one lowers the entropy.
+    """
+
+    clip_high: float = 0.28
+    beta_low: float = 0.75
+    beta_high: float = 1.0
+
+    segmentation = "token"
+    aggregation = "token"
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        advantage, segments = inputs.advantage, inputs.segments
+        ratio = inputs.log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+        below, above = _outside(ratio - 1, segments.low, segments.high)
+        factor = torch.where(above & (advantage > 0), self.beta_high * (1 + segments.high), ratio)
+        factor = torch.where(below & (advantage < 0), self.beta_low * (1 - segments.low), factor)
+        surrogate = factor * advantage * importance_ratio(torch.zeros_like(ratio), inputs.logprob)
+        return inputs.output(surrogate, ratio, advantage == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPO(_FixedBounds):
+    """Tokens whose probability moved too far are constant (DPPO-Binary-TV, arXiv 2602.04879).
+
+    The clip range limits ``π_θ - π_old`` of the sampled token, not the ratio. Tokens have equal
+    weight.
+
+    Attributes:
+        max_ratio: the ratio is clamped to it, as a factor of the gradient.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    max_ratio: float = 20.0
+
+    segmentation = "token"
+    aggregation = "token"
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        advantage = inputs.advantage
+        ratio = inputs.log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+        below, above = self.clipped(inputs, None)
+        constant = (above & (advantage > 0)) | (below & (advantage < 0)) | (advantage == 0)
+        factor = (ratio.clamp(max=self.max_ratio) * advantage).masked_fill(constant, 0.0)
+        return inputs.output(factor * inputs.logprob, ratio, constant)
+
+    def clipped(self, inputs: LossInputs, output: LossOutput | None) -> tuple[Tensor, Tensor]:
+        change = inputs.logprob.detach().exp() - inputs.old_logprob.exp()
+        return _outside(change, inputs.segments.low, inputs.segments.high)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CISPO(_FixedBounds):
     """The clipped ratio is a detached factor of the log-prob: every token has a gradient."""
 
@@ -393,15 +453,17 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dapo": DAPO,
     "cispo": CISPO,
     "gmpo": GMPO,
+    "ce_gppo": CEGPPO,
+    "dppo": DPPO,
 }
 
 
 def load_objective(algorithm: Any, *, max_response_tokens: int | None = None) -> Objective:
     """The objective of the ``algorithm`` section of a configuration.
 
-    A built-in objective takes its settings from the keys of the section; a ``module:Class`` takes
-    them from ``objective_args``. Both get ``quantiles``, and ``max_response_tokens`` if they have
-    that field.
+    A built-in objective takes its settings from the keys of the section, and those that are not
+    keys from ``objective_args``. A ``module:Class`` takes all from ``objective_args``. Both get
+    ``quantiles``, and ``max_response_tokens`` if they have that field.
 
     Args:
         algorithm: :class:`megatron_espo.config.Algorithm`.
@@ -412,19 +474,21 @@ def load_objective(algorithm: Any, *, max_response_tokens: int | None = None) ->
     """
     name = algorithm.objective
     shared = {"quantiles": algorithm.quantiles, "max_response_tokens": max_response_tokens}
-    given: Mapping[str, Any] = vars(algorithm)
+    section: Mapping[str, Any] = vars(algorithm)
+    args = algorithm.objective_args
     cls = OBJECTIVES.get(name)
     if cls is None:
-        cls, given = load_object("algorithm.objective", name), algorithm.objective_args
+        cls, section = load_object("algorithm.objective", name), {}
         if not (isinstance(cls, type) and issubclass(cls, Objective)):
             raise InputError(f"algorithm.objective: expected a subclass of Objective, got {name}")
-        known = {field.name for field in fields(cls)} - shared.keys()
-        if unknown := sorted(given.keys() - known):
-            raise InputError(
-                f"algorithm.objective_args: expected settings of {name} "
-                f"({', '.join(sorted(known)) or 'it has none'}), got {', '.join(unknown)}"
-            )
-    settings = {key: value for key, value in (shared | dict(given)).items() if value is not None}
+    known = {field.name for field in fields(cls)} - shared.keys() - section.keys()
+    if unknown := sorted(args.keys() - known):
+        raise InputError(
+            f"algorithm.objective_args: expected settings of {name} "
+            f"({', '.join(sorted(known)) or 'it has none'}), got {', '.join(unknown)}"
+        )
+    given = shared | dict(section) | args
+    settings = {key: value for key, value in given.items() if value is not None}
     try:
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
     except (TypeError, ValueError) as error:

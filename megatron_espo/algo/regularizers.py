@@ -1,10 +1,14 @@
 """Correction for the engine's log-probs, and KL divergence to a reference."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from megatron_espo.algo.objectives import MAX_EXPONENT
 from megatron_espo.algo.segments import SumOverRanks, TokenSegments, sum_by_index
+
+CorrectionLevel = Literal["token", "sequence", "geometric"]
 
 
 def rollout_correction(
@@ -12,11 +16,16 @@ def rollout_correction(
     rollout_logprob: Tensor,
     segments: TokenSegments,
     *,
-    level: str,
+    level: CorrectionLevel,
     cap: float,
+    floor: float = 0.0,
+    mask: bool = False,
     sum_over_ranks: SumOverRanks = lambda sums: sums,
 ) -> Tensor:
-    """Truncated importance sampling: ``min(π_old / π_rollout, cap)``, trainer over engine.
+    """Importance weights ``π_old / π_rollout``, trainer over engine, limited to ``[floor, cap]``.
+
+    Truncated importance sampling clamps a ratio. Masked importance sampling sets a ratio outside
+    the limits to 0; with ``level="token"`` it is IcePop.
 
     The engine computes with other kernels than the trainer, so it samples from a slightly different
     policy.
@@ -24,18 +33,29 @@ def rollout_correction(
     Args:
         old_logprob, rollout_logprob: ``[tokens]`` float32, of the same sampled tokens (nats).
         segments: of the same tokens.
-        level: ``token``: a ratio for each token; ``sequence``: the product over the response.
+        level: ``token``: a ratio for each token; ``sequence``: the product over the response;
+            ``geometric``: the geometric mean over the response.
         cap: the largest ratio.
-        sum_over_ranks: sums a vector over context-parallel ranks; only ``sequence`` calls it.
+        floor: the smallest ratio.
+        mask: set ratios outside ``[floor, cap]`` to 0 instead of clamping them.
+        sum_over_ranks: sums a vector over context-parallel ranks; ``token`` does not call it.
 
     Returns:
         ``[tokens]`` float32, detached: a factor of each token's weight.
+
+    Raises:
+        ValueError: an unknown level.
     """
+    if level not in get_args(CorrectionLevel):
+        raise ValueError(f"level: expected one of {get_args(CorrectionLevel)}, got {level!r}")
     exponent = (old_logprob - rollout_logprob).detach()
-    if level == "sequence":
-        sums = sum_by_index(exponent, segments.response, segments.length.numel())
-        exponent = sum_over_ranks(sums)[segments.response]
-    return exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp().clamp(max=cap)
+    if level != "token":
+        sums = sum_over_ranks(sum_by_index(exponent, segments.response, segments.length.numel()))
+        exponent = (sums / segments.length if level == "geometric" else sums)[segments.response]
+    ratio = exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    if mask:
+        return ratio.where((ratio >= floor) & (ratio <= cap), 0.0)
+    return ratio.clamp(floor, cap)
 
 
 def kl_estimate(logprob: Tensor, reference_logprob: Tensor) -> Tensor:

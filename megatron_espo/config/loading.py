@@ -17,6 +17,7 @@ Places = dict[yaml_source.Path, str]
 
 # Settings of older releases, and what to use or what happens instead.
 _REMOVED = {
+    "algorithm.normalize_std": "use algorithm.advantage: grpo (true) or dr_grpo (false)",
     "environment.max_concurrent": "at most 4096 trajectories run at the same time",
     "environment.retries": "a failed trajectory is started once more",
     "eval.max_response_tokens": "use rollout.max_response_tokens, which limits evaluations too",

@@ -184,7 +184,7 @@ class Optimizer(Section):
             yield "min_lr", f"expected at most lr ({self.lr:g}), got {self.min_lr:g}"
 
 
-_BOUNDED = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo")
+_BOUNDED = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "ce_gppo", "dppo")
 OBJECTIVES = ("espo", *_BOUNDED)
 # Settings of some objectives: neutral value, and the objectives that have them.
 USED_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -201,9 +201,10 @@ class Algorithm(Section):
 
     objective: str = Field("espo", min_length=1)
     """espo: one ratio per entropy group with adaptive clipping; gspo, grpo, dr_grpo, dapo, cispo,
-    gmpo; or your module:Class."""
+    gmpo, ce_gppo, dppo; or your module:Class."""
     objective_args: dict[str, Any] = Field(default_factory=dict)
-    """Settings of your class; those of the other objectives are keys of this section."""
+    """Settings of your class, of ce_gppo (beta_low, beta_high) and of dppo (max_ratio). The other
+    objectives have keys in this section."""
     alpha: float = Field(0.02, gt=0)
     """ESPO: scale of the clip range (Eq. 8); larger clips fewer tokens (paper: 0.01-0.10)."""
     quantiles: tuple[float, ...] = Field((0.8,), strict=False)
@@ -220,17 +221,22 @@ class Algorithm(Section):
     """Clip range above a ratio of 1; null: the objective's default. Not for espo."""
     dual_clip: float | None = Field(None, gt=1)
     """Bounds the loss of negative advantages to this factor; null: no bound."""
-    normalize_std: bool = True
-    """Divide advantages by the group's standard deviation; dr_grpo needs false."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "maxrl"] = "grpo"
+    """Rewards of a prompt's responses, centred and divided by: grpo their standard deviation;
+    dr_grpo 1; rloo (n - 1) / n; maxrl their mean. The objective dr_grpo needs dr_grpo."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL penalty (k3) to the initial policy; above 0 costs a scoring pass a step."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the entropy bonus (exact, over the whole vocabulary); keeps responses diverse."""
-    rollout_correction: Literal["off", "metrics", "token", "sequence"] = "metrics"
-    """Truncated importance sampling of trainer over engine probabilities, by token or by sequence;
-    metrics only reports the ratios."""
+    rollout_correction: Literal["off", "metrics", "token", "sequence", "geometric"] = "metrics"
+    """Importance sampling of trainer over engine probabilities: ratio of a token, of a sequence, or
+    its geometric mean; metrics only reports the ratios of tokens."""
     rollout_correction_cap: float = Field(2.0, gt=0)
     """Largest ratio of the rollout correction."""
+    rollout_correction_floor: float = Field(0.0, ge=0)
+    """Smallest ratio of the rollout correction."""
+    rollout_correction_mask: bool = False
+    """Ratios beyond the limits become 0 instead of the limit. IcePop: token, floor 0.5, cap 5."""
     mask_truncated: bool = False
     """No gradient from responses cut at the length limit; they still count in means and weights."""
     num_epochs: int = Field(1, ge=1)
@@ -247,8 +253,7 @@ class Algorithm(Section):
         if not built_in and not rules.FUNCTION.fullmatch(name):
             yield "objective", f'expected one of {known}, or module:Class, got "{name}"'
             return
-        if built_in and self.objective_args:
-            args = self.objective_args
+        if (args := self.objective_args) and built_in and name not in ("ce_gppo", "dppo"):
             yield "objective_args", f"expected none with objective {name}, got {args}"
         for key, (neutral, users) in USED_BY.items():
             value = getattr(self, key)
@@ -256,9 +261,12 @@ class Algorithm(Section):
                 off = "null" if neutral is None else neutral
                 text = f"which does not use it (only {', '.join(users)})"
                 yield key, f"expected {off} with objective {name}, {text}, got {value}"
-        if name == "dr_grpo" and self.normalize_std:
-            text = "expected false with objective dr_grpo (it only centres rewards), got true"
-            yield "normalize_std", text
+        if name == "dr_grpo" and self.advantage != "dr_grpo":
+            text = f"expected dr_grpo with objective dr_grpo, got {self.advantage}"
+            yield "advantage", text
+        cap, floor = self.rollout_correction_cap, self.rollout_correction_floor
+        if floor > cap:
+            yield "rollout_correction_floor", f"expected at most the cap {cap:g}, got {floor:g}"
 
 
 class Config(Section):
@@ -289,12 +297,15 @@ class Config(Section):
             expected = f"a divisor of rollout.prompts_per_step = {prompts}"
             yield "algorithm.num_mini_batches", f"expected {expected}, got {parts}"
         staleness, correction = rollout.max_staleness, algorithm.rollout_correction
-        if staleness and correction not in ("token", "sequence"):
-            expected = f"token or sequence with rollout.max_staleness {staleness}"
+        if staleness and correction not in ("token", "sequence", "geometric"):
+            expected = f"token, sequence or geometric with rollout.max_staleness {staleness}"
             yield "algorithm.rollout_correction", f"expected {expected}, got {correction}"
         if fp8 and self.model.dtype != "bfloat16":
             yield "megatron.fp8", f"expected null with model.dtype {self.model.dtype}, got {fp8}"
         buffer, longest = self.reward.overlong_buffer_tokens, rollout.max_response_tokens
+        if buffer is not None and algorithm.advantage == "maxrl":
+            text = "expected null with algorithm.advantage maxrl, which needs rewards of at least 0"
+            yield "reward.overlong_buffer_tokens", f"{text}, got {buffer}"
         if buffer is not None and buffer > longest:
             expected = f"at most rollout.max_response_tokens ({longest})"
             yield "reward.overlong_buffer_tokens", f"expected {expected}, got {buffer}"

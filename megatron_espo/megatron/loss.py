@@ -107,19 +107,25 @@ class PolicyLoss:
         self, segments: TokenSegments, old_logprob: Tensor, rollout_logprob: Tensor
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Factor of the weights (``None``: weights stay) and metrics, each ``[tokens]``."""
-        mode, cap = self.algorithm.rollout_correction, self.algorithm.rollout_correction_cap
+        settings = self.algorithm
+        mode, cap = settings.rollout_correction, settings.rollout_correction_cap
         if mode == "off":
             return None, {}
+        floor = settings.rollout_correction_floor
         factor = rollout_correction(
             old_logprob,
             rollout_logprob,
             segments,
             level="token" if mode == "metrics" else mode,
             cap=cap,
+            floor=floor,
+            mask=settings.rollout_correction_mask,
             sum_over_ranks=self._sum_over_ranks,
         )
+        # A masked weight is 0.
+        limited = (factor >= cap) | (factor <= floor)
         report = {
             "rollout_correction/weight": factor,
-            "rollout_correction/truncated": (factor >= cap).float(),
+            "rollout_correction/limited": limited.float(),
         }
         return None if mode == "metrics" else factor, report

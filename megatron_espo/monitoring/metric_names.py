@@ -64,8 +64,8 @@ Mismatch
   rollout/staleness_max | versions | the same, of the oldest sampled token
   sync/verified_tensors | tensors | read back from the engine and equal to those that were sent
   sync/restarts | | engine restarts during the weight update
-  rollout_correction/weight | | mean truncated importance weight trainer / engine
-  rollout_correction/truncated | share of tokens | the weight is at its cap
+  rollout_correction/weight | | mean importance weight trainer / engine, after its limits
+  rollout_correction/limited | share of tokens | the weight is at a limit, or masked
 Optimisation
   loss/policy | | policy loss of the step
   policy/entropy | nats | mean entropy of trained tokens

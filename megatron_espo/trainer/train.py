@@ -247,7 +247,7 @@ def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
             max_tokens=config.rollout.max_response_tokens,
             buffer_tokens=buffer,
         )
-    return group_advantages(rewards, normalize_std=config.algorithm.normalize_std)
+    return group_advantages(rewards, config.algorithm.advantage)
 
 
 def train_sequences(

@@ -105,6 +105,8 @@ def expected(
                     "dr_grpo": 1 / (num_responses * max_tokens),
                     "dapo": 1 / num_tokens,
                     "cispo": 1 / num_tokens,
+                    "ce_gppo": 1 / num_tokens,
+                    "dppo": 1 / num_tokens,
                 }[name]
             value, slope, ratio, margin = _token(rules, response, d, members, t, low, high)
             answer.loss -= weight * value
@@ -131,6 +133,21 @@ def _token(rules, response, d, members, t, low, high) -> tuple[float, float, flo
         s = exponential(d[t])
         weight = clip(s, 1 - low, 1 + high)
         return weight * a * response.logprob[t], weight * a, s, math.inf
+    if rules.objective == "dppo":
+        s = exponential(d[t])
+        new = response.logprob[t]
+        moved = math.exp(new) - math.exp(new - d[t])
+        beyond = moved > high if a > 0 else moved < -low
+        factor = 0.0 if beyond else min(s, 20.0) * a
+        return factor * new, factor, s, min(abs(moved - high), abs(moved + low))
+    if rules.objective == "ce_gppo":
+        s = exponential(d[t])
+        factor = s
+        if a > 0 and s > 1 + high:
+            factor = 1 + high
+        elif a < 0 and s < 1 - low:
+            factor = 0.75 * (1 - low)
+        return factor * a, factor * a, s, min(abs(s - 1 - high), abs(s - 1 + low))
     exponent = sum(d[u] for u in members) / len(members)
     if rules.ratio == "segment_times_token":
         exponent += d[t]
