@@ -23,7 +23,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.rollout import keeper as keeper_module
 from megatron_espo.rollout import lease
 from megatron_espo.rollout import server as server_module
-from megatron_espo.rollout.engine import EngineError, HttpStatusError, Sampling
+from megatron_espo.rollout.engine import EngineError, HttpStatusError, Phase, Sampling
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread, call_once
 from megatron_espo.rollout.keeper import Keeper
 from megatron_espo.rollout.lease import HostOrder, LeasedServer, host_log_name, settings_text
@@ -526,7 +526,7 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
         with pytest.raises(EngineError, match="401 expected the run's key"):
             loop.run(stranger.generate("a", [1, 4, 5], Sampling(4, seed=1)), 60)
         time.sleep(SECONDS + 2)  # the lease is renewed
-        engine.check_health()
+        engine._worker("ping", phase=Phase.ROLLOUT)
         engine.close()
         wait_until(lambda: not living_in_group(first), "the released server ends", 10)
         killed = subprocess.Popen(
@@ -548,7 +548,7 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
         process.kill()
         wait_until(lambda: not living_in_group(third), "the server of a killed keeper ends", 10)
         with pytest.raises(EngineError, match=f"the rollout engine on {address} is out of reach"):
-            engine.check_health()
+            engine._worker("ping", phase=Phase.ROLLOUT)
         assert engine.state == "dead" and not Path(folder, "engine.log").exists()
     for opened in (client, stranger):
         loop.run(opened.close(), 5)

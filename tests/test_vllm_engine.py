@@ -173,7 +173,7 @@ def test_requests_wait_for_served_weights_and_get_those_of_transformers(engine, 
     send_weights(connect(engine, model), engine, 3)
     early = loop.submit(request_tokens(engine, PROMPTS[:2]))
     engine.resume()
-    assert engine.state == State.UPDATING
+    assert engine.state == State.ARRIVED
     (canary,) = engine.canary(PROMPTS[:1], 4)
     assert_logprobs(canary, reference_logprobs(model, PROMPTS[0], canary.token_ids.tolist()))
     time.sleep(0.5)
@@ -274,7 +274,7 @@ def test_the_error_names_missing_weights(engine, folder):
         send_weights(connect(engine, Forgetful(perturbed(folder, 14))), engine, 14)
     assert caught.value.phase == Phase.TRANSFER
     assert engine.state == State.DEAD and engine.policy_version is None
-    for call in (engine.resume, engine.check_health, engine.wait_ready):
+    for call in (engine.resume, engine.transfer_seconds, engine.wait_ready):
         with pytest.raises(EngineError):
             call()
 
@@ -357,7 +357,7 @@ def test_a_worker_that_dies_or_stops_is_an_error_in_time(folder, tmp_path, loop,
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", limit + 5)
         object.__setattr__(engine.config, "timeout_s", limit)
         with pytest.raises(EngineError) as caught:
-            engine.check_health()
+            engine._worker("ping", phase=Phase.ROLLOUT)
         assert caught.value.phase == Phase.ROLLOUT and engine.state == State.DEAD
         assert time.monotonic() - began < 3 * limit and not held.done()
         engine.start()
@@ -425,7 +425,7 @@ def test_a_killed_server_is_an_error_at_once(light):
     os.kill(group, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match="has died") as caught:
-        light.check_health()
+        light._worker("ping", phase=Phase.ROLLOUT)
     assert caught.value.phase == Phase.ROLLOUT and light.state == State.DEAD
     assert time.monotonic() - began < 5
 

@@ -12,7 +12,6 @@ pytest.importorskip("vllm")
 from safetensors.torch import load_file
 
 from megatron_espo.distributed.checksum import byte_sum, tensor_checksum
-from megatron_espo.rollout.engine import TRANSITIONS, EngineError, State, check_transition
 from megatron_espo.weights.verification import CanarySample, canary_gap, wrong_tensors
 from tests.support.distributed import run_ranks
 from tests.support.ranks.sync import PROMPT_IDS
@@ -171,24 +170,6 @@ def test_a_rank_that_hangs_inside_a_sync_is_named_in_time(folder, tmp_path, rank
 
 
 # -- pure functions -----------------------------------------------------------------------
-
-
-def test_illegal_transitions_of_the_engine_are_refused():
-    legal = {
-        ("dead", "starting"), ("starting", "stale"), ("stale", "updating"), ("updating", "ready"),
-        ("updating", "stale"), ("ready", "updating"), ("ready", "asleep"), ("stale", "asleep"),
-        ("asleep", "stale"), ("stale", "ready"),  # the last: an engine that loads its own weights
-    } | {(state, "dead") for state in State}  # fmt: skip
-    assert {(a, b) for a in State for b in TRANSITIONS[a]} == legal
-    for current in State:
-        for following in State:
-            if (current, following) in legal:
-                check_transition(current, following, "act")
-            else:
-                with pytest.raises(
-                    EngineError, match=f"act: the rollout engine is {current}; expected "
-                ):
-                    check_transition(current, following, "act")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,9 @@ class Evaluator:
         with phases.phase("eval", step, steps) as on_progress:
             poll = checked(check, on_progress)
             futures = [
-                runner.start(prompt, f"eval{step}.{i}.{j}", seed, self.sampling, slot=i)
+                runner.start(
+                    prompt, f"eval{step}.{i}.{j}", replace(self.sampling, seed=seed, slot=i)
+                )
                 for i, prompt in enumerate(self.prompts)
                 for j, seed in enumerate(seeds[i])
             ]
@@ -277,7 +279,7 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
     record = evaluation.record(
         model=model,
         prompts_from=config.eval.prompts or config.data.prompts,
-        sampling=asdict(evaluator.sampling),
+        sampling=evaluator.sampling.as_json(),
     )
     path = Path(out or Path(run_dir, "eval.json"))
     path.parent.mkdir(parents=True, exist_ok=True)

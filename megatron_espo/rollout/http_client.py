@@ -124,8 +124,6 @@ class HttpClient:
         request_id: str,
         token_ids: Sequence[int],
         sampling: Sampling,
-        *,
-        routed_experts: bool = False,
         canary: bool = False,
     ) -> Generation:
         """Sample one response. Raises as :meth:`call`; EngineError for a non-finite log-prob."""
@@ -133,7 +131,7 @@ class HttpClient:
             "request_id": request_id,
             "token_ids": np.asarray(token_ids).tolist(),
             "sampling": sampling.as_json(),
-            "routed_experts": routed_experts,
+            "routed_experts": sampling.routed_experts,
             "canary": canary,
         }
         content, headers = await self._post(f"{PREFIX}/generate", body)

@@ -91,9 +91,8 @@ def printed_command(folder: Path, address: str) -> str:
     config, is_cpu = read_settings(text, folder, address), not torch.cuda.is_available()
     changes = set(server.server_environment(config, is_cpu).items()) - set(os.environ.items())
     words = [f"{name}={value}" for name, value in sorted(changes)]
-    return shlex.join(
-        ["env", *words, *server.server_command(config, host_arguments(address), is_cpu)]
-    )
+    command = server.server_command(config, host_arguments(address), is_cpu)
+    return shlex.join(["env", *words, *command])
 
 
 class Keeper:
@@ -110,8 +109,9 @@ class Keeper:
 
     def __init__(self, folder: Path, address: str, idle_s: float) -> None:
         self._folder, self._address, self._idle_s = folder, address, idle_s
-        self._status = _WatchedFile(folder / "status.json")
-        self._heartbeat = _WatchedFile(folder / "heartbeats" / "rank0.json")
+        self._status, self._heartbeat = folder / "status.json", folder / "heartbeats" / "rank0.json"
+        self._seen_status = _content(self._status)  # of an earlier job of the run
+        self._seen_heartbeat = _content(self._heartbeat)
         self._server: ServerProcess | None = None
         self._settings = ""  # content of engine.json with which the server runs
         self._host_timeout_s = 0.0
@@ -137,11 +137,12 @@ class Keeper:
 
     def step(self) -> None:
         """Check the run's files and the server once."""
-        if self._status.is_new() and read_json(self._status.path).get("state") == "done":
+        is_new = _content(self._status) != self._seen_status
+        if is_new and read_json(self._status).get("state") == "done":
             self._finish(0, "the run is over")
-        now = time.monotonic()
-        if self._heartbeat.is_new():
-            self._last_sign = now
+        now, heartbeat = time.monotonic(), _content(self._heartbeat)
+        if heartbeat != self._seen_heartbeat:
+            self._last_sign, self._seen_heartbeat = now, heartbeat
         if (idle := now - self._last_sign) > self._idle_s:
             limit = f"in {self._folder} for {idle:.0f} s (--idle {self._idle_s:g})"
             self._finish(IDLE_EXIT_CODE, f"no owner and no heartbeat of the run {limit}")
@@ -198,23 +199,12 @@ class Keeper:
         self._server = None
 
 
-class _WatchedFile:
-    """Detects that a file was written. Compares only time stamps of the same file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._seen: tuple[int, bytes] | None = None
-        self.is_new()
-
-    def is_new(self) -> bool:
-        """Whether the file exists and was written since the last call."""
-        try:
-            with open(self.path, "rb") as file:
-                found = os.fstat(file.fileno()).st_mtime_ns, file.read()
-        except OSError:
-            return False
-        seen, self._seen = self._seen, found
-        return found != seen
+def _content(path: Path) -> tuple[int, bytes] | None:
+    """Time stamp and content of a file, to detect that it was written; ``None``: no file."""
+    try:
+        return path.stat().st_mtime_ns, path.read_bytes()
+    except OSError:
+        return None
 
 
 def _log(text: str) -> None:

@@ -7,6 +7,7 @@ keeper starts a new server. All owners and keepers of a run share ``engine.json`
 
 import asyncio
 import errno
+import itertools
 import json
 import logging
 import math
@@ -207,48 +208,39 @@ class LeasedServer:
         except EngineError as error:
             self.error = error
         except Exception as error:
-            message = f"start: the search for a rollout engine failed: {error!r}"
-            self.error = EngineError(message, Phase.START)
+            self.error = EngineError(f"start: the search for an engine failed: {error!r}")
 
     def _find(self) -> None:
         config, hosts, began = self._config, self._hosts, time.monotonic()
-        is_first_round = True
-        while not self._closed.is_set():
-            errors: list[Exception] = []
-            reasons = []
+        for attempt in itertools.count():
+            errors: dict[str, Exception] = {}
             for address in list(hosts.addresses):
+                if self._closed.is_set():
+                    return
                 try:
                     self._take(address)
                 except (EngineError, *NO_ANSWER) as error:
-                    errors.append(error)
-                    reasons.append(f"{address}: {self._reason(address, error)}")
+                    errors[address] = error
                 else:
                     hosts.addresses.remove(address)
                     hosts.addresses.append(address)
                     hosts.used, self.address = True, address
                     return
-                if self._closed.is_set():
-                    return
             # A machine that refuses a connection runs. Its keeper may be starting a server.
-            is_starting = any(
-                isinstance(e, OSError) and e.errno == errno.ECONNREFUSED for e in errors
-            )
+            refused = errno.ECONNREFUSED
+            is_starting = any(getattr(e, "errno", None) == refused for e in errors.values())
             limit, setting = config.host_timeout_s, "rollout.host_timeout_s"
             if is_starting or not hosts.used:
                 limit, setting = config.start_timeout_s, "rollout.timeout_s"
             within = f" within {limit:g} s ({setting})"
-            is_hopeless = all(map(_is_wrong_key, errors))
+            if is_hopeless := all(map(_is_wrong_key, errors.values())):
+                within = ""
+            reasons = "; ".join(f"{host}: {self._reason(host, e)}" for host, e in errors.items())
             if is_hopeless or time.monotonic() - began > limit:
-                message = (
-                    "start: none of rollout.hosts gave a rollout engine"
-                    f"{'' if is_hopeless else within}: {'; '.join(reasons)}"
-                )
+                message = f"start: none of rollout.hosts gave a rollout engine{within}: {reasons}"
                 raise EngineError(message, Phase.START, final=True)
-            if is_first_round:
-                logger.warning(
-                    "no host for the rollout engine yet%s: %s", within, "; ".join(reasons)
-                )
-            is_first_round = False
+            if attempt == 0:
+                logger.warning("no host for the rollout engine yet%s: %s", within, reasons)
             self._closed.wait(_RETRY_SECONDS)
 
     def _take(self, address: str) -> None:
@@ -279,17 +271,17 @@ class LeasedServer:
                 self._is_lost = time.monotonic() - self._renewed > limit
 
     def _reason(self, address: str, error: Exception) -> str:
+        folder = Path(self._config.folder)
         if _is_wrong_key(error):
-            key = run_key_file(self._config.folder)
             return (
-                f"it has another key than {key}; start its keeper for this run's folder, "
-                "which both machines share"
+                f"it has another key than {run_key_file(folder)}; start its keeper for this run's "
+                "folder, which both machines share"
             )
         if isinstance(error, EngineError):
             return str(error)
         number = getattr(error, "errno", None)
         detail = os.strerror(number) if number and number > 0 else str(error) or repr(error)
-        log = Path(self._config.folder, host_log_name(address))
+        log = folder / host_log_name(address)
         return f"no answer ({detail}); its server's output is in {log}"
 
 

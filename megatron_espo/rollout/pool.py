@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,11 +34,8 @@ class EnginePool:
     """
 
     def __init__(self, folder: str, timeout_s: float, host_timeout_s: float = 60.0) -> None:
-        self._key, self._timeout_s, self._host_timeout_s = (
-            run_key(folder),
-            timeout_s,
-            host_timeout_s,
-        )
+        self._key, self._timeout_s = run_key(folder), timeout_s
+        self._host_timeout_s = host_timeout_s
         self._clients: list[HttpClient] = []
         self._connected = asyncio.Event()
         self._in_flight = 0
@@ -51,40 +49,30 @@ class EnginePool:
         if self.failure is not None or known != list(addresses):
             for client in self._clients:
                 await client.close()
-            timeout = self._host_timeout_s
-            self._clients = [HttpClient(address, self._key, timeout) for address in addresses]
+            rest = (self._key, self._host_timeout_s)
+            self._clients = [HttpClient(address, *rest) for address in addresses]
         self.failure, self._last_reply = None, time.monotonic()
         self._connected.set()
         if self._watcher is None:
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def generate(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        sampling: Sampling,
-        *,
-        slot: int = 0,
-        routed_experts: bool = False,
+        self, request_id: str, token_ids: Sequence[int], sampling: Sampling
     ) -> Generation:
         """Sample one response; retries after failures of servers."""
-        attempt = 0
-        while True:
+        for attempt in itertools.count():
             await self._connected.wait()
-            client = self._clients[slot % len(self._clients)]
-            name = f"{request_id}.{attempt}"
+            client = self._clients[sampling.slot % len(self._clients)]
             self._in_flight += 1
             try:
-                found = await client.generate(
-                    name, token_ids, sampling, routed_experts=routed_experts
-                )
+                found = await client.generate(f"{request_id}.{attempt}", token_ids, sampling)
                 self._last_reply = time.monotonic()
                 return found
             except (EngineError, *NO_ANSWER) as error:
                 self._fail(f"the server at {client.address} failed: {error}", client)
             finally:
                 self._in_flight -= 1
-            attempt += 1
+        raise AssertionError("unreachable")
 
     async def close(self) -> None:
         if self._watcher is not None:

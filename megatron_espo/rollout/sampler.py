@@ -3,7 +3,7 @@
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -194,7 +194,8 @@ class Sampler:
             slot, self._slots = self._slots, self._slots + 1
             for i, seed in enumerate(group.seeds):
                 name = f"{step}.{slot + 1}.{i}"
-                future = self._runner.start(group.prompt, name, seed, self._sampling, slot=slot)
+                sampling = replace(self._sampling, seed=seed, slot=slot)
+                future = self._runner.start(group.prompt, name, sampling)
                 group.futures.append(future)
                 future.add_done_callback(partial(self._note, group, i))
 

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,6 @@ _FIRST_PROCESS_VARIABLE = "MEGATRON_ESPO_SERVER_PID"
 _PR_SET_PDEATHSIG = 1
 # Path prefix of this project's HTTP routes.
 PREFIX = "/megatron_espo"
-_KEY_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
 _LOG_LINES = 20
 # Transports that vLLM's factories know under another name.
@@ -312,12 +310,13 @@ def run_key_file(folder: str | Path) -> Path:
     """Key file of the run in ``folder`` (mode 600). The first caller of all hosts creates it."""
     path = Path(folder, "engine.key").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w") as file:
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:
             file.write(secrets.token_hex(32))
             file.flush()
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
+            with suppress(FileExistsError):  # another host was faster
+                os.link(file.name, path)
     return path
 
 
@@ -330,7 +329,7 @@ def read_key(path: str | Path) -> str:
     """The key in ``path``.
 
     Raises:
-        InputError: other users may read the file, or the file is incomplete.
+        InputError: other users may read the file.
     """
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & 0o077:
@@ -338,12 +337,7 @@ def read_key(path: str | Path) -> str:
             f"{path}: expected a key that only its user can read (mode 600), got mode {mode:o}; "
             "remove it, and find out who else read it"
         )
-    deadline = time.monotonic() + _KEY_SECONDS
-    while len(key := Path(path).read_text()) != 64:  # another host may be writing it
-        if time.monotonic() > deadline:
-            raise InputError(f"{path}: expected a key of 64 characters, got {len(key)}; remove it")
-        time.sleep(0.1)
-    return key
+    return Path(path).read_text()
 
 
 def package_versions() -> dict[str, str]:

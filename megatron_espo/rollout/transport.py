@@ -176,7 +176,7 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "TrainerInitI
     if name == "ipc":
         from megatron_espo.rollout.ipc_transport import IPCJsonTrainerInitInfo
 
-        return IPCJsonTrainerInitInfo(rank=rank, packed=True)
+        return IPCJsonTrainerInitInfo(rank=rank)
     if name == "sharded_rdt":
         import ray
         from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo

@@ -2,8 +2,10 @@
 about a failure.
 """
 
+import fcntl
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +18,6 @@ from megatron_espo.distributed.stop_request import Stopped
 from megatron_espo.distributed.watchdog import Watchdog
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_json, write_durably
-from megatron_espo.trainer.run_lock import RunLock
 
 
 def write_status(folder: Path, state: str, why: str | None = None) -> None:
@@ -33,6 +34,35 @@ def write_status(folder: Path, state: str, why: str | None = None) -> None:
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Own the folder of a run inside the block, on every host that shares it.
+
+    The kernel (on NFS the server) releases the lock when the process ends. The file ``run.lock``
+    stays and names the last owner.
+
+    Raises:
+        InputError: another process owns the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = path.read_text(encoding="utf-8")
+            raise InputError(
+                f"run.dir: expected a folder that no other run uses, got {folder}, which {owner} "
+                "uses; give this run another run.dir, or stop that run first"
+            ) from None
+        except OSError as error:
+            print(f"warning: {folder} has no locks ({error}); start one run at a time", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextmanager
 def reported(config: Config, runtime: Runtime) -> Iterator[Callable[..., None]]:
     """Run the block under a watchdog and write its outcome to ``status.json``. Yields the
     watchdog's ``heartbeat``.
@@ -46,7 +76,7 @@ def reported(config: Config, runtime: Runtime) -> Iterator[Callable[..., None]]:
     folder, lock = Path(config.run.dir), ExitStack()
 
     def begin() -> None:
-        lock.enter_context(RunLock(folder))
+        lock.enter_context(locked(folder))
         Watchdog.clear(folder)
         write_status(folder, "running")
 

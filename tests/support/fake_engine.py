@@ -61,9 +61,7 @@ class FakeSource:
         self._order, self._open, self._waiting = order, False, {}
         self._task = loop.submit(self._finish())
 
-    async def generate(
-        self, request_id, token_ids, sampling: Sampling, *, slot=0, routed_experts=False
-    ) -> Generation:
+    async def generate(self, request_id, token_ids, sampling: Sampling) -> Generation:
         context = tuple(token_ids)
         assert request_id not in self._waiting, "request ids are unique"
         self.requests.append(context)
