@@ -268,13 +268,8 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
         engine.wait_ready()
         pool = EnginePool(run_dir, config.rollout.timeout_s)
         loop.run(pool.connect([engine.address]))
-
-        def check() -> None:
-            if pool.failure is not None:
-                raise pool.failure
-
         runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits, length)
-        evaluation = evaluator.run(runner, rewards, phases, 1, 1, check)
+        evaluation = evaluator.run(runner, rewards, phases, 1, 1, pool.check)
         loop.run(pool.close())
     record = evaluation.record(
         model=model,

@@ -179,16 +179,9 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         return [meta.name for i, meta in enumerate(self._metas) if i not in self._arrived]
 
     def finish_weight_update(self) -> None:
-        """Repack what vLLM serves.
-
-        Raises:
-            ValueError: an announced weight did not arrive.
-        """
+        """Repack what vLLM serves. ``VLLMEngine`` asks for missing weights before."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        if missing := self.missing_weights():
-            names = ", ".join(missing[:5])
-            raise ValueError(f"transfer: {len(missing)} announced weights did not arrive: {names}.")
         began = time.perf_counter()
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model, self.model_config)
@@ -291,7 +284,11 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
         with open(self._paths[index], "r+b") as file:
             for name, tensor in zip(names, tensors, strict=True):
                 position, meta = self._metas[name]
-                flat = _checked(meta, tensor).detach().reshape(-1).cpu().view(torch.uint8)
+                announced = meta.dtype, tuple(meta.shape)
+                got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+                if tensor is None or got != announced:
+                    raise ValueError(f"Weight {name!r} was announced as {announced}, got {got}.")
+                flat = tensor.detach().reshape(-1).cpu().view(torch.uint8)
                 data = flat.numpy().data
                 info.positions.append(position)
                 info.offsets.append(file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT))
@@ -306,21 +303,6 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
         """Remove the files."""
         if self.is_sender:
             self._resources.close()
-
-
-def _checked(meta: base.ParamMeta, tensor: torch.Tensor | None) -> torch.Tensor:
-    """``tensor``, if it is what the source announced."""
-    if tensor is None:
-        raise ValueError(
-            f"Weight {meta.name!r} is not held by the sending rank; this transport needs a source "
-            "that yields every tensor on rank 0."
-        )
-    announced, got = (meta.dtype, tuple(meta.shape)), (tensor.dtype, tuple(tensor.shape))
-    if announced != got:
-        raise ValueError(
-            "Weight {!r} was announced as {} {}, got {} {}.".format(meta.name, *announced, *got)
-        )
-    return tensor
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)

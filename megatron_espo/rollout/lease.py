@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, Response
 from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.files import write_durably
 from megatron_espo.rollout.engine import EngineError, HttpStatusError, Phase
-from megatron_espo.rollout.guard import STATE
+from megatron_espo.rollout.guard import STATE, error_response
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
 from megatron_espo.rollout.server import (
     PREFIX,
@@ -100,7 +100,7 @@ async def release_lease(request: Request) -> Response:
 
 
 def _refusal() -> Response:
-    return JSONResponse({"error": f"owned by {LEASE.owner or 'nobody'}"}, 409)
+    return error_response(f"owned by {LEASE.owner or 'nobody'}", 409)
 
 
 def _end_server(reason: str) -> None:

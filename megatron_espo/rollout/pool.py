@@ -60,19 +60,24 @@ class EnginePool:
         self, request_id: str, token_ids: Sequence[int], sampling: Sampling
     ) -> Generation:
         """Sample one response; retries after failures of servers."""
-        for attempt in itertools.count():
+        attempts = itertools.count()
+        while True:
             await self._connected.wait()
             client = self._clients[sampling.slot % len(self._clients)]
             self._in_flight += 1
             try:
-                found = await client.generate(f"{request_id}.{attempt}", token_ids, sampling)
+                found = await client.generate(f"{request_id}.{next(attempts)}", token_ids, sampling)
                 self._last_reply = time.monotonic()
                 return found
             except (EngineError, *NO_ANSWER) as error:
                 self._fail(f"the server at {client.address} failed: {error}", client)
             finally:
                 self._in_flight -= 1
-        raise AssertionError("unreachable")
+
+    def check(self) -> None:
+        """Raise :attr:`failure`, if there is one."""
+        if self.failure is not None:
+            raise self.failure
 
     async def close(self) -> None:
         if self._watcher is not None:

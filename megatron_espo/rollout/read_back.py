@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vocab
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from megatron_espo.distributed.checksum import tensor_checksum
 
@@ -45,7 +44,7 @@ def read_back_checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     for name, layer in model.named_modules():
         if isinstance(layer, linear.LinearBase | vocab.VocabParallelEmbedding):
             _add_matrix(found, name, layer, packed, dtype)
-        elif not isinstance(layer, RoutedExperts) and get_tensor_model_parallel_rank() == 0:
+        elif get_tensor_model_parallel_rank() == 0:  # experts have three dimensions
             for key, parameter in layer.named_parameters(recurse=False):
                 if parameter.numel() and parameter.dim() <= 2:
                     found[f"{name}.{key}"] = tensor_checksum(parameter.to(dtype))

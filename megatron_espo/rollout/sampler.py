@@ -197,10 +197,8 @@ class Sampler:
                 sampling = replace(self._sampling, seed=seed, slot=slot)
                 future = self._runner.start(group.prompt, name, sampling)
                 group.futures.append(future)
-                future.add_done_callback(partial(self._note, group, i))
-
-    def _note(self, group: Group, i: int, done: Future[Trajectory]) -> None:
-        self._news.put((group, i, done))
+                note = partial(lambda *news: self._news.put(news), group, i)
+                future.add_done_callback(note)
 
     def _take(self, count: int, step: int, phases: Phases) -> list[Group]:
         """Wait for ``count`` scored prompts and remove them from those in flight."""

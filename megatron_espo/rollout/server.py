@@ -1,6 +1,5 @@
 """vLLM's server as a process: settings, key, command line, environment, lifetime."""
 
-import ctypes
 import json
 import os
 import secrets
@@ -19,6 +18,7 @@ from typing import Any
 
 from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.errors import InputError
+from megatron_espo.rewards import sandbox
 
 # Environment variables that configure the plugin inside the server.
 KEY_FILE_VARIABLE = "MEGATRON_ESPO_KEY_FILE"
@@ -26,7 +26,6 @@ OWNER_VARIABLE = "MEGATRON_ESPO_OWNER_PID"
 SETTINGS_VARIABLE = "MEGATRON_ESPO_SETTINGS"
 ROUTED_EXPERTS_VARIABLE = "MEGATRON_ESPO_ROUTED_EXPERTS"
 _FIRST_PROCESS_VARIABLE = "MEGATRON_ESPO_SERVER_PID"
-_PR_SET_PDEATHSIG = 1
 # Path prefix of this project's HTTP routes.
 PREFIX = "/megatron_espo"
 _CLOSE_SECONDS = 5.0
@@ -285,16 +284,11 @@ def die_with_parent() -> None:
     """
     own = str(os.getpid())
     # Children inherit the variable, so it names the API server.
-    is_api_server = os.environ.setdefault(_FIRST_PROCESS_VARIABLE, own) == own
-    owner = os.environ.get(OWNER_VARIABLE)
-    if is_api_server and owner is None:
-        return
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if is_api_server:
+    if os.environ.setdefault(_FIRST_PROCESS_VARIABLE, own) != own:
+        sandbox.die_with_parent()
+    elif owner := os.environ.get(OWNER_VARIABLE):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if os.getppid() != int(owner or 0):
-            sys.exit("The owner of this rollout server ended before the server started.")
+        sandbox.die_with_parent(int(owner))
 
 
 def log_tail(path: Path) -> str:

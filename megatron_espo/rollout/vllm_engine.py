@@ -3,13 +3,11 @@
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_espo.distributed.addresses import address_towards, parse_address
-from megatron_espo.errors import InputError
 from megatron_espo.rollout.engine import EngineError, Generation, Phase, Sampling, State
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread
 from megatron_espo.rollout.lease import HostOrder, LeasedServer
@@ -71,11 +69,6 @@ class VLLMEngine:
     def start(self) -> None:
         """Start a server and return at once. Call it from the main thread."""
         self._require("start", State.DEAD)
-        model = self.config.model
-        if not (Path(model) / "config.json").is_file():
-            raise InputError(
-                f"model.path: expected a Hugging Face folder with config.json, got {model!r}."
-            )
         self.close()
         if self.config.hosts:
             self._server = LeasedServer(self.config, self._hosts)
@@ -225,11 +218,6 @@ class VLLMEngine:
         self._require("serve", State.ARRIVED)
         self._call(f"{PREFIX}/serve", Phase.FINISH, {"version": self._version})
         self.state = State.READY
-
-    def reject(self) -> None:
-        """Give up an update. Kills the server: its layers would not accept another update."""
-        if self.state in (State.UPDATING, State.ARRIVED):
-            self.close()
 
     # -- calls -----------------------------------------------------------------------------------
 

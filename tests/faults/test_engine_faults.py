@@ -260,7 +260,7 @@ def test_no_request_is_answered_before_whole_weights_are_served(loop, folder, mo
             loop.run(owner.call("/resume", {}))
         time.sleep(1.0)
         assert not any(reply.done() for reply in replies)
-        engine.reject()
+        engine.close()
         assert engine.state == "dead"
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", 10)
         engine.start()
