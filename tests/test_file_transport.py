@@ -119,8 +119,6 @@ def test_every_parameter_reaches_all_workers_in_every_update(shared, dtype, tmp_
                 parameter.mul_(-1.5)
     # An embedding, three layers, a norm.
     assert client.calls == ["start", *["update"] * 5, "finish"] * 2
-    assert client.worker.seconds.keys() == {"checksum", "load", "finish"}
-    assert transport.seconds.keys() == {"write", "wait"}
 
 
 @BOTH

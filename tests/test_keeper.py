@@ -441,21 +441,6 @@ def test_addresses_are_read_as_they_are_shown():
             parse_address(wrong)
 
 
-def test_the_command_is_printed(folder, capsys):
-    from megatron_espo import cli
-
-    command = ["serve", str(folder), "--listen", "10.0.0.5:7700", "--print"]
-    assert cli.main(command) == 2
-    assert "engine.json: no such file; the trainer writes it" in capsys.readouterr().err
-    config = engine_config(folder, engine_args={"max_num_seqs": 3})
-    (folder / "engine.json").write_text(settings_text(config))
-    assert cli.main(command) == 0
-    text = capsys.readouterr().out
-    assert text.startswith("env ") and "--host 10.0.0.5 --port 7700" in text
-    assert "--max-num-seqs 3" in text and run_key(folder) not in text
-    assert f"MEGATRON_ESPO_KEY_FILE={folder}/engine.key" in text
-
-
 # -- the command, with vLLM ------------------------------------------------------------------------
 
 

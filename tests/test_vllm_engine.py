@@ -275,7 +275,7 @@ def test_the_error_names_missing_weights(engine, folder):
         send_weights(connect(engine, Forgetful(perturbed(folder, 14))), engine, 14)
     assert caught.value.phase == Phase.TRANSFER
     assert engine.state == State.DEAD and engine.policy_version is None
-    for call in (engine.resume, engine.transfer_seconds, engine.wait_ready):
+    for call in (engine.resume, engine.wake_caches, engine.wait_ready):
         with pytest.raises(EngineError):
             call()
 

@@ -51,8 +51,8 @@ class IPCJsonTrainerWeightTransferEngine(IPCTrainerWeightTransferEngine):
 
     init_info_cls = IPCJsonTrainerInitInfo
 
-    def _do_send(self, *, ipc_handles: Any, **fields: Any) -> None:
-        if self.is_sender:
+    def _do_send(self, *, ipc_handles: Any, **fields: Any) -> None:  # type: ignore[override]
+        if self.is_sender:  # vLLM passes all arguments by name
             coded = {gpu: encode_handle(arguments) for gpu, arguments in ipc_handles.items()}
             self.client.update_weights(fields | {"ipc_handles_json": coded})
 
@@ -67,8 +67,8 @@ def encode_handle(arguments: tuple) -> list[Any]:
 
 def decode_handle(coded: list[Any]) -> tuple:
     """Inverse of ``encode_handle``."""
-    kinds = {str: bytes.fromhex, list: tuple}
-    values = iter([kinds.get(type(value), lambda same: same)(value) for value in coded])
+    whole = (bytes.fromhex(value) if isinstance(value, str) else value for value in coded)
+    values = (tuple(value) if isinstance(value, list) else value for value in whole)
     count = len(coded) + len(_CLASSES)
     return tuple(_CLASSES[i] if i in _CLASSES else next(values) for i in range(count))
 

@@ -1,8 +1,6 @@
 """``megatron-espo serve``: keeps one vLLM server running on a machine without trainer ranks."""
 
 import json
-import os
-import shlex
 import signal
 import socket
 import time
@@ -18,14 +16,14 @@ from megatron_espo.rollout import server
 from megatron_espo.rollout.engine import EngineError
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
 from megatron_espo.rollout.lease import SETTINGS_FILE, host_log_name
-from megatron_espo.rollout.server import EngineConfig, ServerProcess, host_arguments, run_key
+from megatron_espo.rollout.server import EngineConfig, ServerProcess, run_key
 
 IDLE_EXIT_CODE = 1
 _TICK_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 60.0
 
 
-def main(folder: str, listen: str | None, idle_s: float, print_only: bool = False) -> int:
+def main(folder: str, listen: str | None, idle_s: float) -> int:
     """Keep a server running until the run is done or idle, or a signal arrives.
 
     Call it in the main thread.
@@ -34,7 +32,6 @@ def main(folder: str, listen: str | None, idle_s: float, print_only: bool = Fals
         folder: of the run; all hosts share it.
         listen: ``host:port``; ``None``: the address of this machine's name.
         idle_s: limit without an owner and without a heartbeat of the run.
-        print_only: print the server's command and return.
 
     Returns:
         Exit code: 0, or 1 after ``idle_s``.
@@ -49,9 +46,6 @@ def main(folder: str, listen: str | None, idle_s: float, print_only: bool = Fals
         raise InputError(f"--listen: {error}") from None
     path, address = Path(folder).absolute(), show_address(host, port)
     run_key(path)  # creates the folder and the key
-    if print_only:
-        print(printed_command(path, address))
-        return 0
     try:
         family, *_, numeric = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(numeric[:2], family=family).close()
@@ -78,21 +72,6 @@ def read_settings(text: str, folder: Path, address: str) -> EngineConfig:
             f"got {error}"
         ) from None
     return replace(config, listen=address, log_name=host_log_name(address))
-
-
-def printed_command(folder: Path, address: str) -> str:
-    """A shell command that starts the server without a keeper."""
-    try:
-        text = (folder / SETTINGS_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder / SETTINGS_FILE}: no such file; the trainer writes it when it starts"
-        ) from None
-    config, is_cpu = read_settings(text, folder, address), not torch.cuda.is_available()
-    changes = set(server.server_environment(config, is_cpu).items()) - set(os.environ.items())
-    words = [f"{name}={value}" for name, value in sorted(changes)]
-    command = server.server_command(config, host_arguments(address), is_cpu)
-    return shlex.join(["env", *words, *command])
 
 
 class Keeper:

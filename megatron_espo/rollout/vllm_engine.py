@@ -117,7 +117,9 @@ class VLLMEngine:
 
     def resume(self) -> None:
         """Continue the requests in flight; vLLM recomputes keys and values of older weights."""
-        self._call(f"{PREFIX}/reset_cache", Phase.FINISH)
+        reset = "/reset_prefix_cache?reset_running_requests=true"
+        if not self._call(reset, Phase.FINISH)["success"]:
+            raise self._failed("still caches keys and values of older weights", Phase.FINISH)
         self._call("/resume", Phase.FINISH)
 
     def sleep(self) -> None:
@@ -208,10 +210,6 @@ class VLLMEngine:
             return await asyncio.gather(*requests)
 
         return self._run(sample(), Phase.CANARY)
-
-    def transfer_seconds(self) -> dict[str, float]:
-        """Seconds of each part of the last update in the first worker, if they are measured."""
-        return self._worker("transfer_seconds", phase=Phase.FINISH)[0]
 
     def serve(self) -> None:
         """Serve the weights that arrived."""

@@ -31,9 +31,7 @@ from megatron_espo.rollout.server import (
 from megatron_espo.rollout.transport import register_transports
 
 # Methods of ``worker.WorkerExtension`` with a route ``/megatron_espo/worker/<method>``.
-WORKER_METHODS = (
-    "ping", "fill_nan", "read_back_checksums", "missing_weights", "transfer_seconds",
-)  # fmt: skip
+WORKER_METHODS = ("ping", "fill_nan", "read_back_checksums", "missing_weights")
 
 
 def register() -> None:
@@ -54,7 +52,6 @@ class Routes:
             "/generate": generate,
             "/worker/{method}": call_worker,
             "/serve": serve,
-            "/reset_cache": reset_cache,
         }
         for path, handler in (own | lease.ROUTES).items():
             app.add_api_route(PREFIX + path, handler, methods=["POST"], response_model=None)
@@ -158,14 +155,6 @@ async def call_worker(method: str, request: Request) -> Response:
     except Exception as error:
         return error_response(f"{type(error).__name__}: {error}", 500)
     return JSONResponse({"results": results})
-
-
-async def reset_cache(request: Request) -> Response:
-    """Drop cached keys and values. vLLM recomputes those of requests in flight."""
-    engine = request.app.state.espo_engine
-    if not await engine.reset_prefix_cache(reset_running_requests=True):
-        return error_response("the prefix cache still holds blocks of the old weights", 500)
-    return JSONResponse({})
 
 
 async def serve(request: Request) -> Response:

@@ -56,10 +56,6 @@ class WorkerExtension:
             return None
         return {"dtype": rows.dtype.str, "shape": list(rows.shape), "data": rows.tobytes()}
 
-    def transfer_seconds(self) -> dict[str, float]:
-        """Seconds of each part of the last update, if the transport measures them."""
-        return dict(getattr(self.weight_transfer_engine, "seconds", {}))
-
     def missing_weights(self) -> list[str]:
         """What the current update lacks: tensors if the transport knows them, else layers.
 
