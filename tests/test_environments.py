@@ -44,7 +44,7 @@ def render(messages: list[dict[str, str]]) -> list[int]:
 
 @dataclass
 class FakeSource:
-    """A :class:`TokenSource` that samples the given texts in order. Log-probs and versions number
+    """Samples the given texts in order. Log-probs and versions number
     the tokens; the expert of a token is its id modulo 256.
 
     Attributes:

@@ -157,37 +157,36 @@ class Actor:
             ranks.
         """
         with oom_hint(self.config.megatron, self.config.optimizer):
-            return self._update(groups, on_progress)
+            assert not self.offloader.offloaded, self.offloader.offloaded
+            epochs, count = self.config.algorithm.num_epochs, self.config.algorithm.num_mini_batches
+            # Contiguous parts whose sizes differ by at most one.
+            ends = [len(groups) * i // count for i in range(count + 1)]
+            parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
+            mini_batches = [self._pack(part) for part in parts]
+            self._compare_ranks(groups, mini_batches)
+            passes = epochs + (self.updates_per_step > 1) + (self.reference is not None)
+            total, done = passes * sum(map(len, mini_batches)), itertools.count()
 
-    def _update(self, groups: Groups, on_progress: OnProgress) -> dict[str, float]:
-        assert not self.offloader.offloaded, self.offloader.offloaded
-        epochs, count = self.config.algorithm.num_epochs, self.config.algorithm.num_mini_batches
-        # Contiguous parts whose sizes differ by at most one.
-        ends = [len(groups) * i // count for i in range(count + 1)]
-        parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
-        mini_batches = [self._pack(part) for part in parts]
-        self._compare_ranks(groups, mini_batches)
-        passes = epochs + (self.updates_per_step > 1) + (self.reference is not None)
-        total, done = passes * sum(map(len, mini_batches)), itertools.count()
+            def tick() -> None:
+                on_progress(next(done), total)
 
-        def tick() -> None:
-            on_progress(next(done), total)
-
-        if self.updates_per_step > 1:
-            names = ("old_logprob", "old_entropy")
-            mini_batches = [self._score(batches, tick, *names) for batches in mini_batches]
-        if self.reference is not None:
-            with self.reference.swapped_in():
-                name = "reference_logprob"
-                mini_batches = [self._score(batches, tick, name) for batches in mini_batches]
-        steps = [
-            self._step(batches, part, tick)
-            for _ in range(epochs)
-            for batches, part in zip(mini_batches, parts, strict=True)
-        ]
-        tokens = epochs * sum(batches[0].totals.num_tokens for batches in mini_batches)
-        metrics = average_steps(steps) | {"train/tokens": float(tokens)} | self._expert_load.pop()
-        return metrics | (self._router_replay.pop() if self._router_replay else {})
+            if self.updates_per_step > 1:
+                names = ("old_logprob", "old_entropy")
+                mini_batches = [self._score(batches, tick, *names) for batches in mini_batches]
+            if self.reference is not None:
+                with self.reference.swapped_in():
+                    name = "reference_logprob"
+                    mini_batches = [self._score(batches, tick, name) for batches in mini_batches]
+            steps = [
+                self._step(batches, part, tick)
+                for _ in range(epochs)
+                for batches, part in zip(mini_batches, parts, strict=True)
+            ]
+            tokens = epochs * sum(batches[0].totals.num_tokens for batches in mini_batches)
+            metrics = (
+                average_steps(steps) | {"train/tokens": float(tokens)} | self._expert_load.pop()
+            )
+            return metrics | (self._router_replay.pop() if self._router_replay else {})
 
     def _step(self, batches: list[MicroBatch], part: Groups, tick: Tick) -> dict[str, float]:
         """Take one optimizer step. If it is skipped, write its responses to a file.
@@ -257,17 +256,14 @@ class Actor:
             The same lists on every rank.
         """
         assert "weights" not in self.offloader.offloaded
-
-        def length(index: int) -> int:
-            return len(responses[index][0]) + len(responses[index][1])
-
-        # The order in which ``pack`` lays out sequences that do not share prompts.
-        order = sorted(range(len(responses)), key=length, reverse=True)
         sequences = []
-        for prompt, response, experts in (responses[i] for i in order):
+        for prompt, response, experts in responses:
             logprobs = np.zeros(len(response), np.float32)
             ids = (np.asarray(prompt, np.int32), np.asarray(response, np.int32))
             sequences.append(TrainSequence(*ids, logprobs, 0.0, routed_experts=experts))
+        # The order in which ``pack`` lays out sequences that do not share prompts.
+        order = sorted(range(len(sequences)), key=lambda i: -sequences[i].num_tokens)
+        sequences = [sequences[i] for i in order]
         lengths = [len(sequence.response_ids) for sequence in sequences]
         totals = batch_totals(
             sequences, num_responses=len(responses), num_response_tokens=sum(lengths)

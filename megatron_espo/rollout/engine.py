@@ -1,9 +1,8 @@
 """States, errors, requests and replies of rollout engines. Does not import vLLM."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -109,12 +108,3 @@ class Generation:
     versions: np.ndarray
     finish_reason: str
     routed_experts: np.ndarray | None = None
-
-
-class TokenSource(Protocol):
-    """Samples responses: one server, or a pool of servers."""
-
-    async def generate(
-        self, request_id: str, token_ids: Sequence[int], sampling: Sampling
-    ) -> Generation:
-        """Sample a response to ``token_ids``."""

@@ -7,12 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_espo.data.tokenizer import Tokenizer
-from megatron_espo.rollout.engine import Generation, Sampling, TokenSource
-from megatron_espo.rollout.pool import concatenate, request_seed
+from megatron_espo.data.tokenizer import Messages, Tokenizer
+from megatron_espo.rollout.engine import Generation, Sampling
+from megatron_espo.rollout.pool import EnginePool, concatenate, request_seed
 from megatron_espo.types import Prompt, Trajectory
-
-Messages = list[dict[str, str]]
 
 
 class NoRoomError(ValueError):
@@ -33,7 +31,7 @@ class Policy:
         calls: number of calls of :meth:`generate`.
     """
 
-    source: TokenSource
+    source: EnginePool
     name: str
     sampling: Sampling
     max_model_len: int

@@ -68,12 +68,10 @@ class Evaluation:
     """Scored responses.
 
     Attributes:
-        rollouts: ``[prompt][sample]``.
-        rewards: ``[prompt][sample]``; ``None``: scoring failed, which counts as wrong.
+        rollouts: ``[prompt][sample]`` with rewards; NaN: scoring failed, which counts as wrong.
     """
 
     rollouts: list[list[Trajectory]]
-    rewards: list[list[float | None]]
 
     def metrics(self) -> dict[str, float]:
         """Return ``eval/*``: avg@n, pass@k, their intervals, mean reward and length, failures.
@@ -81,9 +79,11 @@ class Evaluation:
         ``k`` is every power of two up to the ``n`` responses of a prompt, and ``n``. A response is
         correct with a reward of at least 1.
         """
-        n = len(self.rewards[0])
+        n = len(self.rollouts[0])
         found: dict[str, float] = {}
-        correct = [sum(r is not None and r >= 1 for r in row) for row in self.rewards]
+        responses = [sample for group in self.rollouts for sample in group]
+        scored = [sample.reward for sample in responses if sample.reward == sample.reward]
+        correct = [sum((s.reward or 0) >= 1 for s in group) for group in self.rollouts]
         columns = {f"avg@{n}": [c / n for c in correct]}
         for k in sorted({2**i for i in range(n.bit_length())} | {n}):
             columns[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
@@ -91,8 +91,6 @@ class Evaluation:
             low, high = bootstrap_interval(values)
             key = f"eval/{name}"
             found |= {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
-        scored = [reward for row in self.rewards for reward in row if reward is not None]
-        responses = [sample for group in self.rollouts for sample in group]
         if scored:
             found["eval/reward_mean"] = float(np.mean(scored))
         return found | {
@@ -103,10 +101,14 @@ class Evaluation:
 
     def record(self, **head: Any) -> dict[str, Any]:
         """Return JSON values: ``head``, the metrics, rewards and response lengths by prompt."""
-        prompts = []
-        for group, row in zip(self.rollouts, self.rewards, strict=True):
-            lengths = [sample.num_trained for sample in group]
-            prompts.append({"id": group[0].prompt.id, "rewards": row, "lengths": lengths})
+        prompts = [
+            {
+                "id": group[0].prompt.id,
+                "rewards": [s.reward if s.reward == s.reward else None for s in group],
+                "lengths": [sample.num_trained for sample in group],
+            }
+            for group in self.rollouts
+        ]
         return head | {"metrics": self.metrics(), "confidence": CONFIDENCE, "prompts": prompts}
 
 
@@ -219,13 +221,11 @@ class Evaluator:
         seeds = request_seeds(self.prompts, self._samples, self._seed)
         with phases.phase("eval", step, steps) as on_progress:
             poll = checked(check, on_progress)
-            futures = [
-                runner.start(
-                    prompt, f"eval{step}.{i}.{j}", replace(self.sampling, seed=seed, slot=i)
-                )
-                for i, prompt in enumerate(self.prompts)
-                for j, seed in enumerate(seeds[i])
-            ]
+            futures = []
+            for i, (prompt, own) in enumerate(zip(self.prompts, seeds, strict=True)):
+                for j, seed in enumerate(own):
+                    sampling = replace(self.sampling, seed=seed, slot=i)
+                    futures.append(runner.start(prompt, f"eval{step}.{i}.{j}", sampling))
             try:
                 samples: list[Trajectory] = wait_all(futures, poll)
             except BaseException:
@@ -234,11 +234,9 @@ class Evaluator:
                 raise
             unscored = [(found.prompt, found.text) for found in samples if found.reward is None]
             scores = iter(rewards.score(unscored, poll))
-        values = [next(scores) if found.reward is None else found.reward for found in samples]
-        row = [None if value is None or math.isnan(value) else value for value in values]
+        samples = [s.with_reward(next(scores)) if s.reward is None else s for s in samples]
         starts = range(0, len(samples), self._samples)
-        groups = [samples[start : start + self._samples] for start in starts]
-        return Evaluation(groups, [row[start : start + self._samples] for start in starts])
+        return Evaluation([samples[start : start + self._samples] for start in starts])
 
 
 def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:

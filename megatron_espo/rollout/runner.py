@@ -12,9 +12,10 @@ from megatron_espo.config import tasks
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.plugins import load_object
-from megatron_espo.rollout.engine import Sampling, TokenSource
+from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.environments import Environment, Policy, SingleTurn
 from megatron_espo.rollout.http_client import LoopThread
+from megatron_espo.rollout.pool import EnginePool
 from megatron_espo.rollout.tools import ToolEnvironment
 from megatron_espo.rollout.verifiers import VerifiersEnvironment
 from megatron_espo.types import Prompt, Trajectory
@@ -64,7 +65,7 @@ class EnvironmentRunner:
     """
 
     environment: Environment
-    source: TokenSource
+    source: EnginePool
     tokenizer: Tokenizer
     loop: LoopThread
     limits: tasks.Environment

@@ -55,9 +55,8 @@ class VLLMEngine:
     @property
     def own_address(self) -> str:
         """This machine's address as the server reaches it."""
-        if not self.config.hosts:
-            return "127.0.0.1"
-        return address_towards(parse_address(self.address)[0])
+        hosts = self.config.hosts
+        return address_towards(parse_address(self.address)[0]) if hosts else "127.0.0.1"
 
     @property
     def pid(self) -> int | None:

@@ -240,22 +240,6 @@ class RolloutManager:
         if self._pool:
             self._pool.check()
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """State of the prompt stream and of prompts in flight, as JSON values; ``None`` on ranks
-        other than 0.
-        """
-        return self.source.state_dict() if self.source else None
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`. Prompts that were in flight are sampled again."""
-        if self.source:
-            self.source.load_state_dict(state)
-
-    def forget(self, step: int) -> None:
-        """Remove records up to ``step``, because a checkpoint makes them unnecessary."""
-        if self.source:
-            self.source.forget(step)
-
     def close(self) -> None:
         """Cancel trajectories in flight. Stop this rank's engine and the reward workers."""
         self._closing.close()

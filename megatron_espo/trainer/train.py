@@ -109,7 +109,8 @@ class Run:
             if checkpoint:
                 state = self.checkpoints.load(checkpoint, self.actor)
                 self.step, self.ledger = state["step"], Ledger(**state["ledger"])
-                rollouts.load_state_dict(state["rollouts"])
+                if rollouts.source:
+                    rollouts.source.load_state_dict(state["rollouts"])
                 self._log(f"continuing after step {self.step} of {steps}, from {checkpoint}")
             if self.step >= steps:
                 done = f"step {self.step} of {steps} is done"
@@ -177,10 +178,12 @@ class Run:
             self.colocation.all_on_device(self.step, last=last),
             self.phases.phase("checkpoint", self.step, self.config.run.steps),
         ):
-            rollouts, ledger = self.rollouts.state_dict(), vars(self.ledger)
+            source, ledger = self.rollouts.source, vars(self.ledger)
+            rollouts = source.state_dict() if source else None  # rank 0's state is saved
             state = {"step": self.step, "rollouts": rollouts, "ledger": ledger}
             path = self.checkpoints.save(self.step, self.actor, state)
-        self.rollouts.forget(self.step)
+        if source:
+            source.forget(self.step)
         self._log(f"saved {path}")
 
     def finish(self, seconds: float) -> None:

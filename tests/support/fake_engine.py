@@ -35,7 +35,7 @@ TOKENIZER = SimpleNamespace(
 
 
 class FakeSource:
-    """A ``TokenSource`` whose responses are a function of context and seed.
+    """Replaces an ``EnginePool``; responses are a function of context and seed.
 
     Requests finish one at a time while ``release()`` is open, in the order of ``order``. The first
     half of a response has the policy version at the request's arrival, the rest the version at its
