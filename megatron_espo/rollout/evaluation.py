@@ -82,7 +82,7 @@ class Evaluation:
         n = len(self.rollouts[0])
         found: dict[str, float] = {}
         responses = [sample for group in self.rollouts for sample in group]
-        scored = [sample.reward for sample in responses if sample.reward == sample.reward]
+        scored = [s.reward for s in responses if s.reward is not None and s.reward == s.reward]
         correct = [sum((s.reward or 0) >= 1 for s in group) for group in self.rollouts]
         columns = {f"avg@{n}": [c / n for c in correct]}
         for k in sorted({2**i for i in range(n.bit_length())} | {n}):

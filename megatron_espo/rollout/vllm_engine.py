@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -199,11 +200,13 @@ class VLLMEngine:
         self._require("canary", State.ARRIVED)
         client, config, name = self._client, self.config, f"canary-{time.monotonic_ns()}"
         assert client is not None  # in this state
-        settings = {"temperature": config.temperature, "routed_experts": config.routed_experts}
+        first = Sampling(
+            num_tokens, temperature=config.temperature, routed_experts=config.routed_experts
+        )
 
         async def sample() -> list[Generation]:
             requests = (
-                client.generate(f"{name}-{i}", ids, Sampling(num_tokens, i, **settings), True)
+                client.generate(f"{name}-{i}", ids, replace(first, seed=i), True)
                 for i, ids in enumerate(prompts)
             )
             return await asyncio.gather(*requests)
