@@ -93,9 +93,13 @@ def stepping(keeper: Keeper) -> Iterator[Keeper]:
 
 
 def search(config: EngineConfig, hosts: HostOrder | None = None) -> LeasedServer:
-    """The result of a search for a host."""
+    """The server that a search for a host finds, or with the attribute ``error``."""
     server = LeasedServer(config, hosts or HostOrder(list(config.hosts)))
-    wait_until(lambda: server.address or not server.is_alive, "the search ends")
+    server.error = None
+    try:
+        server.find()
+    except EngineError as error:
+        server.error = error
     return server
 
 
@@ -122,7 +126,7 @@ def test_one_owner_at_a_time_and_a_released_server_ends(folder, without_vllm, ou
         pid = keeper._server.pid
         changes = {"log_name": "engine-rank1.log", "start_timeout_s": 0.5}
         second = search(engine_config(folder, address, **changes))
-        assert not second.is_alive and second.error.final and second.address is None
+        assert second.error.final and not second.address
         message = (
             f"within 0.5 s (rollout.timeout_s): {address}: {PREFIX}/lease: 409 owned by engine"
         )
@@ -160,7 +164,6 @@ def test_an_owner_notices_that_its_server_is_another_one(folder, without_vllm):
         owner = search(engine_config(folder, address))
         os.kill(keeper._server.pid, signal.SIGKILL)
         wait_until(lambda: not owner.is_alive, "the owner notices", 30)
-        assert owner.error is None
         key = run_key(folder)
         wait_until(lambda: answers(address, key), "a new server")
         assert call_once(address, key, f"{PREFIX}/info")["owner"] == ""
@@ -476,9 +479,7 @@ from megatron_espo.rollout.lease import HostOrder, LeasedServer
 from megatron_espo.rollout.server import EngineConfig
 config = {config!r}
 server = LeasedServer(config, HostOrder(list(config.hosts)))
-while server.address is None:
-    assert server.is_alive, server.error
-    time.sleep(0.1)
+server.find()
 print("leased", flush=True)
 time.sleep(600)
 """

@@ -71,12 +71,11 @@ class Policy:
         Raises:
             NoRoomError: the context leaves no room for a token.
         """
-        call, self.calls = self.calls, self.calls + 1
         limit = self.sampling.max_tokens if max_tokens is None else max_tokens
         limit = min(limit, self.max_model_len - len(token_ids))
         if limit < 1:
-            used, room = len(token_ids), self.max_model_len
-            raise NoRoomError(f"generate: {used} tokens of context leave no room in {room}")
+            raise NoRoomError(f"generate: no room for a turn after {len(token_ids)} tokens")
+        call, self.calls = self.calls, self.calls + 1
         stops = self.sampling.stop_token_ids if stop_token_ids is None else tuple(stop_token_ids)
         context, found, done = np.asarray(token_ids).tolist(), None, 0
         while True:
@@ -255,8 +254,6 @@ class ChatSession:
         async with self._turn:
             self.builder.set_context(self._policy.render(messages))
             room = self.builder.room(self._policy)
-            if room < 1:
-                raise NoRoomError("the limits of the trajectory leave no room for another turn")
             limit = min(room, max_tokens or room)
             found = await self._policy.generate(self.builder.context, max_tokens=limit)
             self.builder.add_turn(found)

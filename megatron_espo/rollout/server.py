@@ -227,10 +227,9 @@ class ServerProcess:
         address: ``unix:<path>`` or ``host:port``.
         pid: of the API server.
         log_path: file with the server's output.
-        error, lost: why the server cannot be used, as in ``lease.LeasedServer``.
+        lost: why the server cannot be used when ``is_alive`` is false.
     """
 
-    error = None
     lost = "has died"
 
     def __init__(self, config: EngineConfig, is_cpu: bool) -> None:

@@ -51,7 +51,7 @@ class VLLMEngine:
     @property
     def address(self) -> str:
         """``unix:<path>`` or ``host:port`` of the server; empty without a server."""
-        return (self._server.address or "") if self._server is not None else ""
+        return self._server.address if self._server is not None else ""
 
     @property
     def own_address(self) -> str:
@@ -69,7 +69,6 @@ class VLLMEngine:
     def start(self) -> None:
         """Start a server and return at once. Call it from the main thread."""
         self._require("start", State.DEAD)
-        self.close()
         if self.config.hosts:
             self._server = LeasedServer(self.config, self._hosts)
         else:
@@ -83,25 +82,27 @@ class VLLMEngine:
             raise EngineError("wait_ready: the rollout engine is not running.", Phase.START)
         if self.state != State.STARTING:
             return
-        deadline = None
+        if isinstance(server, LeasedServer):
+            try:
+                server.find()
+            except EngineError:
+                self.close()
+                raise
+        key, deadline = run_key(config.folder), time.monotonic() + config.start_timeout_s
+        self._client = client = HttpClient(server.address, key, config.host_timeout_s)
         while True:
             if not server.is_alive:
                 raise self._failed(server.lost, Phase.START)
-            if server.address is not None:  # the search for a host has its own limit
-                deadline = deadline or time.monotonic() + config.start_timeout_s
-                if time.monotonic() > deadline:
-                    limit = f"{config.start_timeout_s:g} s (rollout.timeout_s)"
-                    raise self._failed(f"did not start within {limit}", Phase.START)
-                key, limit_s = run_key(config.folder), config.host_timeout_s
-                self._client = self._client or HttpClient(server.address, key, limit_s)
-                try:
-                    self._loop.run(self._client.call(f"{PREFIX}/info"), config.timeout_s)
-                    break
-                except NO_ANSWER:
-                    pass
-                except EngineError as error:
-                    raise self._failed(str(error), Phase.START) from None
-            time.sleep(_POLL_SECONDS)
+            if time.monotonic() > deadline:
+                limit = f"{config.start_timeout_s:g} s (rollout.timeout_s)"
+                raise self._failed(f"did not start within {limit}", Phase.START)
+            try:
+                self._loop.run(client.call(f"{PREFIX}/info"), config.timeout_s)
+                break
+            except NO_ANSWER:
+                time.sleep(_POLL_SECONDS)
+            except EngineError as error:
+                raise self._failed(str(error), Phase.START) from None
         self.state, self._version = State.STALE, None
         if config.load_weights:
             self.state, self._version = State.READY, 0
@@ -258,9 +259,6 @@ class VLLMEngine:
         """Kill the server and return the error to raise."""
         server = self._server
         assert server is not None
-        if server.error is not None:
-            self.close()
-            return server.error
         code = server.returncode
         end = "" if code in (None, 0, -9) else f" (exit code {code})"
         where = f" on {server.address}" if self.config.hosts else ""
