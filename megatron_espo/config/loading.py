@@ -15,32 +15,6 @@ from megatron_espo.errors import InputError
 
 Places = dict[yaml_source.Path, str]
 
-# Settings of older releases, and what to use or what happens instead.
-_REMOVED = {
-    "environment.max_concurrent": "at most 4096 trajectories run at the same time",
-    "environment.retries": "a failed trajectory is started once more",
-    "eval.max_response_tokens": "use rollout.max_response_tokens, which limits evaluations too",
-    "eval.top_p": "evaluations sample without top-p",
-    "optimizer.lr_decay_iters": "the learning rate decays over all optimizer steps of the run",
-    "optimizer.spike_window": "optimizer.spike_factor compares with the last 50 gradient norms",
-    "reward.overlap": "rewards are computed while other responses are sampled",
-    "reward.overlong_penalty": "the overlong penalty is 1 at the length limit",
-    "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
-    "rollout.canary_prompts=0 turns the comparison off",
-    "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",
-    "rollout.dtype": "engines use model.dtype",
-    "rollout.extra_prompts": "use rollout.max_staleness and rollout.over_sampling_prompts",
-    "rollout.log_prob_gap_warn": "the limit is 0.05 nats; see also rollout.log_prob_gap_stop",
-    "rollout.longest_first": "prompts are dispatched in the order of the data",
-    "rollout.max_carried_steps": "use rollout.max_staleness",
-    "run.agree_every": "ranks compare their weights every 10 optimizer steps",
-    "run.name": "a run has the name of its folder, run.dir",
-}
-_REMOVED_VALUES = {
-    ("rollout.transport", "shared_memory"): "use files",
-    ("rollout.transport", "tcp"): "use files",
-}
-
 
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read the settings of a run.
@@ -132,12 +106,11 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
         found = [(location, f"required, but not given; expected {_expected(location)}")]
     elif kind == "extra_forbidden":
         what = f"unknown {'section' if len(location) == 1 else 'key'}{_suggest(location)}"
-        instead = _REMOVED.get(_name(location))
-        found = [(location, f"removed; {instead}" if instead else what)]
+        found = [(location, what)]
     elif kind == "invalid_key":
         found = [(location, "expected a name as key")]
     else:
-        got = f"{_show(value)}{_hint(location, kind, value)}"
+        got = f"{_show(value)}{_hint(kind, value)}"
         found = [(location, f"expected {_expected(location)}, got {got}")]
     return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
 
@@ -186,14 +159,12 @@ def _suggest_key(section: str, name: str) -> str:
     return f"; the keys of {section} are {', '.join(own)}" if own else ""
 
 
-def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:
+def _hint(kind: str, value: Any) -> str:
     if kind == "string_type":
         is_scalar = value is not None and not isinstance(value, (dict, list))
         return "; put it in quotes" if is_scalar else ""
     if not isinstance(value, str):
         return ""
-    if instead := _REMOVED_VALUES.get((_name(location), value)):
-        return f"; {instead}"
     try:
         plain, _ = yaml_source.parse(value)
     except yaml_source.YamlError:

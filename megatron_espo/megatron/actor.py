@@ -157,36 +157,37 @@ class Actor:
             ranks.
         """
         with oom_hint(self.config.megatron, self.config.optimizer):
-            assert not self.offloader.offloaded, self.offloader.offloaded
-            epochs, count = self.config.algorithm.num_epochs, self.config.algorithm.num_mini_batches
-            # Contiguous parts whose sizes differ by at most one.
-            ends = [len(groups) * i // count for i in range(count + 1)]
-            parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
-            mini_batches = [self._pack(part) for part in parts]
-            self._compare_ranks(groups, mini_batches)
-            passes = epochs + (self.updates_per_step > 1) + (self.reference is not None)
-            total, done = passes * sum(map(len, mini_batches)), itertools.count()
+            return self._update(groups, on_progress)
 
-            def tick() -> None:
-                on_progress(next(done), total)
+    def _update(self, groups: Groups, on_progress: OnProgress) -> dict[str, float]:
+        assert not self.offloader.offloaded, self.offloader.offloaded
+        epochs, count = self.config.algorithm.num_epochs, self.config.algorithm.num_mini_batches
+        # Contiguous parts whose sizes differ by at most one.
+        ends = [len(groups) * i // count for i in range(count + 1)]
+        parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
+        mini_batches = [self._pack(part) for part in parts]
+        self._compare_ranks(groups, mini_batches)
+        passes = epochs + (self.updates_per_step > 1) + (self.reference is not None)
+        total, done = passes * sum(map(len, mini_batches)), itertools.count()
 
-            if self.updates_per_step > 1:
-                names = ("old_logprob", "old_entropy")
-                mini_batches = [self._score(batches, tick, *names) for batches in mini_batches]
-            if self.reference is not None:
-                with self.reference.swapped_in():
-                    name = "reference_logprob"
-                    mini_batches = [self._score(batches, tick, name) for batches in mini_batches]
-            steps = [
-                self._step(batches, part, tick)
-                for _ in range(epochs)
-                for batches, part in zip(mini_batches, parts, strict=True)
-            ]
-            tokens = epochs * sum(batches[0].totals.num_tokens for batches in mini_batches)
-            metrics = (
-                average_steps(steps) | {"train/tokens": float(tokens)} | self._expert_load.pop()
-            )
-            return metrics | (self._router_replay.pop() if self._router_replay else {})
+        def tick() -> None:
+            on_progress(next(done), total)
+
+        if self.updates_per_step > 1:
+            names = ("old_logprob", "old_entropy")
+            mini_batches = [self._score(batches, tick, *names) for batches in mini_batches]
+        if self.reference is not None:
+            with self.reference.swapped_in():
+                name = "reference_logprob"
+                mini_batches = [self._score(batches, tick, name) for batches in mini_batches]
+        steps = [
+            self._step(batches, part, tick)
+            for _ in range(epochs)
+            for batches, part in zip(mini_batches, parts, strict=True)
+        ]
+        tokens = epochs * sum(batches[0].totals.num_tokens for batches in mini_batches)
+        metrics = average_steps(steps) | {"train/tokens": float(tokens)} | self._expert_load.pop()
+        return metrics | (self._router_replay.pop() if self._router_replay else {})
 
     def _step(self, batches: list[MicroBatch], part: Groups, tick: Tick) -> dict[str, float]:
         """Take one optimizer step. If it is skipped, write its responses to a file.

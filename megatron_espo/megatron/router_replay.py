@@ -108,7 +108,8 @@ def scatter_routed_experts(
 ) -> list[TrainSequence]:
     """Send routed experts from rank 0 to the data-parallel replica that trains each sequence.
 
-    Collective: one broadcast from rank 0 to all ranks for each sequence.
+    Collectives over all ranks: for each sequence a message from rank 0 to the first rank of the
+    replica, and broadcasts from there over the context-, tensor- and pipeline-parallel groups.
 
     Args:
         sequences: the same on every rank, except that only rank 0 has their routed experts.
@@ -134,14 +135,29 @@ def scatter_routed_experts(
     dtype = np.dtype(np.uint8 if experts.count <= 256 else np.uint16)
     result = list(sequences)
     for number, sequence in enumerate(sequences):
+        if owners[number] != groups.dp.rank() and not is_source:
+            continue
         shape = (sequence.num_tokens - 1, sum(experts.layers), experts.per_token)
         data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         if is_source:
             rows = np.ascontiguousarray(sequence.routed_experts, dtype)
             data.numpy()[:] = rows.reshape(-1).view(np.uint8)
-        data = data.to(torch.cuda.current_device())
-        dist.broadcast(data, src=0)
-        if owners[number] == groups.dp.rank():
-            received = data.cpu().numpy().view(dtype).reshape(shape)
-            result[number] = replace(sequence, routed_experts=received)
+        data = _send_to_replica(data.to(torch.cuda.current_device()), owners[number], groups)
+        received = data.cpu().numpy().view(dtype).reshape(shape)
+        result[number] = replace(sequence, routed_experts=received)
     return result
+
+
+def _send_to_replica(data: Tensor, owner: int, groups: Any) -> Tensor:
+    """Send ``data`` from rank 0 to all ranks of a data-parallel replica, all of which call this."""
+    replica = (groups.cp, groups.tp, groups.pp)
+    if dist.get_rank() == 0 and owner > 0:
+        dist.send(data, dist.get_global_rank(groups.dp, owner))
+        return data
+    if owner > 0 and all(group.rank() == 0 for group in replica):
+        dist.recv(data, src=0)
+    for number, group in enumerate(replica):
+        # Each broadcast starts from the ranks that the earlier ones have reached.
+        if all(later.rank() == 0 for later in replica[number + 1 :]):
+            dist.broadcast(data, group=group, group_src=0)
+    return data
