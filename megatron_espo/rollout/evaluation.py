@@ -73,6 +73,14 @@ class Evaluation:
 
     rollouts: list[list[Trajectory]]
 
+    @property
+    def rewards(self) -> list[list[float | None]]:
+        """``[prompt][sample]``; ``None``: scoring failed."""
+        return [
+            [None if math.isnan(s.reward or 0.0) else s.reward for s in group]
+            for group in self.rollouts
+        ]
+
     def metrics(self) -> dict[str, float]:
         """Return ``eval/*``: avg@n, pass@k, their intervals, mean reward and length, failures.
 
@@ -82,8 +90,8 @@ class Evaluation:
         n = len(self.rollouts[0])
         found: dict[str, float] = {}
         responses = [sample for group in self.rollouts for sample in group]
-        scored = [s.reward for s in responses if s.reward is not None and s.reward == s.reward]
-        correct = [sum((s.reward or 0) >= 1 for s in group) for group in self.rollouts]
+        scored = [reward for row in self.rewards for reward in row if reward is not None]
+        correct = [sum(r is not None and r >= 1 for r in row) for row in self.rewards]
         columns = {f"avg@{n}": [c / n for c in correct]}
         for k in sorted({2**i for i in range(n.bit_length())} | {n}):
             columns[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
@@ -101,14 +109,10 @@ class Evaluation:
 
     def record(self, **head: Any) -> dict[str, Any]:
         """Return JSON values: ``head``, the metrics, rewards and response lengths by prompt."""
-        prompts = [
-            {
-                "id": group[0].prompt.id,
-                "rewards": [s.reward if s.reward == s.reward else None for s in group],
-                "lengths": [sample.num_trained for sample in group],
-            }
-            for group in self.rollouts
-        ]
+        prompts = []
+        for group, row in zip(self.rollouts, self.rewards, strict=True):
+            lengths = [sample.num_trained for sample in group]
+            prompts.append({"id": group[0].prompt.id, "rewards": row, "lengths": lengths})
         return head | {"metrics": self.metrics(), "confidence": CONFIDENCE, "prompts": prompts}
 
 

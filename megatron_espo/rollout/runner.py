@@ -37,9 +37,8 @@ def load_environment(name: str, arguments: dict[str, Any]) -> Environment:
         InputError: no environment has that name, or the class rejects the arguments.
     """
     known: dict[str, Any] = {"single_turn": SingleTurn, "tool": ToolEnvironment}
-    kind, _, identity = name.partition(":")
-    if kind == "verifiers":
-        found: Any = partial(VerifiersEnvironment, identity)
+    if name.startswith("verifiers:"):
+        found: Any = partial(VerifiersEnvironment, name.removeprefix("verifiers:"))
     else:
         names = f"{', '.join(known)}, verifiers:<id> or module:Class"
         found = known.get(name) or load_object("environment.name", name, names)
