@@ -152,11 +152,6 @@ class TrajectoryBuilder:
         """Token ids from the first turn up to the last sampled token."""
         return [token[0] for token in self._tokens[: self._end]]
 
-    @property
-    def splits(self) -> int:
-        """How often the trajectory was split."""
-        return len(self._earlier)
-
     def room(self, policy: Policy) -> int:
         """Return the tokens that the limits of the policy leave for the next turn."""
         used = len(self._tokens) + sum(len(part.response_ids) for part in self._earlier)
@@ -236,7 +231,7 @@ class ChatSession:
     trajectory continues; elsewhere it is split. Sampled ids are never tokenized again.
 
     Attributes:
-        builder: the trajectory so far; ``builder.splits`` counts the splits.
+        builder: the trajectory so far.
         last: the last turn; ``None`` before the first.
     """
 

@@ -91,7 +91,6 @@ class VerifiersEnvironment:
             errors = "; ".join(result["errors"]) or "no reward"
             raise VerifiersError(f"the episode failed: {errors}")
         rewards = {name: float(v) for name, v in result["rewards"].items() if v is not None}
-        rewards["splits"] = float(session.builder.splits)
         text = policy.decode(session.builder.response_ids)
         return session.builder.build(text, reason, reward=reward, rewards=rewards)
 
