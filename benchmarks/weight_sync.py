@@ -115,17 +115,13 @@ def measure(args: argparse.Namespace, world: runtime.Runtime, engine) -> None:
         dist.barrier()
         row = {"memcpy": seconds(lambda: b.copy_(a))}
         dist.barrier()
-        if engine is not None:
-            transport.seconds.clear()
         if engine is not None and args.sleep:
             row["sleep"] = seconds(engine.sleep)
             row["wake, fill with NaN"] = seconds(lambda: engine.wake(list(shapes.items())))
         dist.barrier()
         row["sync"] = seconds(lambda v=version: update(transport, engine, v, args.sleep))
         if engine is not None:
-            row |= {f"engine: {name}": value for name, value in engine.transfer_seconds().items()}
-            row |= {f"trainer: {name}": value for name, value in transport.seconds.items()}
-            row["trainer: gather"] = source.seconds
+            row["gather"] = source.seconds
             rounds.append(row)
     if engine is not None:
         report(rounds, total, groups, extra)
@@ -137,18 +133,8 @@ def report(rounds: list[dict[str, float]], total: int, groups: list[int], extra:
     for name in rounds[0]:
         value = median(row[name] for row in rounds)
         print(f"  {name:<18} {value * 1e3:7.1f} ms  {total / value / 1e9:6.2f} GB/s")
-    parts = {
-        "into the engine's memory (gather, write, checksums)": lambda row: (
-            row["trainer: gather"] + row["trainer: write"] + row["engine: checksum"]
-        ),
-        "beside vLLM's load, which overlaps": lambda row: (
-            row["sync"] - row["engine: load"] - row["engine: finish"]
-        ),
-        "until vLLM can serve (its load and repacking too)": lambda row: row["sync"],
-    }
-    for name, taken in parts.items():
-        share = median(row["memcpy"] / taken(row) for row in rounds)
-        print(f"{name}: {share:.0%} of memcpy's speed")
+    share = median(row["memcpy"] / row["sync"] for row in rounds)
+    print(f"an update, vLLM's load and repacking included: {share:.0%} of memcpy's speed")
     layer, largest = median(groups), max(groups)
     print(
         f"trainer's extra memory: {extra / 1e6:.1f} MB = {extra / largest:.2f} of the largest "

@@ -88,7 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     option("--listen", metavar="HOST:PORT", help=address)
     idle = "exit after this time without owner and heartbeat of the run (%(default)g)"
     option("--idle", type=float, default=3600.0, metavar="SECONDS", help=idle)
-    option("--print", action="store_true", help="print the server's command and exit")
 
     plan.add_parser(commands, lambda parser: _add_config(parser.add_argument))
 
@@ -218,7 +217,7 @@ def _run_tool(args: argparse.Namespace) -> int:
         return plan.run(args)
     from megatron_espo.rollout import keeper
 
-    return keeper.main(args.run, args.listen, args.idle, args.print)
+    return keeper.main(args.run, args.listen, args.idle)
 
 
 def _load_config(args: argparse.Namespace) -> Any:

@@ -14,10 +14,11 @@ import yaml
 import megatron_espo
 from megatron_espo import cli
 from megatron_espo.config import load_config
-from megatron_espo.config.reference import render_markdown, sections
+from megatron_espo.config.reference import sections
 from megatron_espo.errors import InputError
 from tests.support.distributed import ROOT
 from tests.support.pages import PAGES, anchors, command_lines, links, prose, snippets
+from tools.configuration_page import render_markdown
 
 BASE = {"model": {"path": "model"}, "data": {"prompts": "prompts.jsonl"}}
 # Other programs in commands, and the extra of setup.py that installs each.

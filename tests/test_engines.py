@@ -46,8 +46,8 @@ def submit(loop: LoopThread, pool: EnginePool, tokens: int) -> list:
     """Futures of one request for each prompt, spread over the engines."""
 
     def request(slot: int, ids: tuple[int, ...]):
-        sampling = Sampling(tokens, seed=request_seed(1, slot))
-        return loop.submit(pool.generate(f"request-{slot}", ids, sampling, slot=slot))
+        sampling = Sampling(tokens, seed=request_seed(1, slot), slot=slot)
+        return loop.submit(pool.generate(f"request-{slot}", ids, sampling))
 
     return [request(slot, ids) for slot, ids in enumerate(PROMPTS)]
 

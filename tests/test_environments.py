@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def render(messages: list[dict[str, str]]) -> list[int]:
 
 @dataclass
 class FakeSource:
-    """A :class:`TokenSource` that samples the given texts in order. Log-probs and versions number
+    """Samples the given texts in order. Log-probs and versions number
     the tokens; the expert of a token is its id modulo 256.
 
     Attributes:
@@ -64,9 +65,6 @@ class FakeSource:
         request_id: str,
         token_ids: Sequence[int],
         sampling: Sampling,
-        *,
-        slot: int = 0,
-        routed_experts: bool = False,
     ) -> Generation:
         await asyncio.sleep(0)
         self.requests.append((request_id, list(token_ids), sampling))
@@ -85,7 +83,7 @@ class FakeSource:
         numbers = np.arange(count + 1, count + 1 + len(ids))
         self.sampled.append(ids)
         experts = np.array([*token_ids, *ids], np.int32)[:-1, None, None] % 256
-        experts = experts if routed_experts else None
+        experts = experts if sampling.routed_experts else None
         return Generation(
             np.array(ids, np.int32),
             -numbers.astype(np.float32),
@@ -101,12 +99,11 @@ def make_prompt(text: str = "Q") -> Prompt:
 
 def make_policy(source: FakeSource, **changes) -> Policy:
     settings = {"max_tokens": 1000, "seed": 5, "stop_token_ids": (EOS,)} | changes
-    sampling = Sampling(
-        **{name: settings.pop(name) for name in ("max_tokens", "seed", "stop_token_ids")}
+    length = settings.pop("max_model_len", 2000)
+    tokenizer = SimpleNamespace(
+        encode=settings.pop("encode", encode), decode=decode, encode_prompt=render
     )
-    tokenizer = {"encode": encode, "decode": decode, "render": render}
-    settings = {"max_model_len": 2000} | tokenizer | settings
-    return Policy(source=source, name="0", seed=sampling.seed, sampling=sampling, **settings)
+    return Policy(source, "0", Sampling(**settings), length, tokenizer)
 
 
 def run(environment, source: FakeSource, prompt: Prompt | None = None, **changes) -> Trajectory:
@@ -158,7 +155,6 @@ def test_random_dialogues_train_what_was_sampled(dialogue):
                 history = builder.context if way == "history" else [7, *builder.context]
                 assert builder.set_context([*history, *encode(observation)]) is (way != "history")
                 splits += way != "history"
-        assert builder.splits == splits
         return builder.build("text", "stop")
 
     found = asyncio.run(rollout())

@@ -38,12 +38,14 @@ def evaluation(rewards, length=3, finish_reason="stop") -> Evaluation:
     prompts = [Prompt(f"p{i}", "?", "1", (1,)) for i in range(len(rewards))]
     rollouts = [
         [
-            Trajectory.single_turn(p, (7,) * length, (-1.0,) * length, 0, finish_reason, "")
-            for _ in row
+            Trajectory.single_turn(
+                p, (7,) * length, (-1.0,) * length, 0, finish_reason, ""
+            ).with_reward(reward)
+            for reward in row
         ]
         for p, row in zip(prompts, rewards, strict=True)
     ]
-    return Evaluation(rollouts, rewards)
+    return Evaluation(rollouts)
 
 
 def test_metrics_equal_those_counted_by_hand():

@@ -257,7 +257,7 @@ def test_an_engine_host_that_is_cut_off_without_a_spare_is_one_error_in_time(hos
 # Samples, asks for health until the host is lost, and samples on the next host.
 OWNER = """
 import time
-from megatron_espo.rollout.engine import EngineError, Sampling
+from megatron_espo.rollout.engine import EngineError, Phase, Sampling
 from megatron_espo.rollout.http_client import HttpClient, LoopThread
 from megatron_espo.rollout.server import EngineConfig, run_key
 from megatron_espo.rollout.vllm_engine import VLLMEngine
@@ -276,7 +276,7 @@ def start_and_sample():
 start_and_sample()
 try:
     while True:
-        engine.check_health()
+        engine._worker("ping", phase=Phase.ROLLOUT)
         time.sleep(0.2)
 except EngineError as error:
     print("lost:", str(error).splitlines()[0], flush=True)

@@ -23,7 +23,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.rollout import keeper as keeper_module
 from megatron_espo.rollout import lease
 from megatron_espo.rollout import server as server_module
-from megatron_espo.rollout.engine import EngineError, HttpStatusError, Sampling
+from megatron_espo.rollout.engine import EngineError, HttpStatusError, Phase, Sampling
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread, call_once
 from megatron_espo.rollout.keeper import Keeper
 from megatron_espo.rollout.lease import HostOrder, LeasedServer, host_log_name, settings_text
@@ -93,9 +93,13 @@ def stepping(keeper: Keeper) -> Iterator[Keeper]:
 
 
 def search(config: EngineConfig, hosts: HostOrder | None = None) -> LeasedServer:
-    """The result of a search for a host."""
+    """The server that a search for a host finds, or with the attribute ``error``."""
     server = LeasedServer(config, hosts or HostOrder(list(config.hosts)))
-    wait_until(lambda: server.address or not server.is_alive, "the search ends")
+    server.error = None
+    try:
+        server.find()
+    except EngineError as error:
+        server.error = error
     return server
 
 
@@ -122,7 +126,7 @@ def test_one_owner_at_a_time_and_a_released_server_ends(folder, without_vllm, ou
         pid = keeper._server.pid
         changes = {"log_name": "engine-rank1.log", "start_timeout_s": 0.5}
         second = search(engine_config(folder, address, **changes))
-        assert not second.is_alive and second.error.final and second.address is None
+        assert second.error.final and not second.address
         message = (
             f"within 0.5 s (rollout.timeout_s): {address}: {PREFIX}/lease: 409 owned by engine"
         )
@@ -160,7 +164,6 @@ def test_an_owner_notices_that_its_server_is_another_one(folder, without_vllm):
         owner = search(engine_config(folder, address))
         os.kill(keeper._server.pid, signal.SIGKILL)
         wait_until(lambda: not owner.is_alive, "the owner notices", 30)
-        assert owner.error is None
         key = run_key(folder)
         wait_until(lambda: answers(address, key), "a new server")
         assert call_once(address, key, f"{PREFIX}/info")["owner"] == ""
@@ -441,21 +444,6 @@ def test_addresses_are_read_as_they_are_shown():
             parse_address(wrong)
 
 
-def test_the_command_is_printed(folder, capsys):
-    from megatron_espo import cli
-
-    command = ["serve", str(folder), "--listen", "10.0.0.5:7700", "--print"]
-    assert cli.main(command) == 2
-    assert "engine.json: no such file; the trainer writes it" in capsys.readouterr().err
-    config = engine_config(folder, engine_args={"max_num_seqs": 3})
-    (folder / "engine.json").write_text(settings_text(config))
-    assert cli.main(command) == 0
-    text = capsys.readouterr().out
-    assert text.startswith("env ") and "--host 10.0.0.5 --port 7700" in text
-    assert "--max-num-seqs 3" in text and run_key(folder) not in text
-    assert f"MEGATRON_ESPO_KEY_FILE={folder}/engine.key" in text
-
-
 # -- the command, with vLLM ------------------------------------------------------------------------
 
 
@@ -491,9 +479,7 @@ from megatron_espo.rollout.lease import HostOrder, LeasedServer
 from megatron_espo.rollout.server import EngineConfig
 config = {config!r}
 server = LeasedServer(config, HostOrder(list(config.hosts)))
-while server.address is None:
-    assert server.is_alive, server.error
-    time.sleep(0.1)
+server.find()
 print("leased", flush=True)
 time.sleep(600)
 """
@@ -526,7 +512,7 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
         with pytest.raises(EngineError, match="401 expected the run's key"):
             loop.run(stranger.generate("a", [1, 4, 5], Sampling(4, seed=1)), 60)
         time.sleep(SECONDS + 2)  # the lease is renewed
-        engine.check_health()
+        engine._worker("ping", phase=Phase.ROLLOUT)
         engine.close()
         wait_until(lambda: not living_in_group(first), "the released server ends", 10)
         killed = subprocess.Popen(
@@ -548,7 +534,7 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
         process.kill()
         wait_until(lambda: not living_in_group(third), "the server of a killed keeper ends", 10)
         with pytest.raises(EngineError, match=f"the rollout engine on {address} is out of reach"):
-            engine.check_health()
+            engine._worker("ping", phase=Phase.ROLLOUT)
         assert engine.state == "dead" and not Path(folder, "engine.log").exists()
     for opened in (client, stranger):
         loop.run(opened.close(), 5)

@@ -128,7 +128,7 @@ def test_every_route_wants_the_key(server, key):
 
 # Routes of this project that return nothing computed from weights; x: a path parameter.
 OWN_CONTROL_ROUTES = {
-    PREFIX + path for path in ("/worker/x", "/serve", "/lease", "/release", "/info", "/reset_cache")
+    PREFIX + path for path in ("/worker/x", "/serve", "/lease", "/release", "/info")
 }
 
 

@@ -80,7 +80,7 @@ def test_episodes(python):
         check_lines_up(trajectory, source.sampled)
     for trajectory in found:
         assert trajectory.reward == 1 and trajectory.finish_reason == "stop"
-        assert trajectory.rewards["guessed"] == 1 and trajectory.rewards["splits"] == 0
+        assert trajectory.rewards["guessed"] == 1 and not trajectory.earlier
         assert trajectory.earlier == ()
     first = found[0]
     assert decode(first.prompt_ids) == "user:Guess a number up to 9 (not 50).assistant:"
@@ -126,9 +126,9 @@ def test_a_chat_session_splits_where_the_history_differs():
         for said in ("b", "c"):
             text = await session.reply(history)
             history += [{"role": "assistant", "content": text}, {"role": "user", "content": said}]
-        assert session.builder.splits == 0
+        assert not session.builder.build("").earlier
         text = await session.reply(history[-1:])
-        assert session.builder.splits == 1
+        assert len(session.builder.build("").earlier) == 1
         with pytest.raises(NoRoomError):
             history = [
                 history[-1],

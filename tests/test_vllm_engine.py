@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.base import ModuleSource
 
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import server as server_module
+from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.engine import EngineError, Phase, Sampling, State
 from megatron_espo.rollout.file_transport import (
     FileTrainerInitInfo,
@@ -173,7 +174,7 @@ def test_requests_wait_for_served_weights_and_get_those_of_transformers(engine, 
     send_weights(connect(engine, model), engine, 3)
     early = loop.submit(request_tokens(engine, PROMPTS[:2]))
     engine.resume()
-    assert engine.state == State.UPDATING
+    assert engine.state == State.ARRIVED
     (canary,) = engine.canary(PROMPTS[:1], 4)
     assert_logprobs(canary, reference_logprobs(model, PROMPTS[0], canary.token_ids.tolist()))
     time.sleep(0.5)
@@ -274,7 +275,7 @@ def test_the_error_names_missing_weights(engine, folder):
         send_weights(connect(engine, Forgetful(perturbed(folder, 14))), engine, 14)
     assert caught.value.phase == Phase.TRANSFER
     assert engine.state == State.DEAD and engine.policy_version is None
-    for call in (engine.resume, engine.check_health, engine.wait_ready):
+    for call in (engine.resume, engine.wake_caches, engine.wait_ready):
         with pytest.raises(EngineError):
             call()
 
@@ -319,8 +320,7 @@ def test_a_wrong_shape_is_an_error_before_and_during_the_load(engine, folder, tm
     model = perturbed(save_tiny_model(tmp_path / "wide", **changes), 1)
     message = r"up_proj\.weight: shape \(160, 64\), expected \(128, 64\)"
     with pytest.raises(InputError, match=message):
-        connect(engine, model)
-    assert engine.state in (State.STALE, State.READY)
+        check_names([(name, tuple(p.shape)) for name, p in model.named_parameters()], folder)
     transport = FileTrainerWeightTransferEngine.trainer_init(
         FileTrainerInitInfo(rank=0), client=engine, source=ModuleSource(model)
     )
@@ -357,7 +357,7 @@ def test_a_worker_that_dies_or_stops_is_an_error_in_time(folder, tmp_path, loop,
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", limit + 5)
         object.__setattr__(engine.config, "timeout_s", limit)
         with pytest.raises(EngineError) as caught:
-            engine.check_health()
+            engine._worker("ping", phase=Phase.ROLLOUT)
         assert caught.value.phase == Phase.ROLLOUT and engine.state == State.DEAD
         assert time.monotonic() - began < 3 * limit and not held.done()
         engine.start()
@@ -425,7 +425,7 @@ def test_a_killed_server_is_an_error_at_once(light):
     os.kill(group, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match="has died") as caught:
-        light.check_health()
+        light._worker("ping", phase=Phase.ROLLOUT)
     assert caught.value.phase == Phase.ROLLOUT and light.state == State.DEAD
     assert time.monotonic() - began < 5
 

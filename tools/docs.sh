@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python -c 'from megatron_espo.config.reference import render_markdown; print(render_markdown(), end="")' >docs/configuration.md
+PYTHONPATH=. python tools/configuration_page.py >docs/configuration.md
 text=$(sed '/^<!-- Generated/q' docs/metrics.md)
 { printf '%s\n\n' "$text"; python -m megatron_espo.monitoring.metric_names; } >docs/metrics.md
 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict "$@"

@@ -257,17 +257,14 @@ class Actor:
             The same lists on every rank.
         """
         assert "weights" not in self.offloader.offloaded
-
-        def length(index: int) -> int:
-            return len(responses[index][0]) + len(responses[index][1])
-
-        # The order in which ``pack`` lays out sequences that do not share prompts.
-        order = sorted(range(len(responses)), key=length, reverse=True)
         sequences = []
-        for prompt, response, experts in (responses[i] for i in order):
+        for prompt, response, experts in responses:
             logprobs = np.zeros(len(response), np.float32)
             ids = (np.asarray(prompt, np.int32), np.asarray(response, np.int32))
             sequences.append(TrainSequence(*ids, logprobs, 0.0, routed_experts=experts))
+        # The order in which ``pack`` lays out sequences that do not share prompts.
+        order = sorted(range(len(sequences)), key=lambda i: -sequences[i].num_tokens)
+        sequences = [sequences[i] for i in order]
         lengths = [len(sequence.response_ids) for sequence in sequences]
         totals = batch_totals(
             sequences, num_responses=len(responses), num_response_tokens=sum(lengths)

@@ -71,9 +71,6 @@ class Offloader:
     @contextmanager
     def without(self, part: str) -> Iterator[None]:
         """Offload ``part`` inside, if it may leave. Collective as :meth:`to_host`."""
-        if not self.handles(part):
-            yield
-            return
         self.to_host(part)
         try:
             yield

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def wait_all(futures: Sequence[Future], on_progress: Callable[[int, int], None])
         wait(futures, timeout=0.25)
 
 
-class RewardPool:
+class RewardPool(AbstractContextManager):
     """Scores responses in persistent worker processes, which start on first use.
 
     A worker is a fresh interpreter in its own session, with few environment variables and with a
@@ -66,12 +66,11 @@ class RewardPool:
     """
 
     def __init__(self, config: Reward) -> None:
-        self._config = config
-        self._lock = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
+        self._config, self._lock = config, threading.Lock()
+        self._threads = ThreadPoolExecutor(config.workers, "reward")
+        self._own = threading.local()  # ``worker``: of this thread, or None
         self._workers: list[_Worker] = []
-        self._idle: list[_Worker] = []
-        self._warned = False
+        self._is_closed = self._warned = False
         self.failures: collections.Counter[str] = collections.Counter()
         self.last_failure = ""
 
@@ -81,7 +80,7 @@ class RewardPool:
         Raises:
             InputError: the function cannot be loaded; carries the worker's message.
         """
-        self._submit(lambda: self._idle.append(self._take_worker())).result()
+        self._threads.submit(self._take_worker).result()
 
     def submit(self, prompt: Prompt, response: str) -> Future[float | None]:
         """Score one response in the background.
@@ -90,7 +89,7 @@ class RewardPool:
             A finite float, or ``None`` where the verifier crashed, hung, raised or returned
             something else. InputError: the reward function cannot be loaded.
         """
-        return self._submit(self._score, prompt, response)
+        return self._threads.submit(self._score, prompt, response)
 
     def score(
         self,
@@ -117,37 +116,25 @@ class RewardPool:
             )
 
     def close(self) -> None:
-        """Kill the workers. The pool may be used again; it then starts new ones."""
+        """Kill the workers."""
         with self._lock:
-            if self._threads:
-                self._threads.shutdown(wait=False, cancel_futures=True)
-            self._threads = None
-            workers, self._workers, self._idle = self._workers, [], []
-            for worker in workers:
+            self._is_closed = True
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            for worker in list(self._workers):
                 worker.kill()
-
-    def __enter__(self) -> "RewardPool":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
-        with self._lock:
-            self._threads = self._threads or ThreadPoolExecutor(self._config.workers, "reward")
-            return self._threads.submit(function, *arguments)
-
     def _take_worker(self) -> "_Worker":
-        """Return an idle worker that is alive, or start one."""
-        with suppress(IndexError):
-            while True:
-                worker = self._idle.pop()
-                if worker.process.poll() is None:
-                    return worker
-                self._remove(worker)
+        """Return this thread's worker. Start one if there is none, or if it ended."""
+        if worker := getattr(self._own, "worker", None):
+            if worker.process.poll() is None:
+                return worker
+            self._remove(worker)
         for _ in range(MAX_FAILED_STARTS):
             with self._lock:
-                if self._threads is None:
+                if self._is_closed:
                     raise CancelledError("the pool was closed")
                 worker = _Worker(self._config)
                 self._workers.append(worker)
@@ -164,6 +151,7 @@ class RewardPool:
                 self._warned = True
                 message = "reward workers are limited, but not isolated (%s): see docs/rewards.md"
                 logger.warning(message, reply["ready"])
+            self._own.worker = worker
             return worker
         ended = f"worker ended before {self._config.function} was loaded ({cause}, {end})"
         raise InputError(f"reward.function: {ended}; see standard error")
@@ -181,13 +169,12 @@ class RewardPool:
         except OSError:
             cause, message = "crash", f"the worker ended with {self._remove(worker, grace_s=1.0)}"
         else:
-            self._idle.append(worker)
             score = reply.get("score")
             if isinstance(score, float) and math.isfinite(score):
                 return score
             cause, message = "exception", str(reply.get("failure"))
         with self._lock:
-            if self._threads is not None:  # else the pool was closed
+            if not self._is_closed:
                 self.last_failure = f"prompt {prompt.id!r}: {message}"
                 if not self.failures[cause]:
                     text = "response not scored (%s): %s; later failures are only counted"
@@ -196,10 +183,9 @@ class RewardPool:
         return None
 
     def _remove(self, worker: "_Worker", grace_s: float = 0.0) -> str:
-        end = worker.kill(grace_s)
-        with suppress(ValueError):  # the pool was closed
-            self._workers.remove(worker)
-        return end
+        self._own.worker = None
+        self._workers.remove(worker)
+        return worker.kill(grace_s)
 
 
 def _setup(config: Reward) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """States, errors, requests and replies of rollout engines. Does not import vLLM."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -56,37 +55,23 @@ class State(StrEnum):
 
     STARTING = "starting"  # vLLM builds the model
     STALE = "stale"  # running, with weights that must not be served
-    UPDATING = "updating"  # weights arrive or are checked
+    UPDATING = "updating"  # weights arrive
+    ARRIVED = "arrived"  # weights are checked
     READY = "ready"
     ASLEEP = "asleep"  # GPU memory is released; ``stale`` after waking
     DEAD = "dead"  # no process
 
 
-TRANSITIONS = {
-    State.DEAD: {State.STARTING, State.DEAD},
-    State.STARTING: {State.STALE, State.DEAD},
-    State.STALE: {State.UPDATING, State.READY, State.ASLEEP, State.DEAD},
-    State.UPDATING: {State.READY, State.STALE, State.DEAD},
-    State.READY: {State.UPDATING, State.ASLEEP, State.DEAD},
-    State.ASLEEP: {State.STALE, State.DEAD},
-}
-
-
-def check_transition(current: State, following: State, action: str) -> None:
-    """Raise EngineError unless the state may change from ``current`` to ``following``."""
-    if following not in TRANSITIONS[current]:
-        allowed = " or ".join(state for state in State if following in TRANSITIONS[state])
-        raise EngineError(f"{action}: the rollout engine is {current}; expected {allowed}.")
-
-
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of one response; the names are those of vLLM's ``SamplingParams``.
+    """How to sample one response; most names are those of vLLM's ``SamplingParams``.
 
     Attributes:
         max_tokens: limit of sampled tokens.
         seed: 63 bits; ``None``: the engine's global generator.
         stop_token_ids: a response ends with the first of these ids, which it includes.
+        slot: one server gets all requests of a slot, so they share cached prefixes.
+        routed_experts: whether to return the experts of each token.
     """
 
     max_tokens: int
@@ -95,11 +80,14 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    slot: int = 0
+    routed_experts: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as vLLM's JSON API expects them."""
+        """vLLM's ``SamplingParams`` as its JSON API expects them."""
+        names = ("max_tokens", "seed", "temperature", "top_p", "top_k", "stop_token_ids")
         # stop_token_ids comes from the trainer's tokenizer, so vLLM ignores the model's own EOS.
-        return asdict(self) | {"stop_token_ids": list(self.stop_token_ids), "ignore_eos": True}
+        return {name: getattr(self, name) for name in names} | {"ignore_eos": True}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,21 +108,3 @@ class Generation:
     versions: np.ndarray
     finish_reason: str
     routed_experts: np.ndarray | None = None
-
-
-class TokenSource(Protocol):
-    """Samples responses: one server, or a pool of servers."""
-
-    async def generate(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        sampling: Sampling,
-        *,
-        slot: int = 0,
-        routed_experts: bool = False,
-    ) -> Generation:
-        """Sample a response to ``token_ids``.
-
-        One server gets all requests of a ``slot``, so they share cached prefixes.
-        """

@@ -1,17 +1,16 @@
 """What an environment needs: the protocol, the policy that it samples from, trajectory builders."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
-from megatron_espo.rollout.engine import Generation, Sampling, TokenSource
-from megatron_espo.rollout.pool import concatenate, request_seed
+from megatron_espo.data.tokenizer import Messages, Tokenizer
+from megatron_espo.rollout.engine import Generation, Sampling
+from megatron_espo.rollout.pool import EnginePool, concatenate, request_seed
 from megatron_espo.types import Prompt, Trajectory
-
-Messages = list[dict[str, str]]
 
 
 class NoRoomError(ValueError):
@@ -25,30 +24,31 @@ class Policy:
     Attributes:
         source: answers requests for tokens.
         name: of the trajectory, unique within the run.
-        seed: makes every response a function of (seed, number of the call). ``None``: the engine's
-            running generator.
-        sampling: temperature and limits; ``max_tokens`` bounds the whole trajectory after its
-            prompt.
+        sampling: of the first response. ``max_tokens`` bounds the whole trajectory after its
+            prompt. ``seed`` makes every response a function of (seed, number of the call).
         max_model_len: most tokens of context and response together.
-        encode: text -> token ids, without special tokens.
-        decode: token ids -> text, without special tokens.
-        render: chat messages -> token ids of the template with the assistant's turn opened.
-        slot: trajectories with the same slot go to the same server.
-        routed_experts: whether to return the experts of each token.
+        tokenizer: the trainer's.
         calls: number of calls of :meth:`generate`.
     """
 
-    source: TokenSource
+    source: EnginePool
     name: str
-    seed: int | None
     sampling: Sampling
     max_model_len: int
-    encode: Callable[[str], list[int]]
-    decode: Callable[[Sequence[int]], str]
-    render: Callable[[Messages], Sequence[int]]
-    slot: int = 0
-    routed_experts: bool = False
+    tokenizer: Tokenizer
     calls: int = 0
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(token_ids)
+
+    def render(self, messages: Messages) -> Sequence[int]:
+        """Token ids of chat messages in the template, with the assistant's turn opened."""
+        return self.tokenizer.encode_prompt(messages)
 
     async def generate(
         self,
@@ -71,24 +71,21 @@ class Policy:
         Raises:
             NoRoomError: the context leaves no room for a token.
         """
-        call, self.calls = self.calls, self.calls + 1
         limit = self.sampling.max_tokens if max_tokens is None else max_tokens
         limit = min(limit, self.max_model_len - len(token_ids))
         if limit < 1:
-            used, room = len(token_ids), self.max_model_len
-            raise NoRoomError(f"generate: {used} tokens of context leave no room in {room}")
+            raise NoRoomError(f"generate: no room for a turn after {len(token_ids)} tokens")
+        call, self.calls = self.calls, self.calls + 1
         stops = self.sampling.stop_token_ids if stop_token_ids is None else tuple(stop_token_ids)
         context, found, done = np.asarray(token_ids).tolist(), None, 0
         while True:
-            seed = self.seed
+            seed = self.sampling.seed
             if seed is not None and (call, done) != (0, 0):
                 seed = request_seed(seed, call, done)
             rest = await self.source.generate(
                 f"{self.name}.{call}.{done}",
                 context if found is None else context + found.token_ids.tolist(),
                 replace(self.sampling, max_tokens=limit - done, seed=seed, stop_token_ids=stops),
-                slot=self.slot,
-                routed_experts=self.routed_experts,
             )
             found = concatenate(found, rest)
             done = len(found.token_ids)
@@ -154,11 +151,6 @@ class TrajectoryBuilder:
     def response_ids(self) -> list[int]:
         """Token ids from the first turn up to the last sampled token."""
         return [token[0] for token in self._tokens[: self._end]]
-
-    @property
-    def splits(self) -> int:
-        """How often the trajectory was split."""
-        return len(self._earlier)
 
     def room(self, policy: Policy) -> int:
         """Return the tokens that the limits of the policy leave for the next turn."""
@@ -239,7 +231,7 @@ class ChatSession:
     trajectory continues; elsewhere it is split. Sampled ids are never tokenized again.
 
     Attributes:
-        builder: the trajectory so far; ``builder.splits`` counts the splits.
+        builder: the trajectory so far.
         last: the last turn; ``None`` before the first.
     """
 
@@ -257,8 +249,6 @@ class ChatSession:
         async with self._turn:
             self.builder.set_context(self._policy.render(messages))
             room = self.builder.room(self._policy)
-            if room < 1:
-                raise NoRoomError("the limits of the trajectory leave no room for another turn")
             limit = min(room, max_tokens or room)
             found = await self._policy.generate(self.builder.context, max_tokens=limit)
             self.builder.add_turn(found)

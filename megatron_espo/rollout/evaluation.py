@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,18 @@ class Evaluation:
     """Scored responses.
 
     Attributes:
-        rollouts: ``[prompt][sample]``.
-        rewards: ``[prompt][sample]``; ``None``: scoring failed, which counts as wrong.
+        rollouts: ``[prompt][sample]`` with rewards; NaN: scoring failed, which counts as wrong.
     """
 
     rollouts: list[list[Trajectory]]
-    rewards: list[list[float | None]]
+
+    @property
+    def rewards(self) -> list[list[float | None]]:
+        """``[prompt][sample]``; ``None``: scoring failed."""
+        return [
+            [None if math.isnan(s.reward or 0.0) else s.reward for s in group]
+            for group in self.rollouts
+        ]
 
     def metrics(self) -> dict[str, float]:
         """Return ``eval/*``: avg@n, pass@k, their intervals, mean reward and length, failures.
@@ -81,8 +87,10 @@ class Evaluation:
         ``k`` is every power of two up to the ``n`` responses of a prompt, and ``n``. A response is
         correct with a reward of at least 1.
         """
-        n = len(self.rewards[0])
+        n = len(self.rollouts[0])
         found: dict[str, float] = {}
+        responses = [sample for group in self.rollouts for sample in group]
+        scored = [reward for row in self.rewards for reward in row if reward is not None]
         correct = [sum(r is not None and r >= 1 for r in row) for row in self.rewards]
         columns = {f"avg@{n}": [c / n for c in correct]}
         for k in sorted({2**i for i in range(n.bit_length())} | {n}):
@@ -91,8 +99,6 @@ class Evaluation:
             low, high = bootstrap_interval(values)
             key = f"eval/{name}"
             found |= {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
-        scored = [reward for row in self.rewards for reward in row if reward is not None]
-        responses = [sample for group in self.rollouts for sample in group]
         if scored:
             found["eval/reward_mean"] = float(np.mean(scored))
         return found | {
@@ -219,11 +225,11 @@ class Evaluator:
         seeds = request_seeds(self.prompts, self._samples, self._seed)
         with phases.phase("eval", step, steps) as on_progress:
             poll = checked(check, on_progress)
-            futures = [
-                runner.start(prompt, f"eval{step}.{i}.{j}", seed, self.sampling, slot=i)
-                for i, prompt in enumerate(self.prompts)
-                for j, seed in enumerate(seeds[i])
-            ]
+            futures = []
+            for i, (prompt, own) in enumerate(zip(self.prompts, seeds, strict=True)):
+                for j, seed in enumerate(own):
+                    sampling = replace(self.sampling, seed=seed, slot=i)
+                    futures.append(runner.start(prompt, f"eval{step}.{i}.{j}", sampling))
             try:
                 samples: list[Trajectory] = wait_all(futures, poll)
             except BaseException:
@@ -232,11 +238,9 @@ class Evaluator:
                 raise
             unscored = [(found.prompt, found.text) for found in samples if found.reward is None]
             scores = iter(rewards.score(unscored, poll))
-        values = [next(scores) if found.reward is None else found.reward for found in samples]
-        row = [None if value is None or math.isnan(value) else value for value in values]
+        samples = [s.with_reward(next(scores)) if s.reward is None else s for s in samples]
         starts = range(0, len(samples), self._samples)
-        groups = [samples[start : start + self._samples] for start in starts]
-        return Evaluation(groups, [row[start : start + self._samples] for start in starts])
+        return Evaluation([samples[start : start + self._samples] for start in starts])
 
 
 def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
@@ -266,18 +270,13 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
         engine.wait_ready()
         pool = EnginePool(run_dir, config.rollout.timeout_s)
         loop.run(pool.connect([engine.address]))
-
-        def check() -> None:
-            if pool.failure is not None:
-                raise pool.failure
-
         runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits, length)
-        evaluation = evaluator.run(runner, rewards, phases, 1, 1, check)
+        evaluation = evaluator.run(runner, rewards, phases, 1, 1, pool.check)
         loop.run(pool.close())
     record = evaluation.record(
         model=model,
         prompts_from=config.eval.prompts or config.data.prompts,
-        sampling=asdict(evaluator.sampling),
+        sampling=evaluator.sampling.as_json(),
     )
     path = Path(out or Path(run_dir, "eval.json"))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,8 @@ vLLM's factories.
 
 import mmap
 import os
-import time
-from collections import defaultdict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import prod
@@ -86,16 +84,10 @@ class FileUpdateInfo(base.WeightTransferUpdateInfo):
 
 
 class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """Worker side. An error leaves the model half loaded: the engine must be restarted.
-
-    Attributes:
-        seconds: time of each part of the current update (``checksum``, ``load``, ``finish``).
-    """
+    """Worker side. An error leaves the model half loaded: the engine must be restarted."""
 
     init_info_cls = FileInitInfo
     update_info_cls = FileUpdateInfo
-
-    seconds: defaultdict[str, float]
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         """Keep the list of weights.
@@ -121,7 +113,6 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._arrived: set[int] = set()
-        self.seconds = defaultdict(float)
         if self.device.type == "cpu":
             forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
@@ -141,13 +132,11 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         """
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-        began = time.perf_counter()
         with open(self._paths[update_info.file], "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
         items = zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
         weights = [self._read(mapping, buffer, *item) for item in items]
-        checked = time.perf_counter()
         load: Any = self.model.load_weights
         try:
             with disable_mtp_completeness_check():
@@ -156,8 +145,6 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
             what = f"{weights[0][0]} ... {weights[-1][0]}: {type(error).__name__}: {error}"
             raise RuntimeError(f"vLLM could not load {what}") from error
         clone_pending_weights(self.model, buffer)
-        self.seconds["checksum"] += checked - began
-        self.seconds["load"] += time.perf_counter() - checked
 
     def _read(
         self, mapping: mmap.mmap, buffer: torch.Tensor, position: int, offset: int, checksum: int
@@ -179,32 +166,18 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         return [meta.name for i, meta in enumerate(self._metas) if i not in self._arrived]
 
     def finish_weight_update(self) -> None:
-        """Repack what vLLM serves.
-
-        Raises:
-            ValueError: an announced weight did not arrive.
-        """
+        """Repack what vLLM serves. ``VLLMEngine`` asks for missing weights before."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        if missing := self.missing_weights():
-            names = ", ".join(missing[:5])
-            raise ValueError(f"transfer: {len(missing)} announced weights did not arrive: {names}.")
-        began = time.perf_counter()
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model, self.model_config)
-        self.seconds["finish"] += time.perf_counter() - began
 
     def shutdown(self) -> None:
         """Nothing to release: each mapping goes with the last tensor that views it."""
 
 
 class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrainerInitInfo]):
-    """Trainer side. ``send_weights`` runs on every trainer rank; all collectives are the source's.
-
-    Attributes:
-        seconds: on the sender, time in ``write`` (checksum and file) and ``wait`` (for workers),
-            over all updates.
-    """
+    """Trainer side. ``send_weights`` runs on every rank; all collectives are the source's."""
 
     init_info_cls = FileTrainerInitInfo
 
@@ -224,7 +197,6 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
 
     def _open(self, init_info: FileTrainerInitInfo, metas: list[base.ParamMeta]) -> None:
         self._metas = {meta.name: (i, meta) for i, meta in enumerate(metas)}
-        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._paths: list[str] = []
         self._resources = ExitStack()
         folder = Path(init_info.folder)
@@ -270,28 +242,25 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
             except Exception as problem:
                 error = problem
             del tensors  # the next gather needs the memory
-            error = self._wait(pending) or error
+            error = pending.exception() or error
             if error is None:
                 pending = self._executor.submit(self.client.update_weights, asdict(info))
-        if error := error or self._wait(pending):
+        if error := error or pending.exception():
             raise error
         self.client.finish_weight_update()
-
-    def _wait(self, pending: Future) -> BaseException | None:
-        began = time.perf_counter()
-        error = pending.exception()
-        self.seconds["wait"] += time.perf_counter() - began
-        return error
 
     def _write(
         self, index: int, names: Iterable[str], tensors: Iterable[torch.Tensor | None]
     ) -> FileUpdateInfo:
-        began = time.perf_counter()
         info = FileUpdateInfo(index, [], [], [])
         with open(self._paths[index], "r+b") as file:
             for name, tensor in zip(names, tensors, strict=True):
                 position, meta = self._metas[name]
-                flat = _checked(meta, tensor).detach().reshape(-1).cpu().view(torch.uint8)
+                announced = meta.dtype, tuple(meta.shape)
+                got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+                if tensor is None or got != announced:
+                    raise ValueError(f"Weight {name!r} was announced as {announced}, got {got}.")
+                flat = tensor.detach().reshape(-1).cpu().view(torch.uint8)
                 data = flat.numpy().data
                 info.positions.append(position)
                 info.offsets.append(file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT))
@@ -299,28 +268,12 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        self.seconds["write"] += time.perf_counter() - began
         return info
 
     def shutdown(self) -> None:
         """Remove the files."""
         if self.is_sender:
             self._resources.close()
-
-
-def _checked(meta: base.ParamMeta, tensor: torch.Tensor | None) -> torch.Tensor:
-    """``tensor``, if it is what the source announced."""
-    if tensor is None:
-        raise ValueError(
-            f"Weight {meta.name!r} is not held by the sending rank; this transport needs a source "
-            "that yields every tensor on rank 0."
-        )
-    announced, got = (meta.dtype, tuple(meta.shape)), (tensor.dtype, tuple(tensor.shape))
-    if announced != got:
-        raise ValueError(
-            "Weight {!r} was announced as {} {}, got {} {}.".format(meta.name, *announced, *got)
-        )
-    return tensor
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)

@@ -2,10 +2,11 @@
 
 import asyncio
 import hmac
-import json
 import os
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
+
+from starlette.responses import JSONResponse, Response
 
 from megatron_espo.rollout.server import KEY_FILE_VARIABLE, PREFIX, read_key
 
@@ -24,6 +25,7 @@ _WEIGHT_CHANGES = frozenset({
     "/collective_rpc", "/sleep", "/start_draft_weight_update", "/start_weight_update",
     "/update_weights", f"{PREFIX}/worker/fill_nan",
 })  # fmt: skip
+_OWN = f"{PREFIX}/"
 _WAIT_SECONDS = 600.0
 
 
@@ -78,34 +80,37 @@ class Guard:
             return await self.app(scope, receive, send)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(given, self._expected):
-            return await _answer(send, 401, "expected the run's key")
-        path = scope["path"]
-        is_control = path in CONTROL_ROUTES or path.startswith(f"{PREFIX}/")
-        if path == "/resume" and STATE.weights == Weights.UNUSABLE:
-            return await _answer(send, 409, "the weights are unusable; finish an update first")
-        if path in _WEIGHT_CHANGES:
-            STATE.set(Weights.UNUSABLE)
-        elif scope["method"] == "POST" and not is_control:
-            if STATE.version < 0:
-                return await _answer(send, 503, "this server has served no weights yet")
-            try:
-                await asyncio.wait_for(STATE.serving.wait(), _WAIT_SECONDS)
-            except TimeoutError:
-                return await _answer(send, 503, f"the weights are {STATE.weights}, not serving")
+        if (refusal := await self._refusal(scope)) is not None:
+            return await refusal(scope, receive, send)
 
         async def send_and_observe(message: dict) -> None:
             if message["type"] == "http.response.start" and message["status"] == 200:
                 STATE.set(Weights.ARRIVED)
             await send(message)
 
-        is_finish = path == "/finish_weight_update"
+        is_finish = scope["path"] == "/finish_weight_update"
         await self.app(scope, receive, send_and_observe if is_finish else send)
 
+    async def _refusal(self, scope: dict) -> Response | None:
+        """The answer to a request that the server must not get. Waits for served weights."""
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if not hmac.compare_digest(given, self._expected):
+            return error_response("expected the run's key", 401)
+        path = scope["path"]
+        if path == "/resume" and STATE.weights == Weights.UNUSABLE:
+            return error_response("the weights are unusable; finish an update first", 409)
+        if path in _WEIGHT_CHANGES:
+            STATE.set(Weights.UNUSABLE)
+        elif scope["method"] == "POST" and not (path in CONTROL_ROUTES or path.startswith(_OWN)):
+            if STATE.version < 0:
+                return error_response("this server has served no weights yet", 503)
+            try:
+                await asyncio.wait_for(STATE.serving.wait(), _WAIT_SECONDS)
+            except TimeoutError:
+                return error_response(f"the weights are {STATE.weights}, not serving", 503)
+        return None
 
-async def _answer(send: Callable, status: int, text: str) -> None:
-    body = json.dumps({"error": text}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+
+def error_response(text: str, status: int) -> Response:
+    """The answer to a request that failed, in JSON."""
+    return JSONResponse({"error": text}, status)

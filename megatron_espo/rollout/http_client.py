@@ -6,7 +6,6 @@ import socket
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -26,8 +25,12 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="rollouts", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:  # cancels coroutines at last
+            runner.get_loop().run_forever()
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
         """Start a coroutine from another thread."""
@@ -45,17 +48,8 @@ class LoopThread:
     def close(self) -> None:
         """Cancel the running coroutines and stop the loop."""
         if self._thread.is_alive():
-            with suppress(TimeoutError):
-                self.run(_cancel_tasks(), 5.0)
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(5.0)
-
-
-async def _cancel_tasks() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class HttpClient:
@@ -124,8 +118,6 @@ class HttpClient:
         request_id: str,
         token_ids: Sequence[int],
         sampling: Sampling,
-        *,
-        routed_experts: bool = False,
         canary: bool = False,
     ) -> Generation:
         """Sample one response. Raises as :meth:`call`; EngineError for a non-finite log-prob."""
@@ -133,7 +125,7 @@ class HttpClient:
             "request_id": request_id,
             "token_ids": np.asarray(token_ids).tolist(),
             "sampling": sampling.as_json(),
-            "routed_experts": routed_experts,
+            "routed_experts": sampling.routed_experts,
             "canary": canary,
         }
         content, headers = await self._post(f"{PREFIX}/generate", body)

@@ -1,8 +1,6 @@
 """``megatron-espo serve``: keeps one vLLM server running on a machine without trainer ranks."""
 
 import json
-import os
-import shlex
 import signal
 import socket
 import time
@@ -18,14 +16,14 @@ from megatron_espo.rollout import server
 from megatron_espo.rollout.engine import EngineError
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
 from megatron_espo.rollout.lease import SETTINGS_FILE, host_log_name
-from megatron_espo.rollout.server import EngineConfig, ServerProcess, host_arguments, run_key
+from megatron_espo.rollout.server import EngineConfig, ServerProcess, run_key
 
 IDLE_EXIT_CODE = 1
 _TICK_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 60.0
 
 
-def main(folder: str, listen: str | None, idle_s: float, print_only: bool = False) -> int:
+def main(folder: str, listen: str | None, idle_s: float) -> int:
     """Keep a server running until the run is done or idle, or a signal arrives.
 
     Call it in the main thread.
@@ -34,7 +32,6 @@ def main(folder: str, listen: str | None, idle_s: float, print_only: bool = Fals
         folder: of the run; all hosts share it.
         listen: ``host:port``; ``None``: the address of this machine's name.
         idle_s: limit without an owner and without a heartbeat of the run.
-        print_only: print the server's command and return.
 
     Returns:
         Exit code: 0, or 1 after ``idle_s``.
@@ -49,9 +46,6 @@ def main(folder: str, listen: str | None, idle_s: float, print_only: bool = Fals
         raise InputError(f"--listen: {error}") from None
     path, address = Path(folder).absolute(), show_address(host, port)
     run_key(path)  # creates the folder and the key
-    if print_only:
-        print(printed_command(path, address))
-        return 0
     try:
         family, *_, numeric = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(numeric[:2], family=family).close()
@@ -80,22 +74,6 @@ def read_settings(text: str, folder: Path, address: str) -> EngineConfig:
     return replace(config, listen=address, log_name=host_log_name(address))
 
 
-def printed_command(folder: Path, address: str) -> str:
-    """A shell command that starts the server without a keeper."""
-    try:
-        text = (folder / SETTINGS_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder / SETTINGS_FILE}: no such file; the trainer writes it when it starts"
-        ) from None
-    config, is_cpu = read_settings(text, folder, address), not torch.cuda.is_available()
-    changes = set(server.server_environment(config, is_cpu).items()) - set(os.environ.items())
-    words = [f"{name}={value}" for name, value in sorted(changes)]
-    return shlex.join(
-        ["env", *words, *server.server_command(config, host_arguments(address), is_cpu)]
-    )
-
-
 class Keeper:
     """Starts a server when ``engine.json`` exists; restarts it when it ends or the file changes.
 
@@ -110,8 +88,9 @@ class Keeper:
 
     def __init__(self, folder: Path, address: str, idle_s: float) -> None:
         self._folder, self._address, self._idle_s = folder, address, idle_s
-        self._status = _WatchedFile(folder / "status.json")
-        self._heartbeat = _WatchedFile(folder / "heartbeats" / "rank0.json")
+        self._status, self._heartbeat = folder / "status.json", folder / "heartbeats" / "rank0.json"
+        self._seen_status = _content(self._status)  # of an earlier job of the run
+        self._seen_heartbeat = _content(self._heartbeat)
         self._server: ServerProcess | None = None
         self._settings = ""  # content of engine.json with which the server runs
         self._host_timeout_s = 0.0
@@ -137,11 +116,12 @@ class Keeper:
 
     def step(self) -> None:
         """Check the run's files and the server once."""
-        if self._status.is_new() and read_json(self._status.path).get("state") == "done":
+        is_new = _content(self._status) != self._seen_status
+        if is_new and read_json(self._status).get("state") == "done":
             self._finish(0, "the run is over")
-        now = time.monotonic()
-        if self._heartbeat.is_new():
-            self._last_sign = now
+        now, heartbeat = time.monotonic(), _content(self._heartbeat)
+        if heartbeat != self._seen_heartbeat:
+            self._last_sign, self._seen_heartbeat = now, heartbeat
         if (idle := now - self._last_sign) > self._idle_s:
             limit = f"in {self._folder} for {idle:.0f} s (--idle {self._idle_s:g})"
             self._finish(IDLE_EXIT_CODE, f"no owner and no heartbeat of the run {limit}")
@@ -198,23 +178,12 @@ class Keeper:
         self._server = None
 
 
-class _WatchedFile:
-    """Detects that a file was written. Compares only time stamps of the same file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._seen: tuple[int, bytes] | None = None
-        self.is_new()
-
-    def is_new(self) -> bool:
-        """Whether the file exists and was written since the last call."""
-        try:
-            with open(self.path, "rb") as file:
-                found = os.fstat(file.fileno()).st_mtime_ns, file.read()
-        except OSError:
-            return False
-        seen, self._seen = self._seen, found
-        return found != seen
+def _content(path: Path) -> tuple[int, bytes] | None:
+    """Time stamp and content of a file, to detect that it was written; ``None``: no file."""
+    try:
+        return path.stat().st_mtime_ns, path.read_bytes()
+    except OSError:
+        return None
 
 
 def _log(text: str) -> None:

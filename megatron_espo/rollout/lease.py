@@ -7,6 +7,7 @@ keeper starts a new server. All owners and keepers of a run share ``engine.json`
 
 import asyncio
 import errno
+import itertools
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from starlette.responses import JSONResponse, Response
 from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.files import write_durably
 from megatron_espo.rollout.engine import EngineError, HttpStatusError, Phase
-from megatron_espo.rollout.guard import STATE
+from megatron_espo.rollout.guard import STATE, error_response
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
 from megatron_espo.rollout.server import (
     PREFIX,
@@ -99,7 +100,7 @@ async def release_lease(request: Request) -> Response:
 
 
 def _refusal() -> Response:
-    return JSONResponse({"error": f"owned by {LEASE.owner or 'nobody'}"}, 409)
+    return error_response(f"owned by {LEASE.owner or 'nobody'}", 409)
 
 
 def _end_server(reason: str) -> None:
@@ -139,18 +140,18 @@ class HostOrder:
 
 
 class LeasedServer:
-    """Finds a server on another machine and holds its lease, in a background thread.
+    """Finds a server on another machine and renews its lease in a background thread.
 
-    Has the interface of ``server.ServerProcess``.
+    Has the interface of ``server.ServerProcess``, and :meth:`find`.
 
     Args:
         config: with ``hosts``; its common settings are written to ``engine.json``.
         hosts: updated when a host is taken.
 
     Attributes:
-        address: ``host:port``; ``None`` until a host is taken.
-        error: why no host was taken; ``None``: the search continues or succeeded.
-        lost: why the server cannot be used when ``is_alive`` is false and ``error`` is ``None``.
+        address: ``host:port``; empty until a host is taken.
+        is_alive: False when the lease is lost.
+        lost: why the server cannot be used when ``is_alive`` is false.
         pid, returncode: ``None``.
 
     Raises:
@@ -161,23 +162,14 @@ class LeasedServer:
     lost = "is out of reach (it has lost its lease; rollout.host_timeout_s)"
 
     def __init__(self, config: EngineConfig, hosts: HostOrder) -> None:
-        self.address: str | None = None
-        self.error: EngineError | None = None
+        self.address, self.is_alive = "", True
         self._config, self._hosts, self._key = config, hosts, run_key(config.folder)
         name = f"{config.log_path.stem} of {socket.gethostname()} {uuid.uuid4().hex[:8]}"
         self._request = {"owner": name, "seconds": config.host_timeout_s}
-        self._closed, self._is_lost = threading.Event(), False
-        self._renewed = 0.0
+        self._closed, self._renewed = threading.Event(), 0.0
         path, text = Path(config.folder, SETTINGS_FILE), settings_text(config)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_durably(path, text)
-        self._thread = threading.Thread(target=self._run, name="engine-lease", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """False: no host was found in time, or the lease is lost."""
-        return self.error is None and not self._is_lost
 
     @property
     def log_path(self) -> Path:
@@ -190,9 +182,8 @@ class LeasedServer:
     def kill(self) -> None:
         """Release the lease, which ends the server. Safe to call twice."""
         self._closed.set()
-        self._thread.join(2 * _CALL_SECONDS)
-        if self.address is not None and not self._is_lost:
-            self._is_lost = True
+        if self.address and self.is_alive:
+            self.is_alive = False
             with suppress(EngineError, *NO_ANSWER):
                 self._call(self.address, "/release", self._request)
 
@@ -200,56 +191,42 @@ class LeasedServer:
         limit = min(_CALL_SECONDS, self._config.host_timeout_s / 5)
         return call_once(address, self._key, PREFIX + route, body, limit)
 
-    def _run(self) -> None:
-        try:
-            self._find()
-            self._renew()
-        except EngineError as error:
-            self.error = error
-        except Exception as error:
-            message = f"start: the search for a rollout engine failed: {error!r}"
-            self.error = EngineError(message, Phase.START)
+    def find(self) -> None:
+        """Take the first free host whose server suits.
 
-    def _find(self) -> None:
+        Raises:
+            EngineError: none was found in time, with the reason of every host.
+        """
         config, hosts, began = self._config, self._hosts, time.monotonic()
-        is_first_round = True
-        while not self._closed.is_set():
-            errors: list[Exception] = []
-            reasons = []
+        for attempt in itertools.count():
+            errors: dict[str, Exception] = {}
             for address in list(hosts.addresses):
                 try:
                     self._take(address)
                 except (EngineError, *NO_ANSWER) as error:
-                    errors.append(error)
-                    reasons.append(f"{address}: {self._reason(address, error)}")
+                    errors[address] = error
                 else:
                     hosts.addresses.remove(address)
                     hosts.addresses.append(address)
                     hosts.used, self.address = True, address
-                    return
-                if self._closed.is_set():
+                    threading.Thread(target=self._renew, name="lease", daemon=True).start()
                     return
             # A machine that refuses a connection runs. Its keeper may be starting a server.
-            is_starting = any(
-                isinstance(e, OSError) and e.errno == errno.ECONNREFUSED for e in errors
-            )
+            refused = errno.ECONNREFUSED
+            is_starting = any(getattr(e, "errno", None) == refused for e in errors.values())
             limit, setting = config.host_timeout_s, "rollout.host_timeout_s"
             if is_starting or not hosts.used:
                 limit, setting = config.start_timeout_s, "rollout.timeout_s"
             within = f" within {limit:g} s ({setting})"
-            is_hopeless = all(map(_is_wrong_key, errors))
+            if is_hopeless := all(map(_is_wrong_key, errors.values())):
+                within = ""
+            reasons = "; ".join(f"{host}: {self._reason(host, e)}" for host, e in errors.items())
             if is_hopeless or time.monotonic() - began > limit:
-                message = (
-                    "start: none of rollout.hosts gave a rollout engine"
-                    f"{'' if is_hopeless else within}: {'; '.join(reasons)}"
-                )
+                message = f"start: none of rollout.hosts gave a rollout engine{within}: {reasons}"
                 raise EngineError(message, Phase.START, final=True)
-            if is_first_round:
-                logger.warning(
-                    "no host for the rollout engine yet%s: %s", within, "; ".join(reasons)
-                )
-            is_first_round = False
-            self._closed.wait(_RETRY_SECONDS)
+            if attempt == 0:
+                logger.warning("no host for the rollout engine yet%s: %s", within, reasons)
+            time.sleep(_RETRY_SECONDS)
 
     def _take(self, address: str) -> None:
         """Compare the settings of the server at ``address`` and take its lease."""
@@ -267,29 +244,29 @@ class LeasedServer:
 
     def _renew(self) -> None:
         limit = self._config.host_timeout_s
-        while self.address and not self._is_lost and not self._closed.wait(limit / 5):
+        while self.is_alive and not self._closed.wait(limit / 5):
             began = time.monotonic()
             try:
                 self._call(self.address, "/lease", self._request | {"renew": True})
                 self._renewed = began
             except EngineError as error:
                 logger.warning("another server runs on %s now: %s", self.address, error)
-                self._is_lost = True
+                self.is_alive = False
             except NO_ANSWER:
-                self._is_lost = time.monotonic() - self._renewed > limit
+                self.is_alive = time.monotonic() - self._renewed <= limit
 
     def _reason(self, address: str, error: Exception) -> str:
+        folder = Path(self._config.folder)
         if _is_wrong_key(error):
-            key = run_key_file(self._config.folder)
             return (
-                f"it has another key than {key}; start its keeper for this run's folder, "
-                "which both machines share"
+                f"it has another key than {run_key_file(folder)}; start its keeper for this run's "
+                "folder, which both machines share"
             )
         if isinstance(error, EngineError):
             return str(error)
         number = getattr(error, "errno", None)
         detail = os.strerror(number) if number and number > 0 else str(error) or repr(error)
-        log = Path(self._config.folder, host_log_name(address))
+        log = folder / host_log_name(address)
         return f"no answer ({detail}); its server's output is in {log}"
 
 

@@ -4,16 +4,18 @@ import asyncio
 import logging
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from megatron_espo.config import tasks
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.plugins import load_object
-from megatron_espo.rollout.engine import Sampling, TokenSource
+from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.environments import Environment, Policy, SingleTurn
 from megatron_espo.rollout.http_client import LoopThread
+from megatron_espo.rollout.pool import EnginePool
 from megatron_espo.rollout.tools import ToolEnvironment
 from megatron_espo.rollout.verifiers import VerifiersEnvironment
 from megatron_espo.types import Prompt, Trajectory
@@ -34,17 +36,12 @@ def load_environment(name: str, arguments: dict[str, Any]) -> Environment:
     Raises:
         InputError: no environment has that name, or the class rejects the arguments.
     """
-    found: Any
-    if name in ("single_turn", "tool"):
-        found = SingleTurn if name == "single_turn" else ToolEnvironment
-    elif name.startswith("verifiers:"):
-        found, arguments = (
-            VerifiersEnvironment,
-            {"environment_id": name.removeprefix("verifiers:")} | arguments,
-        )
+    known: dict[str, Any] = {"single_turn": SingleTurn, "tool": ToolEnvironment}
+    if name.startswith("verifiers:"):
+        found: Any = partial(VerifiersEnvironment, name.removeprefix("verifiers:"))
     else:
-        known = "single_turn, tool, verifiers:<id> or module:Class"
-        found = load_object("environment.name", name, known)
+        names = f"{', '.join(known)}, verifiers:<id> or module:Class"
+        found = known.get(name) or load_object("environment.name", name, names)
     try:
         return found(**arguments)
     except TypeError as error:
@@ -67,7 +64,7 @@ class EnvironmentRunner:
     """
 
     environment: Environment
-    source: TokenSource
+    source: EnginePool
     tokenizer: Tokenizer
     loop: LoopThread
     limits: tasks.Environment
@@ -78,33 +75,16 @@ class EnvironmentRunner:
     def __post_init__(self) -> None:
         self._semaphore = asyncio.Semaphore(MOST_CONCURRENT)
 
-    def start(
-        self, prompt: Prompt, name: str, seed: int | None, sampling: Sampling, slot: int = 0
-    ) -> Future[Trajectory]:
-        """Start one trajectory.
+    def start(self, prompt: Prompt, name: str, sampling: Sampling) -> Future[Trajectory]:
+        """Start one trajectory with a ``name`` that is unique among those in flight."""
+        sampling = replace(sampling, routed_experts=self.routed_experts)
+        return self.loop.submit(self._run(prompt, name, sampling))
 
-        Args:
-            name: unique among the trajectories in flight.
-            slot: see ``TokenSource.generate``.
-        """
-        return self.loop.submit(self._run(prompt, name, seed, sampling, slot))
-
-    async def _run(
-        self, prompt: Prompt, name: str, seed: int | None, sampling: Sampling, slot: int
-    ) -> Trajectory:
+    async def _run(self, prompt: Prompt, name: str, sampling: Sampling) -> Trajectory:
         async with self._semaphore:
             for attempt in range(ATTEMPTS):
                 policy = Policy(
-                    source=self.source,
-                    name=f"{name}.{attempt}",
-                    seed=seed,
-                    sampling=sampling,
-                    max_model_len=self.max_model_len,
-                    encode=self.tokenizer.encode,
-                    decode=self.tokenizer.decode,
-                    render=self.tokenizer.encode_prompt,
-                    slot=slot,
-                    routed_experts=self.routed_experts,
+                    self.source, f"{name}.{attempt}", sampling, self.max_model_len, self.tokenizer
                 )
                 try:
                     rollout = self.environment.rollout(prompt, policy)

@@ -3,7 +3,7 @@
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -194,12 +194,11 @@ class Sampler:
             slot, self._slots = self._slots, self._slots + 1
             for i, seed in enumerate(group.seeds):
                 name = f"{step}.{slot + 1}.{i}"
-                future = self._runner.start(group.prompt, name, seed, self._sampling, slot=slot)
+                sampling = replace(self._sampling, seed=seed, slot=slot)
+                future = self._runner.start(group.prompt, name, sampling)
                 group.futures.append(future)
-                future.add_done_callback(partial(self._note, group, i))
-
-    def _note(self, group: Group, i: int, done: Future[Trajectory]) -> None:
-        self._news.put((group, i, done))
+                note = partial(lambda *news: self._news.put(news), group, i)
+                future.add_done_callback(note)
 
     def _take(self, count: int, step: int, phases: Phases) -> list[Group]:
         """Wait for ``count`` scored prompts and remove them from those in flight."""

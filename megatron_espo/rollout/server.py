@@ -1,6 +1,5 @@
 """vLLM's server as a process: settings, key, command line, environment, lifetime."""
 
-import ctypes
 import json
 import os
 import secrets
@@ -10,7 +9,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from typing import Any
 
 from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.errors import InputError
+from megatron_espo.rewards import sandbox
 
 # Environment variables that configure the plugin inside the server.
 KEY_FILE_VARIABLE = "MEGATRON_ESPO_KEY_FILE"
@@ -27,10 +26,8 @@ OWNER_VARIABLE = "MEGATRON_ESPO_OWNER_PID"
 SETTINGS_VARIABLE = "MEGATRON_ESPO_SETTINGS"
 ROUTED_EXPERTS_VARIABLE = "MEGATRON_ESPO_ROUTED_EXPERTS"
 _FIRST_PROCESS_VARIABLE = "MEGATRON_ESPO_SERVER_PID"
-_PR_SET_PDEATHSIG = 1
 # Path prefix of this project's HTTP routes.
 PREFIX = "/megatron_espo"
-_KEY_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
 _LOG_LINES = 20
 # Transports that vLLM's factories know under another name.
@@ -230,10 +227,9 @@ class ServerProcess:
         address: ``unix:<path>`` or ``host:port``.
         pid: of the API server.
         log_path: file with the server's output.
-        error, lost: why the server cannot be used, as in ``lease.LeasedServer``.
+        lost: why the server cannot be used when ``is_alive`` is false.
     """
 
-    error = None
     lost = "has died"
 
     def __init__(self, config: EngineConfig, is_cpu: bool) -> None:
@@ -287,16 +283,11 @@ def die_with_parent() -> None:
     """
     own = str(os.getpid())
     # Children inherit the variable, so it names the API server.
-    is_api_server = os.environ.setdefault(_FIRST_PROCESS_VARIABLE, own) == own
-    owner = os.environ.get(OWNER_VARIABLE)
-    if is_api_server and owner is None:
-        return
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if is_api_server:
+    if os.environ.setdefault(_FIRST_PROCESS_VARIABLE, own) != own:
+        sandbox.die_with_parent()
+    elif owner := os.environ.get(OWNER_VARIABLE):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if os.getppid() != int(owner or 0):
-            sys.exit("The owner of this rollout server ended before the server started.")
+        sandbox.die_with_parent(int(owner))
 
 
 def log_tail(path: Path) -> str:
@@ -312,12 +303,13 @@ def run_key_file(folder: str | Path) -> Path:
     """Key file of the run in ``folder`` (mode 600). The first caller of all hosts creates it."""
     path = Path(folder, "engine.key").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w") as file:
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:
             file.write(secrets.token_hex(32))
             file.flush()
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
+            with suppress(FileExistsError):  # another host was faster
+                os.link(file.name, path)
     return path
 
 
@@ -330,7 +322,7 @@ def read_key(path: str | Path) -> str:
     """The key in ``path``.
 
     Raises:
-        InputError: other users may read the file, or the file is incomplete.
+        InputError: other users may read the file.
     """
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & 0o077:
@@ -338,12 +330,7 @@ def read_key(path: str | Path) -> str:
             f"{path}: expected a key that only its user can read (mode 600), got mode {mode:o}; "
             "remove it, and find out who else read it"
         )
-    deadline = time.monotonic() + _KEY_SECONDS
-    while len(key := Path(path).read_text()) != 64:  # another host may be writing it
-        if time.monotonic() > deadline:
-            raise InputError(f"{path}: expected a key of 64 characters, got {len(key)}; remove it")
-        time.sleep(0.1)
-    return key
+    return Path(path).read_text()
 
 
 def package_versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.errors import InputError
-from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 
 if TYPE_CHECKING:
@@ -139,20 +138,9 @@ def make_trainer_transport(
     Returns:
         vLLM's trainer-side engine, for :func:`send_weights`.
 
-    Raises:
-        InputError: the engine has another transport, or the names and shapes of the weights differ
-            from the engine's checkpoint.
-
     Collectives: those of ``source.metadata()``. ``nccl_m2n`` and ``sharded_rdt`` broadcast from
     rank 0; ``ipc`` uses the default group in every update.
     """
-    metas = source.metadata()
-    if engine is not None:
-        if engine.config.transport != name:
-            raise InputError(
-                f"The engine was started with transport {engine.config.transport!r}, not {name!r}."
-            )
-        check_names([(meta.name, tuple(meta.shape)) for meta in metas], engine.config.model)
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     info = _init_info(name, engine, rank)
@@ -176,7 +164,7 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "TrainerInitI
     if name == "ipc":
         from megatron_espo.rollout.ipc_transport import IPCJsonTrainerInitInfo
 
-        return IPCJsonTrainerInitInfo(rank=rank, packed=True)
+        return IPCJsonTrainerInitInfo(rank=rank)
     if name == "sharded_rdt":
         import ray
         from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo
@@ -232,11 +220,11 @@ def send_weights(
         EngineError: on ranks with an engine: the engine refused or died, and was killed. The other
             ranks return normally, so agree on the result before the next collective.
     """
+    if engine is not None:
+        engine.next_version = version
     try:
-        if engine is not None:
-            engine.next_version = version
         transport.send_weights()
     except BaseException:
         if engine is not None:
-            engine.reject()
+            engine.close()  # its layers would not accept another update
         raise

@@ -61,7 +61,7 @@ class VerifiersEnvironment:
                 await self._start()
         number, session = next(self._numbers), ChatSession(prompt, policy)
         messages = self._rollouts[number] = asyncio.Queue()
-        full, ended = False, False
+        full = False
 
         async def answer(call: int, history: list[dict[str, str]], max_tokens: int | None) -> None:
             nonlocal full
@@ -79,13 +79,11 @@ class VerifiersEnvironment:
             while "errors" not in (result := await messages.get()):
                 reply = answer(result["call"], result["messages"], result["max_tokens"])
                 calls.append(asyncio.create_task(reply))
-            ended = True
         finally:
             for task in calls:
                 task.cancel()
             del self._rollouts[number]
-            if not ended:
-                self._send(cancel=number)
+            self._send(cancel=number)  # without effect on an episode that has ended
         reward, reason = result["reward"], session.last.finish_reason if session.last else "length"
         if full:
             reward, reason = reward or 0.0, "length"
@@ -93,7 +91,6 @@ class VerifiersEnvironment:
             errors = "; ".join(result["errors"]) or "no reward"
             raise VerifiersError(f"the episode failed: {errors}")
         rewards = {name: float(v) for name, v in result["rewards"].items() if v is not None}
-        rewards["splits"] = float(session.builder.splits)
         text = policy.decode(session.builder.response_ids)
         return session.builder.build(text, reason, reward=reward, rewards=rewards)
 

@@ -3,21 +3,13 @@
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from megatron_espo.distributed.addresses import address_towards, parse_address
-from megatron_espo.errors import InputError
-from megatron_espo.rollout.engine import (
-    EngineError,
-    Generation,
-    Phase,
-    Sampling,
-    State,
-    check_transition,
-)
+from megatron_espo.rollout.engine import EngineError, Generation, Phase, Sampling, State
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread
 from megatron_espo.rollout.lease import HostOrder, LeasedServer
 from megatron_espo.rollout.server import PREFIX, EngineConfig, ServerProcess, log_tail, run_key
@@ -40,30 +32,32 @@ class VLLMEngine:
 
     Attributes:
         state: see ``engine.State``.
-        policy_version: the version that is served; ``None``: none.
         next_version: the policy version of the next update.
     """
 
     def __init__(self, config: EngineConfig, loop: LoopThread) -> None:
         self.config, self.state = config, State.DEAD
-        self.policy_version: int | None = None
         self.next_version: int | None = None
-        self._arrived_version: int | None = None
+        self._version: int | None = None
         self._loop, self._hosts = loop, HostOrder(list(config.hosts))
         self._server: ServerProcess | LeasedServer | None = None
         self._client: HttpClient | None = None
 
     @property
+    def policy_version(self) -> int | None:
+        """The version that is served; ``None``: none."""
+        return self._version if self.state == State.READY else None
+
+    @property
     def address(self) -> str:
         """``unix:<path>`` or ``host:port`` of the server; empty without a server."""
-        return (self._server.address or "") if self._server is not None else ""
+        return self._server.address if self._server is not None else ""
 
     @property
     def own_address(self) -> str:
         """This machine's address as the server reaches it."""
-        if not self.config.hosts:
-            return "127.0.0.1"
-        return address_towards(parse_address(self.address)[0])
+        hosts = self.config.hosts
+        return address_towards(parse_address(self.address)[0]) if hosts else "127.0.0.1"
 
     @property
     def pid(self) -> int | None:
@@ -74,13 +68,7 @@ class VLLMEngine:
 
     def start(self) -> None:
         """Start a server and return at once. Call it from the main thread."""
-        check_transition(self.state, State.STARTING, "start")
-        model = self.config.model
-        if not (Path(model) / "config.json").is_file():
-            raise InputError(
-                f"model.path: expected a Hugging Face folder with config.json, got {model!r}."
-            )
-        self.close()
+        self._require("start", State.DEAD)
         if self.config.hosts:
             self._server = LeasedServer(self.config, self._hosts)
         else:
@@ -91,36 +79,33 @@ class VLLMEngine:
         """Wait until the model is built (state ``stale``; ``ready`` with ``load_weights``)."""
         config, server = self.config, self._server
         if server is None:
-            raise EngineError(
-                "wait_ready: the rollout engine is not running; call start().", Phase.START
-            )
+            raise EngineError("wait_ready: the rollout engine is not running.", Phase.START)
         if self.state != State.STARTING:
             return
-        deadline = None
+        if isinstance(server, LeasedServer):
+            try:
+                server.find()
+            except EngineError:
+                self.close()
+                raise
+        key, deadline = run_key(config.folder), time.monotonic() + config.start_timeout_s
+        self._client = client = HttpClient(server.address, key, config.host_timeout_s)
         while True:
             if not server.is_alive:
                 raise self._failed(server.lost, Phase.START)
-            if server.address is not None:  # the search for a host has its own limit
-                deadline = deadline or time.monotonic() + config.start_timeout_s
-                if time.monotonic() > deadline:
-                    limit = f"{config.start_timeout_s:g} s (rollout.timeout_s)"
-                    raise self._failed(f"did not start within {limit}", Phase.START)
-                key = run_key(config.folder)
-                self._client = self._client or HttpClient(
-                    server.address, key, config.host_timeout_s
-                )
-                try:
-                    self._loop.run(self._client.call(f"{PREFIX}/info"), config.timeout_s)
-                    break
-                except NO_ANSWER:
-                    pass
-                except EngineError as error:
-                    raise self._failed(str(error), Phase.START) from None
-            time.sleep(_POLL_SECONDS)
-        self._move(State.STALE, "wait_ready")
+            if time.monotonic() > deadline:
+                limit = f"{config.start_timeout_s:g} s (rollout.timeout_s)"
+                raise self._failed(f"did not start within {limit}", Phase.START)
+            try:
+                self._loop.run(client.call(f"{PREFIX}/info"), config.timeout_s)
+                break
+            except NO_ANSWER:
+                time.sleep(_POLL_SECONDS)
+            except EngineError as error:
+                raise self._failed(str(error), Phase.START) from None
+        self.state, self._version = State.STALE, None
         if config.load_weights:
-            self._move(State.READY, "wait_ready")
-            self.policy_version = 0
+            self.state, self._version = State.READY, 0
 
     def close(self) -> None:
         """End the server and its workers. Safe to call twice."""
@@ -129,28 +114,26 @@ class VLLMEngine:
         if self._server is not None:
             self._server.kill()
         self._server = self._client = None
-        self._move(State.DEAD, "close")
-
-    def check_health(self) -> None:
-        """Raise EngineError unless every worker answers."""
-        self._worker("ping", phase=Phase.ROLLOUT)
+        self.state = State.DEAD
 
     def resume(self) -> None:
         """Continue the requests in flight; vLLM recomputes keys and values of older weights."""
-        self._call(f"{PREFIX}/reset_cache", Phase.FINISH)
+        reset = "/reset_prefix_cache?reset_running_requests=true"
+        if not self._call(reset, Phase.FINISH)["success"]:
+            raise self._failed("still caches keys and values of older weights", Phase.FINISH)
         self._call("/resume", Phase.FINISH)
 
     def sleep(self) -> None:
         """Abort the requests in flight and release the GPU memory of weights and caches."""
-        check_transition(self.state, State.ASLEEP, "sleep")
+        self._require("sleep", State.STALE, State.READY)
         self._call("/sleep?level=2&mode=abort", Phase.SLEEP)
-        self._move(State.ASLEEP, "sleep")
+        self.state = State.ASLEEP
 
     def wake(self, shapes: Shapes) -> None:
         """Allocate the weights and fill them with NaN. :meth:`wake_caches` allocates the caches."""
-        self._require(State.ASLEEP, "wake")
+        self._require("wake", State.ASLEEP)
         self._call("/wake_up?tags=weights", Phase.WAKE)
-        self._move(State.STALE, "wake")
+        self.state = State.STALE
         self.fill_nan(shapes)
 
     def wake_caches(self) -> None:
@@ -166,36 +149,35 @@ class VLLMEngine:
     def fill_nan(self, shapes: Shapes) -> None:
         """Load NaN into every named weight, so a check detects weights that an update omits."""
         self.wait_ready()
-        self._require(State.STALE, "fill_nan")
+        self._require("fill_nan", State.STALE)
         weights = [[name, list(shape)] for name, shape in shapes]
         self._worker("fill_nan", weights, phase=Phase.CONNECT)
 
     def start_weight_update(self) -> None:
         """Start an update. Requests in flight freeze until :meth:`resume`."""
-        self._move(State.UPDATING, "start_weight_update")
+        self._require("start_weight_update", State.STALE, State.READY)
+        self.state = State.UPDATING
         self._call("/pause?mode=keep", Phase.TRANSFER)
         self._call("/start_weight_update", Phase.TRANSFER)
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        self._require(State.UPDATING, "update_weights")
+        self._require("update_weights", State.UPDATING)
         self._call("/update_weights", Phase.LOAD, {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Finish the update as version ``weight_version`` (default: ``next_version``).
+        """Finish the update as version ``next_version``. vLLM's trainers name no version.
 
         Raises:
-            EngineError: weights did not arrive, or the version is unknown.
+            EngineError: weights did not arrive.
         """
-        self._require(State.UPDATING, "finish_weight_update")
-        version = self.next_version if weight_version is None else int(weight_version)
-        if version is None:
-            raise EngineError("finish_weight_update: next_version is not set.", Phase.FINISH)
+        self._require("finish_weight_update", State.UPDATING)
         for rank, missing in enumerate(self._worker("missing_weights", phase=Phase.TRANSFER)):
             if missing:
                 what = f"{len(missing)} weights did not reach worker {rank}"
                 raise self._failed(f"failed: {what}: {'; '.join(missing[:5])}", Phase.TRANSFER)
-        self._call("/finish_weight_update", Phase.FINISH, {"weight_version": str(version)})
-        self._arrived_version = version
+        version = {"weight_version": str(self.next_version)}
+        self._call("/finish_weight_update", Phase.FINISH, version)
+        self.state, self._version = State.ARRIVED, self.next_version
 
     def read_back_checksums(self, dtype: str) -> dict[str, int]:
         """Checksums of the Hugging Face tensors, read back from vLLM's kernels and un-fused.
@@ -207,7 +189,7 @@ class VLLMEngine:
             ``checksum.tensor_checksum`` of each tensor, summed over workers. Tensors that cannot be
             read back are absent.
         """
-        self._require_arrived("read_back_checksums")
+        self._require("read_back_checksums", State.ARRIVED)
         total: dict[str, int] = {}
         for part in self._worker("read_back_checksums", dtype, phase=Phase.VERIFY):
             for name, value in part.items():
@@ -216,40 +198,27 @@ class VLLMEngine:
 
     def canary(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Generation]:
         """Sample ``num_tokens`` after each prompt, with fixed seeds, from weights that arrived."""
-        self._require_arrived("canary")
-        client, config = self._client, self.config
+        self._require("canary", State.ARRIVED)
+        client, config, name = self._client, self.config, f"canary-{time.monotonic_ns()}"
         assert client is not None  # in this state
+        first = Sampling(
+            num_tokens, temperature=config.temperature, routed_experts=config.routed_experts
+        )
 
         async def sample() -> list[Generation]:
             requests = (
-                client.generate(
-                    f"canary-{number}-{time.monotonic_ns()}",
-                    prompt,
-                    Sampling(num_tokens, seed=number, temperature=config.temperature),
-                    routed_experts=config.routed_experts,
-                    canary=True,
-                )
-                for number, prompt in enumerate(prompts)
+                client.generate(f"{name}-{i}", ids, replace(first, seed=i), True)
+                for i, ids in enumerate(prompts)
             )
             return await asyncio.gather(*requests)
 
         return self._run(sample(), Phase.CANARY)
 
-    def transfer_seconds(self) -> dict[str, float]:
-        """Seconds of each part of the last update in the first worker, if they are measured."""
-        return self._worker("transfer_seconds", phase=Phase.FINISH)[0]
-
     def serve(self) -> None:
         """Serve the weights that arrived."""
-        self._require_arrived("serve")
-        self._call(f"{PREFIX}/serve", Phase.FINISH, {"version": self._arrived_version})
-        self._move(State.READY, "serve")
-        self.policy_version, self.next_version = self._arrived_version, None
-
-    def reject(self) -> None:
-        """Give up an update. Kills the server: its layers would not accept another update."""
-        if self.state == State.UPDATING:
-            self.close()
+        self._require("serve", State.ARRIVED)
+        self._call(f"{PREFIX}/serve", Phase.FINISH, {"version": self._version})
+        self.state = State.READY
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -290,9 +259,6 @@ class VLLMEngine:
         """Kill the server and return the error to raise."""
         server = self._server
         assert server is not None
-        if server.error is not None:
-            self.close()
-            return server.error
         code = server.returncode
         end = "" if code in (None, 0, -9) else f" (exit code {code})"
         where = f" on {server.address}" if self.config.hosts else ""
@@ -300,17 +266,7 @@ class VLLMEngine:
         self.close()
         return EngineError(f"{phase}: the rollout engine{where} {what}{end}.\n{tail}", phase)
 
-    def _require(self, state: State, action: str) -> None:
-        if self.state != state:
-            raise EngineError(f"{action}: the rollout engine is {self.state}; expected {state}.")
-
-    def _require_arrived(self, action: str) -> None:
-        self._require(State.UPDATING, action)
-        if self._arrived_version is None:
-            raise EngineError(f"{action}: the weight update is not finished.")
-
-    def _move(self, state: State, action: str) -> None:
-        check_transition(self.state, state, action)
-        self.state = state
-        if state != State.READY:
-            self.policy_version = self._arrived_version = None
+    def _require(self, action: str, *states: State) -> None:
+        if self.state not in states:
+            expected = " or ".join(states)
+            raise EngineError(f"{action}: the rollout engine is {self.state}; expected {expected}.")

@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from megatron_espo.models.experts import read_experts
 from megatron_espo.rollout import lease
-from megatron_espo.rollout.guard import STATE, Weights
+from megatron_espo.rollout.guard import STATE, Weights, error_response
 from megatron_espo.rollout.server import (
     KEY_FILE_VARIABLE,
     PREFIX,
@@ -31,9 +31,7 @@ from megatron_espo.rollout.server import (
 from megatron_espo.rollout.transport import register_transports
 
 # Methods of ``worker.WorkerExtension`` with a route ``/megatron_espo/worker/<method>``.
-WORKER_METHODS = (
-    "ping", "fill_nan", "read_back_checksums", "missing_weights", "transfer_seconds",
-)  # fmt: skip
+WORKER_METHODS = ("ping", "fill_nan", "read_back_checksums", "missing_weights")
 
 
 def register() -> None:
@@ -54,7 +52,6 @@ class Routes:
             "/generate": generate,
             "/worker/{method}": call_worker,
             "/serve": serve,
-            "/reset_cache": reset_cache,
         }
         for path, handler in (own | lease.ROUTES).items():
             app.add_api_route(PREFIX + path, handler, methods=["POST"], response_model=None)
@@ -88,10 +85,10 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     """
     engine, is_canary = raw_request.app.state.espo_engine, body.get("canary")
     if is_canary and STATE.weights == Weights.UNUSABLE:
-        return _error(f"canary: the weights are {STATE.weights}", 409)
+        return error_response(f"canary: the weights are {STATE.weights}", 409)
     if not is_canary:
         if STATE.version < 0:
-            return _error("this server has served no weights yet", 503)
+            return error_response("this server has served no weights yet", 503)
         await STATE.serving.wait()
     params = SamplingParams(
         **body["sampling"],
@@ -105,7 +102,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
         pass
     output = final.outputs[0]
     if output.finish_reason == "error":
-        return _error("vLLM failed at this request", 500)
+        return error_response("vLLM failed at this request", 500)
     if not is_canary:
         await STATE.serving.wait()
     versions = np.full(len(output.token_ids), -1, np.int32)
@@ -123,7 +120,9 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
             layers = raw_request.app.state.espo_expert_layers
             arrays["routed_experts"] = np.ascontiguousarray(experts[:count, layers])
         elif output.finish_reason != "abort":
-            return _error(f"expected the experts of {count} tokens, got {len(experts)}", 500)
+            return error_response(
+                f"expected the experts of {count} tokens, got {len(experts)}", 500
+            )
     return Response(
         save(arrays),
         media_type="application/octet-stream",
@@ -147,33 +146,21 @@ async def _routed_experts(engine: Any, output: Any, request_id: str, count: int)
 async def call_worker(method: str, request: Request) -> Response:
     """Call a worker method on all workers: ``{"args": [...], "timeout": seconds}``."""
     if method not in WORKER_METHODS:
-        return _error(f"expected one of {', '.join(WORKER_METHODS)}, got {method!r}", 404)
+        return error_response(f"expected one of {', '.join(WORKER_METHODS)}, got {method!r}", 404)
     body = await request.json()
     try:
         results = await request.app.state.espo_engine.collective_rpc(
             method, timeout=body.get("timeout"), args=tuple(body.get("args", ()))
         )
     except Exception as error:
-        return _error(f"{type(error).__name__}: {error}", 500)
+        return error_response(f"{type(error).__name__}: {error}", 500)
     return JSONResponse({"results": results})
-
-
-async def reset_cache(request: Request) -> Response:
-    """Drop cached keys and values. vLLM recomputes those of requests in flight."""
-    engine = request.app.state.espo_engine
-    if not await engine.reset_prefix_cache(reset_running_requests=True):
-        return _error("the prefix cache still holds blocks of the old weights", 500)
-    return JSONResponse({})
 
 
 async def serve(request: Request) -> Response:
     """Serve the weights that arrived as policy version ``{"version": n}``."""
     if STATE.weights == Weights.UNUSABLE:
-        return _error("serve: no finished weight update", 409)
+        return error_response("serve: no finished weight update", 409)
     STATE.version = (await request.json())["version"]
     STATE.set(Weights.SERVING)
     return JSONResponse({})
-
-
-def _error(text: str, status: int) -> Response:
-    return JSONResponse({"error": text}, status_code=status)

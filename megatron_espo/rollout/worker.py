@@ -1,17 +1,22 @@
 """This project's methods of vLLM's workers (``worker_extension_cls``)."""
 
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers import vocab_parallel_embedding as vocab
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
+from megatron_espo.rollout import vllm_patches
 from megatron_espo.rollout.read_back import read_back_checksums
-from megatron_espo.rollout.routed_experts import RoutedExpertsRecord
 from megatron_espo.rollout.transport import register_transports
-from megatron_espo.rollout.vllm_patches import forget_expert_kernels, repack_tied_head
+
+_MAX_FINISHED = 4096  # of requests whose experts nobody took
 
 register_transports()
 
@@ -34,11 +39,11 @@ class WorkerExtension:
         model = self.model_runner.get_model()
         nan = torch.tensor(torch.nan, dtype=self.model_config.dtype, device=self.device)
         if self.device.type == "cpu":
-            forget_expert_kernels(model)
+            vllm_patches.forget_expert_kernels(model)
         layerwise.initialize_layerwise_reload(model)
         model.load_weights((name, nan.expand(shape)) for name, shape in shapes)
         layerwise.finalize_layerwise_reload(model, self.model_config)
-        repack_tied_head(model, self.model_config)
+        vllm_patches.repack_tied_head(model, self.model_config)
 
     def read_back_checksums(self, dtype: str) -> dict[str, int]:
         """See ``read_back.read_back_checksums``."""
@@ -55,10 +60,6 @@ class WorkerExtension:
         if rows is None:
             return None
         return {"dtype": rows.dtype.str, "shape": list(rows.shape), "data": rows.tobytes()}
-
-    def transfer_seconds(self) -> dict[str, float]:
-        """Seconds of each part of the last update, if the transport measures them."""
-        return dict(getattr(self.weight_transfer_engine, "seconds", {}))
 
     def missing_weights(self) -> list[str]:
         """What the current update lacks: tensors if the transport knows them, else layers.
@@ -86,3 +87,65 @@ class WorkerExtension:
             # vLLM pads the vocabulary in memory; the stream is not padded.
             return layer.shard_indices.num_org_elements * layer.embedding_dim
         return sum(get_tensor_load_numel(p) for p in layer._parameters.values() if p is not None)
+
+
+class RoutedExpertsRecord:
+    """The routers' choices for every token whose keys and values are in the cache.
+
+    The record is indexed by key-value slot. A prompt token that another request computed (prefix
+    caching) therefore has the choices with which its keys and values were computed. Chunked prompts
+    and preempted requests need no special treatment.
+
+    Args:
+        runner: vLLM's model runner on a CPU, with an allocated cache.
+
+    Raises:
+        ValueError: the model has no supported routers, or its layers have several kinds of cache.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        model, groups = runner.vllm_config.model_config, runner.kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise ValueError(f"routed experts: expected one kind of cache, got {len(groups)}")
+        self._runner, self._layer = runner, groups[0].layer_names[0]
+        self._block_size = groups[0].kv_cache_spec.block_size
+        slots = runner.kv_cache_config.num_blocks * self._block_size
+        shape = slots, model.get_total_num_hidden_layers(), model.get_num_experts_per_tok()
+        self._rows = np.zeros(shape, np.uint8 if model.get_num_experts() <= 256 else np.uint16)
+        self._finished: OrderedDict[str, np.ndarray] = OrderedDict()
+        vllm_patches.record_routed_experts(runner, self, self._keep)
+
+    def capture(self, layer_id: int, topk_ids: torch.Tensor) -> None:
+        """Store a router's ``[tokens, top_k]`` choices. Called in every forward pass."""
+        slots = get_forward_context().slot_mapping[self._layer].numpy()
+        used = slots >= 0
+        self._rows[slots[used], layer_id] = topk_ids.numpy()[used]
+
+    def take(self, request_id: str, count: int) -> np.ndarray | None:
+        """``[count, layers, top_k]`` experts of a request's first tokens; zeros in dense layers.
+
+        Removes the request from the record. ``None``: the request or some tokens are unknown.
+        """
+        name = _internal_name(request_id, self._finished)
+        if name is None:
+            name = _internal_name(request_id, self._runner.requests)
+            if name is None:
+                return None
+            self._keep(name)
+        rows = self._finished.pop(name)
+        return rows[:count] if len(rows) >= count else None
+
+    def _keep(self, name: str) -> None:
+        """Copy a request's rows before vLLM reuses its slots."""
+        if name not in self._runner.requests:
+            return
+        blocks = np.array(self._runner.requests[name].block_ids[0], dtype=np.int64)
+        slots = (blocks[:, None] * self._block_size + np.arange(self._block_size)).reshape(-1)
+        self._finished[name] = self._rows[slots]
+        while len(self._finished) > _MAX_FINISHED:  # clients that disconnected never take theirs
+            self._finished.popitem(last=False)
+
+
+def _internal_name(request_id: str, names: Iterable[str]) -> str | None:
+    """vLLM's internal name of a request: the request id and a random suffix."""
+    return next((name for name in names if name.rpartition("-")[0] == request_id), None)

@@ -68,8 +68,7 @@ class Colocation:
         """Restart failed engines and update their weights (``WeightSync.recover``)."""
         self._offloader.to_device("weights")
         self._sync.recover()
-        if self._offloader.handles("weights"):
-            self._offloader.to_host("weights")
+        self._offloader.to_host("weights")
 
     @contextmanager
     def all_on_device(self, step: int, *, last: bool) -> Iterator[None]:

@@ -10,15 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.scored_groups import ScoredGroups, broadcast_groups
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.distributed.addresses import address_towards
-from megatron_espo.distributed.collectives import gather_objects
+from megatron_espo.distributed.collectives import gather_objects, on_rank_0
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.distributed.stop_request import Stopped, StopRequest
 from megatron_espo.models.experts import replays_router
@@ -140,13 +138,14 @@ class RolloutManager:
 
         One object broadcast from rank 0.
         """
-        box: list[list[Prompt]] = [[]]
-        if self.runtime.is_main:
+
+        def take() -> list[Prompt]:
             state = self._stream.state_dict()
-            box[0] = self._stream.take(self.config.rollout.canary_prompts)
+            prompts = self._stream.take(self.config.rollout.canary_prompts)
             self._stream.load_state_dict(state)
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            return prompts
+
+        return on_rank_0(take)
 
     def connect(self) -> None:
         """Connect to the current engines of all ranks and release requests that waited.
@@ -203,27 +202,24 @@ class RolloutManager:
         """Rank 0's result of ``attempt``, which is repeated after failures of an engine; ``None``
         on other ranks.
         """
-        restarts_left = self.config.rollout.max_restarts
-        while True:
-            result, box = None, list[EngineError | Stopped | None]([None])
-            if self.runtime.is_main:
-                try:
-                    result = attempt()
-                except (EngineError, Stopped) as error:
-                    box = [error]
-            dist.broadcast_object_list(box, src=0)
-            failure = box[0]
-            if failure is None:
-                return result
-            if isinstance(failure, Stopped):
-                raise failure
-            if not restarts_left:
-                restarts = self.config.rollout.max_restarts
+        result: list[Result] = []
+
+        def run() -> EngineError | None:
+            try:
+                result.append(attempt())
+            except EngineError as error:
+                return error
+            return None
+
+        restarts = 0
+        while (failure := on_rank_0(run)) is not None:
+            if restarts == self.config.rollout.max_restarts:
                 raise EngineError(f"{failure}\ngave up after {restarts} engine restarts")
-            restarts_left -= 1
+            restarts += 1
             if self.runtime.is_main:
                 print(f"warning: {failure}\nrestarting the rollout engine", flush=True)
             recover()
+        return result[0] if result else None
 
     def _evaluate(self, step: int, phases: Phases) -> dict[str, float]:
         try:
@@ -241,24 +237,8 @@ class RolloutManager:
     def _check(self) -> None:
         """Raise an error that ends a wait: a request to stop, or a failed engine."""
         self._stop.check()
-        if self._pool and self._pool.failure:
-            raise self._pool.failure
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """State of the prompt stream and of prompts in flight, as JSON values; ``None`` on ranks
-        other than 0.
-        """
-        return self.source.state_dict() if self.source else None
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`. Prompts that were in flight are sampled again."""
-        if self.source:
-            self.source.load_state_dict(state)
-
-    def forget(self, step: int) -> None:
-        """Remove records up to ``step``, because a checkpoint makes them unnecessary."""
-        if self.source:
-            self.source.forget(step)
+        if self._pool:
+            self._pool.check()
 
     def close(self) -> None:
         """Cancel trajectories in flight. Stop this rank's engine and the reward workers."""

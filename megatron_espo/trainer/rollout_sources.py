@@ -1,9 +1,9 @@
 """Where the rollouts of a step come from: engines, or the recorded rollouts of another run.
 
-Rank 0 only.
+Rank 0 only. Their state is JSON values and part of a checkpoint.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.rollout_store import RolloutLog
@@ -11,25 +11,6 @@ from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.rollout.sampler import Sampler
-
-
-class RolloutSource(Protocol):
-    """Gives the rollouts of one step after the other.
-
-    The state is JSON values and part of a checkpoint.
-    """
-
-    def batch(self, step: int, phases: Phases) -> ScoredGroups:
-        """The rollouts of ``step`` with their rewards."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The prompt stream and the prompts in flight after the last batch."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint."""
-
-    def forget(self, step: int) -> None:
-        """Remove records up to ``step``, because a checkpoint makes them unnecessary."""
 
 
 class ReplayedRollouts:
@@ -121,3 +102,6 @@ class SampledRollouts:
     def forget(self, step: int) -> None:
         if not self._keep:
             self._log.forget(step)
+
+
+RolloutSource = ReplayedRollouts | SampledRollouts

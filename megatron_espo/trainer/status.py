@@ -77,8 +77,14 @@ def _report_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> N
     Only the first rank that fails reports, because failures of other ranks are consequences. The
     command line prints an InputError.
     """
-    if read_json(folder / "status.json").get("state") == "failed" or not _is_first(folder):
+    if read_json(folder / "status.json").get("state") == "failed":
         return
+    try:  # ``Watchdog.clear`` removes the file
+        (folder / "heartbeats" / "failure").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    except OSError:  # Disk full or no permission: reporting twice is better than never.
+        pass
     why = f"{type(error).__name__}: {error}"
     if not isinstance(error, InputError):
         lost = any(word in why for word in ("peer", "remote process"))  # in gloo and NCCL errors
@@ -88,14 +94,3 @@ def _report_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> N
         why = f"{place}: {line}; the same command continues from the latest checkpoint"
         print(f"error: {why}", file=sys.stderr, flush=True)
     write_status(folder, "failed", why)
-
-
-def _is_first(folder: Path) -> bool:
-    """Whether this rank creates the file ``failure``. ``Watchdog.clear`` removes it."""
-    try:
-        (folder / "heartbeats" / "failure").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:  # Disk full or no permission: reporting twice is better than never.
-        pass
-    return True

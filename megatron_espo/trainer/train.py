@@ -9,7 +9,6 @@ updates.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def train(config: Config) -> None:
     runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
     with (
         reported(config, runtime) as heartbeat,
-        build(config, hf_config, runtime, heartbeat) as run,
+        Run(config, hf_config, runtime, heartbeat) as run,
     ):
         for step in range(run.step + 1, config.run.steps + 1):
             with run.profiler.step(step):
@@ -75,27 +74,61 @@ def train(config: Config) -> None:
     distributed_runtime.shutdown()
 
 
-@dataclass
 class Run:
     """The parts of a run. As a context manager it closes them, and saves a run that was asked to
     stop.
+
+    The constructor builds the parts and loads the latest checkpoint. Collective. Cheap checks run
+    first, so that user errors surface before the model loads.
 
     Attributes:
         step: the last trained step.
     """
 
-    config: Config
-    runtime: Runtime
-    stop: StopRequest
-    checkpoints: Checkpoints
-    rollouts: RolloutManager
-    phases: Phases
-    reporter: Reporter
-    actor: Actor
-    colocation: Colocation
-    ledger: Ledger
-    profiler: StepProfiler
-    step: int
+    def __init__(
+        self,
+        config: Config,
+        hf_config: dict[str, Any],
+        runtime: Runtime,
+        heartbeat: Callable[..., None],
+    ) -> None:
+        self.config, self.runtime, folder = config, runtime, Path(config.run.dir)
+        self.stop = StopRequest(folder, config.run.max_seconds)
+        self.checkpoints = Checkpoints(config)
+        checkpoint = self.checkpoints.find()
+        self.rollouts = rollouts = RolloutManager(config, hf_config, runtime, self.stop)
+        try:
+            self.phases = Phases(runtime.is_main, heartbeat)
+            self.reporter = Reporter(config, hf_config, runtime, rollouts.tokenizer)
+            log = f"the engine's log: {folder / 'engine.log'}"
+            self._log(f"loading {config.model.path} on {runtime.world_size} ranks; {log}")
+            if config.rollout.sleep and not config.run.replay:
+                start_asleep(rollouts.engine, config.rollout.timeout_s)
+            self.actor = Actor(config, hf_config, runtime, self.reporter.record)
+            self.step, self.ledger, steps = 0, Ledger(), config.run.steps
+            if checkpoint:
+                state = self.checkpoints.load(checkpoint, self.actor)
+                self.step, self.ledger = state["step"], Ledger(**state["ledger"])
+                if rollouts.source:
+                    rollouts.source.load_state_dict(state["rollouts"])
+                self._log(f"continuing after step {self.step} of {steps}, from {checkpoint}")
+            if self.step >= steps:
+                done = f"step {self.step} of {steps} is done"
+                self._log(f"nothing to train: {done}; raise run.steps to continue")
+            sync: WeightSync | NoSync = NoSync()
+            if not config.run.replay:
+                parts = (config, hf_config, self.actor, runtime, rollouts.engine, rollouts.canary())
+                sync = WeightSync(*parts, on_served=rollouts.connect)
+            self.colocation = Colocation(config, self.actor, sync, self.phases)
+            self.colocation.update_engine(version=self.step)
+            self.phases.pop()  # the first step does not count these seconds
+        except BaseException:
+            rollouts.close()
+            raise
+        if runtime.is_main:
+            folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        self.reporter.open(after_step=self.step)
+        self.profiler = StepProfiler(folder, runtime.role, config.run.profile_steps)
 
     def __enter__(self) -> "Run":
         return self
@@ -105,6 +138,11 @@ class Run:
         self.reporter.close()
         if kind is Stopped and self.checkpoints.due_at_stop(self.step):
             self._save(last=True)
+
+    def _log(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.runtime.is_main:
+            print(text, flush=True)
 
     def finish_step(
         self,
@@ -140,11 +178,13 @@ class Run:
             self.colocation.all_on_device(self.step, last=last),
             self.phases.phase("checkpoint", self.step, self.config.run.steps),
         ):
-            rollouts, ledger = self.rollouts.state_dict(), vars(self.ledger)
+            source, ledger = self.rollouts.source, vars(self.ledger)
+            rollouts = source.state_dict() if source else None  # rank 0's state is saved
             state = {"step": self.step, "rollouts": rollouts, "ledger": ledger}
             path = self.checkpoints.save(self.step, self.actor, state)
-        self.rollouts.forget(self.step)
-        _log(self.runtime, f"saved {path}")
+        if source:
+            source.forget(self.step)
+        self._log(f"saved {path}")
 
     def finish(self, seconds: float) -> None:
         """Export the model, and write the summary (``seconds`` of the run) and the learning curve.
@@ -165,75 +205,7 @@ class Run:
             summary = write_summary(folder, seconds=seconds, seed=config.run.seed)
             picture = draw_learning_curve(folder)
             change = f"{summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}"
-            _log(self.runtime, f"reward {change}; picture: {picture}")
-
-
-def build(
-    config: Config,
-    hf_config: dict[str, Any],
-    runtime: Runtime,
-    heartbeat: Callable[..., None],
-) -> Run:
-    """Build the parts of a run and load its latest checkpoint. Collective.
-
-    Cheap checks run first, so that user errors surface before the model loads.
-    """
-    folder = Path(config.run.dir)
-    stop = StopRequest(folder, config.run.max_seconds)
-    checkpoints = Checkpoints(config)
-    checkpoint = checkpoints.find()
-    rollouts = RolloutManager(config, hf_config, runtime, stop)
-    try:
-        phases = Phases(runtime.is_main, heartbeat)
-        reporter = Reporter(config, hf_config, runtime, rollouts.tokenizer)
-        log = f"the engine's log: {folder / 'engine.log'}"
-        _log(runtime, f"loading {config.model.path} on {runtime.world_size} ranks; {log}")
-        if config.rollout.sleep and not config.run.replay:
-            start_asleep(rollouts.engine, config.rollout.timeout_s)
-        actor = Actor(config, hf_config, runtime, reporter.record)
-        step, ledger, steps = 0, Ledger(), config.run.steps
-        if checkpoint:
-            state = checkpoints.load(checkpoint, actor)
-            step, ledger = state["step"], Ledger(**state["ledger"])
-            rollouts.load_state_dict(state["rollouts"])
-            _log(runtime, f"continuing after step {step} of {steps}, from {checkpoint}")
-        if step >= steps:
-            done = f"step {step} of {steps} is done"
-            _log(runtime, f"nothing to train: {done}; raise run.steps to continue")
-        sync: WeightSync | NoSync = NoSync()
-        if not config.run.replay:
-            engine, canary = rollouts.engine, rollouts.canary()
-            parts = (config, hf_config, actor, runtime, engine, canary)
-            sync = WeightSync(*parts, on_served=rollouts.connect)
-        colocation = Colocation(config, actor, sync, phases)
-        colocation.update_engine(version=step)
-        phases.pop()  # the first step does not count these seconds
-    except BaseException:
-        rollouts.close()
-        raise
-    if runtime.is_main:
-        folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
-    reporter.open(after_step=step)
-    return Run(
-        config,
-        runtime,
-        stop,
-        checkpoints,
-        rollouts,
-        phases,
-        reporter,
-        actor,
-        colocation,
-        ledger,
-        StepProfiler(folder, runtime.role, config.run.profile_steps),
-        step,
-    )
-
-
-def _log(runtime: Runtime, text: str) -> None:
-    """Print on rank 0."""
-    if runtime.is_main:
-        print(text, flush=True)
+            self._log(f"reward {change}; picture: {picture}")
 
 
 def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:

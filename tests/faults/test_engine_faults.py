@@ -123,7 +123,7 @@ class Numbers:
 class InstantRunner:
     """Every trajectory is complete at once. The rewards of every third prompt are equal."""
 
-    def start(self, prompt, name, seed, sampling, slot):
+    def start(self, prompt, name, sampling):
         position = int(name.rpartition(".")[2])
         reward = float(position) if int(prompt.id) % 3 else 1.0
         found = Trajectory.single_turn(prompt, (8,), (-1.0,), (0,), "stop", "")
@@ -260,7 +260,7 @@ def test_no_request_is_answered_before_whole_weights_are_served(loop, folder, mo
             loop.run(owner.call("/resume", {}))
         time.sleep(1.0)
         assert not any(reply.done() for reply in replies)
-        engine.reject()
+        engine.close()
         assert engine.state == "dead"
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", 10)
         engine.start()

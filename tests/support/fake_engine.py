@@ -35,7 +35,7 @@ TOKENIZER = SimpleNamespace(
 
 
 class FakeSource:
-    """A ``TokenSource`` whose responses are a function of context and seed.
+    """Replaces an ``EnginePool``; responses are a function of context and seed.
 
     Requests finish one at a time while ``release()`` is open, in the order of ``order``. The first
     half of a response has the policy version at the request's arrival, the rest the version at its
@@ -61,9 +61,7 @@ class FakeSource:
         self._order, self._open, self._waiting = order, False, {}
         self._task = loop.submit(self._finish())
 
-    async def generate(
-        self, request_id, token_ids, sampling: Sampling, *, slot=0, routed_experts=False
-    ) -> Generation:
+    async def generate(self, request_id, token_ids, sampling: Sampling) -> Generation:
         context = tuple(token_ids)
         assert request_id not in self._waiting, "request ids are unique"
         self.requests.append(context)

@@ -59,15 +59,14 @@ async def request_tokens(
 
     Args:
         seed: the seed of a response depends on it, on the prompt and on the response's number.
-        changes: fields of ``Sampling``; ``routed_experts``: request the experts too.
+        changes: fields of ``Sampling``.
     """
     client = HttpClient(engine.address, run_key(engine.config.folder))
-    experts = changes.pop("routed_experts", False)
     options = {"max_tokens": 12, "temperature": TEMPERATURE, "stop_token_ids": (EOS,)} | changes
 
     def request(ids: Sequence[int], number: int) -> Any:
         own = request_seed(seed, tuple(ids), number)
-        return client.generate(f"{own}", ids, Sampling(seed=own, **options), routed_experts=experts)
+        return client.generate(f"{own}", ids, Sampling(seed=own, **options))
 
     try:
         requests = (request(ids, number) for ids in prompts for number in range(samples))

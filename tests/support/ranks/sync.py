@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model
 from megatron_espo.distributed import runtime
-from megatron_espo.rollout.engine import EngineError
+from megatron_espo.rollout.engine import EngineError, Phase
 from megatron_espo.types import Prompt
 from megatron_espo.weights.hf_io import save_hf
 from tests.support.real_engine import engine_config, living_in_group, sample
@@ -109,7 +109,7 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
         if engine is not None:
             os.kill(engine.pid, signal.SIGKILL)
             try:
-                engine.check_health()
+                engine._worker("ping", phase=Phase.ROLLOUT)
             except EngineError as error:
                 assert "has died" in str(error), error
             assert engine.state == "dead"
