@@ -13,20 +13,6 @@ from megatron_espo.errors import InputError
 from megatron_espo.tools.parity import cases
 from megatron_espo.tools.plan import command as plan
 
-SERVE = """\
-Run vLLM's server on this machine for a run whose rollout.hosts names this machine.
-Exit code 0: the run ended, or SIGTERM; 1: no owner and no heartbeat of the run for --idle seconds.
-"""
-PARITY = """\
-Compare the gradient of every parallel layout with that of one rank, on one recorded batch.
-Under torchrun it compares the layouts that the ranks allow. Exit code 1: one differs."""
-EVAL = """\
-Sample and judge eval.prompts (or data.prompts) with the weights of model.path.
-Megatron is not needed."""
-PLAN = """\
-Print what a run will need and transfer, from its configuration and the model's config.json alone.
-No weights, no tokenizer, no GPU. Exit code 0: the run fits; 1: it does not, and the plan says what
-to change."""
 _SILENT_RANK_S = 5.0
 
 
@@ -49,14 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def add(name: str, about: str, to: Any = commands) -> Any:
-        raw = argparse.RawDescriptionHelpFormatter
-        summary = about.splitlines()[0]
-        return to.add_parser(name, help=summary, description=about, formatter_class=raw)
+        return to.add_parser(name, help=about, description=about)
 
     option = add("train", "Train a model with the settings of a YAML file.").add_argument
     _add_config(option)
 
-    option = add("serve", SERVE).add_argument
+    option = add(
+        "serve", "Run vLLM's server for a run whose rollout.hosts has this machine."
+    ).add_argument
     option("run", metavar="RUN_DIR", help="the run's folder, on a file system of all machines")
     address = "address of this machine; default: its host name, port 7700"
     option("--listen", metavar="HOST:PORT", help=address)
@@ -64,11 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     option("--idle", type=float, default=3600.0, metavar="SECONDS", help=idle)
     option("--print", action="store_true", help="print the server's command and exit")
 
-    option = add("plan", PLAN).add_argument
+    text = "Print what a run needs, without GPUs and weights. Exit code 1: it does not fit."
+    option = add("plan", text).add_argument
     _add_config(option)
     plan.add_options(option)
 
-    option = add("eval", EVAL).add_argument
+    text = "Evaluate the weights of model.path on eval.prompts, without Megatron."
+    option = add("eval", text).add_argument
     _add_config(option)
     option("--out", metavar="FILE.json", help="default: eval.json in run.dir")
 
@@ -84,7 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     option = add("to-hf", "Write a Megatron checkpoint as a Hugging Face folder.", directions)
     _add_config(option.add_argument, checkpoint="Megatron checkpoint", out="folder to write")
 
-    option = add("parity", PARITY).add_argument
+    text = (
+        "Compare the gradient of every parallel layout with one rank's. Exit code 1: one differs."
+    )
+    option = add("parity", text).add_argument
     model = "compare the model of this run; default: two tiny random models"
     option("config", metavar="CONFIG.yaml", nargs="?", help=model)
     _add_overrides(option)
