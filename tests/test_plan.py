@@ -257,7 +257,7 @@ def test_a_run_that_does_not_fit_gets_a_change_that_fits(tmp_path):
     assert text.splitlines()[-1].startswith("does not fit") and "GB" in plan["problems"][0]
     fix = plan["fix"].rpartition(": ")[0]
     offload = "megatron.offload=[optimizer,gradients]"
-    assert fix.startswith(f"rollout.sleep=true {offload} megatron.recompute_granularity=full ")
+    assert f"rollout.sleep=true {offload} megatron.recompute_granularity=full " in fix
     assert offload in text
     overrides = {"megatron": layout}
     for setting in fix.split():

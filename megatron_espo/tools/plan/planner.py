@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import lcm
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -93,9 +94,9 @@ class Plan:
         return max(self.memory, key=lambda stage: stage.total)
 
     @property
-    def excess(self) -> tuple[int, int]:
+    def excess(self) -> tuple[int, float]:
         """Larger for a run that is further from fitting."""
-        return len(self.problems), self.worst.total
+        return len(self.problems), fmean(stage.total for stage in self.memory)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists, derived values included."""
@@ -256,12 +257,12 @@ def _usual_changes(config: Config, plan: Plan, node: int, gpus: int | None) -> I
     model.
     """
     m, share = config.megatron, config.rollout.gpu_memory_utilization
+    yield {"rollout.tensor_parallel_size": node}
     yield {"optimizer.use_distributed_optimizer": True}
     yield {"megatron.sequence_parallel": True}
     if plan.engine.shares_gpus and not config.rollout.max_staleness:
         yield OFFLOAD
     yield RECOMPUTE
-    yield {"rollout.tensor_parallel_size": node}
     while (share := round(share - 0.1, 2)) >= 0.1:
         yield {"rollout.gpu_memory_utilization": share}
     if m.head_memory_mib is None:
