@@ -30,7 +30,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_espo", "megatron_espo.*"]),
-    package_data={"megatron_espo.monitoring.report": ["page.html.j2"]},
+    package_data={"megatron_espo.monitoring.report": ["page.html.j2", "charts.mplstyle"]},
     install_requires=["torch>=2.8", "pydantic>=2.12", "pyyaml>=6"],
     extras_require={
         # A third party's build of vLLM for CPUs. It imports as `vllm`: do not install both builds.

@@ -13,144 +13,95 @@ from megatron_espo.errors import InputError
 from megatron_espo.tools.parity import cases
 from megatron_espo.tools.plan import command as plan
 
-SERVE = "Run vLLM's server on this machine for a run whose rollout.hosts names this machine."
-SERVE_EXAMPLES = """\
-on each engine's machine:
-  CUDA_VISIBLE_DEVICES=0,1,2,3 megatron-espo serve runs/mine --listen 10.0.0.5:7700
-on the trainer's machine:
-  torchrun ... -m megatron_espo train run.yaml run.dir=runs/mine 'rollout.hosts=["10.0.0.5:7700"]'
-exit codes:
-  0 the run ended, or SIGTERM; 1 no owner and no heartbeat of the run for --idle seconds
-"""
-PARITY = """\
-Train one recorded batch in every parallel layout that the ranks allow. Compare loss, gradient norm
-and the gradient of each tensor with those of one rank. Exit code 1 if one differs."""
-PARITY_EXAMPLES = """\
-this machine:    megatron-espo parity
-a cluster:       srun torchrun ... -m megatron_espo parity --folder /shared/parity run.yaml
-"""
-TRAIN_EXAMPLES = """\
-one process:     megatron-espo train run.yaml optimizer.lr=2e-6
-several ranks:   torchrun --nproc-per-node 8 -m megatron_espo train run.yaml \\
-                   megatron.tensor_model_parallel_size=2
-"""
-EVAL = """\
-Sample and judge eval.prompts (or data.prompts) with the weights of model.path. Megatron is not
-needed."""
-EVAL_EXAMPLES = """\
-greedy:          megatron-espo eval run.yaml eval.prompts=a.jsonl eval.samples=1 eval.temperature=0
-after a run:     megatron-espo eval run.yaml model.path=runs/mine/hf eval.samples=16
-"""
-
-
 _SILENT_RANK_S = 5.0
 
 
-class _ReferenceHelp(argparse.Action):
-    """``--help`` with every setting. Imports pydantic only when used, because ``doctor`` must
-    run without it."""
+class _Parser(argparse.ArgumentParser):
+    """Adds every setting to the help of ``train``."""
 
-    def __init__(self, option_strings: list[str], dest: str, **_: Any):
-        text = "show every setting and exit"
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=text)
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.prog.endswith(" train"):
+            return text
+        from megatron_espo.config import render_reference  # needs pydantic; doctor must not
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from megatron_espo.config import render_reference
-
-        print(f"{parser.format_help()}\n{render_reference()}")
-        parser.exit()
+        return f"{text}\n{render_reference()}"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     about = "RL post-training on Megatron-Core and vLLM."
     parser = argparse.ArgumentParser("megatron-espo", description=about)
-    names = "{train,serve,plan,eval,report,convert,parity,doctor}"
-    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    def add(name: str, text: str, about: str = "", examples: str = "", **options: Any) -> Any:
-        raw = argparse.RawDescriptionHelpFormatter
-        options |= {"description": about or None, "epilog": examples, "formatter_class": raw}
-        return commands.add_parser(name, help=text, **options).add_argument
+    def add(name: str, about: str, to: Any = commands) -> Any:
+        return to.add_parser(name, help=about, description=about)
 
-    about = "Train a model with the settings of a YAML file."
-    option = add(
-        "train", "train a model (also under torchrun)", about, TRAIN_EXAMPLES, add_help=False
-    )
-    option("-h", "--help", action=_ReferenceHelp)
+    option = add("train", "Train a model with the settings of a YAML file.").add_argument
     _add_config(option)
 
     option = add(
-        "serve", "run a vLLM server for a trainer on other machines", SERVE, SERVE_EXAMPLES
-    )
+        "serve", "Run vLLM's server for a run whose rollout.hosts has this machine."
+    ).add_argument
     option("run", metavar="RUN_DIR", help="the run's folder, on a file system of all machines")
     address = "address of this machine; default: its host name, port 7700"
     option("--listen", metavar="HOST:PORT", help=address)
     idle = "exit after this time without owner and heartbeat of the run (%(default)g)"
     option("--idle", type=float, default=3600.0, metavar="SECONDS", help=idle)
 
-    plan.add_parser(commands, lambda parser: _add_config(parser.add_argument))
+    text = "Print what a run needs, without GPUs and weights. Exit code 1: it does not fit."
+    option = add("plan", text).add_argument
+    _add_config(option)
+    plan.add_options(option)
 
-    option = add("eval", "avg@k and pass@k of a model on held-out prompts", EVAL, EVAL_EXAMPLES)
+    text = "Evaluate the weights of model.path on eval.prompts, without Megatron."
+    option = add("eval", text).add_argument
     _add_config(option)
     option("--out", metavar="FILE.json", help="default: eval.json in run.dir")
 
-    option = add("report", "write one self-contained HTML page about one or several runs")
+    option = add("report", "Write one HTML page about one or several runs.").add_argument
     option("runs", metavar="RUN", nargs="+", help="run folders")
     page = "default: RUN/report.html, or comparison.html beside the first of several runs"
     option("--out", metavar="PAGE.html", help=page)
 
-    text = "Hugging Face weights to a Megatron checkpoint, or back"
-    convert = commands.add_parser("convert", help=text)
-    names = "{to-megatron,to-hf}"
-    directions = convert.add_subparsers(dest="direction", required=True, metavar=names)
-    for direction, text in (
-        ("to-megatron", "write model.path as a Megatron checkpoint"),
-        ("to-hf", "write a Megatron checkpoint as a Hugging Face folder"),
-    ):
-        option = directions.add_parser(direction, help=text).add_argument
-        option("config", metavar="CONFIG.yaml", help="the run's settings")
-        if direction == "to-hf":
-            option("checkpoint", metavar="CHECKPOINT", help="Megatron checkpoint folder")
-        option("out", metavar="OUT", help="folder to write")
-        _add_overrides(option)
+    convert = add("convert", "Convert Hugging Face weights to a Megatron checkpoint, or back.")
+    directions = convert.add_subparsers(dest="direction", required=True)
+    option = add("to-megatron", "Write model.path as a Megatron checkpoint.", directions)
+    _add_config(option.add_argument, out="folder to write")
+    option = add("to-hf", "Write a Megatron checkpoint as a Hugging Face folder.", directions)
+    _add_config(option.add_argument, checkpoint="Megatron checkpoint", out="folder to write")
 
-    text = "compare every parallel layout's gradient with one rank's"
-    _add_parity(add("parity", text, PARITY, PARITY_EXAMPLES))
+    text = (
+        "Compare the gradient of every parallel layout with one rank's. Exit code 1: one differs."
+    )
+    option = add("parity", text).add_argument
+    model = "compare the model of this run; default: two tiny random models"
+    option("config", metavar="CONFIG.yaml", nargs="?", help=model)
+    _add_overrides(option)
+    option("--short", action="store_true", help="a small part of the matrix, for tests")
+    text = "only this one of %(choices)s; repeat it for several"
+    option("--layout", action="append", choices=list(cases.LAYOUTS), metavar="LAYOUT", help=text)
+    text = "most ranks to start without torchrun (%(default)s)"
+    option("--ranks", type=int, default=4, help=text)
+    text = "largest relative difference (%(default)s)"
+    option("--tolerance", type=float, default=1e-4, help=text)
+    option("--num-layers", type=int, help="layers of the model to keep, so that it fits one rank")
+    option("--folder", help="shared folder for batch and reference; default: a temporary one")
 
-    option = add("doctor", "check this machine, or with --cluster the nodes of a run")
+    option = add("doctor", "Check this machine, or the nodes of a run together.").add_argument
     text = "seconds for the import of one package (%(default)g)"
     option("--timeout", type=float, default=180.0, help=text)
-    text = "check the nodes of a run together; start it on every rank (torchrun)"
+    text = "check the nodes of a run; start it on every rank (torchrun)"
     option("--cluster", action="store_true", help=text)
     text = "with --cluster: a folder that all nodes share (%(default)s)"
     option("--folder", default=".", help=text)
     return parser
 
 
-def _add_parity(option: Any) -> None:
-    model = "compare the model of this run; default: two tiny random models"
-    option("config", metavar="CONFIG.yaml", nargs="?", help=model)
-    _add_overrides(option)
-    option("--short", action="store_true", help="a small part of the matrix, for tests")
-    layouts = ", ".join(layout.name for layout in cases.LAYOUTS)
-    option("--layouts", help=f"comma-separated, of: {layouts}")
-    option("--micro-batches", help=f"comma-separated, of: {', '.join(cases.MICRO_BATCHES)}")
-    option("--objectives", help=f"comma-separated, of: {', '.join(cases.OBJECTIVES)}")
-    option(
-        "--ranks", type=int, default=4, help="most ranks to start without torchrun (%(default)s)"
-    )
-    option(
-        "--tolerance", type=float, default=1e-4, help="largest relative difference (%(default)s)"
-    )
-    option("--num-layers", type=int, help="layers of the model to keep, so that it fits one rank")
-    option("--folder", help="folder for batch and reference; default: a temporary one")
-    text = "only write batch and reference, on one rank, to --folder"
-    option("--record", action="store_true", help=text)
-
-
-def _add_config(option: Any) -> None:
+def _add_config(option: Any, **more: str) -> None:
     option("config", metavar="CONFIG.yaml", help="the run's settings")
+    for name, text in more.items():
+        option(name, metavar=name.upper(), help=text)
     _add_overrides(option)
 
 
@@ -166,15 +117,10 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0 success, 1 a failed check, 2 a user error, 130 interrupted.
     """
     args = _parse(build_parser(), argv)
-    config = None
     try:
-        if args.command in ("doctor", "report", "parity", "plan", "serve"):
-            return _run_tool(args)
-        config = _load_config(args)
-        _work(args, config)
-        return 0
+        return _run(args)
     except InputError as error:
-        _report(error, checked=config is not None)
+        _report(error, checked=hasattr(args, "checked"))
         return 2
     except KeyboardInterrupt:
         return 130
@@ -191,33 +137,55 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     return args
 
 
-def _run_tool(args: argparse.Namespace) -> int:
-    """Run a command that loads its configuration itself or has none."""
+def _run(args: argparse.Namespace) -> int:
+    """Run the command; each part is imported only for its command."""
     if args.command == "doctor":
-        if args.cluster:
-            from megatron_espo.tools import preflight
-
-            return preflight.main(args.folder, args.timeout)
         from megatron_espo.tools import doctor
 
-        return doctor.main(args.timeout)
+        if not args.cluster:
+            return doctor.main(args.timeout)
+        from megatron_espo.tools import preflight
+
+        return preflight.main(args.folder, args.timeout)
+    _silence_dependencies()
     if args.command == "report":
         from megatron_espo.monitoring.report.page import write_report
 
         print(f"report: {write_report(args.runs, args.out)}")
-        return 0
-    if args.command == "parity":
+    elif args.command == "plan":
+        return plan.run(args)
+    elif args.command == "parity":
         from megatron_espo.tools.parity import command
 
-        request = command.make_request(args)
-        _silence_dependencies()
-        return command.main(request)
-    _silence_dependencies()
-    if args.command == "plan":
-        return plan.run(args)
-    from megatron_espo.rollout import keeper
+        return command.main(args)
+    elif args.command == "serve":
+        from megatron_espo.rollout import keeper
 
-    return keeper.main(args.run, args.listen, args.idle)
+        return keeper.main(args.run, args.listen, args.idle)
+    else:
+        _run_with_config(args)
+    return 0
+
+
+def _run_with_config(args: argparse.Namespace) -> None:
+    config = _load_config(args)
+    args.checked = True  # what follows may fail on this rank only
+    if args.command == "train":
+        from megatron_espo.trainer.train import train
+
+        train(config)
+    elif args.command == "eval":
+        from megatron_espo.rollout.evaluation import evaluate_model
+
+        evaluate_model(config, args.out)
+    elif args.direction == "to-megatron":
+        from megatron_espo.tools.convert import hf_to_megatron
+
+        hf_to_megatron(config, args.out)
+    else:
+        from megatron_espo.tools.convert import megatron_to_hf
+
+        megatron_to_hf(config, args.checkpoint, args.out)
 
 
 def _load_config(args: argparse.Namespace) -> Any:
@@ -251,26 +219,6 @@ def _silence_dependencies() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     modules = r"megatron\.|torch\.distributed|megatron_espo\.distributed\.cpu"
     warnings.filterwarnings("ignore", module=modules)
-
-
-def _work(args: argparse.Namespace, config: Any) -> None:
-    _silence_dependencies()
-    if args.command == "train":
-        from megatron_espo.trainer.train import train
-
-        train(config)
-    elif args.command == "eval":
-        from megatron_espo.rollout.evaluation import evaluate_model
-
-        evaluate_model(config, args.out)
-    elif args.direction == "to-megatron":
-        from megatron_espo.tools.convert import hf_to_megatron
-
-        hf_to_megatron(config, args.out)
-    else:
-        from megatron_espo.tools.convert import megatron_to_hf
-
-        megatron_to_hf(config, args.checkpoint, args.out)
 
 
 def _report(error: InputError, checked: bool) -> None:

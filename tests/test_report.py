@@ -15,7 +15,8 @@ import pytest
 from megatron_espo import cli
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
-from megatron_espo.monitoring.report.charts import MOST_POINTS, _draw_phases, thin
+from megatron_espo.monitoring.report import charts
+from megatron_espo.monitoring.report.charts import _draw_phases
 from megatron_espo.monitoring.report.page import SAMPLE_TOKENS, number, sample_steps, write_report
 from megatron_espo.monitoring.report.runs import read_runs
 from tests.support.browser import Browser, find_browser
@@ -216,12 +217,15 @@ def test_the_command_prints_the_path(runs, tmp_path, capsys):
     assert capsys.readouterr().out == f"report: {tmp_path / 'x' / 'page.html'}\n"
 
 
-def test_long_runs_are_thinned_to_means():
-    steps, values = thin(list(range(1, 4001)), [float(i) for i in range(4000)])
-    assert (
-        len(steps) == MOST_POINTS and values[0] == 4.5 and values[-1] == 3994.5 and steps[0] == 5.5
-    )
-    assert thin([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])
+def test_the_page_of_a_long_run_is_small(tmp_path, monkeypatch):
+    chance, folder = random.Random(1), tmp_path / "long"
+    folder.mkdir()
+    names = ("reward/mean", "optimizer/grad_norm", "rollout/length_mean", "time/train_s")
+    lines = [{"step": i} | {name: chance.random() for name in names} for i in range(1, 5001)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    size = len(write_report([folder]).read_bytes())
+    monkeypatch.setattr(charts, "MOST_POINTS", 10_000)
+    assert size < 4e5 < len(write_report([folder]).read_bytes())
 
 
 @pytest.mark.parametrize(

@@ -43,18 +43,13 @@ def gather_objects(own: T) -> list[T]:
 def first_not_none(own: T | None) -> T | None:
     """Return the object of the lowest rank that passes one, on every rank; None if no rank does.
 
-    Collectives: one all-reduce of an integer; one broadcast if a rank passes an object.
+    Collectives: one gather on all ranks.
     """
     if not dist.is_initialized():
         return own
-    ranks = dist.get_world_size()
-    first = torch.tensor(ranks if own is None else dist.get_rank(), device=control_device())
-    dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    if int(first) == ranks:
-        return None
-    box = [own]
-    dist.broadcast_object_list(box, src=int(first))
-    return box[0]
+    objects: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, own)
+    return next((found for found in objects if found is not None), None)
 
 
 def control_device() -> torch.device:

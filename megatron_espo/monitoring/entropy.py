@@ -5,6 +5,7 @@ logged samples.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,27 +21,28 @@ class EntropyReport:
     """Entropies of one step, in nats.
 
     Attributes:
-        edges: ``[BINS + 1]`` boundaries of the histogram's bins, from 0 to ``ln V``.
+        highest: ``ln V``, the upper end of the histogram; the lower end is 0.
         counts: ``[groups][BINS]`` trained tokens; with several epochs each token counts once for
             every epoch.
         boundaries: ``[groups - 1]`` the lowest entropy above each boundary between groups, mean
-            over responses; NaN without responses.
+            over responses; ``None`` without responses.
         tokens: entropies and entropy groups of each logged sample; ``None`` if it was not trained
             (no advantage).
     """
 
-    edges: list[float]
+    highest: float
     counts: list[list[int]]
-    boundaries: list[float]
+    boundaries: list[float | None]
     tokens: list[tuple[list[float], list[int]] | None]
+
+    def histogram(self) -> dict[str, Any]:
+        """What ``entropy.jsonl`` has of a step."""
+        return {name: vars(self)[name] for name in ("highest", "counts", "boundaries")}
 
     def metrics(self) -> dict[str, float]:
         """``entropy/boundary1``, ..."""
-        return {
-            f"entropy/boundary{i}": value
-            for i, value in enumerate(self.boundaries, 1)
-            if not math.isnan(value)
-        }
+        found = enumerate(self.boundaries, 1)
+        return {f"entropy/boundary{i}": value for i, value in found if value is not None}
 
 
 class EntropyRecorder:
@@ -56,12 +58,7 @@ class EntropyRecorder:
     """
 
     def __init__(
-        self,
-        num_groups: int,
-        vocab_size: int,
-        *,
-        is_logging_rank: bool,
-        device: torch.device | str = "cpu",
+        self, num_groups: int, vocab_size: int, is_logging_rank: bool, device: Any = "cpu"
     ) -> None:
         self.num_groups, self.is_logging_rank, self.device = num_groups, is_logging_rank, device
         self.highest = math.log(vocab_size)
@@ -108,10 +105,10 @@ class EntropyRecorder:
             (entropy.tolist(), (group.long() - 1).tolist()) if bool((group > 0).all()) else None
             for entropy, group in (part.cpu() for part in self._tokens)
         ]
-        total, responses = self._boundaries.cpu()
+        boundaries = self._boundaries.T.tolist()
         return EntropyReport(
-            edges=[self.highest * i / BINS for i in range(BINS + 1)],
+            highest=self.highest,
             counts=self._counts.view(-1, BINS).long().tolist(),
-            boundaries=(total / responses).tolist(),
+            boundaries=[total / number if number else None for total, number in boundaries],
             tokens=tokens,
         )

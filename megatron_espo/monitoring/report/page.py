@@ -5,8 +5,11 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.resources import files
+from itertools import repeat
 from pathlib import Path
 from typing import Any
+
+import jinja2  # torch requires it
 
 from megatron_espo.config.reference import sections
 from megatron_espo.monitoring.report.charts import COLORS, draw_sections
@@ -27,8 +30,6 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     Raises:
         InputError: a folder without metrics.
     """
-    import jinja2  # torch requires it
-
     runs = read_runs(folders)
     first = runs[0].folder
     default = first / "report.html" if len(runs) == 1 else first.parent / "comparison.html"
@@ -39,7 +40,9 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     environment.filters["number"] = number
     source = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     text = environment.from_string(source).render(
-        runs=[overview(run, i) for i, run in enumerate(runs)],
+        runs=runs,
+        colors=COLORS,
+        slice=slice,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         sections=draw_sections(runs),
         settings=settings_table(runs),
@@ -63,64 +66,29 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:,.{max(0, min(decimals, digits))}f}"
 
 
-def overview(run: RunData, position: int) -> dict[str, Any]:
-    """A run's entry at the top of the page, and its problems."""
-    rewards = run.series("reward/mean")[1] or [math.nan]
-    evaluations = []
-    for name in run.names(r"eval/avg@\d+"):
-        low, high = ((run.series(name + end)[1] or [math.nan])[-1] for end in ("_low", "_high"))
-        values = run.series(name)[1]
-        entry = {"name": name.removeprefix("eval/"), "first": values[0], "last": values[-1]}
-        evaluations.append(entry | {"low": low, "high": high})
-    return {
-        "name": run.name,
-        "color": COLORS[position % len(COLORS)],
-        "folder": str(run.folder),
-        "model": Path(str(run.setting("model", "path") or "?")).name,
-        "objective": run.setting("algorithm", "objective") or "?",
-        "steps": run.lines[-1]["step"],
-        "of": run.setting("run", "steps"),
-        "finished": bool(run.summary),
-        "reward_first": sum(rewards[:3]) / len(rewards[:3]),
-        "reward_last": sum(rewards[-3:]) / len(rewards[-3:]),
-        "evaluations": evaluations,
-        "step_s": run.mean("time/step_s"),
-        "tokens_per_s": run.mean("throughput/response_tokens_per_s"),
-        "gap": run.mean("mismatch/logprob_gap_mean"),
-        "seconds": run.summary.get("seconds"),
-        "status": run.status,
-        "problems": run.problems(),
-    }
-
-
-def settings_table(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """Settings of all runs: ``{key, values, differs, changed, help}``, those that differ between
-    runs first, then non-defaults.
+def settings_table(runs: Sequence[RunData]) -> list[tuple[str, list[str], bool]]:
+    """Settings that are not the default in some run: name, value of each run, and whether these
+    differ. Those that differ come first.
     """
-    known = {(s, key): f for s, m in sections().items() for key, f in m.model_fields.items()}
-    settings = dict.fromkeys(
-        (s, key) for run in runs for s, keys in run.config.items() for key in keys
-    )
+    defaults = {
+        f"{section}.{key}": _as_text(field.get_default(call_default_factory=True))
+        for section, model in sections().items()
+        for key, field in model.model_fields.items()
+    }
+    of_runs = [
+        {
+            f"{s}.{key}": _as_text(value)
+            for s, keys in run.config.items()
+            for key, value in keys.items()
+        }
+        for run in runs
+    ]
     rows = []
-    for section, key in settings:
-        have = [key in run.config.get(section, {}) for run in runs]
-        values = [
-            _as_text(run.setting(section, key)) if has else "–"
-            for run, has in zip(runs, have, strict=True)
-        ]
-        field, default = known.get((section, key)), None
-        if field and not field.is_required():
-            default = _as_text(field.get_default(call_default_factory=True))
-        rows.append(
-            {
-                "key": f"{section}.{key}",
-                "values": values,
-                "differs": len(set(values)) > 1,
-                "changed": any(value not in (default, "–") for value in values),
-                "help": field.description or "" if field else "",
-            }
-        )
-    return sorted(rows, key=lambda row: (not row["differs"], not row["changed"]))
+    for key in dict.fromkeys(key for settings in of_runs for key in settings):
+        values = [settings.get(key, "–") for settings in of_runs]
+        if {*values} - {defaults.get(key), "–"}:
+            rows.append((key, values, len({*values}) > 1))
+    return sorted(rows, key=lambda row: not row[2])
 
 
 def _as_text(value: Any) -> str:
@@ -139,19 +107,23 @@ def sample_steps(run: RunData) -> list[dict[str, Any]]:
 
 
 def _shown(sample: dict[str, Any], highest: float) -> dict[str, Any]:
-    # Entropy and group are null for tokens that the policy did not sample, and for untrained
+    pieces, untrained = sample["pieces"], repeat(None)
+    # Entropy and group are None for tokens that the policy did not sample and for untrained
     # responses.
-    pieces, untrained = sample["pieces"], [None] * len(sample["pieces"])
     entropies, groups = sample["entropies"] or untrained, sample["groups"] or untrained
-    top = max((group for group in groups if group is not None), default=0)
+    top = max(filter(None, sample["groups"] or ()), default=None)
     tokens = []
-    for i, piece in enumerate(pieces[:SAMPLE_TOKENS]):
-        entropy, title = entropies[i], f"token {sample['tokens'][i]}"
-        token = {"heat": 0, "top": top > 0 and groups[i] == top}
-        if entropy is not None:
-            title = f"{entropy:.2f} nats, group {groups[i]}"
-            token["heat"] = round(100 * entropy / highest)
-        # Make tokens without text (end of sequence, part of a character) and line breaks visible.
-        text = piece.replace("\n", "⏎\n") if piece else "▫"
-        tokens.append(token | {"text": text, "title": title})
+    columns = zip(pieces[:SAMPLE_TOKENS], sample["tokens"], entropies, groups, strict=False)
+    for piece, number, entropy, group in columns:
+        trained = entropy is not None
+        tokens.append(
+            {
+                # Make tokens without text (end of sequence, part of a character) and line breaks
+                # visible.
+                "text": piece.replace("\n", "⏎\n") or "▫",
+                "title": f"{entropy:.2f} nats, group {group}" if trained else f"token {number}",
+                "heat": round(100 * entropy / highest) if trained else 0,
+                "top": trained and group == top,
+            }
+        )
     return sample | {"shown": tokens, "cut": len(pieces) - len(tokens)}

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,8 +12,9 @@ from typing import Any
 
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_json, read_jsonl
-from megatron_espo.monitoring.metric_names import LARGE_GAP
 
+# A mean |engine - trainer| log-prob gap above this, in nats per token, is a warning.
+LARGE_GAP = 0.05
 # The last line of a Python traceback, with or without vLLM's prefix.
 _EXCEPTION = re.compile(
     r"(?:^|\] )((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout)\b.*)$"
@@ -44,8 +45,7 @@ class RunData:
         lines: ``metrics.jsonl`` by step; of a repeated step the last line.
         config, summary, status: ``config.json``, ``summary.json``, ``status.json``; ``{}`` if there
             is none.
-        samples: lines of ``samples.jsonl`` by step, of ``SAMPLE_STEPS`` steps spread evenly over
-            those with trained samples.
+        samples: lines of ``samples.jsonl`` by step, of ``SAMPLE_STEPS`` steps spread evenly.
         entropies: lines of ``entropy.jsonl``.
         engine_exceptions: last lines of tracebacks in ``engine.log``, with their number.
     """
@@ -62,8 +62,8 @@ class RunData:
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps that report ``metric``, and its values."""
-        lines = [line for line in self.lines if isinstance(line.get(metric), int | float)]
-        return [line["step"] for line in lines], [float(line[metric]) for line in lines]
+        lines = [line for line in self.lines if metric in line]
+        return [line["step"] for line in lines], [line[metric] for line in lines]
 
     def names(self, pattern: str) -> list[str]:
         """Metrics whose whole name matches, in order of appearance."""
@@ -76,8 +76,13 @@ class RunData:
         return fmean(values) if values else math.nan
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of ``config.json``, or ``None``."""
-        return self.config.get(section, {}).get(key)
+        """A value of ``config.json``, or ``"?"``."""
+        return self.config.get(section, {}).get(key, "?")
+
+    @property
+    def model(self) -> str:
+        """Name of the model's folder."""
+        return Path(self.setting("model", "path")).name
 
     @property
     def phases(self) -> list[str]:
@@ -97,7 +102,7 @@ class RunData:
             verb = "failed" if state == "failed" else "was asked to stop"
             found.append(f"the run {verb} after step {last}: {why}")
         elif not self.summary:
-            steps = self.setting("run", "steps") or "?"
+            steps = self.setting("run", "steps")
             found.append(
                 f"the run had not finished when this was written ({last} of {steps} steps)"
             )
@@ -141,8 +146,12 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
                 f"{folder}: expected a run's folder with at least one step in metrics.jsonl, "
                 "found none"
             )
+        for line in lines.values():
+            if error := line.get("reward/standard_error"):
+                ends = {"_low": -error, "_high": error}
+                line |= {f"reward/mean{end}": line["reward/mean"] + x for end, x in ends.items()}
         config, summary, status = (
-            read_json(folder / f"{name}.json") for name in ("config", "summary", "status")
+            read_json(folder / f"{part}.json") for part in ("config", "summary", "status")
         )
         name = folder.resolve().name
         names[name] += 1
@@ -164,24 +173,24 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
 
 def _read_samples(path: Path) -> dict[int, list[dict[str, Any]]]:
     """Parses only the lines that are shown: the file of a long run has hundreds of MB."""
-    if not path.is_file():
-        return {}
-    trained: dict[int, bool] = {}
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if match := _STEP.match(line):
-                step = int(match[1])
-                trained[step] = trained.get(step, False) or not line.endswith('"groups": null}\n')
-    steps = sorted(step for step, found in trained.items() if found) or sorted(trained)
-    count = min(SAMPLE_STEPS, len(steps))
+    steps = sorted({step for step, _ in _sample_lines(path)})
+    places = range(SAMPLE_STEPS) if steps else ()
     chosen: dict[int, list] = {
-        steps[round(i * (len(steps) - 1) / max(1, count - 1))]: [] for i in range(count)
+        steps[round(i * (len(steps) - 1) / (SAMPLE_STEPS - 1))]: [] for i in places
     }
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if (match := _STEP.match(line)) and int(match[1]) in chosen and line.endswith("\n"):
-                chosen[int(match[1])].append(json.loads(line))
+    for step, line in _sample_lines(path):
+        if step in chosen:
+            chosen[step].append(json.loads(line))
     return chosen
+
+
+def _sample_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Step and text of each complete line."""
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if (match := _STEP.match(line)) and line.endswith("\n"):
+                    yield int(match[1]), line
 
 
 def _exceptions(log: Path) -> Counter[str]:

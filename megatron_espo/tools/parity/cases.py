@@ -1,6 +1,5 @@
 """The compared layouts, kinds of micro-batches and objectives. Standard library only."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import lcm
 from typing import Any, Literal, get_args
@@ -33,7 +32,7 @@ class ParallelLayout:
         return world_size >= self.ranks and world_size % lcm(model, experts) == 0
 
 
-LAYOUTS = (
+_ALL = (
     ParallelLayout("tp2", 2, {TP: 2}),
     ParallelLayout("tp2 sp", 2, {TP: 2, "sequence_parallel": True}),
     ParallelLayout("pp2", 2, {PP: 2}),
@@ -46,6 +45,7 @@ LAYOUTS = (
     ParallelLayout("tp2 sp ep2", 4, {TP: 2, "sequence_parallel": True, EP: 2}, moe=True),
     ParallelLayout("pp2 ep2", 4, {PP: 2, EP: 2}, moe=True),
 )
+LAYOUTS = {layout.name: layout for layout in _ALL}
 
 MICRO_BATCHES: dict[str, dict[str, Any]] = {
     "1": {"micro_batch_size": 1, "packed": False},
@@ -55,25 +55,7 @@ MICRO_BATCHES: dict[str, dict[str, Any]] = {
 }
 """Settings of the ``megatron`` section: responses in a padded micro-batch, or packed responses."""
 
-SHORT = {
-    "layouts": ("tp2 sp", "pp2 vpp2", "cp2", "dp2", "ep2"),
-    "micro_batches": ("2", "packed"),
-    "objectives": ("espo", "gmpo"),
-}
-"""The part of ``--short``: each kind of parallelism, of micro-batch and of segment once."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The part of the matrix that one command runs."""
-
-    layouts: tuple[str, ...]
-    micro_batches: tuple[str, ...]
-    objectives: tuple[Objective, ...]
-
-    def of_world(self, world_size: int, *, has_experts: bool) -> Iterator[ParallelLayout]:
-        """The selected layouts that ``world_size`` ranks and the model allow."""
-        for layout in LAYOUTS:
-            is_selected = layout.name in self.layouts and layout.moe == has_experts
-            if is_selected and layout.fits(world_size):
-                yield layout
+# ``--short`` has each kind of parallelism, of micro-batch and of segment once.
+SHORT_LAYOUTS = ("tp2 sp", "pp2 vpp2", "cp2", "dp2", "ep2")
+SHORT_MICRO_BATCHES = ("2", "packed")
+SHORT_OBJECTIVES: tuple[Objective, ...] = ("espo", "gmpo")

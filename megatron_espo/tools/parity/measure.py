@@ -1,6 +1,5 @@
 """Loss and gradient of the recorded batch in one layout, compared with the one-rank reference."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from megatron_espo.config import Algorithm, Config, Megatron, Optimizer
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
@@ -102,41 +99,37 @@ def write_reference(
     model: Model, sequences: list[TrainSequence], objectives: tuple[Objective, ...], folder: Path
 ) -> None:
     """Write loss, norm and gradients of the one-rank model."""
-    numbers = {}
     for objective in objectives:
         loss, _ = model.backward(sequences, model.config.megatron, objective)
         gradients = {
             name: tensor.clone() for name, tensor in model.gradients() if tensor is not None
         }
         norm = torch.stack([tensor.double().norm() for tensor in gradients.values()]).norm()
-        numbers[objective] = {"loss": loss, "grad_norm": float(norm)}
-        save_file(gradients, folder / f"{objective}.safetensors")
-    (folder / "reference.json").write_text(json.dumps(numbers))
+        reference = {"loss": loss, "grad_norm": float(norm), "gradients": gradients}
+        torch.save(reference, folder / f"{objective}.pt")
 
 
 def compare(
     model: Model, loss: float, norm: float, objective: str, folder: Path
 ) -> Difference | None:
     """Compare the gradient that ``model`` holds; the result on rank 0, None on other ranks."""
-    is_main = model.runtime.is_main
-    errors = {}
-    reference = safe_open(folder / f"{objective}.safetensors", "pt") if is_main else None
+    errors, reference = {}, None
+    if model.runtime.is_main:
+        reference = torch.load(folder / f"{objective}.pt", mmap=True)
     for name, tensor in model.gradients():
-        if reference is not None and tensor is not None:
-            wanted, found = reference.get_tensor(name).double(), tensor.cpu().double()
+        if reference and tensor is not None:
+            wanted, found = reference["gradients"].pop(name).double(), tensor.cpu().double()
             errors[name] = _relative(float((found - wanted).norm()), float(wanted.norm()))
     if reference is None:
         return None
-    missing = set(reference.keys()) ^ set(errors)
-    assert not missing, missing
-    numbers = json.loads((folder / "reference.json").read_text())[objective]
+    assert not reference["gradients"], f"not compared: {list(reference['gradients'])}"
     # NaN is the worst value.
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return Difference(
         loss=loss,
         grad_norm=norm,
-        loss_error=_relative(abs(loss - numbers["loss"]), abs(numbers["loss"])),
-        norm_error=_relative(abs(norm - numbers["grad_norm"]), numbers["grad_norm"]),
+        loss_error=_relative(abs(loss - reference["loss"]), abs(reference["loss"])),
+        norm_error=_relative(abs(norm - reference["grad_norm"]), reference["grad_norm"]),
         worst=errors[worst],
         tensor=worst,
     )

@@ -107,7 +107,7 @@ def _elements(mapping: ParamMapping) -> int:
 
 
 def count_parameters(ranks: Sequence[BuiltRank], groups: Groups) -> list[StageParameters]:
-    """Count each stage's parameters. RuntimeError if their sum differs from the checkpoint's."""
+    """Count each stage's parameters."""
     stages: list[StageParameters] = []
     seen: set[str] = set()
     for stage in sorted({rank.stage for rank in ranks}):
@@ -118,11 +118,6 @@ def count_parameters(ranks: Sequence[BuiltRank], groups: Groups) -> list[StagePa
         layers = {held.group for held in own[0].held} - {0, len(groups) - 1}
         per_gpu = max(rank.parameters for rank in own)
         stages.append(StageParameters(stage, len(layers), whole, per_gpu))
-    built, expected = sum(stage.whole for stage in stages), total_parameters(groups)
-    if built != expected:
-        raise RuntimeError(
-            f"plan: expected the checkpoint's {expected:,} parameters, got {built:,}"
-        )
     return stages
 
 
@@ -207,11 +202,9 @@ class StageMemory:
         head: final norm, logits and their gradient (last stage).
         sync: extra memory while weights are gathered for the engine; no activations exist then.
         engine: memory of an engine on the same GPU.
-        engine_weights: the part of ``engine`` that holds weights.
-        sleeps: the engine holds nothing during training, and only weights during the sync
-            (``rollout.sleep``).
-        offload: parts of the trainer that are on the host outside training (``megatron.offload``).
-        canary: after a sync, engine and trainer compute log-probs of the same weights.
+        host: host memory for the offloaded parts; gradients are not copied.
+        phases: trainer and engine in each phase of a step.
+        total: trainer and engine in the worst phase.
     """
 
     stage: int
@@ -225,44 +218,9 @@ class StageMemory:
     head: int
     sync: int
     engine: int
-    engine_weights: int
-    sleeps: bool
-    offload: tuple[str, ...]
-    canary: bool
-
-    @property
-    def static(self) -> int:
-        """Bytes held between steps without offloading."""
-        return self.weights + self.gradients + self.main_weights + self.adam
-
-    @property
-    def host(self) -> int:
-        """Host memory for the offloaded parts; gradients are not copied."""
-        return self._offloaded("optimizer") + self._offloaded("weights")
-
-    @property
-    def phases(self) -> dict[str, tuple[int, int]]:
-        """Bytes of trainer and engine in each phase of a step."""
-        kept = self.static - self._offloaded("optimizer") - self._offloaded("gradients")
-        step = self.static + self.activations + max(self.working, self.head)
-        awake = self.engine
-        phases = {
-            "training": (step, 0 if self.sleeps else awake),
-            "sync": (kept + self.sync, self.engine_weights if self.sleeps else awake),
-        }
-        if self.canary:  # the engine decodes, and the trainer scores the same tokens
-            phases["canary"] = (kept, awake)
-        return phases | {"rollouts": (kept - self._offloaded("weights"), awake)}
-
-    @property
-    def total(self) -> int:
-        """Trainer and engine in the worst phase."""
-        return max(map(sum, self.phases.values()))
-
-    def _offloaded(self, part: str) -> int:
-        states = self.main_weights + self.adam
-        sizes = {"optimizer": states, "gradients": self.gradients, "weights": self.weights}
-        return sizes[part] if part in self.offload else 0
+    host: int
+    phases: dict[str, tuple[int, int]]
+    total: int
 
 
 def plan_memory(
@@ -277,22 +235,34 @@ def plan_memory(
         sync: extra bytes while weights are gathered.
         engine: the engine on the same GPU, if there is one.
     """
-    activations = Activations(config, hf_config, pipeline.tokens, on_gpu)
-    layers = [
-        groups[i] for i in sorted({shard.group for shard in rank.held} - {0, len(groups) - 1})
-    ]
-    per_chunk = max(1, len(layers) // pipeline.chunks)
-    chunks = [
-        activations.chunk(layers[start : start + per_chunk])
-        for start in range(0, len(layers), per_chunk)
-    ]
+    model = Activations(config, hf_config, pipeline.tokens, on_gpu)
+    decoder = [shard for shard in rank.held if 0 < shard.group < len(groups) - 1]
+    layers = [groups[i] for i in sorted({shard.group for shard in decoder})]
+    size = max(1, len(layers) // pipeline.chunks)
+    chunks = [model.chunk(layers[i : i + size]) for i in range(0, len(layers), size)]
     kept, working = map(max, zip((0, 0), *chunks, strict=True))
-    in_flight, is_last = pipeline.in_flight(rank.stage), rank.stage == pipeline.stages - 1
+    is_last = rank.stage == pipeline.stages - 1
     if not is_last:  # the stage's output is kept until its gradient arrives
-        kept += activations.stage_output()
-    if not activations.fused:  # a linear's gradient is a tensor before DDP's buffer takes it
-        decoder = [shard for shard in rank.held if 0 < shard.group < len(groups) - 1]
-        working += max(prod(shard.shape) for shard in decoder) * activations.itemsize
+        kept += model.stage_output()
+    if not model.fused:  # a linear's gradient is a tensor before DDP's buffer takes it
+        working += max(prod(shard.shape) for shard in decoder) * model.itemsize
+    head, in_flight = model.head() if is_last else 0, pipeline.in_flight(rank.stage)
+    activations = in_flight * kept
+
+    states = rank.main_bytes + rank.adam_bytes
+    held = rank.parameter_bytes + rank.gradient_bytes + states
+    sizes = {"optimizer": states, "gradients": rank.gradient_bytes, "weights": rank.parameter_bytes}
+    away = {part: bytes_ * (part in config.megatron.offload) for part, bytes_ in sizes.items()}
+    left = held - away["optimizer"] - away["gradients"]
+    awake, weights = (engine.budget_bytes, engine.weight_bytes) if engine else (0, 0)
+    sleeps = config.rollout.sleep
+    phases = {
+        "training": (held + activations + max(working, head), 0 if sleeps else awake),
+        "sync": (left + sync, weights if sleeps else awake),
+    }
+    if config.rollout.canary_prompts:  # the engine decodes, and the trainer scores the same tokens
+        phases["canary"] = (left, awake)
+    phases["rollouts"] = (left - away["weights"], awake)
     return StageMemory(
         stage=rank.stage,
         in_flight=in_flight,
@@ -300,15 +270,14 @@ def plan_memory(
         gradients=rank.gradient_bytes,
         main_weights=rank.main_bytes,
         adam=rank.adam_bytes,
-        activations=in_flight * kept,
+        activations=activations,
         working=working,
-        head=activations.head() if is_last else 0,
+        head=head,
         sync=sync,
-        engine=engine.budget_bytes if engine else 0,
-        engine_weights=engine.weight_bytes if engine else 0,
-        sleeps=config.rollout.sleep,
-        offload=config.megatron.offload,
-        canary=bool(config.rollout.canary_prompts),
+        engine=awake,
+        host=away["optimizer"] + away["weights"],
+        phases=phases,
+        total=max(map(sum, phases.values())),
     )
 
 
@@ -356,10 +325,8 @@ class Activations:
 
     def head(self) -> int:
         """Bytes of the final norm and the fused output layer when every token is scored."""
-        columns, budget_mib = (
-            -(-self.hf_config["vocab_size"] // self.tp),
-            self.megatron.head_memory_mib,
-        )
+        columns = -(-self.hf_config["vocab_size"] // self.tp)
+        budget_mib = self.megatron.head_memory_mib
         logits = plan_head(
             self.tokens,
             columns,

@@ -3,9 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import reduce
 from math import lcm
-from operator import or_
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,9 +30,6 @@ from megatron_espo.tools.plan.memory import (
 from megatron_espo.tools.plan.transfer import Links, Transfer, plan_transfer
 
 Changes = dict[str, Any]
-MAX_FIXES = 3
-MIN_ENGINE_SHARE = 0.1  # of a GPU
-MIN_MICRO_BATCH_TOKENS = 1024
 RECOMPUTE = {
     "megatron.recompute_granularity": "full",
     "megatron.recompute_method": "uniform",
@@ -66,8 +62,9 @@ class Machine:
 class Plan:
     """What a run needs and transfers, in bytes, elements and seconds.
 
-    ``host_bytes`` is the memory of a node for what ``megatron.offload`` moves there, ``offload_s``
-    the estimated seconds that a step spends on moving it.
+    ``in_phases``: trainer or engine free memory in some phases of a step. ``host_bytes`` is the
+    memory of a node for what ``megatron.offload`` moves there, ``offload_s`` the estimated seconds
+    that a step spends on moving it.
     """
 
     model: str
@@ -81,6 +78,7 @@ class Plan:
     pipeline: Pipeline
     engine: Engine
     transfer: Transfer
+    in_phases: bool
     host_bytes: int
     offload_s: float
     problems: list[str]
@@ -95,11 +93,14 @@ class Plan:
         """The stage that needs most memory."""
         return max(self.memory, key=lambda stage: stage.total)
 
+    @property
+    def excess(self) -> tuple[int, float]:
+        """Larger for a run that is further from fitting."""
+        return len(self.problems), fmean(stage.total for stage in self.memory)
+
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists, derived values included."""
         data = asdict(self) | {"fits": self.fits}
-        for stage, row in zip(self.memory, data["memory"], strict=True):
-            row |= {name: getattr(stage, name) for name in ("static", "phases", "host", "total")}
         data["transfer"]["seconds"] = self.transfer.seconds
         return data
 
@@ -212,6 +213,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
         pipeline=pipeline,
         engine=engine,
         transfer=transfer,
+        in_phases=config.rollout.sleep or bool(megatron.offload),
         host_bytes=offloaded * min(world_size, machine.links.gpus_per_node),
         offload_s=2 * offloaded / machine.host_link,
         problems=[*_memory_problems(memory, machine.gpu_memory), *engine.problems()],
@@ -229,29 +231,19 @@ def _memory_problems(memory: list[StageMemory], gpu_memory: int) -> Iterator[str
             )
 
 
-def find_fixes(config: Config, build: Builder, plan: Plan, gpus: int | None) -> list[str]:
-    """Up to three changes that each make the run of ``plan`` fit, the cheapest first.
-
-    Every candidate is planned. Single settings come first, then each together with all settings
-    that save memory without changing the layout.
+def find_fix(config: Config, build: Builder, plan: Plan, gpus: int | None) -> str | None:
+    """Changes that make the run of ``plan`` fit: those of the usual ones that help, one after the
+    other, until it fits.
     """
-    node = build.machine.links.gpus_per_node
-    savings = list(_savings(config, plan, node))
-    together: Changes = reduce(or_, savings, {})
-    singles = [*savings, *_smaller(config), *_layouts(config, node, gpus)]
-    for candidates in (singles, [together, *(together | changes for changes in singles)]):
-        found: dict[str, str] = {}
-        for changes in candidates:
-            settings = " ".join(changes)
-            changed = None if settings in found else _changed_plan(config, build, changes, gpus)
-            if changed and changed.fits:
-                memory = f"{changed.worst.total / GB:.1f} GB on each of {changed.world_size} GPUs"
-                found[settings] = f"{_overrides(changes)}: {memory}"
-            if len(found) == MAX_FIXES:
-                break
-        if found:
-            return list(found.values())
-    return []
+    best, changes = plan, Changes()
+    for change in _usual_changes(config, plan, build.machine.links.gpus_per_node, gpus):
+        changed = _changed_plan(config, build, changes | change, gpus)
+        if changed and changed.excess < best.excess:
+            best, changes = changed, changes | change
+        if best.fits:
+            memory = f"{best.worst.total / GB:.1f} GB on each of {best.world_size} GPUs"
+            return f"{_overrides(changes)}: {memory}"
+    return None
 
 
 def _overrides(changes: Changes) -> str:
@@ -260,48 +252,31 @@ def _overrides(changes: Changes) -> str:
     return " ".join(text).replace('"', "")
 
 
-def _savings(config: Config, plan: Plan, node: int) -> Iterator[Changes]:
-    """Changes that save memory in the same layout."""
-    m, engine = config.megatron, plan.engine
-    if not config.optimizer.use_distributed_optimizer:
-        yield {"optimizer.use_distributed_optimizer": True}
-    if m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
-        yield {"megatron.sequence_parallel": True}
-    if engine.shares_gpus and not config.rollout.sleep and not config.rollout.max_staleness:
+def _usual_changes(config: Config, plan: Plan, node: int, gpus: int | None) -> Iterator[Changes]:
+    """Changes that save memory: in the same layout, then with more GPUs for each replica of the
+    model.
+    """
+    m, share = config.megatron, config.rollout.gpu_memory_utilization
+    yield {"rollout.tensor_parallel_size": node}
+    yield {"optimizer.use_distributed_optimizer": True}
+    yield {"megatron.sequence_parallel": True}
+    if plan.engine.shares_gpus and not config.rollout.max_staleness:
         yield OFFLOAD
-    if m.recompute_granularity != "full":
-        yield RECOMPUTE
-    if engine.kv_tokens < engine.max_model_len and engine.gpus < node:
-        yield {"rollout.tensor_parallel_size": node}
-
-
-def _smaller(config: Config) -> Iterator[Changes]:
-    """A smaller engine, then smaller micro-batches."""
-    share = config.rollout.gpu_memory_utilization
-    while (share := round(share - 0.1, 2)) >= MIN_ENGINE_SHARE:
+    yield RECOMPUTE
+    while (share := round(share - 0.1, 2)) >= 0.1:
         yield {"rollout.gpu_memory_utilization": share}
-    if config.megatron.head_memory_mib is None:
+    if m.head_memory_mib is None:
         yield {"megatron.head_memory_mib": 1024}
-    tokens = config.megatron.max_tokens_per_micro_batch
-    while (tokens := tokens // 2) >= max(
-        MIN_MICRO_BATCH_TOKENS, config.rollout.max_response_tokens
-    ):
+    tokens = m.max_tokens_per_micro_batch
+    while (tokens := tokens // 2) >= max(1024, config.rollout.max_response_tokens):
         yield {"megatron.max_tokens_per_micro_batch": tokens}
-
-
-def _layouts(config: Config, node: int, gpus: int | None) -> Iterator[Changes]:
-    """More GPUs for each replica of the model, or for the optimizer's states."""
-    m = config.megatron
-    if m.virtual_pipeline_model_parallel_size:
-        yield {"megatron.virtual_pipeline_model_parallel_size": None}
     tp = m.tensor_model_parallel_size
     while (tp := tp * 2) <= node:
         yield {"megatron.tensor_model_parallel_size": tp, "megatron.sequence_parallel": True}
     for times in (2, 4, 8):
         yield {"megatron.pipeline_model_parallel_size": m.pipeline_model_parallel_size * times}
     if gpus:
-        for times in (2, 4):
-            yield {"--gpus": gpus * times}
+        yield {"--gpus": gpus * 2}
 
 
 def _changed_plan(
@@ -314,10 +289,6 @@ def _changed_plan(
         if section:
             tree[section][name] = value
     try:
-        changed = Config.model_validate(tree)
-        # The engine is checked first: this needs no build.
-        if any(build.engine(changed).problems()):
-            return None
-        return make_plan(changed, build, changes.get("--gpus", gpus))
+        return make_plan(Config.model_validate(tree), build, changes.get("--gpus", gpus))
     except ValueError:  # an InputError, or pydantic's
         return None

@@ -10,58 +10,42 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.tools import preflight
-from megatron_espo.tools.preflight import Topology
+from megatron_espo.tools.preflight import Cluster
 
 
 def faults() -> dict[str, list[dict]]:
     """``{fault: [rank 0's row, rank 1's row]}``. Each rank is a node."""
     rank = dist.get_rank()
-    topology = Topology(rank, ["node0", "node1"], [0, 1], [rank], torch.device("cpu"))
-    limit, real_limit, real_sum = resource.RLIMIT_NOFILE, resource.getrlimit, dist.all_reduce
+    real_limit, real_sum = resource.getrlimit, dist.all_reduce
 
     def few_files(which):
-        return (128, 128) if which == limit else real_limit(which)
+        return (128, 128) if which == resource.RLIMIT_NOFILE else real_limit(which)
 
     def wrong_sum(tensor, **kwargs):
         real_sum(tensor, **kwargs)
         tensor[-1] += 1
 
     with tempfile.TemporaryDirectory() as own:
+        cluster = Cluster(own, ["node0", "node1"], [rank], torch.device("cpu"), gpus=0)
         tried = {
-            "versions": (
-                preflight.versions_row,
-                patch.object(metadata, "version", lambda name: "0.0.1"),
-            ),
-            "files": (preflight.limits_row, patch.object(resource, "getrlimit", few_files)),
-            "folder": (preflight.folder_row, patch.object(preflight, "MIB", 1)),
-            "bandwidth": (
-                preflight.network_bandwidth_row,
-                patch.object(dist, "all_reduce", wrong_sum),
-            ),
+            "versions": patch.object(metadata, "version", lambda name: "0.0.1"),
+            "limits": patch.object(resource, "getrlimit", few_files),
+            "folder": patch.object(preflight, "VISIBLE_S", 0.5),
+            "network bandwidth": patch.object(dist, "all_reduce", wrong_sum),
         }
-        with patch.object(preflight, "_find", lambda file, start: _find(file, start, 0.5)):
-            rows = {
-                name: _row(rank, check, fault, topology, own)
-                for name, (check, fault) in tried.items()
-            }
+        names = ("versions", "files", "folder", "bandwidth")
+        rows = {}
+        for name, (check, fault) in zip(names, tried.items(), strict=True):
+            if rank == 1 or check == "folder":
+                fault.start()
+            rows[name] = _row(preflight.CHECKS[check], cluster)
+            if rank == 1 or check == "folder":
+                fault.stop()
         with patch.object(torch.cuda, "get_device_name", lambda device: "H100"):
-            device = torch.device("cuda", 0) if rank == 0 else torch.device("cpu")
-            with patch.object(torch.cuda, "device_count", lambda: 1 - rank):
-                rows["gpu"] = preflight._gather(
-                    asdict(preflight.gpus_row(replace(topology, device=device), own))
-                )
-            gpu_topology = replace(topology, device=torch.device("cuda", 0))
-            rows["memlock"] = preflight._gather(asdict(preflight.limits_row(gpu_topology, own)))
+            rows["gpu"] = _row(preflight.gpus_row, replace(cluster, gpus=1 - rank))
+        rows["memlock"] = _row(preflight.node_limits_row, replace(cluster, gpus=1))
     return rows
 
 
-_find = preflight._find
-
-
-def _row(rank, check, fault, topology, own) -> list[dict]:
-    if rank == 1:
-        fault.start()
-    row = check(topology, own)
-    if rank == 1:
-        fault.stop()
-    return preflight._gather(asdict(row))
+def _row(check, cluster) -> list[dict]:
+    return preflight._gather(asdict(preflight.worst(check(cluster), cluster.hosts)))
