@@ -64,10 +64,8 @@ PROBES = (
     ),
     Probe(
         "megatron-core",
-        "import inspect\nfrom megatron.core.models.gpt import GPTModel\n"
-        "has = 'output_processor' in inspect.signature(GPTModel.forward).parameters\n"
-        "facts['note'] = f\"{'has' if has else 'no'} output_processor\"",
-        "pip install megatron-core (>= 0.19 needs Python 3.12)",
+        "import megatron_espo.megatron\nfrom megatron.core.models.gpt import GPTModel",
+        "pip install 'megatron-core>=0.19' (it needs Python 3.12)",
         needed=True,
     ),
     Probe(
