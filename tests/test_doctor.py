@@ -98,12 +98,14 @@ def test_both_builds_of_vllm_at_once_are_broken(install):
     assert "both overwrite the same files" in row.advice
 
 
-def test_output_processor_of_the_installed_megatron_core():
+def test_the_installed_megatron_core_works_and_an_older_one_is_refused(install, tmp_path):
     row = doctor.run_probe(probe("megatron-core"), 120)
-    major, minor = map(int, row.found.split()[1].split(".")[:2])
-    assert row.state == WORKS
-    has = "has" if (major, minor) >= (0, 19) else "no"
-    assert row.found.endswith(f"({has} output_processor)")
+    assert row.state == WORKS, row
+    install("megatron-core", "0.18.2", "megatron")
+    (tmp_path / "megatron" / "core.py").write_text("__version__ = '0.18.2'\n")
+    row = doctor.run_probe(probe("megatron-core"), 120)
+    assert (row.state, row.found) == (BROKEN, "0.18.2")
+    assert "expected 0.19 or newer, got 0.18.2" in row.advice
 
 
 STAND_IN = """

@@ -34,6 +34,7 @@ def test_a_field_of_two_configurations_reaches_both():
         ("hidden_size", 8, "config.json"),
         ("calculate_per_token_loss", False, "schedule"),
         ("lr", 1.0, "optimizer.lr"),
+        ("grad_norm_skip_threshold", 10.0, "optimizer.spike_factor"),
     ],
 )
 def test_what_cannot_be_overridden_is_refused(name, value, part):

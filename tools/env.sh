@@ -58,10 +58,26 @@ print("cuda" if any(need.startswith(("nvidia-", "cuda-")) for need in needs) els
     fi
 }
 
+# Puts Megatron-Core's wheel for Python 3.12 into Python 3.11. Its metadata asks for 3.12, but its Python code runs on 3.11,
+# for which some package indexes have torch's CPU build. Its compiled module, which this package does not use, does not load.
+espo_install_megatron() {
+    local folder status=0
+    folder=$(mktemp -d) || return
+    {
+        python -m pip install -qq --no-deps --require-hashes --only-binary :all: --ignore-requires-python \
+            --python-version 3.12 --no-compile --target "$folder" -r "$1" &&
+            python -m pip uninstall -qq -y megatron-core &&
+            cp -R "$folder/." "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    } || status=$?
+    rm -rf "$folder"
+    return "$status"
+}
+
 # Installs the missing ones of the pinned packages, torch and this repository.
 espo_install() {
-    local root=$1 pins=$2 lacking torch
-    lacking=$(python "$root/tools/missing_packages.py" "$pins" "$root") || return
+    local root=$1 pins=$2 megatron=$1/requirements/megatron-core-py311.txt lacking torch
+    [ "$(espo_version python)" = 3.11 ] || megatron=
+    lacking=$(python "$root/tools/missing_packages.py" "$root" "$pins" ${megatron:+"$megatron"}) || return
     torch=$(python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null)
     case "$torch" in
         "$espo_torch"*) ;;
@@ -73,6 +89,7 @@ espo_install() {
         espo_say "installing $(grep -c == <<<"$lacking") pinned packages into $VIRTUAL_ENV (minutes, the first time)"
         # --no-deps: the list is complete, and torch's companions must stay out (see requirements/cpu-overrides.txt).
         python -m pip install -qq --no-deps --require-hashes -r "$pins" || return
+        case "${megatron:+$lacking}" in *megatron-core==*) espo_install_megatron "$megatron" || return ;; esac
     fi
     if [ -n "$lacking" ]; then
         espo_say "installing megatron-espo from $root"

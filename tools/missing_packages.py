@@ -49,4 +49,6 @@ def editable_location(name: str) -> Path | None:
 
 
 if __name__ == "__main__":
-    print("\n".join(missing(Path(sys.argv[1]).read_text(), Path(sys.argv[2]).resolve())))
+    repository, *files = map(Path, sys.argv[1:])
+    pins = "".join(file.read_text() for file in files)
+    print("\n".join(missing(pins, repository.resolve())))

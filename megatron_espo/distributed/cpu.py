@@ -1,6 +1,6 @@
 """Run an unmodified Megatron-Core on a machine without CUDA.
 
-For Megatron-Core 0.16 to 0.19 and torch 2.8 and newer. Megatron-Core passes the device ``cuda`` in
+For Megatron-Core 0.19 and torch 2.8 and newer. Megatron-Core passes the device ``cuda`` in
 many places. Without CUDA, :func:`install` redirects these to the CPU: a ``TorchFunctionMode``
 changes device arguments, and the ``torch.cuda`` functions that Megatron calls are replaced. The
 change holds for the whole process, so the rollout engine runs in another process. With CUDA

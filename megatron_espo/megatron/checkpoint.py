@@ -270,7 +270,7 @@ def optimizer_form(config: Any, hf_config: dict[str, Any]) -> dict[str, Any]:
 
     Whole tensors load in any layout. DDP's buckets need the same TP, PP, VPP and EP: they are used
     for an embedding tied over pipeline stages, which has its own bucket, because Megatron-Core (as
-    of 0.16) then cuts whole tensors at wrong places.
+    of 0.19) then cuts whole tensors at wrong places.
     """
     is_whole = not is_tied(hf_config) or config.pipeline_model_parallel_size == 1
     layout = {name: getattr(config, name) for name in _LAYOUT}

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_espo.algo import load_objective
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.megatron.attention import SharedPrefixSeqParams
-from megatron_espo.megatron.head import LogProbEntropyHead, forward_with_head
+from megatron_espo.megatron.head import LogProbEntropyHead
 from megatron_espo.megatron.loss import PolicyLoss, Recorder
 from megatron_espo.megatron.router_replay import RouterReplay
 
@@ -76,7 +76,7 @@ def make_forward_step(
         }
         if router_replay is not None:
             router_replay.give(model, batch.routed_experts)
-        output = forward_with_head(model, head, batch, **inputs)
+        output = model(**inputs, output_processor=head, output_processor_context=batch)
         if router_replay is not None:
             router_replay.follow(model, batch.routed_experts, output)
         return output, partial(loss, batch)

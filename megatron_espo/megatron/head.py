@@ -1,14 +1,10 @@
 """From hidden states to log-probs and entropies of the response tokens, on the vocabulary shard."""
 
-import inspect
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_espo.data.packing import MicroBatch
@@ -69,33 +65,3 @@ class LogProbEntropyHead:
             float32_logits=True,
         )
         return torch.stack([logprob, entropy])
-
-
-@cache
-def has_output_processor() -> bool:
-    """Whether this Megatron-Core (0.19 and newer) has the ``output_processor`` argument."""
-    return "output_processor" in inspect.signature(GPTModel.forward).parameters
-
-
-def forward_with_head(
-    model: torch.nn.Module, head: LogProbEntropyHead, context: MicroBatch, **inputs: Any
-) -> Tensor:
-    """Run ``model(**inputs)``: ``head``'s output on the last pipeline stage, else hidden states.
-
-    Megatron-Core before 0.19 has no ``output_processor``. There the model returns its hidden states
-    (its ``post_process`` flag is off during the call), and the head is applied to them.
-    """
-    if has_output_processor():
-        return model(**inputs, output_processor=head, output_processor_context=context)
-    core = unwrap_model(model)
-    if not core.post_process:
-        return model(**inputs)
-    core.post_process = False
-    try:
-        hidden = model(**inputs)
-    finally:
-        core.post_process = True
-    tied = core.share_embeddings_and_output_weights
-    weight = core.shared_embedding_or_output_weight() if tied else None
-    layer = core.output_layer
-    return head(hidden_states=hidden, output_layer=layer, output_weight=weight, context=context)

@@ -191,7 +191,6 @@ def build_model(
             from megatron_espo.megatron.attention import SharedPrefixRotary
 
             chunk.rotary_pos_emb = SharedPrefixRotary(chunk.rotary_pos_emb)
-        _mark_shards(chunk)
         chunks.append(chunk.cuda())
     return chunks
 
@@ -200,24 +199,6 @@ def build_configured(config: Config, hf_config: dict[str, Any], groups: Any) -> 
     """Call :func:`build_model` with a run's configuration."""
     dtype = getattr(torch, config.model.dtype)
     return build_model(hf_config, config.megatron, groups, dtype=dtype)
-
-
-def _mark_shards(chunk: torch.nn.Module) -> None:
-    """Set ``tensor_model_parallel`` on sharded weights, which Megatron does on initialization.
-
-    Megatron counts unmarked weights as copies: the global gradient norm, by which it clips, would
-    include the first tensor-parallel rank's shard only.
-    """
-    from megatron.core.tensor_parallel import layers
-
-    row = layers.RowParallelLinear
-    sharded = (layers.ColumnParallelLinear, row, layers.VocabParallelEmbedding)
-    for module in chunk.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, sharded) and weight is not None:
-            if not getattr(weight, "tensor_model_parallel", False):
-                dim = int(isinstance(module, row))
-                layers.set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def rope_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -252,9 +233,7 @@ def _layer_spec(config: Any, te: bool, vp_stage: int | None, groups: Any) -> Any
     if te:
         return block
     from megatron_espo.megatron.attention import PackedDotProductAttention, RMSNorm
-    from megatron_espo.megatron.patches import define_te_general_gemm
 
-    define_te_general_gemm()
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

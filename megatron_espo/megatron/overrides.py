@@ -21,7 +21,10 @@ FIXED = {
     "moe_z_loss_coeff": "a router loss would move weights without an advantage",
     "moe_input_jitter_eps": "log-probs of engine and trainer must agree",
     "moe_expert_capacity_factor": "dropped tokens would have no gradient",
+    "moe_expert_rank_capacity_factor": "dropped tokens would have no gradient",
     "moe_router_force_load_balancing": "routing would be random",
+    "moe_router_force_biased": "routing would be random",
+    "use_mup": "log-probs of engine and trainer must agree",
     "mtp_num_layers": "prediction heads for further tokens are not trained",
     "overlap_param_gather": "the weight update reads all weights right after the optimizer step",
     "overlap_param_gather_with_optimizer_step": "the weight update reads all weights right after "
@@ -30,10 +33,13 @@ FIXED = {
     "use_custom_fsdp": "weights are read from Megatron's DistributedDataParallel",
     "average_in_collective": "the loss is already divided by the token count of the whole batch",
     "fp8_param_gather": "the weight update reads weights in model.dtype",
+    "fp4_param_gather": "the weight update reads weights in model.dtype",
+    "fp4_param": "the weight update reads weights in model.dtype",
     "fp8_param": "the weight update reads weights in model.dtype",
     "init_model_with_meta_device": "weights are loaded from a model folder",
     "variable_seq_lengths": "micro-batches of a pipeline have one shape",
     "optimizer": "checkpoints hold Adam's states",
+    "grad_norm_skip_threshold": "optimizer.spike_factor skips such steps and reports them",
 }
 # Fields whose value follows from these keys of the run's configuration.
 FROM_SETTINGS = {

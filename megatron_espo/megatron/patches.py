@@ -39,7 +39,7 @@ class Patch(NamedTuple):
 PATCHES: list[Patch] = []
 
 
-def _patch(module: str, source: str, version: str = "Megatron-Core 0.16 to 0.19") -> Callable:
+def _patch(module: str, source: str, version: str = "Megatron-Core 0.19") -> Callable:
     """Register the decorated function in ``PATCHES``."""
 
     def register(function: Callable) -> Callable:
@@ -126,13 +126,3 @@ def fake_process_groups(rank: int, world_size: int) -> Iterator[None]:
         mock.patch.object(dist, "all_gather_object", all_gather_object),
     ):
         yield
-
-
-def define_te_general_gemm() -> None:
-    """Define a name that Megatron-Core 0.16's router looks up even without Transformer Engine.
-
-    Megatron-Core 0.19 defines it. Delete this function with the support for older releases.
-    """
-    from megatron.core.transformer.moe import moe_utils
-
-    vars(moe_utils).setdefault("te_general_gemm", None)

@@ -152,7 +152,7 @@ def rollout_metrics(
         advantages: ``[prompts, group_size]``.
 
     Returns:
-        ``reward/*``, ``rollout/*`` and ``environment/*``; see ``metric_names``.
+        ``reward/*``, ``rollout/*`` and ``environment/*``; see ``docs/metrics.md``.
     """
     samples = [sample for group in rollouts for sample in group]
     parts = [part for sample in samples for part in sample.parts]

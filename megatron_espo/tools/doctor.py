@@ -70,13 +70,9 @@ note = f"CUDA {torch.version.cuda}, {gpus}" if torch.version.cuda else "a CPU bu
     ),
     Probe(
         "megatron-core",
-        """
-import inspect
-from megatron.core.models.gpt import GPTModel
-has = "output_processor" in inspect.signature(GPTModel.forward).parameters
-note = f"{'has' if has else 'no'} output_processor"
-""",
-        "pip install megatron-core (>= 0.19 needs Python 3.12)",
+        "import megatron_espo.megatron
+from megatron.core.models.gpt import GPTModel",
+        "pip install 'megatron-core>=0.19' (it needs Python 3.12)",
         ("megatron-core",),
     ),
     Probe(
