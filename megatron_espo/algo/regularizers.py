@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from megatron_espo.algo.objectives import MAX_EXPONENT
-from megatron_espo.algo.segments import SumOverRanks, TokenSegments, sum_by_index
+from megatron_espo.algo.segments import SumOverRanks, TokenSegments, as_float, sum_by_index
+
+LEVELS = ("token", "sequence")
 
 
 def rollout_correction(
@@ -30,8 +32,17 @@ def rollout_correction(
 
     Returns:
         ``[tokens]`` float32, detached: a factor of each token's weight.
+
+    Raises:
+        ValueError: an unknown level, a cap that is not positive, or log-probs whose shape or device
+            is not that of ``segments``.
     """
-    exponent = (old_logprob - rollout_logprob).detach()
+    if level not in LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    if not cap > 0:
+        raise ValueError(f"cap: expected a positive number, got {cap}")
+    old = as_float("old_logprob", old_logprob.detach(), segments.segment)
+    exponent = old - as_float("rollout_logprob", rollout_logprob.detach(), segments.segment)
     if level == "sequence":
         sums = sum_by_index(exponent, segments.response, segments.length.numel())
         exponent = sum_over_ranks(sums)[segments.response]
@@ -49,6 +60,12 @@ def kl_estimate(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
     Returns:
         ``[tokens]`` with gradient (nats).
+
+    Raises:
+        ValueError: the two differ in shape or device.
     """
-    r = (reference_logprob - logprob).clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    r = as_float("reference_logprob", reference_logprob, logprob) - as_float(
+        "logprob", logprob, logprob
+    )
+    r = r.clamp(-MAX_EXPONENT, MAX_EXPONENT)
     return torch.expm1(r) - r
