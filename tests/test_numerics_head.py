@@ -163,10 +163,10 @@ def test_repeated_positions_add_their_gradients(path):
 @every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("budget", [None, 7 * ROW], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_padded_rows_of_the_weight_are_not_read(path, dtype, budget, value):
+def test_padded_rows_of_the_weight_are_not_read(path, dtype, budget):
     found = []
-    for padding in (0.0, value):
+    not_finite = torch.tensor([[torch.nan], [torch.inf]] * 5, device=DEVICE)
+    for padding in (0.0, not_finite):
         hidden, weight, targets, weights = inputs(dtype)
         with torch.no_grad():
             weight[VOCAB:] = padding
