@@ -1,5 +1,6 @@
 """Times, peak memory and collectives of a piece of code. torch only."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+# The profiler writes a line to stderr at each start and stop, on any lower level.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 ROOT = Path(__file__).resolve().parent.parent
 
 

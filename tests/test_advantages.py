@@ -82,6 +82,13 @@ def test_group_of_one_is_refused(rewards):
         group_advantages(rewards)
 
 
+def test_integers_and_lists_are_rewards_too():
+    wanted = group_advantages(torch.tensor([[1.0, 0.0, 3.0]]))
+    for rewards in (torch.tensor([[1, 0, 3]]), [[1, 0, 3]]):
+        assert torch.equal(group_advantages(rewards), wanted)
+    assert group_advantages(torch.zeros(0, 4)).shape == (0, 4)
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_infinite_reward_is_refused(value):
     with pytest.raises(ValueError, match="finite"):

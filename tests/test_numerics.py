@@ -145,15 +145,19 @@ def test_finite_differences(name):
     assert torch.autograd.gradcheck(value, x)
 
 
-def test_strided_logits_and_no_tokens():
-    x, targets = hard_rows(600, 600, torch.float32)
-    transposed = x.t().contiguous().t().requires_grad_()
-    vocab_parallel_logprob_entropy(transposed, targets, None)[0].sum().backward()
-    plain = x.clone().requires_grad_()
-    vocab_parallel_logprob_entropy(plain, targets, None)[0].sum().backward()
-    assert_close(transposed.grad, plain.grad.double(), 1e-6)
-    none = torch.empty(0, 600, requires_grad=True)
-    logprob, _ = vocab_parallel_logprob_entropy(none, torch.empty(0, dtype=torch.int64), None)
+@quick_path
+def test_strided_logits_and_no_tokens(path):
+    x, targets = (t.to(DEVICE) for t in hard_rows(600, 600, torch.float32))
+    wide = torch.cat((x, x), dim=1)[:, :600]  # rows are not adjacent
+    for strided in (x.t().contiguous().t(), wide):
+        strided.requires_grad_()
+        vocab_parallel_logprob_entropy(strided, targets, None, path=path)[0].sum().backward()
+        plain = x.clone().requires_grad_()
+        vocab_parallel_logprob_entropy(plain, targets, None, path=path)[0].sum().backward()
+        assert_close(strided.grad, plain.grad.double(), 1e-6)
+    none = torch.empty(0, 600, device=DEVICE, requires_grad=True)
+    no_targets = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    logprob, _ = vocab_parallel_logprob_entropy(none, no_targets, None, path=path)
     logprob.sum().backward()
     assert none.grad.shape == (0, 600)
 
@@ -199,13 +203,42 @@ def test_a_failing_compiler_warns_once(monkeypatch):
         raise RuntimeError("no g++")
 
     monkeypatch.setattr(torch_path, "_compiled", no_compiler)
-    x, targets = hard_rows(600, 600, torch.float32)
+    x, targets = hard_rows(3000, 3000, torch.float32)
     with pytest.warns(UserWarning, match="no g") as seen:
         results = [
             vocab_parallel_logprob_entropy(x, targets, None, path="compiled")[0] for _ in range(2)
         ]
     assert len(seen) == 1
-    assert_close(results[1], dense(x, targets, 1.0, 600)[0], 5e-6)
+    assert_close(results[1], dense(x, targets, 1.0, 3000)[0], 5e-6)
+
+
+def test_many_shapes_do_not_turn_compilation_off(monkeypatch):
+    """Every number of dimensions needs a compilation of its own; torch's default limit is 8."""
+    from megatron_espo.numerics import torch_path
+
+    broken: list = []
+    monkeypatch.setattr(torch_path, "_broken", broken)
+    monkeypatch.setattr(
+        torch_path,
+        "_compiled",
+        lambda body: torch.compile(body, dynamic=True, backend="eager", fullgraph=True),
+    )
+
+    def body(x: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(x)
+
+    for dimensions in range(12):
+        x = torch.zeros(2, 2 * torch_path.BLOCK, *[1] * dimensions)
+        assert torch_path._run_compiled(body, x, x.clone()), dimensions
+    # torch.compile specializes on one row and one block of columns.
+    for shape in ((1, 4 * torch_path.BLOCK), (4, 2 * torch_path.BLOCK - 1)):
+        assert not torch_path._run_compiled(body, torch.zeros(shape), torch.zeros(shape))
+    assert not broken
+
+
+def test_measuring_memory_prints_nothing(capfd):
+    assert peak_bytes(lambda: torch.zeros(1000, device=DEVICE)) >= 4000
+    assert capfd.readouterr() == ("", "")
 
 
 CASES = [

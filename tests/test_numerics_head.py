@@ -147,6 +147,46 @@ def test_positions_and_frozen_weight():
     assert_close(hidden.grad, expected, 1e-5)
 
 
+@every_path
+def test_repeated_positions_add_their_gradients(path):
+    hidden, weight, targets, weights = inputs()
+    positions = torch.tensor([3, 9, 3, 3], device=DEVICE)
+    fused(hidden, weight, targets[:4], weights[:, :4], positions=positions, path=path)[2].backward()
+    expected = unfused(hidden[positions], weight, targets[:4], weights[:, :4])
+    whole = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64, device=DEVICE)
+    for position, row in zip(positions, expected[2], strict=True):
+        whole[position] += row
+    assert_close(hidden.grad, whole, 1e-5)
+    assert_close(weight.grad, expected[3], 1e-5)
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [None, 7 * ROW], ids=["kept", "recomputed"])
+def test_padded_rows_of_the_weight_are_not_read(path, dtype, budget):
+    found = []
+    not_finite = torch.tensor([[torch.nan], [torch.inf]] * 5, device=DEVICE)
+    for padding in (0.0, not_finite):
+        hidden, weight, targets, weights = inputs(dtype)
+        with torch.no_grad():
+            weight[VOCAB:] = padding
+        logprob, entropy, loss = fused(
+            hidden, weight, targets, weights, budget_bytes=budget, path=path
+        )
+        loss.backward()
+        found.append((logprob, entropy, hidden.grad, weight.grad))
+    for clean, padded in zip(*found, strict=True):
+        assert torch.equal(clean, padded)
+    assert not weight.grad[VOCAB:].any()
+
+
+def test_entropy_without_gradient_is_not_differentiable():
+    """A loss that uses it by mistake is refused, or has no part in the gradient."""
+    hidden, weight, targets, _ = inputs()
+    logprob, entropy = linear_logprob_entropy(hidden, weight, targets, None)
+    assert logprob.requires_grad and not entropy.requires_grad
+
+
 def test_no_tokens():
     hidden, weight, targets, _ = inputs()
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)

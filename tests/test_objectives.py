@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 
 from examples.sapo import SAPO
 from megatron_espo.algo import (
+    CISPO,
+    DAPO,
+    ESPO,
+    GMPO,
+    GRPO,
+    GSPO,
     OBJECTIVES,
+    DrGRPO,
     LossInputs,
     Objective,
     group_advantages,
     load_objective,
+    padded_loss,
     would_clip,
 )
 from megatron_espo.config import Algorithm, schema
@@ -239,6 +247,125 @@ def test_impossible_log_prob_is_refused(value, which):
     responses = [Response(**values, entropy=[0.5, 0.5], advantage=1.0)]
     with pytest.raises(ValueError, match=rf"^{which}: expected log-probabilities.*at token 1"):
         run(responses, make_objective("espo"), torch.float32, num_responses=1, num_tokens=2)
+
+
+def inputs_of(objective: Objective, **change) -> LossInputs:
+    """Four tokens of two responses."""
+    totals = {"vocab_size": VOCAB, "num_responses": 2, "num_tokens": 4}
+    values = {
+        "logprob": torch.tensor([-1.0, -2.0, -0.5, -1.5]),
+        "old_logprob": torch.tensor([-1.25, -1.5, -0.75, -1.0]),
+        "advantage": torch.tensor([1.0, 1.0, -2.0, -2.0]),
+        "entropy": torch.tensor([0.5, 1.0, 1.5, 0.25]),
+    }
+    segments = objective.segment_tokens(values["entropy"], torch.tensor([2, 2]), **totals)
+    return LossInputs(**values | {"segments": segments} | change)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_other_dtypes_are_computed_in_float32(objective):
+    """bfloat16 log-probs and integer advantages; the numbers are exact in both types."""
+    instance = make_objective(objective)
+    wanted = instance.loss(plain := inputs_of(instance))
+    narrow = {
+        name: getattr(plain, name).bfloat16() for name in ("logprob", "old_logprob", "entropy")
+    }
+    inputs = inputs_of(instance, **narrow, advantage=plain.advantage.long())
+    assert inputs.entropy.dtype == torch.float32
+    found = instance.loss(inputs)
+    assert found.loss.dtype == found.ratio.dtype == torch.float32
+    assert torch.equal(found.loss, wanted.loss) and torch.equal(found.ratio, wanted.ratio)
+
+
+@pytest.mark.parametrize("name", ["logprob", "old_logprob", "advantage", "entropy"])
+@pytest.mark.parametrize(
+    "value",
+    [torch.zeros(4, 1), torch.zeros(1), torch.zeros(3), torch.zeros(4, device="meta")],
+    ids=["column", "one", "short", "device"],
+)
+def test_tensor_of_another_shape_or_device_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected shape \[4\] on cpu, got"):
+        inputs_of(make_objective("espo"), **{name: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_advantage_that_is_not_finite_is_refused(value):
+    advantage = torch.tensor([1.0, 0.0, value, 1.0])
+    with pytest.raises(ValueError, match="^advantage: expected finite numbers, got .* at token 2"):
+        inputs_of(make_objective("espo"), advantage=advantage)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (ESPO, {"alpha": -0.1}),
+        (ESPO, {"clip_floor": math.nan}),
+        (ESPO, {"dual_clip": 0.5}),
+        (ESPO, {"ratio": "token"}),
+        (GSPO, {"clip_low": -1e-4}),
+        (DAPO, {"clip_high": math.inf}),
+        (CISPO, {"clip_low": -0.1}),
+        (GMPO, {"clip_high": -0.1}),
+        (DrGRPO, {"max_response_tokens": 0}),
+    ],
+)
+def test_setting_out_of_range_is_refused(cls, settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got"):
+        cls(**settings)
+
+
+@pytest.mark.parametrize("name", ["segmentation", "aggregation"])
+def test_unknown_name_in_a_class_is_refused(name):
+    with pytest.raises(
+        ValueError, match=f"{name}: expected one of .*response, token, got 'prompt'"
+    ):
+        type("Mine", (GRPO,), {name: "prompt"})()
+
+
+PADDED = {
+    "logprob": torch.full((2, 3), -1.0),
+    "old_logprob": torch.full((2, 3), -1.5),
+    "entropy": torch.full((2, 3), 0.5),
+    "advantage": torch.tensor([1.0, -2.0]),
+    "mask": torch.tensor([[1, 1, 0], [1, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.full((2, 3), 0.5)}, "mask: expected 0 and 1"),
+        ({"mask": torch.full((2, 3), math.nan)}, "mask: expected 0 and 1"),
+        ({"mask": torch.ones(2)}, "mask: expected 0 and 1"),
+        ({"mask": torch.ones(2, 3, 1)}, "mask: expected 0 and 1"),
+        ({"advantage": torch.ones(1)}, "advantage: expected shape"),
+        ({"advantage": torch.ones(3)}, "advantage: expected shape"),
+        ({"advantage": torch.tensor([1.0, math.nan])}, "advantage: expected finite"),
+        ({"logprob": torch.ones(2)}, "logprob: expected shape"),
+        ({"old_logprob": torch.ones(2, 1)}, "old_logprob: expected shape"),
+        ({"entropy": torch.ones(6)}, "entropy: expected shape"),
+        ({"correction": torch.ones(2, 2)}, "correction: expected shape"),
+        ({"correction": torch.tensor([1.0, math.inf])}, "correction: expected finite"),
+    ],
+)
+def test_wrong_argument_of_padded_loss_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        padded_loss(ESPO(), **PADDED | change, vocab_size=VOCAB)
+
+
+def test_padded_loss_takes_equivalent_arguments():
+    """Advantages by response or by token, masks of any dtype, and a batch without rows."""
+
+    def loss(**change):
+        return padded_loss(ESPO(), **PADDED | change, vocab_size=VOCAB).loss
+
+    wanted, rows = loss(), PADDED["advantage"]
+    for advantage in (rows[:, None], rows[:, None].expand(2, 3), rows.long()):
+        assert torch.equal(loss(advantage=advantage), wanted)
+    for dtype in (torch.bool, torch.float32, torch.bfloat16):
+        assert torch.equal(loss(mask=PADDED["mask"].to(dtype)), wanted)
+    assert loss(**{name: values[:0] for name, values in PADDED.items()}) == 0
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -213,6 +213,21 @@ def test_invalid_sequence_raises(arguments):
         TrainSequence(*arguments, advantage=1.0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"advantage": x} for x in (math.nan, math.inf, [1.0])),
+        {"rollout_logprobs": [-1.0, math.nan, -1.0]},
+    ],
+    ids=str,
+)
+def test_values_that_are_not_finite_numbers_raise(change):
+    (sequence,) = make_sequences([(2, 3)])
+    with pytest.raises(ValueError, match="TrainSequence.*: expected"):
+        replace(sequence, **change)
+    replace(sequence, loss_mask=[True, False, True], rollout_logprobs=[-1.0, math.nan, -1.0])
+
+
 def test_to_moves_every_tensor():
     (sequence,) = make_sequences([(2, 3)])
     known = replace(sequence, old_logprobs=sequence.rollout_logprobs, old_entropies=[0.5] * 3)

@@ -81,6 +81,36 @@ def test_correction_of_responses_adds_up_over_slices(level):
         torch.testing.assert_close(correct(half, lambda _: sum(sums)), wanted[half])
 
 
+def test_wrong_arguments_are_refused():
+    old, rollout = torch.tensor([random_logprobs(1), random_logprobs(2)])
+    for change, message in (
+        ({"level": "tokens"}, "level: expected one of token, sequence, got 'tokens'"),
+        ({"cap": 0.0}, "cap: expected a positive number"),
+        ({"cap": math.nan}, "cap: expected a positive number"),
+        ({"old_logprob": old[:1]}, "old_logprob: expected shape"),
+        ({"rollout_logprob": rollout[:, None]}, "rollout_logprob: expected shape"),
+    ):
+        arguments = {
+            "old_logprob": old, "rollout_logprob": rollout, "segments": segments(),
+            "level": "token", "cap": 2.0,
+        }  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            rollout_correction(**arguments | change)
+    with pytest.raises(ValueError, match="reference_logprob: expected shape"):
+        kl_estimate(old, rollout[:1])
+
+
+def test_bfloat16_is_computed_in_float32():
+    old, rollout = torch.tensor([random_logprobs(1), random_logprobs(2)]).bfloat16()
+    for level in ("token", "sequence"):
+        wanted, found = (
+            rollout_correction(a, b, segments(), level=level, cap=2.0)
+            for a, b in ((old.float(), rollout.float()), (old, rollout))
+        )
+        assert torch.equal(found, wanted)
+    assert torch.equal(kl_estimate(old, rollout), kl_estimate(old.float(), rollout.float()))
+
+
 def test_kl_estimate():
     new, reference = random_logprobs(3), random_logprobs(4)
     logprob = torch.tensor(new, requires_grad=True)
@@ -110,3 +140,12 @@ def test_overlong_penalty():
     lengths = torch.tensor([[1, 12], [14, 16]])
     found = overlong_penalty(lengths, max_tokens=16, buffer_tokens=4, factor=0.5)
     assert found.tolist() == [[0.0, 0.0], [-0.25, -0.5]]
+    # A response that is longer than the limit gets the whole penalty.
+    found = overlong_penalty(torch.tensor([0, 8, 16, 20]), max_tokens=16, buffer_tokens=16)
+    assert found.tolist() == [0.0, -0.5, -1.0, -1.0]
+
+
+@pytest.mark.parametrize("buffer_tokens", [0, -1, 17])
+def test_impossible_buffer_is_refused(buffer_tokens):
+    with pytest.raises(ValueError, match=r"buffer_tokens: expected 1 to max_tokens \(16\)"):
+        overlong_penalty(torch.tensor([3]), max_tokens=16, buffer_tokens=buffer_tokens)

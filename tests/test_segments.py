@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.algo import OBJECTIVES, Objective, entropy_groups, load_objective
+from megatron_espo.algo import ESPO, OBJECTIVES, Objective, entropy_groups, load_objective
 from megatron_espo.algo.segments import tokens_above
 from megatron_espo.config import Algorithm
-from tests.support.objective_reference import groups_of
+from tests.support.objective_reference import Response, Rules, expected, groups_of
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 VOCAB = 131
@@ -88,6 +88,47 @@ def test_segments_do_not_depend_on_the_other_responses(responses, objective, qua
         assert torch.equal(getattr(whole, name), torch.cat(numbers)), name
 
 
+@QUICK
+@given(RESPONSES, st.sampled_from(sorted(OBJECTIVES)), st.sampled_from([(0.8,), (0.3, 0.8)]))
+def test_bounds_and_weights_equal_reference(responses, objective, quantiles):
+    """Float32 and bfloat16 entropies: their sums are computed in float32."""
+    low, high = (0.15, 0.35) if objective != "espo" else (None, None)
+    settings = {"clip_low": low, "clip_high": high, "quantiles": quantiles}
+    entropy, lengths = flatten(responses)
+    values = (0.5 * torch.tensor([e for r in responses for e in r])).tolist()
+    rows = [values[end - n : end] for end, n in zip(lengths.cumsum(0), lengths, strict=True)]
+    wanted = expected(
+        [Response([-1.0] * len(row), [-1.0] * len(row), row, 1.0) for row in rows],
+        Rules(objective, low, high, quantiles),
+        num_responses=7, num_tokens=61, max_tokens=16, vocab=VOCAB,
+    )  # fmt: skip
+    for given_entropy in (entropy, entropy.bfloat16()):  # steps of 0.5 are exact in both
+        found = make_objective(objective, **settings).segment_tokens(
+            given_entropy, lengths, **TOTALS
+        )
+        for name in ("low", "high", "weight"):
+            values = getattr(found, name)
+            assert values.dtype == torch.float32
+            torch.testing.assert_close(values, torch.tensor(getattr(wanted, name)), msg=name)
+        assert found.group.tolist() == wanted.group and torch.equal(found.entropy, entropy)
+        assert torch.equal(found.response, torch.arange(len(rows)).repeat_interleave(lengths))
+        assert torch.equal(found.size, found.segment.bincount())
+
+
+def test_long_response_of_bfloat16_entropies():
+    """A bfloat16 sum of 16,384 entropies would stop growing at 256."""
+    entropy = torch.rand(16_384, generator=torch.Generator().manual_seed(1)).bfloat16()
+    totals = {"vocab_size": VOCAB, "num_responses": 1, "num_tokens": 16_384}
+    arguments = torch.tensor([16_384]), (0.8,)
+    found = make_objective("espo").segment_tokens(entropy, arguments[0], **totals)
+    exact, group = entropy.double(), entropy_groups(entropy, *arguments)
+    for number in range(2):
+        wanted = 0.02 / math.log(VOCAB) * exact[group == number].mean()
+        torch.testing.assert_close(
+            found.high[group == number].double().mean(), wanted, rtol=1e-5, atol=0
+        )
+
+
 def test_no_responses_give_empty_segments():
     for objective in OBJECTIVES:
         nothing = torch.zeros(0), torch.zeros(0, dtype=torch.long)
@@ -110,8 +151,29 @@ def test_impossible_entropy_is_refused(value):
         make_objective("espo").segment_tokens(entropy, torch.tensor([3]), **TOTALS)
 
 
-@pytest.mark.parametrize("lengths", [[2], [4], [3, 0], [4, -1], []])
+@pytest.mark.parametrize("lengths", [[2], [4], [3, 0], [4, -1], [], [[3]], [3.0]])
 def test_lengths_that_do_not_cover_the_tokens_are_refused(lengths):
-    lengths = torch.tensor(lengths, dtype=torch.long)
+    lengths = torch.tensor(lengths) if lengths else torch.zeros(0, dtype=torch.long)
     with pytest.raises(ValueError, match="lengths: expected"):
         make_objective("espo").segment_tokens(torch.ones(3), lengths, **TOTALS)
+    with pytest.raises(ValueError, match="lengths: expected"):
+        entropy_groups(torch.ones(3), lengths)
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_below_those_of_the_call_are_refused(name):
+    least = {"vocab_size": 2, "num_responses": 1, "num_tokens": 3}
+    arguments = torch.zeros(3), torch.tensor([3])
+    make_objective("dapo").segment_tokens(*arguments, **least)
+    with pytest.raises(ValueError, match=f"{name}: expected at least {least[name]}"):
+        make_objective("dapo").segment_tokens(*arguments, **least | {name: least[name] - 1})
+
+
+@pytest.mark.parametrize("quantiles", [(0.0,), (1.0,), (0.8, 0.3), (0.5, 0.5), (math.nan,)])
+def test_quantiles_that_do_not_ascend_inside_0_and_1_are_refused(quantiles):
+    for call in (
+        lambda: ESPO(quantiles=quantiles),
+        lambda: entropy_groups(*flatten([[1]]), quantiles),
+    ):
+        with pytest.raises(ValueError, match="quantiles: expected ascending"):
+            call()

@@ -27,6 +27,7 @@ def group_advantages(rewards: Tensor, method: AdvantageName = "grpo") -> Tensor:
         ValueError: a group of one response, an infinite reward, a negative one with ``maxrl``, or
             an unknown method.
     """
+    rewards = torch.as_tensor(rewards)
     if rewards.dim() != 2 or rewards.size(1) < 2:
         raise ValueError(f"rewards: expected [prompts, group_size >= 2], got {list(rewards.shape)}")
     if rewards.isinf().any():
@@ -62,10 +63,18 @@ def overlong_penalty(
     """DAPO's soft overlong penalty: from 0 at ``max_tokens - buffer_tokens`` to ``-factor``.
 
     Args:
-        lengths: response tokens, any shape, at most ``max_tokens``.
+        lengths: response tokens, any shape.
+        max_tokens: the generation limit; longer responses get ``-factor``.
+        buffer_tokens: 1 to ``max_tokens``.
 
     Returns:
         The same shape, float32, to be added to the rewards.
+
+    Raises:
+        ValueError: ``buffer_tokens`` out of range.
     """
-    beyond = (lengths - (max_tokens - buffer_tokens)).clamp(min=0)
+    if not 1 <= buffer_tokens <= max_tokens:
+        expected = f"expected 1 to max_tokens ({max_tokens}), got {buffer_tokens}"
+        raise ValueError(f"buffer_tokens: {expected}")
+    beyond = (lengths - (max_tokens - buffer_tokens)).clamp(0, buffer_tokens)
     return -factor * beyond.float() / buffer_tokens

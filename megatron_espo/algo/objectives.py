@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from megatron_espo.algo.segments import (
     Segments,
     SumOverRanks,
     TokenSegments,
-    check_range,
+    as_float,
+    check_quantiles,
+    check_ranges,
     entropy_groups,
     response_index,
     sum_by_index,
@@ -54,6 +56,9 @@ class LossOutput:
 class LossInputs:
     """One micro-batch as an objective takes it; under context parallelism, this rank's tokens.
 
+    Values of another dtype are converted to float32 (float64 stays float64). The checks of the
+    values synchronize a GPU once.
+
     Attributes:
         logprob: ``[tokens]`` float32 with gradient, log π_θ(y_t) at the sampling temperature
             (nats).
@@ -66,7 +71,8 @@ class LossInputs:
             objective.
 
     Raises:
-        ValueError: log-probs that are NaN, infinite or positive.
+        ValueError: a tensor whose shape or device is not that of ``segments``, log-probs that are
+            NaN, infinite or positive, or an advantage that is NaN or infinite.
     """
 
     logprob: Tensor
@@ -77,9 +83,22 @@ class LossInputs:
     sum_over_ranks: SumOverRanks = field(default=lambda sums: sums)
 
     def __post_init__(self) -> None:
-        for name in ("old_logprob", "logprob"):
-            values, expected = getattr(self, name).detach(), "log-probabilities (finite, at most 0)"
-            check_range(name, values, torch.finfo(values.dtype).min, 1e-4, expected)
+        for name in ("logprob", "old_logprob", "advantage", "entropy"):
+            if (values := getattr(self, name)) is not None:
+                values = as_float(name, values, self.segments.segment)
+                object.__setattr__(self, name, values)
+
+        def checked(name: str, high: float, expected: str):
+            values = getattr(self, name).detach()
+            least, most = torch.finfo(values.dtype).min, torch.finfo(values.dtype).max
+            return name, values, least, min(most, high), expected
+
+        logprobs = "log-probabilities (finite, at most 0)"
+        check_ranges(
+            checked("old_logprob", 1e-4, logprobs),
+            checked("logprob", 1e-4, logprobs),
+            checked("advantage", math.inf, "finite numbers"),
+        )
 
     @cached_property
     def log_ratio(self) -> Tensor:
@@ -121,6 +140,9 @@ class Objective(ABC):
         aggregation: what has equal weight: each ``segment`` of a response (``w_t = 1/(N K_i
             n_σ)``), each ``response`` (``1/(N T_i)``), or each ``token`` (``1/ΣT``).
         uses_entropy: the loss differentiates :attr:`LossInputs.entropy`.
+
+    Raises:
+        ValueError: a setting outside its range, or an unknown name.
     """
 
     quantiles: tuple[float, ...] = (0.8,)
@@ -128,6 +150,15 @@ class Objective(ABC):
     segmentation: ClassVar[Segmentation]
     aggregation: ClassVar[Aggregation]
     uses_entropy: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_quantiles(self.quantiles)
+        _check_name("segmentation", self.segmentation, Segmentation)
+        _check_name("aggregation", self.aggregation, Aggregation)
+        for setting in fields(self):
+            least, got = setting.metadata.get("least"), getattr(self, setting.name)
+            if None not in (least, got) and not least <= got < math.inf:
+                raise ValueError(f"{setting.name}: expected a number from {least} on, got {got}")
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
@@ -164,26 +195,29 @@ class Objective(ABC):
 
         Args:
             entropy: ``[tokens]`` float32, entropy of the old policy over the true vocabulary
-                (nats).
+                (nats); another dtype is converted.
             lengths: ``[responses]`` int64, all at least 1.
             vocab_size: the true vocabulary; its logarithm is the largest possible entropy.
             num_responses: ``N`` of the optimizer step's whole batch, masked responses included.
             num_tokens: response tokens ``ΣT`` of the optimizer step's whole batch.
 
         Raises:
-            ValueError: entropies outside ``[0, ln V]``, or lengths whose sum is not the number of
-                tokens.
+            ValueError: entropies outside ``[0, ln V]``, lengths whose sum is not the number of
+                tokens, or totals of the step that are below those of this call.
         """
-        if entropy.dim() != 1 or int(lengths.sum()) != entropy.numel() or (lengths < 1).any():
-            raise ValueError(
-                f"lengths: expected lengths of at least 1 whose sum is the {entropy.numel()} "
-                f"tokens of entropy, got {lengths.tolist()[:8]} with sum {int(lengths.sum())}"
-            )
+        group = entropy_groups(entropy, lengths, self.quantiles)
+        tokens, response = len(entropy), response_index(lengths)
+        for name, value, least in (
+            ("vocab_size", vocab_size, 2),
+            ("num_responses", num_responses, min(tokens, 1)),
+            ("num_tokens", num_tokens, tokens),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        entropy = as_float("entropy", entropy, response)
         highest = math.log(vocab_size)
         expected = f"values in [0, ln {vocab_size} = {highest:.4f}] nats (true vocabulary)"
-        check_range("entropy", entropy, -1e-3, highest + 1e-3, expected)
-        response = response_index(lengths)
-        group = entropy_groups(entropy, lengths, self.quantiles)
+        check_ranges(("entropy", entropy, -1e-3, highest + 1e-3, expected))
         key = {
             "entropy": response * (len(self.quantiles) + 1) + group,
             "response": response,
@@ -200,6 +234,16 @@ class Objective(ABC):
         return _outside(output.ratio - 1, inputs.segments.low, inputs.segments.high)
 
 
+def _check_name(name: str, got: str, known: Any) -> None:
+    if got not in get_args(known):
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {got!r}")
+
+
+def _at_least(least: float, default: Any) -> Any:
+    """A setting with a lower limit."""
+    return field(default=default, metadata={"least": least})
+
+
 def _outside(value, low, high) -> tuple[Tensor, Tensor]:
     return value < -low, value > high
 
@@ -213,7 +257,7 @@ class _Clipped(Objective):
             bound.
     """
 
-    dual_clip: float | None = None
+    dual_clip: float | None = _at_least(1, None)
 
     def exponent(self, inputs: LossInputs) -> Tensor:
         """Logarithm of each token's ratio: the segment's length-normalised one."""
@@ -243,6 +287,10 @@ class _SegmentRatio(_Clipped):
 
     ratio: RatioForm = "segment"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_name("ratio", self.ratio, RatioForm)
+
     def exponent(self, inputs: LossInputs) -> Tensor:
         exponent = super().exponent(inputs)
         return exponent + inputs.log_ratio if self.ratio == "segment_times_token" else exponent
@@ -257,8 +305,8 @@ class _FixedBounds(Objective):
             log-ratio of 0).
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = _at_least(0, 0.2)
+    clip_high: float = _at_least(0, 0.2)
 
     def bounds(self, segments: Segments, vocab_size: int) -> tuple[Tensor, Tensor]:
         low, high = (torch.full_like(segments.entropy, x) for x in (self.clip_low, self.clip_high))
@@ -274,8 +322,8 @@ class ESPO(_SegmentRatio):
         clip_floor: smallest clip range of a group.
     """
 
-    alpha: float = 0.02
-    clip_floor: float = 0.0
+    alpha: float = _at_least(0, 0.02)
+    clip_floor: float = _at_least(0, 0.0)
 
     segmentation = "entropy"
     aggregation = "segment"
@@ -292,8 +340,8 @@ class ESPO(_SegmentRatio):
 class GSPO(_SegmentRatio, _FixedBounds):
     """One ratio for each response."""
 
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    clip_low: float = _at_least(0, 3e-4)
+    clip_high: float = _at_least(0, 4e-4)
 
     segmentation = "response"
     aggregation = "response"
@@ -315,7 +363,7 @@ class DrGRPO(GRPO):
         max_response_tokens: ``T_max``, the generation limit.
     """
 
-    max_response_tokens: int
+    max_response_tokens: int = field(metadata={"least": 1})
 
     def token_counts(self, segments: Segments, num_responses: int, num_tokens: int) -> Tensor:
         return torch.full_like(segments.segment, num_responses * self.max_response_tokens)
@@ -325,7 +373,7 @@ class DrGRPO(GRPO):
 class DAPO(GRPO):
     """GRPO whose tokens have equal weight, with a wider clip range above 1."""
 
-    clip_high: float = 0.28
+    clip_high: float = _at_least(0, 0.28)
 
     aggregation = "token"
 
@@ -408,8 +456,8 @@ class CISPO(_FixedBounds):
 class GMPO(_FixedBounds):
     """Token log-ratios are clipped (pessimistically) before the response's geometric mean."""
 
-    clip_low: float = 0.4
-    clip_high: float = 0.4
+    clip_low: float = _at_least(0, 0.4)
+    clip_high: float = _at_least(0, 0.4)
 
     segmentation = "response"
     aggregation = "response"

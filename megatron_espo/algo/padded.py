@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.algo.objectives import LossInputs, LossOutput, Objective
+from megatron_espo.algo.segments import as_float, check_ranges
 
 
 def padded_loss(
@@ -50,20 +51,20 @@ def padded_loss(
         ``no_gradient`` are ``[batch, time]``, 1 and True where the mask is 0.
 
     Raises:
-        ValueError: a tensor whose shape does not fit ``mask``, a log-prob that is positive or not
-            finite, or an entropy outside ``[0, ln V]``.
+        ValueError: a mask that is not 0/1 ``[batch, time]``, a tensor whose shape or device does
+            not fit it, and what :class:`LossInputs` and :meth:`Objective.segment_tokens` raise.
     """
     kept, dtype = mask.bool(), torch.promote_types(logprob.dtype, torch.float32)
+    if mask.dim() != 2 or (mask != kept).any():
+        got = f"{list(mask.shape)} with values {mask.unique().tolist()[:4]}"
+        raise ValueError(f"mask: expected 0 and 1, [batch, time], got {got}")
 
-    def packed(name: str, values: Tensor) -> Tensor:
-        rows = values.shape in ((len(kept),), (len(kept), 1)) and name in (
-            "advantage",
-            "correction",
-        )
-        if not rows and values.shape != kept.shape:
-            shapes = f"{list(kept.shape)} as mask has, got {list(values.shape)}"
-            raise ValueError(f"{name}: expected the shape {shapes}")
-        return values.reshape(len(kept), -1).expand_as(kept)[kept].to(dtype)
+    def packed(name: str, values: Tensor, rows: bool = False) -> Tensor:
+        if rows and values.shape == kept.shape[:1]:
+            values = values.unsqueeze(1)
+        if rows and values.shape == (len(kept), 1):
+            values = values.expand_as(kept)
+        return as_float(name, values, like=kept)[kept].to(dtype)
 
     counts = kept.sum(1)
     segments = objective.segment_tokens(
@@ -74,12 +75,14 @@ def padded_loss(
         num_tokens=int(counts.sum()) if num_tokens is None else num_tokens,
     )
     if correction is not None:
-        factor = packed("correction", correction.detach())
+        factor = packed("correction", correction.detach(), rows=True)
+        most = torch.finfo(dtype).max
+        check_ranges(("correction", factor, -most, most, "finite numbers"))
         segments = replace(segments, weight=segments.weight * factor)
     inputs = LossInputs(
         packed("logprob", logprob),
         packed("old_logprob", old_logprob.detach()),
-        packed("advantage", advantage),
+        packed("advantage", advantage, rows=True),
         segments,
     )
     output = objective.loss(inputs)

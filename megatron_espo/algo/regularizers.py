@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.algo.objectives import MAX_EXPONENT
-from megatron_espo.algo.segments import SumOverRanks, TokenSegments, sum_by_index
+from megatron_espo.algo.segments import SumOverRanks, TokenSegments, as_float, sum_by_index
 
 CorrectionLevel = Literal["token", "sequence", "geometric"]
 
@@ -44,11 +44,16 @@ def rollout_correction(
         ``[tokens]`` float32, detached: a factor of each token's weight.
 
     Raises:
-        ValueError: an unknown level.
+        ValueError: an unknown level, a cap that is not positive, a floor above the cap, or log-probs
+            whose shape or device is not that of ``segments``.
     """
-    if level not in get_args(CorrectionLevel):
-        raise ValueError(f"level: expected one of {get_args(CorrectionLevel)}, got {level!r}")
-    exponent = (old_logprob - rollout_logprob).detach()
+    levels = get_args(CorrectionLevel)
+    if level not in levels:
+        raise ValueError(f"level: expected one of {', '.join(levels)}, got {level!r}")
+    if not 0 <= floor <= cap or not cap > 0:
+        raise ValueError(f"cap: expected a positive number of at least the floor {floor}, got {cap}")
+    old = as_float("old_logprob", old_logprob.detach(), segments.segment)
+    exponent = old - as_float("rollout_logprob", rollout_logprob.detach(), segments.segment)
     if level != "token":
         sums = sum_over_ranks(sum_by_index(exponent, segments.response, segments.length.numel()))
         exponent = (sums / segments.length if level == "geometric" else sums)[segments.response]
@@ -69,6 +74,12 @@ def kl_estimate(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
     Returns:
         ``[tokens]`` with gradient (nats).
+
+    Raises:
+        ValueError: the two differ in shape or device.
     """
-    r = (reference_logprob - logprob).clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    r = as_float("reference_logprob", reference_logprob, logprob) - as_float(
+        "logprob", logprob, logprob
+    )
+    r = r.clamp(-MAX_EXPONENT, MAX_EXPONENT)
     return torch.expm1(r) - r

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,7 +76,19 @@ def entropy_groups(
 
     Returns:
         ``[tokens]`` int64, 0 (lowest entropy) to ``len(quantiles)``.
+
+    Raises:
+        ValueError: quantiles that are not ascending inside (0, 1), or lengths whose sum is not the
+            number of tokens.
     """
+    check_quantiles(quantiles)
+    integers = lengths.dim() == 1 and not lengths.is_floating_point()
+    if not integers or (lengths < 1).any() or entropy.shape != (int(lengths.sum()),):
+        raise ValueError(
+            "lengths: expected integers [responses] of at least 1 whose sum is the number of "
+            f"tokens of entropy {list(entropy.shape)}, got {lengths.tolist()[:8]} with sum "
+            f"{lengths.sum().item()}"
+        )
     response = response_index(lengths)
     # Two stable sorts order by response, then by descending entropy, then by position.
     order = torch.sort(entropy, descending=True, stable=True).indices
@@ -109,11 +122,41 @@ def sum_by_index(values: Tensor, index: Tensor, count: int) -> Tensor:
     return values.new_zeros(count).index_add_(0, index, values)
 
 
-def check_range(name: str, values: Tensor, low: float, high: float, expected: str) -> None:
-    """Raise ValueError unless all of ``values [tokens]`` lie in ``[low, high]``."""
+def as_float(name: str, values: Tensor, like: Tensor) -> Tensor:
+    """``values`` as float32, the least precision in which sums over tokens are exact enough.
+
+    float64 stays float64.
+
+    Raises:
+        ValueError: a shape or device other than that of ``like``.
+    """
+    if (values.shape, values.device) != (like.shape, like.device):
+        raise ValueError(
+            f"{name}: expected shape {list(like.shape)} on {like.device}, "
+            f"got {list(values.shape)} on {values.device}"
+        )
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def check_ranges(*ranges: tuple[str, Tensor, float, float, str]) -> None:
+    """Check ``(name, values, low, high, expected)``; synchronizes a GPU once.
+
+    Raises:
+        ValueError: a value of ``values [tokens]`` is NaN or lies outside ``[low, high]``.
+    """
     # The negated comparison is also true for NaN.
-    wrong = ~((values >= low) & (values <= high))
-    if wrong.any():
-        position = int(wrong.nonzero()[0])
-        got = f"got {float(values[position])} at token {position}"
-        raise ValueError(f"{name}: expected {expected}, {got}")
+    wrong = [~((values >= low) & (values <= high)) for _, values, low, high, _ in ranges]
+    if not torch.stack([each.any() for each in wrong]).any():
+        return
+    for (name, values, _, _, expected), each in zip(ranges, wrong, strict=True):
+        if each.any():
+            position = int(each.nonzero()[0])
+            got = f"got {float(values[position])} at token {position}"
+            raise ValueError(f"{name}: expected {expected}, {got}")
+
+
+def check_quantiles(quantiles: tuple[float, ...]) -> None:
+    """Raise ValueError unless the numbers ascend inside (0, 1)."""
+    edges = (0, *quantiles, 1)
+    if not all(a < b for a, b in pairwise(edges)):
+        raise ValueError(f"quantiles: expected ascending numbers inside (0, 1), got {quantiles}")

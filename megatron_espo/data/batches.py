@@ -1,5 +1,6 @@
 """Training data: a response with its advantage, a micro-batch, and the sizes of a whole step."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,8 +37,9 @@ class TrainSequence:
             trainer's routers choose.
 
     Raises:
-        ValueError: an empty prompt or response, no trained token, or values that do not match the
-            response.
+        ValueError: an empty prompt or response, no trained token, values that do not match the
+            response, an advantage that is not a finite number, or a rollout log-prob of a trained
+            token that is not.
     """
 
     prompt_ids: np.ndarray
@@ -75,6 +77,12 @@ class TrainSequence:
                 "TrainSequence.loss_mask: expected at least one trained token, "
                 f"got a mask of {response} False"
             )
+        # Here on the host: the same check of a device's tensors would wait for the device.
+        if np.ndim(self.advantage) or not math.isfinite(self.advantage):
+            expected = f"expected a finite number, got {self.advantage}"
+            raise ValueError(f"TrainSequence.advantage: {expected}")
+        if not np.isfinite(self.trained(self.rollout_logprobs)).all():
+            raise ValueError("TrainSequence.rollout_logprobs: expected finite numbers, got others")
         experts = self.routed_experts
         if experts is not None and (experts.ndim != 3 or len(experts) != prompt + response - 1):
             raise ValueError(

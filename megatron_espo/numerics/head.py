@@ -59,8 +59,7 @@ def linear_logprob_entropy(
         weight: ``[vocab/tp, hidden]``, of the same dtype.
         targets: int64 global token ids, one for each scored token.
         group: tensor-parallel process group; None: the whole vocabulary is on this rank.
-        positions: int64 indices, without repetition, of the scored tokens among all (gathered)
-            tokens; default: all.
+        positions: int64 indices of the scored tokens among all (gathered) tokens; default: all.
         sequence_parallel: the tokens of ``hidden`` are sharded over ``group``.
         budget_bytes: limit of the memory that grows with the vocabulary; None: keep the logits.
         float32_logits: do not round the logits to bfloat16. Default: on CUDA, where it is free.
@@ -144,7 +143,7 @@ class _Call:
         if positions is not None:
             tokens = len(hidden) * (size if self.sequence_parallel else 1)
             whole = grad_rows.new_zeros(tokens, hidden.shape[1])
-            whole[positions] = grad_rows
+            whole.index_put_((positions,), grad_rows, accumulate=True)
         if self.sequence_parallel and group is not None:
             result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
             return result, reduce_scatter(result, whole, group), whole
@@ -218,13 +217,15 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                 shard.gradient(x, dx, targets[part], terms[part], entropy)
                 yield part, dx
 
+        # Rows of padding get no gradient and give none: NaN times 0 would be NaN.
+        true, true_weight = slice(shard.columns), weight[: shard.columns]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_rows = torch.empty_like(rows) if need_hidden else None
         total = _weight_accumulator(weight) if need_weight else None
         grad_hidden = handle = kept_alive = None  # noqa: F841
         for part, grad_logits in logit_gradients():
             if grad_rows is not None:
-                torch.mm(grad_logits, weight, out=grad_rows[part])
+                torch.mm(grad_logits[:, true], true_weight, out=grad_rows[part])
                 if part.stop >= len(targets):  # the last: communicate during the weight's product
                     grad_hidden, handle, kept_alive = call.sum_over_ranks(
                         grad_rows, hidden, positions

@@ -117,14 +117,21 @@ def _compiled(body: Callable) -> Callable:
 _broken: list[Callable] = []
 
 
-def _run_compiled(body: Callable, *args: Tensor | float) -> bool:
-    """Run the compiled form; False (and one warning per process) where it does not compile."""
-    if _broken:
+def _run_compiled(body: Callable, x: Tensor, *args: Tensor | float) -> bool:
+    """Run the compiled form; False where it does not compile (and one warning per process).
+
+    Also False for one row or less than two blocks of columns: torch.compile specializes on sizes 0
+    and 1, and such shards are too small to need it.
+    """
+    rows, columns = x.shape[:2]
+    if _broken or rows < 2 or columns < 2 * BLOCK:
         return False
     # The scale is passed as a tensor: a new temperature must not compile again.
-    tensors = (torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args)
+    tensors = (torch.tensor(a, dtype=torch.float64) if isinstance(a, float) else a for a in args)
     try:
-        _compiled(body)(*tensors)
+        # The default is 8: a function has one form for each dtype, stride and kind of tail.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            _compiled(body)(x, *tensors)
         return True
     except Exception as error:  # any error of the compiler: no C++ compiler, read-only cache
         _broken.append(body)

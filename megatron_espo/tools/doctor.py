@@ -70,8 +70,7 @@ note = f"CUDA {torch.version.cuda}, {gpus}" if torch.version.cuda else "a CPU bu
     ),
     Probe(
         "megatron-core",
-        "import megatron_espo.megatron
-from megatron.core.models.gpt import GPTModel",
+        "import megatron_espo.megatron\nfrom megatron.core.models.gpt import GPTModel",
         "pip install 'megatron-core>=0.19' (it needs Python 3.12)",
         ("megatron-core",),
     ),

@@ -34,12 +34,14 @@ class Rules:
 
 @dataclass
 class Expected:
-    """The loss, and per token gradient, weight, bounds, group, ratio and distance to a bound.
+    """The loss, and per token surrogate, gradient, weight, bounds, group, ratio and distance to a
+    bound.
 
     The gradient jumps at a bound, so tests skip tokens whose ``margin`` is within rounding.
     """
 
     loss: float = 0.0
+    value: list[float] = field(default_factory=list)
     gradient: list[float] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
     low: list[float] = field(default_factory=list)
@@ -110,6 +112,7 @@ def expected(
                 }[name]
             value, slope, ratio, margin = _token(rules, response, d, members, t, low, high)
             answer.loss -= weight * value
+            answer.value.append(value)
             answer.gradient.append(-weight * slope)
             answer.weight.append(weight)
             answer.low.append(low)
