@@ -235,12 +235,16 @@ def _load_config(args: argparse.Namespace) -> Any:
         checks.check_paths(config)
         if os.environ.get("RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
+            from megatron_espo.rewards.golds import check_golds
 
-            data, evaluation, seed = config.data, config.eval, config.run.seed
-            read_rows(data.prompts, data.task_args, seed, data.columns)
+            data, evaluation = config.data, config.eval
+            columns = data.columns if evaluation.columns is None else evaluation.columns
+            sources = [(data.prompts, data.task_args, data.columns)]
             if evaluation.prompts:
-                columns = data.columns if evaluation.columns is None else evaluation.columns
-                read_rows(evaluation.prompts, evaluation.task_args, seed, columns)
+                sources.append((evaluation.prompts, evaluation.task_args, columns))
+            for prompts, arguments, columns in sources:
+                rows = read_rows(prompts, arguments, config.run.seed, columns)
+                check_golds(rows, prompts, config)
     return config
 
 
