@@ -56,6 +56,6 @@ def _read_shapes(model: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def _is_tied(model: str | Path) -> bool:
-    config = json.loads((Path(model) / "config.json").read_text())
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     text_config = config.get("text_config") or {}
     return bool(config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", False)))

@@ -130,6 +130,9 @@ class Run:
         self.ledger.count(groups)
         seconds = self.phases.pop() | {"step": time.perf_counter() - began}
         self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
+        if metrics.get("optimizer/grad_norm") == 0:
+            what = "the gradient is zero; momentum and weight decay still move the weights"
+            _log(self.runtime, f"step {step}: {what}")
         if not last and (reason := self.stop.agreed()):
             raise Stopped(reason)
         if self.checkpoints.due(step):
@@ -212,7 +215,9 @@ def build(
         rollouts.close()
         raise
     if runtime.is_main:
-        folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        folder.joinpath("config.json").write_text(
+            config.model_dump_json(indent=2) + "\n", encoding="utf-8"
+        )
     reporter.open(after_step=step)
     return Run(
         config,

@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(config, build, args.gpus)
     fixes = [] if plan.fits else find_fixes(config, build, plan, args.gpus)
     if args.json:
-        Path(args.json).write_text(json.dumps(plan.to_json() | {"fixes": fixes}) + "\n")
+        Path(args.json).write_text(
+            json.dumps(plan.to_json() | {"fixes": fixes}) + "\n", encoding="utf-8"
+        )
     print_plan(plan, fixes)
     return 0 if plan.fits else 1
 
