@@ -2,8 +2,10 @@
 imported."""
 
 import argparse
+import io
 import logging
 import os
+import resource
 import sys
 import time
 import warnings
@@ -14,6 +16,7 @@ from megatron_espo.tools.parity import cases
 from megatron_espo.tools.plan import command as plan
 
 _SILENT_RANK_S = 5.0
+_MIN_OPEN_FILES = 256
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0 success, 1 a failed check, 2 a user error, 130 interrupted.
     """
+    _prepare_process()
     args = _parse(build_parser(), argv)
     try:
         return _run(args)
@@ -194,21 +198,62 @@ def _load_config(args: argparse.Namespace) -> Any:
 
     config = load_config(args.config, args.overrides)
     if args.command != "eval":  # eval has no ranks
-        checks.check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+        checks.check_world_size(config, _world_size())
     hf_config = checks.check_model(config)
     if args.command == "train":
         checks.check_router(config, hf_config)
     if args.command in ("train", "eval"):
+        _check_open_files()
         checks.check_paths(config)
         if os.environ.get("RANK", "0") == "0":
             from megatron_espo.data.sources import read_rows
+            from megatron_espo.rewards.golds import check_golds
 
-            data, evaluation, seed = config.data, config.eval, config.run.seed
-            read_rows(data.prompts, data.task_args, seed, data.columns)
+            data, evaluation = config.data, config.eval
+            columns = data.columns if evaluation.columns is None else evaluation.columns
+            sources = [(data.prompts, data.task_args, data.columns)]
             if evaluation.prompts:
-                columns = data.columns if evaluation.columns is None else evaluation.columns
-                read_rows(evaluation.prompts, evaluation.task_args, seed, columns)
+                sources.append((evaluation.prompts, evaluation.task_args, columns))
+            for prompts, arguments, columns in sources:
+                rows = read_rows(prompts, arguments, config.run.seed, columns)
+                check_golds(rows, prompts, config)
     return config
+
+
+def _world_size() -> int:
+    """Ranks that the launcher started.
+
+    Raises:
+        InputError: variables of a launcher are incomplete, such as those of an earlier shell.
+    """
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    if world_size == "1" or (rank is not None and world_size.isdecimal()):
+        return int(world_size)
+    raise InputError(
+        f"environment: expected RANK beside WORLD_SIZE={world_size}, got {rank}; start several "
+        "ranks with torchrun, or `unset WORLD_SIZE` for one process"
+    )
+
+
+def _prepare_process() -> None:
+    """Allow this process what the machine allows, and any text on any terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    wanted = 65_536
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _check_open_files() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit < _MIN_OPEN_FILES:
+        raise InputError(
+            f"ulimit -n: expected at least {_MIN_OPEN_FILES} open files, got {limit}; raise the "
+            "hard limit of this shell, container or service"
+        )
 
 
 def _silence_dependencies() -> None:

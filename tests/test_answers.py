@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_espo.config import Config
+from megatron_espo.data.sources import read_rows
+from megatron_espo.errors import InputError
 from megatron_espo.rewards.answers import MathJudge, extract_answer
+from megatron_espo.rewards.golds import check_golds
 
 CASES = [json.loads(line) for line in (Path(__file__).with_name("math_answers.jsonl")).open()]
 
@@ -20,7 +24,7 @@ def test_verdicts():
     wrong = [
         case for case in CASES if judge()(case["answer"], case["response"]) != bool(case["correct"])
     ]
-    assert len(CASES) >= 120 and not wrong
+    assert len(CASES) >= 300 and not wrong
 
 
 def test_reasoning_that_the_template_opened():
@@ -30,9 +34,32 @@ def test_reasoning_that_the_template_opened():
     assert extract_answer("the last number is 5", "5", prompt) is None
 
 
-def test_an_expected_answer_that_cannot_be_read_is_an_error():
+UNREADABLE = ["", "$", ".", "\\$", "\\boxed{}", "\\frac{1", "--", "so we add the two numbers " * 9]
+
+
+@pytest.mark.parametrize("answer", UNREADABLE)
+def test_an_expected_answer_that_cannot_be_read_is_an_error(answer):
     with pytest.raises(ValueError, match="cannot read the answer"):
-        judge().read_gold("")
+        judge().read_gold(answer)
+
+
+@pytest.mark.parametrize("answer", UNREADABLE)
+def test_expected_answers_that_cannot_be_read_are_found_with_the_rows(tmp_path, caplog, answer):
+    source = tmp_path / "p.jsonl"
+
+    def check(answers, function="math_verify"):
+        source.write_text("".join(json.dumps({"prompt": "x", "answer": a}) + "\n" for a in answers))
+        sections = {"model": {"path": "m"}, "reward": {"function": function}}
+        config = Config.model_validate(sections | {"data": {"prompts": str(source)}})
+        check_golds(read_rows(str(source), {}, 0), str(source), config)
+        return [r.message for r in caplog.records if "expected one that" in r.message]
+
+    readable = ["7", "\\frac12", "Evelyn", "(1, 2]", "\\emptyset", "\\{\\}", "A", "x\n#### 72"]
+    assert check(readable) == [] == check([answer], function="mine:judge")
+    (message,) = check([*readable, answer])
+    assert "p.jsonl:9: " in message and " 1 of 9 rows" in message
+    with pytest.raises(InputError, match=r"p.jsonl:1: .*in 2 of 3 rows"):
+        check([answer, answer, "7"])
 
 
 @pytest.mark.parametrize(

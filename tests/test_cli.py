@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_espo import cli
+from tests.support.model_folder import write_weights
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = "model:\n  path: model\ndata:\n  prompts: reasoning_gym:chain_sum\n"
@@ -55,9 +57,10 @@ def folder(tmp_path):
         "intermediate_size": 16,
     }
     sizes |= {"vocab_size": 32, "max_position_embeddings": 4096}
-    (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
+    hf_config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
+    (model / "config.json").write_text(json.dumps(hf_config))
     (model / "tokenizer.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")  # no tensors
+    write_weights(model, hf_config)
     return tmp_path
 
 
@@ -67,7 +70,9 @@ def run(folder, *command, **environment):
     for name in {"RANK", "LOCAL_RANK", "WORLD_SIZE"} - set(environment):
         env.pop(name, None)
     command = [sys.executable, *command]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=60, errors="replace"
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def test_user_errors_have_no_traceback_and_come_before_heavy_imports(folder, arg
     for name in ("torch", "megatron", "vllm", "transformers"):
         (folder / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
     arguments = [argument] if argument.endswith(".yaml") else ["run.yaml", argument]
-    ranks = {"WORLD_SIZE": "3"} if "parallel" in argument else {}
+    ranks = {"WORLD_SIZE": "3", "RANK": "0"} if "parallel" in argument else {}
     done = run(folder, "-m", "megatron_espo", "train", *arguments, **ranks)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and message in done.stderr
@@ -122,6 +127,39 @@ def test_a_rank_prints_its_own_error_during_the_work(folder):
     ranks = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}
     done = run(folder, "-c", RECORDER, "fail", "train", "run.yaml", **ranks)
     assert (done.returncode, done.stderr) == (2, "error on rank 3: rank 3 has no memory\n")
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "x", "RANK": "0"}])
+def test_variables_of_another_launcher_are_explained(folder, environment):
+    done = run(folder, "-m", "megatron_espo", "train", "run.yaml", **environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"WORLD_SIZE={environment['WORLD_SIZE']}" in done.stderr and "unset" in done.stderr
+
+
+def test_open_files_are_raised_or_explained(folder):
+    train = f"{sys.executable} -c {shlex.quote(RECORDER)} record train run.yaml"
+    raised = run(folder, "-c", f"import os; os.system({f'ulimit -Sn 64; {train}'!r})")
+    assert raised.stdout == "[200]\n", raised.stderr
+    hard = run(folder, "-c", f"import os; os.system({f'ulimit -n 64; {train}'!r})")
+    assert "ulimit -n: expected at least 256 open files, got 64" in hard.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1"},
+    ],
+)
+def test_a_terminal_without_utf_8(folder, environment):
+    (folder / "größe").mkdir()
+    arguments = ["report", "größe/Läufe \N{BOX DRAWINGS LIGHT HORIZONTAL}"]
+    done = run(folder, "-m", "megatron_espo", *arguments, **environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    text = "print('\N{FULL BLOCK}')"
+    done = run(folder, "-c", f"from megatron_espo import cli; cli._prepare_process(); {text}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_interrupt_prints_nothing(folder):

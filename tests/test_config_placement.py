@@ -1,15 +1,21 @@
 """Checks of a configuration against ranks, model and files."""
 
+import errno
 import json
+import os
 
 import pytest
 
-from megatron_espo.config.checks import check_model, check_paths, check_world_size
+from megatron_espo.config.checks import check_model, check_paths, check_world_size, read_hf_config
 from megatron_espo.errors import InputError
+from megatron_espo.models.families import tensor_shapes
+from megatron_espo.models.rope import Rope, read_rope
+from tests.support.model_folder import write_tensors, write_weights
 from tests.test_config import GOOD, load
 
 HF = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "num_hidden_layers": 30,
@@ -18,6 +24,7 @@ HF = {
     "vocab_size": 49152,
     "max_position_embeddings": 8192,
 }
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
 
 def test_the_data_parallel_size_is_derived(tmp_path, monkeypatch):
@@ -73,6 +80,7 @@ def test_the_layout_must_divide_the_model(tmp_path, monkeypatch):
 MOE = {
     **HF,
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
     "num_hidden_layers": 48,
@@ -100,7 +108,7 @@ def test_experts_must_fit_the_layout(tmp_path, monkeypatch):
     assert check_world_size(configure(), 8) == 2
     local = {key: value for key, value in MOE.items() if key != "num_experts"}
     assert check_model(configure(), {**local, "num_local_experts": 128})
-    assert "expected integers num_experts in config.json" in model_errors(
+    assert "integers num_experts in config.json" in model_errors(
         configure(), **{**MOE, "num_experts": None}
     )
     assert "a divisor of the model's 128 experts, got 3" in model_errors(
@@ -153,11 +161,11 @@ def test_lengths_must_fit_the_models_context(tmp_path, monkeypatch):
 def test_a_window_counts_only_where_the_model_uses_it(tmp_path, monkeypatch):
     config = load(tmp_path, monkeypatch, GOOD)
     window = {"sliding_window": 32}
-    check_model(config, HF | window | {"architectures": ["Qwen3ForCausalLM"]})
-    used = window | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}
+    check_model(config, HF | window | QWEN3)
+    used = window | QWEN3 | {"use_sliding_window": True}
     assert "attention window" in model_errors(config, **used)
     assert "attention window" in model_errors(
-        config, **window, architectures=["MistralForCausalLM"]
+        config, **window, architectures=["MistralForCausalLM"], model_type="mistral"
     )
 
 
@@ -165,7 +173,7 @@ def test_unsupported_models_are_refused(tmp_path, monkeypatch):
     config = load(tmp_path, monkeypatch, GOOD)
     message = model_errors(config, architectures=["GPT2LMHeadModel"])
     assert "Qwen3MoeForCausalLM" in message and "got GPT2LMHeadModel" in message
-    assert "expected integers vocab_size in config.json" in model_errors(config, vocab_size=None)
+    assert "integers vocab_size in config.json" in model_errors(config, vocab_size=None)
     assert "expected unquantised weights" in model_errors(config, quantization_config={"bits": 4})
     assert "at most 4096, the model's attention window" in model_errors(config, sliding_window=4096)
     check_model(config, {**HF, "sliding_window": 4096, "use_sliding_window": False})
@@ -193,14 +201,14 @@ def test_an_incomplete_model_folder_is_refused(tmp_path, monkeypatch):
     folder.mkdir()
     assert [line.split("expected ")[1].split(" ")[0] for line in message().splitlines()] == [
         "config.json",
-        "*.safetensors",
+        "model.safetensors",
         "tokenizer",
     ]
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (folder / "config.json").write_text("[1]")
     assert "found a Git LFS pointer" in message()
-    (folder / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")  # no tensors
+    write_weights(folder, HF)
     assert "expected a JSON object in model/config.json, got a JSON list" in message()
     (folder / "config.json").write_text("{")
     assert (
@@ -214,6 +222,134 @@ def test_an_incomplete_model_folder_is_refused(tmp_path, monkeypatch):
     check_model(load(tmp_path, monkeypatch, GOOD, ["model.tokenizer=model/spm.model"]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "rope_parameters"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads"),
+        ({"hidden_size": 577}, "head_dim"),
+        ({"head_dim": -1}, "head_dim"),
+        ({"num_hidden_layers": -30}, "num_hidden_layers"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"model_type": "qwen3"}, "model_type"),
+        ({"architectures": "LlamaForCausalLM"}, "architecture"),
+    ],
+)
+def test_models_that_megatron_cannot_build(tmp_path, monkeypatch, changes, key):
+    message = model_errors(load(tmp_path, monkeypatch, GOOD), **changes)
+    assert message.startswith("run.yaml:2: model.path: ") and key in message
+
+
+def test_both_forms_of_rotary_keys_are_read():
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
+    llama3 |= {"original_max_position_embeddings": 8192}
+    old = {"rope_theta": 5e5, "rope_scaling": llama3 | {"rope_type": "llama3"}}
+    new = {"rope_parameters": llama3 | {"rope_type": "llama3", "rope_theta": 5e5}}
+    assert read_rope(old) == read_rope(new) == Rope(5e5, 8.0)
+    assert read_rope({"rope_theta": 1e6, "rope_scaling": None}) == Rope(1e6, None)
+    assert read_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}).theta == 1e6
+    assert read_rope({}).theta == 1e4
+
+
+SMALL = HF | {
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_size": 8,
+    "intermediate_size": 16, "vocab_size": 32,
+}  # fmt: skip
+SHAPES = tensor_shapes(SMALL)
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = dict.fromkeys(SHAPES, FIRST) | {NORM: SECOND}
+IN_FIRST = {name: shape for name, shape in SHAPES.items() if name != NORM}
+
+
+def folder_message(tmp_path, monkeypatch, files, index=None, hf_config=SMALL, dtype="BF16"):
+    """What ``check_model`` says about a folder with these weight files; empty: nothing."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    for name, tensors in files.items():
+        if isinstance(tensors, dict):
+            write_tensors(folder / name, tensors, dtype)
+        else:
+            (folder / name).write_bytes(tensors)
+    if index:
+        text = json.dumps({"weight_map": index})
+        (folder / "model.safetensors.index.json").write_text(text)
+    try:
+        check_model(load(tmp_path, monkeypatch, GOOD))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+ONE = "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("files", "index", "named"),
+    [
+        ({ONE: SHAPES}, None, ""),
+        ({ONE: SHAPES, "consolidated.safetensors": b"other", "pytorch_model.bin": b"x"}, None, ""),
+        ({FIRST: IN_FIRST, SECOND: {NORM: (8,)}}, INDEX, ""),
+        # The index decides which copy of a tensor counts.
+        ({FIRST: IN_FIRST | {NORM: (3,)}, SECOND: {NORM: (8,)}}, INDEX, ""),
+        ({ONE: SHAPES, "original.safetensors": SHAPES}, dict.fromkeys(SHAPES, ONE), ""),
+        ({ONE: SHAPES, FIRST: IN_FIRST, SECOND: {NORM: (8,)}}, INDEX, ONE),
+        ({ONE: SHAPES, "adapter_config.json": b"{}"}, None, "adapter_config.json"),
+        ({"consolidated.safetensors": SHAPES}, None, "consolidated.safetensors"),
+        ({FIRST: IN_FIRST, SECOND: {NORM: (8,)}}, None, FIRST),
+        ({FIRST: IN_FIRST}, INDEX, SECOND),
+        ({FIRST: IN_FIRST, SECOND: {}}, INDEX, f"{SECOND}: expected tensor {NORM}"),
+        ({ONE: IN_FIRST}, None, f"expected tensor {NORM}"),
+        ({ONE: SHAPES | {"head.bias": (32,)}}, None, f"{ONE}: expected no tensor head.bias"),
+        ({ONE: SHAPES | {NORM: (9,)}}, None, f"{ONE}: {NORM}: expected shape (8,)"),
+        ({ONE: SHAPES | {HEAD: (33, 8)}}, None, f"{ONE}: {HEAD}: expected shape (32, 8)"),
+        ({ONE: b""}, None, ONE),
+        ({ONE: b"<html>Not found</html>"}, None, ONE),
+    ],
+)
+def test_weights_are_checked_before_torch(tmp_path, monkeypatch, files, index, named):
+    message = folder_message(tmp_path, monkeypatch, files, index)
+    assert named in message and bool(message) == bool(named)
+
+
+def test_integer_weights_are_refused(tmp_path, monkeypatch):
+    message = folder_message(tmp_path, monkeypatch, {ONE: SHAPES}, dtype="F8_E4M3")
+    assert f"{ONE}: model.embed_tokens.weight" in message and "got F8_E4M3" in message
+
+
+@pytest.mark.parametrize("position", [None, 0, 100])
+def test_a_tied_head_with_other_values_is_refused(tmp_path, monkeypatch, position):
+    tied = SMALL | {"tie_word_embeddings": True}
+    write_tensors(tmp_path / "weights", SHAPES)
+    content = bytearray((tmp_path / "weights").read_bytes())
+    if position is not None:
+        content[-32 * 8 * 2 + position] = 1  # the head is the last tensor
+    message = folder_message(tmp_path, monkeypatch, {ONE: bytes(content)}, hf_config=tied)
+    assert ("lm_head.weight differs" in message) == (position is not None)
+
+
+def test_weights_behind_symbolic_links(tmp_path, monkeypatch):
+    """As in the cache of the Hugging Face hub."""
+    write_tensors(tmp_path / "blob", SHAPES)
+    (tmp_path / "model").mkdir()
+    for name, target in ((ONE, "blob"), ("tokenizer.json", "config"), ("config.json", "config")):
+        (tmp_path / "model" / name).symlink_to(f"../{target}")
+    (tmp_path / "config").write_text(json.dumps(SMALL))
+    config = load(tmp_path, monkeypatch, GOOD)
+    assert check_model(config) == SMALL
+    (tmp_path / "blob").unlink()
+    with pytest.raises(InputError, match="model/model.safetensors"):
+        check_model(config)
+
+
 def test_a_missing_prompt_file_is_named(tmp_path, monkeypatch):
     config = load(tmp_path, monkeypatch, GOOD, ["data.prompts=questions.jsonl"])
     with pytest.raises(
@@ -223,6 +359,32 @@ def test_a_missing_prompt_file_is_named(tmp_path, monkeypatch):
         check_paths(config)
     (tmp_path / "questions.jsonl").write_text("{}\n")
     check_paths(config)
+
+
+@pytest.mark.parametrize("folder", ["runs/with blank", "runs/größe", "absent/a/b"])
+def test_a_run_folder_may_have_any_name(tmp_path, monkeypatch, folder):
+    (tmp_path / "p.jsonl").write_text("{}\n")
+    overrides = ["data.prompts=p.jsonl", f"run.dir={folder}"]
+    check_paths(load(tmp_path, monkeypatch, GOOD, overrides))
+    assert (tmp_path / folder).is_dir()
+
+
+def test_a_full_disk_is_noticed_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "p.jsonl").write_text("{}\n")
+    config = load(tmp_path, monkeypatch, GOOD, ["data.prompts=p.jsonl", "run.dir=out"])
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="run.dir: .*No space left on device"):
+        check_paths(config)
+
+
+def test_a_plan_says_what_to_download(tmp_path, monkeypatch):
+    config = load(tmp_path, monkeypatch, GOOD)
+    with pytest.raises(InputError, match="hf download .* config.json --local-dir model"):
+        read_hf_config(config)
 
 
 def test_the_head_needs_memory_for_one_token(tmp_path, monkeypatch):

@@ -1,16 +1,21 @@
 """Prompt sources and the prompt stream, over real files and real reasoning-gym tasks."""
 
+import datetime
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
 import mistral_common
+import numpy as np
 import pyarrow
 import pytest
+import yaml
 from pyarrow import parquet
 
 from megatron_espo.config import Data
@@ -18,6 +23,7 @@ from megatron_espo.data import PromptStream, load_tokenizer
 from megatron_espo.data.reasoning_gym_task import create_task, generate_entries
 from megatron_espo.data.sources import read_rows
 from megatron_espo.errors import InputError
+from megatron_espo.rewards.answers import MathJudge
 from tests.test_tokenizer import write_hf_tokenizer
 
 MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -186,7 +192,10 @@ def test_parquet_equals_jsonl(tmp_path):
         ({"prompt": " ", "answer": "x"}, "prompt: expected text, got an empty one"),
         ({"prompt": 3, "answer": "x"}, "prompt: expected text or a list of messages, got int 3"),
         ({"prompt": [], "answer": "x"}, "prompt: expected text or a list of messages, got list"),
-        ({"prompt": [{"role": "user"}], "answer": "x"}, r"prompt\[0\]: expected .role, content."),
+        (
+            {"prompt": [{"role": "user"}], "answer": "x"},
+            r"prompt: expected .role, content.* at \[0\]",
+        ),
         (
             {"prompt": [{"role": "assistant", "content": "x"}], "answer": "x"},
             "expected the user's message last, got the assistant's",
@@ -205,6 +214,110 @@ def test_bad_row_raises(tmp_path, row, message):
     )
     with pytest.raises(InputError, match=f"^{tmp_path}/p.jsonl:3: .*{message}"):
         read_rows(str(source), {}, 0)
+
+
+USER = [{"role": "user", "content": "1 + 1?"}]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        USER,
+        USER[0],
+        json.dumps(USER),
+        json.dumps(USER[0]),
+        [{"from": "human", "value": "1 + 1?"}],
+        [{"role": "user", "content": [{"type": "text", "text": "1 + 1?"}]}],
+        [{"role": "user", "content": "1 + 1?", "name": None}],
+    ],
+)
+def test_forms_of_messages(tmp_path, prompt):
+    rows = [{"prompt": prompt, "answer": "2"}] * 2
+    source = write_jsonl(tmp_path / "p.jsonl", rows)
+    assert [row.prompt for row in read_rows(str(source), {}, 0)] == [USER] * 2
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    assert [row.prompt for row in read_rows(str(tmp_path / "p.parquet"), {}, 0)] == [USER] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (repr(USER), "messages as a list or as JSON"),
+        (repr(np.array(USER, dtype=object)), "messages as a list or as JSON"),
+        ([*USER, {"from": "gpt", "value": "2"}], "the user's message last, got the assistant's"),
+        ([{"role": "system", "content": "Add."}], "the user's message last, got the system's"),
+        ([{"role": "human", "content": "1 + 1?"}], "a role out of"),
+        ([{"role": "user", "content": " "}], "text in the last message"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "text in both"),
+        (["1 + 1?"], "text in both"),
+    ],
+)
+def test_other_forms_of_messages_are_refused(tmp_path, prompt, message):
+    rows = [{"prompt": USER, "answer": "2"}, {"prompt": prompt, "answer": "2"}]
+    with pytest.raises(InputError, match=f"p.jsonl:2: prompt: expected .*{message}"):
+        read_rows(str(write_jsonl(tmp_path / "p.jsonl", rows)), {}, 0)
+    parquet.write_table(pyarrow.Table.from_pylist(rows[1:]), tmp_path / "p.parquet")
+    with pytest.raises(InputError, match=f"p.parquet:row 1: prompt: expected .*{message}"):
+        read_rows(str(tmp_path / "p.parquet"), {}, 0)
+
+
+DAY = datetime.datetime(2024, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        DAY, DAY.date(), DAY.time(), datetime.timedelta(1), b"x", Decimal("1.5"), [DAY], [b"x"],
+        {"a": [DAY]}, [{"bytes": b"x", "path": "a.png"}], pyarrow.array([DAY]).dictionary_encode(),
+        pyarrow.array([b"ab"], pyarrow.binary(2)),
+    ],
+)  # fmt: skip
+def test_columns_that_json_cannot_hold(tmp_path, value):
+    column = value if isinstance(value, pyarrow.Array) else pyarrow.array([value])
+    table = pyarrow.table({"prompt": ["1 + 1?"], "answer": ["2"], "more": column})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(InputError, match="p.parquet: more: .*JSON .*data.columns"):
+        read_rows(str(tmp_path / "p.parquet"), {}, 0)
+    columns = {"prompt": "prompt", "answer": "answer"}
+    assert read_rows(str(tmp_path / "p.parquet"), {}, 0, columns)[0].answer == "2"
+
+
+# Columns of public data sets as they are stored, and how docs/rewards.md maps them.
+DATA_SETS = {
+    "GSM8K": {"question": "1 + 1?", "answer": "We add <<1+1=2>>2.\n#### 2"},
+    "DAPO-Math-17k": {
+        "data_source": "math_dapo",
+        "prompt": USER,
+        "ability": "MATH",
+        "reward_model": {"ground_truth": "2", "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": "a"},
+    },
+    "MATH-500": {"problem": "1 + 1?", "solution": "It is $\\boxed{2}$.", "answer": "2", "level": 1},
+    "AIME 2024": {"id": 60, "problem": "1 + 1?", "answer": 2, "url": "x"},
+    "DeepMath-103K": {"question": "1 + 1?", "final_answer": "2", "difficulty": 1.5, "topic": "x"},
+}
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_public_data_sets(tmp_path, name):
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    columns = yaml.safe_load(re.search(rf"\| {name} \| `(.*?)`", page)[1])
+    rows = [DATA_SETS[name]] * 5
+    sources = [write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "p.parquet"]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sources[1])
+    for source in sources:
+        found = read_rows(str(source), {}, 0, columns)
+        question = found[0].prompt if isinstance(found[0].prompt, str) else USER[0]["content"]
+        assert len(found) == 5 and question == "1 + 1?"
+        assert MathJudge()(found[4].answer, "so \\boxed{2}")
+        assert not MathJudge()(found[4].answer, "so \\boxed{1}")
+
+
+def test_a_field_of_json_text(tmp_path):
+    table = pyarrow.table({"prompt": [USER], "reward_model": ['{"ground_truth": "2"}']})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    columns = {"prompt": "prompt", "answer": "reward_model.ground_truth"}
+    assert read_rows(str(tmp_path / "p.parquet"), {}, 0, columns)[0].answer == "2"
 
 
 def test_invalid_utf8_raises_and_a_byte_order_mark_does_not(tmp_path):

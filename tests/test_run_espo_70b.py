@@ -96,7 +96,8 @@ def test_python_half_chooses_the_settings(tmp_path, ranks, args, config):
     (tmp_path / "sitecustomize.py").write_text(
         "import megatron_espo.cli as cli\ncli.main = lambda argv: print(argv)\n"
     )
-    env = os.environ | {"WORLD_SIZE": str(ranks), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    env = os.environ | {"WORLD_SIZE": str(ranks), "PYTHONPATH": path}
     command = [sys.executable, SCRIPT, *args]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     command, chosen, *overrides = eval(done.stdout)

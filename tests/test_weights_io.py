@@ -157,6 +157,7 @@ def test_an_interrupted_export_keeps_the_earlier_one(tmp_path, source_dir):
     with pytest.raises(OSError, match="disk full"):
         write_folder(METADATA, interrupted(), out, source_dir, torch.float32, 40)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     write_folder(
         METADATA,
         ((name, tensor + 1) for name, tensor in STREAM),

@@ -13,6 +13,7 @@ from megatron_espo.config.rules import Problems
 from megatron_espo.config.schema import Config, Megatron
 from megatron_espo.errors import InputError
 from megatron_espo.models.experts import Experts, read_experts
+from megatron_espo.models.rope import read_rope
 
 # Supported architectures: (QKV bias, norms on queries and keys).
 ARCHITECTURES = {
@@ -21,6 +22,13 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": (False, True),
     "Qwen3MoeForCausalLM": (False, True),
     "MistralForCausalLM": (False, False),
+}
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MistralForCausalLM": "mistral",
 }
 # Keys that config.json must have.
 SIZES = (
@@ -104,10 +112,12 @@ def check_model(config: Config, hf_config: dict[str, Any] | None = None) -> dict
     Raises:
         InputError: lists every problem.
     """
+    is_folder = hf_config is None
     if hf_config is None:
         _raise(config, model_folder.problems(config.model.path, config.model.tokenizer))
         hf_config = read_hf_config(config)
-    architecture, *_ = hf_config.get("architectures") or ["none"]
+    architectures = hf_config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in ARCHITECTURES:
         expected = f"an architecture out of {', '.join(ARCHITECTURES)}"
         _fail(
@@ -116,12 +126,43 @@ def check_model(config: Config, hf_config: dict[str, Any] | None = None) -> dict
     # transformers 5 writes num_experts under another name.
     known = {"num_experts": hf_config.get("num_local_experts"), **hf_config}
     sizes = SIZES + EXPERT_SIZES if "Moe" in architecture else SIZES
-    if missing := [key for key in sizes if not isinstance(known.get(key), int)]:
-        expected = f"integers {', '.join(missing)} in config.json"
+    if missing := [key for key in sizes if not _is_size(known.get(key))]:
+        expected = f"positive integers {', '.join(missing)} in config.json"
         _fail(config, "model.path", f'expected {expected}, found none ("{config.model.path}")')
+    _raise(config, _family_problems(hf_config))
     _raise(config, _layout_problems(config, hf_config))
     _raise(config, _length_problems(config, hf_config))
+    if is_folder:
+        tensors = model_folder.tensor_problems(Path(config.model.path), hf_config)
+        _raise(config, (("model.path", message) for message in tensors))
     return hf_config
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _family_problems(hf: dict[str, Any]) -> Problems:
+    """What Megatron-Core's model of these families cannot compute."""
+    key, family = "model.path", FAMILIES[hf["architectures"][0]]
+    if (got := hf.get("model_type", family)) != family:
+        yield key, f"config.json: model_type: expected {family} for the architecture, got {got!r}"
+    if (activation := hf.get("hidden_act", "silu")) != "silu":
+        yield key, f"config.json: hidden_act: expected silu, got {activation!r}"
+    heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads")
+    if groups is not None and not (_is_size(groups) and heads % groups == 0):
+        expected = f"a divisor of num_attention_heads ({heads})"
+        yield key, f"config.json: num_key_value_heads: expected {expected}, got {groups!r}"
+    head_dim = hf.get("head_dim")
+    if head_dim is None and hf["hidden_size"] % heads:
+        expected = f"it, because {heads} heads do not divide hidden_size {hf['hidden_size']}"
+        yield key, f"config.json: head_dim: expected {expected}, found none"
+    if head_dim is not None and not _is_size(head_dim):
+        yield key, f"config.json: head_dim: expected an integer above 0, got {head_dim!r}"
+    try:
+        read_rope(hf)
+    except InputError as error:
+        yield key, str(error)
 
 
 def check_router(config: Config, hf_config: dict[str, Any]) -> None:
@@ -171,8 +212,10 @@ def _path_problems(config: Config) -> Problems:
         yield "run.replay", f'expected {expected}, got "{replay}"; {advice}'
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may take the file, but not its content
     except OSError as error:
         yield "run.dir", f'expected a writable folder, got "{folder}" ({error.strerror})'
 
@@ -184,6 +227,14 @@ def read_hf_config(config: Config) -> dict[str, Any]:
         InputError: it is not a JSON object.
     """
     path = Path(config.model.path, "config.json")
+    if not path.is_file():
+        advice = (
+            f"`hf download <owner>/<name> config.json --local-dir {config.model.path}` is enough "
+            "for a plan; a run needs the whole folder"
+        )
+        _fail(
+            config, "model.path", f'expected config.json in "{path.parent}", found none; {advice}'
+        )
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(loaded, dict):

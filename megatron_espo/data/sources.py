@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from megatron_espo.data.messages import WRITTEN, as_messages, describe, find_problem, shorten
 from megatron_espo.data.reasoning_gym_task import generate_entries
 from megatron_espo.errors import InputError
 
@@ -244,7 +245,7 @@ def _jsonl_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:
-                what = f"expected one JSON object in UTF-8, got {_shorten(line)} ({error})"
+                what = f"expected one JSON object in UTF-8, got {shorten(line)} ({error})"
                 problems.add(f"{path}:{number}", what)
                 continue
             builder.add(number, record)
@@ -269,7 +270,7 @@ def _parquet_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
                     "{prompt: question, answer: reward_model.ground_truth}",
                 )
                 return
-            columns = list(builder._wanted.values()) or None
+            columns = [_stored(path, schema) for path in builder._wanted.values()] or None
             for field in schema:
                 if not (columns is None or field.name in columns) or _fits_json(field.type):
                     continue
@@ -294,6 +295,12 @@ def _parquet_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
         ) from error
 
 
+def _stored(path: str, schema: pa.Schema) -> str:
+    """The column to read for ``path``: the whole column if it holds JSON text."""
+    first = path.partition(".")[0]
+    return first if path not in schema.names and _is_text(schema.field(first).type) else path
+
+
 def _fast_table(batch: pa.RecordBatch, wanted: Mapping[str, str], before: int) -> pa.Table | None:
     """The chunk of correct rows with prompt and answer only; ``None``: look at each row."""
     names = wanted or {name: name for name in batch.schema.names}
@@ -312,7 +319,9 @@ def _fast_table(batch: pa.RecordBatch, wanted: Mapping[str, str], before: int) -
         if parts is None:
             return None
         kind, prompt = parts
-    if not pc.all(pc.not_equal(pc.utf8_trim_whitespace(prompt), "")).as_py():
+    if not pc.all(pc.match_substring_regex(prompt, r"\S\s*$" if is_chat else r"\S")).as_py():
+        return None
+    if not is_chat and pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
         return None
     number = pa.array(range(before + 1, before + size + 1), pa.int32())
     none = pa.nulls(size, pa.large_string())
@@ -340,13 +349,20 @@ def _message_parts(messages: pa.Array) -> tuple[pa.Array, pa.Array] | None:
         )
         joined.append(pc.binary_join(texts, pa.scalar("\n", pa.large_string())))
     is_empty = pc.any(pc.equal(pc.list_value_length(messages), 0)).as_py()
-    is_assistants = pc.any(pc.ends_with(joined[0], "assistant")).as_py()
-    return None if is_empty or is_assistants else (joined[0], joined[1])
+    kinds = (kind.split("\n") for kind in pc.unique(joined[0]).to_pylist())
+    messages_of = ([{"role": role, "content": "x"} for role in kind] for kind in kinds)
+    return None if is_empty or any(map(find_problem, messages_of)) else (joined[0], joined[1])
 
 
 def _fits_json(kind: pa.DataType) -> bool:
-    is_other = pa.types.is_temporal(kind) or pa.types.is_decimal(kind) or pa.types.is_binary(kind)
-    return not (is_other or pa.types.is_large_binary(kind))
+    if isinstance(kind, pa.DictionaryType):
+        return _fits_json(kind.value_type)
+    types = pa.types
+    is_bytes = types.is_binary(kind) or types.is_large_binary(kind)
+    is_bytes = is_bytes or types.is_fixed_size_binary(kind) or types.is_binary_view(kind)
+    if is_bytes or types.is_temporal(kind) or types.is_decimal(kind):
+        return False
+    return all(_fits_json(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -377,6 +393,9 @@ def _field(record: Mapping[str, Any], path: str) -> Any:
         return record[path]
     value: Any = record
     for name in path.split("."):
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            with suppress(ValueError):
+                value = json.loads(value)
         if not isinstance(value, Mapping) or name not in value:
             return _ABSENT
         value = value[name]
@@ -388,7 +407,7 @@ def _check_record(
 ) -> tuple[str | None, str, bool, None, str, str, str | None] | None:
     """The columns of a record from ``id`` on; ``None``: it has mistakes."""
     if not isinstance(record, dict):
-        problems.add(where, f"expected an object with prompt and answer, got {_describe(record)}")
+        problems.add(where, f"expected an object with prompt and answer, got {describe(record)}")
         return None
     before = problems.count
     for name in ("prompt", "answer"):
@@ -398,20 +417,17 @@ def _check_record(
                 where,
                 f"{name}: expected this key, got {got}; rename it, or name it in data.columns",
             )
-    prompt: Any = record.get("prompt")
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            problems.add(where, "prompt: expected text, got an empty one")
-    elif "prompt" in record:
-        _check_messages(where, prompt, problems)
+    prompt: Any = as_messages(record.get("prompt"))
+    if "prompt" in record and (problem := find_problem(prompt)):
+        problems.add(where, f"prompt: {problem}")
     answer: Any = record.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     if "answer" in record and not isinstance(answer, str):
-        problems.add(where, f"answer: expected text or a number, got {_describe(answer)}")
+        problems.add(where, f"answer: expected text or a number, got {describe(answer)}")
     identifier = record.get("id")
     if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
-        problems.add(where, f"id: expected text or an integer, got {_describe(identifier)}")
+        problems.add(where, f"id: expected text or an integer, got {describe(identifier)}")
     metadata = {n: value for n, value in record.items() if n not in ("id", "prompt", "answer")}
     encoded = _encode_metadata(where, metadata, problems) if metadata else None
     if problems.count > before:
@@ -431,26 +447,6 @@ def _check_record(
     return identifier, prompt, is_chat, None, kind, answer, encoded
 
 
-def _check_messages(where: str, prompt: Any, problems: Problems) -> None:
-    if not isinstance(prompt, list) or not prompt:
-        problems.add(where, f"prompt: expected text or a list of messages, got {_describe(prompt)}")
-        return
-    for index, message in enumerate(prompt):
-        fields = message if isinstance(message, dict) else {}
-        if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
-            problems.add(
-                where,
-                f"prompt[{index}]: expected {{role, content}} with text in both, "
-                f"got {_describe(message)}",
-            )
-            return
-    if prompt[-1]["role"] == "assistant":
-        problems.add(
-            where,
-            "prompt: expected the user's message last, got the assistant's",
-        )
-
-
 def _encode_metadata(where: str, metadata: Mapping[str, Any], problems: Problems) -> str | None:
     try:
         return json.dumps(metadata)
@@ -461,7 +457,7 @@ def _encode_metadata(where: str, metadata: Mapping[str, Any], problems: Problems
             except (TypeError, ValueError):
                 problems.add(
                     where,
-                    f"{name}: expected a value that JSON can hold, got {_describe(value)}; "
+                    f"{name}: expected a value that JSON can hold, got {describe(value)}; "
                     f"{_CHOOSE_COLUMNS}",
                 )
         return None
@@ -515,12 +511,3 @@ def _progress(path: Path, total: int) -> Iterator[Any]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"reading {path.name}", total=total)
         yield lambda done: bar.update(task, completed=done)
-
-
-def _describe(value: Any) -> str:
-    return f"{type(value).__name__} {_shorten(repr(value))}"
-
-
-def _shorten(value: str | bytes) -> str:
-    text = value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else value
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -76,7 +76,9 @@ def load_tokenizer(
     generation, config = (_read_json(folder / f"{n}.json") for n in ("generation_config", "config"))
     text_config = _text_config(config)
     vocab_size = text_config.get("vocab_size")
-    eos_ids = _declared_eos(generation) | _declared_eos(config) | _declared_eos(text_config)
+    eos_ids = _declared_eos(generation, folder / "generation_config.json")
+    for part in (config, text_config):
+        eos_ids |= _declared_eos(part, folder / "config.json")
     if path.is_dir() and any((path / name).is_file() for name in HF_FILES):
         return HuggingFaceTokenizer(path, eos_ids, vocab_size, template_args or {})
     if template_args:
@@ -219,10 +221,12 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) and "vocab_size" not in config else config
 
 
-def _declared_eos(config: dict[str, Any]) -> frozenset[int]:
+def _declared_eos(config: dict[str, Any], file: Path) -> frozenset[int]:
     declared = config.get("eos_token_id")
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in ids if i is not None and i >= 0)  # some folders write -1 for none
+    ids = [i for i in (declared if isinstance(declared, list) else [declared]) if i is not None]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise InputError(f"{file}: eos_token_id: expected integers, got {declared!r}")
+    return frozenset(i for i in ids if i >= 0)  # some folders write -1 for none
 
 
 def _require_eos(eos_ids: frozenset[int], vocab_size: int, where: Path) -> frozenset[int]:

@@ -206,7 +206,7 @@ class Actor:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 responses = [replace(s, routed_experts=None) for group in part for s in group]
                 text = json.dumps([asdict(s) for s in responses], default=np.ndarray.tolist)
-                path.write_text(text)
+                path.write_text(text, encoding="utf-8")
                 print(f"warning: {what}", flush=True)
             if self.skipped_in_a_row == MAX_SKIPPED:
                 raise BadGradients(
@@ -238,7 +238,13 @@ class Actor:
         """Load what :meth:`save` wrote in any layout, and return the ``state``. Collective."""
         engine = self.train_engine
         state = load_checkpoint(self.chunks, self.hf_config, path, optimizer=engine.optimizer)
-        engine.scheduler.load_state_dict(state.pop("scheduler"))
+        schedule = state.pop("scheduler")
+        then, now = schedule["lr_decay_steps"], engine.scheduler.lr_decay_steps
+        style = self.config.optimizer.lr_decay_style
+        if then != now and style != "constant" and dist.get_rank() == 0:
+            change = f"the {style} schedule of the learning rate has {now} steps, it had {then}"
+            print(f"warning: {change} when {path} was saved", flush=True)
+        engine.scheduler.load_state_dict(schedule)
         self.skipped_in_a_row = state.pop("skipped_in_a_row", 0)
         engine.spikes.norms.extend(state.pop("grad_norms", []))
         return state

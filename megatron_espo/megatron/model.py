@@ -12,6 +12,7 @@ from megatron_espo.distributed.runtime import PARALLEL_SIZES
 from megatron_espo.errors import InputError
 from megatron_espo.megatron.overrides import check_overrides
 from megatron_espo.models.experts import read_experts
+from megatron_espo.models.rope import read_rope
 
 # Settings of the ``megatron`` section that ``TransformerConfig`` takes under the same name.
 _SHARED_SETTINGS = (
@@ -203,21 +204,10 @@ def build_configured(config: Config, hf_config: dict[str, Any], groups: Any) -> 
 
 def rope_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Return ``GPTModel``'s rotary arguments, from old or new Hugging Face keys."""
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rotary_base": theta}
-    llama3 = {
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    if kind != "llama3" or any(rope.get(key, value) != value for key, value in llama3.items()):
-        raise InputError(
-            f"config.json: rope parameters: expected none or llama3 with {llama3}, got {rope}"
-        )
-    return {"rotary_base": theta, "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    rope = read_rope(hf_config)
+    if rope.factor is None:
+        return {"rotary_base": rope.theta}
+    return {"rotary_base": rope.theta, "rope_scaling": True, "rope_scaling_factor": rope.factor}
 
 
 def _layer_spec(config: Any, te: bool, vp_stage: int | None, groups: Any) -> Any:

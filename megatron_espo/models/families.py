@@ -239,3 +239,20 @@ def model_groups(hf_config: dict[str, Any]) -> list[list[ParamMapping]]:
     if is_tied(hf_config):
         return [expand(TIED_EMBEDDING), *layers, expand(FINAL_NORM)]
     return [expand(EMBEDDING), *layers, expand(FINAL_NORM) + expand(OUTPUT)]
+
+
+def tensor_shapes(hf_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each Hugging Face tensor of the model. Raises as :func:`model_groups`."""
+    return {
+        name: shape
+        for group in model_groups(hf_config)
+        for mapping in group
+        for name, shape in mapping.huggingface
+    }
+
+
+def ignored_tensors(hf_config: dict[str, Any]) -> set[str]:
+    """Tensors that transformers ignores: a tied head, and rotary buffers of old exports."""
+    layers = range(hf_config["num_hidden_layers"])
+    rotary = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in layers}
+    return rotary | ({"lm_head.weight"} if is_tied(hf_config) else set())

@@ -6,11 +6,12 @@ Pure functions on tensors without collectives. Both directions use the same plan
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_espo.errors import InputError
+
+if TYPE_CHECKING:  # settings are checked before torch is imported
+    import torch
 
 
 class ShardLayout(Enum):
@@ -118,7 +119,7 @@ def local_shape(
 
 
 def shard_into(
-    local: torch.Tensor,
+    local: "torch.Tensor",
     sources: Sequence[Any],
     layout: ShardLayout,
     rank: int,
@@ -135,7 +136,7 @@ def shard_into(
         tp_size: number of tensor-parallel ranks.
         query_groups: number of key/value heads.
     """
-    shapes = [s.shape if isinstance(s, torch.Tensor) else s.get_shape() for s in sources]
+    shapes = [s.get_shape() if hasattr(s, "get_shape") else s.shape for s in sources]
     extents = [shape[layout.dim] for shape in shapes]
     if layout is ShardLayout.VOCAB:
         local.zero_()
@@ -147,8 +148,8 @@ def shard_into(
 
 
 def unshard_into(
-    outputs: Sequence[torch.Tensor],
-    part: torch.Tensor,
+    outputs: "Sequence[torch.Tensor]",
+    part: "torch.Tensor",
     layout: ShardLayout,
     rank: int,
     tp_size: int,

@@ -27,7 +27,7 @@ def check_names(announced: Iterable[tuple[str, tuple[int, ...]]], model: str | P
     for file in Path(model).glob("*.safetensors"):
         header = safetensors_header(file)
         expected |= {name: tuple(entry["shape"]) for name, entry in header.items()}
-    config = json.loads((Path(model) / "config.json").read_text())
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     tied = (config.get("text_config") or {}) | config
     skipped = ("rotary_emb.inv_freq", *["lm_head.weight"] * bool(tied.get("tie_word_embeddings")))
     problems = [

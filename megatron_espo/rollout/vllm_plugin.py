@@ -59,7 +59,7 @@ class Routes:
     async def init_state(self, engine_client: Any, app_state: Any, args: Namespace) -> None:
         app_state.espo_engine = engine_client
         model = Path(engine_client.vllm_config.model_config.model, "config.json")
-        experts = read_experts(json.loads(model.read_text()))
+        experts = read_experts(json.loads(model.read_text(encoding="utf-8")))
         layers = enumerate(experts.layers if experts else ())
         app_state.espo_expert_layers = [i for i, has_experts in layers if has_experts]
         if args.load_format != "dummy":

@@ -121,7 +121,7 @@ class Checkpoints:
                     expected = f"{pointer}: expected the name of a checkpoint, found no file"
                     raise InputError(f"{expected}{self._alternatives()}")
                 return None
-            name, place = pointer.read_text().strip(), str(pointer)
+            name, place = pointer.read_text(encoding="utf-8").strip(), str(pointer)
         path = self.folder / name
         if not _NAME.fullmatch(name) or not path.is_dir():
             expected = f'{place}: expected the name of a checkpoint in {self.folder}, got "{name}"'

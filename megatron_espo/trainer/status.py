@@ -91,6 +91,10 @@ def _report_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> N
         gone = "".join(f"{name} has died; " for name in watchdog.gone(wait_s=2.0 * lost))
         place = f"{gone}rank {watchdog.rank}, step {watchdog.step}, phase {watchdog.phase}"
         line = why.strip().partition("\n")[0]
-        why = f"{place}: {line}; the same command continues from the latest checkpoint"
+        latest = folder / "checkpoints" / "latest"
+        start = "starts again, because no checkpoint is saved yet"
+        if latest.is_file():
+            start = f"continues from {latest.read_text(encoding='utf-8').strip()}"
+        why = f"{place}: {line}; the same command {start}"
         print(f"error: {why}", file=sys.stderr, flush=True)
     write_status(folder, "failed", why)

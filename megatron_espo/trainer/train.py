@@ -126,7 +126,8 @@ class Run:
             rollouts.close()
             raise
         if runtime.is_main:
-            folder.joinpath("config.json").write_text(config.model_dump_json(indent=2) + "\n")
+            text = config.model_dump_json(indent=2) + "\n"
+            folder.joinpath("config.json").write_text(text, encoding="utf-8")
         self.reporter.open(after_step=self.step)
         self.profiler = StepProfiler(folder, runtime.role, config.run.profile_steps)
 
@@ -168,6 +169,9 @@ class Run:
         self.ledger.count(groups)
         seconds = self.phases.pop() | {"step": time.perf_counter() - began}
         self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
+        if metrics.get("optimizer/grad_norm") == 0:
+            what = "the gradient is zero; momentum and weight decay still move the weights"
+            self._log(f"step {step}: {what}")
         if not last and (reason := self.stop.agreed()):
             raise Stopped(reason)
         if self.checkpoints.due(step):

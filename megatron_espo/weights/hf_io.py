@@ -1,6 +1,6 @@
 """Load a Hugging Face folder into a Megatron model, and export a model to such a folder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,14 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from megatron_espo.config.model_folder import OWN_HEAD
 from megatron_espo.errors import InputError
-from megatron_espo.models.families import is_tied, model_groups
+from megatron_espo.models.families import (
+    ignored_tensors,
+    is_tied,
+    model_groups,
+    tensor_shapes,
+)
 from megatron_espo.models.layouts import shard_into
 from megatron_espo.weights.binding import ShardRanks, bind
 from megatron_espo.weights.hf_reader import CheckpointFolder
@@ -26,9 +32,7 @@ def open_checkpoint(hf_config: dict[str, Any], path: str | Path) -> CheckpointFo
         InputError: an unreadable file, a missing tensor or an unknown one.
     """
     folder = CheckpointFolder(path)
-    mappings = (mapping for group in model_groups(hf_config) for mapping in group)
-    expected = (name for mapping in mappings for name, _ in mapping.huggingface)
-    folder.check_names(expected, _ignored(hf_config))
+    folder.check_names(tensor_shapes(hf_config), ignored_tensors(hf_config))
     if is_tied(hf_config) and "lm_head.weight" in folder.names:
         _check_tied_head(folder, (hf_config["vocab_size"], hf_config["hidden_size"]))
     return folder
@@ -42,11 +46,7 @@ def _check_tied_head(folder: CheckpointFolder, shape: tuple[int, int]) -> None:
     for first in range(rank * _ROWS, shape[0], ranks * _ROWS):
         rows = slice(first, first + _ROWS)
         if not torch.equal(head[rows], embedding[rows]):
-            raise InputError(
-                f"{folder.path}: config.json has tie_word_embeddings true, but lm_head.weight "
-                "differs from model.embed_tokens.weight; set tie_word_embeddings to false in "
-                "config.json to use both, or remove lm_head.weight"
-            )
+            raise InputError(OWN_HEAD.format(folder=folder.path))
 
 
 @torch.no_grad()
@@ -120,11 +120,3 @@ def save_hf(
         raise failure
     if message[0] is not None:
         raise RuntimeError(f"rank 0 could not write {out_dir}: {message[0]}")
-
-
-def _ignored(hf_config: dict[str, Any]) -> Iterator[str]:
-    """Yield tensors that transformers ignores: a tied head, and rotary buffers of old exports."""
-    if is_tied(hf_config):
-        yield "lm_head.weight"
-    for layer in range(hf_config["num_hidden_layers"]):
-        yield f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"

@@ -32,7 +32,7 @@ class CheckpointFolder:
         index = self.path / INDEX_NAME
         if index.is_file():
             try:
-                self._file_of = dict(json.loads(index.read_text())["weight_map"])
+                self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{index}: expected JSON with a 'weight_map' ({error!r}); fetch it again"

@@ -55,7 +55,37 @@ def write_folder(
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _copy_metadata_files(source_dir, Path(tokenizer or source_dir), partial, dtype)
+    try:
+        _write_partial(
+            metadata,
+            stream,
+            partial,
+            source_dir,
+            dtype,
+            max_file_bytes,
+            Path(tokenizer or source_dir),
+        )
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    old = out_dir.with_name(out_dir.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out_dir.exists():
+        out_dir.rename(old)
+    partial.rename(out_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_partial(
+    metadata: list[ParameterMetadata],
+    stream: Iterator[tuple[str, Any]],
+    partial: Path,
+    source_dir: Path,
+    dtype: torch.dtype,
+    max_file_bytes: int,
+    tokenizer: Path,
+) -> None:
+    _copy_metadata_files(source_dir, tokenizer, partial, dtype)
     split = split_state_dict_into_shards_factory(
         {item.name: item for item in metadata},
         get_storage_size=lambda item: torch.Size(item.shape).numel() * item.dtype.itemsize,
@@ -73,14 +103,8 @@ def write_folder(
     assert not pending, pending.keys()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     make_durable(*partial.iterdir(), partial)
-    old = out_dir.with_name(out_dir.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out_dir.exists():
-        out_dir.rename(old)
-    partial.rename(out_dir)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _copy_metadata_files(
@@ -93,6 +117,6 @@ def _copy_metadata_files(
             shutil.copyfile(file, target / file.name)
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, target / "tokenizer.model")
-    config = json.loads((target / "config.json").read_text())
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -31,3 +31,17 @@ def test_a_later_rank_leaves_the_first_cause(tmp_path):
         RuntimeError("a consequence"),
     )
     assert read_json(tmp_path / "status.json")["why"] == "the cause"
+
+
+def test_a_checkpoint_is_named_only_if_there_is_one(tmp_path, capsys):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    for name in (None, "step_000020"):
+        if name:
+            (checkpoints / "latest").write_text(name + "\n")
+        Watchdog.clear(tmp_path)
+        write_status(tmp_path, "running")
+        watchdog = Watchdog(tmp_path, 0, 1, limit_s=1.0, slow_s=1.0, log=print)
+        _report_failure(tmp_path, watchdog, KeyboardInterrupt())
+        line = capsys.readouterr().err
+        assert "KeyboardInterrupt" in line and ("continues from step_000020" in line) == bool(name)

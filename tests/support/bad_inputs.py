@@ -18,6 +18,8 @@ from typing import Any
 from megatron_espo import cli
 from megatron_espo.config import load_config
 from megatron_espo.errors import InputError
+from megatron_espo.models.families import tensor_shapes
+from tests.support.model_folder import write_tensors
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "bad_inputs.md"
 HEAD = """\
@@ -46,17 +48,21 @@ SIZES = {
     "vocab_size": len(WORDS),
     "max_position_embeddings": 128,
 }
-LLAMA = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 1, **SIZES}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "eos_token_id": 1,
+    **SIZES,
+}
 MOE = LLAMA | {
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "num_experts": 6,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
     "head_dim": 2,
 }
 PROMPT = '{"prompt": "What is two and three ?", "answer": "5"}\n'
-HEADER = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + bytes(8)
 VOCAB = {word: i for i, word in enumerate(WORDS)}
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 TOKENIZER = {
@@ -74,7 +80,6 @@ FILES = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "</s>",
     },
-    "model/model.safetensors": WEIGHTS,
 }
 
 
@@ -101,6 +106,17 @@ class Bad:
     ) -> None:
         self.what, self.overrides, self.files = what, overrides, files or {}
         self.more, self.ranks, self.check = more, ranks, check
+
+
+def weights(hf_config: dict[str, Any] = LLAMA, **changes: Any) -> bytes:
+    """A weight file of the model. ``changes``: shapes by name; ``None`` leaves a tensor out."""
+    shapes = {name.replace(".", "_"): name for name in tensor_shapes(hf_config)}
+    changed = {shapes.get(name, name): shape for name, shape in changes.items()}
+    tensors = tensor_shapes(hf_config) | changed
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.safetensors")
+        write_tensors(file, {name: shape for name, shape in tensors.items() if shape})
+        return file.read_bytes()
 
 
 def rows(*lines: str) -> dict[str, str]:
@@ -303,7 +319,7 @@ TABLE: dict[str, list[Bad]] = {
         Bad(
             "TP does not divide the heads",
             "megatron.tensor_model_parallel_size=2",
-            files=config_json(num_attention_heads=3, num_key_value_heads=None),
+            files=config_json(num_attention_heads=3, num_key_value_heads=None, head_dim=2),
             ranks=2,
         ),
         Bad(
@@ -375,7 +391,46 @@ TABLE: dict[str, list[Bad]] = {
             },
         ),
         Bad("a damaged index of shards", files={"model/model.safetensors.index.json": "{}"}),
-        Bad("truncated weights", files={"model/model.safetensors": WEIGHTS[:-3]}),
+        Bad("an adapter", files={"model/adapter_config.json": {"r": 8}}),
+        Bad(
+            "two sets of weights",
+            files={
+                "model/model-00001-of-00001.safetensors": weights(),
+                "model/model.safetensors.index.json": {
+                    "weight_map": dict.fromkeys(
+                        tensor_shapes(LLAMA), "model-00001-of-00001.safetensors"
+                    )
+                },
+            },
+        ),
+        Bad(
+            "shards without an index",
+            files={
+                "model/model.safetensors": None,
+                "model/model-00001-of-00002.safetensors": weights(),
+            },
+        ),
+        Bad("a missing tensor", files={"model/model.safetensors": weights(lm_head_weight=None)}),
+        Bad("an unknown tensor", files={"model/model.safetensors": weights(head_bias=(9,))}),
+        Bad(
+            "a tensor of another size",
+            files=config_json(vocab_size=12)
+            | {
+                "model/model.safetensors": weights(),
+            },
+        ),
+        Bad(
+            "a scaled rotary embedding",
+            files=config_json(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        ),
+        Bad(
+            "an end token that is text",
+            check=read_prompts,
+            files={
+                "model/generation_config.json": {"eos_token_id": "</s>"},
+            },
+        ),
+        Bad("truncated weights", files={"model/model.safetensors": weights()[:-3]}),
         Bad("no tokenizer", files={"model/tokenizer.json": None}),
     ],
     "Prompts": [
@@ -553,9 +608,13 @@ def write(files: dict[str, Any]) -> None:
 
 def message_of(bad: Bad) -> str:
     """The error message. The folder of the run appears as /home/me/work."""
+    hf_config = bad.files.get("model/config.json")
+    if not (isinstance(hf_config, dict) and isinstance(hf_config.get("vocab_size"), int)):
+        hf_config = LLAMA
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write(
             FILES
+            | {"model/model.safetensors": weights(hf_config)}
             | {
                 name: content
                 for name, content in bad.files.items()
@@ -565,6 +624,7 @@ def message_of(bad: Bad) -> str:
         if bad.more:
             write({"run.yaml": f"{RUN}{bad.more}\n"})
         os.environ["WORLD_SIZE"] = str(bad.ranks)
+        os.environ["RANK"] = "0"
         output = io.StringIO()
         try:
             if bad.check:

@@ -64,7 +64,7 @@ def write_model(folder: Path, hf_config: dict[str, Any]) -> None:
                 # uniform.
                 tensors[name] = torch.randn(shape, generator=draw) * 0.2 + (len(shape) == 1)
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2))
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2), encoding="utf-8")
 
 
 def make_sequences(vocab_size: int, max_tokens: int) -> list[TrainSequence]:
@@ -137,4 +137,4 @@ def save_sequences(path: Path, sequences: Sequence[TrainSequence]) -> None:
 
 def load_sequences(path: Path) -> list[TrainSequence]:
     """Read what :func:`save_sequences` wrote."""
-    return [TrainSequence(**entry) for entry in json.loads(path.read_text())]
+    return [TrainSequence(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(config, build, args.gpus)
     fix = None if plan.fits else find_fix(config, build, plan, args.gpus)
     if args.json:
-        Path(args.json).write_text(json.dumps(plan.to_json() | {"fix": fix}) + "\n")
+        text = json.dumps(plan.to_json() | {"fix": fix}) + "\n"
+        Path(args.json).write_text(text, encoding="utf-8")
     print(render(plan, fix))
     return 0 if plan.fits else 1
