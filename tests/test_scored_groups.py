@@ -78,7 +78,7 @@ def scatter_on_rank(sizes: dict, share_prompts: bool, flip: bool = False) -> lis
 
     place = runtime.initialize(**sizes)
     groups, sent, received = place.groups, make_groups(), {"outline": 0, "share": 0}
-    recv, broadcast = dist.recv, dist.broadcast
+    recv, broadcast, active = dist.recv, dist.broadcast, []
 
     def counting_recv(tensor, *args, **options):
         received["share"] += tensor.nbytes
@@ -88,9 +88,14 @@ def scatter_on_rank(sizes: dict, share_prompts: bool, flip: bool = False) -> lis
 
     def counting(kind):
         def counting_broadcast(tensor, src=None, group=None, group_src=None, **options):
-            if (group or dist.group.WORLD).rank() != (group_src or src or 0):
+            is_outer, active[:] = not active, [kind]  # broadcast calls itself
+            if is_outer and (group or dist.group.WORLD).rank() != (group_src or src or 0):
                 received[kind] += tensor.nbytes
-            return broadcast(tensor, src, group, group_src=group_src, **options)
+            try:
+                return broadcast(tensor, src, group, group_src=group_src, **options)
+            finally:
+                if is_outer:
+                    active.clear()
 
         return counting_broadcast
 
