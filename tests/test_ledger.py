@@ -48,7 +48,7 @@ class Process:
         self.run = FakeRun(
             rollout, judge, order=lambda ids, seed: seed, check=self.fail, stream=prompts
         )
-        log = RolloutLog(folder / "rollouts", {})
+        self.log = log = RolloutLog(folder / "rollouts", {})
         staleness = rollout.max_staleness
         self.source = SampledRollouts(log, self.run.sampler, max_staleness=staleness)
         self.step, self.ledger = checkpoint["step"], Ledger(**checkpoint["ledger"])
@@ -72,6 +72,7 @@ class Process:
                 break
             except EngineError:
                 continue
+        self.log.wait()
         found = [(group[0].prompt.id, sorted(s.text for s in group)) for group in groups.rollouts]
         if step in history:
             assert found == history[step], "a recorded step is trained as it was"

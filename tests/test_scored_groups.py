@@ -1,50 +1,216 @@
-"""Rank 0's rollouts reach every rank as arrays."""
+"""Every rank gets the outline of rank 0's rollouts, and the tokens that it trains."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from megatron_espo.data.scored_groups import ScoredGroups, broadcast_groups
+from megatron_espo.data.packing import PackingSpec, batch_totals, pack
+from megatron_espo.data.scored_groups import (
+    ScoredGroups,
+    broadcast_groups,
+    from_outline,
+    to_outline,
+)
+from megatron_espo.megatron import consistency, scatter
+from megatron_espo.trainer.train import train_sequences
 from megatron_espo.types import Prompt, Trajectory
 from tests.support.distributed import run_ranks
 
-
-def make_groups() -> ScoredGroups:
-    prompt = Prompt("p", "What?", "4", (1, 2), {"level": 3})
-    experts = np.zeros((4, 2, 2), np.uint8)
-    first = Trajectory.single_turn(prompt, (5, 6, 7), (-1.0, -2.0, -3.0), 4, "stop", "abc")
-    first = replace(first, routed_experts=experts)
-    mask, turns = [True, False, True], [0, 2]
-    last = replace(first, loss_mask=mask, turns=turns, reward=0.5, rewards={"form": 1.0})
-    other = Trajectory.single_turn(prompt, (8,), (-0.5,), 4, "length", "d")
-    other = replace(other, routed_experts=experts[:2])
-    samples = [replace(last, earlier=(first,)), other]
-    return ScoredGroups([samples], torch.tensor([[0.5, float("nan")]]), dispatched=3, in_flight=2)
+TP2, CP2 = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
 
 
-def broadcast_on_rank() -> list[list[bool]]:
-    """Whether the arrays are equal and the texts and experts are absent, on every rank."""
-    sent = make_groups()
-    got = broadcast_groups(sent if dist.get_rank() == 0 else None)
-    prompt = replace(sent.rollouts[0][0].prompt, text="", answer="", metadata={})
+def make_groups(prompts: int = 12, samples: int = 4) -> ScoredGroups:
+    """Trajectories of one and of two parts, some with tokens of an environment."""
+    draw, rollouts = np.random.default_rng(3), []
 
-    def bare(sample: Trajectory) -> Trajectory:
-        earlier = tuple(map(bare, sample.earlier))
-        return replace(sample, prompt=prompt, text="", routed_experts=None, earlier=earlier)
+    def part(prompt: Prompt, context: list[int], number: int) -> Trajectory:
+        length = int(draw.integers(400, 1200))
+        mask = draw.random(length) < (1.0 if number % 3 else 0.7)
+        mask[0] = True
+        ids, logprobs = draw.integers(0, 999, length), -draw.random(length)
+        start = (prompt, context, ids, mask, logprobs, np.full(length, number), "stop", "text", [0])
+        return Trajectory(*start, routed_experts=np.zeros((length + len(context) - 1, 2, 2), "u1"))
 
-    same = [
-        list(map(bare, got.samples)) == list(map(bare, sent.samples)),
-        torch.equal(got.rewards.nan_to_num(9.0), sent.rewards.nan_to_num(9.0)),
-        (got.dispatched, got.in_flight) == (3, 2),
-        got is sent or not any(s.text or s.prompt.text for s in got.samples),
-        got is sent or not got.have_routed_experts,
-    ]
+    for number in range(prompts):
+        ids = draw.integers(0, 999, 5).tolist()
+        prompt = Prompt(f"p{number}", "What?", "4", tuple(ids), {"level": 3})
+        group = [part(prompt, ids, number + i) for i in range(samples)]
+        group[0] = replace(group[0], earlier=(part(prompt, ids, number),), finish_reason="length")
+        rollouts.append(group)
+    rewards = torch.from_numpy(draw.random((prompts, samples), np.float32))
+    rewards[1, 2] = torch.nan
+    return ScoredGroups(rollouts, rewards, prompts + 1, in_flight=1)
+
+
+def test_an_outline_has_lengths_masks_and_rewards_only():
+    groups = make_groups()
+    found = from_outline(to_outline(groups))
+    assert torch.equal(found.rewards.nan_to_num(7), groups.rewards.nan_to_num(7))
+    assert torch.equal(found.lengths(), groups.lengths())
+    assert (found.dispatched, found.in_flight) == (groups.dispatched, groups.in_flight)
+    assert not found.have_routed_experts and len(found.rollouts) == len(groups.rollouts)
+    keys = set()
+    for group, other in zip(groups.rollouts, found.rollouts, strict=True):
+        for sample, outline in zip(group, other, strict=True):
+            assert (outline.finish_reason, outline.prompt.id) == ("stop", sample.prompt.id) or (
+                outline.truncated and sample.truncated
+            )
+            for part, bare in zip(sample.parts, outline.parts, strict=True):
+                assert np.array_equal(part.loss_mask, bare.loss_mask)
+                assert len(part.prompt_ids) == len(bare.prompt_ids)
+                assert len(part.response_ids) == len(bare.response_ids)
+                assert not (bare.response_ids.any() or bare.logprobs.any() or bare.text)
+                keys.add(bare.prompt_ids.tobytes())
+    assert len(keys) == len(groups.rollouts), "responses to one prompt share it"
+
+
+def scatter_on_rank(sizes: dict, share_prompts: bool, flip: bool = False) -> list[dict]:
+    """For each rank: whether its micro-batches are those of a rank that holds everything, the bytes
+    that it received, those of its share, and the error of the comparison of ranks.
+    """
+    from megatron_espo.distributed import runtime
+
+    place = runtime.initialize(**sizes)
+    groups, sent, received = place.groups, make_groups(), {"outline": 0, "share": 0}
+    recv, broadcast, active = dist.recv, dist.broadcast, []
+
+    def counting_recv(tensor, *args, **options):
+        received["share"] += tensor.nbytes
+        recv(tensor, *args, **options)
+        if flip:
+            tensor.view(-1)[-1] ^= 1
+
+    def counting(kind):
+        def counting_broadcast(tensor, src=None, group=None, group_src=None, **options):
+            is_outer, active[:] = not active, [kind]  # broadcast calls itself
+            if is_outer and (group or dist.group.WORLD).rank() != (group_src or src or 0):
+                received[kind] += tensor.nbytes
+            try:
+                return broadcast(tensor, src, group, group_src=group_src, **options)
+            finally:
+                if is_outer:
+                    active.clear()
+
+        return counting_broadcast
+
+    dist.recv, dist.broadcast = counting_recv, counting("share")
+    distributed_c10d.broadcast = counting("outline")  # broadcast_object_list calls it
+    try:
+        got = broadcast_groups(sent if place.is_main else None)
+        advantages = torch.from_numpy(np.random.default_rng(1).normal(size=got.rewards.shape))
+        advantages[0, :2] = 0
+
+        def kept(of: ScoredGroups) -> list:
+            sequences = train_sequences(of, advantages, mask_truncated=True)
+            return [s for group in sequences for s in group if s.advantage and not s.masked]
+
+        checksums: dict[str, int] = {}
+        sequences = kept(got)
+        if dist.get_world_size() > 1:
+            sequences = scatter.scatter_sequences(sequences, groups, share_prompts, checksums)
+    finally:
+        dist.recv, dist.broadcast, distributed_c10d.broadcast = recv, broadcast, broadcast
+    whole = kept(sent)
+    assert 0 < len(whole) < sum(len(sample.parts) for sample in sent.samples)
+    totals = batch_totals(whole, num_responses=9, num_response_tokens=99)
+    spec = PackingSpec(
+        4000, groups.dp.rank(), groups.dp.size(), share_prompts=share_prompts,
+        context_parallel_rank=groups.cp.rank(), context_parallel_size=groups.cp.size(),
+    )  # fmt: skip
+    found, expected = (
+        pack([replace(s, routed_experts=None) for s in of], totals, spec)
+        for of in (sequences, whole)
+    )
+    own = consistency.data_fingerprints(sequences, found, groups) | checksums
+    try:
+        consistency.check_fingerprints(own)
+        error = ""
+    except consistency.RankMismatch as mismatch:
+        error = str(mismatch)
+    shards = scatter.shard_by_tokens(whole, groups.dp.size(), share_prompts)
+    share = [whole[i] for group in shards[groups.dp.rank()] for i in group]
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, same)
+    answer = {
+        "same": len(found) == len(expected) and all(map(same_batch, found, expected)),
+        "share bytes": sum(4 * s.num_tokens + 4 * len(s.response_ids) for s in share),
+        "all bytes": sum(4 * s.num_tokens + 4 * len(s.response_ids) for s in whole),
+        "error": error,
+        "replica": groups.dp.rank(),
+        **received,
+    }
+    dist.all_gather_object(everyone, answer)
     return everyone
 
 
-def test_every_rank_gets_the_arrays_without_texts_and_experts():
-    assert run_ranks(2, "tests.test_scored_groups:broadcast_on_rank") == [[True] * 5] * 2
+def same_batch(one, other) -> bool:
+    return all(
+        torch.equal(value, getattr(other, name))
+        if isinstance(value, torch.Tensor)
+        else value == getattr(other, name)
+        for name, value in vars(one).items()
+    )
+
+
+def scatter_in_layouts(layouts: list) -> list[list[dict]]:
+    return [scatter_on_rank(sizes, share) for sizes, share in layouts]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layouts"),
+    [
+        (1, [({}, True)]),
+        (2, [({}, True), (TP2, False), (PP2, True)]),
+        (4, [({}, False), (TP2, True), (CP2, False)]),
+    ],
+)
+def test_every_rank_receives_its_share_and_packs_what_it_packed_from_everything(ranks, layouts):
+    answers = run_ranks(ranks, "tests.test_scored_groups:scatter_in_layouts", layouts=layouts)
+    for layout, everyone in zip(layouts, answers, strict=True):
+        for rank, answer in enumerate(everyone):
+            assert answer["same"] and answer["error"] == "", (layout, rank, answer)
+            assert answer["share"] == (answer["share bytes"] if rank else 0), (layout, rank)
+            assert answer["outline"] < answer["all bytes"] / 4, (layout, rank, answer)
+        shares = {answer["replica"]: answer["share bytes"] for answer in everyone}
+        assert sum(shares.values()) == everyone[0]["all bytes"], layout
+
+
+def test_a_bit_lost_on_the_way_is_named():
+    for answer in run_ranks(
+        2, "tests.test_scored_groups:scatter_on_rank", sizes={}, share_prompts=True, flip=True
+    ):
+        assert answer["error"].startswith("responses of data-parallel rank 1 (checksum): expected")
+
+
+def test_equal_tokens_have_equal_checksums():
+    """A change of one token, advantage or mask of one rank changes its fingerprints."""
+    size = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    place = SimpleNamespace(dp=size, cp=size, tp=size, pp=size)
+    groups = make_groups()
+    flat = [s for g in train_sequences(groups, torch.ones(12, 4), False) for s in g]
+    flat = [replace(s, routed_experts=None) for s in flat]
+    totals = batch_totals(flat, num_responses=1, num_response_tokens=1)
+
+    def fingerprints(sequences) -> tuple:
+        batches = pack(sequences, totals, PackingSpec(4000, 0, 1))
+        return tuple(consistency.data_fingerprints(sequences, batches, place).values())
+
+    step, own = fingerprints(flat)
+    assert fingerprints([replace(s) for s in flat]) == (step, own)
+    ids = flat[5].response_ids.copy()
+    ids[3] += 1
+    number = next(i for i, s in enumerate(flat) if not s.loss_mask.all())
+    ids = flat[number].response_ids + 1
+    for changes, differ in (
+        ({"response_ids": ids}, (False, True)),
+        ({"advantage": -1.0}, (True, True)),
+        ({"loss_mask": ~flat[number].loss_mask}, (True, True)),
+    ):
+        changed = [*flat[:number], replace(flat[number], **changes), *flat[number + 1 :]]
+        found = fingerprints(changed)
+        assert (found[0] != step, found[1] != own) == differ, changes

@@ -1,8 +1,11 @@
 """Trajectories of several turns: their type, packing in every layout, recorded rollouts."""
 
+import json
 import math
 import pickle
-from dataclasses import replace
+import threading
+import zipfile
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +15,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_espo.data import rollout_store
 from megatron_espo.data.packing import MicroBatch, PackingSpec, batch_totals, pack
 from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
 from megatron_espo.monitoring.samples import sample_record
-from megatron_espo.trainer.train import train_sequences
+from megatron_espo.trainer.rollout_manager import RolloutManager
+from megatron_espo.trainer.train import Run, train_sequences
 from megatron_espo.types import Prompt, Trajectory
 from tests.test_packing import hidden_states
 
@@ -274,6 +279,7 @@ def test_logits_of_other_tokens_have_no_gradient():
         )
         for layout in ({}, {"padded": True}, {"share_prompts": True}):
             (batch,) = pack(sequences, totals, PackingSpec(9999, 0, 1, **layout))
+            batch = batch.to(torch.device("cpu"))
             draw = torch.Generator().manual_seed(5)
             hidden = torch.randn(*batch.tokens.t().shape, 8, generator=draw).requires_grad_()
             weight = torch.randn(1000, 8, generator=draw)
@@ -419,10 +425,10 @@ def test_trajectories_survive_the_file(tmp_path):
     assert RolloutLog(tmp_path, {"seed": 2}).read(3, None) is not None
 
 
-@pytest.mark.parametrize("name", ["response_ids", "loss_mask", "logprobs", "rewards", "step.json"])
+@pytest.mark.parametrize(
+    "name", ["response_ids", "loss_mask", "logprobs", "rewards", "step.json", "texts.txt"]
+)
 def test_a_flipped_bit_is_found(tmp_path, name):
-    import zipfile
-
     log = RolloutLog(tmp_path, {})
     log.write(1, make_groups(7, [(3, 1)]), before={}, after={})
     path = tmp_path / "step_000001.npz"
@@ -439,6 +445,74 @@ def test_a_flipped_bit_is_found(tmp_path, name):
         log.read(1, {})
     path.write_bytes(damaged[: len(damaged) // 2])
     with pytest.raises(InputError, match="found damage"):
+        log.read(1, {})
+
+
+def test_texts_survive_the_file(tmp_path):
+    """Texts of several bytes a character, empty texts, and half of a surrogate pair."""
+    texts = ["", "é€😀" * 5, "\ud83d", "\ude00 \0\n", "", "abc"]
+    samples = [Trajectory.single_turn(PROMPT, (5,), (-1.0,), 0, "stop", text) for text in texts]
+    log = RolloutLog(tmp_path, {})
+    log.write(1, ScoredGroups([samples], torch.zeros(1, len(texts)), 1), before={}, after={})
+    assert [sample.text for sample in log.read(1, {}).groups.samples] == texts
+
+
+def test_the_log_is_written_in_the_background(tmp_path, monkeypatch):
+    """One write at a time; ``wait`` and ``read`` return when the file is durable."""
+    log, events, allowed = RolloutLog(tmp_path, {}), [], threading.Event()
+
+    def slowly(*paths):
+        if paths != (tmp_path,):
+            allowed.wait(10)
+            events.append("durable")
+
+    monkeypatch.setattr(rollout_store, "make_durable", slowly)
+    groups = make_groups(7, [(3, 1)])
+    log.start_write(1, groups, before={}, after={})
+    assert not list(tmp_path.glob("*.npz")) and not events
+    threading.Timer(0.05, allowed.set).start()
+    log.start_write(2, groups, before={}, after={})
+    assert "durable" in events and (tmp_path / "step_000001.npz").exists()
+    assert log.read(2, {}).groups.rollouts == groups.rollouts
+    log.start_write(3, groups, before={}, after={})
+    log.close()
+    assert len(events) == 3 and (tmp_path / "step_000003.npz").exists()
+
+
+def test_an_error_of_the_log_is_raised_by_the_next_call(tmp_path):
+    groups = make_groups(7, [(3, 1)])
+    (tmp_path / "file").touch()
+    for next_call in (
+        RolloutLog.wait,
+        RolloutLog.close,
+        lambda log: log.read(1, {}),
+        lambda log: log.start_write(2, groups, before={}, after={}),
+    ):
+        log = RolloutLog(tmp_path / "file", {})
+        log.start_write(1, groups, before={}, after={})
+        with pytest.raises(OSError):
+            next_call(log)
+        log.wait()  # an error is raised once
+
+
+def test_an_error_of_the_log_ends_a_step_before_metrics_and_checkpoint(tmp_path):
+    (tmp_path / "file").touch()
+    log = RolloutLog(tmp_path / "file", {})
+    log.start_write(1, make_groups(7, [(3, 1)]), before={}, after={})
+    manager = object.__new__(RolloutManager)
+    manager._log = log
+    # Every other part would raise AttributeError.
+    run = Run(**dict.fromkeys(part.name for part in fields(Run)) | {"rollouts": manager})
+    with pytest.raises(OSError):
+        run.finish_step(1, None, None, {}, 0.0)
+    assert run.step is None
+
+
+def test_rollouts_of_an_earlier_format_are_refused(tmp_path):
+    log = RolloutLog(tmp_path, {})
+    with zipfile.ZipFile(tmp_path / "step_000001.npz", "w") as archive:
+        archive.writestr("step.json", json.dumps({"fingerprint": {}, "before": {}, "after": {}}))
+    with pytest.raises(InputError, match="expected recorded rollouts of format 2.*earlier release"):
         log.read(1, {})
 
 

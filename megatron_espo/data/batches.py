@@ -35,6 +35,7 @@ class TrainSequence:
         routed_experts: ``[P + T - 1, layers with experts, experts a token]`` integers: the engine's
             choice of experts for every token except the last, which predicts nothing. ``None``: the
             trainer's routers choose.
+        num_trained: response tokens with a loss.
 
     Raises:
         ValueError: an empty prompt or response, no trained token, values that do not match the
@@ -52,6 +53,7 @@ class TrainSequence:
     old_entropies: np.ndarray | None = None
     logged_sample: int | None = None
     routed_experts: np.ndarray | None = field(default=None, repr=False)
+    num_trained: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         prompt, response = len(self.prompt_ids), len(self.response_ids)
@@ -72,7 +74,10 @@ class TrainSequence:
             if values is not None:
                 values = as_vector(f"TrainSequence.{name}", values, dtype, length)
                 object.__setattr__(self, name, values)
-        if not self.num_trained:
+        mask = self.loss_mask
+        trained = response if mask is None else int(np.count_nonzero(mask))
+        object.__setattr__(self, "num_trained", trained)
+        if not trained:
             raise ValueError(
                 "TrainSequence.loss_mask: expected at least one trained token, "
                 f"got a mask of {response} False"
@@ -95,15 +100,10 @@ class TrainSequence:
         """Tokens that go through the model: ``P + T``."""
         return len(self.prompt_ids) + len(self.response_ids)
 
-    @property
-    def num_trained(self) -> int:
-        """Response tokens with a loss."""
-        mask = self.loss_mask
-        return len(self.response_ids) if mask is None else int(np.count_nonzero(mask))
-
     def trained(self, values: np.ndarray) -> np.ndarray:
-        """The entries of ``values [T]`` at the trained tokens."""
-        return values if self.loss_mask is None else values[self.loss_mask]
+        """The entries of ``values [T]`` at the trained tokens; ``values`` itself if all are."""
+        is_whole = self.loss_mask is None or self.num_trained == len(values)
+        return values if is_whole else values[self.loss_mask]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,10 @@ class BatchTotals:
     num_tokens: int
 
 
+# Narrow on the host, because a step has many tokens, and int64 where torch computes with them.
+_INDICES = {"tokens", "position_ids", "logit_positions", "targets"}
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences in the form that the model and the loss take: concatenated (THD), or in padded
@@ -130,15 +134,17 @@ class MicroBatch:
     ``position_ids`` only. Under context parallelism ``total`` and ``trained_tokens`` count this
     rank's tokens; ``cu_seqlens``, ``max_seqlen`` and ``lengths`` describe the whole micro-batch.
 
+    Token ids, positions and rows are int32 on the host, and int64 after :meth:`to`.
+
     Attributes:
-        tokens: int64 token ids, ``[1, total]`` packed or ``[sequences, longest]`` padded.
-        position_ids: int64, of the same shape, from 0 in each sequence.
+        tokens: token ids, ``[1, total]`` packed or ``[sequences, longest]`` padded.
+        position_ids: of the same shape, from 0 in each sequence.
         cu_seqlens: ``[sequences + 1]`` int32 boundaries; ``None`` in a padded micro-batch.
         max_seqlen: tokens of the longest sequence.
-        logit_positions: ``[trained_tokens]`` int64, row of the model's hidden states (``[total,
+        logit_positions: ``[trained_tokens]``, row of the model's hidden states (``[total,
             hidden]``, or ``[longest, sequences, hidden]`` flattened) that predicts each trained
             token.
-        targets: ``[trained_tokens]`` int64, the trained tokens.
+        targets: ``[trained_tokens]``, the trained tokens.
         lengths: ``[sequences]`` int64, trained tokens of each sequence.
         advantage, rollout_logprob: ``[trained_tokens]`` float32.
         totals: sizes of the whole optimizer step.
@@ -180,8 +186,12 @@ class MicroBatch:
     routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch with its tensors on ``device``."""
+        """The same micro-batch with its tensors on ``device``, as the model and the loss take them:
+        token ids, positions and rows are int64.
+        """
         tensors: dict[str, Any] = {
-            name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)
+            name: x.to(device).long() if name in _INDICES else x.to(device)
+            for name, x in vars(self).items()
+            if isinstance(x, Tensor)
         }
         return replace(self, **tensors)

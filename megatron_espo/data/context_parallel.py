@@ -34,8 +34,8 @@ def slice_micro_batch(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     """
     assert batch.cu_seqlens is not None
     local = zigzag(batch.cu_seqlens, rank, size)
-    place = torch.full((batch.tokens.size(1),), -1)
-    place[local] = torch.arange(len(local))
+    place = torch.full((batch.tokens.size(1),), -1, dtype=torch.int32)
+    place[local] = torch.arange(len(local), dtype=torch.int32)
     local_tokens = (place[batch.logit_positions] >= 0).nonzero()[:, 0]
     per_token = ("targets", "advantage", "rollout_logprob", "old_logprob", "old_entropy")
     known: dict[str, Any] = {name: getattr(batch, name) for name in per_token}

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from torch import Tensor
 
 from megatron_espo.data.batches import BatchTotals, MicroBatch, TrainSequence
@@ -112,7 +111,8 @@ def pack(
     shapes = [_shape(groups, spec) for groups in bins]
     if spec.uniform:
         shapes = [(max(rows for rows, _ in shapes), max(length for _, length in shapes))] * count
-    batches = [_micro_batch(*item, totals, spec) for item in zip(bins, shapes, strict=True)]
+    memory = _Memory(bins, shapes)
+    batches = [_micro_batch(*item, totals, spec, memory) for item in zip(bins, shapes, strict=True)]
     if spec.context_parallel_size > 1:
         part = (spec.context_parallel_rank, spec.context_parallel_size)
         batches = [slice_micro_batch(batch, *part) for batch in batches]
@@ -134,7 +134,7 @@ def _shape(groups: list[PrefixGroup], spec: PackingSpec) -> tuple[int, int]:
 
 def _cost(group: PrefixGroup) -> int:
     """Tokens of the group that go through the model."""
-    return len(group[0].prompt_ids) + sum(len(sequence.response_ids) for sequence in group)
+    return len(group[0].prompt_ids) + sum([len(sequence.response_ids) for sequence in group])
 
 
 def shard_by_tokens(
@@ -147,13 +147,13 @@ def shard_by_tokens(
     groups: dict[Any, list[int]] = {}
     for i, sequence in enumerate(sequences):
         groups.setdefault(sequence.prompt_ids.tobytes() if share_prompts else i, []).append(i)
-    costs = {group[0]: _cost([sequences[i] for i in group]) for group in groups.values()}
+    costs = [(_cost([sequences[i] for i in group]), group) for group in groups.values()]
     shards: list[list[list[int]]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for group in sorted(groups.values(), key=lambda group: costs[group[0]], reverse=True):
+    for cost, group in sorted(costs, key=lambda item: item[0], reverse=True):
         rank = load.index(min(load))
         shards[rank].append(group)
-        load[rank] += costs[group[0]]
+        load[rank] += cost
     return shards
 
 
@@ -182,6 +182,39 @@ def _bins(groups: list[PrefixGroup], spec: PackingSpec) -> list[list[PrefixGroup
     return bins
 
 
+class _Memory:
+    """Memory of the per-token tensors of all micro-batches of a rank.
+
+    A few large blocks take a fraction of the time of thousands of small ones, because the operating
+    system maps them in large pages.
+    """
+
+    def __init__(self, bins: list[list[PrefixGroup]], shapes: list[tuple[int, int]]) -> None:
+        sequences = [sequence for groups in bins for group in groups for sequence in group]
+        trained = sum(sequence.num_trained for sequence in sequences)
+        total = sum(rows * length for rows, length in shapes)
+        known = sum(
+            sequence.num_trained
+            for sequence in sequences
+            for values in (sequence.old_logprobs, sequence.old_entropies)
+            if values is not None
+        )
+        self._words = np.empty(2 * total + 2 * trained, np.int32)
+        self._floats = np.empty(2 * trained + known, np.float32)
+        # 0, 1, 2, ...
+        self.index = np.arange(max(rows * length for rows, length in shapes), dtype=np.int32)
+
+    def words(self, count: int) -> np.ndarray:
+        """``[count]`` int32, not initialized."""
+        taken, self._words = self._words[:count], self._words[count:]
+        return taken
+
+    def floats(self, count: int) -> np.ndarray:
+        """``[count]`` float32, not initialized."""
+        taken, self._floats = self._floats[:count], self._floats[count:]
+        return taken
+
+
 def _lay_out(
     group: PrefixGroup, tokens: np.ndarray, positions: np.ndarray, index: np.ndarray, start: int
 ) -> tuple[list[np.ndarray], tuple[int, ...]]:
@@ -193,8 +226,8 @@ def _lay_out(
 
     Args:
         group: one sequence, or several with the same prompt.
-        tokens, positions: ``[tokens of the micro-batch]`` int64, filled here.
-        index: ``[tokens of the micro-batch]`` int64, 0, 1, 2, ...
+        tokens, positions: ``[tokens of the micro-batch]`` int32, filled here.
+        index: int32, 0, 1, 2, ..., at least as long.
         start: first position of the group in the micro-batch.
 
     Returns:
@@ -225,15 +258,18 @@ def _lay_out(
 
 
 def _micro_batch(
-    groups: list[PrefixGroup], shape: tuple[int, int], totals: BatchTotals, spec: PackingSpec
+    groups: list[PrefixGroup],
+    shape: tuple[int, int],
+    totals: BatchTotals,
+    spec: PackingSpec,
+    memory: _Memory,
 ) -> MicroBatch:
     """Lay groups out one after the other and pad them, each one and all together, to ``shape``
     (rows, length).
     """
     rows, length = shape
-    tokens = np.zeros(rows * length, np.int64)
-    positions = np.empty(rows * length, np.int64)
-    index = np.arange(rows * length)
+    tokens, positions = memory.words(rows * length), memory.words(rows * length)
+    index = memory.index
     multiple = length if spec.padded else spec.sequence_multiple
     logit_positions: list[np.ndarray] = []
     prefix_groups: list[tuple[int, ...]] = []
@@ -245,6 +281,7 @@ def _micro_batch(
         end = start + sum(lengths)
         # Padding comes after the end of a sequence: no response token attends to it.
         padding = (start - end) % multiple
+        tokens[end : end + padding] = 0
         positions[end : end + padding] = index[end - start : end - start + padding]
         prefix_groups.append(lengths if not padding else (end - start + padding,))
         boundaries.append(end + padding)
@@ -252,25 +289,29 @@ def _micro_batch(
     filler = length if spec.padded else _round_up(64, multiple)
     while rest := rows * length - boundaries[-1]:
         filled = min(filler, rest)
+        tokens[boundaries[-1] : boundaries[-1] + filled] = 0
         positions[boundaries[-1] : boundaries[-1] + filled] = index[:filled]
         prefix_groups.append((filled,))
         boundaries.append(boundaries[-1] + filled)
     sequences = [sequence for group in groups for sequence in group]
     trained = np.array([sequence.num_trained for sequence in sequences], np.int64)
     advantages = np.array([sequence.advantage for sequence in sequences], np.float32)
+    count = int(trained.sum())
     shared = any(len(lengths) > 1 for lengths in prefix_groups)
     return MicroBatch(
         tokens=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(positions)[None],
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
         max_seqlen=int(positions.max()) + 1,
-        logit_positions=_joined(logit_positions, np.int64),
-        targets=_joined([s.trained(s.response_ids) for s in sequences], np.int64),
+        logit_positions=_joined(logit_positions, memory.words(count)),
+        targets=_joined([s.trained(s.response_ids) for s in sequences], memory.words(count)),
         lengths=torch.from_numpy(trained),
-        advantage=torch.from_numpy(np.repeat(advantages, trained)),
-        rollout_logprob=_joined([s.trained(s.rollout_logprobs) for s in sequences], np.float32),
-        old_logprob=_known("old_logprobs", sequences),
-        old_entropy=_known("old_entropies", sequences),
+        advantage=_joined([advantages.repeat(trained)], memory.floats(count)),
+        rollout_logprob=_joined(
+            [s.trained(s.rollout_logprobs) for s in sequences], memory.floats(count)
+        ),
+        old_logprob=_known("old_logprobs", sequences, memory),
+        old_entropy=_known("old_entropies", sequences, memory),
         totals=totals,
         num_tokens=sum(sequence.num_tokens for sequence in sequences),
         prefix_groups=tuple(prefix_groups) if shared else None,
@@ -279,8 +320,8 @@ def _micro_batch(
     )
 
 
-def _joined(arrays: list[np.ndarray], dtype: DTypeLike) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays, dtype=dtype) if arrays else np.empty(0, dtype))
+def _joined(arrays: list[np.ndarray], out: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays, out=out) if arrays else out)
 
 
 def _routed_experts(groups: list[PrefixGroup], boundaries: list[int], rows: int) -> Tensor | None:
@@ -308,11 +349,12 @@ def _routed_experts(groups: list[PrefixGroup], boundaries: list[int], rows: int)
     return found
 
 
-def _known(name: str, sequences: list[TrainSequence]) -> Tensor | None:
+def _known(name: str, sequences: list[TrainSequence], memory: _Memory) -> Tensor | None:
     """The values of the trained tokens, if every sequence has them."""
     if not sequences or any(getattr(sequence, name) is None for sequence in sequences):
         return None
-    return _joined([s.trained(getattr(s, name)) for s in sequences], np.float32)
+    values = [s.trained(getattr(s, name)) for s in sequences]
+    return _joined(values, memory.floats(sum(s.num_trained for s in sequences)))
 
 
 def _in_rows(batch: MicroBatch) -> MicroBatch:

@@ -6,9 +6,12 @@ A run continues from them, or trains from them again (``run.replay``).
 import json
 import zipfile
 import zlib
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -16,7 +19,10 @@ from megatron_espo.data.scored_groups import ScoredGroups, from_columns, to_colu
 from megatron_espo.errors import InputError
 from megatron_espo.files import make_durable
 
-_JSON = "step.json"
+_JSON, _TEXTS = "step.json", "texts.txt"
+_FORMAT = 2
+_PIECE_BYTES = 4 << 20
+_ENCODING = ("utf-8", "surrogatepass")
 # zipfile, numpy and json raise these errors for a damaged file.
 _NUMPY_DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError)
 _DAMAGE = (*_NUMPY_DAMAGE, zipfile.BadZipFile, zlib.error)
@@ -34,8 +40,8 @@ class RolloutLog:
     """The folder ``rollouts`` with one ``step_000007.npz`` for each step.
 
     The file is an uncompressed zip archive. Its ``.npy`` members contain the columns of
-    :func:`megatron_espo.data.scored_groups.to_columns`; ``step.json`` contains the rest. The CRC of
-    the zip format detects damage.
+    :func:`megatron_espo.data.scored_groups.to_columns`; ``texts.txt`` contains the texts one after
+    the other, and ``step.json`` the rest. The CRC of the zip format detects damage.
 
     Args:
         folder: folder of the files.
@@ -45,6 +51,30 @@ class RolloutLog:
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.folder, self._fingerprint = folder, fingerprint
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-log")
+        self._writing: Future[None] | None = None
+
+    def start_write(
+        self, step: int, groups: ScoredGroups, *, before: dict[str, Any], after: dict[str, Any]
+    ) -> None:
+        """:meth:`write` in the background. Nothing may change the arguments until :meth:`wait`.
+
+        Raises:
+            OSError: the previous write failed.
+        """
+        self.wait()
+        self._writing = self._thread.submit(self.write, step, groups, before=before, after=after)
+
+    def wait(self) -> None:
+        """Return when the last write is durable, or raise its error (once)."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """End the background thread after its write. Raises the error of that write."""
+        self._thread.shutdown()
+        self.wait()
 
     def write(
         self, step: int, groups: ScoredGroups, *, before: dict[str, Any], after: dict[str, Any]
@@ -59,15 +89,20 @@ class RolloutLog:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         content, columns = to_columns(groups)
+        texts = content.pop("texts")
         content |= {"fingerprint": self._fingerprint, "before": before, "after": after}
+        content |= {"format": _FORMAT, "text_lengths": list(map(len, texts))}
         path = self._path(step)
         partial = path.with_name(path.name + ".partial")
         with zipfile.ZipFile(partial, "w") as archive:
             archive.writestr(_JSON, json.dumps(content))
+            with archive.open(_TEXTS, "w", force_zip64=True) as member:
+                _write_pieces(member, (text.encode(*_ENCODING) for text in texts))
             for name, arrays in columns.items():
                 _write_array(archive, name, arrays)
         make_durable(partial)
         partial.replace(path)
+        make_durable(self.folder)
 
     def read(self, step: int, before: dict[str, Any] | None) -> Recorded | None:
         """Read a step's rollouts and the state after them; ``None`` if this run has recorded none
@@ -78,19 +113,29 @@ class RolloutLog:
             before: the current state of the prompt stream; ``None`` accepts any state and any run.
 
         Raises:
-            InputError: the file is damaged.
+            InputError: the file is damaged, or another release wrote it.
         """
+        self.wait()
         path = self._path(step)
         if not path.is_file():
             return None
         try:
             with np.load(path) as file:
                 content = json.loads(file[_JSON])
+                if content.get("format") != _FORMAT:
+                    raise InputError(
+                        f"{path}: expected recorded rollouts of format {_FORMAT}, got those of an "
+                        "earlier release; remove the file to sample the step again, or replay it "
+                        "with that release"
+                    )
                 state = (content["before"], content["fingerprint"])
                 if before is not None and state != (before, self._fingerprint):
                     return None
-                arrays = {name: file[name] for name in file.files if name != _JSON}
+                content["texts"] = _split(file[_TEXTS].decode(*_ENCODING), content["text_lengths"])
+                arrays = {n: file[n] for n in file.files if n not in (_JSON, _TEXTS)}
             return Recorded(from_columns(content, arrays), content["after"])
+        except InputError:
+            raise
         except _DAMAGE as error:
             raise InputError(
                 f"{path}: expected recorded rollouts, found damage ({error}); "
@@ -115,5 +160,28 @@ def _write_array(archive: zipfile.ZipFile, name: str, arrays: list[np.ndarray]) 
     header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape}
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array_header_1_0(member, header)
-        for array in arrays:
-            member.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        flat = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
+        _write_pieces(member, flat)
+
+
+def _write_pieces(member: IO[bytes], buffers: Iterable[Any]) -> None:
+    """Write ``buffers`` in pieces of a few MiB.
+
+    Each write waits for the interpreter lock twice, so many small ones would take long while
+    another thread runs.
+    """
+    pending, size = [], 0
+    for buffer in buffers:
+        pending.append(buffer)
+        size += len(buffer)
+        if size >= _PIECE_BYTES:
+            member.write(b"".join(pending))
+            pending, size = [], 0
+    member.write(b"".join(pending))
+
+
+def _split(text: str, lengths: list[int]) -> list[str]:
+    ends = [0, *accumulate(lengths)]
+    if ends[-1] != len(text):
+        raise ValueError(f"expected {ends[-1]} characters, got {len(text)}")
+    return [text[start:end] for start, end in pairwise(ends)]

@@ -1,6 +1,5 @@
-"""The rollouts of one step, as arrays for the rollout log and for the broadcast to all ranks."""
+"""The rollouts of one step, as arrays for the rollout log, and their outline for all ranks."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -10,14 +9,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_espo.distributed.collectives import control_device
 from megatron_espo.types import Prompt, Trajectory
 
 # Per-token fields of a trajectory.
 _RESPONSE_FIELDS = ("response_ids", "loss_mask", "logprobs", "versions")
 Columns = dict[str, list[np.ndarray]]
-# JSON values, and ``{name: (dtype, shape)}`` of the arrays in a buffer.
-Header = tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]
+# JSON values, and the arrays of which ``from_outline`` makes trajectories without tokens.
+Outline = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,9 @@ def to_columns(groups: ScoredGroups) -> tuple[dict[str, Any], Columns]:
     """Split ``groups`` into JSON values and arrays; :func:`from_columns` joins them.
 
     Returns:
-        The JSON values, and by name the arrays of all trajectories in their order, not
-            concatenated. Beside arrays of different
-        lengths are the lengths, under ``<name>_lengths``.
+        The JSON values, with the texts under ``texts``, and by name the arrays of all trajectories
+            in their order, not concatenated. Beside arrays of different lengths are the lengths,
+            under ``<name>_lengths``. No array is copied.
     """
     prompts = [group[0].prompt for group in groups.rollouts]
     samples = groups.samples
@@ -86,7 +84,8 @@ def to_columns(groups: ScoredGroups) -> tuple[dict[str, Any], Columns]:
         "prompts": [{k: v for k, v in vars(p).items() if k != "token_ids"} for p in prompts],
         "group_sizes": [len(group) for group in groups.rollouts],
         "num_parts": [len(sample.parts) for sample in samples],
-        "parts": [[part.finish_reason, part.text, part.reward, part.rewards] for part in parts],
+        "parts": [[part.finish_reason, part.reward, part.rewards] for part in parts],
+        "texts": [part.text for part in parts],
     }
     token_ids = [np.array(prompt.token_ids, np.int32) for prompt in prompts]
     columns = {"rewards": [groups.rewards.numpy()]} | _with_lengths("token_ids", token_ids)
@@ -119,13 +118,14 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
     if "routed_experts" in arrays:
         rows = _split(arrays["routed_experts"], arrays["routed_experts_lengths"])
         experts = (part if len(part) else None for part in rows)
-    parts = zip(content["parts"], zip(*fields, strict=True), experts, strict=True)
+    columns = (content["parts"], content["texts"], zip(*fields, strict=True), experts)
+    parts = zip(*columns, strict=True)
     num_parts = iter(content["num_parts"])
 
     def next_trajectory(prompt: Prompt) -> Trajectory:
         found = []
         for _ in range(next(num_parts)):
-            (finish_reason, text, reward, rewards), values, rows = next(parts)
+            (finish_reason, reward, rewards), text, values, rows = next(parts)
             rest = {"text": text, "reward": reward, "rewards": rewards, "routed_experts": rows}
             per_part = dict(zip(names, values, strict=True))
             found.append(Trajectory(prompt, **per_part, finish_reason=finish_reason, **rest))
@@ -138,63 +138,69 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
     return ScoredGroups(rollouts, rewards, content["dispatched"], content["in_flight"])
 
 
-def to_buffer(groups: ScoredGroups) -> tuple[Header, np.ndarray]:
-    """All arrays of ``groups`` in one uint8 buffer, and a header.
-
-    Omits texts, prompt metadata and routed experts.
+def to_outline(groups: ScoredGroups) -> Outline:
+    """What every rank needs of ``groups``: lengths, loss masks, rewards and counts, without tokens,
+    log-probs, versions, texts, prompt metadata and routed experts.
     """
     content, columns = to_columns(groups)
-    omitted = {"text": "", "answer": "", "metadata": {}}
-    content["prompts"] = [prompt | omitted for prompt in content["prompts"]]
-    content["parts"] = [[reason, "", *rest] for reason, _, *rest in content["parts"]]
-    shapes, flat = {}, []
-    # Wide elements come first, so that every array is aligned.
-    for name, arrays in sorted(columns.items(), key=lambda item: -item[1][0].itemsize):
-        if not name.startswith("routed_experts"):
-            shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
-            shapes[name] = (arrays[0].dtype.str, shape)
-            flat += [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
-    return (content, shapes), np.concatenate(flat)
+    content["prompts"] = [
+        prompt | {"text": "", "answer": "", "metadata": {}} for prompt in content["prompts"]
+    ]
+    content["texts"] = [""] * len(content["parts"])
+    mask = np.packbits(np.concatenate(columns["loss_mask"]))
+    first: dict[bytes, int] = {}
+    keys = [first.setdefault(ids.tobytes(), -1 - len(first)) for ids in columns["prompt_ids"]]
+    known = {name: columns[name][0] for name in ("prompt_ids_lengths", "response_lengths")}
+    arrays = {"rewards": groups.rewards.numpy(), "loss_mask": mask, "prompt_keys": np.array(keys)}
+    return content, arrays | known
 
 
-def from_buffer(header: Header, buffer: np.ndarray) -> ScoredGroups:
-    """The rollouts of which :func:`to_buffer` made the header and the buffer.
+def from_outline(outline: Outline) -> ScoredGroups:
+    """Trajectories of the right lengths, loss masks and rewards. Ids, log-probs and versions are
+    placeholders.
 
-    Its arrays are views of the buffer.
+    The ids of a prompt are one negative number, equal for equal prompts: prompts can be grouped.
     """
-    content, shapes = header
-    arrays, start = {}, 0
-    for name, (dtype, shape) in shapes.items():
-        end = start + math.prod(shape) * np.dtype(dtype).itemsize
-        arrays[name] = buffer[start:end].view(dtype).reshape(shape)
-        start = end
-    return from_columns(content, arrays)
+    content, arrays = outline
+    tokens = int(arrays["response_lengths"].sum())
+
+    def absent(dtype: type, length: int = tokens) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), dtype), length)
+
+    prompt_ids = arrays["prompt_keys"].astype(np.int32).repeat(arrays["prompt_ids_lengths"])
+    none = np.zeros(len(content["parts"]), np.int64)
+    return from_columns(
+        content,
+        arrays
+        | {"token_ids": absent(np.int32, 0), "token_ids_lengths": none[: len(content["prompts"])]}
+        | {"turns": absent(np.int32, 0), "turns_lengths": none, "prompt_ids": prompt_ids}
+        | {"loss_mask": np.unpackbits(arrays["loss_mask"], count=tokens).view(np.bool_)}
+        | {"response_ids": absent(np.int32), "versions": absent(np.int32)}
+        | {"logprobs": absent(np.float32)},
+    )
 
 
 def broadcast_groups(groups: ScoredGroups | None) -> ScoredGroups:
-    """Send the rollouts of rank 0 to every rank. Collective: one object broadcast and one tensor
-    broadcast over all ranks.
+    """Send the outline of rank 0's rollouts to every rank. Collective: one object broadcast over
+    all ranks, a bit a token and a few hundred bytes a response.
+
+    :func:`megatron_espo.megatron.scatter.scatter_sequences` sends the tokens to the ranks that
+    train them.
 
     Args:
         groups: the rollouts on rank 0, ``None`` on other ranks.
 
     Returns:
-        ``groups`` itself on rank 0; on other ranks a copy without texts, prompt metadata and routed
-            experts.
+        ``groups`` itself on rank 0; on other ranks the result of :func:`from_outline`.
     """
-    box: list[Any] = [None]
-    if groups is not None:
-        if dist.get_world_size() == 1:
-            return groups
-        header, flat = to_buffer(groups)
-        buffer, box = torch.from_numpy(flat), [(header, len(flat))]
+    if groups is not None and dist.get_world_size() == 1:
+        return groups
+    box = [None if groups is None else to_outline(groups)]
     dist.broadcast_object_list(box, src=0)
-    header, size = box[0]
     if groups is None:
-        buffer = torch.empty(size, dtype=torch.uint8)
-    buffer = buffer.to(control_device())
-    dist.broadcast(buffer, src=0)
-    return groups or from_buffer(header, buffer.cpu().numpy())
+        assert box[0]
+        groups = from_outline(box[0])
+    return groups
 
 
 def _with_lengths(name: str, vectors: list[np.ndarray]) -> Columns:

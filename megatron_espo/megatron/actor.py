@@ -33,6 +33,7 @@ from megatron_espo.megatron.model import build_configured, use_transformer_engin
 from megatron_espo.megatron.offload import Offloader
 from megatron_espo.megatron.reference import ReferencePolicy
 from megatron_espo.megatron.router_replay import RouterReplay, scatter_routed_experts
+from megatron_espo.megatron.scatter import scatter_sequences
 from megatron_espo.megatron.train_engine import Tick, TrainEngine
 from megatron_espo.models.experts import read_experts, replays_router
 from megatron_espo.monitoring.metrics import average_steps, reduce_metrics_everywhere
@@ -148,8 +149,8 @@ class Actor:
         gradient is the same.
 
         Args:
-            groups: responses by prompt, the same on every rank. For router replay rank 0 has their
-                routed experts.
+            groups: responses by prompt, the same on every rank, except that ids, log-probs and
+                routed experts count on rank 0 only.
             on_progress: called with (micro-batches done, all micro-batches).
 
         Returns:
@@ -165,8 +166,9 @@ class Actor:
         # Contiguous parts whose sizes differ by at most one.
         ends = [len(groups) * i // count for i in range(count + 1)]
         parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
-        mini_batches = [self._pack(part) for part in parts]
-        self._compare_ranks(groups, mini_batches)
+        shares: dict[str, int] = {}
+        mini_batches = [self._pack(part, shares) for part in parts]
+        self._compare_ranks(groups, mini_batches, shares)
         passes = epochs + (self.updates_per_step > 1) + (self.reference is not None)
         total, done = passes * sum(map(len, mini_batches)), itertools.count()
 
@@ -299,18 +301,28 @@ class Actor:
         by_index = dict(zip(order, box[0], strict=True))
         return [by_index[i] for i in range(len(responses))]
 
-    def _compare_ranks(self, groups: Groups, mini_batches: Sequence[list[MicroBatch]]) -> None:
+    def _compare_ranks(
+        self,
+        groups: Groups,
+        mini_batches: Sequence[list[MicroBatch]],
+        shares: dict[str, int],
+    ) -> None:
         """Raise RankMismatch on every rank if ranks have different data or weights. Collective."""
+        if dist.get_world_size() == 1:
+            return
         sequences = [s for group in groups for s in group]
         batches = [batch for batches in mini_batches for batch in batches]
         own = consistency.data_fingerprints(sequences, batches, self.groups)
-        consistency.check_fingerprints(own)
-        if self._updates % CHECK_WEIGHTS_EVERY == 0 and dist.get_world_size() > 1:
+        consistency.check_fingerprints(own | shares)
+        if self._updates % CHECK_WEIGHTS_EVERY == 0:
             consistency.check_weights(self.chunks, self.groups)
         self._updates += 1
 
-    def _pack(self, groups: Groups) -> list[MicroBatch]:
-        """Return this data-parallel rank's micro-batches of one optimizer step."""
+    def _pack(self, groups: Groups, checksums: dict[str, int]) -> list[MicroBatch]:
+        """Return this data-parallel rank's micro-batches of one optimizer step.
+
+        Collective; see :func:`scatter_sequences`.
+        """
         sequences = [sequence for group in groups for sequence in group]
         # Responses without advantage have no gradient from the objective: they count in the
         # denominators only.
@@ -319,6 +331,8 @@ class Actor:
         tokens = sum(sequence.num_trained for sequence in sequences)
         totals = batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens)
         spec = packing_spec(self.config.megatron, self.groups)
+        if dist.get_world_size() > 1:
+            kept = scatter_sequences(kept, self.groups, spec.share_prompts, checksums)
         if self._router_replay and self._experts:
             share = spec.share_prompts
             kept = scatter_routed_experts(kept, self._experts, self.groups, share)

@@ -14,6 +14,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_espo.data.packing import TrainSequence, shard_by_tokens
+from megatron_espo.megatron.scatter import send_to_replica
 from megatron_espo.models.experts import Experts
 
 
@@ -142,22 +143,7 @@ def scatter_routed_experts(
         if is_source:
             rows = np.ascontiguousarray(sequence.routed_experts, dtype)
             data.numpy()[:] = rows.reshape(-1).view(np.uint8)
-        data = _send_to_replica(data.to(torch.cuda.current_device()), owners[number], groups)
+        data = send_to_replica(data.to(torch.cuda.current_device()), owners[number], groups)
         received = data.cpu().numpy().view(dtype).reshape(shape)
         result[number] = replace(sequence, routed_experts=received)
     return result
-
-
-def _send_to_replica(data: Tensor, owner: int, groups: Any) -> Tensor:
-    """Send ``data`` from rank 0 to all ranks of a data-parallel replica, all of which call this."""
-    replica = (groups.cp, groups.tp, groups.pp)
-    if dist.get_rank() == 0 and owner > 0:
-        dist.send(data, dist.get_global_rank(groups.dp, owner))
-        return data
-    if owner > 0 and all(group.rank() == 0 for group in replica):
-        dist.recv(data, src=0)
-    for number, group in enumerate(replica):
-        # Each broadcast starts from the ranks that the earlier ones have reached.
-        if all(later.rank() == 0 for later in replica[number + 1 :]):
-            dist.broadcast(data, group=group, group_src=0)
-    return data

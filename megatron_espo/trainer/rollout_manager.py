@@ -68,6 +68,7 @@ class RolloutManager:
         self.source: RolloutSource | None = None
         self._closing = ExitStack()
         self._pool: EnginePool | None = None
+        self._log: RolloutLog | None = None
         replay, router_replay = config.run.replay, replays_router(config.rollout, hf_config)
         owners = [] if replay else engine_owners(config.rollout.engines, runtime.world_size)
         max_model_len = config.rollout.max_model_len or hf_config["max_position_embeddings"]
@@ -76,7 +77,9 @@ class RolloutManager:
             template_args = config.data.template_args
             self.tokenizer = load_tokenizer(path, config.model.path, template_args)
         if runtime.is_main:
-            log = RolloutLog(Path(replay or f"{config.run.dir}/rollouts"), fingerprint(config))
+            folder = Path(replay or f"{config.run.dir}/rollouts")
+            self._log = log = RolloutLog(folder, fingerprint(config))
+            self._closing.callback(log.close)
             assert self.tokenizer
             self._stream = PromptStream(
                 config.data,
@@ -160,7 +163,7 @@ class RolloutManager:
         """Get the step's rollouts with their rewards, sampled or recorded, on every rank.
         Collective.
 
-        Only rank 0 gets routed experts and texts (:func:`broadcast_groups`).
+        Only rank 0 gets tokens, texts and routed experts (:func:`broadcast_groups`).
 
         Args:
             step: counted from 1.
@@ -239,6 +242,15 @@ class RolloutManager:
         self._stop.check()
         if self._pool:
             self._pool.check()
+
+    def wait_for_record(self) -> None:
+        """Return when the step's rollouts are durable on disk (rank 0).
+
+        Raises:
+            OSError: they were not written.
+        """
+        if self._log:
+            self._log.wait()
 
     def close(self) -> None:
         """Cancel trajectories in flight. Stop this rank's engine and the reward workers."""

@@ -81,9 +81,12 @@ class SampledRollouts:
     def batch(self, step: int, phases: Phases) -> ScoredGroups:
         """The rollouts of ``step``, recorded or sampled. Another call continues after an error.
 
+        The record of sampled rollouts is written in the background (:meth:`RolloutLog.wait`).
+
         Raises:
             EngineError: an engine failed.
             Stopped: the run was asked to stop.
+            OSError: the previous record was not written.
         """
         before = self.state_dict()
         found = self._log.read(step, before)
@@ -91,7 +94,7 @@ class SampledRollouts:
             self.load_state_dict(found.after)
             return found.groups
         groups = self._sampler.batch(step, phases)
-        self._log.write(step, groups, before=before, after=self.state_dict())
+        self._log.start_write(step, groups, before=before, after=self.state_dict())
         return groups
 
     def _is_usable(self, groups: ScoredGroups, step: int) -> bool:

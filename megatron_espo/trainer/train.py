@@ -153,7 +153,8 @@ class Run:
         metrics: dict[str, float],
         began: float,
     ) -> None:
-        """Write the step's metrics and, if due, a checkpoint. Collective.
+        """Write the step's metrics and, if due, a checkpoint, when its rollouts are durable on
+        disk. Collective.
 
         Args:
             step: counted from 1.
@@ -164,7 +165,9 @@ class Run:
 
         Raises:
             Stopped: on every rank, if the run was asked to stop.
+            OSError: on rank 0, if the step's rollouts were not written.
         """
+        self.rollouts.wait_for_record()
         self.step, last = step, step == self.config.run.steps
         self.ledger.count(groups)
         seconds = self.phases.pop() | {"step": time.perf_counter() - began}

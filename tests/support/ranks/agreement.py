@@ -16,8 +16,8 @@ def check(folder: str, cases: list[dict]) -> list[dict[str, str]]:
         errors = {"nothing": _update(actor, hf_config, 1)}
         compare = actor._compare_ranks
         if place.rank == place.world_size - 1:
-            actor._compare_ranks = lambda groups, batches, compare=compare: compare(
-                groups, _with_flipped_token(batches)
+            actor._compare_ranks = lambda groups, batches, shares, compare=compare: compare(
+                groups, _with_flipped_token(batches), shares
             )
         errors["tokens"] = _update(actor, hf_config, 2)
         actor._compare_ranks = compare

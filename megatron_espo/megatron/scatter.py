@@ -1,0 +1,99 @@
+"""Sends the tokens of a step from rank 0 to the data-parallel replicas that train them."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_espo.data.packing import TrainSequence, shard_by_tokens
+from megatron_espo.distributed.collectives import control_device
+
+Checksums = dict[str, int]
+
+
+def scatter_sequences(
+    sequences: Sequence[TrainSequence], groups: Any, share_prompts: bool, checksums: Checksums
+) -> list[TrainSequence]:
+    """Send ids and log-probs from rank 0 to the data-parallel replica that trains each sequence.
+
+    Collectives over all ranks: for each replica a message from rank 0 to its first rank, and
+    broadcasts from there over the context-, tensor- and pipeline-parallel groups.
+
+    Args:
+        sequences: the same on every rank, except that ids and log-probs count on rank 0 only.
+        groups: Megatron's ``ProcessGroupCollection``.
+        share_prompts: as for :func:`megatron_espo.data.packing.pack`.
+        checksums: gets the checksum of each replica's share, on rank 0 and on the replica; a second
+            call continues the checksum of the first.
+
+    Returns:
+        The sequences; those of this rank's replica have the ids and log-probs of rank 0.
+    """
+    shards = shard_by_tokens(sequences, groups.dp.size(), share_prompts)
+    result, is_source = list(sequences), dist.get_rank() == 0
+    is_alone = groups.dp.size() == dist.get_world_size()  # a replica is one rank
+    for owner, shard in enumerate(shards):
+        share = [number for group in shard for number in group]
+        is_own = owner == groups.dp.rank()
+        if not (is_own or is_source) or (is_own and is_source and is_alone):
+            continue
+        if is_source:
+            words = to_words([sequences[number] for number in share])
+        else:
+            size = sum(2 * sequences[n].num_tokens - len(sequences[n].prompt_ids) for n in share)
+            words = np.empty(size, np.int32)
+        data = send_to_replica(torch.from_numpy(words).to(control_device()), owner, groups)
+        words = data.cpu().numpy()
+        name = f"responses of data-parallel rank {owner} (checksum)"
+        checksums[name] = zlib.crc32(words.view(np.uint8).data, checksums.get(name, 0))
+        if not is_source:
+            received = from_words([sequences[number] for number in share], words)
+            for number, sequence in zip(share, received, strict=True):
+                result[number] = sequence
+    return result
+
+
+def to_words(sequences: Sequence[TrainSequence]) -> np.ndarray:
+    """Prompt ids, response ids and log-probs, sequence after sequence, as int32."""
+    parts = (
+        part
+        for s in sequences
+        for part in (s.prompt_ids, s.response_ids, s.rollout_logprobs.view(np.int32))
+    )
+    return np.concatenate([np.empty(0, np.int32), *parts])
+
+
+def from_words(sequences: Sequence[TrainSequence], words: np.ndarray) -> list[TrainSequence]:
+    """``sequences`` with the values of :func:`to_words`, as views of ``words``."""
+    result, start = [], 0
+    for sequence in sequences:
+        first = start + len(sequence.prompt_ids)
+        middle = first + len(sequence.response_ids)
+        end = middle + len(sequence.response_ids)
+        logprobs = words[middle:end].view(np.float32)
+        ids = (words[start:first], words[first:middle])
+        result.append(
+            replace(sequence, prompt_ids=ids[0], response_ids=ids[1], rollout_logprobs=logprobs)
+        )
+        start = end
+    return result
+
+
+def send_to_replica(data: Tensor, owner: int, groups: Any) -> Tensor:
+    """Send ``data`` from rank 0 to all ranks of a data-parallel replica, all of which call this."""
+    replica = (groups.cp, groups.tp, groups.pp)
+    if dist.get_rank() == 0 and owner > 0:
+        dist.send(data, dist.get_global_rank(groups.dp, owner))
+        return data
+    if owner > 0 and all(group.rank() == 0 for group in replica):
+        dist.recv(data, src=0)
+    for number, group in enumerate(replica):
+        # Each broadcast starts from the ranks that the earlier ones have reached.
+        if all(later.rank() == 0 for later in replica[number + 1 :]):
+            dist.broadcast(data, group=group, group_src=0)
+    return data
