@@ -45,13 +45,9 @@ class Routes:
         """Whether parts of shards cross the network."""
         return self.node < self.ranks
 
-    def gathers_in_node(self, size: int) -> bool:
-        """Whether the ranks of a node gather shards of ``size`` ranks among themselves."""
-        return self.use_network and self.node % size == 0
-
     def parts(self, size: int) -> int:
         """Return the parts of each of ``size`` shards; rank ``r`` has part ``r % node // size``."""
-        return self.node // size if self.gathers_in_node(size) else 1
+        return self.node // size if self.use_network and self.node % size == 0 else 1
 
     def of_node(self, rank: int) -> range:
         """Return the ranks on the node of ``rank``."""
@@ -62,6 +58,10 @@ class Routes:
         """Return the ranks of its node that have the same shards, one of each stage."""
         node = self.of_node(rank)
         return node[(rank - node.start) % self.stage :: self.stage]
+
+    def sender(self, rank: int, owner: int) -> int:
+        """Return the rank of stage ``owner`` in the pipeline of a rank that ``is_source``."""
+        return self.pipeline(rank)[owner - self.of_node(rank).start // self.stage]
 
     def rail(self, rank: int) -> range:
         """Return the ranks with the same index on one node of each stage, or on every node."""
@@ -75,18 +75,24 @@ class Routes:
         """Whether ``rank`` is on a node that has the shards of stage ``owner``."""
         return rank // self._block == self.source(owner)
 
+    def gather(self, rank: int, size: int) -> range:
+        """Return the ranks that gather all parts of ``size`` shards with ``rank``."""
+        members = self.parts(size) * size
+        return range(rank // members * members, (rank // members + 1) * members)
+
     @property
     def _block(self) -> int:
         return max(self.stage, self.node)
 
 
 class Batch(NamedTuple):
-    """Blocks on their way: their shapes, this rank's part, the pending collective and the ranks."""
+    """Blocks of ``size`` shards on their way, this rank's part, and the group that gathers them."""
 
     shapes: list[tuple[int, ...]]
     part: torch.Tensor
     work: Any
-    shared: Any
+    size: int
+    group: Any
 
 
 class Exchange:
@@ -121,17 +127,17 @@ class Exchange:
 
     def start(
         self, shapes: list[tuple[int, ...]], blocks: list[torch.Tensor] | None, owner: int,
-        shared: Any,
+        group: Any, size: int,
     ) -> Batch:  # fmt: skip
         """Send blocks of a shard to the other stages, without waiting on a GPU or CPU.
 
         Args:
             shapes: of the blocks, equal on all ranks.
             blocks: this rank's; None on ranks of other stages than ``owner``.
-            shared: the group whose ranks have one shard each; None: each rank has the whole.
+            group, size: the group whose ranks have one shard each, and their number; None and 1 if
+                each rank of the stage has the whole.
         """
-        routes, size = self._routes, _size(shared)
-        parts = routes.parts(size)
+        routes, parts = self._routes, self._routes.parts(size)
         each, work = -(-sum(map(prod, shapes)) // parts), None
         if self._rail is None or routes.is_source(self._rank, owner):
             whole = self._like.new_empty(parts * each)
@@ -149,21 +155,17 @@ class Exchange:
                 work.wait()
             source = dist.get_global_rank(self._rail, routes.source(owner))
             work = dist.broadcast(part, source, group=self._rail, async_op=True)
-        return Batch(shapes, part, work, shared)
+        return Batch(shapes, part, work, size, self._node if parts > 1 else group)
 
     def finish(self, batch: Batch) -> Iterator[list[torch.Tensor]]:
-        """Yield the blocks of each rank of the batch's ``shared``, on every rank."""
-        shapes, part, work, group = batch
-        size = _size(group)
+        """Yield the blocks of each shard, on every rank."""
+        shapes, gathered, work, size, group = batch
         if work is not None:
             work.wait()
-        if self._routes.gathers_in_node(size):
-            group = self._node
-        gathered = part
         if group is not None:
-            gathered = part.new_empty(group.size() * part.numel())
-            dist.all_gather_into_tensor(gathered, part, group=group)
-        by_part = gathered.view(-1, size, part.numel())
+            gathered = self._like.new_empty(group.size() * batch.part.numel())
+            dist.all_gather_into_tensor(gathered, batch.part, group=group)
+        by_part = gathered.view(-1, size, batch.part.numel())
         for rank in range(size):
             yield _views(by_part[:, rank].reshape(-1), shapes)
 
@@ -177,10 +179,6 @@ def _own_group(members: tuple[tuple[int, ...], ...]) -> Any:
 def _new_groups(world: Any, members: tuple[tuple[int, ...], ...]) -> Any:
     """Make groups once for each default process group: communicators take memory."""
     return dist.new_subgroups_by_enumeration(list(map(list, members)))[0]
-
-
-def _size(shared: Any) -> int:
-    return 1 if shared is None else shared.size()
 
 
 def _views(flat: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from socket import gethostname
 from typing import Any, NamedTuple
 
@@ -19,6 +18,9 @@ from megatron_espo.weights.binding import BoundParam, ShardIndex, ShardRanks, bi
 from megatron_espo.weights.exchange import Batch, Exchange, Routes
 
 _GATHER_BYTES = 64 << 20
+
+# Parts of tensors: the position of a tensor, and its rows.
+Rows = list[tuple[int, slice]]
 
 
 @dataclass(frozen=True)
@@ -161,34 +163,35 @@ class WeightGatherer:
 
     def _merge(self, index: int, outputs: dict[str, torch.Tensor]) -> None:
         """Fill the group's whole tensors from the shards of all ranks that have one."""
-        jobs: list[tuple[_Shards, list[tuple[int, slice]]]] = []
+        jobs: list[tuple[_Shards, Rows]] = []
         for shards in self._shards(index):
-            if shards.group is None and not self._spreads:
+            if shards.size == 1 and not self._spreads:
                 for mapping, tensor in zip(shards.mappings[0], shards.tensors or (), strict=True):
                     _put(outputs, mapping, tensor, ShardIndex())
-                continue
-            jobs.extend(
-                (shards, rows) for rows in batches(shards.shapes, self._limit // shards.size)
-            )
-        batch = None
-        for job in chain(jobs, [None]):
-            ready = batch
-            # Other stages get this batch while the previous one is gathered.
-            batch = job and (*job, self._start(self._owners[index], *job))
-            if ready is None:
-                continue
-            shards, rows, sent = ready
-            tp_size = shards.size // len(shards.mappings)
-            for rank, blocks in enumerate(self._exchange.finish(sent)):
-                owner, shard = divmod(rank, tp_size)
-                for (position, part), block in zip(rows, blocks, strict=True):
-                    mapping, total = shards.mappings[owner][position], shards.shapes[position][0]
-                    _put(outputs, mapping, block, ShardIndex(shard, tp_size), part.start, total)
+            else:
+                limit = self._limit // shards.size
+                jobs.extend((shards, rows) for rows in batches(shards.shapes, limit))
+        owner, ahead = self._owners[index], None
+        for i, job in enumerate(jobs):
+            batch = ahead or self._start(owner, *job)
+            # The other stages get the next batch while this one is gathered.
+            ahead = self._start(owner, *jobs[i + 1]) if i + 1 < len(jobs) else None
+            self._finish(outputs, *job, batch)
 
-    def _start(self, owner: int, shards: "_Shards", rows: list[tuple[int, slice]]) -> Batch:
+    def _start(self, owner: int, shards: "_Shards", rows: Rows) -> Batch:
         shapes = [(part.stop - part.start, *shards.shapes[i][1:]) for i, part in rows]
         blocks = shards.tensors and [shards.tensors[i][part] for i, part in rows]
-        return self._exchange.start(shapes, blocks, owner, shards.group)
+        return self._exchange.start(shapes, blocks, owner, shards.group, shards.size)
+
+    def _finish(
+        self, outputs: dict[str, torch.Tensor], shards: "_Shards", rows: Rows, batch: Batch
+    ) -> None:
+        tp_size = shards.size // len(shards.mappings)
+        for rank, blocks in enumerate(self._exchange.finish(batch)):
+            owner, shard = divmod(rank, tp_size)
+            for (position, part), block in zip(rows, blocks, strict=True):
+                mapping, total = shards.mappings[owner][position], shards.shapes[position][0]
+                _put(outputs, mapping, block, ShardIndex(shard, tp_size), part.start, total)
 
     def _shards(self, index: int) -> Iterator["_Shards"]:
         """Yield what each rank of the owning stage has whole, of dense tensors, and of experts."""
@@ -205,7 +208,7 @@ class WeightGatherer:
                 mappings = [[m for m in experts if self._ranks.owner(m) == o] for o in owners]
             shapes = [self._shape(own[i]) for i in chosen]
             tensors = [held[i] for i in chosen] if is_owner else None
-            yield _Shards(group, mappings, shapes, tensors)
+            yield _Shards(group, group.size() if group else 1, mappings, shapes, tensors)
 
     def _kind(self, mapping: ParamMapping) -> int:
         """Return 0 if each rank has the whole parameter, else 1; 2 for experts."""
@@ -245,7 +248,7 @@ def _find_routes(places: Sequence[_Place | None], spreads: bool) -> tuple[list[i
 
 
 class _Shards(NamedTuple):
-    """Parameters of one group of which each rank of ``group`` has a shard (None: the whole).
+    """Parameters of one group of which each of ``size`` ranks has a shard (1: the whole).
 
     Attributes:
         mappings: for each expert-parallel rank its parameters; one list for dense parameters.
@@ -254,13 +257,10 @@ class _Shards(NamedTuple):
     """
 
     group: Any
+    size: int
     mappings: list[list[ParamMapping]]
     shapes: list[tuple[int, ...]]
     tensors: list[torch.Tensor] | None
-
-    @property
-    def size(self) -> int:
-        return 1 if self.group is None else self.group.size()
 
 
 def gather_bytes(groups: Sequence[Sequence[ParamMapping]], itemsize: int) -> int:
@@ -269,12 +269,12 @@ def gather_bytes(groups: Sequence[Sequence[ParamMapping]], itemsize: int) -> int
     return min(_GATHER_BYTES, max(sizes) * itemsize // 16)
 
 
-def batches(shapes: Sequence[Sequence[int]], limit: int) -> Iterator[list[tuple[int, slice]]]:
+def batches(shapes: Sequence[Sequence[int]], limit: int) -> Iterator[Rows]:
     """Split tensors of these shapes into batches of rows, as (position of the tensor, rows).
 
     A batch has at most ``limit`` elements, or a single row.
     """
-    batch: list[tuple[int, slice]] = []
+    batch: Rows = []
     room = limit
     for position, (rows, *row) in enumerate(shapes):
         size, start = math.prod(row), 0

@@ -209,11 +209,13 @@ def node_streams(folder: str, layouts: list[tuple[dict[str, int], int]]) -> list
         chunks = load(config, folder, sizes, groups)
         with CountedBytes(node) as counted:
             source = WeightGatherer(chunks, config, groups, dtype=torch.float32, all_replicas=True)
-            counted.received = [0, 0]
+            counted.received, counted.calls = [0, 0], ""
             items = dict(source)
         assert list(items) == [meta.name for meta in source.metadata()]
         for name, tensor in items.items():
             assert torch.equal(tensor, expected[name]), (sizes, node, name)
+        if "g" in counted.calls:  # each group sends its second batch before it gathers its first
+            assert counted.calls.count("ss") >= len(source.groups()), (sizes, node, counted.calls)
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, counted.received)
         received.append(of_ranks)
@@ -223,11 +225,12 @@ def node_streams(folder: str, layouts: list[tuple[dict[str, int], int]]) -> list
 class CountedBytes:
     """Splits the ranks into nodes, and counts the bytes that this rank receives in collectives.
 
-    ``received``: over the network, inside the node.
+    ``received``: over the network, inside the node. ``calls``: "s" for a broadcast, "g" for a
+    gather.
     """
 
     def __init__(self, node: int) -> None:
-        self._node, self.received = node, [0, 0]
+        self._node, self.received, self.calls = node, [0, 0], ""
 
     def __enter__(self) -> "CountedBytes":
         from megatron_espo.weights import source
@@ -243,10 +246,12 @@ class CountedBytes:
                 self.received[inside] += tensor.nbytes
 
         def counted_broadcast(tensor, src, *args, **kwargs):
+            self.calls += "s"
             count(tensor, src)
             return broadcast(tensor, src, *args, **kwargs)
 
         def counted_gather(output, tensor, group):
+            self.calls += "g"
             for sender in dist.get_process_group_ranks(group):
                 count(tensor, sender)
             return gather(output, tensor, group=group)
