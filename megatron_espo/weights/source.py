@@ -62,8 +62,8 @@ class WeightGatherer:
             ``main_grad``.
         barrier: names a late rank before each gather on a CPU, and before the first one elsewhere.
 
-    Collectives: the constructor runs an all-reduce, a gather and a broadcast over all ranks;
-    iteration as above.
+    Collectives: the constructor runs an all-reduce, a gather and a broadcast over all ranks, and
+    may make process groups; iteration as above.
 
     Raises:
         InputError: the model does not match the naming table (see ``binding.bind``).
