@@ -32,6 +32,11 @@ ON_ALL_RANKS = ("ipc", "nccl_m2n", "sharded_rdt")
 _RAY_NAMESPACE = "megatron_espo"
 
 
+def needs_all_replicas(name: str, engines: int) -> bool:
+    """Whether every trainer rank gathers the weights, not only the first replica."""
+    return name in ON_ALL_RANKS or engines > 1
+
+
 def register_transports() -> None:
     """Register this project's transports with vLLM in this process."""
     import megatron_espo.rollout.file_transport

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from socket import gethostname
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,14 @@ from megatron_espo.distributed.collectives import control_device, gather_objects
 from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
 from megatron_espo.errors import InputError
 from megatron_espo.models.families import ParamMapping, model_groups
-from megatron_espo.models.layouts import ShardLayout, unshard_into
+from megatron_espo.models.layouts import ShardLayout, local_shape, unshard_into
 from megatron_espo.weights.binding import BoundParam, ShardIndex, ShardRanks, bind
+from megatron_espo.weights.exchange import Batch, Exchange, Routes
 
 _GATHER_BYTES = 64 << 20
+
+# Parts of tensors: the position of a tensor, and its rows.
+Rows = list[tuple[int, slice]]
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,10 @@ class WeightGatherer:
     A *group* is the embedding, one decoder layer, or the final norm with the output layer. Its
     shards are gathered, at most ``gather_bytes`` in one collective, over the tensor-parallel group
     of the stage that holds it (a layer's experts over all ranks that share them). If the pipeline
-    is gathered, broadcasts over the pipeline-parallel group follow. Beyond the model this takes the
-    whole tensors of one group in the stream's dtype, 2.5 times ``gather_bytes``, and the earlier
-    tensors that the caller still holds. The tensors are new memory, never the live parameters.
+    is gathered, the shards are first sent to the other stages (see ``exchange.Routes``), while the
+    previous shards are gathered. Beyond the model this takes the whole tensors of one group in the
+    stream's dtype, 3 times ``gather_bytes``, and the earlier tensors that the caller still holds.
+    The tensors are new memory, never the live parameters. Ranks with the same host name are a node.
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
@@ -56,8 +62,8 @@ class WeightGatherer:
             ``main_grad``.
         barrier: names a late rank before each gather on a CPU, and before the first one elsewhere.
 
-    Collectives: the constructor runs an all-reduce, a gather and a broadcast over all ranks;
-    iteration as above.
+    Collectives: the constructor runs an all-reduce, a gather and a broadcast over all ranks, and
+    may make process groups; iteration as above.
 
     Raises:
         InputError: the model does not match the naming table (see ``binding.bind``).
@@ -88,8 +94,17 @@ class WeightGatherer:
         replica = math.lcm(self._tp.size(), pg_collection.tp_ep.size())
         self.participates = all_replicas or pg_collection.tp_dp_cp.rank() < replica
         self._owners = _find_owners(self._bound, self._groups, self._pp.rank())
-        flags = gather_objects(self.participates)
-        self._others = on_rank_0(lambda: [rank for rank in range(1, len(flags)) if flags[rank]])
+        self._spreads = not sharded and self._pp.size() > 1
+        shared = (self._tp, self._experts)
+        groups = [dist.get_process_group_ranks(group) for group in (self._pp, *shared)]
+        in_vocab = (p for own in self._bound for m, p in own if m.layout is ShardLayout.VOCAB)
+        rows = max((parameter.shape[0] for parameter in in_vocab), default=0)
+        place = _Place(gethostname(), groups, rows)
+        places = gather_objects(place if self.participates else None)
+        ranks, routes, self._vocab_rows = on_rank_0(lambda: _find_routes(places, self._spreads))
+        self._others = ranks[1:]
+        like = torch.empty(0, dtype=dtype, device=self._device)
+        self._exchange = Exchange(routes, ranks, self._pp if self._spreads else None, shared, like)
 
     def metadata(self) -> list[ParameterMetadata]:
         """Return name, dtype and shape of every tensor of the whole model, in stream order."""
@@ -142,80 +157,127 @@ class WeightGatherer:
         every = self._device.type == "cpu" and not self._sharded
         if self._barrier is not None and (every or index == self._yielded()[0]):
             self._barrier.wait(f"the weights of {_names(group)[0]}", self._others)
-        if owner == self._pp.rank():
+        if self._spreads or owner == self._pp.rank():
             self._merge(index, outputs)
-        if not self._sharded and self._pp.size() > 1:
-            source = dist.get_global_rank(self._pp, owner)
-            self._broadcast(list(outputs.values()), source)
         return [outputs.get(name) for name in _names(group)]
 
     def _merge(self, index: int, outputs: dict[str, torch.Tensor]) -> None:
         """Fill the group's whole tensors from the shards of all ranks that have one."""
-        split: dict[bool, list[BoundParam]] = {False: [], True: []}
-        for bound in self._bound[index]:
-            mapping, is_expert = bound.mapping, bound.mapping.expert is not None
-            size = (self._experts if is_expert else self._tp).size()
-            if size == 1 or mapping.layout is ShardLayout.REPLICATED:
-                part = self._read(bound.parameter)
-                _put(outputs, mapping, part, self._ranks.shard(mapping))
+        jobs: list[tuple[_Shards, Rows]] = []
+        for shards in self._shards(index):
+            if shards.size == 1 and not self._spreads:
+                for mapping, tensor in zip(shards.mappings[0], shards.tensors or (), strict=True):
+                    _put(outputs, mapping, tensor, ShardIndex())
             else:
-                split[is_expert].append(bound)
-        for is_expert, shared in ((False, self._tp), (True, self._experts)):
-            own = split[is_expert]
-            parts = [[mapping for mapping, _ in own]]
-            if is_expert and not self._sharded:
+                limit = self._limit // shards.size
+                jobs.extend((shards, rows) for rows in batches(shards.shapes, limit))
+        owner, ahead = self._owners[index], None
+        for i, job in enumerate(jobs):
+            batch = ahead or self._start(owner, *job)
+            # The other stages get the next batch while this one is gathered.
+            ahead = self._start(owner, *jobs[i + 1]) if i + 1 < len(jobs) else None
+            self._finish(outputs, *job, batch)
+
+    def _start(self, owner: int, shards: "_Shards", rows: Rows) -> Batch:
+        shapes = [(part.stop - part.start, *shards.shapes[i][1:]) for i, part in rows]
+        blocks = shards.tensors and [shards.tensors[i][part] for i, part in rows]
+        return self._exchange.start(shapes, blocks, owner, shards.group, shards.size)
+
+    def _finish(
+        self, outputs: dict[str, torch.Tensor], shards: "_Shards", rows: Rows, batch: Batch
+    ) -> None:
+        tp_size = shards.size // len(shards.mappings)
+        for rank, blocks in enumerate(self._exchange.finish(batch)):
+            owner, shard = divmod(rank, tp_size)
+            for (position, part), block in zip(rows, blocks, strict=True):
+                mapping, total = shards.mappings[owner][position], shards.shapes[position][0]
+                _put(outputs, mapping, block, ShardIndex(shard, tp_size), part.start, total)
+
+    def _shards(self, index: int) -> Iterator["_Shards"]:
+        """Yield what each rank of the owning stage has whole, of dense tensors, and of experts."""
+        own = [m for m in self._groups[index] if self._ranks.holds(m)]
+        is_owner = self._owners[index] == self._pp.rank()
+        held = [self._read(parameter) for _, parameter in self._bound[index] if is_owner]
+        for kind, group in enumerate((None, self._tp, self._experts)):
+            chosen = [i for i, mapping in enumerate(own) if self._kind(mapping) == kind]
+            mappings = [[own[i] for i in chosen]]
+            if kind == 2 and not self._sharded:
                 # An owner's parameters are in the group's order, like ``own``.
                 experts = [m for m in self._groups[index] if m.expert is not None]
                 owners = range(self._ranks.ep.size)
-                parts = [[m for m in experts if self._ranks.owner(m) == o] for o in owners]
-            tp_size = shared.size() // len(parts)
-            tensors = [self._read(parameter) for _, parameter in own]
-            for batch in batches([t.shape for t in tensors], self._limit // shared.size()):
-                blocks = [tensors[position][rows] for position, rows in batch]
-                for rank, of_rank in enumerate(self._all_gather(blocks, shared)):
-                    owner, shard = divmod(rank, tp_size)
-                    for (position, rows), block in zip(batch, of_rank, strict=True):
-                        mapping, place = parts[owner][position], ShardIndex(shard, tp_size)
-                        _put(outputs, mapping, block, place, rows.start, len(tensors[position]))
+                mappings = [[m for m in experts if self._ranks.owner(m) == o] for o in owners]
+            shapes = [self._shape(own[i]) for i in chosen]
+            tensors = [held[i] for i in chosen] if is_owner else None
+            yield _Shards(group, group.size() if group else 1, mappings, shapes, tensors)
 
-    def _all_gather(self, blocks: list[torch.Tensor], group: Any) -> list[list[torch.Tensor]]:
-        """Return each rank's blocks in the stream's dtype. Shapes are equal on all ranks."""
-        shapes = [tuple(block.shape) for block in blocks]
-        local = torch.empty(sum(map(_numel, shapes)), dtype=self._dtype, device=self._device)
-        for view, block in zip(_views(local, shapes), blocks, strict=True):
-            view.copy_(block)
-        gathered = local.new_empty(group.size() * local.numel())
-        dist.all_gather_into_tensor(gathered, local, group=group)
-        return [_views(shard, shapes) for shard in gathered.chunk(group.size())]
+    def _kind(self, mapping: ParamMapping) -> int:
+        """Return 0 if each rank has the whole parameter, else 1; 2 for experts."""
+        is_expert = mapping.expert is not None
+        size = (self._experts if is_expert else self._tp).size()
+        return 0 if size == 1 or mapping.layout is ShardLayout.REPLICATED else 1 + is_expert
 
-    def _broadcast(self, tensors: list[torch.Tensor], source: int) -> None:
-        """Send whole tensors from one pipeline stage to the others, small ones together."""
-        for batch in batches([tensor.shape for tensor in tensors], self._limit):
-            blocks = [tensors[position][rows] for position, rows in batch]
-            is_single = len(blocks) == 1
-            flat = blocks[0] if is_single else torch.cat([block.view(-1) for block in blocks])
-            dist.broadcast(flat, src=source, group=self._pp)
-            if not is_single:
-                views = _views(flat, [block.shape for block in blocks])
-                for block, view in zip(blocks, views, strict=True):
-                    block.copy_(view)
+    def _shape(self, mapping: ParamMapping) -> tuple[int, ...]:
+        size = self._ranks.shard(mapping).size
+        shapes = [shape for _, shape in mapping.huggingface]
+        return local_shape(mapping.layout, shapes, size, self._vocab_rows * size)
+
+
+class _Place(NamedTuple):
+    """A rank's node, its pipeline, tensor and expert groups, and its rows of the embedding."""
+
+    node: str
+    groups: list[list[int]]
+    vocab_rows: int
+
+
+def _find_routes(places: Sequence[_Place | None], spreads: bool) -> tuple[list[int], Routes, int]:
+    """Return the ranks that take part, their routes, and the rows of a shard of the embedding."""
+    ranks = [rank for rank, place in enumerate(places) if place is not None]
+    own = [place for place in places if place is not None]
+    stage = len(ranks) // (len(own[0].groups[0]) if spreads else 1)
+
+    def is_usual(index: int, place: _Place) -> bool:
+        pipeline, *shared = place.groups
+        blocks = [ranks[index // len(group) * len(group) :][: len(group)] for group in shared]
+        return pipeline == ranks[index % stage :: stage] and shared == blocks
+
+    # In another order of ranks, nodes are ignored and Megatron's groups are used.
+    usual = all(is_usual(index, place) for index, place in enumerate(own))
+    routes = Routes.of([place.node if usual else "" for place in own], stage)
+    return ranks, routes, max(place.vocab_rows for place in own)
+
+
+class _Shards(NamedTuple):
+    """Parameters of one group of which each of ``size`` ranks has a shard (1: the whole).
+
+    Attributes:
+        mappings: for each expert-parallel rank its parameters; one list for dense parameters.
+        shapes: of one rank's shards, equal on all ranks.
+        tensors: this rank's shards; None on other stages.
+    """
+
+    group: Any
+    size: int
+    mappings: list[list[ParamMapping]]
+    shapes: list[tuple[int, ...]]
+    tensors: list[torch.Tensor] | None
 
 
 def gather_bytes(groups: Sequence[Sequence[ParamMapping]], itemsize: int) -> int:
     """Return the most bytes that one collective gathers (unless a single row is larger)."""
-    sizes = [sum(_numel(shape) for m in group for _, shape in m.huggingface) for group in groups]
+    sizes = [sum(math.prod(shape) for m in group for _, shape in m.huggingface) for group in groups]
     return min(_GATHER_BYTES, max(sizes) * itemsize // 16)
 
 
-def batches(shapes: Sequence[Sequence[int]], limit: int) -> Iterator[list[tuple[int, slice]]]:
+def batches(shapes: Sequence[Sequence[int]], limit: int) -> Iterator[Rows]:
     """Split tensors of these shapes into batches of rows, as (position of the tensor, rows).
 
     A batch has at most ``limit`` elements, or a single row.
     """
-    batch: list[tuple[int, slice]] = []
+    batch: Rows = []
     room = limit
     for position, (rows, *row) in enumerate(shapes):
-        size, start = _numel(row), 0
+        size, start = math.prod(row), 0
         while start < rows:
             if batch and room < size:
                 yield batch
@@ -259,12 +321,3 @@ def _find_owners(
 
 def _names(group: list[ParamMapping]) -> list[str]:
     return [name for mapping in group for name, _ in mapping.huggingface]
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _views(flat: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    parts = flat.split([_numel(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -109,7 +109,7 @@ class WeightSync:
             runtime.groups,
             dtype=dtype,
             sharded=self._name == "sharded_rdt",
-            all_replicas=self._name in transport.ON_ALL_RANKS or config.rollout.engines > 1,
+            all_replicas=transport.needs_all_replicas(self._name, config.rollout.engines),
             barrier=self._barrier,
         )
 

@@ -15,6 +15,7 @@ from megatron_espo.distributed.runtime import parallel_sizes
 from megatron_espo.megatron.meta import BuiltRank, build_ranks
 from megatron_espo.models.families import model_groups
 from megatron_espo.rollout.server import engine_owners
+from megatron_espo.rollout.transport import needs_all_replicas
 from megatron_espo.tools.plan.memory import (
     GB,
     Engine,
@@ -126,15 +127,17 @@ class Builder:
         transport, hosts = self._transport(config), bool(config.rollout.hosts)
         sharded = config.optimizer.use_distributed_optimizer
         sizes = tuple(parallel_sizes(config.megatron).values())
-        key = (sizes, config.model.dtype, sharded, transport, hosts, world_size)
+        stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
+        is_on_all = needs_all_replicas(transport, config.rollout.engines)
+        sources = stage_ranks if is_on_all else _replica(config)
+        key = (sizes, config.model.dtype, sharded, transport, hosts, sources, world_size)
         if key not in self._built:
             ranks = list(build_ranks(config, self.hf_config, world_size))
-            stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
             # ``files`` writes to the shared folder, and the engine's node reads from it.
             copies = 0 if not hosts else 2 if transport == "files" else 1
             itemsize, links = _itemsize(config), self.machine.links
             transfer = plan_transfer(
-                ranks, self.groups, itemsize, transport, stage_ranks, links, copies
+                ranks, self.groups, itemsize, transport, stage_ranks, sources, links, copies
             )
             self._built[key] = ranks, count_parameters(ranks, self.groups), transfer
         return self._built[key]
@@ -161,11 +164,17 @@ def _itemsize(config: Config) -> int:
 
 
 def _smallest_world(config: Config) -> int:
-    """The fewest ranks of the layout: one replica of the dense part and of the experts."""
+    """The fewest ranks of the layout."""
+    m = config.megatron
+    ranks = m.tensor_model_parallel_size * m.context_parallel_size
+    return m.pipeline_model_parallel_size * lcm(ranks, _replica(config))
+
+
+def _replica(config: Config) -> int:
+    """Ranks of a stage that have one replica of its dense part and of its experts."""
     m = config.megatron
     expert_tp = m.expert_tensor_parallel_size or m.tensor_model_parallel_size
-    dense = m.tensor_model_parallel_size * m.context_parallel_size
-    return m.pipeline_model_parallel_size * lcm(dense, expert_tp * m.expert_model_parallel_size)
+    return lcm(m.tensor_model_parallel_size, expert_tp * m.expert_model_parallel_size)
 
 
 def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:

@@ -136,10 +136,12 @@ def _notes(plan: Plan) -> str:
 
 def _sync(plan: Plan) -> str:
     t = plan.transfer
+    network, node = max(t.received)
     return (
-        f"Sync (estimate): {t.seconds:.2f} s for {_gb(t.bytes)} GB = gathers {t.gather_s:.2f} + "
-        f"across stages {t.pipeline_s:.2f} + into the engine {t.engine_s:.2f}.\n"
+        f"Sync (estimate): {t.seconds:.2f} s for {_gb(t.bytes)} GB = across stages "
+        f"{t.pipeline_s:.2f} + gathers {t.gather_s:.2f} - overlap {t.overlap_s:.2f}\n"
+        f"+ into the engine {t.engine_s:.2f}. Each part: bytes / link; a batch is gathered while "
+        "the next one is sent.\n"
+        f"A GPU receives {_gb(network)} GB over the network and {_gb(node)} GB inside its node.\n"
         f"The engine's GPUs get them from {t.sender}.\n"
-        "Each part: bytes / link, one after the other; a gather over n ranks moves (n - 1) / n of "
-        "its bytes.\n"
     )

@@ -1,6 +1,6 @@
 """The weight update: gathers, their ranks and memory, and the estimated time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from megatron_espo.megatron.meta import BuiltRank, ParamShard
 from megatron_espo.models.families import ParamMapping
 from megatron_espo.models.layouts import ShardLayout
+from megatron_espo.weights.exchange import Routes
 from megatron_espo.weights.source import batches, gather_bytes
 
 
@@ -33,12 +34,16 @@ class GroupPlan:
     peak_bytes: int
 
 
-class Gather(NamedTuple):
-    """One gather: bytes from each rank, the ranks, and the shapes of each rank's shards."""
+class Shards(NamedTuple):
+    """The shapes of a rank's parameters of which ``size`` ranks have one shard each."""
 
-    bytes: int
-    members: tuple[int, ...]
+    size: int
     shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def elements(self) -> int:
+        """Elements of a rank's shards."""
+        return sum(map(prod, self.shapes))
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,11 @@ class Transfer:
 
     Attributes:
         sender: which rank hands the tensors to the engine.
-        gather_s, pipeline_s, engine_s: estimated seconds; they do not overlap.
+        gather_s, pipeline_s, engine_s: estimated seconds inside stages or nodes, between them, and
+            into the engine.
+        overlap_s: seconds in which ``pipeline_s`` and ``gather_s`` overlap.
+        received: for each stage the bytes that a GPU (its first) receives over the network, and
+            inside its node.
         peak_bytes: largest extra memory of a rank, on the model's device.
         file_bytes: host memory (with ``rollout.hosts``: disk space) of the two files of ``files``.
     """
@@ -72,6 +81,8 @@ class Transfer:
     gather_s: float
     pipeline_s: float
     engine_s: float
+    overlap_s: float
+    received: list[list[int]]
     peak_bytes: int
     file_bytes: int
     groups: tuple[GroupPlan, ...]
@@ -79,7 +90,7 @@ class Transfer:
     @property
     def seconds(self) -> float:
         """Estimated seconds of one update."""
-        return self.gather_s + self.pipeline_s + self.engine_s
+        return self.gather_s + self.pipeline_s + self.engine_s - self.overlap_s
 
 
 def plan_transfer(
@@ -88,6 +99,7 @@ def plan_transfer(
     itemsize: int,
     transport: str,
     stage_ranks: int,
+    sources: int,
     links: Links,
     copies_to_nodes: int = 0,
 ) -> Transfer:
@@ -99,6 +111,7 @@ def plan_transfer(
         itemsize: bytes of an element that the engine receives.
         transport: ``files``, ``ipc`` or ``nccl``.
         stage_ranks: ranks of a pipeline stage.
+        sources: how many of them gather (see ``WeightGatherer.participates``).
         copies_to_nodes: how often an engine's owner sends all bytes to another node, where the
             engine is; 0: the engine is on the owner's node.
     """
@@ -108,8 +121,10 @@ def plan_transfer(
         for held in rank.held:
             shards.setdefault(held.mapping.huggingface[0][0], []).append((rank.stage, held))
     stages = max(rank.stage for rank in ranks) + 1
+    takes_part = [at * stage_ranks + i for at in range(stages) for i in range(sources)]
+    routes = Routes.of([rank // links.gpus_per_node for rank in takes_part], sources)
+    traffic = Traffic(routes, links, takes_part, itemsize)
     plans: list[GroupPlan] = []
-    gather_s = pipeline_s = 0.0
     last_tensor = 0
     room = gather_bytes(groups, itemsize) // itemsize
     for index, mappings in enumerate(groups):
@@ -118,22 +133,19 @@ def plan_transfer(
         owned = [next(held for at, held in found if at == stage) for found in holders]
         shapes = [shape for mapping in mappings for _, shape in mapping.huggingface]
         size = sum(map(prod, shapes)) * itemsize
-        gathers = _gathers(owned, itemsize)
-        buffers = [_buffer_bytes(gather, room, itemsize) for gather in gathers]
-        if stages > 1:
-            buffers.append(_buffer_elements(shapes, room) * itemsize)
-            pipeline_s += size / links.between(range(0, stages * stage_ranks, stage_ranks))
-        largest = max(gathers, key=lambda g: g.bytes * len(g.members), default=Gather(0, (0,), ()))
-        gather_s += sum(g.bytes * (len(g.members) - 1) / links.between(g.members) for g in gathers)
+        gathers = [part for part in _shards(owned) if part.size > 1 or stages > 1]
+        buffers = traffic.add(gathers, stage, room)
+        split = [part for part in gathers if part.size > 1] or [Shards(1, ())]
+        largest = max(split, key=lambda part: part.elements * part.size)
         plans.append(
             GroupPlan(
                 name=_group_name(index, mappings),
                 stage=stage,
                 tensors=len(shapes),
                 gathered_bytes=size,
-                shard_bytes=largest.bytes,
-                gather_ranks=len(largest.members),
-                peak_bytes=last_tensor + size + max(buffers, default=0),
+                shard_bytes=largest.elements * itemsize,
+                gather_ranks=largest.size,
+                peak_bytes=last_tensor + size + buffers,
             )
         )
         last_tensor = 0 if transport == "files" else prod(shapes[-1]) * itemsize
@@ -147,9 +159,11 @@ def plan_transfer(
         transport=transport,
         sender="the trainer's rank on the same GPU" if is_ipc else "rank 0",
         bytes=total,
-        gather_s=gather_s,
-        pipeline_s=pipeline_s,
+        gather_s=traffic.gather_s,
+        pipeline_s=traffic.send_s,
         engine_s=engine_s,
+        overlap_s=traffic.gather_s + traffic.send_s - traffic.seconds,
+        received=traffic.received,
         peak_bytes=max(group.peak_bytes for group in plans),
         # The groups use two files alternately.
         file_bytes=max(sizes[::2]) + max(sizes[1::2]) if transport == "files" else 0,
@@ -157,34 +171,79 @@ def plan_transfer(
     )
 
 
-def _gathers(shards: Sequence[ParamShard], itemsize: int) -> list[Gather]:
-    """The gathers of one group: dense shards, then experts."""
-    gathers = []
-    for is_expert in (False, True):
-        part = [
-            shard
-            for shard in shards
-            if shard.is_expert == is_expert and shard.mapping.layout is not ShardLayout.REPLICATED
-        ]
-        if part:
-            members = tuple(sorted({rank for shard in part for rank in shard.sharing}))
-            shapes = tuple(shard.shape for shard in part if shard.sharing == part[0].sharing)
-            gathers.append(Gather(sum(map(prod, shapes)) * itemsize, members, shapes))
-    return gathers
+class Traffic:
+    """Adds up time and received bytes of ``Exchange``.
+
+    Args:
+        ranks: the global ranks that take part.
+        itemsize: bytes of an element.
+
+    Attributes:
+        send_s, gather_s, seconds: between stages, inside them or their nodes, and of both together.
+        received: for each stage the bytes that its first rank receives: over the network, inside
+            its node.
+    """
+
+    def __init__(self, routes: Routes, links: Links, ranks: Sequence[int], itemsize: int) -> None:
+        self._routes, self._links, self._ranks, self._itemsize = routes, links, ranks, itemsize
+        self.send_s = self.gather_s = self.seconds = 0.0
+        self.received = [[0, 0] for _ in range(0, routes.ranks, routes.stage)]
+
+    def add(self, gathers: Sequence[Shards], owner: int, room: int) -> int:
+        """Add one group of stage ``owner``; return the bytes of its largest buffers."""
+        routes, first = self._routes, owner * self._routes.stage
+        sent, gathered, wholes, buffers = [], [], [0], [0]
+        for size, shapes in gathers:
+            parts, members = routes.parts(size), routes.gather(first, size)
+            for batch in batches(shapes, room // size):
+                elements = sum((rows.stop - rows.start) * prod(shapes[i][1:]) for i, rows in batch)
+                each = -(-elements // parts) * self._itemsize
+                near = self._seconds(each * parts, routes.pipeline(first))
+                sent.append(near + self._seconds(each, routes.rail(first)))
+                gathered.append(self._seconds(each, members) * (len(members) - 1))
+                wholes.append(each * parts)
+                buffers.append(each * len(members) if len(members) > 1 else 0)
+                for stage, received in enumerate(self.received):
+                    rank = stage * routes.stage
+                    for sender, size_sent in self._senders(rank, owner, size, each):
+                        received[self._node(sender) == self._node(rank)] += size_sent
+        self.send_s += sum(sent)
+        self.gather_s += sum(gathered)
+        # A batch is gathered while the next one is sent.
+        self.seconds += sum(map(max, [0.0, *gathered], [*sent, 0.0]))
+        return 2 * max(wholes) + max(buffers)
+
+    def _seconds(self, size: int, members: range) -> float:
+        ranks = [self._ranks[member] for member in members]
+        return size / self._links.between(ranks) if len(ranks) > 1 else 0.0
+
+    def _senders(self, rank: int, owner: int, size: int, each: int) -> Iterator[tuple[int, int]]:
+        """Yield (sender, bytes) of what ``rank`` receives of one batch."""
+        routes = self._routes
+        if not routes.is_source(rank, owner):
+            yield routes.rail(rank)[routes.source(owner)], each
+        elif (sender := routes.sender(rank, owner)) != rank:
+            yield sender, each * routes.parts(size)
+        yield from ((other, each) for other in routes.gather(rank, size) if other != rank)
+
+    def _node(self, rank: int) -> int:
+        return self._ranks[rank] // self._links.gpus_per_node
 
 
-def _buffer_bytes(gather: Gather, room: int, itemsize: int) -> int:
-    """Send and receive buffers of the largest collective."""
-    n = len(gather.members)
-    return _buffer_elements(gather.shapes, room // n) * (n + 1) * itemsize if n > 1 else 0
-
-
-def _buffer_elements(shapes: Sequence[Sequence[int]], limit: int) -> int:
-    rows = [prod(shape[1:]) for shape in shapes]
-    return max(
-        sum((part.stop - part.start) * rows[i] for i, part in batch)
-        for batch in batches(shapes, limit)
-    )
+def _shards(held: Sequence[ParamShard]) -> list[Shards]:
+    """A group's parameters: those that each rank has whole, dense shards, experts."""
+    sharing = {False: set[int](), True: set[int]()}
+    for shard in held:
+        sharing[shard.is_expert].update(shard.sharing)
+    kinds: list[list[ParamShard]] = [[], [], []]
+    for shard in held:
+        whole = shard.mapping.layout is ShardLayout.REPLICATED or len(sharing[shard.is_expert]) == 1
+        kinds[0 if whole else 1 + shard.is_expert].append(shard)
+    first = kinds[2] and kinds[2][0].sharing  # the first rank's experts
+    kinds[2] = [shard for shard in kinds[2] if shard.sharing == first]
+    sizes = (1, len(sharing[False]), len(sharing[True]))
+    shapes = (tuple(shard.shape for shard in kind) for kind in kinds)
+    return [Shards(size, of_kind) for size, of_kind in zip(sizes, shapes, strict=True) if of_kind]
 
 
 def _group_name(index: int, mappings: Sequence[ParamMapping]) -> str:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -193,6 +194,74 @@ def stream_peak(folder: str, sizes: dict[str, Any]) -> dict[str, int]:
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, min(passes))
     return {"peak": max(peaks), "layer": largest}
+
+
+def node_streams(folder: str, layouts: list[tuple[dict[str, int], int]]) -> list[list[list[int]]]:
+    """Stream the model in each (layout, ranks of a node); compare every rank with the checkpoint.
+
+    Returns:
+        For each layout and rank the bytes that it received over the network and inside its node.
+    """
+    received = []
+    expected, config = whole_checkpoint(folder), read_hf_config(folder)
+    for sizes, node in layouts:
+        groups = start(sizes)
+        chunks = load(config, folder, sizes, groups)
+        with CountedBytes(node) as counted:
+            source = WeightGatherer(chunks, config, groups, dtype=torch.float32, all_replicas=True)
+            counted.received, counted.calls = [0, 0], ""
+            items = dict(source)
+        assert list(items) == [meta.name for meta in source.metadata()]
+        for name, tensor in items.items():
+            assert torch.equal(tensor, expected[name]), (sizes, node, name)
+        if "g" in counted.calls:  # each group sends its second batch before it gathers its first
+            assert counted.calls.count("ss") >= len(source.groups()), (sizes, node, counted.calls)
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, counted.received)
+        received.append(of_ranks)
+    return received
+
+
+class CountedBytes:
+    """Splits the ranks into nodes, and counts the bytes that this rank receives in collectives.
+
+    ``received``: over the network, inside the node. ``calls``: "s" for a broadcast, "g" for a
+    gather.
+    """
+
+    def __init__(self, node: int) -> None:
+        self._node, self.received, self.calls = node, [0, 0], ""
+
+    def __enter__(self) -> "CountedBytes":
+        from megatron_espo.weights import source
+
+        rank = dist.get_rank()
+        self._patch = patch = pytest.MonkeyPatch()
+        patch.setattr(source, "gethostname", lambda: f"node{rank // self._node}")
+        broadcast, gather = dist.broadcast, dist.all_gather_into_tensor
+
+        def count(tensor: torch.Tensor, sender: int) -> None:
+            if sender != rank:
+                inside = sender // self._node == rank // self._node
+                self.received[inside] += tensor.nbytes
+
+        def counted_broadcast(tensor, src, *args, **kwargs):
+            self.calls += "s"
+            count(tensor, src)
+            return broadcast(tensor, src, *args, **kwargs)
+
+        def counted_gather(output, tensor, group):
+            self.calls += "g"
+            for sender in dist.get_process_group_ranks(group):
+                count(tensor, sender)
+            return gather(output, tensor, group=group)
+
+        patch.setattr(dist, "broadcast", counted_broadcast)
+        patch.setattr(dist, "all_gather_into_tensor", counted_gather)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._patch.undo()
 
 
 def check_padding(chunks, config, groups) -> None:
