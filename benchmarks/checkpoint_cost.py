@@ -72,7 +72,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"plain": [], "save": [], "load": []}
     for number in range(args.rounds):
         out, plain = args.folder / str(number), args.folder / "plain"
-        times["save"].append(collective_seconds(lambda out=out: actor.save(out, {})))
+        times["save"].append(collective_seconds(lambda out=out: actor.save(out, {}).finish()))
         sizes = [file.stat().st_size for file in sorted(out.iterdir())]
         times["load"].append(collective_seconds(lambda out=out: actor.load(out)))
         work = lambda sizes=sizes, plain=plain: write_plainly(sizes, plain, source)  # noqa: E731

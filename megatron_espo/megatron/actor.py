@@ -24,7 +24,7 @@ from megatron_espo.data.packing import (
 )
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.megatron import consistency
-from megatron_espo.megatron.checkpoint import load_checkpoint, save_checkpoint
+from megatron_espo.megatron.checkpoint import Save, load_checkpoint, save_checkpoint
 from megatron_espo.megatron.expert_load import ExpertLoad
 from megatron_espo.megatron.forward_step import make_forward_step
 from megatron_espo.megatron.guards import oom_hint
@@ -220,8 +220,8 @@ class Actor:
             "optimizer/skipped": float(bool(result.skipped)),
         }
 
-    def save(self, out: str | Path, state: dict[str, Any]) -> None:
-        """Write model, optimizer, learning-rate schedule and ``state`` (JSON values). Collective.
+    def save(self, out: str | Path, state: dict[str, Any]) -> Save:
+        """Start to write model, optimizer, schedule and ``state`` (JSON values). Collective.
 
         See :func:`save_checkpoint`.
         """
@@ -232,7 +232,8 @@ class Actor:
             "skipped_in_a_row": self.skipped_in_a_row,
             "grad_norms": list(engine.spikes.norms),
         }
-        save_checkpoint(self.chunks, self.hf_config, out, optimizer=engine.optimizer, state=state)
+        parts = (self.chunks, self.hf_config, out)
+        return save_checkpoint(*parts, optimizer=engine.optimizer, state=state)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Load what :meth:`save` wrote in any layout, and return the ``state``. Collective."""

@@ -103,8 +103,10 @@ class Run:
     def __exit__(self, kind, *_) -> None:
         self.rollouts.close()
         self.reporter.close()
-        if kind is Stopped and self.checkpoints.due_at_stop(self.step):
-            self._save(last=True)
+        if kind is Stopped:
+            if self.checkpoints.due_at_stop(self.step):
+                self._save(last=True)
+            self._finish_save(wait=True)
 
     def finish_step(
         self,
@@ -114,7 +116,8 @@ class Run:
         metrics: dict[str, float],
         began: float,
     ) -> None:
-        """Write the step's metrics and, if due, a checkpoint. Collective.
+        """Write the step's metrics, complete a checkpoint whose files are written, and start the
+        next one if it is due. Collective.
 
         Args:
             step: counted from 1.
@@ -130,21 +133,32 @@ class Run:
         self.ledger.count(groups)
         seconds = self.phases.pop() | {"step": time.perf_counter() - began}
         self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
+        self._finish_save(wait=False)
         if not last and (reason := self.stop.agreed()):
             raise Stopped(reason)
         if self.checkpoints.due(step):
             self._save(last=last)
+        if last:
+            self._finish_save(wait=True)
 
     def _save(self, last: bool) -> None:
+        """Start to save this step. Waits for a save that is still running. Collective."""
+        self._finish_save(wait=True)
         with (
             self.colocation.all_on_device(self.step, last=last),
             self.phases.phase("checkpoint", self.step, self.config.run.steps),
         ):
             rollouts, ledger = self.rollouts.state_dict(), vars(self.ledger)
             state = {"step": self.step, "rollouts": rollouts, "ledger": ledger}
-            path = self.checkpoints.save(self.step, self.actor, state)
-        self.rollouts.forget(self.step)
-        _log(self.runtime, f"saved {path}")
+            self.checkpoints.save(self.step, self.actor, state)
+
+    def _finish_save(self, wait: bool) -> None:
+        """Complete the running save if its files are written, or wait for them. Collective."""
+        if self.checkpoints.can_finish(wait=wait):
+            with self.phases.phase("checkpoint", self.step, self.config.run.steps):
+                step, path = self.checkpoints.finish()
+            self.rollouts.forget(step)
+            _log(self.runtime, f"saved {path}")
 
     def finish(self, seconds: float) -> None:
         """Export the model, and write the summary (``seconds`` of the run) and the learning curve.

@@ -83,7 +83,7 @@ def train(folder: str, first: int, last: int, dtype: str, sizes: dict, load=None
         for step in range(first, last + 1)
     ]
     if save:
-        actor.save(save, {"step": last, "note": "ü"})
+        actor.save(save, {"step": last, "note": "ü"}).finish()
     return weights(actor, hf_config, place), metrics
 
 
