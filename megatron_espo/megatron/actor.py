@@ -173,6 +173,7 @@ class Actor:
         def tick() -> None:
             on_progress(next(done), total)
 
+        began = time.perf_counter()
         if self.updates_per_step > 1:
             names = ("old_logprob", "old_entropy")
             mini_batches = [self._score(batches, tick, *names) for batches in mini_batches]
@@ -180,6 +181,8 @@ class Actor:
             with self.reference.swapped_in():
                 name = "reference_logprob"
                 mini_batches = [self._score(batches, tick, name) for batches in mini_batches]
+        torch.cuda.synchronize()
+        score_s = time.perf_counter() - began
         steps = [
             self._step(batches, part, tick)
             for _ in range(epochs)
@@ -187,6 +190,8 @@ class Actor:
         ]
         tokens = epochs * sum(batches[0].totals.num_tokens for batches in mini_batches)
         metrics = average_steps(steps) | {"train/tokens": float(tokens)} | self._expert_load.pop()
+        if self.updates_per_step > 1 or self.reference is not None:
+            metrics |= {"time/score_s": score_s}
         return metrics | (self._router_replay.pop() if self._router_replay else {})
 
     def _step(self, batches: list[MicroBatch], part: Groups, tick: Tick) -> dict[str, float]:

@@ -85,10 +85,14 @@ Time
   time/sleep_s | s | with `rollout.sleep`: the engines release their GPU memory
   time/offload_s | s | with `megatron.offload`: trainer state to the host
   time/onload_s | s | with `megatron.offload`: trainer state to the devices, before training
+  time/score_s | s | part of `train`: log-probs of the old and of the initial policy
+  time/checkpoint_s | s | training waited for a checkpoint, after the step before this one
   time/<phase>_s | s | a phase; `step`: the whole step; `verify` and `canary` are parts of `sync`
 Throughput
   throughput/response_tokens_per_s | tokens/s | response tokens / seconds of the rollout phase
   throughput/trained_tokens_per_s | tokens/s | `train/tokens` / seconds of the training phase
+  throughput/generated_tokens_per_s_per_gpu | tokens/s | response tokens / (step seconds x ranks)
+  throughput/trained_tokens_per_s_per_gpu | tokens/s | `train/tokens` / (step seconds x ranks)
   throughput/mfu | share | model FLOPs / (training seconds x GPUs x peak FLOP/s); bfloat16 only
 System
   system/rss_gib | GiB | memory of rank 0's process

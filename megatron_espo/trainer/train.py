@@ -28,6 +28,7 @@ from megatron_espo.monitoring.profiler import StepProfiler
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.monitoring.report import draw_learning_curve, write_summary
 from megatron_espo.monitoring.reporter import Reporter
+from megatron_espo.monitoring.throughput import describe
 from megatron_espo.trainer.checkpoints import Checkpoints
 from megatron_espo.trainer.colocation import Colocation, start_asleep
 from megatron_espo.trainer.ledger import Ledger
@@ -176,7 +177,10 @@ class Run:
                 paths = (folder / "hf", config.model.path)
                 save_hf(*model, *paths, groups, dtype, tokenizer=config.model.tokenizer)
         if self.runtime.is_main:
-            summary = write_summary(folder, seconds=seconds, seed=config.run.seed)
+            left = self.phases.pop()
+            summary = write_summary(folder, seconds=seconds, seed=config.run.seed, after_last=left)
+            for line in describe(summary["performance"]):
+                _log(self.runtime, line)
             picture = draw_learning_curve(folder)
             change = f"{summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}"
             _log(self.runtime, f"reward {change}; picture: {picture}")

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_espo.config.reference import sections
 from megatron_espo.monitoring.report.charts import COLORS, draw_sections
 from megatron_espo.monitoring.report.runs import RunData, read_runs
+from megatron_espo.monitoring.throughput import describe, performance
 
 # The page shows only the first tokens of long samples, so that it stays below 3 MB.
 SAMPLE_TOKENS, SAMPLES_A_STEP = 800, 4
@@ -88,6 +89,7 @@ def overview(run: RunData, position: int) -> dict[str, Any]:
         "tokens_per_s": run.mean("throughput/response_tokens_per_s"),
         "gap": run.mean("mismatch/logprob_gap_mean"),
         "seconds": run.summary.get("seconds"),
+        "performance": describe(run.summary.get("performance") or performance(run.lines)),
         "status": run.status,
         "problems": run.problems(),
     }
