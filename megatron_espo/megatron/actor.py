@@ -118,7 +118,12 @@ class Actor:
         self.chunks = build_chunks(config, hf_config, runtime)
         total_steps = config.run.steps * self.updates_per_step
         self.train_engine = TrainEngine(
-            self.chunks, self.groups, config.optimizer, total_steps, config.megatron.overrides
+            self.chunks,
+            self.groups,
+            config.optimizer,
+            total_steps,
+            config.megatron.overrides,
+            self.updates_per_step,
         )
         self.offloader = Offloader(self.train_engine, config.megatron.offload)
         self._experts = read_experts(hf_config)
@@ -188,6 +193,7 @@ class Actor:
             for _ in range(epochs)
             for batches, part in zip(mini_batches, parts, strict=True)
         ]
+        self.train_engine.gather_weights()
         tokens = epochs * sum(batches[0].totals.num_tokens for batches in mini_batches)
         metrics = average_steps(steps) | {"train/tokens": float(tokens)} | self._expert_load.pop()
         if self.updates_per_step > 1 or self.reference is not None:

@@ -23,7 +23,6 @@ FIXED = {
     "moe_expert_capacity_factor": "dropped tokens would have no gradient",
     "moe_router_force_load_balancing": "routing would be random",
     "mtp_num_layers": "prediction heads for further tokens are not trained",
-    "overlap_param_gather": "the weight update reads all weights right after the optimizer step",
     "overlap_param_gather_with_optimizer_step": "the weight update reads all weights right after "
     "the optimizer step",
     "use_megatron_fsdp": "weights are read from Megatron's DistributedDataParallel",

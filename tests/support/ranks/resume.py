@@ -141,6 +141,20 @@ def continue_in_layouts(
     return answers
 
 
+def check_param_gather(folder: str, expert_folder: str) -> list[float]:
+    """Largest difference of weights after three steps with and without ``overlap_param_gather``.
+
+    Last, the largest difference from the weights after two steps.
+    """
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    found = []
+    for model in (folder, expert_folder):
+        plain, _ = train(model, 1, 3, "bfloat16", {})
+        overlapped, _ = train(model, 1, 3, "bfloat16", {"overrides": overlap})
+        found.append(largest_difference(plain, overlapped))
+    return [*found, largest_difference(plain, train(expert_folder, 1, 2, "bfloat16", {})[0])]
+
+
 def check_rng(folder: str) -> list[bool]:
     """Check that generators repeat their numbers, and that another world size changes nothing."""
     runtime.initialize(tensor_model_parallel_size=2)
