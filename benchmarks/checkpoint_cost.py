@@ -1,6 +1,10 @@
-"""Seconds to save and load a run's state, compared with a plain write of the same bytes with fsync.
+"""Seconds of a step with and without a checkpoint, and seconds to save and load a run's state,
+compared with a plain write of the same bytes with fsync.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint_cost.py --model MODEL --folder FOLDER
+
+First come pairs of training steps; the second of each pair starts a save, as the training loop does
+it, and completes the save if its files are written at the end of the step.
 
 Each round saves through ``Actor.save`` (weights, Adam's moments, checksums, fsync, rename) and then
 writes files of the same sizes by plain ``write`` and ``fsync``, every rank a part of each. FOLDER
@@ -35,15 +39,50 @@ def make_actor(model: str, folder: Path) -> Actor:
     )
     runtime = distributed_runtime.initialize(**distributed_runtime.parallel_sizes(config.megatron))
     actor = Actor(config, json.loads(Path(model, "config.json").read_text()), runtime)
-    groups = [[TrainSequence([1, 2], [3 + i], [-1.0], a) for a in (1.0, -1.0)] for i in range(2)]
-    actor.update(groups, lambda done, total: None)
+    actor.update(make_groups(2, 2), lambda done, total: None)
     return actor
+
+
+def make_groups(sequences: int, tokens: int) -> list[list[TrainSequence]]:
+    """Prompts with two responses of ``tokens`` tokens each."""
+    ids, logprobs = list(range(3, 3 + tokens)), [-1.0] * tokens
+    return [
+        [TrainSequence([1, 2 + i], ids, logprobs, a) for a in (1.0, -1.0)]
+        for i in range(sequences // 2)
+    ]
 
 
 def collective_seconds(work) -> float:
     """Seconds of ``work`` until the last rank is done."""
     dist.barrier()
     return seconds(lambda: (work(), dist.barrier()))
+
+
+def step_pairs(actor: Actor, folder: Path, rounds: int, groups: list) -> tuple[list, list, int]:
+    """Seconds of steps without and with a checkpoint; saves that were complete within the step."""
+    plain, saving, complete = [], [], 0
+
+    def step() -> None:
+        actor.update(groups, lambda done, total: None)
+
+    def step_and_save() -> None:
+        save = actor.save(folder / f"step{number}", {})
+        step()
+        if save.is_written():
+            save.finish()
+        else:
+            running.append(save)
+
+    for number in range(rounds):
+        running: list = []
+        plain.append(collective_seconds(step))
+        saving.append(collective_seconds(step_and_save))
+        complete += not running
+        for save in running:
+            save.finish()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / f"step{number}")
+    return plain, saving, complete
 
 
 def write_plainly(sizes: list[int], folder: Path, source: torch.Tensor) -> None:
@@ -66,13 +105,17 @@ def main() -> None:
         "--folder", required=True, type=Path, help="a new folder; removed at the end"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=32, help="of a step")
+    parser.add_argument("--tokens", type=int, default=128, help="of a response")
     args = parser.parse_args()
     actor = make_actor(args.model, args.folder)
     source = torch.randint(0, 256, (64 << 20,), dtype=torch.uint8)
+    groups = make_groups(args.sequences, args.tokens)
+    plain_steps, saving_steps, complete = step_pairs(actor, args.folder, args.rounds, groups)
     times: dict[str, list[float]] = {"plain": [], "save": [], "load": []}
     for number in range(args.rounds):
         out, plain = args.folder / str(number), args.folder / "plain"
-        times["save"].append(collective_seconds(lambda out=out: actor.save(out, {})))
+        times["save"].append(collective_seconds(lambda out=out: actor.save(out, {}).finish()))
         sizes = [file.stat().st_size for file in sorted(out.iterdir())]
         times["load"].append(collective_seconds(lambda out=out: actor.load(out)))
         work = lambda sizes=sizes, plain=plain: write_plainly(sizes, plain, source)  # noqa: E731
@@ -81,6 +124,10 @@ def main() -> None:
             shutil.rmtree(out)
             shutil.rmtree(plain)
     if dist.get_rank() == 0:
+        pairs = list(zip(plain_steps, saving_steps, strict=True))
+        print("steps without, with a save:", ", ".join(f"{a:.2f} {b:.2f} s" for a, b in pairs))
+        ratio = median(b / a for a, b in pairs)
+        print(f"with / without: median {ratio:.2f}; {complete} saves complete within the step")
         print(f"{dist.get_world_size()} ranks, {sum(sizes) / 1e9:.2f} GB in {len(sizes)} files")
         for name, values in times.items():
             rounds = ", ".join(f"{value:.2f}" for value in values)

@@ -18,6 +18,7 @@ from megatron_espo.monitoring.metrics import (
     step_line,
 )
 from megatron_espo.monitoring.report import draw_learning_curve, write_summary
+from megatron_espo.monitoring.throughput import describe, performance
 from megatron_espo.types import Prompt, Trajectory
 from tests.support.distributed import run_ranks
 
@@ -229,9 +230,32 @@ def test_step_that_trained_nothing_is_shown(tmp_path):
 def test_summary(tmp_path):
     write_lines(tmp_path, make_lines([0.0, 0.1, 0.2, 5.0, 0.5, 0.9, 1.0]))
     summary = write_summary(tmp_path, seconds=12.345, seed=4)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    del summary["performance"]
     expected = {"reward_first3": 0.1, "reward_last3": 0.8, "steps": 7, "seconds": 12.3, "seed": 4}
     assert summary == pytest.approx(expected)
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_performance_of_a_run():
+    rate = "throughput/{}_tokens_per_s_per_gpu".format
+    lines = [
+        {"time/step_s": 10.0, "time/train_s": 6.0, "time/score_s": 2.0, "time/sync_s": 1.0}
+        | {"time/canary_s": 0.5, rate("generated"): 100.0, rate("trained"): 50.0},
+        {"time/step_s": 30.0, "time/train_s": 14.0, "time/sync_s": 1.0, "time/checkpoint_s": 2.0}
+        | {rate("generated"): 200.0, rate("trained"): 90.0},
+    ]
+    found = performance(lines, {"checkpoint": 6.0, "export": 9.0})
+    # 40 s of steps and 8 s of checkpoints.
+    assert found["step_s"] == 24.0 and found["mfu"] is None
+    assert found["tokens_per_s_per_gpu"] == {"generated": 175.0, "trained": 80.0}
+    seconds = {"rollout": 0.0, "reward": 0.0, "score": 2.0, "train": 18.0, "weight update": 2.0}
+    seconds |= {"checkpoint": 8.0, "other": 18.0}
+    assert found["phases"] == {
+        name: {"seconds": value / 2, "share": value / 48} for name, value in seconds.items()
+    }
+    assert describe(found)[1].endswith("175.0 generated, 80.0 trained; MFU of training: n/a")
+    on_gpu = [line | {"throughput/mfu": mfu} for line, mfu in zip(lines, (0.2, 0.4), strict=True)]
+    assert performance(on_gpu)["mfu"] == pytest.approx((0.2 * 6 + 0.4 * 14) / 20)
 
 
 @pytest.mark.parametrize(

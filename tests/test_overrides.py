@@ -5,6 +5,8 @@ import torch
 
 from megatron_espo.errors import InputError
 from megatron_espo.megatron.overrides import check_overrides
+from tests.support.distributed import run_ranks
+from tests.support.weights_models import save_model
 
 FIXED = {"hidden_size": "config.json gives it"}
 
@@ -40,3 +42,13 @@ def test_a_field_of_two_configurations_reaches_both():
 def test_what_cannot_be_overridden_is_refused(name, value, part):
     with pytest.raises(InputError, match=rf"megatron\.overrides\.{name}.*{part}"):
         check_overrides({name: value}, FIXED)
+
+
+def test_weights_are_complete_after_a_step_that_overlaps_their_all_gather(tmp_path):
+    for name in ("qwen3", "qwen3_moe"):
+        save_model(name, tmp_path / name)
+    folders = {"folder": str(tmp_path / "qwen3"), "expert_folder": str(tmp_path / "qwen3_moe")}
+    dense, experts, trained = run_ranks(
+        2, "tests.support.ranks.resume:check_param_gather", timeout=600, **folders
+    )
+    assert dense == experts == 0.0 and trained > 1e-3

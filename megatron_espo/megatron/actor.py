@@ -24,7 +24,7 @@ from megatron_espo.data.packing import (
 )
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.megatron import consistency
-from megatron_espo.megatron.checkpoint import load_checkpoint, save_checkpoint
+from megatron_espo.megatron.checkpoint import Save, load_checkpoint, save_checkpoint
 from megatron_espo.megatron.expert_load import ExpertLoad
 from megatron_espo.megatron.forward_step import make_forward_step
 from megatron_espo.megatron.guards import oom_hint
@@ -119,7 +119,12 @@ class Actor:
         self.chunks = build_chunks(config, hf_config, runtime)
         total_steps = config.run.steps * self.updates_per_step
         self.train_engine = TrainEngine(
-            self.chunks, self.groups, config.optimizer, total_steps, config.megatron.overrides
+            self.chunks,
+            self.groups,
+            config.optimizer,
+            total_steps,
+            config.megatron.overrides,
+            self.updates_per_step,
         )
         self.offloader = Offloader(self.train_engine, config.megatron.offload)
         self._experts = read_experts(hf_config)
@@ -175,6 +180,7 @@ class Actor:
         def tick() -> None:
             on_progress(next(done), total)
 
+        began = time.perf_counter()
         if self.updates_per_step > 1:
             names = ("old_logprob", "old_entropy")
             mini_batches = [self._score(batches, tick, *names) for batches in mini_batches]
@@ -182,13 +188,18 @@ class Actor:
             with self.reference.swapped_in():
                 name = "reference_logprob"
                 mini_batches = [self._score(batches, tick, name) for batches in mini_batches]
+        torch.cuda.synchronize()
+        score_s = time.perf_counter() - began
         steps = [
             self._step(batches, part, tick)
             for _ in range(epochs)
             for batches, part in zip(mini_batches, parts, strict=True)
         ]
+        self.train_engine.gather_weights()
         tokens = epochs * sum(batches[0].totals.num_tokens for batches in mini_batches)
         metrics = average_steps(steps) | {"train/tokens": float(tokens)} | self._expert_load.pop()
+        if self.updates_per_step > 1 or self.reference is not None:
+            metrics |= {"time/score_s": score_s}
         return metrics | (self._router_replay.pop() if self._router_replay else {})
 
     def _step(self, batches: list[MicroBatch], part: Groups, tick: Tick) -> dict[str, float]:
@@ -222,8 +233,8 @@ class Actor:
             "optimizer/skipped": float(bool(result.skipped)),
         }
 
-    def save(self, out: str | Path, state: dict[str, Any]) -> None:
-        """Write model, optimizer, learning-rate schedule and ``state`` (JSON values). Collective.
+    def save(self, out: str | Path, state: dict[str, Any]) -> Save:
+        """Start to write model, optimizer, schedule and ``state`` (JSON values). Collective.
 
         See :func:`save_checkpoint`.
         """
@@ -234,7 +245,8 @@ class Actor:
             "skipped_in_a_row": self.skipped_in_a_row,
             "grad_norms": list(engine.spikes.norms),
         }
-        save_checkpoint(self.chunks, self.hf_config, out, optimizer=engine.optimizer, state=state)
+        parts = (self.chunks, self.hf_config, out)
+        return save_checkpoint(*parts, optimizer=engine.optimizer, state=state)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Load what :meth:`save` wrote in any layout, and return the ``state``. Collective."""

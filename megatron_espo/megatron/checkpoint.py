@@ -6,22 +6,28 @@ before its checksum was compared with the manifest.
 """
 
 import hashlib
+import inspect
 import json
+import queue
 import re
 import shutil
 import threading
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_espo.distributed.collectives import gather_objects, on_rank_0
+from megatron_espo.distributed.collectives import (
+    control_device,
+    first_not_none,
+    gather_objects,
+    on_rank_0,
+)
 from megatron_espo.errors import InputError
 from megatron_espo.files import make_durable
 from megatron_espo.megatron import patches
@@ -34,6 +40,7 @@ MANIFEST_NAME = "megatron_espo.json"
 STATE_NAME = "state.json"
 VERSION = 1
 _CHECKSUM_THREADS = 4
+_CHUNK = 4 << 20  # bytes that are hashed and then written, while they are in the cache
 _WRITER = re.compile(r"(?:__|rng_)(\d+)")  # the rank that wrote a file; rank 0 wrote the others
 _LAYOUT = (
     "tensor_model_parallel_size",
@@ -59,10 +66,11 @@ def save_checkpoint(
     *,
     optimizer: Any = None,
     state: dict[str, Any] | None = None,
-) -> None:
-    """Write this rank's part into ``<out>.partial``, which becomes ``out`` once all are done.
+) -> "Save":
+    """Copy this rank's part to the host and start to write it into ``<out>.partial``.
 
-    Collective over all ranks. All ranks share the file system of ``out``.
+    Training may continue at once. ``Save.finish`` gives the folder the name ``out`` when all ranks
+    are done. Collective over all ranks. All ranks share the file system of ``out``.
 
     Args:
         chunks: this rank's model chunks, not wrapped in DDP.
@@ -74,6 +82,7 @@ def save_checkpoint(
         OSError: this rank could not write; ``out`` does not appear.
     """
     from megatron.core import __version__, dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
         FullyParallelSaveStrategyWrapper,
@@ -89,36 +98,148 @@ def save_checkpoint(
 
     on_rank_0(begin)
     form = optimizer and optimizer_form(chunks[0].config, hf_config)
+    # From 0.19 on, Megatron-Core prefers another package's writer if it is installed.
+    options = {"async_sharded_save": True, "async_strategy": "mcore"}
+    known = inspect.signature(dist_checkpointing.save).parameters.keys()
     try:
         patches.keep_checkpoint_results_in_process()
         # Without the wrapper the first of several data-parallel ranks would write everything.
         strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
-        with _checksums_while_written(partial) as shards:
-            tensors = _sharded_state(chunks, optimizer, form, is_loading=False)
-            dist_checkpointing.save(tensors, str(partial), strategy)
+        tensors = _sharded_state(chunks, optimizer, form, is_loading=False)
+        data = (getattr(value, "data", None) for value in nested_values(tensors))
+        in_use = {x.untyped_storage().data_ptr() for x in data if isinstance(x, torch.Tensor)}
+        options = {name: value for name, value in options.items() if name in known}
+        request = dist_checkpointing.save(tensors, str(partial), strategy, **options)
         if state is not None:
             save_rng(partial)
             if dist.get_rank() == 0:
                 (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
+        manifest = {
+            "version": VERSION,
+            "megatron_core": __version__,
+            "dtype": str(chunks[0].config.params_dtype),
+            "optimizer": form,
+            "model": model_identity(hf_config),
+        }
+        return Save(out, partial, manifest, request, in_use)
     except Exception as error:
         # No collective here: the other ranks wait in Megatron's, and end when this rank ends.
-        rank = dist.get_rank()
-        raise OSError(f"{partial}: rank {rank} could not write its part: {error}") from error
-    manifest = {
-        "version": VERSION,
-        "megatron_core": __version__,
-        "dtype": str(chunks[0].config.params_dtype),
-        "optimizer": form,
-        "model": model_identity(hf_config),
-        "files": _checksums(partial, shards),
-    }
+        raise OSError(_not_written(partial, error)) from error
 
-    def finish() -> None:
-        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-        make_durable(*partial.iterdir(), partial)
-        partial.rename(out)
 
-    on_rank_0(finish)
+def _not_written(partial: Path, error: BaseException) -> str:
+    return f"{partial}: rank {dist.get_rank()} could not write its part: {error}"
+
+
+class Save:
+    """A checkpoint that a thread of each rank writes from a copy of the state in host memory.
+
+    Megatron-Core plans the save and writes the files (``AsyncRequest``). Its own callers of a
+    request start processes. A forked process may deadlock because of the threads of the
+    communication library. A spawned one needs CUDA, and reads tensors that lie on the CPU while
+    training changes them.
+
+    Args:
+        out: the path of the complete checkpoint.
+        partial: the folder to write into.
+        manifest: without the checksums.
+        request: of ``dist_checkpointing.save``.
+        in_use: addresses of the storages that training changes.
+    """
+
+    def __init__(
+        self, out: Path, partial: Path, manifest: dict[str, Any], request: Any, in_use: set[int]
+    ) -> None:
+        self.out, self._partial, self._manifest, self._request = out, partial, manifest, request
+        self._checksums: dict[str, str] = {}
+        self._error: str | None = None
+        buckets = request.async_fn_args[1] if request.async_fn else []
+        for _, _, (_, tensors) in buckets:
+            for i, (item, tensor) in enumerate(tensors):
+                # Megatron has already copied tensors that are parts of a larger one.
+                if not tensor.is_cpu or tensor.untyped_storage().data_ptr() in in_use:
+                    tensors[i] = item, torch.empty_like(tensor, device="cpu").copy_(tensor)
+        self._thread = threading.Thread(target=self._write, args=(buckets,), daemon=True)
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        """Whether every rank has written its files, or failed. Collective: one all-reduce."""
+        is_busy = torch.tensor(int(self._thread.is_alive()), device=control_device())
+        dist.all_reduce(is_busy, op=dist.ReduceOp.MAX)
+        return not is_busy
+
+    def finish(self) -> None:
+        """Wait for all ranks, write the manifest and rename the folder. Collective: all ranks.
+
+        Raises:
+            OSError: on every rank, if a rank could not write; ``out`` does not appear.
+        """
+        self._thread.join()
+        if error := first_not_none(self._error):
+            raise OSError(error)
+        for finalize in self._request.finalize_fns:
+            finalize()
+        manifest = self._manifest | {"files": _checksums(self._partial, self._checksums)}
+
+        def commit() -> None:
+            (self._partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+            make_durable(*self._partial.iterdir(), self._partial)
+            self._partial.rename(self.out)
+            make_durable(self.out.parent)
+
+        on_rank_0(commit)
+
+    def _write(self, buckets: Sequence[Any]) -> None:
+        """Write the files of this rank, in parallel. The bytes are hashed on their way."""
+        crc32 = get_crc32_options()
+        set_crc32_options(False)  # SHA-256 is enough
+        try:
+            with ThreadPoolExecutor(max(1, len(buckets))) as pool:
+                written = list(pool.map(_write_file, buckets))
+            if buckets:
+                results = {i: result for i, (result, _) in enumerate(written)}
+                self._request.async_fn_args[2].put(results)
+            names = (name for _, name, _ in buckets)
+            self._checksums = dict(zip(names, (digest for _, digest in written), strict=True))
+        except BaseException as error:
+            self._error = _not_written(self._partial, error)
+        finally:
+            set_crc32_options(crc32)
+            for _, _, (_, tensors) in buckets:
+                tensors.clear()  # frees the host memory
+
+
+def _write_file(bucket: Any) -> tuple[list[Any], str]:
+    """Write one file with fsync, by Megatron's writer; return its results and SHA-256."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    hashing, results, counts = _Hashing(), queue.SimpleQueue[Any](), queue.Queue[int]()
+    counts.put(0)
+    FileSystemWriterAsync.write_preloaded_data([hashing], 0, bucket, results, counts, True)
+    _, written = results.get()
+    if isinstance(written, Exception):
+        raise written
+    return written, hashing.digest.hexdigest()
+
+
+class _Hashing(_StorageWriterTransforms):
+    """Computes SHA-256 of what is written to a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digest = hashlib.sha256()
+
+    def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
+        def write(data: Any) -> int:
+            view = memoryview(data).cast("B")
+            for start in range(0, len(view), _CHUNK):
+                self.digest.update(view[start : start + _CHUNK])
+                raw_stream.write(view[start : start + _CHUNK])
+            return len(view)
+
+        stream, descriptors = super().transform_save_stream(write_item, raw_stream)
+        stream.write = write  # type: ignore[method-assign]
+        return stream, descriptors
 
 
 def load_checkpoint(
@@ -304,6 +425,7 @@ def _sharded_state(
         return model
     if is_loading:
         patches.prepare_adam_for_loading(optimizer)
+    patches.save_optimizer_shards(optimizer)
     metadata = {"distrib_optim_sharding_type": form["format"], "chained_optim_avoid_prefix": True}
     return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
 
@@ -326,41 +448,6 @@ def _checksums(folder: Path, known: dict[str, str] | None = None) -> dict[str, s
         found = pool.map(lambda name: _checksum(folder / name), unknown)
         digests |= zip(unknown, found, strict=True)
     return {name: digest for part in gather_objects(digests) for name, digest in part.items()}
-
-
-@contextmanager
-def _checksums_while_written(folder: Path) -> Iterator[dict[str, str]]:
-    """Compute SHA-256 of this rank's shards while they are written. Fills the dict on exit.
-
-    Megatron's writers only append, so a thread can read behind them. torch's CRC32 is turned off.
-    """
-    digests: dict[str, Any] = defaultdict(hashlib.sha256)
-    positions: dict[str, int] = defaultdict(int)
-    written, found, crc32 = threading.Event(), dict[str, str](), get_crc32_options()
-
-    def follow() -> None:
-        is_last = False
-        while not is_last:
-            is_last = written.wait(0.05)
-            for file in folder.glob(f"__{dist.get_rank()}_*"):
-                with file.open("rb") as stream:
-                    stream.seek(positions[file.name])
-                    while part := stream.read(1 << 20):
-                        digests[file.name].update(part)
-                    positions[file.name] = stream.tell()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    set_crc32_options(False)
-    thread.start()
-    try:
-        yield found
-    finally:
-        written.set()
-        thread.join()
-        set_crc32_options(crc32)
-        for name, digest in digests.items():
-            if positions[name] == (folder / name).stat().st_size:
-                found[name] = digest.hexdigest()
 
 
 def _checksum(file: Path) -> str:

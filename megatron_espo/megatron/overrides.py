@@ -26,7 +26,6 @@ FIXED = {
     "moe_router_force_biased": "routing would be random",
     "use_mup": "log-probs of engine and trainer must agree",
     "mtp_num_layers": "prediction heads for further tokens are not trained",
-    "overlap_param_gather": "the weight update reads all weights right after the optimizer step",
     "overlap_param_gather_with_optimizer_step": "the weight update reads all weights right after "
     "the optimizer step",
     "use_megatron_fsdp": "weights are read from Megatron's DistributedDataParallel",

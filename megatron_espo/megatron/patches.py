@@ -7,9 +7,11 @@ and checks whether the installed release still needs it.
 import functools
 import importlib
 import inspect
+import math
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -54,7 +56,7 @@ def keep_checkpoint_results_in_process() -> None:
     """Collect the results of checkpoint writers in a queue of this process.
 
     Megatron starts a process for this queue. That process outlives a killed rank and makes scripts
-    need a ``__main__`` guard. A save that waits for its writers does not need it.
+    need a ``__main__`` guard. Writers that are threads do not need it.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -99,6 +101,100 @@ def separate_adam_steps(optimizer: Any) -> None:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+@_patch(
+    "megatron.core.optimizer.distrib_optimizer", "return_on_all_ranks=return_on_all_ranks or is_lo"
+)
+def save_optimizer_shards(optimizer: Any) -> None:
+    """Let every data-parallel rank save its own shard of the state in ``fully_reshardable`` format.
+
+    Megatron gathers the whole state in the host memory of every data-parallel rank before a save.
+    The checkpoint has the same tensors here, in other pieces, and is loaded by the same code.
+    """
+    for part in optimizer_parts(optimizer):
+        if hasattr(part, "sharded_param_state_fully_reshardable"):
+            part.sharded_param_state_fully_reshardable = functools.partial(_own_shards, part)
+
+
+def _own_shards(
+    part: Any, model_state: Any, is_loading: bool = False, metadata: Any = None
+) -> dict[Any, Any]:
+    """Return this rank's shards of a distributed optimizer's state as Megatron's ShardedTensors."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    megatrons = functools.partial(
+        type(part).sharded_param_state_fully_reshardable, part, model_state, is_loading, metadata
+    )
+    if is_loading:
+        return megatrons()
+    entries = nested_values(extract_sharded_tensors_and_factories(model_state)[0])
+    by_param = {entry.data: entry for entry in entries}
+    names = ("param", *getattr(part, "optimizer_state_keys", ("exp_avg", "exp_avg_sq")))
+    buckets = [bucket for maps in part.gbuf_ranges for every in maps.values() for bucket in every]
+    found: dict[int, ShardedTensor] = {}
+    for bucket in buckets:
+        for param, ranges in bucket["param_map"].items():
+            tensors, start = part._get_main_param_and_optimizer_states(param), ranges["param"].start
+            entry = by_param[param]
+            # Every data-parallel rank has other elements: none of them is a replica.
+            replica = (*entry.replica_id[:2], part.distributed_optimizer_instance_id)
+            for name in names:
+                shard, key = tensors[name].detach().float(), f"optimizer.state.{name}.{entry.key}"
+                whole = torch.empty(entry.data.shape, dtype=shard.dtype, device="meta")
+                changes = {"key": key, "data": whole, "replica_id": replica}
+                if isinstance(entry, ShardedTensorFactory):
+                    pieces = list(nested_values(replace(entry, **changes).build()))
+                else:
+                    pieces = [replace(entry, dtype=shard.dtype, **changes)]
+                if not all(piece.data.is_contiguous() for piece in pieces):
+                    return megatrons()
+                for piece in pieces:
+                    begin = piece.data.storage_offset()  # of the piece in the flat parameter
+                    low = max(begin, start) - begin
+                    high = min(begin + piece.data.numel(), start + shard.numel()) - begin
+                    shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
+                    for offset, size in _boxes(low, high, shape) if low < high else ():
+                        count = math.prod(size)
+                        data = shard.flatten()[begin + low - start :][:count].view(size)
+                        low += count
+                        place = map(sum, zip(piece.global_offset, offset, strict=True))
+                        found[len(found)] = replace(
+                            piece,
+                            data=data,
+                            local_shape=size,
+                            global_offset=tuple(place),
+                            axis_fragmentations=None,
+                            prepend_axis_num=0,
+                        )
+    return found
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
+    """Cut elements ``start`` to ``stop`` of a flat tensor into boxes ``(offset, size)``, in order.
+
+    At most two for each dimension but the last.
+    """
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    row = math.prod(shape[1:])
+    while start < stop:
+        index, within = divmod(start, row)
+        rows = (stop - start) // row
+        if within == 0 and rows:
+            yield (index, *(0,) * len(shape[1:])), (rows, *shape[1:])
+            start += rows * row
+        else:
+            end = min(stop - index * row, row)
+            for offset, size in _boxes(within, end, shape[1:]):
+                yield (index, *offset), (1, *size)
+            start = index * row + end
 
 
 @_patch("megatron.core.parallel_state", 'backend="gloo"')

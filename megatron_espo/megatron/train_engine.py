@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.data.packing import MicroBatch
+from megatron_espo.errors import InputError
 from megatron_espo.megatron.guards import SpikeGuard
 from megatron_espo.megatron.overrides import check_overrides
 
@@ -40,6 +41,7 @@ class TrainEngine:
         settings: the ``optimizer`` section of the configuration.
         train_steps: optimizer steps of the whole run, the length of the decay.
         overrides: ``megatron.overrides`` of the configuration.
+        updates_per_step: optimizer steps between two calls of :meth:`gather_weights`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class TrainEngine:
         settings: Any,
         train_steps: int,
         overrides: Mapping[str, Any] | None = None,
+        updates_per_step: int = 1,
     ) -> None:
         from megatron.core import distributed
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -61,13 +64,27 @@ class TrainEngine:
             distributed.DistributedDataParallel,
         )
         chosen = check_overrides(overrides or {}, {})
+        # NCCL reduces gradients while backward runs. gloo has no streams to overlap.
+        overlap = chosen.ddp.get("overlap_grad_reduce", torch.cuda.is_available())
         ddp_settings = {
             "use_distributed_optimizer": is_distributed,
             "grad_reduce_in_fp32": True,
-            # NCCL reduces gradients while backward runs. gloo has no streams to overlap.
-            "overlap_grad_reduce": torch.cuda.is_available(),
+            "overlap_grad_reduce": overlap,
+            # Weights are gathered during the next step's forward. After the last step they are read
+            # at once: there is nothing to overlap.
+            "overlap_param_gather": overlap
+            and torch.cuda.is_available()
+            and is_distributed
+            and updates_per_step > 1,
         }
         ddp_config = distributed.DistributedDataParallelConfig(**ddp_settings | dict(chosen.ddp))
+        if ddp_config.overlap_param_gather and not (
+            is_distributed and ddp_config.overlap_grad_reduce
+        ):
+            raise InputError(
+                "megatron.overrides.overlap_param_gather: expected false without "
+                "optimizer.use_distributed_optimizer and overlap_grad_reduce, got true"
+            )
         self.chunks = [ddp(self.config, ddp_config, c, pg_collection=groups) for c in chunks]
         if ddp_config.overlap_grad_reduce:
             # The schedule reduces gradients in the backward of the last micro-batch only.
@@ -81,7 +98,9 @@ class TrainEngine:
             optimizer="adam",
             bf16=self.config.bf16,
             params_dtype=self.config.params_dtype,
-            **{name: getattr(settings, name) for name in shared} | dict(chosen.optimizer),
+            **{name: getattr(settings, name) for name in shared}
+            | {"overlap_param_gather": ddp_config.overlap_param_gather}
+            | dict(chosen.optimizer),
         )
         self.optimizer = get_megatron_optimizer(adam, self.chunks)
         warmup = settings.lr_warmup_iters
@@ -104,6 +123,16 @@ class TrainEngine:
         self.spikes = SpikeGuard(settings.spike_factor)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = distributed.finalize_model_grads
+
+    def gather_weights(self) -> None:
+        """After the last :meth:`step`, complete the weights on every data-parallel rank.
+
+        Collective over data-parallel ranks with ``overlap_param_gather``, which leaves this
+        all-gather to the next forward.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def buffers(self) -> list[Any]:
         """Return DDP's buffers of all chunks, those of the experts included."""

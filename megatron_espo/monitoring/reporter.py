@@ -147,7 +147,13 @@ class Reporter:
     def _throughput(
         self, groups: ScoredGroups, advantages: torch.Tensor, metrics: dict[str, float]
     ) -> dict[str, float]:
-        found = {}
+        rank_seconds = metrics["time/step_s"] * dist.get_world_size()
+        found = {
+            "throughput/generated_tokens_per_s_per_gpu": float(groups.lengths().sum())
+            / rank_seconds,
+            "throughput/trained_tokens_per_s_per_gpu": metrics.get("train/tokens", 0.0)
+            / rank_seconds,
+        }
         if rollout_s := metrics.get("time/rollout_s"):
             tokens = float(groups.lengths().sum())
             found["throughput/response_tokens_per_s"] = tokens / rollout_s

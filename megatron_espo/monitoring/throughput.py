@@ -1,7 +1,7 @@
-"""FLOPs of training, peak FLOP/s of GPUs, and memory in use."""
+"""FLOPs of training, peak FLOP/s of GPUs, memory in use, and the performance of a whole run."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ PEAK_BFLOAT16 = {
     "L40S": 362e12,
     "B200": 2250e12,
 }
+
+_PHASES = ("rollout", "reward", "score", "train", "sync", "checkpoint")
+_PARTS = {"verify", "canary"}  # phases inside another one
+_PHASE_NAMES = {"sync": "weight update"}
 
 
 def matmul_parameters(hf_config: dict[str, Any]) -> int:
@@ -77,3 +81,64 @@ def system_metrics() -> dict[str, float]:
         found["system/gpu_memory_gib"] = (total - free) / GIB
         found["system/gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
     return found
+
+
+def performance(
+    lines: Sequence[Mapping[str, Any]], after_last: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Mean seconds of a run's steps by phase, tokens per second and GPU, and MFU.
+
+    Args:
+        lines: ``metrics.jsonl``.
+        after_last: seconds by phase after the last line; a checkpoint counts in the next line.
+
+    Returns:
+        ``step_s``; ``phases``: seconds and share of the step by name; ``tokens_per_s_per_gpu``:
+        ``generated`` and ``trained`` tokens per second of the step; ``mfu`` of the train phase.
+        ``None`` for what the run did not measure (MFU on a CPU).
+    """
+    seconds = dict.fromkeys(_PHASES, 0.0)
+    for line in [*lines, {"time/checkpoint_s": (after_last or {}).get("checkpoint", 0.0)}]:
+        for key, value in line.items():
+            if key.startswith("time/"):
+                seconds[key[5:-2]] = seconds.get(key[5:-2], 0.0) + value
+    whole = seconds.pop("step", 0.0) + seconds["checkpoint"]
+    seconds["train"] -= seconds["score"]
+    seconds["other"] = max(0.0, whole - sum(seconds[name] for name in seconds.keys() - _PARTS))
+    phases = {
+        _PHASE_NAMES.get(name, name): {
+            "seconds": value / len(lines),
+            "share": value / whole if whole else 0.0,
+        }
+        for name, value in seconds.items()
+        if name not in _PARTS
+    }
+
+    def mean(metric: str, phase: str) -> float | None:
+        """Over the seconds of a phase."""
+        found = [line for line in lines if metric in line and phase in line]
+        weight = sum(line[phase] for line in found)
+        return sum(line[metric] * line[phase] for line in found) / weight if weight else None
+
+    tokens = {
+        kind: mean(f"throughput/{kind}_tokens_per_s_per_gpu", "time/step_s")
+        for kind in ("generated", "trained")
+    }
+    mfu = mean("throughput/mfu", "time/train_s")
+    rates = {"tokens_per_s_per_gpu": tokens, "mfu": mfu}
+    return {"step_s": whole / len(lines), "phases": phases, **rates}
+
+
+def describe(found: Mapping[str, Any]) -> list[str]:
+    """Lines of text about :func:`performance`."""
+    phases = (
+        f"{name} {phase['seconds']:.2f} s ({phase['share']:.0%})"
+        for name, phase in found["phases"].items()
+    )
+    rates = found["tokens_per_s_per_gpu"].items()
+    tokens = (f"{'n/a' if rate is None else format(rate, '.1f')} {kind}" for kind, rate in rates)
+    mfu = "n/a" if found["mfu"] is None else f"{found['mfu']:.1%}"
+    return [
+        f"mean step {found['step_s']:.2f} s: {', '.join(phases)}",
+        f"tokens a second per GPU: {', '.join(tokens)}; MFU of training: {mfu}",
+    ]

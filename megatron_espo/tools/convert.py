@@ -32,7 +32,7 @@ def hf_to_megatron(config: Config, out: str | Path) -> None:
     check_existing(out)
     with _model(config, hf_config) as (chunks, groups):
         load_hf_weights(chunks, hf_config, config.model.path, groups)
-        save_checkpoint(chunks, hf_config, out)
+        save_checkpoint(chunks, hf_config, out).finish()
 
 
 def megatron_to_hf(config: Config, checkpoint: str | Path, out: str | Path) -> None:

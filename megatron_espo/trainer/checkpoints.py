@@ -13,7 +13,7 @@ from megatron_espo.distributed.collectives import on_rank_0
 from megatron_espo.errors import InputError
 from megatron_espo.files import write_durably
 from megatron_espo.megatron.actor import Actor
-from megatron_espo.megatron.checkpoint import check_differences, read_state
+from megatron_espo.megatron.checkpoint import Save, check_differences, read_state
 
 _NAME = re.compile(r"step_(\d{6,})")
 # Settings that must not change when a run continues. The others (learning rate, layout, number of
@@ -58,7 +58,8 @@ class Checkpoints:
     def __init__(self, config: Config) -> None:
         self.folder = Path(config.run.dir, "checkpoints")
         self._settings, self._fingerprint = config.run, fingerprint(config)
-        self._newest = 0  # step of the last checkpoint that was saved or loaded
+        self._newest = 0  # step of the last checkpoint that was started or loaded
+        self._running: Save | None = None
 
     def due(self, step: int) -> bool:
         """Whether to save after ``step``: every ``run.checkpoint_every`` steps and at the end."""
@@ -92,18 +93,38 @@ class Checkpoints:
         self._newest = _step(path)
         return state
 
-    def save(self, step: int, actor: Actor, state: dict[str, Any]) -> Path:
-        """Write ``step_<step>`` and make it ``latest``. Collective.
+    def save(self, step: int, actor: Actor, state: dict[str, Any]) -> None:
+        """Start to write ``step_<step>``; :meth:`finish` completes it. Collective.
+
+        Only one save runs at a time: call :meth:`finish` with ``wait`` before.
+        """
+        assert self._running is None
+        path = self.folder / f"step_{step:06d}"
+        on_rank_0(lambda: shutil.rmtree(path, ignore_errors=True))  # of a run that was resumed
+        self._running = actor.save(path, state | {"fingerprint": self._fingerprint})
+        self._newest = step
+
+    def can_finish(self, *, wait: bool) -> bool:
+        """Whether :meth:`finish` has work: a save whose files are written, or any with ``wait``.
+
+        Collective if a save is running: one all-reduce over all ranks.
+        """
+        return self._running is not None and (wait or self._running.is_written())
+
+    def finish(self) -> tuple[int, Path]:
+        """Wait for the running save and make it ``latest``; returns its step and path. Collective.
 
         Removes the oldest checkpoints beyond ``run.keep_checkpoints``, and those of later steps,
         which a resumed run repeats.
+
+        Raises:
+            OSError: on every rank, if a rank could not write. The older checkpoints stay.
         """
-        path = self.folder / f"step_{step:06d}"
-        on_rank_0(lambda: shutil.rmtree(path, ignore_errors=True))  # of a run that was resumed
-        actor.save(path, state | {"fingerprint": self._fingerprint})
-        on_rank_0(lambda: self._finish(path))
-        self._newest = step
-        return path
+        assert self._running is not None
+        save, self._running = self._running, None
+        save.finish()
+        on_rank_0(lambda: self._finish(save.out))
+        return _step(save.out), save.out
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first. Saving renames a checkpoint when it is complete."""

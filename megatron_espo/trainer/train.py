@@ -27,6 +27,7 @@ from megatron_espo.monitoring.profiler import StepProfiler
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.monitoring.report import draw_learning_curve, write_summary
 from megatron_espo.monitoring.reporter import Reporter
+from megatron_espo.monitoring.throughput import describe
 from megatron_espo.trainer.checkpoints import Checkpoints
 from megatron_espo.trainer.colocation import Colocation, start_asleep
 from megatron_espo.trainer.ledger import Ledger
@@ -137,8 +138,10 @@ class Run:
     def __exit__(self, kind, *_) -> None:
         self.rollouts.close()
         self.reporter.close()
-        if kind is Stopped and self.checkpoints.due_at_stop(self.step):
-            self._save(last=True)
+        if kind is Stopped:
+            if self.checkpoints.due_at_stop(self.step):
+                self._save(last=True)
+            self._finish_save(wait=True)
 
     def _log(self, text: str) -> None:
         """Print on rank 0."""
@@ -153,8 +156,8 @@ class Run:
         metrics: dict[str, float],
         began: float,
     ) -> None:
-        """Write the step's metrics and, if due, a checkpoint, when its rollouts are durable on
-        disk. Collective.
+        """Write the step's metrics when its rollouts are durable on disk, complete a checkpoint
+        whose files are written, and start the next one if it is due. Collective.
 
         Args:
             step: counted from 1.
@@ -175,12 +178,17 @@ class Run:
         if metrics.get("optimizer/grad_norm") == 0:
             what = "the gradient is zero; momentum and weight decay still move the weights"
             self._log(f"step {step}: {what}")
+        self._finish_save(wait=False)
         if not last and (reason := self.stop.agreed()):
             raise Stopped(reason)
         if self.checkpoints.due(step):
             self._save(last=last)
+        if last:
+            self._finish_save(wait=True)
 
     def _save(self, last: bool) -> None:
+        """Start to save this step. Waits for a save that is still running. Collective."""
+        self._finish_save(wait=True)
         with (
             self.colocation.all_on_device(self.step, last=last),
             self.phases.phase("checkpoint", self.step, self.config.run.steps),
@@ -188,10 +196,16 @@ class Run:
             source, ledger = self.rollouts.source, vars(self.ledger)
             rollouts = source.state_dict() if source else None  # rank 0's state is saved
             state = {"step": self.step, "rollouts": rollouts, "ledger": ledger}
-            path = self.checkpoints.save(self.step, self.actor, state)
-        if source:
-            source.forget(self.step)
-        self._log(f"saved {path}")
+            self.checkpoints.save(self.step, self.actor, state)
+
+    def _finish_save(self, wait: bool) -> None:
+        """Complete the running save if its files are written, or wait for them. Collective."""
+        if self.checkpoints.can_finish(wait=wait):
+            with self.phases.phase("checkpoint", self.step, self.config.run.steps):
+                step, path = self.checkpoints.finish()
+            if self.rollouts.source:
+                self.rollouts.source.forget(step)
+            self._log(f"saved {path}")
 
     def finish(self, seconds: float) -> None:
         """Export the model, and write the summary (``seconds`` of the run) and the learning curve.
@@ -209,7 +223,10 @@ class Run:
                 paths = (folder / "hf", config.model.path)
                 save_hf(*model, *paths, groups, dtype, tokenizer=config.model.tokenizer)
         if self.runtime.is_main:
-            summary = write_summary(folder, seconds=seconds, seed=config.run.seed)
+            left = self.phases.pop()
+            summary = write_summary(folder, seconds=seconds, seed=config.run.seed, after_last=left)
+            for line in describe(summary["performance"]):
+                self._log(line)
             picture = draw_learning_curve(folder)
             change = f"{summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}"
             self._log(f"reward {change}; picture: {picture}")

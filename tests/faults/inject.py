@@ -7,8 +7,9 @@ Commas separate several faults. :func:`install` replaces functions of the packag
   ``export``);
 * ``backward``: before each micro-batch; ``gradient``: after the backward pass; ``weights``: before
   ranks compare their weights; ``serve``: before an engine serves new weights;
-* ``save``: before this rank writes its shard of a checkpoint; ``rename``: before the folder gets
-  its name; ``latest``: before ``latest`` is written.
+* ``save``: before a save starts; ``write``: in its thread, when a file of this rank has some of its
+  bytes; ``rename``: before the folder gets its name, and ``latest``: before ``latest`` is written.
+  Except for the last step, these two happen in a later step than the save.
 
 Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``term`` (SIGTERM), ``loop`` (endless), ``raise``
 (RuntimeError), ``full`` (OSError: no space left), ``oom`` (MemoryError), ``engine`` (SIGKILL to the
@@ -32,13 +33,13 @@ SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGT
 _step = 0
 
 
-def inject(point: str) -> str | None:
-    """Perform the fault of this point, rank and step.
+def inject(point: str, step: int | None = None) -> str | None:
+    """Perform the fault of this point, rank and step (by default, the step that is running).
 
     Returns its action, which the caller may have to perform.
     """
     faults = os.environ.get(VARIABLE, "").split(",")
-    here = f"{point}:{os.environ.get('RANK', '0')}:{_step}:"
+    here = f"{point}:{os.environ.get('RANK', '0')}:{_step if step is None else step}:"
     found = next((fault for fault in faults if fault.startswith(here)), None)
     if found is None:
         return None
@@ -63,7 +64,7 @@ def inject(point: str) -> str | None:
 
 def install() -> None:
     """Replace the functions of the package in which faults happen."""
-    from megatron_espo.megatron import actor, guards, patches
+    from megatron_espo.megatron import actor, checkpoint, guards, patches
     from megatron_espo.megatron import train_engine as optimizer
     from megatron_espo.monitoring.progress import Phases
     from megatron_espo.rollout.vllm_engine import VLLMEngine
@@ -106,6 +107,7 @@ def install() -> None:
     )
     _before(VLLMEngine, "serve", lambda _: inject("serve"))
     _before(patches, "keep_checkpoint_results_in_process", lambda: inject("save"))
+    _before(checkpoint._Hashing, "transform_save_stream", _in_the_middle_of_a_file)
     _before(Path, "rename", lambda path, _: path.suffix == ".partial" and inject("rename"))
     _before(checkpoints, "write_durably", lambda *_: inject("latest"))
 
@@ -119,6 +121,11 @@ def _before(owner, name: str, action) -> None:
         return original(*args)
 
     setattr(owner, name, replaced)
+
+
+def _in_the_middle_of_a_file(_, item, stream) -> None:
+    if stream.tell():
+        inject("write", int(Path(stream.name).parent.name[len("step_") :].split(".")[0]))
 
 
 def _flip(parameter: torch.Tensor) -> None:

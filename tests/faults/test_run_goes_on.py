@@ -58,18 +58,19 @@ FAULTS = {
     "weights:1:4:flip": (f"step 4, phase train: {FLIPPED}", FAILED),
     "save:1:2:full": (f"rank 1 could not write its part: .*{FULL}", FAILED),
     "save:1:4:kill": (died(1, 4, "checkpoint"), FAILED),
-    "rename:0:4:kill": (died(0, 4, "checkpoint"), FAILED),
-    "rename:0:4:full": (f"step 4, phase checkpoint: OSError: .*{FULL}", FAILED),
-    "latest:0:4:kill": (died(0, 4, "checkpoint"), FAILED),
+    "write:0:4:full": (f"step [56], phase checkpoint: OSError: .*rank 0 could not.*{FULL}", FAILED),
+    "rename:0:6:kill": (died(0, 6, "checkpoint"), FAILED),
+    "rename:0:6:full": (f"step 6, phase checkpoint: OSError: .*{FULL}", FAILED),
+    "latest:0:6:kill": (died(0, 6, "checkpoint"), FAILED),
     "gradient:1:4:raise": ("rank 1, step 4, phase train: RuntimeError: injected at grad", FAILED),
 }
 # Each chain is one run with one fault in each launch.
 CHAINS = {
-    "short": "save:1:2:full backward:1:3:freeze latest:0:4:kill weights:1:4:flip backward:0:5:oom "
-    "sync:0:5:term",
-    "killed": "backward:1:1:kill backward:0:4:kill save:1:4:kill rename:0:4:kill backward:1:5:kill",
-    "stopped": "checkpoint:0:2:term backward:1:4:loop rename:0:4:full backward:0:4:freeze "
-    "gradient:1:4:raise train:1:4:term",
+    "short": "save:1:2:full backward:1:3:freeze weights:1:4:flip backward:0:5:oom sync:0:5:term "
+    "latest:0:6:kill",
+    "killed": "backward:1:1:kill backward:0:4:kill save:1:4:kill backward:1:5:kill rename:0:6:kill",
+    "stopped": "checkpoint:0:2:term backward:1:4:loop write:0:4:full backward:0:4:freeze "
+    "gradient:1:4:raise train:1:4:term rename:0:6:full",
 }
 
 
@@ -92,6 +93,19 @@ def test_same_command_continues_after(runs, undisturbed, chain):
     done = runs.train(chain)
     assert done.returncode == 0, done.stdout + done.stderr
     runs.assert_same_end(chain, undisturbed)
+
+
+def test_a_rank_killed_while_its_thread_writes_leaves_the_previous_checkpoint(runs, undisturbed):
+    done = runs.train("written", fault="write:1:4:kill")
+    assert done.returncode != 0, done.stdout + done.stderr
+    folder = runs.folder / "written" / "checkpoints"
+    assert (folder / "latest").read_text() == "step_000002\n"
+    assert any(file.stat().st_size for file in folder.glob("step_000004.partial/__1_*"))
+    done = runs.train("written")
+    assert done.returncode == 0 and f"from {folder / 'step_000002'}" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    runs.assert_same_end("written", undisturbed)
 
 
 WAYS = [

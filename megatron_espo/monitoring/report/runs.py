@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_json, read_jsonl
+from megatron_espo.monitoring.throughput import describe, performance
 
 # A mean |engine - trainer| log-prob gap above this, in nats per token, is a warning.
 LARGE_GAP = 0.05
@@ -24,13 +25,17 @@ _MOST_EXCEPTIONS = 12
 SAMPLE_STEPS = 6
 
 
-def write_summary(folder: str | Path, *, seconds: float, seed: int) -> dict[str, float]:
+def write_summary(
+    folder: str | Path, *, seconds: float, seed: int, after_last: dict[str, float] | None = None
+) -> dict[str, Any]:
     """Write ``summary.json``: mean reward of the first and last three steps, steps, seconds of the
-    run, seed.
+    run, seed, and ``performance``. For ``after_last`` see :func:`performance`.
     """
-    rewards = [line["reward/mean"] for line in read_jsonl(Path(folder, "metrics.jsonl"))]
+    lines = read_jsonl(Path(folder, "metrics.jsonl"))
+    rewards = [line["reward/mean"] for line in lines]
     means = {"reward_first3": fmean(rewards[:3]), "reward_last3": fmean(rewards[-3:])}
     summary = means | {"steps": len(rewards), "seconds": round(seconds, 1), "seed": seed}
+    summary |= {"performance": performance(lines, after_last)}
     Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
@@ -88,7 +93,11 @@ class RunData:
     def phases(self) -> list[str]:
         """Phases of a step, without those that are part of another phase."""
         names = [name[5:-2] for name in self.names("time/.*")]
-        return [name for name in names if name not in ("step", "verify", "canary")]
+        return [name for name in names if name not in ("step", "score", "verify", "canary")]
+
+    def performance(self) -> list[str]:
+        """Lines of text: seconds by phase, tokens per second, MFU."""
+        return describe(self.summary.get("performance") or performance(self.lines))
 
     def problems(self) -> list[str]:
         """Problems of the run, worst first."""

@@ -16,7 +16,7 @@ def write(pairs: list[list[str]], **sizes) -> None:
     for folder, out in pairs:
         chunks, hf_config = _empty_model(folder, place, sizes)
         load_hf_weights(chunks, hf_config, folder, place.groups)
-        save_checkpoint(chunks, hf_config, out)
+        save_checkpoint(chunks, hf_config, out).finish()
 
 
 def read(triples: list[list[str]], **sizes) -> list[float]:
