@@ -51,7 +51,9 @@ def rollout_correction(
     if level not in levels:
         raise ValueError(f"level: expected one of {', '.join(levels)}, got {level!r}")
     if not 0 <= floor <= cap or not cap > 0:
-        raise ValueError(f"cap: expected a positive number of at least the floor {floor}, got {cap}")
+        raise ValueError(
+            f"cap: expected a positive number of at least the floor {floor}, got {cap}"
+        )
     old = as_float("old_logprob", old_logprob.detach(), segments.segment)
     exponent = old - as_float("rollout_logprob", rollout_logprob.detach(), segments.segment)
     if level != "token":
