@@ -11,20 +11,26 @@ import numpy as np
 
 from megatron_espo.rollout.engine import EngineError, Generation, Sampling
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient
-from megatron_espo.rollout.server import run_key
+from megatron_espo.rollout.server import PREFIX, run_key
 from megatron_espo.types import Prompt
+
+_PING_SECONDS = 30.0
 
 
 class EnginePool:
     """Spreads requests over servers and holds requests while a server is down.
 
     A request that fails is held until :meth:`connect` sets the servers, then sent again with the
-    same seed. Meanwhile :attr:`failure` gives the reason. Coroutines run on the event loop.
+    same seed. Meanwhile :attr:`failure` gives the reason. All methods except the constructor run
+    on the event loop.
 
     Args:
         folder: of the run.
         timeout_s: a server counts as failed if requests wait this long and none is answered.
         host_timeout_s: a server counts as failed if its machine does not respond for this time.
+
+    Attributes:
+        failure: why requests are held; ``None``: they are not held.
     """
 
     def __init__(self, folder: str, timeout_s: float, host_timeout_s: float = 60.0) -> None:
@@ -34,18 +40,21 @@ class EnginePool:
         self._connected = asyncio.Event()
         self._in_flight = 0
         self._last_reply = time.monotonic()
-        self._failure: EngineError | None = None
+        self._watcher: asyncio.Task | None = None
+        self.failure: EngineError | None = None
 
     async def connect(self, addresses: Sequence[str]) -> None:
         """Use these servers from now on and send held requests again."""
         known = [client.address for client in self._clients]
-        if self._failure is not None or known != list(addresses):
+        if self.failure is not None or known != list(addresses):
             for client in self._clients:
                 await client.close()
             rest = (self._key, self._host_timeout_s)
             self._clients = [HttpClient(address, *rest) for address in addresses]
-        self._failure, self._last_reply = None, time.monotonic()
+        self.failure, self._last_reply = None, time.monotonic()
         self._connected.set()
+        if self._watcher is None:
+            self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def generate(
         self, request_id: str, token_ids: Sequence[int], sampling: Sampling
@@ -55,38 +64,51 @@ class EnginePool:
         while True:
             await self._connected.wait()
             client = self._clients[sampling.slot % len(self._clients)]
-            if not self._in_flight:
-                self._last_reply = time.monotonic()
             self._in_flight += 1
             try:
                 found = await client.generate(f"{request_id}.{next(attempts)}", token_ids, sampling)
                 self._last_reply = time.monotonic()
                 return found
             except (EngineError, *NO_ANSWER) as error:
-                if client in self._clients:  # else the pool does not use it any more
-                    reason = f"generate: the server at {client.address} failed: {error}"
-                    self._failure = self._failure or EngineError(reason)
-                    self._connected.clear()
+                self._fail(f"the server at {client.address} failed: {error}", client)
             finally:
                 self._in_flight -= 1
 
-    @property
-    def failure(self) -> EngineError | None:
-        """Why requests are held; ``None``: they are not held."""
-        quiet = time.monotonic() - self._last_reply
-        if self._failure is None and self._in_flight and quiet > self._timeout_s:
-            limit = f"{self._timeout_s:g} s (rollout.timeout_s)"
-            self._failure = EngineError(f"generate: no response in {limit}")
-        return self._failure
-
     def check(self) -> None:
         """Raise :attr:`failure`, if there is one."""
-        if failure := self.failure:
-            raise failure
+        if self.failure is not None:
+            raise self.failure
 
     async def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
         for client in self._clients:
             await client.close()
+
+    def _fail(self, reason: str, client: HttpClient | None = None) -> None:
+        """Hold requests. A failure of a ``client`` that the pool no longer uses does not count."""
+        if client is None or client in self._clients:
+            self.failure = self.failure or EngineError(f"generate: {reason}")
+            self._connected.clear()
+
+    async def _watch(self) -> None:
+        """Ping servers while requests wait. vLLM's ``/health`` does not detect stopped workers."""
+        pings = 0.0
+        while True:
+            await asyncio.sleep(min(1.0, self._timeout_s / 10))
+            if not (self._connected.is_set() and self._in_flight):
+                self._last_reply = time.monotonic()
+            quiet = time.monotonic() - self._last_reply
+            if quiet > self._timeout_s:
+                self._fail(f"no response in {self._timeout_s:g} s (rollout.timeout_s)")
+            due = quiet // _PING_SECONDS > pings
+            pings = quiet // _PING_SECONDS
+            for client in list(self._clients) if due else ():
+                call = client.call(f"{PREFIX}/worker/ping", {"timeout": self._timeout_s})
+                try:
+                    await asyncio.wait_for(call, min(60.0, self._timeout_s))
+                except (EngineError, *NO_ANSWER) as error:
+                    self._fail(f"the server at {client.address} does not answer: {error!r}", client)
 
 
 def request_seeds(prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[int]]:
