@@ -44,8 +44,8 @@ def rollout_correction(
         ``[tokens]`` float32, detached: a factor of each token's weight.
 
     Raises:
-        ValueError: an unknown level, a cap that is not positive, a floor above the cap, or log-probs
-            whose shape or device is not that of ``segments``.
+        ValueError: an unknown level, limits that are not ``0 <= floor <= cap``, or log-probs whose
+            shape or device is not that of ``segments``.
     """
     levels = get_args(CorrectionLevel)
     if level not in levels:
