@@ -104,10 +104,11 @@ def run(algorithm: Algorithm, ranks: int, known: bool = True):
             total, count = total + loss, count + int(tokens)
             metrics.append(report)
         (gradient,) = torch.autograd.grad(total, leaf)
-        results[rank] = total.detach() / totals.num_tokens, gradient / totals.num_tokens, metrics
         assert len(recorded) == len(metrics) > 1 and count == (
             totals.num_tokens if rank == 0 else 0
         )
+        # The last line: an exception in this thread leaves no result.
+        results[rank] = total.detach() / totals.num_tokens, gradient / totals.num_tokens, metrics
 
     patched = pytest.MonkeyPatch()
     patched.setattr(loss_module, "dist", SimpleNamespace(all_reduce=all_reduce))
