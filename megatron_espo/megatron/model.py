@@ -100,7 +100,9 @@ def transformer_config(hf_config: dict[str, Any], megatron: Megatron, dtype: tor
         perform_initialization=False,
         bias_activation_fusion=te,
         bias_dropout_fusion=te,
-        gradient_accumulation_fusion=te,
+        # Megatron's own output layer takes this kernel from apex.
+        gradient_accumulation_fusion=te
+        and bool(importlib.util.find_spec("fused_weight_gradient_mlp_cuda")),
         masked_softmax_fusion=te,
         persist_layer_norm=te,
         moe_grouped_gemm=te,
