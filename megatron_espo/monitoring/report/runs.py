@@ -35,9 +35,9 @@ def write_summary(
     rewards = [line["reward/mean"] for line in lines]
     means = {"reward_first3": fmean(rewards[:3]), "reward_last3": fmean(rewards[-3:])}
     summary = means | {"steps": len(rewards), "seconds": round(seconds, 1), "seed": seed}
-    summary |= {"performance": performance(lines, after_last)}
-    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return summary
+    found = summary | {"performance": performance(lines, after_last)}
+    Path(folder, "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
 
 
 @dataclass(frozen=True)
