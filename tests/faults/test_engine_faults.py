@@ -123,7 +123,7 @@ class Numbers:
 class InstantRunner:
     """Every trajectory is complete at once. The rewards of every third prompt are equal."""
 
-    def start(self, prompt, name, seed, sampling, slot):
+    def start(self, prompt, name, sampling):
         position = int(name.rpartition(".")[2])
         reward = float(position) if int(prompt.id) % 3 else 1.0
         found = Trajectory.single_turn(prompt, (8,), (-1.0,), (0,), "stop", "")
