@@ -104,7 +104,7 @@ def test_the_installed_megatron_core_works_and_an_older_one_is_refused(install, 
     install("megatron-core", "0.18.2", "megatron")
     (tmp_path / "megatron" / "core.py").write_text("__version__ = '0.18.2'\n")
     row = doctor.run_probe(probe("megatron-core"), 120)
-    assert (row.state, row.found) == (BROKEN, "0.18.2")
+    assert (row.state, row.found) == (BROKEN, "megatron-core 0.18.2")
     assert "expected 0.19 or newer, got 0.18.2" in row.advice
 
 

@@ -124,7 +124,7 @@ def test_colocation_gives_the_same_run(folder, run):
         ["generate", [], "ready"],
         ["update", device, "asleep"],
         ["push", ["weights"], "asleep"],
-        ["canary", ["weights"], "updating"],
+        ["canary", ["weights"], "arrived"],
     ]
     assert seen[:5] == [["begin", [], "ready"], *step]
     step[1] = ["update", ["optimizer", *device], "asleep"]
@@ -169,6 +169,7 @@ EP2 = ["megatron.tensor_model_parallel_size=1", "megatron.expert_model_parallel_
 WITHOUT_REPLAY = ["rollout.router_replay=false", "rollout.allow_router_mismatch=true"]
 
 
+@pytest.mark.slow
 def test_experts_reach_the_engine_every_step(folder):
     """Qwen3-MoE with EP=2. Log-probs and experts of engine and trainer agree after every update."""
     save_tiny_model(folder / "moe", "qwen3_moe", **EXPERTS)

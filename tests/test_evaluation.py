@@ -183,6 +183,7 @@ def test_the_engine_serves_the_weights_of_the_folder(folder, capsys):
     assert f"results: {out}" in text and "avg@1" in text
 
 
+@pytest.mark.slow
 def test_a_run_and_its_exported_model_have_equal_metrics(folder):
     """PP=2: the metrics after the last step equal ``megatron-espo eval`` of the exported model."""
     done = run_training(folder, "megatron.pipeline_model_parallel_size=2")

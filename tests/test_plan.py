@@ -118,6 +118,7 @@ def test_engines_on_other_machines_use_the_network_and_no_memory_of_the_trainer(
     assert files["file_bytes"] == max(groups[::2]) + max(groups[1::2])
 
 
+@pytest.mark.slow
 def test_experts_are_counted_and_sent_once(tmp_path):
     code, text, plan = plan_command(
         tmp_path, QWEN3_235B_A22B, "--gpus", "256", megatron=TP4_PP2_EP16

@@ -84,8 +84,9 @@ def test_correction_of_responses_adds_up_over_slices(level):
 def test_wrong_arguments_are_refused():
     old, rollout = torch.tensor([random_logprobs(1), random_logprobs(2)])
     for change, message in (
-        ({"level": "tokens"}, "level: expected one of token, sequence, got 'tokens'"),
+        ({"level": "tokens"}, "level: expected one of token, sequence, geometric, got 'tokens'"),
         ({"cap": 0.0}, "cap: expected a positive number"),
+        ({"floor": 3.0}, "cap: expected a positive number of at least the floor 3.0, got 2.0"),
         ({"cap": math.nan}, "cap: expected a positive number"),
         ({"old_logprob": old[:1]}, "old_logprob: expected shape"),
         ({"rollout_logprob": rollout[:, None]}, "rollout_logprob: expected shape"),

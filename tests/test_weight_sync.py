@@ -34,6 +34,7 @@ def untied(tmp_path_factory) -> str:
 # -- ranks and engines --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_syncs_are_verified_and_a_killed_engine_comes_back(untied):
     answer = run_ranks(
         2, "tests.support.ranks.sync:sync_and_recover", folder=untied, kill=True, pipeline=2

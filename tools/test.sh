@@ -21,4 +21,6 @@ python -m ruff check .
 echo "test: mypy"
 python -m mypy
 echo "test: pytest"
-python -m pytest --durations=25 ${select[@]+"${select[@]}"} "$@"
+# Most tests wait for processes that they start, so three fit on two cores. A file stays in one process, because its
+# tests share engines and runs.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25 ${select[@]+"${select[@]}"} "$@"

@@ -201,7 +201,7 @@ class WeightGatherer:
         for kind, group in enumerate((None, self._tp, self._experts)):
             chosen = [i for i, mapping in enumerate(own) if self._kind(mapping) == kind]
             mappings = [[own[i] for i in chosen]]
-            if kind == 2 and not self._sharded:
+            if kind == 2 and chosen and not self._sharded:
                 # An owner's parameters are in the group's order, like ``own``.
                 experts = [m for m in self._groups[index] if m.expert is not None]
                 owners = range(self._ranks.ep.size)

@@ -54,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
                 rdzv_backend="c10d",
                 rdzv_endpoint="127.0.0.1:0",  # the host name may not resolve
                 local_addr="127.0.0.1",
+                max_restarts=0,
             )
             some = [layout for layout in layouts if layout.ranks == ranks]
             codes += elastic_launch(launch, run_ranks)(args, some).values()

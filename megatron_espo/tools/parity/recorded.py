@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,9 @@ def _on_edge(
 
 def save_sequences(path: Path, sequences: Sequence[TrainSequence]) -> None:
     """Write the recorded batch as JSON."""
-    path.write_text(
-        json.dumps([asdict(sequence) for sequence in sequences], default=np.ndarray.tolist)
-    )
+    names = [field.name for field in fields(TrainSequence) if field.init]
+    entries = [{name: getattr(sequence, name) for name in names} for sequence in sequences]
+    path.write_text(json.dumps(entries, default=np.ndarray.tolist), encoding="utf-8")
 
 
 def load_sequences(path: Path) -> list[TrainSequence]:

@@ -163,7 +163,10 @@ def faults(folder: str) -> dict[str, str]:
         is_idle = False
 
         def start_weight_update(self):
-            self._move(State.UPDATING, "start") if self.is_idle else super().start_weight_update()
+            if self.is_idle:
+                self.state = State.UPDATING
+            else:
+                super().start_weight_update()
 
         def update_weights(self, info):
             None if self.is_idle else super().update_weights(info)
@@ -171,7 +174,7 @@ def faults(folder: str) -> dict[str, str]:
         def finish_weight_update(self, weight_version=None):
             if not self.is_idle:
                 return super().finish_weight_update(weight_version)
-            self._arrived_version = self.next_version
+            self.state, self._version = State.ARRIVED, self.next_version
 
     def set_idle(value: bool) -> None:
         if engine is not None:
