@@ -142,9 +142,8 @@ def environment(fault: str | None = None) -> dict[str, str]:
 
 def torchrun(ranks: int) -> list[str]:
     """Command that starts a module with ``-m`` on several ranks."""
-    return (
-        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
-    )
+    options = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}"
+    return [sys.executable, *options.split()]
 
 
 def _read(path: Path) -> bytes:
