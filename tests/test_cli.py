@@ -137,7 +137,7 @@ def test_variables_of_another_launcher_are_explained(folder, environment):
 
 
 def test_open_files_are_raised_or_explained(folder):
-    train = f"{sys.executable} -c {shlex.quote(RECORDER)} record train run.yaml"
+    train = shlex.join([sys.executable, "-c", RECORDER, "record", "train", "run.yaml"])
     raised = run(folder, "-c", f"import os; os.system({f'ulimit -Sn 64; {train}'!r})")
     assert raised.stdout == "[200]\n", raised.stderr
     hard = run(folder, "-c", f"import os; os.system({f'ulimit -n 64; {train}'!r})")
