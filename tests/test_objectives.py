@@ -63,16 +63,19 @@ def single(value: float) -> float:
 def batches(draw) -> list[Response]:
     """Responses of 1 to 12 tokens with ties, zero advantages and log-ratios of 1e-4 to 50."""
     rng = random.Random(draw(st.integers(0, 2**32)))
-    spread = draw(st.sampled_from([2e-4, 2e-3, 0.3, 50.0]))
+    spread = draw(st.sampled_from([2e-4, 2e-3, 0.3, 1.5, 50.0]))
     levels = [single(rng.uniform(0, math.log(VOCAB))) for _ in range(draw(st.integers(1, 12)))]
     responses = []
     for length in draw(st.lists(st.integers(1, 12), min_size=1, max_size=5)):
-        start = rng.choice([-60.0, 0.0]) if spread < 1 else -60.0
-        new = [single(min(start - spread, 0.0) - rng.uniform(0, 5)) for _ in range(length)]
+        if spread == 1.5:  # probabilities that change by more than DPPO's limit
+            new, old = ([single(-rng.uniform(0, 1.5)) for _ in range(length)] for _ in range(2))
+        else:
+            new = [single(-60 - rng.uniform(0, 5)) for _ in range(length)]
+            old = [single(p - rng.uniform(-spread, spread)) for p in new]
         responses.append(
             Response(
                 logprob=new,
-                old_logprob=[single(p - rng.uniform(-spread, spread)) for p in new],
+                old_logprob=old,
                 entropy=[rng.choice(levels) for _ in new],
                 advantage=rng.choice(
                     [0.0, single(rng.uniform(0.1, 2)), single(rng.uniform(-2, -0.1))]

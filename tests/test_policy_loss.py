@@ -20,7 +20,13 @@ from tests.support.ranks.numerics import dense
 
 VOCAB, CAP = 131, 1.5
 TOTALS = {"num_responses": 9, "num_response_tokens": 77}
-BOUNDS = {"espo": (None, None), "gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (0.2, 0.2)}
+BOUNDS = {
+    "espo": (None, None),
+    "gspo": (3e-4, 4e-4),
+    "grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "cispo": (0.2, 0.2),
+}
 
 
 @dataclass
@@ -159,10 +165,15 @@ def reference(algorithm: Algorithm, known: bool = True):
         exponents = (policy.old_logprob - policy.rollout_logprob)[ids].tolist()
         for place, token in enumerate(ids):
             factor = 1.0
-            if algorithm.rollout_correction in ("token", "sequence", "metrics"):
-                whole = algorithm.rollout_correction == "sequence"
-                exponent = sum(exponents) if whole else exponents[place]
-                weights.append(min(math.exp(exponent), CAP))
+            if algorithm.rollout_correction != "off":
+                exponent = {
+                    "sequence": sum(exponents),
+                    "geometric": sum(exponents) / len(exponents),
+                }.get(algorithm.rollout_correction, exponents[place])
+                ratio = math.exp(exponent)
+                limited = max(min(ratio, CAP), algorithm.rollout_correction_floor)
+                is_masked = algorithm.rollout_correction_mask and limited != ratio
+                weights.append(0.0 if is_masked else limited)
                 factor = 1.0 if algorithm.rollout_correction == "metrics" else weights[-1]
             r = float(policy.reference_logprob[token] - policy.logprob[token])
             kls.append(math.exp(r) - 1 - r)
@@ -181,7 +192,13 @@ def reference(algorithm: Algorithm, known: bool = True):
 
 CASES = [
     {"objective": "espo", "rollout_correction": "sequence", "kl_coef": 0.3, "entropy_coef": 0.1},
-    {"objective": "gspo", "rollout_correction": "token"},
+    {
+        "objective": "gspo",
+        "rollout_correction": "token",
+        "rollout_correction_floor": 0.8,
+        "rollout_correction_mask": True,
+    },
+    {"objective": "grpo", "rollout_correction": "geometric", "rollout_correction_floor": 1.0},
     {"objective": "dapo", "rollout_correction": "metrics", "kl_coef": 0.2},
     {"objective": "cispo", "rollout_correction": "off", "entropy_coef": 0.2},
 ]
@@ -201,9 +218,10 @@ def test_loss_gradient_and_metrics_equal_reference(case, ranks, known):
     assert ("sum/rollout_correction/weight" in metrics) == bool(weights)
     if weights:
         assert metrics["sum/rollout_correction/weight"] == pytest.approx(sum(weights), rel=1e-4)
-        truncated = sum(weight == CAP for weight in weights)
-        assert 0 < truncated < len(weights)
-        assert metrics["sum/rollout_correction/limited"] == truncated
+        limits = (0.0, algorithm.rollout_correction_floor, CAP)
+        limited = sum(weight in limits for weight in weights)
+        assert 0 < limited < len(weights)
+        assert metrics["sum/rollout_correction/limited"] == limited
     assert metrics["sum/kl/reference"] == pytest.approx(sum(wanted["kls"]), rel=1e-4)
 
 
