@@ -76,6 +76,14 @@ def test_experts_saved_at_ep2_load_at_pp2(tmp_path):
         assert_same_weights(folder, out)
 
 
+def test_a_save_that_fails_in_the_background_is_an_error_on_every_rank(work, tmp_path):
+    target = "tests.support.ranks.checkpoint:fail_in_the_background"
+    errors = run_ranks(2, target, folder=str(work / "tied"), out=str(tmp_path / "out"), **TP2)
+    expected = "rank 1 could not write its part: [Errno 28] No space left on device"
+    assert all(expected in error for error in errors), errors
+    assert not (tmp_path / "out").exists()
+
+
 def test_padding_rows_without_values_are_zero(work):
     """One rank writes 131 rows; TP=2 reads 132."""
     pairs = [[str(work / n), str(work / f"{n}-tp1")] for n in ("tied", "untied")]

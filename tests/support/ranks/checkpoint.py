@@ -19,6 +19,29 @@ def write(pairs: list[list[str]], **sizes) -> None:
         save_checkpoint(chunks, hf_config, out).finish()
 
 
+def fail_in_the_background(folder: str, out: str, **sizes) -> list[str]:
+    """Return each rank's error of a save whose files rank 1 cannot write."""
+    import torch.distributed as dist
+
+    from megatron_espo.megatron import checkpoint
+
+    def no_space(bucket):
+        raise OSError(28, "No space left on device")
+
+    place = runtime.initialize(**sizes)
+    if dist.get_rank() == 1:
+        checkpoint._write_file = no_space
+    chunks, hf_config = _empty_model(folder, place, sizes)
+    save, errors = checkpoint.save_checkpoint(chunks, hf_config, out), [""] * dist.get_world_size()
+    try:
+        save.finish()
+        own = "saved"
+    except OSError as error:
+        own = str(error)
+    dist.all_gather_object(errors, own)
+    return errors
+
+
 def read(triples: list[list[str]], **sizes) -> list[float]:
     """Load and export each ``[Hugging Face folder, checkpoint, folder to write]``.
 
