@@ -229,6 +229,10 @@ def test_an_incomplete_model_folder_is_refused(tmp_path, monkeypatch):
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "rope_parameters"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "rope_parameters"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
+            "rope_scaling",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act"),
