@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from measure import seconds
 
-from megatron_espo.config import Config, Data, Model, Optimizer, Rollout, Run
+from megatron_espo.config import Algorithm, Config, Data, Model, Optimizer, Rollout, Run
 from megatron_espo.data.packing import TrainSequence
 from megatron_espo.distributed import runtime as distributed_runtime
 from megatron_espo.megatron.actor import Actor
@@ -34,6 +34,7 @@ def make_actor(model: str, folder: Path) -> Actor:
         run=Run(dir=str(folder)),
         model=Model(path=model, dtype="float32"),
         optimizer=Optimizer(lr=1e-6),
+        algorithm=Algorithm(num_mini_batches=1),
         rollout=Rollout(prompts_per_step=2, group_size=2, max_response_tokens=4),
         data=Data(prompts="reasoning_gym:none"),
     )

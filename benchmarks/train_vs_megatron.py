@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     overrides = [f"model.path={args.model}", f"megatron.tensor_model_parallel_size={args.tensor}"]
+    overrides += ["algorithm.num_mini_batches=1"]
     config = load_config(str(ROOT / "examples/quickstart.yaml"), overrides)
     hf_config = check_model(config)
     runtime = distributed_runtime.initialize(tensor_model_parallel_size=args.tensor)

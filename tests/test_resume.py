@@ -74,6 +74,21 @@ def test_tied_pipelines_continue_in_their_own_layout_only(folder, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("ranks", "sizes"), [(1, {}), (2, PP2)])
+def test_the_first_update_needs_no_scores(folder, ranks, sizes):
+    """The policy of the first update is the old policy. A second epoch trains the same again."""
+    for epochs, passes in ((1, 1), (2, 2)):
+        found = run_ranks(
+            ranks,
+            "tests.support.ranks.resume:check_first_update",
+            folder=str(folder / "untied"),
+            sizes=sizes,
+            epochs=epochs,
+        )
+        assert found["difference"] < 1e-6 < 1e-3 < found["trained"], found
+        assert found["score passes"] == passes
+
+
 def test_random_number_states_are_restored(tmp_path):
     """Of Megatron's tracker (different on tensor-parallel ranks), torch, Python and NumPy."""
     found = run_ranks(2, "tests.support.ranks.resume:check_rng", folder=str(tmp_path))

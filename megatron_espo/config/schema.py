@@ -241,8 +241,9 @@ class Algorithm(Section):
     """No gradient from responses cut at the length limit; they still count in means and weights."""
     num_epochs: int = Field(1, ge=1)
     """Passes over each rollout batch; more reuse, more off-policy."""
-    num_mini_batches: int = Field(1, ge=1)
-    """Optimizer steps a pass; the batch is cut into this number of equal parts."""
+    num_mini_batches: int = Field(4, ge=1)
+    """Optimizer steps a pass; the batch is cut into this number of equal parts. With one step the
+    ratio is exactly 1, so nothing is clipped and the clip ranges (Eq. 8) have no effect."""
 
     def problems(self) -> Problems:
         q, name, known = self.quantiles, self.objective, ", ".join(OBJECTIVES)

@@ -150,8 +150,8 @@ class Actor:
         """Train on one rollout batch: ``num_epochs`` passes over ``num_mini_batches`` steps.
 
         With several optimizer steps the old policy's log-probs and entropies are computed before
-        the first. A single step needs no scoring pass: the policy is still the old policy, and the
-        gradient is the same.
+        the first. The responses of the first step need no scoring pass, unless a later pass trains
+        them again: the policy is still the old policy, and the gradient is the same.
 
         Args:
             groups: responses by prompt, the same on every rank, except that ids, log-probs and
@@ -174,16 +174,18 @@ class Actor:
         shares: dict[str, int] = {}
         mini_batches = [self._pack(part, shares) for part in parts]
         self._compare_ranks(groups, mini_batches, shares)
-        passes = epochs + (self.updates_per_step > 1) + (self.reference is not None)
-        total, done = passes * sum(map(len, mini_batches)), itertools.count()
+        unscored = 1 if epochs == 1 else 0
+        passes = epochs + 1 + (self.reference is not None)
+        total = passes * sum(map(len, mini_batches)) - sum(map(len, mini_batches[:unscored]))
+        done = itertools.count()
 
         def tick() -> None:
             on_progress(next(done), total)
 
         began = time.perf_counter()
-        if self.updates_per_step > 1:
-            names = ("old_logprob", "old_entropy")
-            mini_batches = [self._score(batches, tick, *names) for batches in mini_batches]
+        names = ("old_logprob", "old_entropy")
+        scored = [self._score(batches, tick, *names) for batches in mini_batches[unscored:]]
+        mini_batches = mini_batches[:unscored] + scored
         if self.reference is not None:
             with self.reference.swapped_in():
                 name = "reference_logprob"

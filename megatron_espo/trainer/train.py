@@ -106,6 +106,11 @@ class Run:
             if config.rollout.sleep and not config.run.replay:
                 start_asleep(rollouts.engine, config.rollout.timeout_s)
             self.actor = Actor(config, hf_config, runtime, self.reporter.record)
+            if self.actor.updates_per_step == 1:
+                self._log(
+                    "warning: algorithm.num_mini_batches 1: with one update of each rollout batch "
+                    "the importance ratio is 1 and nothing is clipped"
+                )
             self.step, self.ledger, steps = 0, Ledger(), config.run.steps
             if checkpoint:
                 state = self.checkpoints.load(checkpoint, self.actor)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_espo.config import Config, Data, Megatron, Model, Optimizer, Rollout
+from megatron_espo.config import Algorithm, Config, Data, Megatron, Model, Optimizer, Rollout
 from megatron_espo.distributed import runtime
 from megatron_espo.models.experts import read_experts
 from tests.support.ranks.resume import make_groups
@@ -23,6 +23,7 @@ def check_load(folder: str, replays: bool, **sizes: int) -> dict:
         model=Model(path=folder, dtype="float32"),
         megatron=Megatron(**sizes),
         optimizer=Optimizer(lr=1e-30),
+        algorithm=Algorithm(num_mini_batches=1),
         rollout=Rollout(
             prompts_per_step=4, group_size=2, max_response_tokens=10, router_replay=replays
         ),

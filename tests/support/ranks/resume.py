@@ -157,6 +157,38 @@ def check_param_gather(folder: str, expert_folder: str) -> list[float]:
     return [*found, largest_difference(plain, train(expert_folder, 1, 2, "bfloat16", {})[0])]
 
 
+def check_first_update(folder: str, sizes: dict, epochs: int) -> dict[str, float]:
+    """Compare a step with one that scores the responses of every update.
+
+    ``score passes``: of the step itself, which has two mini-batches.
+    """
+    found, passes = [], 0
+    for scores_all in (False, True):
+        settings = {"algorithm": {"num_epochs": epochs}}
+        actor, hf_config, place = make_actor(folder, "float32", sizes, **settings)
+        score, step, unscored = actor._score, actor._step, [epochs == 1]
+
+        def count(batches, tick, *names, score=score, scores_all=scores_all):
+            nonlocal passes
+            passes += not scores_all
+            return score(batches, tick, *names)
+
+        def scored_step(batches, part, tick, score=score, step=step, unscored=unscored):
+            if unscored and unscored.pop():
+                batches = score(batches, tick, "old_logprob", "old_entropy")
+            return step(batches, part, tick)
+
+        actor._score, actor._step = count, scored_step if scores_all else step
+        start = weights(actor, hf_config, place)
+        actor.update(make_groups(1, hf_config["vocab_size"]), lambda done, total: None)
+        found.append(weights(actor, hf_config, place))
+    return {
+        "difference": largest_difference(*found),
+        "trained": largest_difference(found[0], start),
+        "score passes": passes,
+    }
+
+
 def check_rng(folder: str) -> list[bool]:
     """Check that generators repeat their numbers, and that another world size changes nothing."""
     runtime.initialize(tensor_model_parallel_size=2)
