@@ -230,9 +230,9 @@ BAD_TEXTS = {
         "got 3",
     ),
     "warm-up longer than the run": (
-        GOOD + "optimizer:\n  lr_warmup_iters: 200\n",
+        GOOD + "optimizer:\n  lr_warmup_iters: 800\n",
         "run.yaml:6: optimizer.lr_warmup_iters: expected less than",
-        "(200), got 200",
+        "(800), got 800",
     ),
     "prompts of unknown kind": (
         "model: {path: m}\ndata:\n  prompts: a.csv\n",
