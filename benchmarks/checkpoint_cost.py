@@ -12,6 +12,7 @@ should be on the disk that a run would use.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -41,6 +42,7 @@ def make_actor(model: str, folder: Path) -> Actor:
     runtime = distributed_runtime.initialize(**distributed_runtime.parallel_sizes(config.megatron))
     actor = Actor(config, json.loads(Path(model, "config.json").read_text()), runtime)
     actor.update(make_groups(2, 2), lambda done, total: None)
+    gc.freeze()  # as the training loop
     return actor
 
 

@@ -8,6 +8,7 @@ before its checksum was compared with the manifest.
 import hashlib
 import inspect
 import json
+import os
 import queue
 import re
 import shutil
@@ -41,6 +42,7 @@ STATE_NAME = "state.json"
 VERSION = 1
 _CHECKSUM_THREADS = 4
 _CHUNK = 4 << 20  # bytes that are hashed and then written, while they are in the cache
+_WRITEBACK = 32 << 20  # bytes after which the disk starts to write them
 _WRITER = re.compile(r"(?:__|rng_)(\d+)")  # the rank that wrote a file; rank 0 wrote the others
 _LAYOUT = (
     "tensor_model_parallel_size",
@@ -223,11 +225,12 @@ def _write_file(bucket: Any) -> tuple[list[Any], str]:
 
 
 class _Hashing(_StorageWriterTransforms):
-    """Computes SHA-256 of what is written to a file."""
+    """Computes SHA-256 of what is written to a file, while the disk writes what came before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.digest = hashlib.sha256()
+        self._started = 0  # bytes that the disk writes or has written
 
     def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
         def write(data: Any) -> int:
@@ -235,6 +238,12 @@ class _Hashing(_StorageWriterTransforms):
             for start in range(0, len(view), _CHUNK):
                 self.digest.update(view[start : start + _CHUNK])
                 raw_stream.write(view[start : start + _CHUNK])
+                if (new := raw_stream.tell() - self._started) >= _WRITEBACK:
+                    # Linux starts to write the range to disk. Without this call it may start at
+                    # the fsync only.
+                    dont_need = os.POSIX_FADV_DONTNEED
+                    os.posix_fadvise(raw_stream.fileno(), self._started, new, dont_need)
+                    self._started += new
             return len(view)
 
         stream, descriptors = super().transform_save_stream(write_item, raw_stream)

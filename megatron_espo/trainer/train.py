@@ -7,6 +7,7 @@ With ``rollout.max_staleness`` above 0 the engines continue to sample during tra
 updates.
 """
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -136,11 +137,15 @@ class Run:
             folder.joinpath("config.json").write_text(text, encoding="utf-8")
         self.reporter.open(after_step=self.step)
         self.profiler = StepProfiler(folder, runtime.role, config.run.profile_steps)
+        # A full garbage collection takes as long as the host work of a step: it does not visit the
+        # modules and the model again.
+        gc.freeze()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, *_) -> None:
+        gc.unfreeze()
         self.rollouts.close()
         self.reporter.close()
         if kind is Stopped:
@@ -272,14 +277,14 @@ def train_sequences(
     Raises:
         ValueError: a part without sampled tokens.
     """
-    logged_sample = logged_sample or {}
+    logged_sample, values = logged_sample or {}, advantages.tolist()
     return [
         [
             TrainSequence(
                 part.prompt_ids,
                 part.response_ids,
                 part.logprobs,
-                float(advantages[i, j]),
+                values[i][j],
                 loss_mask=part.loss_mask,
                 masked=sample.failed or (mask_truncated and sample.truncated),
                 logged_sample=logged_sample.get((i, j)) if part is sample else None,
