@@ -224,6 +224,9 @@ class Algorithm(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo", "maxrl"] = "grpo"
     """Rewards of a prompt's responses, centred and divided by: grpo their standard deviation;
     dr_grpo 1; rloo (n - 1) / n; maxrl their mean. The objective dr_grpo needs dr_grpo."""
+    zero_variance_scale: float = Field(0.0, ge=0)
+    """RL-ZVP: prompts whose responses are all right or all wrong train with this factor times an
+    entropy as advantage. 0: they give no gradient."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL penalty (k3) to the initial policy; above 0 costs a scoring pass a step."""
     entropy_coef: float = Field(0.0, ge=0)
@@ -297,6 +300,12 @@ class Config(Section):
         if prompts % parts:
             expected = f"a divisor of rollout.prompts_per_step = {prompts}"
             yield "algorithm.num_mini_batches", f"expected {expected}, got {parts}"
+        if algorithm.zero_variance_scale and rollout.max_resampling_rounds:
+            expected = (
+                "0 with algorithm.zero_variance_scale, which trains the prompts that it drops"
+            )
+            got = rollout.max_resampling_rounds
+            yield "rollout.max_resampling_rounds", f"expected {expected}, got {got}"
         staleness, correction = rollout.max_staleness, algorithm.rollout_correction
         if staleness and correction not in ("token", "sequence", "geometric"):
             expected = f"token, sequence or geometric with rollout.max_staleness {staleness}"

@@ -230,10 +230,16 @@ def _micro_batches(
             prefix_groups=tuple(prefix_groups) if any(len(x) > 1 for x in prefix_groups) else None,
             logged_sample=tuple(sequence.logged_sample for sequence in by_batch[i]),
             routed_experts=_routed_experts(bins[i], boundaries, tokens.size(1)),
+            zero_variance=_zero_variance(by_batch[i]),
             **{name: tensors[i] for name, tensors in columns.items()},
         )
         batches.append(batch)
     return batches
+
+
+def _zero_variance(sequences: Sequence[TrainSequence]) -> Tensor | None:
+    signs = torch.tensor([sequence.zero_variance for sequence in sequences], dtype=torch.int8)
+    return signs if signs.any() else None
 
 
 Layout = tuple[list[int], list[tuple[int, ...]], list[np.ndarray]]

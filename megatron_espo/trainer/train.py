@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_espo.algo import group_advantages, overlong_penalty
+from megatron_espo.algo import group_advantages, overlong_penalty, zero_variance_signs
 from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model, check_router
 from megatron_espo.data.packing import TrainSequence
@@ -60,10 +60,10 @@ def train(config: Config) -> None:
                 began = time.perf_counter()
                 # prompts -> rollouts -> rewards
                 groups = run.rollouts.collect(step, run.phases, run.colocation.recover)
-                advantages = advantages_of(groups, config)
+                advantages, signs = advantages_of(groups, config)
                 logged = run.reporter.start_step(groups)
                 mask_truncated = config.algorithm.mask_truncated
-                sequences = train_sequences(groups, advantages, mask_truncated, logged)
+                sequences = train_sequences(groups, advantages, mask_truncated, logged, signs)
                 # segments -> pack -> [score] -> train
                 run.colocation.offload_engine(step)
                 with run.phases.phase("train", step, config.run.steps) as on_progress:
@@ -242,9 +242,9 @@ class Run:
             self._log(f"reward {change}; picture: {picture}")
 
 
-def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
-    """Advantages ``[prompts, group_size]`` of the rewards, minus the overlong penalty if it is
-    configured.
+def advantages_of(groups: ScoredGroups, config: Config) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Advantages of the rewards, minus the overlong penalty if it is configured; and the signs of
+    RL-ZVP, if it is. Both ``[prompts, group_size]``.
     """
     rewards, buffer = groups.rewards, config.reward.overlong_buffer_tokens
     if buffer is not None:
@@ -253,7 +253,11 @@ def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
             max_tokens=config.rollout.max_response_tokens,
             buffer_tokens=buffer,
         )
-    return group_advantages(rewards, config.algorithm.advantage)
+    advantages = group_advantages(rewards, config.algorithm.advantage)
+    if not (scale := config.algorithm.zero_variance_scale):
+        return advantages, None
+    signs = zero_variance_signs(rewards)
+    return advantages + scale * signs, signs
 
 
 def train_sequences(
@@ -261,6 +265,7 @@ def train_sequences(
     advantages: torch.Tensor,
     mask_truncated: bool,
     logged_sample: Mapping[tuple[int, int], int] | None = None,
+    zero_variance: torch.Tensor | None = None,
 ) -> list[list[TrainSequence]]:
     """The sequences to train, by prompt: one for each part of a trajectory, with the advantage of
     the trajectory.
@@ -273,11 +278,15 @@ def train_sequences(
         mask_truncated: whether truncated trajectories give no gradient.
         logged_sample: index of each logged sample ``(prompt, sample)``; the last part of the
             trajectory is logged.
+        zero_variance: ``[prompts, group_size]``, signs of RL-ZVP; ``None``: all 0.
 
     Raises:
         ValueError: a part without sampled tokens.
     """
     logged_sample, values = logged_sample or {}, advantages.tolist()
+    signs = (
+        (torch.zeros_like(advantages) if zero_variance is None else zero_variance).int().tolist()
+    )
     return [
         [
             TrainSequence(
@@ -289,6 +298,7 @@ def train_sequences(
                 masked=sample.failed or (mask_truncated and sample.truncated),
                 logged_sample=logged_sample.get((i, j)) if part is sample else None,
                 routed_experts=part.routed_experts,
+                zero_variance=signs[i][j],
             )
             for j, sample in enumerate(rollouts)
             for part in sample.parts
