@@ -2,7 +2,6 @@
 lists every mistake."""
 
 import difflib
-import json
 import os
 from typing import Any
 
@@ -10,6 +9,7 @@ from pydantic import ValidationError
 
 from megatron_espo.config import yaml_source
 from megatron_espo.config.reference import expectation, item_expectation, sections
+from megatron_espo.config.rules import show
 from megatron_espo.config.schema import Config
 from megatron_espo.errors import InputError
 
@@ -90,7 +90,7 @@ def _read(path: str) -> tuple[dict[str, Any], Places]:
     known = sections()
     if not isinstance(tree, dict):
         expected = f"a mapping of sections ({', '.join(known)})"
-        raise InputError(f"{path}:1: expected {expected}, got {_show(tree)}")
+        raise InputError(f"{path}:1: expected {expected}, got {show(tree)}")
     # A section whose keys are all commented out reads as null.
     tree = {k: {} if value is None and k in known else value for k, value in tree.items()}
     return tree, {key: f"{path}:{line}" for key, line in lines.items()}
@@ -138,7 +138,7 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     elif kind == "invalid_key":
         found = [(location, "expected a name as key")]
     else:
-        got = f"{_show(value)}{_hint(location, kind, value)}"
+        got = f"{show(value)}{_hint(location, kind, value)}"
         found = [(location, f"expected {_expected(location)}, got {got}")]
     return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
 
@@ -200,8 +200,3 @@ def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:
     except yaml_source.YamlError:
         return ""
     return "" if isinstance(plain, str) else " (a string); drop the quotes"
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
