@@ -212,7 +212,7 @@ BAD_TEXTS = {
     "a method without full recomputation": (
         GOOD + "megatron:\n  recompute_method: block\n",
         "run.yaml:6: megatron.recompute_method: expected null",
-        "got block",
+        'got "block"',
     ),
     "a clip range that ESPO does not use": (
         GOOD + "algorithm:\n  clip_high: 0.2\n",
@@ -222,7 +222,7 @@ BAD_TEXTS = {
     "Dr. GRPO with other advantages": (
         GOOD + "algorithm:\n  objective: dr_grpo\n  advantage: rloo\n",
         "run.yaml:7: algorithm.advantage: expected dr_grpo",
-        "got rloo",
+        'got "rloo"',
     ),
     "mini-batches of unequal size": (
         GOOD + "algorithm:\n  num_mini_batches: 3\n",

@@ -26,6 +26,8 @@ _REMOVED = {
     "optimizer.spike_window": "optimizer.spike_factor compares with the last 50 gradient norms",
     "reward.overlap": "rewards are computed while other responses are sampled",
     "reward.overlong_penalty": "the overlong penalty is 1 at the length limit",
+    "rollout.allow_router_mismatch": "rollout.router_replay=false needs "
+    "algorithm.rollout_correction token, sequence or geometric",
     "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
     "rollout.canary_prompts=0 turns the comparison off",
     "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",

@@ -47,10 +47,8 @@ class Rollout(Section):
     """Accept top_p < 1 or top_k > 0, which bias the importance ratios."""
     router_replay: bool = True
     """Train each token of a mixture of experts in the experts that the engine chose for it.
-    Other models ignore it."""
-    allow_router_mismatch: bool = False
-    """Accept router_replay false, where engine and trainer choose different experts for some
-    tokens."""
+    Other models ignore it. false needs algorithm.rollout_correction, because engine and trainer
+    then choose different experts for some tokens."""
     max_response_tokens: int = Field(2048, ge=1)
     """Longest response, in tokens (paper: 16384). Longer ones are truncated and counted."""
     max_resampling_rounds: int = Field(0, ge=0)
