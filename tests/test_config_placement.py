@@ -51,7 +51,9 @@ def test_each_rank_needs_a_response(tmp_path, monkeypatch):
     overrides = ["rollout.prompts_per_step=1", "rollout.group_size=4"]
     config = load(tmp_path, monkeypatch, GOOD, overrides)
     assert check_world_size(config, 4) == 4
-    with pytest.raises(InputError, match="override 'rollout.prompts_per_step=1'.* = 5 responses a step, got 4"):
+    with pytest.raises(
+        InputError, match="override 'rollout.prompts_per_step=1'.* = 5 responses a step, got 4"
+    ):
         check_world_size(config, 5)
 
 
