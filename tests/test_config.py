@@ -253,7 +253,7 @@ BAD_TEXTS = {
     "not a mapping": ("- 1\n", "run.yaml:1: expected a mapping of sections", "got [1]"),
     "empty file": ("# nothing\n", "run.yaml:1: the file is empty", ""),
     "not YAML": (GOOD + "run: a: b\n", "run.yaml:5: not valid YAML", "quotes"),
-    "anchor in itself": ("a: &a [*a]\n", "run.yaml:1: not valid here", "anchor"),
+    "anchor in itself": ("a: &a [*a]\n", "run.yaml:1: not valid YAML", "recursion"),
 }
 
 
@@ -267,7 +267,7 @@ BAD_OVERRIDES = {
     "optimizer.lr=fast": 'optimizer.lr: expected number > 0, got "fast"',
     "optimizer.lr='1e-6'": "drop the quotes",
     "model.pth=1": 'unknown key; did you mean "model.path"?',
-    "model.xyz=1": "the keys of model are path, tokenizer, dtype, exporter",
+    "model.xyz=1": "known are path, tokenizer, dtype, exporter",
     "rolout.top_k=1": 'unknown section; did you mean "rollout"?',
     "steps=3": 'got no section; did you mean "run.steps"?',
     "run.steps": "expected section.key=value",

@@ -221,10 +221,10 @@ def test_the_page_of_a_long_run_is_small(tmp_path):
 @pytest.mark.parametrize(
     "value, text",
     [
-        (0, "0"),
+        (0, "0.000"),
         (0.5, "0.500"),
         (12.345, "12.3"),
-        (1234.5, "1,234"),
+        (1234.56, "1,234.6"),
         (2e-6, "2.00e-06"),
         (math.nan, "–"),
         (None, "–"),

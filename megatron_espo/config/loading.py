@@ -106,7 +106,7 @@ def _apply(override: str, tree: dict[str, Any], places: Places) -> str | None:
     if not equals or not all(keys):
         return f"{place}: expected section.key=value"
     if len(keys) == 1:
-        return f"{place}: expected section.key=value, got no section{_suggest_key('', name)}"
+        return f"{place}: expected section.key=value, got no section{_suggest('', name)}"
     try:
         value, _ = yaml_source.parse(text)
     except yaml_source.YamlError as error:
@@ -134,7 +134,8 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     elif kind == "missing":
         found = [(location, f"required, but not given; expected {_expected(location)}")]
     elif kind == "extra_forbidden":
-        what = f"unknown {'section' if len(location) == 1 else 'key'}{_suggest(location)}"
+        section, name = ("", *location)[-2:]
+        what = f"unknown {'key' if section else 'section'}{_suggest(section, name)}"
         instead = _REMOVED.get(_name(location))
         found = [(location, f"removed; {instead}" if instead else what)]
     elif kind == "invalid_key":
@@ -169,24 +170,15 @@ def _expected(location: yaml_source.Path) -> str:
     return item_expectation(field) if len(location) > 2 else expectation(field)
 
 
-def _suggest(location: yaml_source.Path) -> str:
-    name = str(location[0])
-    if len(location) > 1:
-        return _suggest_key(name, str(location[1]))
-    if close := difflib.get_close_matches(name, sections(), n=1):
-        return f'; did you mean "{close[0]}"?'
-    return _suggest_key("", name) or f"; the sections are {', '.join(sections())}"
-
-
-def _suggest_key(section: str, name: str) -> str:
-    """The most similar setting: of the same section, or else of any section."""
-    own = list(sections()[section].model_fields) if section in sections() else []
-    if close := difflib.get_close_matches(name, own, n=1):
-        return f'; did you mean "{section}.{close[0]}"?'
-    homes = {key: f"{other}.{key}" for other, m in sections().items() for key in m.model_fields}
-    if close := difflib.get_close_matches(name, homes, n=1, cutoff=0.75):
-        return f'; did you mean "{homes[close[0]]}"?'
-    return f"; the keys of {section} are {', '.join(own)}" if own else ""
+def _suggest(section: str, name: str) -> str:
+    """The most similar section or key: of the same section, or else of any section."""
+    homes = {key: f"{home}.{key}" for home, m in sections().items() for key in m.model_fields}
+    own = {key: f"{section}.{key}" for key in sections()[section].model_fields} if section else {}
+    own = own or {home: home for home in sections()}
+    for known, cutoff in ((own, 0.6), (homes, 0.75)):
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
+            return f'; did you mean "{known[close[0]]}"?'
+    return f"; known are {', '.join(own)}"
 
 
 def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:

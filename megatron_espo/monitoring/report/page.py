@@ -54,16 +54,15 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     return page
 
 
-def number(value: Any, digits: int = 3) -> str:
-    """Format a number for a table: significant digits, an exponent only for very small or large
-    values, a dash for none.
+def number(value: Any) -> str:
+    """Format a number for a table: an exponent only for very small or large values, a dash for
+    none.
     """
     if not isinstance(value, int | float) or math.isnan(value):
         return NOT_GIVEN
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits - 1}e}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{max(0, min(decimals, digits))}f}"
+        return f"{value:.2e}"
+    return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def settings_table(runs: Sequence[RunData]) -> list[tuple[str, list[str], bool]]:
