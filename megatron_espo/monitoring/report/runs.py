@@ -163,8 +163,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
             )
         for line in lines.values():
             if error := line.get("reward/standard_error"):
-                line["reward/mean_low"] = line["reward/mean"] - error
-                line["reward/mean_high"] = line["reward/mean"] + error
+                for end, sign in (("_low", -1), ("_high", 1)):
+                    line[f"reward/mean{end}"] = line["reward/mean"] + sign * error
         name = folder.resolve().name
         is_taken = any(run.name == name for run in runs)
         runs.append(
