@@ -170,7 +170,7 @@ def test_a_killed_engine_of_another_rank_restarts(folder, of_one_engine):
         (
             ["rollout.engines=2", "rollout.tensor_parallel_size=4"],
             4,
-            "at most a GPU of an engine for each, got 2",
+            "rollout.tensor_parallel_size at most that, got 2",
         ),
     ],
 )

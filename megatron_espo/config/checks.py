@@ -83,8 +83,10 @@ def _rank_problems(config: Config, world_size: int, dp: int) -> Problems:
     share_gpus = rollout.engines > 1 and not rollout.hosts
     engine_gpus = rollout.engines * rollout.tensor_parallel_size if share_gpus else 1
     if world_size % rollout.engines or engine_gpus > world_size:
-        expected = f"a divisor of the {world_size} ranks, and at most a GPU of an engine for each"
-        yield expect("rollout.engines", expected, rollout.engines)
+        limit = ", with engines x rollout.tensor_parallel_size at most that" if share_gpus else ""
+        yield expect(
+            "rollout.engines", f"a divisor of the {world_size} ranks{limit}", rollout.engines
+        )
     responses = rollout.prompts_per_step * rollout.group_size
     needed = dp * config.algorithm.num_mini_batches
     if responses < needed:
