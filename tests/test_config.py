@@ -189,11 +189,6 @@ BAD_TEXTS = {
         "rollout.allow_truncated_sampling=true",
     ),
     "top_k": (GOOD + "rollout:\n  top_k: 5\n", "run.yaml:6: rollout.top_k: expected 0 or -1", ""),
-    "response fills the engine's context": (
-        GOOD + "rollout:\n  max_model_len: 512\n  max_response_tokens: 512\n",
-        "run.yaml:7: rollout.max_response_tokens: expected less than rollout.max_model_len (512)",
-        "got 512",
-    ),
     "sequence parallelism without TP": (
         GOOD + "megatron:\n  sequence_parallel: true\n",
         "run.yaml:6: megatron.sequence_parallel: expected false",

@@ -162,12 +162,12 @@ def _name(location: yaml_source.Path) -> str:
 
 
 def _expected(location: yaml_source.Path) -> str:
-    section = sections()[str(location[0])]
-    if len(location) == 1:
-        required = [name for name, field in section.model_fields.items() if field.is_required()]
+    section, *keys = map(str, location)
+    if not keys:
+        fields = sections()[section].model_fields
+        required = [name for name, field in fields.items() if field.is_required()]
         return "a mapping of keys" + (f" with {', '.join(required)}" if required else "")
-    field = section.model_fields[str(location[1])]
-    return item_expectation(field) if len(location) > 2 else expectation(field)
+    return item_expectation(section, keys[0]) if len(keys) > 1 else expectation(section, keys[0])
 
 
 def _suggest(section: str, name: str) -> str:

@@ -130,10 +130,6 @@ class Rollout(Section):
         if self.sleep and (own := self._own_gpus()):
             yield expect("sleep", f"false with {own} (the engine has GPUs of its own)", True)
         yield from self._host_problems()
-        longest, context = self.max_response_tokens, self.max_model_len
-        if context is not None and longest >= context:
-            expected = f"less than rollout.max_model_len ({context}), which includes the prompt"
-            yield expect("max_response_tokens", expected, longest)
 
     def _own_gpus(self) -> str:
         """The setting that gives the engine GPUs that the trainer does not use; empty if they

@@ -165,17 +165,17 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
             if error := line.get("reward/standard_error"):
                 for end, sign in (("_low", -1), ("_high", 1)):
                     line[f"reward/mean{end}"] = line["reward/mean"] + sign * error
-        name = folder.resolve().name
+        steps, name = sorted(lines), folder.resolve().name
         is_taken = any(run.name == name for run in runs)
         runs.append(
             RunData(
                 folder=folder,
                 name=str(folder) if is_taken else name,
-                lines=[lines[step] for step in sorted(lines)],
+                lines=[lines[step] for step in steps],
                 config=read_json(folder / "config.json"),
                 summary=read_json(folder / "summary.json"),
                 status=read_json(folder / "status.json"),
-                samples=_read_samples(folder / "samples.jsonl"),
+                samples=_read_samples(folder / "samples.jsonl", steps),
                 entropies=read_jsonl(folder / "entropy.jsonl"),
                 engine_exceptions=_exceptions(folder / "engine.log"),
             )
@@ -183,26 +183,19 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
     return runs
 
 
-def _read_samples(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """Parses only the lines that are shown: the file of a long run has hundreds of MB."""
-    steps = sorted({step for step, _ in _sample_lines(path)})
+def _read_samples(path: Path, steps: list[int]) -> dict[int, list[dict[str, Any]]]:
+    """Samples of a few of the run's steps. Parses only their lines: the file of a long run has
+    hundreds of MB.
+    """
     last, parts = len(steps) - 1, SAMPLE_STEPS - 1
-    chosen: dict[int, list] = {
-        steps[round(i * last / parts)]: [] for i in range(parts + 1) if steps
-    }
-    for step, line in _sample_lines(path):
-        if step in chosen:
-            chosen[step].append(json.loads(line))
-    return chosen
-
-
-def _sample_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Step and text of each complete line."""
+    chosen: dict[int, list] = {steps[round(i * last / parts)]: [] for i in range(parts + 1)}
     if path.is_file():
         with path.open(encoding="utf-8") as file:
             for line in file:
-                if (match := _STEP.match(line)) and line.endswith("\n"):
-                    yield int(match[1]), line
+                step = _STEP.match(line)
+                if step and int(step[1]) in chosen and line.endswith("\n"):
+                    chosen[int(step[1])].append(json.loads(line))
+    return {step: samples for step, samples in chosen.items() if samples}
 
 
 def _exceptions(log: Path) -> Counter[str]:
