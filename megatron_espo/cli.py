@@ -209,14 +209,11 @@ def _load_config(args: argparse.Namespace) -> Any:
             from megatron_espo.data.sources import read_rows
             from megatron_espo.rewards.golds import check_golds
 
-            data, evaluation = config.data, config.eval
-            columns = data.columns if evaluation.columns is None else evaluation.columns
-            sources = [(data.prompts, data.task_args, data.columns)]
-            if evaluation.prompts:
-                sources.append((evaluation.prompts, evaluation.task_args, columns))
-            for prompts, arguments, columns in sources:
-                rows = read_rows(prompts, arguments, config.run.seed, columns)
-                check_golds(rows, prompts, config)
+            for source in (config.data, config.eval):
+                columns = config.data.columns if source.columns is None else source.columns
+                if source.prompts:
+                    rows = read_rows(source.prompts, source.task_args, config.run.seed, columns)
+                    check_golds(rows, source.prompts, config)
     return config
 
 

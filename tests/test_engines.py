@@ -169,7 +169,11 @@ def test_a_killed_engine_of_another_rank_restarts(folder, of_one_engine):
     ("overrides", "world_size", "message"),
     [
         (["rollout.engines=3"], 4, "expected a divisor of the 4 ranks"),
-        (["rollout.engines=2", "rollout.tensor_parallel_size=4"], 4, "got 2 x 4"),
+        (
+            ["rollout.engines=2", "rollout.tensor_parallel_size=4"],
+            4,
+            "rollout.tensor_parallel_size at most that, got 2",
+        ),
     ],
 )
 def test_engines_must_fit_the_ranks(folder, overrides, world_size, message):

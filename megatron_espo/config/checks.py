@@ -5,11 +5,12 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_espo.config import model_folder
-from megatron_espo.config.rules import Problems
+from megatron_espo.config.rules import Problems, expect
 from megatron_espo.config.schema import Config, Megatron
 from megatron_espo.errors import InputError
 from megatron_espo.models.experts import Experts, read_experts
@@ -56,47 +57,41 @@ def check_world_size(config: Config, world_size: int) -> int:
         f"megatron.{kind}_parallel_size": getattr(m, f"{kind}_parallel_size")
         for kind in ("tensor_model", "pipeline_model", "context")
     }
-    tp, pp, cp = sizes.values()
-    model_ranks = tp * pp * cp
+    model_ranks = math.prod(sizes.values())
     dp, rest = divmod(world_size, model_ranks)
     if dp == 0 or rest:
-        fits = f"{dp * model_ranks} or {(dp + 1) * model_ranks}" if dp else f"{model_ranks}"
-        shrinkable = ", ".join(key for key, size in sizes.items() if size > 1)
-        message = (
-            f"expected a world size of TP x PP x CP x DP = {tp} x {pp} x {cp} x DP, a multiple of "
-            f"{model_ranks}, got {world_size}; start {fits} ranks or lower {shrinkable}"
+        product = " x ".join(map(str, sizes.values()))
+        expected = (
+            f"a world size of TP x PP x CP x DP = {product} x DP, a multiple of {model_ranks}"
         )
-        _fail(config, max(sizes, key=sizes.__getitem__), message)
+        lower = ", ".join(key for key, size in sizes.items() if size > 1)
+        advice = f"start another number of ranks or lower {lower}"
+        largest = max(sizes, key=sizes.__getitem__)
+        _raise(config, [expect(largest, expected, world_size, advice)])
     _raise(config, _rank_problems(config, world_size, dp))
     return dp
 
 
 def _rank_problems(config: Config, world_size: int, dp: int) -> Problems:
     m, rollout = config.megatron, config.rollout
-    tp, cp, ep = m.tensor_model_parallel_size, m.context_parallel_size, m.expert_model_parallel_size
-    expert_tp = m.expert_tensor_parallel_size or tp
-    stage = tp * cp * dp
-    if stage % (expert_tp * ep):
-        fits = m.pipeline_model_parallel_size * math.lcm(tp * cp, expert_tp * ep)
-        yield (
-            "megatron.expert_model_parallel_size",
-            f"expected expert-TP x EP = {expert_tp} x {ep} to divide the TP x CP x DP = {tp} x "
-            f"{cp} x {dp} = {stage} ranks of a pipeline stage; start a multiple of {fits} ranks",
+    expert_tp = m.expert_tensor_parallel_size or m.tensor_model_parallel_size
+    stage = m.tensor_model_parallel_size * m.context_parallel_size * dp
+    if stage % (expert_tp * m.expert_model_parallel_size):
+        expected = f"expert-TP x EP to divide the {stage} ranks of a pipeline stage"
+        got = f"{expert_tp} x {m.expert_model_parallel_size}"
+        yield expect("megatron.expert_model_parallel_size", expected, got)
+    share_gpus = rollout.engines > 1 and not rollout.hosts
+    engine_gpus = rollout.engines * rollout.tensor_parallel_size if share_gpus else 1
+    if world_size % rollout.engines or engine_gpus > world_size:
+        limit = ", with engines x rollout.tensor_parallel_size at most that" if share_gpus else ""
+        yield expect(
+            "rollout.engines", f"a divisor of the {world_size} ranks{limit}", rollout.engines
         )
-    engines, engine_tp = rollout.engines, rollout.tensor_parallel_size
-    needs_own_gpus = engines > 1 and not rollout.hosts
-    if world_size % engines or (needs_own_gpus and engines * engine_tp > world_size):
-        limit = "" if rollout.hosts else " with engines x rollout.tensor_parallel_size at most that"
-        got = f"{engines}" if rollout.hosts else f"{engines} x {engine_tp}"
-        yield "rollout.engines", f"expected a divisor of the {world_size} ranks{limit}, got {got}"
-    prompts, group = rollout.prompts_per_step, rollout.group_size
+    responses = rollout.prompts_per_step * rollout.group_size
     needed = dp * config.algorithm.num_mini_batches
-    if prompts * group < needed:
-        yield (
-            "rollout.prompts_per_step",
-            "expected prompts_per_step x group_size >= DP x algorithm.num_mini_batches = "
-            f"{needed}, got {prompts} x {group} = {prompts * group}; raise it or start fewer ranks",
-        )
+    if responses < needed:
+        expected = f"at least DP x algorithm.num_mini_batches = {needed} responses a step"
+        yield expect("rollout.prompts_per_step", expected, responses, "start fewer ranks")
 
 
 def check_model(config: Config, hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -166,24 +161,18 @@ def _family_problems(hf: dict[str, Any]) -> Problems:
 
 
 def check_router(config: Config, hf_config: dict[str, Any]) -> None:
-    """Check that a model with experts uses router replay, or that the user accepts a mismatch.
+    """Check that a model with experts uses router replay or a rollout correction.
 
     Raises:
         InputError: it is not.
     """
-    replays, accepts = config.rollout.router_replay, config.rollout.allow_router_mismatch
-    if not read_experts(hf_config) or replays != accepts:
-        return
-    if accepts:
-        key = "rollout.allow_router_mismatch"
-        _fail(config, key, "expected false with rollout.router_replay true, got true; remove one")
-    message = (
-        "expected true for a model with experts, got false: engine and trainer choose different "
-        "experts for some tokens, and training can collapse; if the engine cannot return its "
-        "choices, set rollout.allow_router_mismatch to true and algorithm.rollout_correction to "
-        "token"
-    )
-    _fail(config, "rollout.router_replay", message)
+    correction = config.algorithm.rollout_correction
+    is_corrected = correction in ("token", "sequence", "geometric")
+    if read_experts(hf_config) and not config.rollout.router_replay and not is_corrected:
+        expected = "token, sequence or geometric for a model with experts without router_replay"
+        advice = "engine and trainer choose different experts for some tokens"
+        key = "algorithm.rollout_correction"
+        _raise(config, [expect(key, expected, correction, advice)])
 
 
 def check_paths(config: Config) -> None:
@@ -203,13 +192,12 @@ def _path_problems(config: Config) -> Problems:
         if prompts is None or prompts.startswith("reasoning_gym:"):
             continue
         if not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
-            expected = f"a readable file (relative to {os.getcwd()})"
-            yield key, f'expected {expected}, got "{prompts}"'
+            yield expect(key, f"a readable file (relative to {os.getcwd()})", prompts)
     replay, folder = config.run.replay, config.run.dir
     if replay and not any(Path(replay).glob("step_*.npz")):
         expected = "a folder of recorded rollouts (step_000001.npz ...)"
         advice = "run.keep_rollouts=true records all steps of a run"
-        yield "run.replay", f'expected {expected}, got "{replay}"; {advice}'
+        yield expect("run.replay", expected, replay, advice)
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -217,7 +205,7 @@ def _path_problems(config: Config) -> Problems:
             file.flush()
             os.fsync(file.fileno())  # a full disk may take the file, but not its content
     except OSError as error:
-        yield "run.dir", f'expected a writable folder, got "{folder}" ({error.strerror})'
+        yield expect("run.dir", "a writable folder", folder, f"{error.strerror}")
 
 
 def read_hf_config(config: Config) -> dict[str, Any]:
@@ -325,10 +313,10 @@ def _length_problems(config: Config, hf: dict[str, Any]) -> Problems:
 
 def _check_divides(key: str, size: int, count: int, what: str) -> Problems:
     if count % size:
-        yield key, f"expected a divisor of the model's {count} {what}, got {size}"
+        yield expect(key, f"a divisor of the model's {count} {what}", size)
 
 
-def _raise(config: Config, problems: Problems) -> None:
+def _raise(config: Config, problems: Iterable[tuple[str, str]]) -> None:
     """Raise one InputError that lists every problem."""
     if lines := [_locate(config, key, message) for key, message in problems]:
         raise InputError("\n".join(lines))

@@ -147,25 +147,24 @@ class Reporter:
     def _throughput(
         self, groups: ScoredGroups, advantages: torch.Tensor, metrics: dict[str, float]
     ) -> dict[str, float]:
+        generated, trained_tokens = float(groups.lengths().sum()), metrics.get("train/tokens", 0.0)
         rank_seconds = metrics["time/step_s"] * dist.get_world_size()
         found = {
-            "throughput/generated_tokens_per_s_per_gpu": float(groups.lengths().sum())
-            / rank_seconds,
-            "throughput/trained_tokens_per_s_per_gpu": metrics.get("train/tokens", 0.0)
-            / rank_seconds,
+            "throughput/generated_tokens_per_s_per_gpu": generated / rank_seconds,
+            "throughput/trained_tokens_per_s_per_gpu": trained_tokens / rank_seconds,
         }
         if rollout_s := metrics.get("time/rollout_s"):
-            tokens = float(groups.lengths().sum())
-            found["throughput/response_tokens_per_s"] = tokens / rollout_s
+            found["throughput/response_tokens_per_s"] = generated / rollout_s
         train_s, peak = metrics.get("time/train_s"), peak_flops(self.config.model.dtype)
-        if train_s and "train/tokens" in metrics:
-            found["throughput/trained_tokens_per_s"] = metrics["train/tokens"] / train_s
+        if train_s and trained_tokens:
+            found["throughput/trained_tokens_per_s"] = trained_tokens / train_s
             if peak:
-                samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
-                parts = [
-                    part for sample, advantage in samples if advantage for part in sample.parts
+                trained = [
+                    len(part.prompt_ids) + len(part.response_ids)
+                    for sample, advantage in zip(groups.samples, advantages.flatten(), strict=True)
+                    if advantage
+                    for part in sample.parts
                 ]
-                trained = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
                 flops = training_flops(self._hf_config, trained) * self.config.algorithm.num_epochs
                 found["throughput/mfu"] = flops / (train_s * peak * dist.get_world_size())
         return found

@@ -1,10 +1,9 @@
 """FLOPs of training, peak FLOP/s of GPUs, memory in use, and the performance of a whole run."""
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import psutil  # accelerate requires it
 import torch
 
 from megatron_espo.models.experts import read_experts
@@ -65,16 +64,11 @@ def peak_flops(dtype: str) -> float | None:
 
 
 def system_metrics() -> dict[str, float]:
-    """Memory in use in GiB: by this process, on the machine, and on the GPU (by all processes).
-
-    Linux.
-    """
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    host = {line.split()[0]: int(line.split()[1]) for line in lines}
+    """Memory in use in GiB: by this process, on the machine, and on the GPU (by all processes)."""
+    host = psutil.virtual_memory()
     found = {
-        "system/rss_gib": pages * os.sysconf("SC_PAGE_SIZE") / GIB,
-        "system/host_memory_gib": (host["MemTotal:"] - host["MemAvailable:"]) * 1024 / GIB,
+        "system/rss_gib": psutil.Process().memory_info().rss / GIB,
+        "system/host_memory_gib": (host.total - host.available) / GIB,
     }
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()

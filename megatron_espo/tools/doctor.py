@@ -185,14 +185,16 @@ def _advice(problem: str) -> str:
 
 def limits_row() -> Row:
     """``ulimit -n``: sockets and shards; ``ulimit -l``: memory that InfiniBand may register."""
-    files, locked = (
-        resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)
-    )
-    found = f"ulimit -n {files}, -l {'unlimited' if locked < 0 else f'{locked // 1024}'}"
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    found = f"ulimit -n {files}, -l {'unlimited' if locked < 0 else locked // 1024}"
     if 0 <= files < MIN_FILES:
         advice = "a run of many ranks needs ulimit -n 65536 (in Slurm: LimitNOFILE of slurmd)"
         return Row("limits", BROKEN, found, advice)
-    return Row("limits", WORKS, found)
+    advice = ""
+    if locked >= 0 and os.path.exists("/dev/infiniband"):
+        advice = "InfiniBand cannot register memory: ulimit -l unlimited, or LimitMEMLOCK of slurmd"
+    return Row("limits", WORKS, found, advice)
 
 
 def shared_memory_row(folder: str) -> Row:
@@ -210,9 +212,10 @@ def reward_isolation_row() -> Row:
     """Whether verifiers run in namespaces of their own, which some containers forbid."""
     # Not through the package: numpy starts threads, and a process with threads cannot be isolated.
     code = "import sys, sandbox\nprint(sandbox.isolate(sys.argv[1], 1 << 20))"
-    command, path = [sys.executable, "-c", code], Path(__file__).parents[1] / "rewards"
+    path = Path(__file__).parents[1] / "rewards"
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, folder], cwd=path, capture_output=True, text=True)
+        command = [sys.executable, "-c", code, folder]
+        done = subprocess.run(command, cwd=path, capture_output=True, text=True)
     refused = (done.stdout or done.stderr or "no answer").strip().splitlines()[-1]
     if refused == "None":
         return Row("reward isolation", WORKS, "no network, files, orphans")

@@ -348,11 +348,6 @@ TABLE: dict[str, list[Bad]] = {
             files={"model/config.json": MOE},
         ),
         Bad(
-            "router replay with allow_router_mismatch",
-            "rollout.allow_router_mismatch=true",
-            files={"model/config.json": MOE},
-        ),
-        Bad(
             "more ranks than responses",
             "rollout.prompts_per_step=1",
             "rollout.group_size=2",
