@@ -276,7 +276,7 @@ def test_columns_that_json_cannot_hold(tmp_path, value):
     column = value if isinstance(value, pyarrow.Array) else pyarrow.array([value])
     table = pyarrow.table({"prompt": ["1 + 1?"], "answer": ["2"], "more": column})
     parquet.write_table(table, tmp_path / "p.parquet")
-    with pytest.raises(InputError, match="p.parquet: more: .*JSON .*data.columns"):
+    with pytest.raises(InputError, match="p.parquet:row 1: more: .*JSON .*data.columns"):
         read_rows(str(tmp_path / "p.parquet"), {}, 0)
     columns = {"prompt": "prompt", "answer": "answer"}
     assert read_rows(str(tmp_path / "p.parquet"), {}, 0, columns)[0].answer == "2"
@@ -448,9 +448,7 @@ def test_columns_are_named_in_the_settings(tmp_path, plain):
     with pytest.raises(InputError, match="p.parquet: expected the columns prompt and answer, got"):
         read_rows(str(tmp_path / "p.parquet"), {}, 0)
     whole = {"prompt": "question", "answer": "reward_model.ground_truth", "when": "when"}
-    with pytest.raises(
-        InputError, match=r"p.parquet: when: expected values that JSON can hold, got timestamp"
-    ):
+    with pytest.raises(InputError, match=r"row 1: when: expected a value that JSON can hold"):
         read_rows(str(tmp_path / "p.parquet"), {}, 0, whole)
 
 

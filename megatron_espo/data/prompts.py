@@ -76,12 +76,9 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, as plain JSON values."""
-        order = {
-            "seed": self._seed,
-            "shuffle": self._data.shuffle,
-            "fingerprint": self._fingerprint,
-        }
-        return {"epoch": self.epoch, "position": self._position} | order
+        order = {"seed": self._seed, "shuffle": self._data.shuffle}
+        position = {"epoch": self.epoch, "position": self._position}
+        return position | order | {"fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at ``state``: the next ``take`` gives what it would have given there.
@@ -90,14 +87,11 @@ class PromptStream:
             InputError: the state belongs to other rows or to another order.
         """
         own = self.state_dict()
-        for name, meaning in (
-            ("fingerprint", f"rows of {self._data.prompts}"),
-            ("seed", "seed"),
-            ("shuffle", "shuffle"),
-        ):
+        for name in ("fingerprint", "seed", "shuffle"):
             if state[name] != own[name]:
+                what = f"rows of {self._data.prompts}" if name == "fingerprint" else name
                 raise InputError(
-                    f"data: cannot resume, the {meaning} changed since the checkpoint: expected "
+                    f"data: cannot resume, the {what} changed since the checkpoint: expected "
                     f"{state[name]}, got {own[name]}; restore the prompts and settings of the "
                     "first run, or start a new one"
                 )
@@ -174,8 +168,8 @@ class PromptStream:
         table = rows.table
         # A token is at least one byte. The template and the system prompt add their own bytes.
         overhead = 0
-        for kind in pc.unique(table["kind"]):
-            row = rows[pc.index(table["kind"], kind).as_py()]
+        for roles in pc.unique(table["roles"]):
+            row = rows[pc.index(table["roles"], roles).as_py()]
             yield row
             text = self._tokenizer.render(self._with_system_prompt(row.prompt))
             prompt = row.prompt
@@ -196,7 +190,7 @@ class PromptStream:
             return
         table = self._rows.table
         found = pc.and_(
-            pc.invert(table["is_chat"]), pc.match_substring(table["prompt"], opening.strip())
+            pc.equal(table["roles"], ""), pc.match_substring(table["prompt"], opening.strip())
         )
         for index in pc.indices_nonzero(found):
             problems.add(
@@ -218,7 +212,7 @@ class PromptStream:
 def _fingerprint(rows: Rows) -> str:
     """SHA-256 over ids, prompts with their roles, and answers."""
     digest = hashlib.sha256()
-    for name in ("id", "prompt", "kind", "answer"):
+    for name in ("id", "prompt", "roles", "answer"):
         for chunk in rows.table[name].chunks:
             for buffer in chunk.buffers():
                 digest.update(b"" if buffer is None else buffer)
