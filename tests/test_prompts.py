@@ -139,7 +139,7 @@ def test_text_messages_and_system_prompt(tmp_path, plain, chat):
     assert prompt.text == "Be brief.\n\nHi" and prompt.token_ids == tuple(
         plain.encode_prompt("Be brief.\n\nHi")
     )
-    with pytest.raises(InputError, match=r"p.jsonl:2: .*no chat template"):
+    with pytest.raises(InputError, match=r"p.jsonl:2: .*need a chat template"):
         stream(tmp_path / "p.jsonl", plain)
     own = [{"prompt": [{"role": "system", "content": "x"}, *messages], "answer": "b"}]
     with pytest.raises(InputError, match="own.jsonl:1: .*data.system_prompt is set; remove one"):

@@ -52,7 +52,7 @@ def test_sentencepiece_file_matches_the_library():
         and tokenizer.vocab_size == 32000
         and tokenizer.render(text) == text
     )
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(InputError, match="need a chat template"):
         tokenizer.encode_prompt([{"role": "user", "content": text}])
 
 

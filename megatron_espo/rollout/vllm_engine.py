@@ -11,7 +11,7 @@ import torch
 from megatron_espo.distributed.addresses import address_towards, parse_address
 from megatron_espo.rollout.engine import EngineError, Generation, Phase, Sampling, State
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread
-from megatron_espo.rollout.lease import HostOrder, LeasedServer
+from megatron_espo.rollout.lease import LeasedServer
 from megatron_espo.rollout.server import PREFIX, EngineConfig, ServerProcess, log_tail, run_key
 
 _POLL_SECONDS = 0.1
@@ -39,7 +39,7 @@ class VLLMEngine:
         self.config, self.state = config, State.DEAD
         self.next_version: int | None = None
         self._version: int | None = None
-        self._loop, self._hosts = loop, HostOrder(list(config.hosts))
+        self._loop, self._hosts = loop, list(config.hosts)
         self._server: ServerProcess | LeasedServer | None = None
         self._client: HttpClient | None = None
 

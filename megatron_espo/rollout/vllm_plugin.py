@@ -50,6 +50,7 @@ class Routes:
     def attach_router(self, app: Any) -> None:
         own = {
             "/generate": generate,
+            "/canary": generate,
             "/worker/{method}": call_worker,
             "/serve": serve,
         }
@@ -74,22 +75,16 @@ class Routes:
 async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     """Sample one response from token ids.
 
-    The JSON body has ``request_id``, ``token_ids``, ``sampling`` (fields of ``SamplingParams``) and
-    ``canary``. A canary may use weights that are not served yet. Any other request waits for served
-    weights before it starts and again before it answers, so no token of unchecked weights leaves
-    the server.
+    The JSON body has ``request_id``, ``token_ids`` and ``sampling`` (fields of ``SamplingParams``).
+    The guard holds requests until weights are served. A request waits again before it answers, so
+    no token of unchecked weights leaves the server. The path ``canary`` uses weights that are not
+    served yet.
 
     The answer is in safetensors format: ``token_ids`` int32, ``logprobs`` float32 (nats),
     ``versions`` int32, and ``routed_experts`` if requested. The header ``x-finish-reason`` is
     vLLM's finish reason.
     """
-    engine, is_canary = raw_request.app.state.espo_engine, body.get("canary")
-    if is_canary and STATE.weights == Weights.UNUSABLE:
-        return error_response(f"canary: the weights are {STATE.weights}", 409)
-    if not is_canary:
-        if STATE.version < 0:
-            return error_response("this server has served no weights yet", 503)
-        await STATE.serving.wait()
+    engine = raw_request.app.state.espo_engine
     params = SamplingParams(
         **body["sampling"],
         logprobs=0,
@@ -103,7 +98,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     output = final.outputs[0]
     if output.finish_reason == "error":
         return error_response("vLLM failed at this request", 500)
-    if not is_canary:
+    if raw_request.url.path != f"{PREFIX}/canary":
         await STATE.serving.wait()
     versions = np.full(len(output.token_ids), -1, np.int32)
     for span in output.weight_versions or ():
@@ -159,8 +154,6 @@ async def call_worker(method: str, request: Request) -> Response:
 
 async def serve(request: Request) -> Response:
     """Serve the weights that arrived as policy version ``{"version": n}``."""
-    if STATE.weights == Weights.UNUSABLE:
-        return error_response("serve: no finished weight update", 409)
     STATE.version = (await request.json())["version"]
     STATE.set(Weights.SERVING)
     return JSONResponse({})
