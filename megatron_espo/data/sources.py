@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -94,28 +94,15 @@ class Rows(Sequence[Row]):
         return index
 
 
-@dataclass
-class Problems:
-    """Collects mistakes in rows, so that one run of the program shows many of them."""
-
-    shown: list[str] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, where: str, what: str) -> None:
-        self.count += 1
-        if len(self.shown) < MAX_REPORTED:
-            self.shown.append(f"{where}: {what}")
-
-    def raise_if_any(self, source: str) -> None:
-        """Raise InputError with the first problems and their number."""
-        if self.count == 1:
-            raise InputError(self.shown[0])
-        if self.count:
-            more = self.count - len(self.shown)
-            tail = f"\n  ... and {more} more" if more else ""
-            raise InputError(
-                f"{source}: {self.count} problems\n  " + "\n  ".join(self.shown) + tail
-            )
+def raise_problems(source: str, problems: Sequence[str]) -> None:
+    """Raise InputError if there are problems. It shows the first ones and their number."""
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        shown = list(problems[:MAX_REPORTED])
+        if len(problems) > MAX_REPORTED:
+            shown.append(f"... and {len(problems) - MAX_REPORTED} more")
+        raise InputError("\n  ".join([f"{source}: {len(problems)} problems", *shown]))
 
 
 def read_rows(
@@ -134,31 +121,19 @@ def read_rows(
             Empty: ``prompt``, ``answer`` and optionally ``id``, and all other columns as metadata.
 
     Raises:
-        InputError: no such source, malformed rows, duplicate ids, or no rows at all.
+        InputError: no such task, malformed rows, duplicate ids, or no rows at all.
     """
     if prompts.startswith(REASONING_GYM):
         return _reasoning_gym_rows(prompts.removeprefix(REASONING_GYM), {"seed": seed, **task_args})
-    if task_args:
-        raise InputError(
-            f"data.task_args: only for {REASONING_GYM}<task>; data.prompts is {prompts!r}"
-        )
-    path = Path(prompts)
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise InputError(
-            f"data.prompts: expected {REASONING_GYM}<task>, *.jsonl or *.parquet, got {prompts!r}; "
-            "convert the file"
-        )
-    if not path.is_file():
-        raise InputError(f"data.prompts: no such file: {path} (looked for {path.absolute()})")
+    path, key = Path(prompts), tuple(sorted((columns or {}).items()))
     status = path.stat()
-    return _read_file(
-        path, tuple(sorted((columns or {}).items())), status.st_mtime_ns, status.st_size
-    )
+    return _read_file(path, key, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=2)
 def _read_file(path: Path, columns: tuple[tuple[str, str], ...], *_: int) -> Rows:
-    problems, tables, number = Problems(), [_as_table([])], 0
+    tables, number = [_as_table([])], 0
+    problems: list[str] = []
     wanted = {"prompt": "prompt", "answer": "answer", **dict(columns)} if columns else {}
     is_jsonl = path.suffix == ".jsonl"
     where = f"{path}:{{number}}" if is_jsonl else f"{path}:row {{number}}"
@@ -171,9 +146,9 @@ def _read_file(path: Path, columns: tuple[tuple[str, str], ...], *_: int) -> Row
             try:
                 rows.append((number, *_check_record(record, wanted, f"{path.stem}:{number}")))
             except ValueError as error:
-                problems.add(where.format(number=number), str(error))
+                problems.append(f"{where.format(number=number)}: {error}")
         tables.append(_as_table(rows))
-    problems.raise_if_any(str(path))
+    raise_problems(str(path), problems)
     found = Rows(pa.concat_tables(tables), where)
     if not found:
         raise InputError(f"{path}: expected at least one row, found none")
@@ -330,12 +305,12 @@ def _check_ids(rows: Rows, path: Path) -> None:
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     first: dict[str, int] = {}
-    problems = Problems()
+    problems = []
     for index, identifier in enumerate(ids.to_pylist()):
         if (other := first.setdefault(identifier, index)) != index:
             used = f"id {identifier!r} is already used by {rows[other].where}"
-            problems.add(rows[index].where, f"{used}; ids must be unique")
-    problems.raise_if_any(str(path))
+            problems.append(f"{rows[index].where}: {used}; ids must be unique")
+    raise_problems(str(path), problems)
 
 
 def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:

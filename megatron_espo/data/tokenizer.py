@@ -97,12 +97,6 @@ def load_tokenizer(
             end-of-sequence token.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(
-            f"tokenizer: {path} does not exist (looked for {path.absolute()}); "
-            "expected a local Hugging Face folder or a SentencePiece .model file; "
-            "hub names are not looked up, download the model first"
-        )
     folder = Path(model_path or (path if path.is_dir() else path.parent))
     generation, config = (_read_json(folder / f"{n}.json") for n in ("generation_config", "config"))
     text_config = _text_config(config)

@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -292,11 +291,9 @@ def die_with_parent() -> None:
 
 def log_tail(path: Path) -> str:
     """The last lines of a server's log."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as log:
-            return "".join(deque(log, _LOG_LINES)).rstrip("\n")
-    except FileNotFoundError:
+    if not path.is_file():
         return "(none)"
+    return "\n".join(path.read_text("utf-8", "replace").splitlines()[-_LOG_LINES:])
 
 
 def run_key_file(folder: str | Path) -> Path:
