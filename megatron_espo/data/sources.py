@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from tqdm import tqdm
 
 from megatron_espo.data.messages import as_messages, describe, find_problem, shorten
 from megatron_espo.data.reasoning_gym_task import generate_entries
@@ -202,19 +202,9 @@ def _parquet_chunks(path: Path, wanted: Mapping[str, str]) -> Iterator[list[dict
         ) from error
 
 
-def _with_bar(chunks: Iterable[Any], path: Path, total: float) -> Iterator[Any]:
-    """``chunks``, with a progress bar on a terminal for a large file."""
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(
-        chunks,
-        f"reading {path.name}",
-        total,
-        console=Console(stderr=True),
-        transient=True,
-        disable=total < 2 or not sys.stderr.isatty(),
-    )
+def _with_bar(chunks: Iterable[Any], path: Path, count: float) -> Iterator[Any]:
+    """``chunks``, with a progress bar on a terminal (standard error)."""
+    yield from tqdm(chunks, f"reading {path.name}", math.ceil(count), leave=False, disable=None)
 
 
 _ABSENT = object()
