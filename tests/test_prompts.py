@@ -142,7 +142,9 @@ def test_text_messages_and_system_prompt(tmp_path, plain, chat):
     with pytest.raises(InputError, match=r"p.jsonl:2: .*need a chat template"):
         stream(tmp_path / "p.jsonl", plain)
     own = [{"prompt": [{"role": "system", "content": "x"}, *messages], "answer": "b"}]
-    with pytest.raises(InputError, match="own.jsonl:1: .*data.system_prompt is set; remove one"):
+    with pytest.raises(
+        InputError, match="own.jsonl:1: .*no system message beside data.system_prompt"
+    ):
         stream(write_jsonl(tmp_path / "own.jsonl", own), chat, system_prompt="Be brief.")
 
 

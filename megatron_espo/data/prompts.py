@@ -92,8 +92,7 @@ class PromptStream:
                 what = f"rows of {self._data.prompts}" if name == "fingerprint" else name
                 raise InputError(
                     f"data: cannot resume, the {what} changed since the checkpoint: expected "
-                    f"{state[name]}, got {own[name]}; restore the prompts and settings of the "
-                    "first run, or start a new one"
+                    f"{state[name]}, got {own[name]}"
                 )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
@@ -125,14 +124,9 @@ class PromptStream:
                 return f"{system}\n\n{prompt}" if system else prompt
             prompt = [{"role": "user", "content": prompt}]
         elif self._data.raw:
-            raise InputError(
-                "prompt: expected text with data.raw, got messages; set data.raw to false"
-            )
+            raise InputError("prompt: expected text with data.raw, got messages")
         if system and prompt[0]["role"] == "system":
-            raise InputError(
-                "prompt begins with a system message and data.system_prompt is set; remove one "
-                "of them"
-            )
+            raise InputError("prompt: expected no system message beside data.system_prompt")
         return [{"role": "system", "content": system}, *prompt] if system else prompt
 
     def _check_rows(self, max_response_tokens: int, max_model_len: int) -> None:

@@ -197,9 +197,7 @@ def _parquet_chunks(path: Path, wanted: Mapping[str, str]) -> Iterator[list[dict
             for chunk in _with_bar(chunks, path, file.metadata.num_rows / _CHUNK_ROWS):
                 yield chunk.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: expected a Parquet file, got an unreadable one ({error}); write it again"
-        ) from error
+        raise InputError(f"{path}: expected a Parquet file: {error}") from error
 
 
 def _with_bar(chunks: Iterable[Any], path: Path, count: float) -> Iterator[Any]:

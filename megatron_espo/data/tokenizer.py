@@ -41,26 +41,19 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.eos_ids = declared_eos if own_eos is None else declared_eos | {own_eos}
         if not self.eos_ids:
-            raise InputError(
-                f"tokenizer: {where} declares no end-of-sequence token, so no response would ever "
-                "end; set eos_token_id in the model folder's generation_config.json"
-            )
+            advice = "set eos_token_id in the model folder's generation_config.json"
+            raise InputError(f"tokenizer: {where}: no end-of-sequence token; {advice}")
         if max(self.eos_ids) >= vocab_size:
-            raise InputError(
-                f"tokenizer: expected end-of-sequence ids below {vocab_size}, the model's "
-                f"vocab_size, got {max(self.eos_ids)} for {where}; is the tokenizer another "
-                "model's?"
-            )
+            expected = f"end-of-sequence ids below {vocab_size}, the model's vocab_size"
+            got = f"{max(self.eos_ids)}; is the tokenizer another model's?"
+            raise InputError(f"tokenizer: {where}: expected {expected}, got {got}")
 
     def render(self, prompt: str | Messages) -> str:
         """The model's input as text: messages through the chat template with a generation prompt,
         text unchanged.
         """
         if not isinstance(prompt, str):
-            raise InputError(
-                "tokenizer: chat messages need a chat template and this tokenizer has none; "
-                "use text"
-            )
+            raise InputError("tokenizer: chat messages need a chat template; got none")
         return prompt
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:

@@ -26,17 +26,11 @@ from starlette.responses import JSONResponse, Response
 
 from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.files import write_durably
+from megatron_espo.rollout import server
 from megatron_espo.rollout.engine import EngineError, HttpStatusError, Phase
 from megatron_espo.rollout.guard import STATE, error_response
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
-from megatron_espo.rollout.server import (
-    PREFIX,
-    SETTINGS_VARIABLE,
-    EngineConfig,
-    package_versions,
-    run_key,
-    run_key_file,
-)
+from megatron_espo.rollout.server import PREFIX, EngineConfig, package_versions, run_key
 
 SETTINGS_FILE = "engine.json"
 _CALL_SECONDS = 5.0
@@ -93,7 +87,7 @@ async def set_lease(request: Request) -> Response:
 async def info(request: Request) -> Response:
     """Settings that an owner compares before it takes the lease, and the state of the weights."""
     return JSONResponse({
-        "settings": json.loads(os.environ[SETTINGS_VARIABLE]) | package_versions(),
+        "settings": json.loads(os.environ[server.SETTINGS_VARIABLE]) | package_versions(),
         "weights": STATE.weights,
         "version": STATE.version,
         "owner": LEASE.owner,
@@ -223,10 +217,8 @@ class LeasedServer:
     def _reason(self, address: str, error: Exception) -> str:
         folder = Path(self._config.folder)
         if _is_wrong_key(error):
-            return (
-                f"it has another key than {run_key_file(folder)}; start its keeper for this run's "
-                "folder, which both machines share"
-            )
+            key = server.run_key_file(folder)
+            return f"it has another key than {key}; start its keeper for the folder of this run"
         if isinstance(error, EngineError):
             return str(error)
         number = getattr(error, "errno", None)

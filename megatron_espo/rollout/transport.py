@@ -12,11 +12,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 
 if TYPE_CHECKING:
-    from vllm.distributed.weight_transfer.base import (
-        TrainerInitInfo,
-        TrainerWeightTransferEngine,
-        WeightSource,
-    )
+    from vllm.distributed.weight_transfer import base
 
 _OWN, _SHARED = "GPUs of its own", "the trainer's GPU"
 # Name -> where the engine runs, and a package that the transport needs besides vLLM.
@@ -130,8 +126,8 @@ def _trainer_devices(environment: Mapping[str, str]) -> list[str]:
 
 
 def make_trainer_transport(
-    name: str, *, engine: VLLMEngine | None, source: "WeightSource", rank: int
-) -> "TrainerWeightTransferEngine":
+    name: str, *, engine: VLLMEngine | None, source: "base.WeightSource", rank: int
+) -> "base.TrainerWeightTransferEngine":
     """Connect a trainer to its rollout engine. Call it on every rank, and again after a restart.
 
     Args:
@@ -153,7 +149,7 @@ def make_trainer_transport(
     return WeightTransferTrainerFactory.trainer_init(info, client=engine, source=source)  # type: ignore[arg-type]
 
 
-def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "TrainerInitInfo":
+def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.TrainerInitInfo":
     is_spanning = name in ("nccl_m2n", "sharded_rdt")
     if engine is not None and not is_spanning:
         rank = 0  # vLLM calls the sender rank 0; every engine has its own sender
@@ -215,7 +211,7 @@ def _from_rank_0(*values: Any) -> list[Any]:
 
 
 def send_weights(
-    transport: "TrainerWeightTransferEngine", engine: VLLMEngine | None, version: int
+    transport: "base.TrainerWeightTransferEngine", engine: VLLMEngine | None, version: int
 ) -> None:
     """Send the trainer's weights to the engine. Call it on every rank.
 

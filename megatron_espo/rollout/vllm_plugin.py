@@ -20,14 +20,9 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.sampling_params import RequestOutputKind
 
 from megatron_espo.models.experts import read_experts
-from megatron_espo.rollout import lease
+from megatron_espo.rollout import lease, server
 from megatron_espo.rollout.guard import STATE, Weights, error_response
-from megatron_espo.rollout.server import (
-    KEY_FILE_VARIABLE,
-    PREFIX,
-    ROUTED_EXPERTS_VARIABLE,
-    die_with_parent,
-)
+from megatron_espo.rollout.server import PREFIX
 from megatron_espo.rollout.transport import register_transports
 
 # Methods of ``worker.WorkerExtension`` with a route ``/megatron_espo/worker/<method>``.
@@ -36,8 +31,8 @@ WORKER_METHODS = ("ping", "fill_nan", "read_back_checksums", "missing_weights")
 
 def register() -> None:
     """vLLM's hook in each of its processes (``vllm.general_plugins``)."""
-    if os.environ.get(KEY_FILE_VARIABLE):  # unset in a trainer that imports vLLM
-        die_with_parent()
+    if os.environ.get(server.KEY_FILE_VARIABLE):  # unset in a trainer that imports vLLM
+        server.die_with_parent()
     register_transports()
 
 
@@ -66,7 +61,7 @@ class Routes:
         if args.load_format != "dummy":
             STATE.version = 0
             STATE.set(Weights.SERVING)
-        if os.environ.get(ROUTED_EXPERTS_VARIABLE):
+        if os.environ.get(server.ROUTED_EXPERTS_VARIABLE):
             await engine_client.collective_rpc("record_routed_experts")
         app_state.espo_lease = asyncio.create_task(lease.LEASE.watch())
 
