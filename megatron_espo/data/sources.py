@@ -69,9 +69,7 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
         values = {name: column[index].as_py() for name, column in self._columns.items()}
         prompt, metadata = values["prompt"], json.loads(values["metadata"] or "{}")
         return Row(

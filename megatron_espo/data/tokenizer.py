@@ -15,7 +15,7 @@ Messages = list[dict[str, str]]
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
-class Tokenizer:
+class _Tokenizer:
     """What both kinds of tokenizer share.
 
     Args:
@@ -56,55 +56,8 @@ class Tokenizer:
             raise InputError("tokenizer: chat messages need a chat template; got none")
         return prompt
 
-    def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Token ids of ``render(prompt)``; plain text gets the beginning-of-sequence token that the
-        model expects.
-        """
-        raise NotImplementedError
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of text, without special tokens."""
-        raise NotImplementedError
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without special tokens."""
-        raise NotImplementedError
-
-
-def load_tokenizer(
-    path: str | Path,
-    model_path: str | Path | None = None,
-    template_args: Mapping[str, Any] | None = None,
-) -> Tokenizer:
-    """Load the tokenizer at ``path``. Never contacts a hub.
-
-    Args:
-        path: a Hugging Face tokenizer folder, a SentencePiece model file, or a folder whose only
-            tokenizer is one.
-        template_args: arguments of the chat template.
-        model_path: folder with the model's ``config.json`` and ``generation_config.json`` if it is
-            not ``path``.
-
-    Raises:
-        InputError: files are missing or unreadable, there are several candidates, or no
-            end-of-sequence token.
-    """
-    path = Path(path)
-    folder = Path(model_path or (path if path.is_dir() else path.parent))
-    generation, config = (_read_json(folder / f"{n}.json") for n in ("generation_config", "config"))
-    text_config = _text_config(config)
-    vocab_size = text_config.get("vocab_size")
-    eos_ids = _declared_eos(generation, folder / "generation_config.json")
-    for part in (config, text_config):
-        eos_ids |= _declared_eos(part, folder / "config.json")
-    if path.is_dir() and any((path / name).is_file() for name in HF_FILES):
-        return HuggingFaceTokenizer(path, eos_ids, vocab_size, template_args or {})
-    if template_args:
-        raise InputError(f"data.template_args: expected none, {path} has no chat template")
-    return SentencePieceTokenizer(_find_sentencepiece(path), eos_ids, vocab_size)
-
-
-class HuggingFaceTokenizer(Tokenizer):
+class HuggingFaceTokenizer(_Tokenizer):
     """transformers' ``AutoTokenizer``."""
 
     def __init__(
@@ -149,19 +102,24 @@ class HuggingFaceTokenizer(Tokenizer):
             raise InputError(message) from error
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
+        """Token ids of ``render(prompt)``; plain text gets the beginning-of-sequence token that the
+        model expects.
+        """
         # A template writes its own special tokens.
         text = self.render(prompt)
         return list(self._tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)))
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return str(self._tokenizer.decode(list(ids), **options))
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(_Tokenizer):
     """One SentencePiece model file. It has no chat template."""
 
     def __init__(self, file: Path, eos_ids: frozenset[int], vocab_size: int | None):
@@ -188,6 +146,42 @@ class SentencePieceTokenizer(Tokenizer):
         # The vocabulary of the model may be larger. sentencepiece raises for unknown ids.
         known = self._processor.vocab_size()
         return self._processor.decode([int(i) for i in ids if i < known])
+
+
+Tokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
+
+
+def load_tokenizer(
+    path: str | Path,
+    model_path: str | Path | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    """Load the tokenizer at ``path``. Never contacts a hub.
+
+    Args:
+        path: a Hugging Face tokenizer folder, a SentencePiece model file, or a folder whose only
+            tokenizer is one.
+        template_args: arguments of the chat template.
+        model_path: folder with the model's ``config.json`` and ``generation_config.json`` if it is
+            not ``path``.
+
+    Raises:
+        InputError: files are missing or unreadable, there are several candidates, or no
+            end-of-sequence token.
+    """
+    path = Path(path)
+    folder = Path(model_path or (path if path.is_dir() else path.parent))
+    generation, config = (_read_json(folder / f"{n}.json") for n in ("generation_config", "config"))
+    text_config = _text_config(config)
+    vocab_size = text_config.get("vocab_size")
+    eos_ids = _declared_eos(generation, folder / "generation_config.json")
+    for part in (config, text_config):
+        eos_ids |= _declared_eos(part, folder / "config.json")
+    if path.is_dir() and any((path / name).is_file() for name in HF_FILES):
+        return HuggingFaceTokenizer(path, eos_ids, vocab_size, template_args or {})
+    if template_args:
+        raise InputError(f"data.template_args: expected none, {path} has no chat template")
+    return SentencePieceTokenizer(_find_sentencepiece(path), eos_ids, vocab_size)
 
 
 def _find_sentencepiece(path: Path) -> Path:

@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_espo.data.reasoning_gym_task import create_task
 from megatron_espo.errors import InputError
@@ -13,12 +13,8 @@ from megatron_espo.rewards.answers import MathJudge, extract_answer
 from megatron_espo.types import Prompt
 
 
-class RewardFunction(Protocol):
-    """Scores one response. Called in a worker process, one call at a time."""
-
-    def __call__(self, prompt: Prompt, response: str) -> float:
-        """Return the reward, a finite real number. Otherwise the response has no score."""
-        ...
+# Scores a prompt's response with a finite real number. Runs in a worker process.
+RewardFunction = Callable[[Prompt, str], float]
 
 
 def load_reward_function(name: str) -> RewardFunction:

@@ -73,14 +73,16 @@ LEASE = Lease()
 
 
 async def set_lease(request: Request) -> Response:
-    """Take, renew or end the lease: ``{"owner": name, "seconds": s, "renew": bool}``.
+    """Take, renew or (0 seconds) end the lease: ``{"owner": name, "seconds": s, "renew": bool}``.
 
     The answer is 409 if another owner has the lease, or if nobody has a lease that is renewed.
     """
     body = await request.json()
     if LEASE.owner != body["owner"] and (LEASE.owner or body["renew"]):
         return error_response(f"owned by {LEASE.owner or 'nobody'}", 409)
-    LEASE.owner, LEASE.end = body["owner"], time.monotonic() + body["seconds"]
+    # A renewal that arrives after the end of the lease must not renew it.
+    LEASE.owner = body["owner"] if body["seconds"] else "an owner that has ended its lease"
+    LEASE.end = time.monotonic() + body["seconds"]
     return JSONResponse({})
 
 
