@@ -12,7 +12,6 @@ from megatron_espo.plugins import load_object
 from megatron_espo.rewards.answers import MathJudge, extract_answer
 from megatron_espo.types import Prompt
 
-
 # Scores a prompt's response with a finite real number. Runs in a worker process.
 RewardFunction = Callable[[Prompt, str], float]
 
