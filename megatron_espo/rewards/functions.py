@@ -34,7 +34,7 @@ def load_reward_function(name: str) -> RewardFunction:
         inspect.signature(function).bind(None, None)
     except TypeError as error:  # also if it is not a function
         expected = f"expected {name} to take (prompt, response)"
-        raise InputError(f"reward.function: {expected}, got {function!r}: {error}") from None
+        raise InputError(f"reward.function: {expected}: {error}") from None
     except ValueError:  # a function in C may have no signature
         pass
     return function
