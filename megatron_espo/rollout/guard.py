@@ -107,7 +107,10 @@ class Guard:
         elif scope["method"] == "POST" and not is_control:
             if STATE.version < 0:
                 return error_response("this server has served no weights yet", 503)
-            await STATE.serving.wait()
+            # It waits itself after it read the body. Data that nobody reads would end a connection
+            # that has TCP_USER_TIMEOUT.
+            if path != f"{PREFIX}/generate":
+                await STATE.serving.wait()
         return None
 
 

@@ -71,15 +71,17 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     """Sample one response from token ids.
 
     The JSON body has ``request_id``, ``token_ids`` and ``sampling`` (fields of ``SamplingParams``).
-    The guard holds requests until weights are served. A request waits again before it answers, so
-    no token of unchecked weights leaves the server. The path ``canary`` uses weights that are not
-    served yet.
+    A request waits for served weights before it starts and again before it answers, so no token of
+    unchecked weights leaves the server. The path ``canary`` uses weights that are not served yet.
 
     The answer is in safetensors format: ``token_ids`` int32, ``logprobs`` float32 (nats),
     ``versions`` int32, and ``routed_experts`` if requested. The header ``x-finish-reason`` is
     vLLM's finish reason.
     """
     engine = raw_request.app.state.espo_engine
+    is_canary = raw_request.scope["path"] == f"{PREFIX}/canary"
+    if not is_canary:
+        await STATE.serving.wait()
     params = SamplingParams(
         **body["sampling"],
         logprobs=0,
@@ -93,7 +95,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     output = final.outputs[0]
     if output.finish_reason == "error":
         return error_response("vLLM failed at this request", 500)
-    if raw_request.url.path != f"{PREFIX}/canary":
+    if not is_canary:
         await STATE.serving.wait()
     versions = np.full(len(output.token_ids), -1, np.int32)
     for span in output.weight_versions or ():
