@@ -133,9 +133,9 @@ class HttpClient:
             "token_ids": np.asarray(token_ids).tolist(),
             "sampling": sampling.as_json(),
             "routed_experts": sampling.routed_experts,
-            "canary": canary,
         }
-        content, headers = await self._post(f"{PREFIX}/generate", body)
+        path = f"{PREFIX}/canary" if canary else f"{PREFIX}/generate"
+        content, headers = await self._post(path, body)
         arrays = load(content)
         if not np.isfinite(arrays["logprobs"]).all():
             raise EngineError(f"generate: a log-prob of request {request_id!r} is not finite")

@@ -20,14 +20,9 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.sampling_params import RequestOutputKind
 
 from megatron_espo.models.experts import read_experts
-from megatron_espo.rollout import lease
+from megatron_espo.rollout import lease, server
 from megatron_espo.rollout.guard import STATE, Weights, error_response
-from megatron_espo.rollout.server import (
-    KEY_FILE_VARIABLE,
-    PREFIX,
-    ROUTED_EXPERTS_VARIABLE,
-    die_with_parent,
-)
+from megatron_espo.rollout.server import PREFIX
 from megatron_espo.rollout.transport import register_transports
 
 # Methods of ``worker.WorkerExtension`` with a route ``/megatron_espo/worker/<method>``.
@@ -36,8 +31,8 @@ WORKER_METHODS = ("ping", "fill_nan", "read_back_checksums", "missing_weights")
 
 def register() -> None:
     """vLLM's hook in each of its processes (``vllm.general_plugins``)."""
-    if os.environ.get(KEY_FILE_VARIABLE):  # unset in a trainer that imports vLLM
-        die_with_parent()
+    if os.environ.get(server.KEY_FILE_VARIABLE):  # unset in a trainer that imports vLLM
+        server.die_with_parent()
     register_transports()
 
 
@@ -50,6 +45,7 @@ class Routes:
     def attach_router(self, app: Any) -> None:
         own = {
             "/generate": generate,
+            "/canary": generate,
             "/worker/{method}": call_worker,
             "/serve": serve,
         }
@@ -65,7 +61,7 @@ class Routes:
         if args.load_format != "dummy":
             STATE.version = 0
             STATE.set(Weights.SERVING)
-        if os.environ.get(ROUTED_EXPERTS_VARIABLE):
+        if os.environ.get(server.ROUTED_EXPERTS_VARIABLE):
             await engine_client.collective_rpc("record_routed_experts")
         app_state.espo_lease = asyncio.create_task(lease.LEASE.watch())
 
@@ -74,21 +70,17 @@ class Routes:
 async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     """Sample one response from token ids.
 
-    The JSON body has ``request_id``, ``token_ids``, ``sampling`` (fields of ``SamplingParams``) and
-    ``canary``. A canary may use weights that are not served yet. Any other request waits for served
-    weights before it starts and again before it answers, so no token of unchecked weights leaves
-    the server.
+    The JSON body has ``request_id``, ``token_ids`` and ``sampling`` (fields of ``SamplingParams``).
+    A request waits for served weights before it starts and again before it answers, so no token of
+    unchecked weights leaves the server. The path ``canary`` uses weights that are not served yet.
 
     The answer is in safetensors format: ``token_ids`` int32, ``logprobs`` float32 (nats),
     ``versions`` int32, and ``routed_experts`` if requested. The header ``x-finish-reason`` is
     vLLM's finish reason.
     """
-    engine, is_canary = raw_request.app.state.espo_engine, body.get("canary")
-    if is_canary and STATE.weights == Weights.UNUSABLE:
-        return error_response(f"canary: the weights are {STATE.weights}", 409)
+    engine = raw_request.app.state.espo_engine
+    is_canary = raw_request.scope["path"] == f"{PREFIX}/canary"
     if not is_canary:
-        if STATE.version < 0:
-            return error_response("this server has served no weights yet", 503)
         await STATE.serving.wait()
     params = SamplingParams(
         **body["sampling"],
@@ -159,8 +151,6 @@ async def call_worker(method: str, request: Request) -> Response:
 
 async def serve(request: Request) -> Response:
     """Serve the weights that arrived as policy version ``{"version": n}``."""
-    if STATE.weights == Weights.UNUSABLE:
-        return error_response("serve: no finished weight update", 409)
     STATE.version = (await request.json())["version"]
     STATE.set(Weights.SERVING)
     return JSONResponse({})
