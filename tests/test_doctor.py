@@ -135,6 +135,12 @@ def test_a_small_shared_memory_is_broken(monkeypatch, tmp_path):
     assert doctor.shared_memory_row(str(tmp_path / "absent")).state == MISSING
 
 
+def test_a_host_name_without_an_address_is_broken():
+    row = doctor.host_name_row("no-such-host.invalid")
+    assert row.state == BROKEN and "--local-addr 127.0.0.1" in row.advice
+    assert doctor.host_name_row("localhost").state == WORKS
+
+
 @pytest.mark.parametrize("absent, code", [("apex", 0), ("torch", 1)])
 def test_the_exit_code_counts_only_needed_rows(monkeypatch, capsys, absent, code):
     probes = [Probe(name, "", "get it", (name,), name != "apex") for name in ("torch", "apex")]

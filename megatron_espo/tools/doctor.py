@@ -7,6 +7,7 @@ Runs with the standard library alone.
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -125,6 +126,7 @@ def main(timeout: float = 180.0) -> int:
     with ThreadPoolExecutor(max_workers=2) as pool:
         rows = list(pool.map(lambda probe: run_probe(probe, timeout), PROBES))
     rows += [shared_memory_row("/dev/shm"), reward_isolation_row(), limits_row()]
+    rows.append(host_name_row(socket.gethostname()))
     print(*rows, sep="\n")
     failed = [f"{row.name} is {row.state}" for row in rows if row.needed and row.state != WORKS]
     print(f"Training cannot run here: {', '.join(failed)}." if failed else "Training can run here.")
@@ -193,6 +195,16 @@ def limits_row() -> Row:
         advice = "a run of many ranks needs ulimit -n 65536 (in Slurm: LimitNOFILE of slurmd)"
         return Row("limits", BROKEN, found, advice)
     return Row("limits", WORKS, found)
+
+
+def host_name_row(name: str) -> Row:
+    """Whether this machine's host name has an address, which the ranks of torchrun look up."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        advice = "it has no address, and torchrun waits for one: add it to /etc/hosts, or on one "
+        return Row("host name", BROKEN, name, advice + "machine torchrun --local-addr 127.0.0.1")
+    return Row("host name", WORKS, name)
 
 
 def shared_memory_row(folder: str) -> Row:
