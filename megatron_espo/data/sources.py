@@ -438,12 +438,12 @@ def _check_record(
         messages = [{n: v for n, v in message.items() if v is not None} for message in prompt]
         kind = "\n".join(message["role"] for message in messages)
         prompt = json.dumps(messages, ensure_ascii=False)
+    identifier = None if identifier is None else str(identifier)
     try:
-        prompt.encode(), answer.encode()
+        f"{prompt}{answer}{identifier}".encode()
     except UnicodeEncodeError as error:
         problems.add(where, f"expected valid Unicode, got a lone surrogate ({error})")
         return None
-    identifier = None if identifier is None else str(identifier)
     return identifier, prompt, is_chat, None, kind, answer, encoded
 
 
