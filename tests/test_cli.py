@@ -158,7 +158,7 @@ def test_a_terminal_without_utf_8(folder, environment):
     arguments = ["report", "größe/Läufe \N{BOX DRAWINGS LIGHT HORIZONTAL}"]
     done = run(folder, "-m", "megatron_espo", *arguments, **environment)
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
-    text = "print('\N{FULL BLOCK}')"
+    text = r"print('\u2588')"
     prepared = f"from megatron_espo import cli; cli._prepare_process(); {text}"
     done = run(folder, "-c", prepared, **environment)
     assert done.returncode == 0, done.stderr

@@ -75,6 +75,7 @@ def test_a_torchvision_built_for_another_torch_is_named(install):
         ),
         ("import time; time.sleep(60)", "did not import within 2 s"),
         ("raise ValueError('something else')", "ValueError: something else"),
+        ("import os; os.write(2, b'\\xff'); raise ValueError('odd')", "ValueError: odd"),
     ],
 )
 def test_a_broken_package_gets_advice(install, code, advice):

@@ -15,10 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 GIB = 2**30
 MIN_FILES = 4096
 WORKS, MISSING, BROKEN = "works", "missing", "broken"
+# Packages print any bytes, and the locale may be ASCII.
+_TEXT: Any = {"capture_output": True, "text": True, "errors": "replace"}
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,7 @@ def _run_code(code: str, timeout: float) -> tuple[str, str]:
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", script]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=os.environ | quiet
-        )
+        done = subprocess.run(command, env=os.environ | quiet, timeout=timeout, **_TEXT)
     except subprocess.TimeoutExpired:
         return "", f"did not import within {timeout:g} s"
     if done.returncode == 0:
@@ -224,7 +225,7 @@ def reward_isolation_row() -> Row:
     code = "import sys, sandbox\nprint(sandbox.isolate(sys.argv[1], 1 << 20))"
     command, path = [sys.executable, "-c", code], Path(__file__).parents[1] / "rewards"
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, folder], cwd=path, capture_output=True, text=True)
+        done = subprocess.run([*command, folder], cwd=path, **_TEXT)
     refused = (done.stdout or done.stderr or "no answer").strip().splitlines()[-1]
     if refused == "None":
         return Row("reward isolation", WORKS, "no network, files, orphans")
