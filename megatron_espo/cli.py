@@ -126,6 +126,11 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         _report(error, checked=hasattr(args, "checked"))
         return 2
+    except OSError as error:
+        if error.filename is None or args.command == "train":  # a run reports its own failures
+            raise
+        _report(InputError(f"{error.filename}: {error.strerror}"), checked=True)
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -53,6 +53,11 @@ def test_std_is_the_unbiased_one():
     torch.testing.assert_close(found, torch.tensor([[-0.5, -0.5, -0.5, 1.5]]))
 
 
+def test_float64_rewards_are_compared_in_float64():
+    rewards = torch.tensor([[2.0**24, 2.0**24 + 1]], dtype=torch.float64)
+    assert group_advantages(rewards, "dr_grpo").tolist() == [[-0.5, 0.5]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_rewards_give_exactly_zero(method, dtype):

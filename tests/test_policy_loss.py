@@ -293,14 +293,21 @@ def test_forward_step_trains_the_hidden_states(algorithm, monkeypatch):
             context=head["output_processor_context"],
         )  # fmt: skip
 
-    recorded = []
-    step = make_forward_step(
-        algorithm,
-        groups=SimpleNamespace(tp=None, cp=SimpleNamespace(size=lambda: 1)),
-        vocab_size=VOCAB, temperature=0.7, max_response_tokens=16,
-        record=lambda *seen: recorded.append(seen),
-    )  # fmt: skip
-    output, loss_function = step(iter([batch]), model)
+    recorded, replayed = [], []
+    replay = SimpleNamespace(
+        give=lambda *seen: replayed.append(("give", *seen)),
+        follow=lambda *seen: replayed.append(("follow", *seen)),
+    )
+    options = {
+        "groups": SimpleNamespace(tp=None, cp=SimpleNamespace(size=lambda: 1)),
+        "vocab_size": VOCAB, "temperature": 0.7, "max_response_tokens": 16,
+        "record": lambda *seen: recorded.append(seen), "router_replay": replay,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="budget_bytes is 1"):
+        make_forward_step(algorithm, **options, head_budget_bytes=1)(iter([batch]), model)
+    replayed.clear()
+    output, loss_function = make_forward_step(algorithm, **options)(iter([batch]), model)
+    assert replayed == [("give", model, None), ("follow", model, None, output)]
     loss, count, _ = loss_function(output)
     loss.backward()
     assert len(recorded) == 1 and int(count) == totals.num_tokens

@@ -208,6 +208,7 @@ def test_parquet_equals_jsonl(tmp_path):
         ),
         ({"prompt": "x", "answer": "x", "id": "a"}, "id 'a' is already used by .*p.jsonl:1"),
         ('{"prompt": "\\ud800", "answer": "x"}', "lone surrogate"),
+        ('{"prompt": "x", "answer": "x", "id": "\\ud800"}', "lone surrogate"),
     ],
 )
 def test_bad_row_raises(tmp_path, row, message):

@@ -61,7 +61,7 @@ def test_sentencepiece_folder_with_model_configs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 32064, "eos_token_id": 5}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.eos_ids == {2, 5, 7, 9} and tokenizer.vocab_size == 32064
+    assert tokenizer.eos_ids == {2, 7, 9} and tokenizer.vocab_size == 32064
     assert (
         tokenizer.decode([*tokenizer.encode_prompt("four"), 32063]) == "four"
     )  # a column without a piece
@@ -98,9 +98,11 @@ def test_eos_and_vocab_come_from_the_model_folder(tmp_path):
     )
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 4}))
     tokenizer = load_tokenizer(folder, model_path=model)
-    assert tokenizer.eos_ids == {2, 3, 4} and tokenizer.vocab_size == 512
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 4]}))
-    assert load_tokenizer(folder, model_path=model).eos_ids == {2, 3, 4}
+    assert tokenizer.eos_ids == {2, 4} and tokenizer.vocab_size == 512
+    # config.json counts where generation_config.json names no token.
+    for declared, expected in (([-1, 4], {2, 4}), ([-1], {2, 3}), (None, {2, 3})):
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": declared}))
+        assert load_tokenizer(folder, model_path=model).eos_ids == expected
 
 
 def test_errors_of_a_template_are_input_errors(tmp_path):

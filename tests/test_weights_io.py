@@ -135,8 +135,11 @@ def test_the_export_has_the_tokenizer_of_the_run(tmp_path, source_dir):
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text('{"other": 1}')
     (tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    generation = '{"eos_token_id":  [7, 9]}'
+    (source_dir / "generation_config.json").write_text(generation)
     options = (source_dir, torch.float32, 1 << 20)
     write_folder(METADATA, iter(STREAM), out, *options, tokenizer=str(tokenizer))
+    assert (out / "generation_config.json").read_text() == generation
     assert (out / "tokenizer.json").read_text() == '{"other": 1}'
     assert (out / "chat_template.jinja").is_file()
     (tmp_path / "spm.model").write_bytes(b"model")

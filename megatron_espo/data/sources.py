@@ -267,7 +267,7 @@ def _check_record(
         roles = "\n".join(message["role"] for message in messages)
         prompt = _encode_text(messages)
     try:
-        prompt.encode(), answer.encode()
+        f"{prompt}{answer}{identifier}".encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"expected valid Unicode, got a lone surrogate ({error})") from None
     identifier = default_id if identifier is None else str(identifier)

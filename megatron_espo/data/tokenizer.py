@@ -174,9 +174,12 @@ def load_tokenizer(
     generation, config = (_read_json(folder / f"{n}.json") for n in ("generation_config", "config"))
     text_config = _text_config(config)
     vocab_size = text_config.get("vocab_size")
-    eos_ids = _declared_eos(generation, folder / "generation_config.json")
-    for part in (config, text_config):
-        eos_ids |= _declared_eos(part, folder / "config.json")
+    # Like transformers and vLLM: config.json counts if generation_config.json names no token.
+    eos_ids = (
+        _declared_eos(generation, folder / "generation_config.json")
+        or _declared_eos(config, folder / "config.json")
+        or _declared_eos(text_config, folder / "config.json")
+    )
     if path.is_dir() and any((path / name).is_file() for name in HF_FILES):
         return HuggingFaceTokenizer(path, eos_ids, vocab_size, template_args or {})
     if template_args:

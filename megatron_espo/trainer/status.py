@@ -85,7 +85,7 @@ def _report_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> N
         return
     except OSError:  # Disk full or no permission: reporting twice is better than never.
         pass
-    why = f"{type(error).__name__}: {error}"
+    why = f"{type(error).__name__}: {error}".removesuffix(": ")  # KeyboardInterrupt has no text
     if not isinstance(error, InputError):
         lost = any(word in why for word in ("peer", "remote process"))  # in gloo and NCCL errors
         gone = "".join(f"{name} has died; " for name in watchdog.gone(wait_s=2.0 * lost))
