@@ -204,9 +204,9 @@ def _load_config(args: argparse.Namespace) -> Any:
     config = load_config(args.config, args.overrides)
     if args.command != "eval":  # eval has no ranks
         checks.check_world_size(config, _world_size())
-    hf_config = checks.check_model(config)
+    spec = checks.check_model(config)
     if args.command == "train":
-        checks.check_router(config, hf_config)
+        checks.check_router(config, spec)
     if args.command in ("train", "eval"):
         _check_open_files()
         checks.check_paths(config)

@@ -13,34 +13,8 @@ from megatron_espo.config import model_folder
 from megatron_espo.config.rules import Problems, expect
 from megatron_espo.config.schema import Config, Megatron
 from megatron_espo.errors import InputError
-from megatron_espo.models.experts import Experts, read_experts
-from megatron_espo.models.rope import read_rope
-
-# Supported architectures: (QKV bias, norms on queries and keys).
-ARCHITECTURES = {
-    "LlamaForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
-    "Qwen3MoeForCausalLM": (False, True),
-    "MistralForCausalLM": (False, False),
-}
-FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "MistralForCausalLM": "mistral",
-}
-# Keys that config.json must have.
-SIZES = (
-    "num_attention_heads",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
-EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+from megatron_espo.models.registry import read_spec
+from megatron_espo.models.spec import Experts, ModelSpec
 
 
 def check_world_size(config: Config, world_size: int) -> int:
@@ -94,73 +68,29 @@ def _rank_problems(config: Config, world_size: int, dp: int) -> Problems:
         yield expect("rollout.prompts_per_step", expected, responses, "start fewer ranks")
 
 
-def check_model(config: Config, hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Check layout and lengths against the model.
+def check_model(config: Config, spec: ModelSpec | None = None) -> ModelSpec:
+    """Check layout and lengths against the model, and return it.
 
     Args:
-        hf_config: content of ``config.json``. ``None`` reads it from ``model.path`` and also checks
-            the weight and tokenizer files there.
-
-    Returns:
-        The content of ``config.json``.
+        spec: the model. ``None`` reads it from ``model.path`` and also checks the weight and
+            tokenizer files there.
 
     Raises:
         InputError: lists every problem.
     """
-    is_folder = hf_config is None
-    if hf_config is None:
+    is_folder = spec is None
+    if spec is None:
         _raise(config, model_folder.problems(config.model.path, config.model.tokenizer))
-        hf_config = read_hf_config(config)
-    architectures = hf_config.get("architectures")
-    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture not in ARCHITECTURES:
-        expected = f"an architecture out of {', '.join(ARCHITECTURES)}"
-        _fail(
-            config, "model.path", f'expected {expected}, got {architecture} ("{config.model.path}")'
-        )
-    # transformers 5 writes num_experts under another name.
-    known = {"num_experts": hf_config.get("num_local_experts"), **hf_config}
-    sizes = SIZES + EXPERT_SIZES if "Moe" in architecture else SIZES
-    if missing := [key for key in sizes if not _is_size(known.get(key))]:
-        expected = f"positive integers {', '.join(missing)} in config.json"
-        _fail(config, "model.path", f'expected {expected}, found none ("{config.model.path}")')
-    _raise(config, _family_problems(hf_config))
-    _raise(config, _layout_problems(config, hf_config))
-    _raise(config, _length_problems(config, hf_config))
+        spec = read_model(config)
+    _raise(config, _layout_problems(config, spec))
+    _raise(config, _length_problems(config, spec))
     if is_folder:
-        tensors = model_folder.tensor_problems(Path(config.model.path), hf_config)
+        tensors = model_folder.tensor_problems(Path(config.model.path), spec)
         _raise(config, (("model.path", message) for message in tensors))
-    return hf_config
+    return spec
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _family_problems(hf: dict[str, Any]) -> Problems:
-    """What Megatron-Core's model of these families cannot compute."""
-    key, family = "model.path", FAMILIES[hf["architectures"][0]]
-    if (got := hf.get("model_type", family)) != family:
-        yield key, f"config.json: model_type: expected {family} for the architecture, got {got!r}"
-    if (activation := hf.get("hidden_act", "silu")) != "silu":
-        yield key, f"config.json: hidden_act: expected silu, got {activation!r}"
-    heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads")
-    if groups is not None and not (_is_size(groups) and heads % groups == 0):
-        expected = f"a divisor of num_attention_heads ({heads})"
-        yield key, f"config.json: num_key_value_heads: expected {expected}, got {groups!r}"
-    head_dim = hf.get("head_dim")
-    if head_dim is None and hf["hidden_size"] % heads:
-        expected = f"it, because {heads} heads do not divide hidden_size {hf['hidden_size']}"
-        yield key, f"config.json: head_dim: expected {expected}, found none"
-    if head_dim is not None and not _is_size(head_dim):
-        yield key, f"config.json: head_dim: expected an integer above 0, got {head_dim!r}"
-    try:
-        read_rope(hf)
-    except InputError as error:
-        yield key, str(error)
-
-
-def check_router(config: Config, hf_config: dict[str, Any]) -> None:
+def check_router(config: Config, spec: ModelSpec) -> None:
     """Check that a model with experts uses router replay or a rollout correction.
 
     Raises:
@@ -168,7 +98,7 @@ def check_router(config: Config, hf_config: dict[str, Any]) -> None:
     """
     correction = config.algorithm.rollout_correction
     is_corrected = correction in ("token", "sequence", "geometric")
-    if read_experts(hf_config) and not config.rollout.router_replay and not is_corrected:
+    if spec.experts and not config.rollout.router_replay and not is_corrected:
         expected = "token, sequence or geometric for a model with experts without router_replay"
         advice = "engine and trainer choose different experts for some tokens"
         key = "algorithm.rollout_correction"
@@ -208,11 +138,11 @@ def _path_problems(config: Config) -> Problems:
         yield expect("run.dir", "a writable folder", folder, f"{error.strerror}")
 
 
-def read_hf_config(config: Config) -> dict[str, Any]:
+def read_model(config: Config) -> ModelSpec:
     """Read ``config.json`` of the model folder.
 
     Raises:
-        InputError: it is not a JSON object.
+        InputError: it is not a JSON object, or a model that the package cannot train.
     """
     path = Path(config.model.path, "config.json")
     if not path.is_file():
@@ -226,49 +156,55 @@ def read_hf_config(config: Config) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(loaded, dict):
-            return loaded
+            return parse_model(config, loaded)
         reason = f"a JSON {type(loaded).__name__}"
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__} ({error})"
     _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
 
 
-def _layout_problems(config: Config, hf: dict[str, Any]) -> Problems:
-    m, experts, heads = config.megatron, read_experts(hf), hf["num_attention_heads"]
+def parse_model(config: Config, hf_config: dict[str, Any]) -> ModelSpec:
+    """Read the content of a ``config.json``; InputError as :func:`read_model`."""
+    try:
+        return read_spec(hf_config, config.model.family)
+    except InputError as error:
+        _raise(config, (("model.path", line) for line in str(error).splitlines()))
+        raise
+
+
+def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
+    m, experts, heads = config.megatron, spec.experts, spec.num_attention_heads
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     vpp = m.virtual_pipeline_model_parallel_size
     key = "megatron.tensor_model_parallel_size"
     yield from _check_divides(key, tp, heads, "attention heads")
     # Megatron could replicate key-value heads; the weight update needs one owner for each.
-    yield from _check_divides(key, tp, hf.get("num_key_value_heads") or heads, "key-value heads")
+    yield from _check_divides(key, tp, spec.num_key_value_heads, "key-value heads")
     if experts is None or not all(experts.layers):
-        yield from _check_divides(key, tp, hf["intermediate_size"], "feed-forward columns")
-    layers = hf["num_hidden_layers"]
+        yield from _check_divides(key, tp, spec.intermediate_size, "feed-forward columns")
+    layers = spec.num_hidden_layers
     if vpp is None:
         yield from _check_divides("megatron.pipeline_model_parallel_size", pp, layers, "layers")
     elif layers % (pp * vpp):
         expected = f"PP x VPP to divide the model's {layers} layers"
         got = f"{pp} x {vpp} = {pp * vpp}"
         yield "megatron.virtual_pipeline_model_parallel_size", f"expected {expected}, got {got}"
-    yield from _expert_problems(m, experts, hf["architectures"][0])
-    ffn = (experts.ffn if experts else hf["intermediate_size"]) // tp
+    yield from _expert_problems(m, experts, spec.architecture)
+    ffn = (experts.ffn if experts else spec.intermediate_size) // tp
     for what, count in (
-        ("hidden columns", hf["hidden_size"]),
+        ("hidden columns", spec.hidden_size),
         ("feed-forward columns per rank", ffn),
     ):
         if m.fp8 and count % 16:
             expected = f"null with {count} {what} (8-bit products need multiples of 16)"
             yield "megatron.fp8", f"expected {expected}, got {m.fp8}"
     # A row of float32 logits, and a copy in the training dtype where that is narrower.
-    row = hf["vocab_size"] // tp * (6 if config.model.dtype == "bfloat16" else 4)
+    row = spec.vocab_size // tp * (6 if config.model.dtype == "bfloat16" else 4)
     if m.head_memory_mib is not None and m.head_memory_mib << 20 < row:
         expected = f"at least {-(-row >> 20)} (one token's logits)"
         yield "megatron.head_memory_mib", f"expected {expected}, got {m.head_memory_mib}"
     key = "rollout.tensor_parallel_size"
     yield from _check_divides(key, config.rollout.tensor_parallel_size, heads, "attention heads")
-    if hf.get("quantization_config"):
-        got = "a quantization_config in config.json"
-        yield "model.path", f"expected unquantised weights, got {got}; use the bfloat16 model"
 
 
 def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) -> Problems:
@@ -292,8 +228,8 @@ def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) ->
         yield "megatron.sequence_parallel", f"expected {expected}, got false"
 
 
-def _length_problems(config: Config, hf: dict[str, Any]) -> Problems:
-    context, longest = hf["max_position_embeddings"], config.rollout.max_response_tokens
+def _length_problems(config: Config, spec: ModelSpec) -> Problems:
+    context, longest = spec.max_position_embeddings, config.rollout.max_response_tokens
     limit = config.rollout.max_model_len or context
     if limit > context:
         expected = f"at most the model's context (max_position_embeddings {context})"
@@ -301,9 +237,7 @@ def _length_problems(config: Config, hf: dict[str, Any]) -> Problems:
     if longest >= limit:
         expected = f"less than the context of {limit} tokens, which includes the prompt"
         yield "rollout.max_response_tokens", f"expected {expected}, got {longest}"
-    # Qwen models use their window only with use_sliding_window; Mistral always uses it.
-    is_used = hf.get("use_sliding_window", not hf["architectures"][0].startswith("Qwen"))
-    window = hf.get("sliding_window") if is_used else None
+    window = spec.sliding_window
     if window and window < min(limit, context):
         expected = (
             f"at most {window}, the model's attention window (sliding windows are not supported)"

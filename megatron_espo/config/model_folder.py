@@ -9,7 +9,7 @@ from typing import Any
 from megatron_espo.config.rules import Problems
 from megatron_espo.errors import InputError
 from megatron_espo.files import safetensors_header
-from megatron_espo.models.families import ignored_tensors, tensor_shapes
+from megatron_espo.models.spec import ModelSpec
 
 # Each entry is a set of files that makes a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -83,7 +83,7 @@ def _weight_problems(folder: Path) -> Iterator[str]:
             yield str(error)
 
 
-def tensor_problems(folder: Path, hf_config: dict[str, Any]) -> Iterator[str]:
+def tensor_problems(folder: Path, spec: ModelSpec) -> Iterator[str]:
     """Yield a message for the first missing, unknown, misshapen or non-float tensor.
 
     Reads headers only. The folder has no problem of :func:`problems`.
@@ -91,7 +91,7 @@ def tensor_problems(folder: Path, hf_config: dict[str, Any]) -> Iterator[str]:
     Raises:
         InputError: no table for the model's family.
     """
-    shapes, ignored = tensor_shapes(hf_config), ignored_tensors(hf_config)
+    shapes, ignored = spec.tensor_shapes, spec.ignored_tensors
     file_of, entries = _stored_tensors(folder)
     config = f"{folder / 'config.json'}"
     if missing := sorted(shapes.keys() - entries.keys()):

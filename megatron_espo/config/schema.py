@@ -69,9 +69,13 @@ class Model(Section):
     exporter: str | None = Field(None, min_length=1)
     """Your module:function(chunks, hf_config), called on every rank. It returns an iterator of
     (Hugging Face name, whole tensor) and replaces the built-in weight export to the engine."""
+    family: str | None = Field(None, min_length=1)
+    """Your module:Class, a subclass of megatron_espo.models.spec.ModelSpec. null chooses a built-in
+    family by the architecture in config.json."""
 
     def problems(self) -> Problems:
         yield from rules.check_function("exporter", self.exporter)
+        yield from rules.check_function("family", self.family)
 
 
 class Megatron(Section):

@@ -6,8 +6,7 @@ from typing import Any
 import psutil  # accelerate requires it
 import torch
 
-from megatron_espo.models.experts import read_experts
-from megatron_espo.models.families import model_sizes
+from megatron_espo.models.spec import ModelSpec
 
 GIB = 2**30
 # Dense bfloat16 FLOP/s from the vendors' data sheets. The first name that is part of the device's
@@ -27,12 +26,11 @@ _PARTS = {"verify", "canary"}  # phases inside another one
 _PHASE_NAMES = {"sync": "weight update"}
 
 
-def matmul_parameters(hf_config: dict[str, Any]) -> int:
+def matmul_parameters(spec: ModelSpec) -> int:
     """Number of weights in a token's matrix products: attention, feed-forward (chosen experts only)
     and output layer.
     """
-    size, experts = model_sizes(hf_config), read_experts(hf_config)
-    layers = hf_config["num_hidden_layers"]
+    size, experts, layers = spec.sizes, spec.experts, spec.num_hidden_layers
     sparse = sum(experts.layers) if experts else 0
     attention = 2 * size["hidden"] * (size["query"] + size["key"])
     feed_forward = (layers - sparse) * 3 * size["ffn"]
@@ -42,15 +40,15 @@ def matmul_parameters(hf_config: dict[str, Any]) -> int:
     return layers * attention + size["hidden"] * (feed_forward + size["vocab"])
 
 
-def training_flops(hf_config: dict[str, Any], lengths: Sequence[int]) -> float:
+def training_flops(spec: ModelSpec, lengths: Sequence[int]) -> float:
     """FLOPs of forward and backward over sequences of ``lengths`` tokens with causal attention,
     without recomputation.
     """
     # Two products (scores, values) of 2 x query width FLOPs for each of T^2 / 2 pairs. Backward is
     # twice the forward.
-    attention = 6 * hf_config["num_hidden_layers"] * model_sizes(hf_config)["query"]
+    attention = 6 * spec.num_hidden_layers * spec.sizes["query"]
     pairs = sum(length**2 for length in lengths)
-    return 6.0 * matmul_parameters(hf_config) * sum(lengths) + attention * pairs
+    return 6.0 * matmul_parameters(spec) * sum(lengths) + attention * pairs
 
 
 def peak_flops(dtype: str) -> float | None:

@@ -129,13 +129,14 @@ def engine_config(
     config: Config,
     max_model_len: int,
     *,
-    routed_experts: bool = False,
+    expert_layers: list[int] | None = None,
     load_weights: bool = False,
     listen: str | None = None,
 ) -> EngineConfig:
     """Return the settings of this rank's rollout engine.
 
     Args:
+        expert_layers: layers whose experts are returned; ``None``: no experts are.
         load_weights: load the weights of the model folder, in a child process on this machine.
         listen: address of its server; ``None``: chosen by the server.
     """
@@ -166,7 +167,8 @@ def engine_config(
         host_timeout_s=rollout.host_timeout_s,
         listen=listen,
         sleep=rollout.sleep and not load_weights,
-        routed_experts=routed_experts,
+        routed_experts=expert_layers is not None,
+        expert_layers=expert_layers or [],
         load_weights=load_weights,
         engine_args=rollout.engine_args,
     )
@@ -257,7 +259,7 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
     run_dir, model, limits = config.run.dir, config.model.path, config.environment
     os.makedirs(run_dir, exist_ok=True)
     tokenizer = load_tokenizer(config.model.tokenizer or model, model, config.data.template_args)
-    length = config.rollout.max_model_len or check_model(config)["max_position_embeddings"]
+    length = config.rollout.max_model_len or check_model(config).max_position_embeddings
     evaluator = Evaluator(config, tokenizer, length)
     environment = load_environment(limits.name, limits.args)
     loop, phases = LoopThread(), Phases(draw=True)

@@ -61,6 +61,7 @@ class EngineConfig:
         visible_devices: CUDA_VISIBLE_DEVICES of the server; ``None``: inherited.
         sleep: enable vLLM's sleep mode.
         routed_experts: return the experts that each token was routed to.
+        expert_layers: indices of the layers whose experts are returned; empty: all.
         hosts: addresses of servers on other machines, in the order of preference; empty: the
             server is a child of this process.
         host_timeout_s: limit without contact between a server on another machine and its owner.
@@ -84,6 +85,7 @@ class EngineConfig:
     visible_devices: str | None = None
     sleep: bool = False
     routed_experts: bool = False
+    expert_layers: list[int] = field(default_factory=list)
     hosts: tuple[str, ...] = ()
     host_timeout_s: float = 60.0
     listen: str | None = None

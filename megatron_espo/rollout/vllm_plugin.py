@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 from argparse import Namespace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +18,6 @@ from vllm import SamplingParams
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.sampling_params import RequestOutputKind
 
-from megatron_espo.models.experts import read_experts
 from megatron_espo.rollout import lease, server
 from megatron_espo.rollout.guard import STATE, Weights, error_response
 from megatron_espo.rollout.server import PREFIX
@@ -54,10 +52,9 @@ class Routes:
 
     async def init_state(self, engine_client: Any, app_state: Any, args: Namespace) -> None:
         app_state.espo_engine = engine_client
-        model = Path(engine_client.vllm_config.model_config.model, "config.json")
-        experts = read_experts(json.loads(model.read_text(encoding="utf-8")))
-        layers = enumerate(experts.layers if experts else ())
-        app_state.espo_expert_layers = [i for i, has_experts in layers if has_experts]
+        app_state.espo_expert_layers = json.loads(os.environ[server.SETTINGS_VARIABLE])[
+            "expert_layers"
+        ]
         if args.load_format != "dummy":
             STATE.version = 0
             STATE.set(Weights.SERVING)
@@ -109,7 +106,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
         count = len(final.prompt_token_ids) + len(output.token_ids) - 1
         experts = await _routed_experts(engine, output, body["request_id"], count)
         if len(experts) >= count:
-            layers = raw_request.app.state.espo_expert_layers
+            layers = raw_request.app.state.espo_expert_layers or slice(None)
             arrays["routed_experts"] = np.ascontiguousarray(experts[:count, layers])
         elif output.finish_reason != "abort":
             return error_response(

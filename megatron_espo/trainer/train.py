@@ -24,6 +24,7 @@ from megatron_espo.distributed import runtime as distributed_runtime
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.distributed.stop_request import Stopped, StopRequest
 from megatron_espo.megatron.actor import Actor
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.profiler import StepProfiler
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.monitoring.report import draw_learning_curve, write_summary
@@ -47,13 +48,13 @@ def train(config: Config) -> None:
     ``summary.json``, ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained
     model in ``hf/``.
     """
-    started, hf_config = time.perf_counter(), check_model(config)
-    check_router(config, hf_config)
+    started, spec = time.perf_counter(), check_model(config)
+    check_router(config, spec)
     sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
     runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
     with (
         reported(config, runtime) as heartbeat,
-        Run(config, hf_config, runtime, heartbeat) as run,
+        Run(config, spec, runtime, heartbeat) as run,
     ):
         for step in range(run.step + 1, config.run.steps + 1):
             with run.profiler.step(step):
@@ -90,7 +91,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        hf_config: dict[str, Any],
+        spec: ModelSpec,
         runtime: Runtime,
         heartbeat: Callable[..., None],
     ) -> None:
@@ -98,15 +99,15 @@ class Run:
         self.stop = StopRequest(folder, config.run.max_seconds)
         self.checkpoints = Checkpoints(config)
         checkpoint = self.checkpoints.find()
-        self.rollouts = rollouts = RolloutManager(config, hf_config, runtime, self.stop)
+        self.rollouts = rollouts = RolloutManager(config, spec, runtime, self.stop)
         try:
             self.phases = Phases(runtime.is_main, heartbeat)
-            self.reporter = Reporter(config, hf_config, runtime, rollouts.tokenizer)
+            self.reporter = Reporter(config, spec, runtime, rollouts.tokenizer)
             log = f"the engine's log: {folder / 'engine.log'}"
             self._log(f"loading {config.model.path} on {runtime.world_size} ranks; {log}")
             if config.rollout.sleep and not config.run.replay:
                 start_asleep(rollouts.engine, config.rollout.timeout_s)
-            self.actor = Actor(config, hf_config, runtime, self.reporter.record)
+            self.actor = Actor(config, spec, runtime, self.reporter.record)
             if self.actor.updates_per_step == 1:
                 self._log(
                     "warning: algorithm.num_mini_batches 1: with one update of each rollout batch "
@@ -124,7 +125,7 @@ class Run:
                 self._log(f"nothing to train: {done}; raise run.steps to continue")
             sync: WeightSync | NoSync = NoSync()
             if not config.run.replay:
-                parts = (config, hf_config, self.actor, runtime, rollouts.engine, rollouts.canary())
+                parts = (config, spec, self.actor, runtime, rollouts.engine, rollouts.canary())
                 sync = WeightSync(*parts, on_served=rollouts.connect)
             self.colocation = Colocation(config, self.actor, sync, self.phases)
             self.colocation.update_engine(version=self.step)
@@ -229,7 +230,7 @@ class Run:
                 self.colocation.all_on_device(steps, last=True),
                 self.phases.phase("export", steps, steps),
             ):
-                model, groups = (self.actor.chunks, self.actor.hf_config), self.runtime.groups
+                model, groups = (self.actor.chunks, self.actor.spec), self.runtime.groups
                 paths = (folder / "hf", config.model.path)
                 save_hf(*model, *paths, groups, dtype, tokenizer=config.model.tokenizer)
         if self.runtime.is_main:

@@ -8,15 +8,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from megatron_espo.config.model_folder import OWN_HEAD
+from megatron_espo.config.model_folder import OWN_HEAD, tensor_problems
 from megatron_espo.errors import InputError
-from megatron_espo.models.families import (
-    ignored_tensors,
-    is_tied,
-    model_groups,
-    tensor_shapes,
-)
 from megatron_espo.models.layouts import shard_into
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.binding import ShardRanks, bind
 from megatron_espo.weights.hf_reader import CheckpointFolder
 from megatron_espo.weights.hf_writer import write_folder
@@ -25,16 +20,17 @@ from megatron_espo.weights.source import WeightGatherer
 _ROWS = 4096  # of the vocabulary, read at a time
 
 
-def open_checkpoint(hf_config: dict[str, Any], path: str | Path) -> CheckpointFolder:
-    """Open a Hugging Face folder and check its tensor names. Reads headers only.
+def open_checkpoint(spec: ModelSpec, path: str | Path) -> CheckpointFolder:
+    """Open a Hugging Face folder and check its tensors. Reads headers only.
 
     Raises:
-        InputError: an unreadable file, a missing tensor or an unknown one.
+        InputError: an unreadable file, or a missing, unknown or misshapen tensor.
     """
     folder = CheckpointFolder(path)
-    folder.check_names(tensor_shapes(hf_config), ignored_tensors(hf_config))
-    if is_tied(hf_config) and "lm_head.weight" in folder.names:
-        _check_tied_head(folder, (hf_config["vocab_size"], hf_config["hidden_size"]))
+    for problem in tensor_problems(folder.path, spec):
+        raise InputError(problem)
+    if spec.tie_word_embeddings and "lm_head.weight" in folder.names:
+        _check_tied_head(folder, (spec.vocab_size, spec.hidden_size))
     return folder
 
 
@@ -52,7 +48,7 @@ def _check_tied_head(folder: CheckpointFolder, shape: tuple[int, int]) -> None:
 @torch.no_grad()
 def load_hf_weights(
     chunks: Sequence[torch.nn.Module],
-    hf_config: dict[str, Any],
+    spec: ModelSpec,
     path: str | Path,
     pg_collection: Any,
 ) -> None:
@@ -64,7 +60,7 @@ def load_hf_weights(
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
-        hf_config: content of ``config.json``.
+        spec: the model.
         path: folder with ``model.safetensors`` or a sharded checkpoint with its index.
         pg_collection: Megatron's ``ProcessGroupCollection``; uses ``tp``, ``expt_tp``, ``ep``.
 
@@ -73,8 +69,8 @@ def load_hf_weights(
             Nothing is loaded.
     """
     ranks = ShardRanks.of(pg_collection)
-    bound = [item for group in bind(chunks, model_groups(hf_config), ranks) for item in group]
-    folder = open_checkpoint(hf_config, path)
+    bound = [item for group in bind(chunks, spec.groups, ranks) for item in group]
+    folder = open_checkpoint(spec, path)
     slices = [[folder.get_slice(name, shape) for name, shape in m.huggingface] for m, _ in bound]
     for (mapping, parameter), sources in zip(bound, slices, strict=True):
         shard = ranks.shard(mapping)
@@ -83,7 +79,7 @@ def load_hf_weights(
 
 def save_hf(
     chunks: Sequence[torch.nn.Module],
-    hf_config: dict[str, Any],
+    spec: ModelSpec,
     out_dir: str | Path,
     source_dir: str | Path,
     pg_collection: Any,
@@ -104,7 +100,7 @@ def save_hf(
         InputError: ``out_dir`` exists and is not an earlier export.
         RuntimeError: rank 0 could not write.
     """
-    source = WeightGatherer(chunks, hf_config, pg_collection, dtype=dtype)
+    source = WeightGatherer(chunks, spec, pg_collection, dtype=dtype)
     metadata, stream, failure = source.metadata(), iter(source), None
     if dist.get_rank() == 0:
         out, source_folder = Path(out_dir), Path(source_dir)

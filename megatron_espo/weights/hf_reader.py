@@ -1,7 +1,6 @@
 """Read single slices of a Hugging Face folder of safetensors files."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +45,6 @@ class CheckpointFolder:
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
             )
         self.names = frozenset(self._file_of)
-
-    def check_names(self, expected: Iterable[str], ignored: Iterable[str] = ()) -> None:
-        """Raise InputError unless the folder has all expected tensors, and else only ignored."""
-        expected = set(expected)
-        if missing := sorted(expected - self.names):
-            raise InputError(
-                f"{self.path}: tensor {missing[0]!r} is missing ({len(missing)} in all); the "
-                "folder is incomplete or its config.json belongs to another model"
-            )
-        if unknown := sorted(self.names - expected - set(ignored)):
-            raise InputError(
-                f"{self.path}: tensor {unknown[0]!r} has no place in this model family "
-                f"({len(unknown)} in all) and would be lost; use a folder of this model only"
-            )
 
     def get_slice(self, name: str, shape: tuple[int, ...]) -> Any:
         """Return safetensors' lazy slice of a tensor. InputError unless it has this shape."""

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_espo import cli
 from megatron_espo.config import load_config
 from megatron_espo.errors import InputError
-from megatron_espo.models.families import tensor_shapes
+from megatron_espo.models.registry import read_spec
 from tests.support.model_folder import write_tensors
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "bad_inputs.md"
@@ -110,9 +110,10 @@ class Bad:
 
 def weights(hf_config: dict[str, Any] = LLAMA, **changes: Any) -> bytes:
     """A weight file of the model. ``changes``: shapes by name; ``None`` leaves a tensor out."""
-    shapes = {name.replace(".", "_"): name for name in tensor_shapes(hf_config)}
+    own = read_spec(hf_config).tensor_shapes
+    shapes = {name.replace(".", "_"): name for name in own}
     changed = {shapes.get(name, name): shape for name, shape in changes.items()}
-    tensors = tensor_shapes(hf_config) | changed
+    tensors = own | changed
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.safetensors")
         write_tensors(file, {name: shape for name, shape in tensors.items() if shape})
@@ -161,8 +162,8 @@ def find_checkpoint(bad: Bad) -> None:
         }
     )
     checkpoints = Checkpoints(config)
-    hf_config = json.loads(Path("model/config.json").read_text())
-    actor = SimpleNamespace(load=lambda path: verify_files(path, read_manifest(path, hf_config)))
+    spec = read_spec(json.loads(Path("model/config.json").read_text()))
+    actor = SimpleNamespace(load=lambda path: verify_files(path, read_manifest(path, spec)))
     checkpoints.load(checkpoints._find(), actor)
 
 
@@ -393,7 +394,7 @@ TABLE: dict[str, list[Bad]] = {
                 "model/model-00001-of-00001.safetensors": weights(),
                 "model/model.safetensors.index.json": {
                     "weight_map": dict.fromkeys(
-                        tensor_shapes(LLAMA), "model-00001-of-00001.safetensors"
+                        read_spec(LLAMA).tensor_shapes, "model-00001-of-00001.safetensors"
                     )
                 },
             },
@@ -604,7 +605,9 @@ def write(files: dict[str, Any]) -> None:
 def message_of(bad: Bad) -> str:
     """The error message. The folder of the run appears as /home/me/work."""
     hf_config = bad.files.get("model/config.json")
-    if not (isinstance(hf_config, dict) and isinstance(hf_config.get("vocab_size"), int)):
+    try:
+        read_spec(hf_config if isinstance(hf_config, dict) else {})
+    except InputError:
         hf_config = LLAMA
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write(

@@ -6,8 +6,8 @@ from math import prod
 from typing import NamedTuple
 
 from megatron_espo.megatron.meta import BuiltRank, ParamShard
-from megatron_espo.models.families import ParamMapping
 from megatron_espo.models.layouts import ShardLayout
+from megatron_espo.models.mapping import ParamMapping
 from megatron_espo.weights.exchange import Routes
 from megatron_espo.weights.source import batches, gather_bytes
 
@@ -98,7 +98,7 @@ def plan_transfer(
 
     Args:
         ranks: from ``build_ranks``.
-        groups: from ``families.model_groups``.
+        groups: from ``ModelSpec.groups``.
         itemsize: bytes of an element that the engine receives.
         transport: ``files``, ``ipc`` or ``nccl``.
         stage_ranks: ranks of a pipeline stage.

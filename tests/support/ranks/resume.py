@@ -11,7 +11,7 @@ from megatron_espo.config import Algorithm, Config, Data, Megatron, Model, Optim
 from megatron_espo.data.packing import TrainSequence
 from megatron_espo.distributed import runtime
 from megatron_espo.errors import InputError
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 
 def make_groups(step: int, vocab_size: int) -> list[list[TrainSequence]]:
@@ -57,15 +57,15 @@ def make_actor(
     place = runtime.initialize(**runtime.parallel_sizes(config.megatron))
     from megatron_espo.megatron.actor import Actor
 
-    hf_config = read_hf_config(folder)
-    return Actor(config, hf_config, place), hf_config, place
+    spec = load_spec(folder)
+    return Actor(config, spec, place), spec, place
 
 
-def weights(actor, hf_config, place) -> dict[str, torch.Tensor]:
+def weights(actor, spec, place) -> dict[str, torch.Tensor]:
     from megatron_espo.weights.source import WeightGatherer
 
     source = WeightGatherer(
-        actor.chunks, hf_config, place.groups, dtype=torch.float32, all_replicas=True
+        actor.chunks, spec, place.groups, dtype=torch.float32, all_replicas=True
     )
     return {name: tensor.clone() for name, tensor in source}
 
@@ -75,16 +75,16 @@ def train(folder: str, first: int, last: int, dtype: str, sizes: dict, load=None
 
     Returns the final weights and each step's metrics.
     """
-    actor, hf_config, place = make_actor(folder, dtype, sizes)
+    actor, spec, place = make_actor(folder, dtype, sizes)
     if load:
         assert actor.load(load) == {"step": first - 1, "note": "ü"}
     metrics = [
-        actor.update(make_groups(step, hf_config["vocab_size"]), lambda done, total: None)
+        actor.update(make_groups(step, spec.vocab_size), lambda done, total: None)
         for step in range(first, last + 1)
     ]
     if save:
         actor.save(save, {"step": last, "note": "ü"}).finish()
-    return weights(actor, hf_config, place), metrics
+    return weights(actor, spec, place), metrics
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model
 from megatron_espo.distributed import runtime
+from megatron_espo.models.registry import read_spec
 from megatron_espo.rollout.engine import EngineError, Phase
 from megatron_espo.types import Prompt
 from megatron_espo.weights.hf_io import save_hf
 from tests.support.real_engine import engine_config, living_in_group, sample
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 PROMPTS = [Prompt(f"row-{i}", "", "", tuple(range(4 + i, 10 + 2 * i))) for i in range(4)]
 PROMPT_IDS = [prompt.token_ids for prompt in PROMPTS]
@@ -55,7 +56,7 @@ def start(
             "data": {"prompts": "reasoning_gym:chain_sum"},
         }
     )
-    hf_config = check_model(config)
+    spec = check_model(config)
     engine = None
     if place.is_main:
         engine = (engine_type or VLLMEngine)(
@@ -68,11 +69,11 @@ def start(
             LoopThread(),
         )
         engine.start()
-    actor = Actor(config, hf_config, place)
+    actor = Actor(config, spec, place)
     return (
         actor,
         engine,
-        WeightSync(config, hf_config, actor, place, engine, PROMPTS if engine else []),
+        WeightSync(config, spec, actor, place, engine, PROMPTS if engine else []),
     )
 
 
@@ -225,7 +226,7 @@ def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
     change(actor, 0.9)
     sync._config = sync._config.model_copy(update={"verify_every": 1})
     metrics = sync.push(1)
-    save_hf(actor.chunks, read_hf_config(folder), out, folder, actor.groups, torch.float32)
+    save_hf(actor.chunks, load_spec(folder), out, folder, actor.groups, torch.float32)
     if engine is None:
         return {}
     found = [generation for (generation,) in sample(engine, PROMPT_IDS, seed=3)]
@@ -272,7 +273,8 @@ def whole(chunks, hf_config):
 
     assert parallel_state.is_initialized()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    source = WeightGatherer(chunks, hf_config, groups, dtype=torch.float32, all_replicas=True)
+    spec, options = read_spec(hf_config), {"dtype": torch.float32, "all_replicas": True}
+    source = WeightGatherer(chunks, spec, groups, **options)
     return iter(sorted(source, key=lambda item: "layers" in item[0]))
 
 
