@@ -153,14 +153,15 @@ def read_model(config: Config) -> ModelSpec:
         _fail(
             config, "model.path", f'expected config.json in "{path.parent}", found none; {advice}'
         )
+    loaded: Any = None
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(loaded, dict):
-            return parse_model(config, loaded)
-        reason = f"a JSON {type(loaded).__name__}"
+        got = f"a JSON {type(loaded).__name__}"
     except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__} ({error})"
-    _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
+        got = f"{type(error).__name__} ({error})"
+    if not isinstance(loaded, dict):
+        _fail(config, "model.path", f"expected a JSON object in {path}, got {got}")
+    return parse_model(config, loaded)
 
 
 def parse_model(config: Config, hf_config: dict[str, Any]) -> ModelSpec:

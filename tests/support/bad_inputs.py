@@ -151,7 +151,7 @@ def find_checkpoint(bad: Bad) -> None:
         (path / "weights.distcp").write_bytes(bytes(64))
         files = {file.name: _checksum(file) for file in path.iterdir()}
         (path / "megatron_espo.json").write_text(
-            json.dumps({"version": 1, "model": model_identity(LLAMA), "files": files})
+            json.dumps({"version": 1, "model": model_identity(read_spec(LLAMA)), "files": files})
         )
     (folder.parent / "latest").write_text("step_000002\n")
     write(
@@ -171,7 +171,7 @@ def convert_checkpoint(bad: Bad) -> None:
     from megatron_espo.megatron.checkpoint import read_manifest
 
     Path("mine").mkdir()
-    read_manifest("mine", LLAMA)
+    read_manifest("mine", read_spec(LLAMA))
 
 
 def read_prompts(bad: Bad) -> None:
@@ -231,7 +231,10 @@ def replay_without_experts(bad: Bad) -> None:
     )
     runtime = SimpleNamespace(is_main=True, rank=0, world_size=1)
     manager = RolloutManager(
-        load_config("run.yaml", bad.overrides), MOE, runtime, SimpleNamespace(check=lambda: None)
+        load_config("run.yaml", bad.overrides),
+        read_spec(MOE),
+        runtime,
+        SimpleNamespace(check=lambda: None),
     )
     manager.source.batch(1, Phases(draw=False))
 
@@ -268,7 +271,7 @@ TABLE: dict[str, list[Bad]] = {
         Bad("top-p without allow_truncated_sampling", "rollout.top_p=0.9"),
         Bad("a setting that the objective does not use", "algorithm.clip_high=0.2"),
         Bad("mini-batches of unequal size", "algorithm.num_mini_batches=3"),
-        Bad("a warm-up as long as the run", "run.steps=5", "optimizer.lr_warmup_iters=5"),
+        Bad("a warm-up as long as the run", "run.steps=5", "optimizer.lr_warmup_iters=20"),
         Bad(
             "full recomputation without a method",
             "megatron.recompute_granularity=full",
@@ -350,7 +353,7 @@ TABLE: dict[str, list[Bad]] = {
         ),
         Bad(
             "more ranks than responses",
-            "rollout.prompts_per_step=1",
+            "rollout.prompts_per_step=4",
             "rollout.group_size=2",
             ranks=4,
         ),
@@ -644,7 +647,12 @@ def message_of(bad: Bad) -> str:
 
 def messages() -> dict[str, str]:
     """``{"section: what": message}``. Cases without heavy imports run first."""
-    cli._work = lambda *_: print("no error", file=sys.stderr)
+
+    def check_only(args: Any) -> None:
+        cli._load_config(args)
+        print("no error", file=sys.stderr)
+
+    cli._run_with_config = check_only
     found: dict[str, str] = {}
     for section, bad in sorted(all_rows(), key=lambda row: row[1].check is not None):
         if bad.check is None:
