@@ -160,12 +160,11 @@ class Reporter:
         if train_s and trained_tokens:
             found["throughput/trained_tokens_per_s"] = trained_tokens / train_s
             if peak:
-                trained = [
-                    len(part.prompt_ids) + len(part.response_ids)
-                    for sample, advantage in zip(groups.samples, advantages.flatten(), strict=True)
-                    if advantage
-                    for part in sample.parts
+                samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
+                parts = [
+                    part for sample, advantage in samples if advantage for part in sample.parts
                 ]
+                trained = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
                 flops = training_flops(self._spec, trained) * self.config.algorithm.num_epochs
                 found["throughput/mfu"] = flops / (train_s * peak * dist.get_world_size())
         return found

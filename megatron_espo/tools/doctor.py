@@ -225,10 +225,9 @@ def reward_isolation_row() -> Row:
     """Whether verifiers run in namespaces of their own, which some containers forbid."""
     # Not through the package: numpy starts threads, and a process with threads cannot be isolated.
     code = "import sys, sandbox\nprint(sandbox.isolate(sys.argv[1], 1 << 20))"
-    path = Path(__file__).parents[1] / "rewards"
+    command, path = [sys.executable, "-c", code], Path(__file__).parents[1] / "rewards"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", code, folder]
-        done = subprocess.run(command, cwd=path, **_TEXT)
+        done = subprocess.run([*command, folder], cwd=path, **_TEXT)
     refused = (done.stdout or done.stderr or "no answer").strip().splitlines()[-1]
     if refused == "None":
         return Row("reward isolation", WORKS, "no network, files, orphans")

@@ -111,7 +111,7 @@ class RunData:
             *self._end_problems(),
             *self._metric_problems(),
             *(
-                f"engine.log: {line[:300]} ({count} times)"
+                f"engine.log: {line[:300]}" + (f" ({count} times)" if count > 1 else "")
                 for line, count in self.engine_exceptions.most_common(_MOST_EXCEPTIONS)
             ),
         ]
