@@ -84,6 +84,8 @@ def test_hugging_face_chat_and_text(tmp_path):
         ids[0] == 1 and ids.count(1) == 3 and ids.count(2) == 2 and 0 not in ids
     )  # the template wrote no <s>
     assert tokenizer.encode_prompt("What")[0] == 0  # plain text gets it
+    # Rendered text has it already.
+    assert tokenizer.encode_prompt("<s>What") == tokenizer.encode_prompt("What")
     pieces = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     text = " 数学 .  2 , 2"
     assert tokenizer.decode([*tokenizer.encode_prompt(text), 2]) == text

@@ -106,8 +106,10 @@ class HuggingFaceTokenizer(_Tokenizer):
         model expects.
         """
         # A template writes its own special tokens.
-        text = self.render(prompt)
-        return list(self._tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)))
+        text, bos = self.render(prompt), self._tokenizer.bos_token_id
+        ids = list(self._tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)))
+        # Rendered text may begin with the token that the tokenizer adds.
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens."""
