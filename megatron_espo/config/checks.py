@@ -167,12 +167,12 @@ def read_model(config: Config) -> ModelSpec:
         )
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(loaded, dict):
-            return parse_model(config, loaded)
-        reason = f"a JSON {type(loaded).__name__}"
+        reason = None if isinstance(loaded, dict) else f"a JSON {type(loaded).__name__}"
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__} ({error})"
-    _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
+    if reason:
+        _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
+    return parse_model(config, loaded)
 
 
 def parse_model(config: Config, hf_config: dict[str, Any]) -> ModelSpec:

@@ -151,7 +151,7 @@ def find_checkpoint(bad: Bad) -> None:
         (path / "weights.distcp").write_bytes(bytes(64))
         files = {file.name: _checksum(file) for file in path.iterdir()}
         (path / "megatron_espo.json").write_text(
-            json.dumps({"version": 1, "model": model_identity(LLAMA), "files": files})
+            json.dumps({"version": 1, "model": model_identity(read_spec(LLAMA)), "files": files})
         )
     (folder.parent / "latest").write_text("step_000002\n")
     write(
@@ -171,7 +171,7 @@ def convert_checkpoint(bad: Bad) -> None:
     from megatron_espo.megatron.checkpoint import read_manifest
 
     Path("mine").mkdir()
-    read_manifest("mine", LLAMA)
+    read_manifest("mine", read_spec(LLAMA))
 
 
 def read_prompts(bad: Bad) -> None:
@@ -230,9 +230,8 @@ def replay_without_experts(bad: Bad) -> None:
         1, ScoredGroups(rollouts, torch.tensor([[0.0, 1.0]]), 1), before={}, after={}
     )
     runtime = SimpleNamespace(is_main=True, rank=0, world_size=1)
-    manager = RolloutManager(
-        load_config("run.yaml", bad.overrides), MOE, runtime, SimpleNamespace(check=lambda: None)
-    )
+    stop = SimpleNamespace(check=lambda: None)
+    manager = RolloutManager(load_config("run.yaml", bad.overrides), read_spec(MOE), runtime, stop)
     manager.source.batch(1, Phases(draw=False))
 
 
