@@ -13,7 +13,6 @@ should be on the disk that a run would use.
 
 import argparse
 import gc
-import json
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from measure import seconds
 
 from megatron_espo.config import Algorithm, Config, Data, Model, Optimizer, Rollout, Run
+from megatron_espo.config.checks import check_model, read_model
 from megatron_espo.data.packing import TrainSequence
 from megatron_espo.distributed import runtime as distributed_runtime
 from megatron_espo.megatron.actor import Actor
@@ -40,7 +40,7 @@ def make_actor(model: str, folder: Path) -> Actor:
         data=Data(prompts="reasoning_gym:none"),
     )
     runtime = distributed_runtime.initialize(**distributed_runtime.parallel_sizes(config.megatron))
-    actor = Actor(config, json.loads(Path(model, "config.json").read_text()), runtime)
+    actor = Actor(config, check_model(config, read_model(config)), runtime)
     actor.update(make_groups(2, 2), lambda done, total: None)
     gc.freeze()  # as the training loop
     return actor

@@ -223,6 +223,8 @@ def test_an_incomplete_model_folder_is_refused(tmp_path, monkeypatch):
         "expected a JSON object in model/config.json, got JSONDecodeError (Expecting property name"
         in message()
     )
+    (folder / "config.json").write_text(json.dumps(HF | {"hidden_act": "gelu"}))
+    assert message() == "run.yaml:2: model.path: config.json: hidden_act: expected silu, got 'gelu'"
     (folder / "config.json").write_text(json.dumps(HF))
     assert check_model(config) == HF
     (folder / "tokenizer.json").rename(folder / "spm.model")

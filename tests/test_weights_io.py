@@ -30,7 +30,7 @@ def test_slices_are_those_of_the_file(llama):
     folder, spec, tensors = llama
     name = "model.layers.3.mlp.down_proj.weight"
     assert torch.equal(
-        open_checkpoint(spec, folder).get_slice(name, (32, 48))[:, 12:24], tensors[name][:, 12:24]
+        open_checkpoint(spec, folder).get_slice(name)[:, 12:24], tensors[name][:, 12:24]
     )
 
 
@@ -40,7 +40,7 @@ def test_sharded_checkpoint_is_the_same(llama, tmp_path):
     assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
     sharded = open_checkpoint(spec, tmp_path / "sharded")
     for name, tensor in tensors.items():
-        assert torch.equal(sharded.get_slice(name, tuple(tensor.shape))[:], tensor)
+        assert torch.equal(sharded.get_slice(name)[:], tensor)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(llama):
@@ -53,8 +53,8 @@ def test_missing_unknown_and_misshapen_tensors_are_named(llama):
     with pytest.raises(InputError, match="expected tensor model.norm.weight"):
         open_checkpoint(spec, folder)
     rewrite(folder, tensors)
-    with pytest.raises(InputError, match=r"has shape \(131, 32\), config.json implies \(132, 32\)"):
-        CheckpointFolder(folder).get_slice("model.embed_tokens.weight", (132, 32))
+    with pytest.raises(InputError, match=r"expected shape \(132, 32\) .*got \(131, 32\)"):
+        open_checkpoint(replace(spec, vocab_size=132), folder)
 
 
 def test_redundant_tensors_of_old_exports_are_ignored(llama):
@@ -89,7 +89,7 @@ def test_unreadable_folders_are_named(llama, tmp_path):
     with pytest.raises(InputError, match="bytes in .*model.safetensors, as its header says"):
         CheckpointFolder(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(InputError, match="expected JSON with a 'weight_map'"):
+    with pytest.raises(InputError, match="expected a JSON object with weight_map"):
         CheckpointFolder(folder)
 
 
@@ -121,7 +121,7 @@ def test_files_are_bounded_and_complete(tmp_path, source_dir, limit, files):
     }
     folder = CheckpointFolder(out)
     assert folder.names == dict(STREAM).keys()
-    assert all(torch.equal(folder.get_slice(name, (10,))[:], tensor) for name, tensor in STREAM)
+    assert all(torch.equal(folder.get_slice(name)[:], tensor) for name, tensor in STREAM)
 
 
 def test_weights_are_as_readable_as_the_configuration(tmp_path, source_dir):
@@ -171,4 +171,4 @@ def test_an_interrupted_export_keeps_the_earlier_one(tmp_path, source_dir):
         1 << 20,
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
-    assert torch.equal(CheckpointFolder(out).get_slice("tensor3", (10,))[:], STREAM[3][1] + 1)
+    assert torch.equal(CheckpointFolder(out).get_slice("tensor3")[:], STREAM[3][1] + 1)

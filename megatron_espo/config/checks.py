@@ -153,14 +153,13 @@ def read_model(config: Config) -> ModelSpec:
         _fail(
             config, "model.path", f'expected config.json in "{path.parent}", found none; {advice}'
         )
-    loaded: Any = None
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-        got = f"a JSON {type(loaded).__name__}"
+        reason = None if isinstance(loaded, dict) else f"a JSON {type(loaded).__name__}"
     except (OSError, ValueError) as error:
-        got = f"{type(error).__name__} ({error})"
-    if not isinstance(loaded, dict):
-        _fail(config, "model.path", f"expected a JSON object in {path}, got {got}")
+        reason = f"{type(error).__name__} ({error})"
+    if reason:
+        _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
     return parse_model(config, loaded)
 
 

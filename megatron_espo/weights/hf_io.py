@@ -30,16 +30,16 @@ def open_checkpoint(spec: ModelSpec, path: str | Path) -> CheckpointFolder:
     for problem in tensor_problems(folder.path, spec):
         raise InputError(problem)
     if spec.tie_word_embeddings and "lm_head.weight" in folder.names:
-        _check_tied_head(folder, (spec.vocab_size, spec.hidden_size))
+        _check_tied_head(folder, spec.vocab_size)
     return folder
 
 
-def _check_tied_head(folder: CheckpointFolder, shape: tuple[int, int]) -> None:
+def _check_tied_head(folder: CheckpointFolder, vocab_size: int) -> None:
     """InputError if the head in the file differs from the embedding. Each rank reads some rows."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    head, embedding = (folder.get_slice(name, shape) for name in names)
+    head, embedding = (folder.get_slice(name) for name in names)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for first in range(rank * _ROWS, shape[0], ranks * _ROWS):
+    for first in range(rank * _ROWS, vocab_size, ranks * _ROWS):
         rows = slice(first, first + _ROWS)
         if not torch.equal(head[rows], embedding[rows]):
             raise InputError(OWN_HEAD.format(folder=folder.path))
@@ -71,7 +71,7 @@ def load_hf_weights(
     ranks = ShardRanks.of(pg_collection)
     bound = [item for group in bind(chunks, spec.groups, ranks) for item in group]
     folder = open_checkpoint(spec, path)
-    slices = [[folder.get_slice(name, shape) for name, shape in m.huggingface] for m, _ in bound]
+    slices = [[folder.get_slice(name) for name, _ in m.huggingface] for m, _ in bound]
     for (mapping, parameter), sources in zip(bound, slices, strict=True):
         shard = ranks.shard(mapping)
         shard_into(parameter, sources, mapping.layout, *shard, mapping.query_groups)

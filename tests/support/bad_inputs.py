@@ -230,12 +230,8 @@ def replay_without_experts(bad: Bad) -> None:
         1, ScoredGroups(rollouts, torch.tensor([[0.0, 1.0]]), 1), before={}, after={}
     )
     runtime = SimpleNamespace(is_main=True, rank=0, world_size=1)
-    manager = RolloutManager(
-        load_config("run.yaml", bad.overrides),
-        read_spec(MOE),
-        runtime,
-        SimpleNamespace(check=lambda: None),
-    )
+    stop = SimpleNamespace(check=lambda: None)
+    manager = RolloutManager(load_config("run.yaml", bad.overrides), read_spec(MOE), runtime, stop)
     manager.source.batch(1, Phases(draw=False))
 
 
