@@ -75,8 +75,8 @@ class TrainSequence:
         ):
             values = getattr(self, name)
             if values is not None:
-                vector = as_vector(f"TrainSequence.{name}", values, dtype, length)
-                object.__setattr__(self, name, vector)
+                values = as_vector(f"TrainSequence.{name}", values, dtype, length)
+                object.__setattr__(self, name, values)
         mask = self.loss_mask
         trained = response if mask is None else int(np.count_nonzero(mask))
         object.__setattr__(self, "num_trained", trained)

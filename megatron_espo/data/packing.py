@@ -208,7 +208,7 @@ def _micro_batches(
     def split(arrays: list[np.ndarray], dtype: type) -> Sequence[Tensor]:
         return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays])).split(counts)
 
-    columns = {
+    columns: dict[str, Any] = {
         "lengths": lengths,
         "logit_positions": split([x for layout in layouts for x in layout[2]], np.int32),
         "targets": split([s.trained(s.response_ids) for s in sequences], np.int32),
@@ -269,7 +269,8 @@ def _lay_out(
     multiple = shape[1] if spec.padded else spec.sequence_multiple
     # Short sequences fill the rest, because their attention costs little.
     filler = shape[1] if spec.padded else _round_up(64, multiple)
-    boundaries, prefix_groups = [0], []
+    boundaries = [0]
+    prefix_groups: list[tuple[int, ...]] = []
     logit_positions: list[np.ndarray] = []
     for group in groups:
         start = boundaries[-1]
