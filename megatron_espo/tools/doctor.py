@@ -210,16 +210,6 @@ def host_name_row(name: str) -> Row:
     return Row("host name", WORKS, name)
 
 
-def host_name_row(name: str) -> Row:
-    """Whether this machine's host name has an address, which the ranks of torchrun look up."""
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError:
-        advice = "it has no address, and torchrun waits for one: add it to /etc/hosts, or on one "
-        return Row("host name", BROKEN, name, advice + "machine torchrun --local-addr 127.0.0.1")
-    return Row("host name", WORKS, name)
-
-
 def shared_memory_row(folder: str) -> Row:
     """Free space of ``folder``: CPU weight updates, NCCL and vLLM use it."""
     advice = "weight updates use it: make it larger than the model (docker run --shm-size=16g)"
