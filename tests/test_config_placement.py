@@ -50,6 +50,7 @@ def test_a_wrong_world_size_names_the_sizes_that_fit(tmp_path, monkeypatch):
 
 def test_each_rank_needs_a_response(tmp_path, monkeypatch):
     overrides = ["rollout.prompts_per_step=1", "rollout.group_size=4"]
+    overrides += ["algorithm.num_mini_batches=1"]
     config = load(tmp_path, monkeypatch, GOOD, overrides)
     assert check_world_size(config, 4) == 4
     with pytest.raises(

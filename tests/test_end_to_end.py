@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "megatron": {"tensor_model_parallel_size": 2, "max_tokens_per_micro_batch": 64},
         "optimizer": {"lr": 0.003},
+        "algorithm": {"num_mini_batches": 1},
         "rollout": {
             "prompts_per_step": 8,
             "group_size": 4,

@@ -115,7 +115,7 @@ def test_a_longer_schedule_is_reported(monkeypatch, capsys, style):
 
     saved, resumed = schedule(8), actor.Actor.__new__(actor.Actor)
     saved.step(2)
-    resumed.chunks, resumed.hf_config = [], {}
+    resumed.chunks, resumed.spec = [], None
     resumed.config = SimpleNamespace(optimizer=SimpleNamespace(lr_decay_style=style))
     resumed.train_engine = SimpleNamespace(optimizer=None, spikes=SimpleNamespace(norms=[]))
     monkeypatch.setattr(actor.dist, "get_rank", lambda: 0)

@@ -99,10 +99,9 @@ def check_router(config: Config, spec: ModelSpec) -> None:
     correction = config.algorithm.rollout_correction
     is_corrected = correction in ("token", "sequence", "geometric")
     if spec.experts and not config.rollout.router_replay and not is_corrected:
-        expected = "token, sequence or geometric for a model with experts without router_replay"
-        advice = "engine and trainer choose different experts for some tokens"
-        key = "algorithm.rollout_correction"
-        _raise(config, [expect(key, expected, correction, advice)])
+        expected = "true for a model with experts, because engine and trainer choose others"
+        advice = "algorithm.rollout_correction token, sequence or geometric corrects for it"
+        _raise(config, [expect("rollout.router_replay", expected, False, advice)])
 
 
 def check_paths(config: Config) -> None:

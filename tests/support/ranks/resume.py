@@ -165,7 +165,7 @@ def check_first_update(folder: str, sizes: dict, epochs: int) -> dict[str, float
     found, passes = [], 0
     for scores_all in (False, True):
         settings = {"algorithm": {"num_epochs": epochs}}
-        actor, hf_config, place = make_actor(folder, "float32", sizes, **settings)
+        actor, spec, place = make_actor(folder, "float32", sizes, **settings)
         score, step, unscored = actor._score, actor._step, [epochs == 1]
 
         def count(batches, tick, *names, score=score, scores_all=scores_all):
@@ -179,9 +179,9 @@ def check_first_update(folder: str, sizes: dict, epochs: int) -> dict[str, float
             return step(batches, part, tick)
 
         actor._score, actor._step = count, scored_step if scores_all else step
-        start = weights(actor, hf_config, place)
-        actor.update(make_groups(1, hf_config["vocab_size"]), lambda done, total: None)
-        found.append(weights(actor, hf_config, place))
+        start = weights(actor, spec, place)
+        actor.update(make_groups(1, spec.vocab_size), lambda done, total: None)
+        found.append(weights(actor, spec, place))
     return {
         "difference": largest_difference(*found),
         "trained": largest_difference(found[0], start),
