@@ -8,6 +8,7 @@ README = Path(__file__).with_name("README.md")
 
 COMMON = [
     "accelerate>=1.10",
+    "filelock>=4.2",
     "gguf>=0.17",
     "math-verify>=0.8",
     "matplotlib>=3.9",

@@ -12,7 +12,7 @@ should be on the disk that a run would use.
 """
 
 import argparse
-import json
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from measure import seconds
 
-from megatron_espo.config import Config, Data, Model, Optimizer, Rollout, Run
+from megatron_espo.config import Algorithm, Config, Data, Model, Optimizer, Rollout, Run
+from megatron_espo.config.checks import check_model, read_model
 from megatron_espo.data.packing import TrainSequence
 from megatron_espo.distributed import runtime as distributed_runtime
 from megatron_espo.megatron.actor import Actor
@@ -34,12 +35,14 @@ def make_actor(model: str, folder: Path) -> Actor:
         run=Run(dir=str(folder)),
         model=Model(path=model, dtype="float32"),
         optimizer=Optimizer(lr=1e-6),
+        algorithm=Algorithm(num_mini_batches=1),
         rollout=Rollout(prompts_per_step=2, group_size=2, max_response_tokens=4),
         data=Data(prompts="reasoning_gym:none"),
     )
     runtime = distributed_runtime.initialize(**distributed_runtime.parallel_sizes(config.megatron))
-    actor = Actor(config, json.loads(Path(model, "config.json").read_text()), runtime)
+    actor = Actor(config, check_model(config, read_model(config)), runtime)
     actor.update(make_groups(2, 2), lambda done, total: None)
+    gc.freeze()  # as the training loop
     return actor
 
 

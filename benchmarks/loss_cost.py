@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     config = load_config(str(ROOT / "examples/quickstart.yaml"), [f"model.path={args.model}"])
-    hf_config = check_model(config)
+    spec = check_model(config)
     runtime = distributed_runtime.initialize()
     from megatron_espo.megatron.actor import Actor, packing_spec
     from megatron_espo.megatron.loss import PolicyLoss
@@ -60,7 +60,7 @@ def main() -> None:
         calls.append((self, batch, output.detach().clone()))
         return original(self, batch, output, **options)
 
-    actor, groups = Actor(config, hf_config, runtime), make_groups(hf_config["vocab_size"])
+    actor, groups = Actor(config, spec, runtime), make_groups(spec.vocab_size)
     with patch.object(PolicyLoss, "__call__", recording):
         actor.update(groups, lambda done, total: None)
 

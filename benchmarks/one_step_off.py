@@ -43,11 +43,19 @@ def main() -> None:
     print(f"ratio {medians['one-step-off'] / medians['synchronous']:.2f}")
 
 
+ONE_UPDATE = "algorithm.num_mini_batches=1"
+
+
 def run(folder: Path, args: argparse.Namespace, extra: list[str]) -> list[dict]:
     """One training run; the metrics of its steps."""
     first, second = sorted(os.sched_getaffinity(0))[:2]
     command = ["taskset", "-c", str(first), sys.executable, *TRAIN.split()]
-    command += ["examples/quickstart.yaml", "optimizer.lr=1e-30", f"model.path={args.model}"]
+    command += [
+        "examples/quickstart.yaml",
+        "optimizer.lr=1e-30",
+        ONE_UPDATE,
+        f"model.path={args.model}",
+    ]
     command += [f"run.dir={folder}", f"run.steps={args.steps}", "run.checkpoint_every=null"]
     command += ["run.save_hf=false", *args.overrides, *extra]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

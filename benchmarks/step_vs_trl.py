@@ -68,6 +68,7 @@ def run_ours(args: argparse.Namespace, prompts: Path, folder: Path) -> list[floa
         "model": {"path": args.model, "dtype": "float32"},
         "megatron": {"max_tokens_per_micro_batch": 2048},
         "optimizer": {"lr": 1e-5},
+        "algorithm": {"num_mini_batches": 1},
         "rollout": {
             "prompts_per_step": PROMPTS, "group_size": GROUP, "max_response_tokens": TOKENS,
             "max_model_len": 128,

@@ -65,8 +65,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     overrides = [f"model.path={args.model}", f"megatron.tensor_model_parallel_size={args.tensor}"]
+    overrides += ["algorithm.num_mini_batches=1"]
     config = load_config(str(ROOT / "examples/quickstart.yaml"), overrides)
-    hf_config = check_model(config)
+    spec = check_model(config)
     runtime = distributed_runtime.initialize(tensor_model_parallel_size=args.tensor)
     from megatron_espo.megatron.actor import packing_spec
     from megatron_espo.megatron.forward_step import make_forward_step
@@ -74,16 +75,14 @@ def main() -> None:
     from megatron_espo.megatron.train_engine import TrainEngine
     from megatron_espo.weights.hf_io import load_hf_weights
 
-    chunks = build_configured(config, hf_config, runtime.groups)
-    load_hf_weights(chunks, hf_config, args.model, runtime.groups)
+    chunks = build_configured(config, spec, runtime.groups)
+    load_hf_weights(chunks, spec, args.model, runtime.groups)
     engine = TrainEngine(chunks, runtime.groups, config.optimizer, train_steps=100)
-    sequences = make_sequences(args, hf_config["vocab_size"])
+    sequences = make_sequences(args, spec.vocab_size)
     tokens = args.responses * args.response
     totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=tokens)
     batches = pack(sequences, totals, packing_spec(config.megatron, runtime.groups))
-    espo = make_forward_step(
-        config.algorithm, groups=runtime.groups, vocab_size=hf_config["vocab_size"]
-    )
+    espo = make_forward_step(config.algorithm, groups=runtime.groups, vocab_size=spec.vocab_size)
     steps = {"Megatron's loss": gpt_forward_step, "ESPO": espo}
     rounds = []
     for number in range(args.rounds + 1):

@@ -78,20 +78,19 @@ def measure(args: argparse.Namespace, world: runtime.Runtime, engine) -> None:
     from megatron_espo.config import Megatron
     from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
     from megatron_espo.megatron.model import build_model
+    from megatron_espo.models.registry import read_spec
     from megatron_espo.rollout.transport import make_trainer_transport
     from megatron_espo.weights.hf_io import load_hf_weights
     from megatron_espo.weights.vllm_source import MegatronWeightSource, ObservedSource
 
-    hf_config, dtype = (
-        json.loads(Path(args.model, "config.json").read_text()),
-        getattr(torch, args.dtype),
-    )
+    spec = read_spec(json.loads(Path(args.model, "config.json").read_text()))
+    dtype = getattr(torch, args.dtype)
     layout = Megatron(tensor_model_parallel_size=args.tensor)
-    chunks = build_model(hf_config, layout, world.groups, dtype=dtype)
-    load_hf_weights(chunks, hf_config, args.model, world.groups)
+    chunks = build_model(spec, layout, world.groups, dtype=dtype)
+    load_hf_weights(chunks, spec, args.model, world.groups)
     barrier = MonitoredBarrier(600, 600)
     source = ObservedSource(
-        MegatronWeightSource(chunks, hf_config, world.groups, dtype=dtype, barrier=barrier),
+        MegatronWeightSource(chunks, spec, world.groups, dtype=dtype, barrier=barrier),
         world.world_size,
     )
     shapes = {meta.name: tuple(meta.shape) for meta in source.metadata()}

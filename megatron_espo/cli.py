@@ -126,6 +126,11 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         _report(error, checked=hasattr(args, "checked"))
         return 2
+    except OSError as error:
+        if error.filename is None or args.command == "train":  # a run reports its own failures
+            raise
+        _report(InputError(f"{error.filename}: {error.strerror}"), checked=True)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -199,9 +204,9 @@ def _load_config(args: argparse.Namespace) -> Any:
     config = load_config(args.config, args.overrides)
     if args.command != "eval":  # eval has no ranks
         checks.check_world_size(config, _world_size())
-    hf_config = checks.check_model(config)
+    spec = checks.check_model(config)
     if args.command == "train":
-        checks.check_router(config, hf_config)
+        checks.check_router(config, spec)
     if args.command in ("train", "eval"):
         _check_open_files()
         checks.check_paths(config)
@@ -209,14 +214,11 @@ def _load_config(args: argparse.Namespace) -> Any:
             from megatron_espo.data.sources import read_rows
             from megatron_espo.rewards.golds import check_golds
 
-            data, evaluation = config.data, config.eval
-            columns = data.columns if evaluation.columns is None else evaluation.columns
-            sources = [(data.prompts, data.task_args, data.columns)]
-            if evaluation.prompts:
-                sources.append((evaluation.prompts, evaluation.task_args, columns))
-            for prompts, arguments, columns in sources:
-                rows = read_rows(prompts, arguments, config.run.seed, columns)
-                check_golds(rows, prompts, config)
+            for source in (config.data, config.eval):
+                columns = config.data.columns if source.columns is None else source.columns
+                if source.prompts:
+                    rows = read_rows(source.prompts, source.task_args, config.run.seed, columns)
+                    check_golds(rows, source.prompts, config)
     return config
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.algo import group_advantages
+from megatron_espo.algo import group_advantages, zero_variance_signs
 from megatron_espo.algo.advantages import AdvantageName
 from megatron_espo.config import Algorithm
 
@@ -51,6 +51,11 @@ def test_std_is_the_unbiased_one():
     # mean 0.25, sum of squares 0.75, three degrees of freedom
     found = group_advantages(torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
     torch.testing.assert_close(found, torch.tensor([[-0.5, -0.5, -0.5, 1.5]]))
+
+
+def test_float64_rewards_are_compared_in_float64():
+    rewards = torch.tensor([[2.0**24, 2.0**24 + 1]], dtype=torch.float64)
+    assert group_advantages(rewards, "dr_grpo").tolist() == [[-0.5, 0.5]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -104,3 +109,22 @@ def test_wrong_methods_and_rewards_raise():
         group_advantages(torch.tensor([[0.0, 1.0]]), "std")
     with pytest.raises(ValueError, match="at least 0 for maxrl, got -1"):
         group_advantages(torch.tensor([[-1.0, 1.0]]), "maxrl")
+
+
+def test_signs_of_prompts_with_equal_rewards():
+    rewards = [
+        [1.0, 1.0, 1.0],
+        [0.0, 0.0, 0.0],
+        [0.5, 0.5, 0.5],
+        [1.0, 0.0, 1.0],
+        [1.0, math.nan, 1.0],
+        [-1.0, -1.0, math.nan],
+        [math.nan] * 3,
+        [2.0, 1.0, 2.0],
+    ]
+    signs = [
+        [1, 1, 1], [-1, -1, -1], [0, 0, 0], [0, 0, 0], [1, 0, 1], [-1, -1, 0], [0, 0, 0], [0, 0, 0]
+    ]  # fmt: skip
+    assert zero_variance_signs(torch.tensor(rewards)).tolist() == signs
+    # Where RL-ZVP has a sign, the group's own advantage is 0.
+    assert not (group_advantages(torch.tensor(rewards)) * torch.tensor(signs)).any()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_espo.errors import InputError
 from megatron_espo.megatron import checkpoint
+from megatron_espo.models.registry import read_spec
 from tests.support.distributed import ROOT, run_ranks
 from tests.support.weights_models import save_model
 
@@ -102,8 +103,8 @@ def test_missing_and_unknown_parameters_are_named(work):
     assert "has besides ['decoder.final_layernorm.weight']" in message, message
 
 
-def hf_config(work, name: str) -> dict:
-    return json.loads((work / name / "config.json").read_text())
+def spec(work, name: str, **changes):
+    return read_spec(json.loads((work / name / "config.json").read_text()) | changes)
 
 
 def test_a_checkpoint_of_another_model_is_refused(work):
@@ -111,20 +112,20 @@ def test_a_checkpoint_of_another_model_is_refused(work):
         InputError,
         match=r"LlamaForCausalLM \(checkpoint: Qwen3ForCausalLM\).*tie_word_embeddings",
     ):
-        checkpoint.read_manifest(work / "tied-tp2", hf_config(work, "untied"))
+        checkpoint.read_manifest(work / "tied-tp2", spec(work, "untied"))
     with pytest.raises(
         InputError, match=r"another model's: rotary_base 5 \(checkpoint: 10000.0\)$"
     ):
-        changed = hf_config(work, "tied") | {"rope_parameters": None, "rope_theta": 5}
+        changed = spec(work, "tied", rope_parameters=None, rope_theta=5)
         checkpoint.read_manifest(work / "tied-tp2", changed)
     checkpoint.read_manifest(
         work / "tied-tp2",
-        hf_config(work, "tied") | {"transformers_version": "0", "dtype": "bfloat16"},
+        spec(work, "tied", transformers_version="0", dtype="bfloat16"),
     )
 
 
 def test_missing_foreign_and_newer_checkpoints_are_refused(work, tmp_path):
-    config = hf_config(work, "tied")
+    config = spec(work, "tied")
     with pytest.raises(InputError, match="got no such folder"):
         checkpoint.read_manifest(tmp_path / "nowhere", config)
     (tmp_path / ".metadata").write_bytes(b"a pickle")
@@ -142,7 +143,7 @@ def test_missing_foreign_and_newer_checkpoints_are_refused(work, tmp_path):
 @pytest.mark.parametrize("damage", ["flipped byte", "missing file", "added file"])
 def test_a_damaged_checkpoint_is_refused(work, damage):
     folder = work / "untied-tp2"
-    manifest = checkpoint.read_manifest(folder, hf_config(work, "untied"))
+    manifest = checkpoint.read_manifest(folder, spec(work, "untied"))
     checkpoint.verify_files(folder, manifest)
     assert ".metadata" in manifest["files"]
     file = folder / ("new.distcp" if damage == "added file" else sorted(manifest["files"])[-1])

@@ -1,5 +1,6 @@
 """The command line: output, ranks that print, exit codes, and no heavy import before an error."""
 
+import errno
 import json
 import os
 import shlex
@@ -95,7 +96,7 @@ MISTAKES = {
     "model.path=gone": "error: override 'model.path=gone': model.path: expected a model folder",
     "data.prompts=gone.jsonl": "error: override 'data.prompts=gone.jsonl': data.prompts: ",
     # Three ranks.
-    "megatron.tensor_model_parallel_size=2": "a multiple of 2, got 3; start 2 or 4 ranks",
+    "megatron.tensor_model_parallel_size=2": "a multiple of 2, got 3; ",
     "megatron.pipeline_model_parallel_size=3": "expected a divisor of the model's 2 layers, got 3",
 }
 
@@ -157,14 +158,26 @@ def test_a_terminal_without_utf_8(folder, environment):
     arguments = ["report", "größe/Läufe \N{BOX DRAWINGS LIGHT HORIZONTAL}"]
     done = run(folder, "-m", "megatron_espo", *arguments, **environment)
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
-    text = "print('\N{FULL BLOCK}')"
-    done = run(folder, "-c", f"from megatron_espo import cli; cli._prepare_process(); {text}")
+    text = r"print('\u2588')"
+    prepared = f"from megatron_espo import cli; cli._prepare_process(); {text}"
+    done = run(folder, "-c", prepared, **environment)
     assert done.returncode == 0, done.stderr
 
 
 def test_an_interrupt_prints_nothing(folder):
     done = run(folder, "-c", RECORDER, "interrupt", "train", "run.yaml")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    def refuse(args):
+        raise OSError(errno.EROFS, "Read-only file system", "page.html")
+
+    monkeypatch.setattr(cli, "_run", refuse)
+    assert cli.main(["report", "run"]) == 2
+    assert capsys.readouterr().err == "error: page.html: Read-only file system\n"
+    with pytest.raises(OSError):
+        cli.main(["train", "run.yaml"])
 
 
 def test_train_help_prints_every_setting(capsys):

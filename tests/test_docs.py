@@ -242,6 +242,7 @@ model.zero_grad_buffer()
 # Assertions that run after a snippet; tests/test_environments.py runs the other snippet.
 CHECKS = {
     "README.md": "assert all(p.main_grad.norm() > 0 for p in model.parameters())",
+    "docs/models.md": "assert Mine.model_type == 'mine'",
     "docs/existing_script.md": "assert callable(forward_step)",
     "docs/own_trainer.md": "assert logits.grad.norm() > 0",
 }

@@ -75,6 +75,7 @@ def test_a_torchvision_built_for_another_torch_is_named(install):
         ),
         ("import time; time.sleep(60)", "did not import within 2 s"),
         ("raise ValueError('something else')", "ValueError: something else"),
+        ("import os; os.write(2, b'\\xff'); raise ValueError('odd')", "ValueError: odd"),
     ],
 )
 def test_a_broken_package_gets_advice(install, code, advice):
@@ -133,6 +134,12 @@ def test_a_small_shared_memory_is_broken(monkeypatch, tmp_path):
         row = doctor.shared_memory_row(str(tmp_path))
         assert (row.state, bool(row.advice)) == (state, advised)
     assert doctor.shared_memory_row(str(tmp_path / "absent")).state == MISSING
+
+
+def test_a_host_name_without_an_address_is_broken():
+    row = doctor.host_name_row("no-such-host.invalid")
+    assert row.state == BROKEN and "--local-addr 127.0.0.1" in row.advice
+    assert doctor.host_name_row("localhost").state == WORKS
 
 
 @pytest.mark.parametrize("absent, code", [("apex", 0), ("torch", 1)])

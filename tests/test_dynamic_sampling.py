@@ -97,9 +97,25 @@ def test_truncated_responses_are_masked_and_penalized():
         rollout=Rollout(max_response_tokens=4, group_size=2),
         algorithm=Algorithm(),
     )
-    advantages = advantages_of(groups, config)
+    advantages, _ = advantages_of(groups, config)
     torch.testing.assert_close(advantages, torch.tensor([[1.0, -1.0]]) / math.sqrt(2))
     ((whole, cut),) = train_sequences(groups, advantages, mask_truncated=True)
     assert (whole.masked, cut.masked) == (False, True)
     ((_, cut),) = train_sequences(groups, advantages, mask_truncated=False)
     assert not cut.masked
+
+
+def test_equal_rewards_train_with_rl_zvp_if_it_is_on():
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    groups = ScoredGroups([[make_sample(2), make_sample(3)] for _ in rewards], rewards, 1)
+    for scale, wanted in ((0.0, [0, 0, 0, 0]), (0.25, [0.25, 0.25, -0.25, -0.25])):
+        config = SimpleNamespace(
+            reward=Reward(),
+            rollout=Rollout(group_size=2),
+            algorithm=Algorithm(zero_variance_scale=scale),
+        )
+        advantages, signs = advantages_of(groups, config)
+        sequences = [s for g in train_sequences(groups, advantages, False, None, signs) for s in g]
+        assert [s.advantage for s in sequences[:4]] == wanted
+        assert [s.zero_variance for s in sequences] == [*(4 * w for w in wanted), 0, 0]
+        assert sequences[4].advantage > 0 > sequences[5].advantage

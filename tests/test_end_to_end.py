@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "megatron": {"tensor_model_parallel_size": 2, "max_tokens_per_micro_batch": 64},
         "optimizer": {"lr": 0.003},
+        "algorithm": {"num_mini_batches": 1},
         "rollout": {
             "prompts_per_step": 8,
             "group_size": 4,
@@ -166,7 +167,7 @@ def test_bad_row_is_reported_before_the_run_starts(folder):
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
 EP2 = ["megatron.tensor_model_parallel_size=1", "megatron.expert_model_parallel_size=2"]
-WITHOUT_REPLAY = ["rollout.router_replay=false", "rollout.allow_router_mismatch=true"]
+WITHOUT_REPLAY = ["rollout.router_replay=false", "algorithm.rollout_correction=token"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Several engines sample the tokens of one. Held requests continue after an engine is killed."""
 
+import asyncio
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from megatron_espo.config import load_config
 from megatron_espo.config.checks import check_world_size
 from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.errors import InputError
+from megatron_espo.rollout import http_client
 from megatron_espo.rollout.engine import Generation, Sampling
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import EnginePool, request_seed
@@ -167,7 +169,11 @@ def test_a_killed_engine_of_another_rank_restarts(folder, of_one_engine):
     ("overrides", "world_size", "message"),
     [
         (["rollout.engines=3"], 4, "expected a divisor of the 4 ranks"),
-        (["rollout.engines=2", "rollout.tensor_parallel_size=4"], 4, "got 2 x 4"),
+        (
+            ["rollout.engines=2", "rollout.tensor_parallel_size=4"],
+            4,
+            "rollout.tensor_parallel_size at most that, got 2",
+        ),
     ],
 )
 def test_engines_must_fit_the_ranks(folder, overrides, world_size, message):
@@ -181,5 +187,25 @@ def test_engines_of_one_machine_take_their_owners_gpus(monkeypatch):
     assert engine_devices(None, 4, 4, machine | {"LOCAL_RANK": "4"}) == "4,5,6,7"
     assert engine_devices(None, 1, 4, machine | {"LOCAL_RANK": "0"}) is None
     assert engine_devices("6,7", 4, 2, machine | {"LOCAL_RANK": "0"}) == "6,7"
-    with pytest.raises(InputError, match="engine of rank 12 to fit on the 2 GPUs"):
-        engine_devices(None, 4, 4, machine | {"LOCAL_RANK": "6"})
+
+
+def test_an_idle_connection_is_not_used_again(tmp_path, monkeypatch):
+    """A server may close an idle connection at the moment at which the next request arrives."""
+    monkeypatch.setattr(http_client, "_IDLE_SECONDS", 0.05)
+    path, answer = str(tmp_path / "socket"), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+    async def serve_one_request(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await reader.read(1)  # the next request, or the end of the connection
+        writer.close()
+
+    async def two_requests():
+        async with await asyncio.start_unix_server(serve_one_request, path):
+            client = http_client.HttpClient(f"unix:{path}", "key")
+            assert await client.call("/first") == {}
+            await asyncio.sleep(0.2)
+            assert await client.call("/second") == {}
+            await client.close()
+
+    asyncio.run(two_requests())

@@ -10,10 +10,11 @@ from megatron_espo.config.checks import check_model
 from megatron_espo.data.packing import batch_totals, pack
 from megatron_espo.distributed.cpu import install
 from megatron_espo.errors import InputError
+from megatron_espo.models.registry import read_spec
 
 install()
 from megatron_espo.megatron.actor import packing_spec
-from megatron_espo.megatron.model import build_configured, moe_arguments, transformer_config
+from megatron_espo.megatron.model import build_configured, transformer_config
 from tests.support.bad_inputs import LLAMA, MOE
 from tests.support.distributed import run_ranks
 from tests.support.weights_models import save_model
@@ -38,6 +39,9 @@ def test_unsupported_combinations_are_refused(tmp_path, overrides, message):
         load_config(str(tmp_path / "run.yaml"), overrides)
 
 
+LONG = {"max_position_embeddings": 9999}
+
+
 def config(**megatron) -> Config:
     return Config(
         model=Model(path="none"),
@@ -48,22 +52,27 @@ def config(**megatron) -> Config:
 
 def test_sizes_must_be_multiples_of_16():
     with pytest.raises(InputError, match="megatron.fp8: expected null with 8 hidden columns"):
-        check_model(config(), LLAMA | {"intermediate_size": 16, "max_position_embeddings": 9999})
+        check_model(config(), read_spec(LLAMA | {"intermediate_size": 16} | LONG))
     with pytest.raises(
         InputError, match="megatron.fp8: expected null with 24 feed-forward columns per rank"
     ):
         check_model(
             config(tensor_model_parallel_size=2),
-            LLAMA | WIDE | {"intermediate_size": 48, "max_position_embeddings": 9999},
+            read_spec(LLAMA | WIDE | {"intermediate_size": 48} | LONG),
         )
 
 
-def test_transformer_config_has_fp8():
+def test_transformer_config_has_fp8(monkeypatch):
     megatron = Megatron(fp8="hybrid", fp8_recipe="blockwise", transformer_impl="transformer_engine")
-    found = transformer_config(LLAMA | WIDE, megatron, torch.bfloat16)
+    found = transformer_config(read_spec(LLAMA | WIDE), megatron, torch.bfloat16)
     assert (found.fp8, found.fp8_recipe) == ("hybrid", "blockwise")
     key = "moe_router_padding_for_quantization"
-    assert moe_arguments(MOE, "hybrid")[key] and not moe_arguments(MOE)[key]
+    # Transformer Engine is not here.
+    has_te = "megatron.core.transformer.transformer_config.is_te_min_version"
+    monkeypatch.setattr(has_te, lambda *version: True)
+    for fp8 in ("hybrid", None):
+        found = transformer_config(read_spec(MOE), Megatron(fp8=fp8), torch.bfloat16)
+        assert getattr(found, key) == bool(fp8)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -72,7 +81,7 @@ def test_fp8_is_refused_without_transformer_engine():
         InputError,
         match="megatron.fp8: expected null on a machine without GPUs .*, got hybrid",
     ):
-        build_configured(config(), LLAMA | WIDE, None)
+        build_configured(config(), read_spec(LLAMA | WIDE), None)
 
 
 @pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 16), ("mxfp8", 32)])

@@ -26,7 +26,7 @@ from megatron_espo.rollout import server as server_module
 from megatron_espo.rollout.engine import EngineError, HttpStatusError, Phase, Sampling
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread, call_once
 from megatron_espo.rollout.keeper import Keeper
-from megatron_espo.rollout.lease import HostOrder, LeasedServer, host_log_name, settings_text
+from megatron_espo.rollout.lease import LeasedServer, host_log_name, settings_text
 from megatron_espo.rollout.server import PREFIX, EngineConfig, run_key, run_key_file
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from tests.support import lease_server
@@ -92,9 +92,9 @@ def stepping(keeper: Keeper) -> Iterator[Keeper]:
         keeper._stop()
 
 
-def search(config: EngineConfig, hosts: HostOrder | None = None) -> LeasedServer:
+def search(config: EngineConfig, hosts: list[str] | None = None) -> LeasedServer:
     """The server that a search for a host finds, or with the attribute ``error``."""
-    server = LeasedServer(config, hosts or HostOrder(list(config.hosts)))
+    server = LeasedServer(config, hosts or list(config.hosts))
     server.error = None
     try:
         server.find()
@@ -181,7 +181,7 @@ def answers(address: str, key: str) -> bool:
 def test_a_silent_host_is_given_up_and_the_next_one_taken(folder, without_vllm):
     first, spare = free_address(), free_address()
     config = engine_config(folder, first, spare)
-    hosts = HostOrder([first, spare])
+    hosts = [first, spare]
     with stepping(Keeper(folder, spare, 600)):
         with stepping(Keeper(folder, first, 600)) as other:
             owner = search(config, hosts)
@@ -194,7 +194,7 @@ def test_a_silent_host_is_given_up_and_the_next_one_taken(folder, without_vllm):
             wait_until(lambda: not owner.is_alive, "the owner notices", 30)
             assert SECONDS - 1.5 < time.monotonic() - began < SECONDS + 4
             owner.kill()
-            assert hosts.addresses == [spare, first]
+            assert hosts == [spare, first]
             owner = search(config, hosts)
             assert owner.address == spare and owner.is_alive
             wait_until(lambda: not is_running(pid), "the keeper kills the stopped server", 30)
@@ -217,7 +217,7 @@ def test_a_lost_machine_has_the_shorter_limit(folder, monkeypatch):
 
     monkeypatch.setattr(lease, "call_once", call)
     config = engine_config(folder, "192.0.2.1:7700", host_timeout_s=0.5)
-    owner = search(config, HostOrder(["192.0.2.1:7700"], used=True))
+    owner = search(config, ["192.0.2.1:7700"])
     message = "within 0.5 s (rollout.host_timeout_s): 192.0.2.1:7700: no answer (No route to host)"
     assert message in str(owner.error)
 
@@ -418,7 +418,7 @@ def test_settings_are_common_to_all_owners(folder):
     assert settings_text(one) == settings_text(other) != settings_text(replace(one, sleep=True))
     stats = []
     for config in (one, other):
-        LeasedServer(replace(config, start_timeout_s=0.1), HostOrder(["127.0.0.1:1"])).kill()
+        LeasedServer(replace(config, start_timeout_s=0.1), ["127.0.0.1:1"]).kill()
         stats.append((folder / "engine.json").stat())
     assert stats[0].st_ino == stats[1].st_ino, "equal settings are not written again"
 
@@ -475,10 +475,10 @@ def server_pid(output: str) -> int:
 
 OWNER = """
 import time
-from megatron_espo.rollout.lease import HostOrder, LeasedServer
+from megatron_espo.rollout.lease import LeasedServer
 from megatron_espo.rollout.server import EngineConfig
 config = {config!r}
-server = LeasedServer(config, HostOrder(list(config.hosts)))
+server = LeasedServer(config, list(config.hosts))
 server.find()
 print("leased", flush=True)
 time.sleep(600)

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from megatron_espo.numerics import vocab_parallel_logprob_entropy
+from megatron_espo.numerics.statistics import merge
 from tests.support.distributed import run_ranks
 from tests.support.ranks.numerics import assert_close, dense, hard_rows
 
@@ -170,6 +171,23 @@ def test_nan_stays_and_targets_outside_the_vocabulary_have_no_probability():
     )
     assert logprob[0].isnan() and entropy[0].isnan()
     assert (logprob[1:] == -torch.inf).all() and entropy[1:].isfinite().all()
+    x.requires_grad_()
+    outside = torch.tensor([48, -100])
+    vocab_parallel_logprob_entropy(x[1:], outside, None, vocab_size=48)[0].sum().backward()
+    assert_close(x.grad[1:, :48], -x.detach()[1:, :48].double().softmax(1), 1e-6)
+    assert not x.grad[1:, 48:].any()
+
+
+def test_parts_merge_to_the_whole():
+    x, scale = 9 * torch.randn(5, 3, 4, dtype=torch.float64), 1 / 0.7
+
+    def sums(x):
+        m = x.amax(-1)
+        s = (x - m[..., None]) * scale
+        return m, s.exp().sum(-1), (s * s.exp()).sum(-1)
+
+    for found, wanted in zip(merge(*sums(x), scale, dim=1), sums(x.flatten(1)), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -136,11 +136,12 @@ def test_main_grad_rules(tied):
     assert_close(weight.main_grad, 2 * expected, 2e-5)
 
 
-def test_positions_and_frozen_weight():
+@pytest.mark.parametrize("budget", [None, ROW], ids=["kept", "one row"])
+def test_positions_and_frozen_weight(budget):
     hidden, weight, targets, weights = inputs()
     positions = torch.tensor([3, 9, 8, 40], device=DEVICE)
     arguments = (hidden, weight.detach(), targets[:4], weights[:, :4])
-    loss = fused(*arguments, positions=positions)[2]
+    loss = fused(*arguments, positions=positions, budget_bytes=budget)[2]
     loss.backward()
     expected = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64, device=DEVICE)
     expected[positions] = unfused(hidden[positions], weight, targets[:4], weights[:, :4])[2]

@@ -318,6 +318,14 @@ def test_setting_out_of_range_is_refused(cls, settings):
         cls(**settings)
 
 
+def test_gmpo_has_a_limit_on_each_side():
+    """Log-ratios 0.25 and -0.5: A > 0 takes the smaller, A < 0 the larger of plain and clipped."""
+    instance = GMPO(clip_low=0.1, clip_high=0.4)
+    output = instance.loss(inputs_of(instance))
+    torch.testing.assert_close(output.ratio.log(), torch.tensor([-0.125, -0.125, 0.075, 0.075]))
+    assert output.no_gradient.tolist() == [False, False, False, True]
+
+
 @pytest.mark.parametrize("name", ["segmentation", "aggregation"])
 def test_unknown_name_in_a_class_is_refused(name):
     with pytest.raises(
@@ -358,7 +366,7 @@ def test_wrong_argument_of_padded_loss_is_refused(change, message):
 
 
 def test_padded_loss_takes_equivalent_arguments():
-    """Advantages by response or by token, masks of any dtype, and a batch without rows."""
+    """Advantages by response or by token, masks of any dtype, and rows without trained tokens."""
 
     def loss(**change):
         return padded_loss(ESPO(), **PADDED | change, vocab_size=VOCAB).loss
@@ -369,6 +377,12 @@ def test_padded_loss_takes_equivalent_arguments():
     for dtype in (torch.bool, torch.float32, torch.bfloat16):
         assert torch.equal(loss(mask=PADDED["mask"].to(dtype)), wanted)
     assert loss(**{name: values[:0] for name, values in PADDED.items()}) == 0
+    # A row without trained tokens counts as a response, and its values are not read.
+    longer = {
+        name: torch.cat([v, torch.full_like(v[:1], 0 if name == "mask" else math.nan)])
+        for name, v in PADDED.items()
+    }
+    assert torch.equal(loss(**longer), loss(num_responses=3))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -382,6 +382,21 @@ def test_padded_rows_stay_within_the_budget():
     assert [tuple(batch.tokens.shape) for batch in batches] == [(2, 10), (1, 3)]
 
 
+def test_each_response_to_a_shared_prompt_counts_as_a_sequence():
+    sequences = [TrainSequence((p,), (r,), [0.0], 1.0) for p in (1, 2) for r in (3, 4)]
+    spec = PackingSpec(99, 0, 1, max_sequences=3, share_prompts=True)
+    batches = pack(sequences, batch_totals(sequences, num_responses=4, num_response_tokens=4), spec)
+    assert [len(batch.lengths) for batch in batches] == [2, 2]
+
+
+def test_padding_has_valid_ids_and_positions(monkeypatch):
+    """Whatever was in the memory before."""
+    monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(shape, -7, dtype))
+    for layout in ({"padded": True}, {"multiple_of": 8}, {"context_parallel_size": 2}):
+        ((batch,),) = pack_ranks(make_sequences([(2, 3), (1, 2)]), 1, max_tokens=30, **layout)
+        assert (batch.tokens >= 0).all() and (batch.position_ids >= 0).all(), layout
+
+
 @pytest.mark.parametrize("options", [{"padded": True}, {"context_parallel_size": 2}])
 def test_shared_prompts_raise_with_padding_or_context_parallelism(options):
     with pytest.raises(ValueError, match="share_prompts: expected false"):

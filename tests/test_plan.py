@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_espo.models.families import model_groups
+from megatron_espo.models.registry import read_spec
 from megatron_espo.tools.plan.memory import Pipeline, plan_pipeline
 from tests.support.distributed import run_ranks
 from tests.support.plan_models import (
@@ -19,7 +19,7 @@ from tests.support.plan_models import (
     plan_command,
     sizes,
 )
-from tests.support.weights_models import read_hf_config, save_model
+from tests.support.weights_models import load_spec, make_model, save_model
 
 TP8_PP4 = sizes(tensor_model=8, pipeline_model=4) | {"sequence_parallel": True}
 TP8_PP5_VPP4 = TP8_PP4 | sizes(pipeline_model=5, virtual_pipeline_model=4)
@@ -94,6 +94,15 @@ def test_parameters_of_big_models_and_bytes_of_the_transfer(
     check_transfer(plan, shapes)
 
 
+def test_parameters_of_a_family_with_a_fused_tensor_and_four_norms(tmp_path):
+    save_model("glm4", tmp_path, max_position_embeddings=4096)
+    spec = load_spec(tmp_path)
+    _, text, plan = plan_command(tmp_path, spec.hf_config, megatron=TP2_PP2)
+    total = sum(parameter.numel() for parameter in make_model("glm4").parameters())
+    assert plan, text
+    assert plan["total_parameters"] == total == sum(s["whole"] for s in plan["parameters"])
+
+
 def test_engines_on_other_machines_use_the_network_and_no_memory_of_the_trainer(tmp_path):
     plans = {}
     for transport in ("auto", "files"):
@@ -126,8 +135,8 @@ def test_experts_are_counted_and_sent_once(tmp_path):
     assert code in (0, 1), text
     shapes = hf_shapes(QWEN3_235B_A22B)
     if not any(".experts.0." in name for name in shapes):  # transformers 5 stacks experts
-        mappings = [mapping for group in model_groups(QWEN3_235B_A22B) for mapping in group]
-        shapes = {n: torch.Size(shape) for m in mappings for n, shape in m.huggingface}
+        own = read_spec(QWEN3_235B_A22B).tensor_shapes
+        shapes = {name: torch.Size(shape) for name, shape in own.items()}
     assert plan["total_parameters"] == 235_093_634_560
     check_transfer(plan, shapes)
 
@@ -136,7 +145,7 @@ def test_experts_are_counted_and_sent_once(tmp_path):
 def test_memory_of_the_transfer_equals_a_measured_transfer(tmp_path):
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     save_model("qwen3", tmp_path, vocab_size=1025, max_position_embeddings=4096, **shape)
-    small = read_hf_config(tmp_path)
+    small = load_spec(tmp_path).hf_config
     model = {"path": str(tmp_path), "dtype": "float32"}
     _, text, plan = plan_command(
         tmp_path, small, megatron=TP2_PP2, model=model, rollout={"transport": "nccl"}

@@ -31,6 +31,7 @@ def test_memory_of_a_real_step(tmp_path, hf_config, dtype, recompute):
         "optimizer": {"use_distributed_optimizer": sharded},
         "model": {"path": str(tmp_path), "dtype": dtype},
         "megatron": megatron,
+        "algorithm": {"num_mini_batches": 1},
         "rollout": {
             "prompts_per_step": 1,
             "group_size": len(LENGTHS),

@@ -72,9 +72,15 @@ def make_case() -> tuple[list[TrainSequence], Policy]:
     return sequences, policy
 
 
-def run(algorithm: Algorithm, ranks: int, known: bool = True):
+def with_signs(sequences: list[TrainSequence], signs: tuple[int, ...]) -> list[TrainSequence]:
+    pairs = zip(sequences, signs, strict=True)
+    return [replace(sequence, zero_variance=sign) for sequence, sign in pairs]
+
+
+def run(algorithm: Algorithm, ranks: int, known: bool = True, signs=(0, 0, 0, 0)):
     """Loss, gradients of the log-prob and entropy of each token id, and metrics of all ranks."""
     sequences, policy = make_case()
+    sequences = with_signs(sequences, signs)
     if not known:
         sequences = [replace(s, old_logprobs=None, old_entropies=None) for s in sequences]
     totals = batch_totals(sequences, **TOTALS)
@@ -133,7 +139,7 @@ def run(algorithm: Algorithm, ranks: int, known: bool = True):
     return float(sum(losses)), sum(gradients), metrics
 
 
-def reference(algorithm: Algorithm, known: bool = True):
+def reference(algorithm: Algorithm, known: bool = True, signs=(0, 0, 0, 0)):
     """The same from the equations, in plain floats."""
     sequences, policy = make_case()
     if not known:
@@ -143,12 +149,17 @@ def reference(algorithm: Algorithm, known: bool = True):
     def take(values: torch.Tensor, ids: list[int]) -> list[float]:
         return values[ids].tolist()
 
+    def advantages(sequence: TrainSequence, ids: list[int], sign: int) -> list[float]:
+        """RL-ZVP: a reward grows with the entropy, a penalty with its distance to the highest."""
+        entropy, a = take(policy.old_entropy, ids), sequence.advantage
+        return [a * (e if sign > 0 else max(entropy) - e if sign < 0 else 1) for e in entropy]
+
     responses = [
         Response(
             take(policy.logprob, ids), take(policy.old_logprob, ids),
-            take(policy.old_entropy, ids), s.advantage,
+            take(policy.old_entropy, ids), advantages(s, ids, sign),
         )
-        for s, ids in zip(sequences, trained, strict=True)
+        for s, ids, sign in zip(sequences, trained, signs, strict=True)
     ]  # fmt: skip
     low, high = BOUNDS[algorithm.objective]
     answer = expected(
@@ -225,6 +236,17 @@ def test_loss_gradient_and_metrics_equal_reference(case, ranks, known):
     assert metrics["sum/kl/reference"] == pytest.approx(sum(wanted["kls"]), rel=1e-4)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("objective", ["espo", "grpo"])
+def test_entropies_shape_the_advantages_of_equal_rewards(objective, ranks):
+    algorithm, signs = Algorithm(objective=objective, rollout_correction="off"), (0, -1, 1, -1)
+    loss, gradient, _ = run(algorithm, ranks, signs=signs)
+    wanted_loss, wanted_gradient, _ = reference(algorithm, signs=signs)
+    assert loss == pytest.approx(wanted_loss, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(gradient, run(algorithm, ranks)[1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class EntropyOnly(Objective):
     """An objective whose loss is an entropy bonus."""
@@ -271,14 +293,21 @@ def test_forward_step_trains_the_hidden_states(algorithm, monkeypatch):
             context=head["output_processor_context"],
         )  # fmt: skip
 
-    recorded = []
-    step = make_forward_step(
-        algorithm,
-        groups=SimpleNamespace(tp=None, cp=SimpleNamespace(size=lambda: 1)),
-        vocab_size=VOCAB, temperature=0.7, max_response_tokens=16,
-        record=lambda *seen: recorded.append(seen),
-    )  # fmt: skip
-    output, loss_function = step(iter([batch]), model)
+    recorded, replayed = [], []
+    replay = SimpleNamespace(
+        give=lambda *seen: replayed.append(("give", *seen)),
+        follow=lambda *seen: replayed.append(("follow", *seen)),
+    )
+    options = {
+        "groups": SimpleNamespace(tp=None, cp=SimpleNamespace(size=lambda: 1)),
+        "vocab_size": VOCAB, "temperature": 0.7, "max_response_tokens": 16,
+        "record": lambda *seen: recorded.append(seen), "router_replay": replay,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="budget_bytes is 1"):
+        make_forward_step(algorithm, **options, head_budget_bytes=1)(iter([batch]), model)
+    replayed.clear()
+    output, loss_function = make_forward_step(algorithm, **options)(iter([batch]), model)
+    assert replayed == [("give", model, None), ("follow", model, None, output)]
     loss, count, _ = loss_function(output)
     loss.backward()
     assert len(recorded) == 1 and int(count) == totals.num_tokens

@@ -15,8 +15,6 @@ import pytest
 from megatron_espo import cli
 from megatron_espo.config import Config
 from megatron_espo.errors import InputError
-from megatron_espo.monitoring.report import charts
-from megatron_espo.monitoring.report.charts import _draw_phases
 from megatron_espo.monitoring.report.page import SAMPLE_TOKENS, number, sample_steps, write_report
 from megatron_espo.monitoring.report.runs import read_runs
 from tests.support.browser import Browser, find_browser
@@ -132,20 +130,12 @@ def test_the_page_contains_the_values_of_the_files(pages, runs):
     assert number(sum(line["time/step_s"] for line in lines) / 50) in text
     assert "interval 0.200 – 0.400" in text and "problems" not in text
     compared = pages[1].read_text()
+    for run in read_runs(runs):
+        assert run.phases == list(PHASES)
+        assert f"<b>{run.name}</b>: mean step {run.mean('time/step_s'):.2f} s" in compared
     assert "warm start" in compared and "2 runs compared" in compared
     differing = set(re.findall(r"<td>([\w.]+) ≠</td>", compared))
     assert differing == {"run.dir", "run.seed", "run.steps"}
-
-
-def test_bars_are_as_long_as_the_mean_seconds(runs):
-    from matplotlib.figure import Figure
-
-    found, axes = read_runs(runs), Figure().subplots()
-    _draw_phases(axes, found)
-    widths = [bar.get_width() for bar in axes.patches]
-    assert found[0].phases == list(PHASES)
-    means = [[run.mean(f"time/{name}_s") for run in found] for name in PHASES]
-    assert widths == pytest.approx(sum(means, []))
 
 
 def test_the_heat_is_the_entropy_and_long_samples_are_truncated(runs):
@@ -185,17 +175,19 @@ def test_problems_are_listed(tmp_path):
     )
     run = read_runs([folder])[0]
     assert run.series("reward/mean") == ([1, 2, 4], [0.125, 0.5, 1.0])
-    assert run.problems() == [
-        "the run failed after step 4: EngineError: gave up",
-        "the rollout engine was restarted 2 times, at the weight updates of steps 4",
-        "no metrics of 1 steps: 3",
-        "NaN or infinity in optimizer/grad_norm",
-        "updates were skipped in steps 4, because a gradient was not finite (bad_batches/)",
-        "3 responses were not judged: the verifier crashed, hung or returned no number",
-        "engine and trainer differ by more than 0.05 nats a token in steps 4",
-        "engine.log: vllm.errors.DeadError: gone (2 times)",
-        "engine.log: ValueError: no (2 times)",
+    expected = [
+        ("the run failed after step 4", "EngineError: gave up"),
+        ("no metrics of 1 steps: 3",),
+        ("optimizer/grad_norm is NaN or infinite", "steps 4"),
+        ("restarts of the rollout engine", ": 2, in steps 4"),
+        ("updates skipped", "bad_batches/", "steps 4"),
+        ("responses not judged", ": 3, in steps 4"),
+        ("engine and trainer differ by more than 0.05 nats", "steps 4"),
+        ("engine.log: vllm.errors.DeadError: gone (2 times)",),
+        ("engine.log: ValueError: no (2 times)",),
     ]
+    for problem, words in zip(run.problems(), expected, strict=True):
+        assert all(word in problem for word in words), problem
     assert "gave up" in write_report([folder]).read_text()
 
 
@@ -217,24 +209,22 @@ def test_the_command_prints_the_path(runs, tmp_path, capsys):
     assert capsys.readouterr().out == f"report: {tmp_path / 'x' / 'page.html'}\n"
 
 
-def test_the_page_of_a_long_run_is_small(tmp_path, monkeypatch):
+def test_the_page_of_a_long_run_is_small(tmp_path):
     chance, folder = random.Random(1), tmp_path / "long"
     folder.mkdir()
     names = ("reward/mean", "optimizer/grad_norm", "rollout/length_mean", "time/train_s")
     lines = [{"step": i} | {name: chance.random() for name in names} for i in range(1, 5001)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    size = len(write_report([folder]).read_bytes())
-    monkeypatch.setattr(charts, "MOST_POINTS", 10_000)
-    assert size < 4e5 < len(write_report([folder]).read_bytes())
+    assert len(write_report([folder]).read_bytes()) < 4e5
 
 
 @pytest.mark.parametrize(
     "value, text",
     [
-        (0, "0"),
+        (0, "0.000"),
         (0.5, "0.500"),
         (12.345, "12.3"),
-        (1234.5, "1,234"),
+        (1234.56, "1,234.6"),
         (2e-6, "2.00e-06"),
         (math.nan, "–"),
         (None, "–"),

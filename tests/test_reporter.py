@@ -12,6 +12,7 @@ import torch
 from megatron_espo.config import Config
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
+from megatron_espo.models.registry import read_spec
 from megatron_espo.monitoring.reporter import Reporter
 from megatron_espo.monitoring.throughput import matmul_parameters, system_metrics, training_flops
 from megatron_espo.types import Prompt, Trajectory
@@ -19,6 +20,8 @@ from tests.support.distributed import ROOT
 from tests.support.documented import is_documented
 
 HF = {
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 64,
     "vocab_size": 24,
     "hidden_size": 8,
     "num_attention_heads": 2,
@@ -48,7 +51,7 @@ def make_reporter(folder: Path, **run) -> Reporter:
         groups=types.SimpleNamespace(tp=OneRank(), cp=OneRank()), is_main=True, device="cpu"
     )
     tokenizer = types.SimpleNamespace(decode=lambda ids: "".join(f" {i}" for i in ids))
-    reporter = Reporter(make_config(folder, **run), HF, runtime, tokenizer)
+    reporter = Reporter(make_config(folder, **run), read_spec(HF), runtime, tokenizer)
     reporter.open(after_step=0)
     return reporter
 
@@ -191,16 +194,19 @@ def test_flops_are_those_that_torch_counts(tmp_path, family):
     length = 24
     with FlopCounterMode(display=False) as counter:
         model(torch.ones(1, length, dtype=torch.long)).logits.sum().backward()
+    found = config.to_dict() | {"architectures": [type(model).__name__]}
     masked = 6 * 3 * 4 * 32 * length**2
     # torch also counts the few FLOPs of the rotary angles.
     assert counter.get_total_flops() - masked == pytest.approx(
-        training_flops(config.to_dict(), [length]), rel=1e-3
+        training_flops(read_spec(found), [length]), rel=1e-3
     )
 
 
 def test_parameters_count_the_chosen_experts():
-    mixture = HF | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    assert matmul_parameters(mixture) - matmul_parameters(HF) == 3 * 8 * 16 + 8 * 4
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    mixture = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | experts
+    counts = [matmul_parameters(read_spec(hf)) for hf in (HF | mixture, HF)]
+    assert counts[0] - counts[1] == 3 * 8 * 16 + 8 * 4
 
 
 def test_memory_is_this_machines():

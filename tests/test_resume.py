@@ -1,5 +1,7 @@
 """A loaded actor continues bit for bit: moments, step count, learning rate, random states."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.support.distributed import run_ranks
@@ -74,7 +76,56 @@ def test_tied_pipelines_continue_in_their_own_layout_only(folder, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("ranks", "sizes"), [(1, {}), (2, PP2)])
+def test_the_first_update_needs_no_scores(folder, ranks, sizes):
+    """The policy of the first update is the old policy. A second epoch trains the same again."""
+    for epochs, passes in ((1, 1), (2, 2)):
+        found = run_ranks(
+            ranks,
+            "tests.support.ranks.resume:check_first_update",
+            folder=str(folder / "untied"),
+            sizes=sizes,
+            epochs=epochs,
+        )
+        assert found["difference"] < 1e-6 < 1e-3 < found["trained"], found
+        assert found["score passes"] == passes
+
+
 def test_random_number_states_are_restored(tmp_path):
     """Of Megatron's tracker (different on tensor-parallel ranks), torch, Python and NumPy."""
     found = run_ranks(2, "tests.support.ranks.resume:check_rng", folder=str(tmp_path))
     assert found == [True, True, True]
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
+def test_a_longer_schedule_is_reported(monkeypatch, capsys, style):
+    """The learning rate of a resumed run with another ``run.steps`` follows the new schedule."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from megatron_espo.megatron import actor
+
+    def schedule(steps):
+        lengths = {"lr_warmup_steps": 0, "lr_decay_steps": steps, "wd_incr_steps": steps}
+        decay = {"lr_decay_style": style, "init_lr": 0.0, "max_lr": 1.0, "min_lr": 0.0}
+        weight_decay = {"start_wd": 0.0, "end_wd": 0.0, "wd_incr_style": "constant"}
+        return OptimizerParamScheduler(
+            SimpleNamespace(param_groups=[]), **lengths, **decay, **weight_decay,
+            use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True,
+        )  # fmt: skip
+
+    saved, resumed = schedule(8), actor.Actor.__new__(actor.Actor)
+    saved.step(2)
+    resumed.chunks, resumed.spec = [], None
+    resumed.config = SimpleNamespace(optimizer=SimpleNamespace(lr_decay_style=style))
+    resumed.train_engine = SimpleNamespace(optimizer=None, spikes=SimpleNamespace(norms=[]))
+    monkeypatch.setattr(actor.dist, "get_rank", lambda: 0)
+    for steps in (8, 12):
+        state = {"scheduler": saved.state_dict()}
+        monkeypatch.setattr(actor, "load_checkpoint", lambda *_, found=state, **__: found)
+        resumed.train_engine.scheduler = schedule(steps)
+        resumed.load("step_000002")
+        assert resumed.train_engine.scheduler.num_steps == 2
+        warned = steps != 8 and style != "constant"
+        lines = capsys.readouterr().out.splitlines()
+        found = [line for line in lines if line.startswith("warning:")]
+        assert len(found) == warned and all("12" in line and "8" in line for line in found)

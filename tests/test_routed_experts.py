@@ -111,6 +111,7 @@ def test_engine_returns_the_experts_that_its_router_chose(model, tmp_path, worke
         tmp_path,
         load_weights=True,
         routed_experts=True,
+        expert_layers=[0, 2],
         tensor_parallel_size=workers,
         engine_args=arguments,
     )
@@ -136,7 +137,14 @@ def test_vllms_own_record_on_a_gpu(model, tmp_path):
     """vLLM 0.32's ``enable_return_routed_experts``. A GPU may decide near-ties differently."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     prompts = make_prompts(1)[:8]
-    config = engine_config(model, tmp_path, load_weights=True, routed_experts=True, engine_args={})
+    config = engine_config(
+        model,
+        tmp_path,
+        load_weights=True,
+        routed_experts=True,
+        expert_layers=[0, 2],
+        engine_args={},
+    )
     with running_engine(config) as engine:
         groups = sample(engine, prompts, 4, routed_experts=True)
     pairs = [(ids, one) for ids, group in zip(prompts, groups, strict=True) for one in group]

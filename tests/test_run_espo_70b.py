@@ -11,6 +11,7 @@ import pytest
 
 from megatron_espo.config import load_config
 from megatron_espo.config.checks import check_model, check_world_size
+from megatron_espo.models.registry import read_spec
 from tests.support.distributed import ROOT
 
 SCRIPT = ROOT / "examples" / "run_espo_70b.sh"
@@ -123,7 +124,7 @@ def test_configurations_fit_their_nodes_and_models(path):
     name, nodes = path.stem.rsplit("_", 1)
     config = load_config(str(path))
     data_parallel = check_world_size(config, 8 * int("".join(filter(str.isdigit, nodes))))
-    check_model(config, MODELS[name])
+    check_model(config, read_spec(MODELS[name]))
     comment = path.read_text().replace(", experts EP 8", "")
     assert f"DP {data_parallel};" in comment or data_parallel == 1
     rollout, algorithm = config.rollout, config.algorithm

@@ -16,6 +16,7 @@ from megatron_espo.data.scored_groups import (
     from_outline,
     to_outline,
 )
+from megatron_espo.distributed.checksum import array_checksum
 from megatron_espo.megatron import consistency, scatter
 from megatron_espo.trainer.train import train_sequences
 from megatron_espo.types import Prompt, Trajectory
@@ -185,6 +186,18 @@ def test_a_bit_lost_on_the_way_is_named():
         2, "tests.test_scored_groups:scatter_on_rank", sizes={}, share_prompts=True, flip=True
     ):
         assert answer["error"].startswith("responses of data-parallel rank 1 (checksum): expected")
+
+
+def test_an_array_checksum_depends_on_every_word_and_the_order_of_blocks():
+    values = np.arange(5000, dtype=np.int32)  # four blocks and a rest
+    whole = array_checksum(values)
+    assert array_checksum(np.repeat(values, 2)[::2]) == whole != array_checksum(values, start=1)
+    for place in (0, 1023, 4095, 4096, 4999):
+        changed = values.copy()
+        changed[place] ^= 1
+        assert array_checksum(changed) != whole, place
+    assert array_checksum(np.r_[values[1024:2048], values[:1024], values[2048:]]) != whole
+    assert array_checksum(values[:4]) != array_checksum(values[:3])
 
 
 def test_equal_tokens_have_equal_checksums():

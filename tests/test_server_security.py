@@ -98,7 +98,7 @@ def test_every_route_wants_the_key(server, key):
     paths = {path for _, path in routes}
     paths |= {"/metrics", "/metrics/", "/docs", "/", "//metrics", "/nowhere"}
     expected = {"/pause", "/update_weights", "/collective_rpc", "/v1/completions"}
-    assert expected | {f"{PREFIX}/generate", f"{PREFIX}/release"} <= paths
+    assert expected | {f"{PREFIX}/generate", f"{PREFIX}/canary"} <= paths
     assert len(paths) > 40, sorted(paths)
     asked = [(method, path) for path in sorted(paths) for method in METHODS]
 
@@ -126,12 +126,6 @@ def test_every_route_wants_the_key(server, key):
     assert server.request("/health", method="GET")[0] == 200
 
 
-# Routes of this project that return nothing computed from weights; x: a path parameter.
-OWN_CONTROL_ROUTES = {
-    PREFIX + path for path in ("/worker/x", "/serve", "/lease", "/release", "/info")
-}
-
-
 @pytest.mark.slow
 def test_no_route_returns_tokens_of_nan(server):
     """Requests wait after ``fill_nan``, until an update is finished and served."""
@@ -143,7 +137,7 @@ def test_no_route_returns_tokens_of_nan(server):
     status, text = server.request(f"{PREFIX}/worker/fill_nan", {"args": [shapes]})
     assert status == 200, text
     posts = {path for method, path in server.routes() if method == "POST"}
-    posts -= CONTROL_ROUTES | OWN_CONTROL_ROUTES
+    posts -= CONTROL_ROUTES | {f"{PREFIX}/worker/x"}  # x: a path parameter
     sampling = {"/v1/completions", "/v1/chat/completions", "/inference/v1/generate"}
     assert sampling | {f"{PREFIX}/generate"} <= posts, posts
 
@@ -162,7 +156,7 @@ def test_no_route_returns_tokens_of_nan(server):
             return dict(zip(posts, found, strict=True))
 
     assert {path: found for path, found in asyncio.run(answers()).items() if found} == {}
-    status, text = server.request(f"{PREFIX}/generate", BODY | {"canary": True})
+    status, text = server.request(f"{PREFIX}/canary", BODY)
     assert status == 409 and "unusable" in text
     assert server.request("/resume")[0] == 409
     assert server.request(f"{PREFIX}/serve", {"version": 1})[0] == 409
@@ -212,7 +206,7 @@ def test_routes_that_change_weights_make_them_unusable(guarded):
     for path in (*changes, f"{PREFIX}/worker/fill_nan"):
         guard.STATE.set(guard.Weights.SERVING)
         assert guarded(path) == 200 and guard.STATE.weights == guard.Weights.UNUSABLE, path
-        assert guarded("/resume") == 409
+        assert {guarded(path) for path in ("/resume", f"{PREFIX}/serve")} == {409}
     assert guarded("/finish_weight_update") == 200
     assert guard.STATE.weights == guard.Weights.ARRIVED and guarded("/resume") == 200
 

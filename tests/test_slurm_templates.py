@@ -165,6 +165,7 @@ def test_the_trainer_needs_a_node(start, tmp_path):
 def test_layout_of_the_disaggregated_template_is_valid():
     from megatron_espo.config import load_config
     from megatron_espo.config.checks import check_model, check_world_size
+    from megatron_espo.models.registry import read_spec
     from tests.test_run_espo_70b import MODELS
 
     words = [word.strip('"') for word in DISAGGREGATED.read_text().split()]
@@ -174,4 +175,4 @@ def test_layout_of_the_disaggregated_template_is_valid():
     config = load_config(str(ROOT / "examples/llama3_70b_8nodes.yaml"), [*layout, *hosts])
     assert len(layout) == 5 and check_world_size(config, 64) == 2
     assert config.rollout.max_staleness == 1
-    check_model(config, MODELS["llama3_70b"])
+    check_model(config, read_spec(MODELS["llama3_70b"]))

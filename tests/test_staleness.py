@@ -354,7 +354,7 @@ def test_a_killed_engine_is_replaced(runs):
         ),
         (
             ["rollout.max_staleness=0", "rollout.over_sampling_prompts=1"],
-            "over_sampling_prompts: expected null with max_staleness 0",
+            "over_sampling_prompts: expected at most max_staleness x prompts_per_step = 0",
         ),
     ],
 )

@@ -80,6 +80,7 @@ def cases() -> dict[str, tuple[int, str, dict]]:
     add("update of the distributed optimizer", "check_update", only=[*FOUR, "dp2"])
     add("experts", layouts=MOE_LAYOUTS, folder="moe")
     add("experts and dense layers", layouts=MOE_LAYOUTS, only=["ep2"], folder="mixed")
+    add("GLM-4", only=["one rank", "tp2 sp", "pp2", "cp2"], folder="glm4")
     # Four ranks: the dense part has four replicas, each expert two.
     found["update with experts, ep2 dp2"] = (4, "check_update", {"folder": "moe", EP: 2})
     return found
@@ -94,9 +95,11 @@ def folders(tmp_path_factory):
 
     No choice of experts is a near tie.
     """
-    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("new", "old", "moe", "mixed")}
+    names = ("new", "old", "moe", "mixed", "glm4")
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in names}
     for family, name in (("qwen3", "new"), ("qwen3_moe", "moe"), ("qwen3_moe_mixed", "mixed")):
         save_model(family, folders[name], tie_word_embeddings=True)
+    save_model("glm4", folders["glm4"])
     save_older_version(folders["new"], folders["old"])
     return folders
 

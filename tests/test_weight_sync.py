@@ -84,16 +84,18 @@ def test_two_workers_serve_the_experts_that_were_sent(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(folder, tmp_path):
-    out = str(tmp_path / "export")
+@pytest.mark.parametrize("family", ["llama", "glm4"])
+def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(tmp_path, family):
+    folder, out = str(save_tiny_model(tmp_path / "model", family)), str(tmp_path / "export")
+    count = len(load_file(Path(folder, "model.safetensors")))
     answer = run_ranks(2, "tests.support.ranks.sync:sync_two_workers", folder=folder, out=out)
     fresh, served = fresh_engine(out, tmp_path, PROMPT_IDS, seed=3)
     for (ids, logprobs), generation in zip(answer["samples"], fresh, strict=True):
         assert ids == generation.token_ids.tolist()
         assert generation.logprobs.tolist() == pytest.approx(logprobs, abs=1e-4)
     # The tensors of trainer and fresh engine have equal checksums.
-    assert wrong_tensors(answer["sent"], served) is None and len(served) == len(answer["sent"]) + 1
-    assert answer["metrics"]["sync/verified_tensors"] == len(answer["sent"]) == 20
+    assert wrong_tensors(answer["sent"], served) is None and served.keys() >= answer["sent"].keys()
+    assert answer["metrics"]["sync/verified_tensors"] == len(answer["sent"]) == count
     assert answer["processes"] >= 3 and answer["left"] == []
 
 

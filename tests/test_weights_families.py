@@ -1,11 +1,23 @@
 """Mapping tables against transformers' models and Megatron's parameter names."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    YarnRotaryEmbedding,
+    _yarn_get_concentration_factor_from_config,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_espo.config import Megatron
 from megatron_espo.errors import InputError
-from megatron_espo.models.families import model_groups
+from megatron_espo.megatron.model import layer_spec, transformer_config
 from megatron_espo.models.layouts import ShardLayout, local_shape, shard_into, unshard_into
+from megatron_espo.models.llama import Llama
+from megatron_espo.models.registry import read_spec
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.binding import ShardIndex, ShardRanks, bind
 from tests.support.weights_models import FAMILIES, make_model, per_expert
 
@@ -54,7 +66,12 @@ EXTRA = {
     "qwen2": {"self_attention.linear_qkv.bias"},
     "qwen3": {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"},
 }
-EXTRA |= {"qwen3_moe": EXTRA["qwen3"], "qwen3_moe_mixed": EXTRA["qwen3"]}
+EXTRA["glm"] = EXTRA["qwen2"]
+EXTRA["glm4"] = EXTRA["qwen2"] | {
+    "self_attention.linear_proj.post_layernorm.weight",
+    "mlp.linear_fc2.post_layernorm.weight",
+}
+EXTRA |= dict.fromkeys(("qwen3_yarn", "qwen3_moe", "qwen3_moe_mixed"), EXTRA["qwen3"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,7 +83,7 @@ def test_names_and_shapes_are_those_of_transformers(family):
     }
     mapped = [
         item
-        for group in model_groups(model.config.to_dict())
+        for group in read_spec(model.config.to_dict()).groups
         for m in group
         for item in m.huggingface
     ]
@@ -80,7 +97,7 @@ def test_round_trip_is_exact(family, tp_size):
     model = make_model(family)
     state = per_expert(dict(model.named_parameters()))
     with torch.no_grad():
-        for mapping in (m for group in model_groups(model.config.to_dict()) for m in group):
+        for mapping in (m for group in read_spec(model.config.to_dict()).groups for m in group):
             sources = [state[name] for name, _ in mapping.huggingface]
             padded = 160 if mapping.layout is ShardLayout.VOCAB else None
             shape = local_shape(mapping.layout, [s.shape for s in sources], tp_size, padded)
@@ -100,9 +117,9 @@ NAMES = [(TRANSFORMER_ENGINE_LAYER, TRANSFORMER_ENGINE_EXPERTS), (LOCAL_LAYER, L
 @pytest.mark.parametrize("family", FAMILIES)
 def test_megatron_layer_names(family, dense, experts):
     with_experts = {"qwen3_moe": (0, 1, 2, 3), "qwen3_moe_mixed": (1,)}.get(family, ())
-    config = make_model(family).config.to_dict()
+    spec = read_spec(make_model(family).config.to_dict())
     ranks = ShardRanks(ep=ShardIndex(1, 2))  # second of two ranks; each has two of the four experts
-    for index, group in enumerate(model_groups(config)[1:-1]):
+    for index, group in enumerate(spec.groups[1:-1]):
         expected = (experts if index in with_experts else dense) | EXTRA.get(family, set())
         alternatives = [set(ranks.local_names(m)) for m in group if ranks.holds(m)]
         assert all(m.expert in (None, 2, 3) for m in group if ranks.holds(m))
@@ -113,18 +130,70 @@ def test_megatron_layer_names(family, dense, experts):
 
 def test_tied_embeddings_have_no_head():
     config = make_model("llama_tied").config.to_dict()
-    groups = model_groups(config)
+    groups = read_spec(config).groups
     assert [m.megatron for m in groups[-1]] == [("decoder.final_layernorm.weight",)]
     assert groups[0][0].megatron == ("embedding.word_embeddings.weight", "output_layer.weight")
-    untied = model_groups(config | {"tie_word_embeddings": False})
+    untied = read_spec(config | {"tie_word_embeddings": False}).groups
     assert untied[-1][1].huggingface[0][0] == "lm_head.weight"
 
 
 def test_unknown_family_is_named():
-    with pytest.raises(
-        InputError, match="model_type is 'gpt_oss'.*llama, mistral, qwen2, qwen3, qwen3_moe"
-    ):
-        model_groups({"model_type": "gpt_oss"})
+    with pytest.raises(InputError, match="expected one of LlamaForCausalLM, .*got GptOss"):
+        read_spec({"architectures": ["GptOss"]})
+
+
+class Mine(Llama):
+    """A family outside the package."""
+
+    architecture, model_type = "MyForCausalLM", "mine"
+
+    def change_layer(self, layer):
+        layer.metainfo["mine"] = True
+
+
+def test_a_family_outside_the_package():
+    config = make_model("llama").config.to_dict()
+    config |= {"architectures": ["MyForCausalLM"], "model_type": "mine"}
+    with pytest.raises(InputError, match="got MyForCausalLM; model.family adds your own"):
+        read_spec(config)
+    spec = read_spec(config, f"{__name__}:Mine")
+    assert spec.groups == replace(spec).groups and spec.architecture == "MyForCausalLM"
+    with pytest.raises(InputError, match="model_type: expected mine"):
+        read_spec(config | {"model_type": "llama"}, f"{__name__}:Mine")
+    groups = SimpleNamespace(pp=SimpleNamespace(rank=lambda: 0))
+    arguments = transformer_config(spec, Megatron(), torch.float32)
+    block = layer_spec(spec, arguments, False, None, groups)
+    assert all(layer.metainfo["mine"] for layer in block.layer_specs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mscale": 0.7, "mscale_all_dim": 1.3},
+        {"attention_factor": 1.25, "beta_fast": 20, "truncate": False},
+    ],
+    ids=str,
+)
+def test_yarn_is_that_of_transformers(monkeypatch, changes):
+    config = make_model("qwen3_yarn").config
+    config.rope_parameters = config.rope_parameters | changes
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    spec = read_spec(config.to_dict())
+    assert spec.max_position_embeddings == 64
+    found = transformer_config(spec, Megatron(), torch.float32)
+    assert _yarn_get_concentration_factor_from_config(found) == pytest.approx(factor, abs=1e-12)
+    names = {
+        "yarn_rotary_scaling_factor": "scaling_factor",
+        "yarn_correction_range_round_to_int": "correction_range_round_to_int",
+    }
+    arguments = {names.get(n, n.removeprefix("yarn_")): v for n, v in spec.rope.yarn.items()}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    rotary = YarnRotaryEmbedding(
+        spec.head_dim, rotary_base=spec.rope.theta, use_cpu_initialization=True, **arguments
+    )
+    table, _ = rotary.get_emb(2)
+    assert torch.allclose(table[1, 0, 0, :8], frequencies, rtol=1e-6)
 
 
 class Layers(torch.nn.Module):
@@ -154,11 +223,11 @@ class Layers(torch.nn.Module):
 
 
 def layer_shapes(
-    config: dict, names: set[str], global_layer: int, local_layer: int, tp_size: int = 1
+    spec: ModelSpec, names: set[str], global_layer: int, local_layer: int, tp_size: int = 1
 ) -> dict:
     """``{name in the chunk: shape of this rank's shard}`` of one layer."""
     shapes = {}
-    for mapping in model_groups(config)[1 + global_layer]:
+    for mapping in spec.groups[1 + global_layer]:
         (name,) = {
             n.removeprefix(f"decoder.layers.{global_layer}.") for n in mapping.megatron
         } & names
@@ -168,10 +237,10 @@ def layer_shapes(
 
 
 def test_middle_stage_with_transformer_engine_names_binds_by_global_layer():
-    config = make_model("qwen2").config.to_dict()
+    spec = read_spec(make_model("qwen2").config.to_dict())
     names = TRANSFORMER_ENGINE_LAYER | EXTRA["qwen2"]
-    chunk = Layers(layer_shapes(config, names, 2, 0, tp_size=2), [3])
-    bound = bind([chunk], model_groups(config), ShardRanks(tp=ShardIndex(0, 2)))
+    chunk = Layers(layer_shapes(spec, names, 2, 0, tp_size=2), [3])
+    bound = bind([chunk], spec.groups, ShardRanks(tp=ShardIndex(0, 2)))
     assert [len(group) for group in bound] == [0, 0, 0, 7, 0, 0]
     held = dict(chunk.named_parameters())
     for mapping, parameter in bound[3]:
@@ -180,12 +249,12 @@ def test_middle_stage_with_transformer_engine_names_binds_by_global_layer():
 
 
 def test_mismatched_models_are_named():
-    config = make_model("llama").config.to_dict()
-    shapes = layer_shapes(config, LOCAL_LAYER, 0, 0)
+    spec = read_spec(make_model("llama").config.to_dict())
+    shapes = layer_shapes(spec, LOCAL_LAYER, 0, 0)
 
     def refuse(message: str, parameters: dict) -> None:
         with pytest.raises(InputError, match=message):
-            bind([Layers(parameters, [1])], model_groups(config), ShardRanks())
+            bind([Layers(parameters, [1])], spec.groups, ShardRanks())
 
     linear_qkv, linear_fc2 = (
         "decoder.layers.0.self_attention.linear_qkv",
@@ -203,4 +272,4 @@ def test_mismatched_models_are_named():
         shapes | {f"{linear_fc2}.weight": (48, 32)},
     )
     with pytest.raises(InputError, match="lacks embedding.word_embeddings.weight"):
-        bind([Layers(shapes, [1], first=True, last=False)], model_groups(config), ShardRanks())
+        bind([Layers(shapes, [1], first=True, last=False)], spec.groups, ShardRanks())

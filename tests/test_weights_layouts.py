@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_espo.errors import InputError
-from megatron_espo.models.families import ParamRule
 from megatron_espo.models.layouts import ShardLayout, local_shape, shard_into, unshard_into
+from megatron_espo.models.mapping import ParamRule
 
 HEAD_DIM, HIDDEN = 3, 5
 
@@ -53,6 +53,16 @@ def test_gated(tp_size):
     for shard, g, u in zip(shards, gate.chunk(tp_size), up.chunk(tp_size), strict=True):
         assert torch.equal(shard, torch.cat([g, u]))
     assert_merges_back(shards, [gate, up], ShardLayout.GATED)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_fused_gated(tp_size):
+    """One tensor, gate above up projection, is sharded as the two tensors are."""
+    gate, up = random(8, HIDDEN), random(8, HIDDEN) + 9
+    shards = shards_of([torch.cat([gate, up])], ShardLayout.FUSED_GATED, tp_size)
+    expected = shards_of([gate, up], ShardLayout.GATED, tp_size)
+    assert all(map(torch.equal, shards, expected))
+    assert_merges_back(shards, [torch.cat([gate, up])], ShardLayout.FUSED_GATED)
 
 
 @pytest.mark.parametrize("layout,dim", [(ShardLayout.COLUMN, 0), (ShardLayout.ROW, 1)])
@@ -132,6 +142,8 @@ def test_each_rank_reads_only_its_own_part(layout):
 def test_indivisible_sizes_are_refused():
     with pytest.raises(InputError, match="gated weights of 6 features do not divide by 4"):
         local_shape(ShardLayout.GATED, [(6, 5), (6, 5)], 4)
+    with pytest.raises(InputError, match="fused_gated weights of 6 features do not divide by 4"):
+        local_shape(ShardLayout.FUSED_GATED, [(12, 5)], 4)
     with pytest.raises(InputError, match="row weights of 6 features do not divide by 4"):
         local_shape(ShardLayout.ROW, [(5, 6)], 4)
 

@@ -7,7 +7,7 @@ import pytest
 from megatron_espo.weights.exchange import Routes
 from tests.support.distributed import run_ranks
 from tests.support.plan_models import plan_command, sizes
-from tests.support.weights_models import read_hf_config, save_model
+from tests.support.weights_models import load_spec, save_model
 
 PP2, PP4 = sizes(pipeline_model=2), sizes(pipeline_model=4)
 TP2_PP2, TP2_PP4 = PP2 | sizes(tensor_model=2), PP4 | sizes(tensor_model=2)
@@ -30,7 +30,7 @@ def test_every_rank_gets_the_exact_weights_with_the_bytes_of_the_plan(tmp_path, 
     for (layout, node), received in zip(layouts, measured, strict=True):
         _, text, plan = plan_command(
             tmp_path,
-            read_hf_config(tmp_path),
+            load_spec(tmp_path).hf_config,
             *("--gpus", str(ranks), "--gpus-per-node", str(node)),
             model={"dtype": "float32"},
             megatron=layout,

@@ -20,7 +20,7 @@ def render_markdown() -> str:
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"`{default_text(field)}`"
             text = " ".join((field.description or "").split()).replace("|", "\\|")
-            row = f"| `{key}` | {expectation(field)} | {default} | {text} |"
+            row = f"| `{key}` | {expectation(section, key)} | {default} | {text} |"
             blocks.append(row.replace("<", "&lt;"))
     return "\n".join(blocks) + "\n"
 

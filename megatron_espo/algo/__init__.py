@@ -1,6 +1,11 @@
 """Objectives, advantages and regularizers: torch only, no process groups, Megatron or vLLM."""
 
-from megatron_espo.algo.advantages import group_advantages, overlong_penalty
+from megatron_espo.algo.advantages import (
+    entropy_shape,
+    group_advantages,
+    overlong_penalty,
+    zero_variance_signs,
+)
 from megatron_espo.algo.objectives import (
     CEGPPO,
     CISPO,
@@ -39,6 +44,7 @@ __all__ = [
     "Objective",
     "TokenSegments",
     "entropy_groups",
+    "entropy_shape",
     "group_advantages",
     "importance_ratio",
     "kl_estimate",
@@ -47,4 +53,5 @@ __all__ = [
     "padded_loss",
     "rollout_correction",
     "would_clip",
+    "zero_variance_signs",
 ]

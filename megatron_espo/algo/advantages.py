@@ -1,4 +1,4 @@
-"""Group-relative advantages (Eq. 11) and the penalty for long responses."""
+"""Group-relative advantages (Eq. 11), RL-ZVP, and the penalty for long responses."""
 
 from typing import Literal, get_args
 
@@ -55,6 +55,42 @@ def group_advantages(rewards: Tensor, method: AdvantageName = "grpo") -> Tensor:
     else:
         raise ValueError(f"method: expected one of {get_args(AdvantageName)}, got {method!r}")
     return (centred / scale.where(varies, 1.0)).where(varies, 0.0).float()
+
+
+def zero_variance_signs(rewards: Tensor) -> Tensor:
+    """Which prompts RL-ZVP trains: their rewards are all equal, and all right or all wrong.
+
+    Args:
+        rewards: ``[prompts, group_size]``; NaN where the verifier failed.
+
+    Returns:
+        The same shape, float32: 1 where every reward of the prompt is the same number of at least
+        1, -1 where it is the same number of at most 0, otherwise 0; 0 where the verifier failed.
+    """
+    ran = ~rewards.isnan()
+    highest = rewards.where(ran, -torch.inf).amax(1, keepdim=True)
+    equal = ran & (highest == rewards.where(ran, torch.inf).amin(1, keepdim=True))
+    return (equal & (highest >= 1)).float() - (equal & (highest <= 0)).float()
+
+
+def entropy_shape(entropy: Tensor, response: Tensor, signs: Tensor) -> Tensor:
+    """Factor of each token's advantage under RL-ZVP (arXiv 2509.21880).
+
+    ``H_t`` where the rewards are all right, ``max_u H_u - H_t`` over the response where they are
+    all wrong: the tokens at which the policy decides are rewarded most and penalized least.
+
+    Args:
+        entropy: ``[tokens]`` float32, entropy of the old policy (nats).
+        response: ``[tokens]`` int64, number of the token's response; the responses are whole.
+        signs: ``[responses]``, from :func:`zero_variance_signs`.
+
+    Returns:
+        ``[tokens]``, at least 0; 1 where the sign is 0.
+    """
+    highest = entropy.new_zeros(len(signs)).scatter_reduce_(0, response, entropy, "amax")
+    sign = signs[response]
+    shape = entropy.where(sign > 0, highest[response] - entropy)
+    return shape.where(sign != 0, 1.0)
 
 
 def overlong_penalty(

@@ -5,41 +5,16 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_espo.config import model_folder
-from megatron_espo.config.rules import Problems
+from megatron_espo.config.rules import Problems, expect
 from megatron_espo.config.schema import Config, Megatron
 from megatron_espo.errors import InputError
-from megatron_espo.models.experts import Experts, read_experts
-from megatron_espo.models.rope import read_rope
-
-# Supported architectures: (QKV bias, norms on queries and keys).
-ARCHITECTURES = {
-    "LlamaForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
-    "Qwen3MoeForCausalLM": (False, True),
-    "MistralForCausalLM": (False, False),
-}
-FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "MistralForCausalLM": "mistral",
-}
-# Keys that config.json must have.
-SIZES = (
-    "num_attention_heads",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
-EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+from megatron_espo.models.registry import read_spec
+from megatron_espo.models.spec import Experts, ModelSpec
 
 
 def check_world_size(config: Config, world_size: int) -> int:
@@ -56,134 +31,77 @@ def check_world_size(config: Config, world_size: int) -> int:
         f"megatron.{kind}_parallel_size": getattr(m, f"{kind}_parallel_size")
         for kind in ("tensor_model", "pipeline_model", "context")
     }
-    tp, pp, cp = sizes.values()
-    model_ranks = tp * pp * cp
+    model_ranks = math.prod(sizes.values())
     dp, rest = divmod(world_size, model_ranks)
     if dp == 0 or rest:
-        fits = f"{dp * model_ranks} or {(dp + 1) * model_ranks}" if dp else f"{model_ranks}"
-        shrinkable = ", ".join(key for key, size in sizes.items() if size > 1)
-        message = (
-            f"expected a world size of TP x PP x CP x DP = {tp} x {pp} x {cp} x DP, a multiple of "
-            f"{model_ranks}, got {world_size}; start {fits} ranks or lower {shrinkable}"
+        product = " x ".join(map(str, sizes.values()))
+        expected = (
+            f"a world size of TP x PP x CP x DP = {product} x DP, a multiple of {model_ranks}"
         )
-        _fail(config, max(sizes, key=sizes.__getitem__), message)
+        lower = ", ".join(key for key, size in sizes.items() if size > 1)
+        advice = f"start another number of ranks or lower {lower}"
+        largest = max(sizes, key=sizes.__getitem__)
+        _raise(config, [expect(largest, expected, world_size, advice)])
     _raise(config, _rank_problems(config, world_size, dp))
     return dp
 
 
 def _rank_problems(config: Config, world_size: int, dp: int) -> Problems:
     m, rollout = config.megatron, config.rollout
-    tp, cp, ep = m.tensor_model_parallel_size, m.context_parallel_size, m.expert_model_parallel_size
-    expert_tp = m.expert_tensor_parallel_size or tp
-    stage = tp * cp * dp
-    if stage % (expert_tp * ep):
-        fits = m.pipeline_model_parallel_size * math.lcm(tp * cp, expert_tp * ep)
-        yield (
-            "megatron.expert_model_parallel_size",
-            f"expected expert-TP x EP = {expert_tp} x {ep} to divide the TP x CP x DP = {tp} x "
-            f"{cp} x {dp} = {stage} ranks of a pipeline stage; start a multiple of {fits} ranks",
+    expert_tp = m.expert_tensor_parallel_size or m.tensor_model_parallel_size
+    stage = m.tensor_model_parallel_size * m.context_parallel_size * dp
+    if stage % (expert_tp * m.expert_model_parallel_size):
+        expected = f"expert-TP x EP to divide the {stage} ranks of a pipeline stage"
+        got = f"{expert_tp} x {m.expert_model_parallel_size}"
+        yield expect("megatron.expert_model_parallel_size", expected, got)
+    share_gpus = rollout.engines > 1 and not rollout.hosts
+    engine_gpus = rollout.engines * rollout.tensor_parallel_size if share_gpus else 1
+    if world_size % rollout.engines or engine_gpus > world_size:
+        limit = ", with engines x rollout.tensor_parallel_size at most that" if share_gpus else ""
+        yield expect(
+            "rollout.engines", f"a divisor of the {world_size} ranks{limit}", rollout.engines
         )
-    engines, engine_tp = rollout.engines, rollout.tensor_parallel_size
-    needs_own_gpus = engines > 1 and not rollout.hosts
-    if world_size % engines or (needs_own_gpus and engines * engine_tp > world_size):
-        limit = "" if rollout.hosts else " with engines x rollout.tensor_parallel_size at most that"
-        got = f"{engines}" if rollout.hosts else f"{engines} x {engine_tp}"
-        yield "rollout.engines", f"expected a divisor of the {world_size} ranks{limit}, got {got}"
-    prompts, group = rollout.prompts_per_step, rollout.group_size
+    responses = rollout.prompts_per_step * rollout.group_size
     needed = dp * config.algorithm.num_mini_batches
-    if prompts * group < needed:
-        yield (
-            "rollout.prompts_per_step",
-            "expected prompts_per_step x group_size >= DP x algorithm.num_mini_batches = "
-            f"{needed}, got {prompts} x {group} = {prompts * group}; raise it or start fewer ranks",
-        )
+    if responses < needed:
+        expected = f"at least DP x algorithm.num_mini_batches = {needed} responses a step"
+        yield expect("rollout.prompts_per_step", expected, responses, "start fewer ranks")
 
 
-def check_model(config: Config, hf_config: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Check layout and lengths against the model.
+def check_model(config: Config, spec: ModelSpec | None = None) -> ModelSpec:
+    """Check layout and lengths against the model, and return it.
 
     Args:
-        hf_config: content of ``config.json``. ``None`` reads it from ``model.path`` and also checks
-            the weight and tokenizer files there.
-
-    Returns:
-        The content of ``config.json``.
+        spec: the model. ``None`` reads it from ``model.path`` and also checks the weight and
+            tokenizer files there.
 
     Raises:
         InputError: lists every problem.
     """
-    is_folder = hf_config is None
-    if hf_config is None:
+    is_folder = spec is None
+    if spec is None:
         _raise(config, model_folder.problems(config.model.path, config.model.tokenizer))
-        hf_config = read_hf_config(config)
-    architectures = hf_config.get("architectures")
-    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture not in ARCHITECTURES:
-        expected = f"an architecture out of {', '.join(ARCHITECTURES)}"
-        _fail(
-            config, "model.path", f'expected {expected}, got {architecture} ("{config.model.path}")'
-        )
-    # transformers 5 writes num_experts under another name.
-    known = {"num_experts": hf_config.get("num_local_experts"), **hf_config}
-    sizes = SIZES + EXPERT_SIZES if "Moe" in architecture else SIZES
-    if missing := [key for key in sizes if not _is_size(known.get(key))]:
-        expected = f"positive integers {', '.join(missing)} in config.json"
-        _fail(config, "model.path", f'expected {expected}, found none ("{config.model.path}")')
-    _raise(config, _family_problems(hf_config))
-    _raise(config, _layout_problems(config, hf_config))
-    _raise(config, _length_problems(config, hf_config))
+        spec = read_model(config)
+    _raise(config, _layout_problems(config, spec))
+    _raise(config, _length_problems(config, spec))
     if is_folder:
-        tensors = model_folder.tensor_problems(Path(config.model.path), hf_config)
+        tensors = model_folder.tensor_problems(Path(config.model.path), spec)
         _raise(config, (("model.path", message) for message in tensors))
-    return hf_config
+    return spec
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _family_problems(hf: dict[str, Any]) -> Problems:
-    """What Megatron-Core's model of these families cannot compute."""
-    key, family = "model.path", FAMILIES[hf["architectures"][0]]
-    if (got := hf.get("model_type", family)) != family:
-        yield key, f"config.json: model_type: expected {family} for the architecture, got {got!r}"
-    if (activation := hf.get("hidden_act", "silu")) != "silu":
-        yield key, f"config.json: hidden_act: expected silu, got {activation!r}"
-    heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads")
-    if groups is not None and not (_is_size(groups) and heads % groups == 0):
-        expected = f"a divisor of num_attention_heads ({heads})"
-        yield key, f"config.json: num_key_value_heads: expected {expected}, got {groups!r}"
-    head_dim = hf.get("head_dim")
-    if head_dim is None and hf["hidden_size"] % heads:
-        expected = f"it, because {heads} heads do not divide hidden_size {hf['hidden_size']}"
-        yield key, f"config.json: head_dim: expected {expected}, found none"
-    if head_dim is not None and not _is_size(head_dim):
-        yield key, f"config.json: head_dim: expected an integer above 0, got {head_dim!r}"
-    try:
-        read_rope(hf)
-    except InputError as error:
-        yield key, str(error)
-
-
-def check_router(config: Config, hf_config: dict[str, Any]) -> None:
-    """Check that a model with experts uses router replay, or that the user accepts a mismatch.
+def check_router(config: Config, spec: ModelSpec) -> None:
+    """Check that a model with experts uses router replay or a rollout correction.
 
     Raises:
         InputError: it is not.
     """
-    replays, accepts = config.rollout.router_replay, config.rollout.allow_router_mismatch
-    if not read_experts(hf_config) or replays != accepts:
-        return
-    if accepts:
-        key = "rollout.allow_router_mismatch"
-        _fail(config, key, "expected false with rollout.router_replay true, got true; remove one")
-    message = (
-        "expected true for a model with experts, got false: engine and trainer choose different "
-        "experts for some tokens, and training can collapse; if the engine cannot return its "
-        "choices, set rollout.allow_router_mismatch to true and algorithm.rollout_correction to "
-        "token"
-    )
-    _fail(config, "rollout.router_replay", message)
+    correction = config.algorithm.rollout_correction
+    is_corrected = correction in ("token", "sequence", "geometric")
+    if spec.experts and not config.rollout.router_replay and not is_corrected:
+        expected = "true for a model with experts, because engine and trainer choose others"
+        advice = "algorithm.rollout_correction token, sequence or geometric corrects for it"
+        _raise(config, [expect("rollout.router_replay", expected, False, advice)])
 
 
 def check_paths(config: Config) -> None:
@@ -203,13 +121,12 @@ def _path_problems(config: Config) -> Problems:
         if prompts is None or prompts.startswith("reasoning_gym:"):
             continue
         if not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
-            expected = f"a readable file (relative to {os.getcwd()})"
-            yield key, f'expected {expected}, got "{prompts}"'
+            yield expect(key, f"a readable file (relative to {os.getcwd()})", prompts)
     replay, folder = config.run.replay, config.run.dir
     if replay and not any(Path(replay).glob("step_*.npz")):
         expected = "a folder of recorded rollouts (step_000001.npz ...)"
         advice = "run.keep_rollouts=true records all steps of a run"
-        yield "run.replay", f'expected {expected}, got "{replay}"; {advice}'
+        yield expect("run.replay", expected, replay, advice)
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -217,14 +134,14 @@ def _path_problems(config: Config) -> Problems:
             file.flush()
             os.fsync(file.fileno())  # a full disk may take the file, but not its content
     except OSError as error:
-        yield "run.dir", f'expected a writable folder, got "{folder}" ({error.strerror})'
+        yield expect("run.dir", "a writable folder", folder, f"{error.strerror}")
 
 
-def read_hf_config(config: Config) -> dict[str, Any]:
+def read_model(config: Config) -> ModelSpec:
     """Read ``config.json`` of the model folder.
 
     Raises:
-        InputError: it is not a JSON object.
+        InputError: it is not a JSON object, or a model that the package cannot train.
     """
     path = Path(config.model.path, "config.json")
     if not path.is_file():
@@ -237,50 +154,56 @@ def read_hf_config(config: Config) -> dict[str, Any]:
         )
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(loaded, dict):
-            return loaded
-        reason = f"a JSON {type(loaded).__name__}"
+        reason = None if isinstance(loaded, dict) else f"a JSON {type(loaded).__name__}"
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__} ({error})"
-    _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
+    if reason:
+        _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
+    return parse_model(config, loaded)
 
 
-def _layout_problems(config: Config, hf: dict[str, Any]) -> Problems:
-    m, experts, heads = config.megatron, read_experts(hf), hf["num_attention_heads"]
+def parse_model(config: Config, hf_config: dict[str, Any]) -> ModelSpec:
+    """Read the content of a ``config.json``; InputError as :func:`read_model`."""
+    try:
+        return read_spec(hf_config, config.model.family)
+    except InputError as error:
+        _raise(config, (("model.path", line) for line in str(error).splitlines()))
+        raise
+
+
+def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
+    m, experts, heads = config.megatron, spec.experts, spec.num_attention_heads
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     vpp = m.virtual_pipeline_model_parallel_size
     key = "megatron.tensor_model_parallel_size"
     yield from _check_divides(key, tp, heads, "attention heads")
     # Megatron could replicate key-value heads; the weight update needs one owner for each.
-    yield from _check_divides(key, tp, hf.get("num_key_value_heads") or heads, "key-value heads")
+    yield from _check_divides(key, tp, spec.num_key_value_heads, "key-value heads")
     if experts is None or not all(experts.layers):
-        yield from _check_divides(key, tp, hf["intermediate_size"], "feed-forward columns")
-    layers = hf["num_hidden_layers"]
+        yield from _check_divides(key, tp, spec.intermediate_size, "feed-forward columns")
+    layers = spec.num_hidden_layers
     if vpp is None:
         yield from _check_divides("megatron.pipeline_model_parallel_size", pp, layers, "layers")
     elif layers % (pp * vpp):
         expected = f"PP x VPP to divide the model's {layers} layers"
         got = f"{pp} x {vpp} = {pp * vpp}"
         yield "megatron.virtual_pipeline_model_parallel_size", f"expected {expected}, got {got}"
-    yield from _expert_problems(m, experts, hf["architectures"][0])
-    ffn = (experts.ffn if experts else hf["intermediate_size"]) // tp
+    yield from _expert_problems(m, experts, spec.architecture)
+    ffn = (experts.ffn if experts else spec.intermediate_size) // tp
     for what, count in (
-        ("hidden columns", hf["hidden_size"]),
+        ("hidden columns", spec.hidden_size),
         ("feed-forward columns per rank", ffn),
     ):
         if m.fp8 and count % 16:
             expected = f"null with {count} {what} (8-bit products need multiples of 16)"
             yield "megatron.fp8", f"expected {expected}, got {m.fp8}"
     # A row of float32 logits, and a copy in the training dtype where that is narrower.
-    row = hf["vocab_size"] // tp * (6 if config.model.dtype == "bfloat16" else 4)
+    row = spec.vocab_size // tp * (6 if config.model.dtype == "bfloat16" else 4)
     if m.head_memory_mib is not None and m.head_memory_mib << 20 < row:
         expected = f"at least {-(-row >> 20)} (one token's logits)"
         yield "megatron.head_memory_mib", f"expected {expected}, got {m.head_memory_mib}"
     key = "rollout.tensor_parallel_size"
     yield from _check_divides(key, config.rollout.tensor_parallel_size, heads, "attention heads")
-    if hf.get("quantization_config"):
-        got = "a quantization_config in config.json"
-        yield "model.path", f"expected unquantised weights, got {got}; use the bfloat16 model"
 
 
 def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) -> Problems:
@@ -304,8 +227,8 @@ def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) ->
         yield "megatron.sequence_parallel", f"expected {expected}, got false"
 
 
-def _length_problems(config: Config, hf: dict[str, Any]) -> Problems:
-    context, longest = hf["max_position_embeddings"], config.rollout.max_response_tokens
+def _length_problems(config: Config, spec: ModelSpec) -> Problems:
+    context, longest = spec.max_position_embeddings, config.rollout.max_response_tokens
     limit = config.rollout.max_model_len or context
     if limit > context:
         expected = f"at most the model's context (max_position_embeddings {context})"
@@ -313,9 +236,7 @@ def _length_problems(config: Config, hf: dict[str, Any]) -> Problems:
     if longest >= limit:
         expected = f"less than the context of {limit} tokens, which includes the prompt"
         yield "rollout.max_response_tokens", f"expected {expected}, got {longest}"
-    # Qwen models use their window only with use_sliding_window; Mistral always uses it.
-    is_used = hf.get("use_sliding_window", not hf["architectures"][0].startswith("Qwen"))
-    window = hf.get("sliding_window") if is_used else None
+    window = spec.sliding_window
     if window and window < min(limit, context):
         expected = (
             f"at most {window}, the model's attention window (sliding windows are not supported)"
@@ -325,10 +246,10 @@ def _length_problems(config: Config, hf: dict[str, Any]) -> Problems:
 
 def _check_divides(key: str, size: int, count: int, what: str) -> Problems:
     if count % size:
-        yield key, f"expected a divisor of the model's {count} {what}, got {size}"
+        yield expect(key, f"a divisor of the model's {count} {what}", size)
 
 
-def _raise(config: Config, problems: Problems) -> None:
+def _raise(config: Config, problems: Iterable[tuple[str, str]]) -> None:
     """Raise one InputError that lists every problem."""
     if lines := [_locate(config, key, message) for key, message in problems]:
         raise InputError("\n".join(lines))

@@ -2,7 +2,6 @@
 lists every mistake."""
 
 import difflib
-import json
 import os
 from typing import Any
 
@@ -10,6 +9,7 @@ from pydantic import ValidationError
 
 from megatron_espo.config import yaml_source
 from megatron_espo.config.reference import expectation, item_expectation, sections
+from megatron_espo.config.rules import show
 from megatron_espo.config.schema import Config
 from megatron_espo.errors import InputError
 
@@ -26,6 +26,8 @@ _REMOVED = {
     "optimizer.spike_window": "optimizer.spike_factor compares with the last 50 gradient norms",
     "reward.overlap": "rewards are computed while other responses are sampled",
     "reward.overlong_penalty": "the overlong penalty is 1 at the length limit",
+    "rollout.allow_router_mismatch": "rollout.router_replay=false needs "
+    "algorithm.rollout_correction token, sequence or geometric",
     "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
     "rollout.canary_prompts=0 turns the comparison off",
     "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",
@@ -90,7 +92,7 @@ def _read(path: str) -> tuple[dict[str, Any], Places]:
     known = sections()
     if not isinstance(tree, dict):
         expected = f"a mapping of sections ({', '.join(known)})"
-        raise InputError(f"{path}:1: expected {expected}, got {_show(tree)}")
+        raise InputError(f"{path}:1: expected {expected}, got {show(tree)}")
     # A section whose keys are all commented out reads as null.
     tree = {k: {} if value is None and k in known else value for k, value in tree.items()}
     return tree, {key: f"{path}:{line}" for key, line in lines.items()}
@@ -104,7 +106,7 @@ def _apply(override: str, tree: dict[str, Any], places: Places) -> str | None:
     if not equals or not all(keys):
         return f"{place}: expected section.key=value"
     if len(keys) == 1:
-        return f"{place}: expected section.key=value, got no section{_suggest_key('', name)}"
+        return f"{place}: expected section.key=value, got no section{_suggest('', name)}"
     try:
         value, _ = yaml_source.parse(text)
     except yaml_source.YamlError as error:
@@ -132,13 +134,14 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     elif kind == "missing":
         found = [(location, f"required, but not given; expected {_expected(location)}")]
     elif kind == "extra_forbidden":
-        what = f"unknown {'section' if len(location) == 1 else 'key'}{_suggest(location)}"
+        section, name = ("", *location)[-2:]
+        what = f"unknown {'key' if section else 'section'}{_suggest(section, name)}"
         instead = _REMOVED.get(_name(location))
         found = [(location, f"removed; {instead}" if instead else what)]
     elif kind == "invalid_key":
         found = [(location, "expected a name as key")]
     else:
-        got = f"{_show(value)}{_hint(location, kind, value)}"
+        got = f"{show(value)}{_hint(location, kind, value)}"
         found = [(location, f"expected {_expected(location)}, got {got}")]
     return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
 
@@ -159,32 +162,23 @@ def _name(location: yaml_source.Path) -> str:
 
 
 def _expected(location: yaml_source.Path) -> str:
-    section = sections()[str(location[0])]
-    if len(location) == 1:
-        required = [name for name, field in section.model_fields.items() if field.is_required()]
+    section, *keys = map(str, location)
+    if not keys:
+        fields = sections()[section].model_fields
+        required = [name for name, field in fields.items() if field.is_required()]
         return "a mapping of keys" + (f" with {', '.join(required)}" if required else "")
-    field = section.model_fields[str(location[1])]
-    return item_expectation(field) if len(location) > 2 else expectation(field)
+    return item_expectation(section, keys[0]) if len(keys) > 1 else expectation(section, keys[0])
 
 
-def _suggest(location: yaml_source.Path) -> str:
-    name = str(location[0])
-    if len(location) > 1:
-        return _suggest_key(name, str(location[1]))
-    if close := difflib.get_close_matches(name, sections(), n=1):
-        return f'; did you mean "{close[0]}"?'
-    return _suggest_key("", name) or f"; the sections are {', '.join(sections())}"
-
-
-def _suggest_key(section: str, name: str) -> str:
-    """The most similar setting: of the same section, or else of any section."""
-    own = list(sections()[section].model_fields) if section in sections() else []
-    if close := difflib.get_close_matches(name, own, n=1):
-        return f'; did you mean "{section}.{close[0]}"?'
-    homes = {key: f"{other}.{key}" for other, m in sections().items() for key in m.model_fields}
-    if close := difflib.get_close_matches(name, homes, n=1, cutoff=0.75):
-        return f'; did you mean "{homes[close[0]]}"?'
-    return f"; the keys of {section} are {', '.join(own)}" if own else ""
+def _suggest(section: str, name: str) -> str:
+    """The most similar section or key: of the same section, or else of any section."""
+    homes = {key: f"{home}.{key}" for home, m in sections().items() for key in m.model_fields}
+    own = {key: f"{section}.{key}" for key in sections()[section].model_fields} if section else {}
+    own = own or {home: home for home in sections()}
+    for known, cutoff in ((own, 0.6), (homes, 0.75)):
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
+            return f'; did you mean "{known[close[0]]}"?'
+    return f"; known are {', '.join(own)}"
 
 
 def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:
@@ -200,8 +194,3 @@ def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:
     except yaml_source.YamlError:
         return ""
     return "" if isinstance(plain, str) else " (a string); drop the quotes"
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_espo.config.rules import Problems
 from megatron_espo.errors import InputError
 from megatron_espo.files import safetensors_header
-from megatron_espo.models.families import ignored_tensors, tensor_shapes
+from megatron_espo.models.spec import ModelSpec
 
 # Each entry is a set of files that makes a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -37,7 +37,7 @@ def problems(model: str, tokenizer: str | None) -> Problems:
         return
     if not (folder / "config.json").is_file():
         yield "model.path", f'expected config.json in "{folder}", found none; {NO_HUB}'
-    yield from (("model.path", message) for message in _weight_problems(folder))
+    yield from (("model.path", message) for message in weight_problems(folder))
     source = Path(tokenizer or model)
     if source.is_file() and source.suffix == ".model":
         return
@@ -48,7 +48,8 @@ def problems(model: str, tokenizer: str | None) -> Problems:
         yield key, f'expected tokenizer files in "{source}" ({files}), found none; {advice}'
 
 
-def _weight_problems(folder: Path) -> Iterator[str]:
+def weight_problems(folder: Path) -> Iterator[str]:
+    """Yield a message for every missing or damaged weight file. Reads headers only."""
     if (folder / ADAPTER).is_file():
         advice = "merge it into its base model (peft: merge_and_unload, then save_pretrained)"
         yield f'expected a whole model in "{folder}", found an adapter ({ADAPTER}); {advice}'
@@ -83,7 +84,7 @@ def _weight_problems(folder: Path) -> Iterator[str]:
             yield str(error)
 
 
-def tensor_problems(folder: Path, hf_config: dict[str, Any]) -> Iterator[str]:
+def tensor_problems(folder: Path, spec: ModelSpec) -> Iterator[str]:
     """Yield a message for the first missing, unknown, misshapen or non-float tensor.
 
     Reads headers only. The folder has no problem of :func:`problems`.
@@ -91,8 +92,8 @@ def tensor_problems(folder: Path, hf_config: dict[str, Any]) -> Iterator[str]:
     Raises:
         InputError: no table for the model's family.
     """
-    shapes, ignored = tensor_shapes(hf_config), ignored_tensors(hf_config)
-    file_of, entries = _stored_tensors(folder)
+    shapes, ignored = spec.tensor_shapes, spec.ignored_tensors
+    file_of, entries = stored_tensors(folder)
     config = f"{folder / 'config.json'}"
     if missing := sorted(shapes.keys() - entries.keys()):
         whole = folder / INDEX if (folder / INDEX).is_file() else folder / SINGLE
@@ -119,7 +120,7 @@ def tensor_problems(folder: Path, hf_config: dict[str, Any]) -> Iterator[str]:
         yield OWN_HEAD.format(folder=folder)
 
 
-def _stored_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+def stored_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     """File and header entry of each tensor. A tensor that only the index names has no entry."""
     index = folder / INDEX
     if not index.is_file():

@@ -2,22 +2,16 @@
 
 import json
 import textwrap
-import types
-from typing import Any, Literal, Union, get_args, get_origin
+from functools import cache
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_espo.config.schema import Config
 
-_PLAIN = {
-    int: "integer",
-    float: "number",
-    str: "string",
-    bool: "true or false",
-    dict: "mapping",
-    types.NoneType: "null",
-}
+_KINDS = {"boolean": "true or false", "object": "mapping"}
+_LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
 def sections() -> dict[str, type[BaseModel]]:
@@ -25,34 +19,36 @@ def sections() -> dict[str, type[BaseModel]]:
     return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
 
 
-def expectation(field: FieldInfo) -> str:
+def expectation(section: str, key: str) -> str:
     """Type and limits of a setting, such as ``number > 0``, ``one of a, b`` or ``integer >= 1 or
     null``."""
-    limits, adjective = [], ""
-    for limit in field.metadata:
-        for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-            if (bound := getattr(limit, attribute, None)) is not None:
-                limits.append(f" {sign} {bound}")
-        if getattr(limit, "min_length", None):
-            adjective = "non-empty "
-    return adjective + _describe_type(field.annotation, " and".join(limits))
+    return _describe(_json_schema(section)[key])
 
 
-def item_expectation(field: FieldInfo) -> str:
-    """Type of one item of a list setting."""
-    return _describe_type(get_args(field.annotation)[0])
+def item_expectation(section: str, key: str) -> str:
+    """Type of one item of a list or mapping."""
+    kind = _json_schema(section)[key]
+    kind = kind.get("anyOf", [kind])[0]
+    return _describe(kind.get("items") or kind["additionalProperties"])
 
 
-def _describe_type(kind: Any, limits: str = "") -> str:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return f"{_describe_type(arguments[0], limits)} or null"
-    if origin is Literal:
-        return f"one of {', '.join(arguments)}"
-    if origin is tuple:
-        item = _describe_type(arguments[0])
-        return f"list, each {item}" if item.startswith("one of") else f"list of {item}s"
-    return _PLAIN[origin or kind] + limits
+@cache
+def _json_schema(section: str) -> dict[str, dict[str, Any]]:
+    return sections()[section].model_json_schema()["properties"]
+
+
+def _describe(kind: dict[str, Any]) -> str:
+    if "anyOf" in kind:
+        return " or ".join(map(_describe, kind["anyOf"]))
+    if "enum" in kind:
+        return f"one of {', '.join(kind['enum'])}"
+    if "items" in kind:
+        item = _describe(kind["items"])
+        return f"list, each {item}" if "enum" in kind["items"] else f"list of {item}s"
+    limits = [f"{sign} {kind[name]}" for name, sign in _LIMITS.items() if name in kind]
+    adjective = "non-empty " if "minLength" in kind else ""
+    name = _KINDS.get(kind["type"], kind["type"])
+    return f"{adjective}{name} {' and '.join(limits)}".rstrip()
 
 
 def render_reference(width: int = 100) -> str:
@@ -63,7 +59,7 @@ def render_reference(width: int = 100) -> str:
         blocks.append(f"\n{section}: {model.__doc__}")
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"default {default_text(field)}"
-            blocks.append(f"  {section}.{key}  ({expectation(field)}; {default})")
+            blocks.append(f"  {section}.{key}  ({expectation(section, key)}; {default})")
             text = field.description or ""
             blocks.append(
                 textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)

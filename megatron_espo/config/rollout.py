@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_espo.config.rules import LOWEST_TEMPERATURE, Problems, Section
+from megatron_espo.config.rules import LOWEST_TEMPERATURE, Problems, Section, expect
 from megatron_espo.distributed.addresses import parse_address
 
 # Arguments of vLLM's server that this project sets, and what to use instead.
@@ -47,10 +47,8 @@ class Rollout(Section):
     """Accept top_p < 1 or top_k > 0, which bias the importance ratios."""
     router_replay: bool = True
     """Train each token of a mixture of experts in the experts that the engine chose for it.
-    Other models ignore it."""
-    allow_router_mismatch: bool = False
-    """Accept router_replay false, where engine and trainer choose different experts for some
-    tokens."""
+    Other models ignore it. false needs algorithm.rollout_correction, because engine and trainer
+    then choose different experts for some tokens."""
     max_response_tokens: int = Field(2048, ge=1)
     """Longest response, in tokens (paper: 16384). Longer ones are truncated and counted."""
     max_resampling_rounds: int = Field(0, ge=0)
@@ -114,36 +112,24 @@ class Rollout(Section):
         return self.over_sampling_prompts or self.max_staleness * self.prompts_per_step
 
     def problems(self) -> Problems:
-        if not self.allow_truncated_sampling:
-            consent = "rollout.allow_truncated_sampling=true accepts biased importance ratios"
-            if self.top_p < 1:
-                yield "top_p", f"expected 1.0 (off), got {self.top_p:g}; {consent}"
-            if self.top_k > 0:
-                yield "top_k", f"expected 0 or -1 (off), got {self.top_k}; {consent}"
+        consent = "rollout.allow_truncated_sampling=true accepts biased importance ratios"
+        if self.top_p < 1 and not self.allow_truncated_sampling:
+            yield expect("top_p", "1.0 (off)", self.top_p, consent)
+        if self.top_k > 0 and not self.allow_truncated_sampling:
+            yield expect("top_k", "0 or -1 (off)", self.top_k, consent)
         if self.engines > 1 and self.transport in ("nccl_m2n", "sharded_rdt"):
-            expected = f"1 with transport {self.transport}"
-            yield (
-                "engines",
-                f"expected {expected}, got {self.engines}; or use transport nccl or ipc",
-            )
-        if self.over_sampling_prompts and not self.max_staleness:
-            got = self.over_sampling_prompts
-            yield "over_sampling_prompts", f"expected null with max_staleness 0, got {got}"
-        if self.ahead > (most := self.max_staleness * self.prompts_per_step):
+            yield expect("engines", f"1 with transport {self.transport}", self.engines)
+        most = self.max_staleness * self.prompts_per_step
+        if (self.over_sampling_prompts or 0) > most:
             expected = f"at most max_staleness x prompts_per_step = {most}"
-            yield "over_sampling_prompts", f"expected {expected}, got {self.ahead}"
+            yield expect("over_sampling_prompts", expected, self.over_sampling_prompts)
         for name in self.engine_args:
             if instead := RESERVED_ENGINE_ARGS.get(name.replace("_", "-")):
                 expected = "no argument that this project sets"
-                yield "engine_args", f"expected {expected}, got {name}; {instead}"
+                yield expect("engine_args", expected, name, instead)
         if self.sleep and (own := self._own_gpus()):
-            yield "sleep", f"expected false with {own} (the engine has GPUs of its own), got true"
-        if self.hosts:
-            yield from self._host_problems()
-        longest, context = self.max_response_tokens, self.max_model_len
-        if context is not None and longest >= context:
-            expected = f"less than rollout.max_model_len ({context}), which includes the prompt"
-            yield "max_response_tokens", f"expected {expected}, got {longest}"
+            yield expect("sleep", f"false with {own} (the engine has GPUs of its own)", True)
+        yield from self._host_problems()
 
     def _own_gpus(self) -> str:
         """The setting that gives the engine GPUs that the trainer does not use; empty if they
@@ -157,6 +143,8 @@ class Rollout(Section):
         return ""
 
     def _host_problems(self) -> Problems:
+        if not self.hosts:
+            return
         seen = set()
         for text in self.hosts:
             try:
@@ -165,15 +153,14 @@ class Rollout(Section):
                 yield "hosts", str(error)
                 continue
             if address in seen:
-                yield "hosts", f"expected each address once (one engine per host), got {text} twice"
+                yield expect("hosts", "each address once (one engine per host)", text)
             seen.add(address)
         if len(self.hosts) < self.engines:
             expected = f"at least rollout.engines = {self.engines} addresses"
-            yield "hosts", f"expected {expected}, got {len(self.hosts)}"
+            yield expect("hosts", expected, len(self.hosts))
         if self.visible_devices is not None:
             advice = "set CUDA_VISIBLE_DEVICES where megatron-espo serve starts"
-            got = self.visible_devices
-            yield "visible_devices", f"expected null with rollout.hosts, got {got}; {advice}"
+            yield expect("visible_devices", "null with rollout.hosts", self.visible_devices, advice)
         if self.transport == "ipc":
             expected = "auto, files, nccl, nccl_m2n or sharded_rdt with rollout.hosts"
-            yield "transport", f"expected {expected}, got ipc, which works on one machine only"
+            yield expect("transport", expected, "ipc", "ipc works on one machine only")

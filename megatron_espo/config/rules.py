@@ -1,16 +1,31 @@
 """The base class of every section, and what the rules of several sections share."""
 
+import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 Problems = Iterator[tuple[str, str]]
+"""``(key or section.key, message)`` of each broken rule."""
 
 # vLLM silently raises lower temperatures to this value.
 LOWEST_TEMPERATURE = 0.01
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def expect(key: str, expected: str, got: Any, advice: str = "") -> tuple[str, str]:
+    """A problem: what the setting ``key`` should be, and what it is."""
+    message = f"expected {expected}, got {show(got)}"
+    return key, f"{message}; {advice}" if advice else message
+
+
+def show(value: Any) -> str:
+    """A value as YAML on one line of at most 80 characters."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class Section(BaseModel):
@@ -25,7 +40,7 @@ class Section(BaseModel):
     )
 
     def problems(self) -> Problems:
-        """Yield ``(key or section.key, message)`` for each broken rule over several fields."""
+        """Broken rules over several fields."""
         yield from ()
 
     @model_validator(mode="after")
@@ -40,5 +55,4 @@ def check_function(key: str, name: str | None, *others: str) -> Problems:
     """A problem where ``name`` is neither ``module:function`` nor one of ``others`` nor
     ``None``."""
     if name is not None and name not in others and not FUNCTION.fullmatch(name):
-        expected = " or ".join(("module:function", *others))
-        yield key, f'expected {expected}, got "{name}"'
+        yield expect(key, " or ".join(("module:function", *others)), name)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from megatron_espo.config import rules
 from megatron_espo.config.rollout import Rollout
-from megatron_espo.config.rules import Problems, Section
+from megatron_espo.config.rules import Problems, Section, expect
 from megatron_espo.config.tasks import Data, Environment, Eval, Reward
 
 
@@ -69,9 +69,13 @@ class Model(Section):
     exporter: str | None = Field(None, min_length=1)
     """Your module:function(chunks, hf_config), called on every rank. It returns an iterator of
     (Hugging Face name, whole tensor) and replaces the built-in weight export to the engine."""
+    family: str | None = Field(None, min_length=1)
+    """Your module:Class, a subclass of megatron_espo.models.spec.ModelSpec. null chooses a built-in
+    family by the architecture in config.json."""
 
     def problems(self) -> Problems:
         yield from rules.check_function("exporter", self.exporter)
+        yield from rules.check_function("family", self.family)
 
 
 class Megatron(Section):
@@ -131,25 +135,20 @@ class Megatron(Section):
 
     def problems(self) -> Problems:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            yield "sequence_parallel", "expected false with tensor_model_parallel_size 1, got true"
-        if (
-            vpp := self.virtual_pipeline_model_parallel_size
-        ) and self.pipeline_model_parallel_size == 1:
-            key = "virtual_pipeline_model_parallel_size"
-            yield key, f"expected null with pipeline_model_parallel_size 1, got {vpp}"
+            yield expect("sequence_parallel", "false with tensor_model_parallel_size 1", True)
+        vpp = self.virtual_pipeline_model_parallel_size
+        if vpp is not None and self.pipeline_model_parallel_size == 1:
+            expected = "null with pipeline_model_parallel_size 1"
+            yield expect("virtual_pipeline_model_parallel_size", expected, vpp)
         if self.fp8 and self.transformer_impl == "local":
-            needs = "needs Transformer Engine"
-            yield "fp8", f"expected null with transformer_impl local ({needs}), got {self.fp8}"
+            expected = "null with transformer_impl local (needs Transformer Engine)"
+            yield expect("fp8", expected, self.fp8)
         granularity = self.recompute_granularity or "null"
+        needed = "a value" if granularity == "full" else "null"
         for key in ("recompute_method", "recompute_num_layers"):
             value = getattr(self, key)
-            if (value is not None) != (granularity == "full"):
-                expected = "a value" if value is None else "null"
-                got = "null" if value is None else value
-                yield (
-                    key,
-                    f"expected {expected} with recompute_granularity {granularity}, got {got}",
-                )
+            if (value is None) == (granularity == "full"):
+                yield expect(key, f"{needed} with recompute_granularity {granularity}", value)
 
 
 class Optimizer(Section):
@@ -181,7 +180,7 @@ class Optimizer(Section):
 
     def problems(self) -> Problems:
         if self.min_lr > self.lr:
-            yield "min_lr", f"expected at most lr ({self.lr:g}), got {self.min_lr:g}"
+            yield expect("min_lr", f"at most lr ({self.lr:g})", self.min_lr)
 
 
 _BOUNDED = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "ce_gppo", "dppo")
@@ -224,6 +223,9 @@ class Algorithm(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo", "maxrl"] = "grpo"
     """Rewards of a prompt's responses, centred and divided by: grpo their standard deviation;
     dr_grpo 1; rloo (n - 1) / n; maxrl their mean. The objective dr_grpo needs dr_grpo."""
+    zero_variance_scale: float = Field(0.0, ge=0)
+    """RL-ZVP: prompts whose responses are all right or all wrong train with this factor times an
+    entropy as advantage. 0: they give no gradient."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL penalty (k3) to the initial policy; above 0 costs a scoring pass a step."""
     entropy_coef: float = Field(0.0, ge=0)
@@ -241,32 +243,31 @@ class Algorithm(Section):
     """No gradient from responses cut at the length limit; they still count in means and weights."""
     num_epochs: int = Field(1, ge=1)
     """Passes over each rollout batch; more reuse, more off-policy."""
-    num_mini_batches: int = Field(1, ge=1)
-    """Optimizer steps a pass; the batch is cut into this number of equal parts."""
+    num_mini_batches: int = Field(4, ge=1)
+    """Optimizer steps a pass; the batch is cut into this number of equal parts. With one step the
+    ratio is exactly 1, so nothing is clipped and the clip ranges (Eq. 8) have no effect."""
 
     def problems(self) -> Problems:
-        q, name, known = self.quantiles, self.objective, ", ".join(OBJECTIVES)
-        if any(not 0 < x < 1 for x in q) or any(a >= b for a, b in zip(q, q[1:], strict=False)):
-            text = f"expected ascending numbers between 0 and 1 (both excluded), got {list(q)}"
-            yield "quantiles", text
-        built_in = name in OBJECTIVES
-        if not built_in and not rules.FUNCTION.fullmatch(name):
-            yield "objective", f'expected one of {known}, or module:Class, got "{name}"'
+        name, q = self.objective, self.quantiles
+        if any(not 0 < x < 1 for x in q) or list(q) != sorted(set(q)):
+            yield expect("quantiles", "ascending numbers between 0 and 1 (both excluded)", list(q))
+        is_built_in = name in OBJECTIVES
+        if not is_built_in and not rules.FUNCTION.fullmatch(name):
+            yield expect("objective", f"one of {', '.join(OBJECTIVES)}, or module:Class", name)
             return
-        if (args := self.objective_args) and built_in and name not in ("ce_gppo", "dppo"):
-            yield "objective_args", f"expected none with objective {name}, got {args}"
+        if self.objective_args and is_built_in and name not in ("ce_gppo", "dppo"):
+            yield expect("objective_args", f"none with objective {name}", self.objective_args)
         for key, (neutral, users) in USED_BY.items():
             value = getattr(self, key)
             if value != neutral and name not in users:
-                off = "null" if neutral is None else neutral
-                text = f"which does not use it (only {', '.join(users)})"
-                yield key, f"expected {off} with objective {name}, {text}, got {value}"
+                only = f"which does not use it (only {', '.join(users)})"
+                expected = f"{rules.show(neutral)} with objective {name}, {only}"
+                yield expect(key, expected, value)
         if name == "dr_grpo" and self.advantage != "dr_grpo":
-            text = f"expected dr_grpo with objective dr_grpo, got {self.advantage}"
-            yield "advantage", text
+            yield expect("advantage", "dr_grpo with objective dr_grpo", self.advantage)
         cap, floor = self.rollout_correction_cap, self.rollout_correction_floor
         if floor > cap:
-            yield "rollout_correction_floor", f"expected at most the cap {cap:g}, got {floor:g}"
+            yield expect("rollout_correction_floor", f"at most the cap {cap:g}", floor)
 
 
 class Config(Section):
@@ -292,35 +293,33 @@ class Config(Section):
 
     def problems(self) -> Problems:
         algorithm, rollout, fp8 = self.algorithm, self.rollout, self.megatron.fp8
-        prompts, parts = rollout.prompts_per_step, algorithm.num_mini_batches
-        if prompts % parts:
-            expected = f"a divisor of rollout.prompts_per_step = {prompts}"
-            yield "algorithm.num_mini_batches", f"expected {expected}, got {parts}"
+        parts, rounds = algorithm.num_mini_batches, rollout.max_resampling_rounds
+        if rollout.prompts_per_step % parts:
+            expected = f"a divisor of rollout.prompts_per_step = {rollout.prompts_per_step}"
+            yield expect("algorithm.num_mini_batches", expected, parts)
+        if algorithm.zero_variance_scale and rounds:
+            expected = "0 with algorithm.zero_variance_scale, which trains what it drops"
+            yield expect("rollout.max_resampling_rounds", expected, rounds)
         staleness, correction = rollout.max_staleness, algorithm.rollout_correction
         if staleness and correction not in ("token", "sequence", "geometric"):
             expected = f"token, sequence or geometric with rollout.max_staleness {staleness}"
-            yield "algorithm.rollout_correction", f"expected {expected}, got {correction}"
+            yield expect("algorithm.rollout_correction", expected, correction)
         if fp8 and self.model.dtype != "bfloat16":
-            yield "megatron.fp8", f"expected null with model.dtype {self.model.dtype}, got {fp8}"
+            yield expect("megatron.fp8", f"null with model.dtype {self.model.dtype}", fp8)
         buffer, longest = self.reward.overlong_buffer_tokens, rollout.max_response_tokens
         if buffer is not None and algorithm.advantage == "maxrl":
-            text = "expected null with algorithm.advantage maxrl, which needs rewards of at least 0"
-            yield "reward.overlong_buffer_tokens", f"{text}, got {buffer}"
+            expected = "null with algorithm.advantage maxrl, which needs rewards of at least 0"
+            yield expect("reward.overlong_buffer_tokens", expected, buffer)
         if buffer is not None and buffer > longest:
             expected = f"at most rollout.max_response_tokens ({longest})"
-            yield "reward.overlong_buffer_tokens", f"expected {expected}, got {buffer}"
-        updates, warmup = (
-            self.run.steps * algorithm.num_epochs * parts,
-            self.optimizer.lr_warmup_iters,
-        )
+            yield expect("reward.overlong_buffer_tokens", expected, buffer)
+        updates = self.run.steps * algorithm.num_epochs * parts
+        warmup = self.optimizer.lr_warmup_iters
         if warmup >= updates:
             expected = f"less than the run's optimizer steps ({updates})"
-            yield "optimizer.lr_warmup_iters", f"expected {expected}, got {warmup}"
-        for key, source in (
-            ("data.prompts", self.data.prompts),
-            ("eval.prompts", self.eval.prompts),
-        ):
+            yield expect("optimizer.lr_warmup_iters", expected, warmup)
+        for section, source in (("data", self.data.prompts), ("eval", self.eval.prompts)):
             is_file = source is not None and not source.startswith("reasoning_gym:")
             if self.reward.function == "reasoning_gym" and is_file:
-                expected = f'math_verify or "module:function" with {key} "{source}"'
-                yield "reward.function", f"expected {expected}, got reasoning_gym"
+                expected = f'math_verify or "module:function" with {section}.prompts "{source}"'
+                yield expect("reward.function", expected, "reasoning_gym")

@@ -4,7 +4,13 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_espo.config.rules import LOWEST_TEMPERATURE, Problems, Section, check_function
+from megatron_espo.config.rules import (
+    LOWEST_TEMPERATURE,
+    Problems,
+    Section,
+    check_function,
+    expect,
+)
 
 
 class Data(Section):
@@ -53,12 +59,12 @@ class Eval(Section):
         if self.prompts is not None:
             yield from _source_problems(self.prompts, self.task_args)
         elif self.task_args:
-            yield "task_args", f"expected none without eval.prompts, got {self.task_args}"
+            yield expect("task_args", "none without eval.prompts", self.task_args)
         if self.temperature == 0 and self.samples > 1:
-            yield "samples", f"expected 1 with temperature 0 (greedy), got {self.samples}"
+            yield expect("samples", "1 with temperature 0 (greedy)", self.samples)
         if 0 < (self.temperature or 0) < LOWEST_TEMPERATURE:
             expected = f"0 or at least {LOWEST_TEMPERATURE} (vLLM silently raises lower values)"
-            yield "temperature", f"expected {expected}, got {self.temperature:g}"
+            yield expect("temperature", expected, self.temperature)
 
 
 class Environment(Section):
@@ -104,8 +110,6 @@ class Reward(Section):
 def _source_problems(prompts: str, task_args: dict[str, Any]) -> Problems:
     is_task = prompts.startswith("reasoning_gym:")
     if prompts == "reasoning_gym:" or not (is_task or prompts.endswith((".jsonl", ".parquet"))):
-        expected = '"reasoning_gym:<task>", a *.jsonl or a *.parquet file'
-        yield "prompts", f'expected {expected}, got "{prompts}"'
+        yield expect("prompts", '"reasoning_gym:<task>", a *.jsonl or a *.parquet file', prompts)
     elif task_args and not is_task:
-        expected = f'none with a file of prompts ("{prompts}")'
-        yield "task_args", f"expected {expected}, got {task_args}"
+        yield expect("task_args", f'none with a file of prompts ("{prompts}")', task_args)

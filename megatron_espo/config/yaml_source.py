@@ -61,7 +61,7 @@ def parse(text: str) -> tuple[Any, dict[Path, int]]:
         node = loader.get_single_node()
         if node is None:
             return None, {}
-        _locate(node, (), lines, duplicates, {})
+        _locate(node, (), lines, duplicates)  # an anchor that contains itself: RecursionError
         if duplicates:
             raise YamlError(duplicates)
         return loader.construct_document(node), lines
@@ -76,30 +76,19 @@ def parse(text: str) -> tuple[Any, dict[Path, int]]:
         raise YamlError([(1, f"not valid YAML: {error}")]) from None
 
 
-def _locate(
-    node: yaml.Node, path: Path, lines: dict[Path, int], duplicates: list, done: dict[int, bool]
-) -> None:
-    """Fill ``lines`` and ``duplicates``. ``done`` maps visited nodes to whether their children
-    are visited too."""
-    if id(node) in done:  # an alias; its anchor was located before
-        if not done[id(node)]:
-            line = node.start_mark.line + 1
-            raise YamlError([(line, "not valid here: an anchor that contains itself")])
-        return
-    done[id(node)] = False
+def _locate(node: yaml.Node, path: Path, lines: dict[Path, int], duplicates: list) -> None:
+    """Fill ``lines`` and ``duplicates``."""
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             lines[*path, index] = child.start_mark.line + 1
-            _locate(child, (*path, index), lines, duplicates, done)
+            _locate(child, (*path, index), lines, duplicates)
     elif isinstance(node, yaml.MappingNode):
         here: dict[str, int] = {}
         for key, child in node.value:
             line, name = key.start_mark.line + 1, str(key.value)
-            if key.tag != "tag:yaml.org,2002:merge" and name in here:
-                dotted = ".".join(str(part) for part in (*path, name))
-                duplicates.append(
-                    (line, f"{dotted}: expected once, got it again (first in line {here[name]})")
-                )
+            if name in here and key.tag != "tag:yaml.org,2002:merge":
+                dotted = ".".join(map(str, (*path, name)))
+                first = f"first in line {here[name]}"
+                duplicates.append((line, f"{dotted}: expected once, got it again ({first})"))
             here[name] = lines[*path, name] = line
-            _locate(child, (*path, name), lines, duplicates, done)
-    done[id(node)] = True
+            _locate(child, (*path, name), lines, duplicates)

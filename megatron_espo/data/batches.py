@@ -35,6 +35,8 @@ class TrainSequence:
         routed_experts: ``[P + T - 1, layers with experts, experts a token]`` integers: the engine's
             choice of experts for every token except the last, which predicts nothing. ``None``: the
             trainer's routers choose.
+        zero_variance: 1 or -1 where the entropies shape the advantage, see
+            :func:`megatron_espo.algo.entropy_shape`.
         num_trained: response tokens with a loss.
 
     Raises:
@@ -53,6 +55,7 @@ class TrainSequence:
     old_entropies: np.ndarray | None = None
     logged_sample: int | None = None
     routed_experts: np.ndarray | None = field(default=None, repr=False)
+    zero_variance: int = 0
     num_trained: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,6 +167,7 @@ class MicroBatch:
         routed_experts: ``[rows, layers with experts, experts a token]`` int16, in the order of the
             rows of the hidden states: the engine's choices, or -1 where the router chooses
             (padding, last tokens). ``None``: the router chooses everywhere.
+        zero_variance: ``[sequences]`` int8, :attr:`TrainSequence.zero_variance`; ``None``: all 0.
     """
 
     tokens: Tensor
@@ -184,6 +188,7 @@ class MicroBatch:
     reference_logprob: Tensor | None = None
     logged_sample: tuple[int | None, ...] = ()
     routed_experts: Tensor | None = None
+    zero_variance: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on ``device``, as the model and the loss take them:

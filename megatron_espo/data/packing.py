@@ -111,8 +111,7 @@ def pack(
     shapes = [_shape(groups, spec) for groups in bins]
     if spec.uniform:
         shapes = [(max(rows for rows, _ in shapes), max(length for _, length in shapes))] * count
-    memory = _Memory(bins, shapes)
-    batches = [_micro_batch(*item, totals, spec, memory) for item in zip(bins, shapes, strict=True)]
+    batches = _micro_batches(bins, shapes, totals, spec)
     if spec.context_parallel_size > 1:
         part = (spec.context_parallel_rank, spec.context_parallel_size)
         batches = [slice_micro_batch(batch, *part) for batch in batches]
@@ -163,59 +162,137 @@ def _bins(groups: list[PrefixGroup], spec: PackingSpec) -> list[list[PrefixGroup
     The groups come longest first, so the first group of a padded micro-batch is its longest row.
     """
     bins: list[list[PrefixGroup]] = []
-    # Of each bin: tokens, sequences, tokens of its first group. Rows after the last bin are 0.
-    load, count, longest = np.zeros((3, len(groups)), np.int64)
+    # Of each bin: tokens that still fit, tokens of its first group, sequences.
+    room, longest, count = np.zeros((3, len(groups)), np.int64)
     for group in groups:
-        cost = _cost(group)
-        used = slice(len(bins))
-        tokens = longest[used] * (count[used] + 1) if spec.padded else load[used] + cost
-        fits = tokens <= spec.max_tokens
+        cost, used = _cost(group), len(bins)
+        fits = room[:used] >= cost
         if spec.max_sequences is not None:
-            fits &= count[used] + len(group) <= spec.max_sequences
-        number = int(fits.argmax()) if fits.any() else len(bins)
-        if number == len(bins):
+            fits &= count[:used] + len(group) <= spec.max_sequences
+        number = int(fits.argmax()) if used else 0
+        if not used or not fits[number]:
+            number = used
             bins.append([])
-            longest[number] = cost
+            room[number], longest[number] = spec.max_tokens, cost
         bins[number].append(group)
-        load[number] += cost
         count[number] += len(group)
+        room[number] -= longest[number] if spec.padded else cost
+        if spec.padded and room[number] < longest[number]:
+            room[number] = 0  # for the shorter rows too
     return bins
 
 
-class _Memory:
-    """Memory of the per-token tensors of all micro-batches of a rank.
+def _micro_batches(
+    bins: list[list[PrefixGroup]],
+    shapes: list[tuple[int, int]],
+    totals: BatchTotals,
+    spec: PackingSpec,
+) -> list[MicroBatch]:
+    """Lay groups out one after the other and pad them, each one and all together, to the shape
+    (rows, length) of their micro-batch.
 
-    A few large blocks take a fraction of the time of thousands of small ones, because the operating
-    system maps them in large pages.
+    The per-token tensors of all micro-batches are parts of a few large ones: one call fills each,
+    and the operating system maps large blocks of memory in a fraction of the time.
     """
+    sizes = [rows * length for rows, length in shapes]
+    memory, index = np.empty((2, sum(sizes)), np.int32), np.arange(max(sizes), dtype=np.int32)
+    parts = np.split(memory, np.cumsum(sizes)[:-1], axis=1)
+    layouts = [_lay_out(*each, index, spec) for each in zip(bins, shapes, parts, strict=True)]
+    by_batch = [[sequence for group in groups for sequence in group] for groups in bins]
+    sequences = [sequence for each in by_batch for sequence in each]
+    trained = np.array([sequence.num_trained for sequence in sequences], np.int64)
+    advantages = np.array([sequence.advantage for sequence in sequences], np.float32)
+    lengths = torch.from_numpy(trained).split([len(each) for each in by_batch])
+    counts = [sum(sequence.num_trained for sequence in each) for each in by_batch]
 
-    def __init__(self, bins: list[list[PrefixGroup]], shapes: list[tuple[int, int]]) -> None:
-        sequences = [sequence for groups in bins for group in groups for sequence in group]
-        trained = sum(sequence.num_trained for sequence in sequences)
-        total = sum(rows * length for rows, length in shapes)
-        known = sum(
-            sequence.num_trained
-            for sequence in sequences
-            for values in (sequence.old_logprobs, sequence.old_entropies)
-            if values is not None
+    def split(arrays: list[np.ndarray], dtype: type) -> Sequence[Tensor]:
+        return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays])).split(counts)
+
+    columns: dict[str, Any] = {
+        "lengths": lengths,
+        "logit_positions": split([x for layout in layouts for x in layout[2]], np.int32),
+        "targets": split([s.trained(s.response_ids) for s in sequences], np.int32),
+        "advantage": torch.from_numpy(advantages.repeat(trained)).split(counts),
+        "rollout_logprob": split([s.trained(s.rollout_logprobs) for s in sequences], np.float32),
+    }
+    batches = []
+    for i, (boundaries, prefix_groups, _) in enumerate(layouts):
+        tokens, positions = torch.from_numpy(parts[i])[:, None]
+        batch = MicroBatch(
+            tokens=tokens,
+            position_ids=positions,
+            cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+            max_seqlen=max(first + max(rest, default=0) for first, *rest in prefix_groups),
+            old_logprob=_known("old_logprobs", by_batch[i]),
+            old_entropy=_known("old_entropies", by_batch[i]),
+            totals=totals,
+            num_tokens=sum(sequence.num_tokens for sequence in by_batch[i]),
+            prefix_groups=tuple(prefix_groups) if any(len(x) > 1 for x in prefix_groups) else None,
+            logged_sample=tuple(sequence.logged_sample for sequence in by_batch[i]),
+            routed_experts=_routed_experts(bins[i], boundaries, tokens.size(1)),
+            zero_variance=_zero_variance(by_batch[i]),
+            **{name: tensors[i] for name, tensors in columns.items()},
         )
-        self._words = np.empty(2 * total + 2 * trained, np.int32)
-        self._floats = np.empty(2 * trained + known, np.float32)
-        # 0, 1, 2, ...
-        self.index = np.arange(max(rows * length for rows, length in shapes), dtype=np.int32)
+        batches.append(batch)
+    return batches
 
-    def words(self, count: int) -> np.ndarray:
-        """``[count]`` int32, not initialized."""
-        taken, self._words = self._words[:count], self._words[count:]
-        return taken
 
-    def floats(self, count: int) -> np.ndarray:
-        """``[count]`` float32, not initialized."""
-        taken, self._floats = self._floats[:count], self._floats[count:]
-        return taken
+def _zero_variance(sequences: Sequence[TrainSequence]) -> Tensor | None:
+    signs = torch.tensor([sequence.zero_variance for sequence in sequences], dtype=torch.int8)
+    return signs if signs.any() else None
+
+
+Layout = tuple[list[int], list[tuple[int, ...]], list[np.ndarray]]
 
 
 def _lay_out(
+    groups: list[PrefixGroup],
+    shape: tuple[int, int],
+    memory: np.ndarray,
+    index: np.ndarray,
+    spec: PackingSpec,
+) -> Layout:
+    """Write token ids and position ids of a micro-batch.
+
+    Args:
+        groups: laid out one after the other.
+        shape: ``(rows, length)`` of the micro-batch.
+        memory: ``[2, rows * length]`` int32, token ids and position ids, filled here.
+        index: int32, 0, 1, 2, ..., at least as long.
+        spec: the layout.
+
+    Returns:
+        The boundaries, the lengths of the prefix and the suffixes of each group, and by sequence
+            the positions that predict the trained tokens.
+    """
+    tokens, positions = memory
+    multiple = shape[1] if spec.padded else spec.sequence_multiple
+    # Short sequences fill the rest, because their attention costs little.
+    filler = shape[1] if spec.padded else _round_up(64, multiple)
+    boundaries = [0]
+    prefix_groups: list[tuple[int, ...]] = []
+    logit_positions: list[np.ndarray] = []
+    for group in groups:
+        start = boundaries[-1]
+        places, lengths = _lay_out_group(group, tokens, positions, index, start)
+        logit_positions += places
+        end = start + sum(lengths)
+        # Padding comes after the end of a sequence: no response token attends to it.
+        padding = (start - end) % multiple
+        tokens[end : end + padding] = 0
+        positions[end : end + padding] = index[end - start : end - start + padding]
+        prefix_groups.append(lengths if not padding else (end - start + padding,))
+        boundaries.append(end + padding)
+    while rest := len(tokens) - boundaries[-1]:
+        filled = min(filler, rest)
+        tokens[boundaries[-1] : boundaries[-1] + filled] = 0
+        positions[boundaries[-1] : boundaries[-1] + filled] = index[:filled]
+        prefix_groups.append((filled,))
+        boundaries.append(boundaries[-1] + filled)
+    return boundaries, prefix_groups, logit_positions
+
+
+def _lay_out_group(
     group: PrefixGroup, tokens: np.ndarray, positions: np.ndarray, index: np.ndarray, start: int
 ) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """Write token ids and position ids of one group, from ``start`` on.
@@ -257,73 +334,6 @@ def _lay_out(
     return logit_positions, tuple(lengths)
 
 
-def _micro_batch(
-    groups: list[PrefixGroup],
-    shape: tuple[int, int],
-    totals: BatchTotals,
-    spec: PackingSpec,
-    memory: _Memory,
-) -> MicroBatch:
-    """Lay groups out one after the other and pad them, each one and all together, to ``shape``
-    (rows, length).
-    """
-    rows, length = shape
-    tokens, positions = memory.words(rows * length), memory.words(rows * length)
-    index = memory.index
-    multiple = length if spec.padded else spec.sequence_multiple
-    logit_positions: list[np.ndarray] = []
-    prefix_groups: list[tuple[int, ...]] = []
-    boundaries = [0]
-    for group in groups:
-        start = boundaries[-1]
-        places, lengths = _lay_out(group, tokens, positions, index, start)
-        logit_positions += places
-        end = start + sum(lengths)
-        # Padding comes after the end of a sequence: no response token attends to it.
-        padding = (start - end) % multiple
-        tokens[end : end + padding] = 0
-        positions[end : end + padding] = index[end - start : end - start + padding]
-        prefix_groups.append(lengths if not padding else (end - start + padding,))
-        boundaries.append(end + padding)
-    # Short sequences fill the rest, because their attention costs little.
-    filler = length if spec.padded else _round_up(64, multiple)
-    while rest := rows * length - boundaries[-1]:
-        filled = min(filler, rest)
-        tokens[boundaries[-1] : boundaries[-1] + filled] = 0
-        positions[boundaries[-1] : boundaries[-1] + filled] = index[:filled]
-        prefix_groups.append((filled,))
-        boundaries.append(boundaries[-1] + filled)
-    sequences = [sequence for group in groups for sequence in group]
-    trained = np.array([sequence.num_trained for sequence in sequences], np.int64)
-    advantages = np.array([sequence.advantage for sequence in sequences], np.float32)
-    count = int(trained.sum())
-    shared = any(len(lengths) > 1 for lengths in prefix_groups)
-    return MicroBatch(
-        tokens=torch.from_numpy(tokens)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
-        max_seqlen=int(positions.max()) + 1,
-        logit_positions=_joined(logit_positions, memory.words(count)),
-        targets=_joined([s.trained(s.response_ids) for s in sequences], memory.words(count)),
-        lengths=torch.from_numpy(trained),
-        advantage=_joined([advantages.repeat(trained)], memory.floats(count)),
-        rollout_logprob=_joined(
-            [s.trained(s.rollout_logprobs) for s in sequences], memory.floats(count)
-        ),
-        old_logprob=_known("old_logprobs", sequences, memory),
-        old_entropy=_known("old_entropies", sequences, memory),
-        totals=totals,
-        num_tokens=sum(sequence.num_tokens for sequence in sequences),
-        prefix_groups=tuple(prefix_groups) if shared else None,
-        logged_sample=tuple(sequence.logged_sample for sequence in sequences),
-        routed_experts=_routed_experts(groups, boundaries, len(tokens)),
-    )
-
-
-def _joined(arrays: list[np.ndarray], out: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays, out=out) if arrays else out)
-
-
 def _routed_experts(groups: list[PrefixGroup], boundaries: list[int], rows: int) -> Tensor | None:
     """``MicroBatch.routed_experts`` of groups that start at ``boundaries``.
 
@@ -349,12 +359,12 @@ def _routed_experts(groups: list[PrefixGroup], boundaries: list[int], rows: int)
     return found
 
 
-def _known(name: str, sequences: list[TrainSequence], memory: _Memory) -> Tensor | None:
+def _known(name: str, sequences: list[TrainSequence]) -> Tensor | None:
     """The values of the trained tokens, if every sequence has them."""
-    if not sequences or any(getattr(sequence, name) is None for sequence in sequences):
+    values = [(s, getattr(s, name)) for s in sequences]
+    if not values or any(each is None for _, each in values):
         return None
-    values = [s.trained(getattr(s, name)) for s in sequences]
-    return _joined(values, memory.floats(sum(s.num_trained for s in sequences)))
+    return torch.from_numpy(np.concatenate([s.trained(each) for s, each in values]))
 
 
 def _in_rows(batch: MicroBatch) -> MicroBatch:

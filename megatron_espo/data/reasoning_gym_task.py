@@ -68,30 +68,27 @@ def generate_entries(task: str, task_args: dict[str, Any]) -> list[dict[str, Any
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
     )
-    if process.returncode != 0:
-        status = process.returncode
-        raise InputError(
-            f"data.prompts: generating reasoning_gym:{task} failed (exit status {status})"
-        )
-    entries, message = pickle.loads(process.stdout)
-    if message is not None:
-        raise InputError(message)
+    if status := process.returncode:
+        raise InputError(f"data.prompts: reasoning_gym:{task} ended with exit status {status}")
+    entries = pickle.loads(process.stdout)
+    if isinstance(entries, InputError):
+        raise entries
     return entries
 
 
 def _write_entries(task: str, task_args: dict[str, Any]) -> None:
-    """In the child process: pickle ``(entries, error message)`` to standard output."""
+    """In the child process: pickle the entries, or an InputError, to standard output."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a generator prints must not reach the pickle
     try:
         dataset = create_task(task, task_args)
-        entries, message = [dataset[index] for index in range(len(dataset))], None
+        result: Any = [dataset[index] for index in range(len(dataset))]
     except InputError as error:
-        entries, message = [], str(error)
+        result = error
     except Exception as error:
         failed = f"reasoning_gym:{task} failed to generate with {task_args}: {error!r}"
-        entries, message = [], f"data.task_args: {failed}"
-    pickle.dump((entries, message), output)
+        result = InputError(f"data.task_args: {failed}")
+    pickle.dump(result, output)
     output.close()
 
 

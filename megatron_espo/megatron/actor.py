@@ -35,7 +35,7 @@ from megatron_espo.megatron.reference import ReferencePolicy
 from megatron_espo.megatron.router_replay import RouterReplay, scatter_routed_experts
 from megatron_espo.megatron.scatter import scatter_sequences
 from megatron_espo.megatron.train_engine import Tick, TrainEngine
-from megatron_espo.models.experts import read_experts, replays_router
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.metrics import average_steps, reduce_metrics_everywhere
 from megatron_espo.monitoring.progress import OnProgress
 from megatron_espo.weights.hf_io import load_hf_weights
@@ -50,12 +50,10 @@ Groups = Sequence[Sequence[TrainSequence]]
 Scored = tuple[Sequence[int], Sequence[int], np.ndarray | None]
 
 
-def build_chunks(
-    config: Config, hf_config: dict[str, Any], runtime: Runtime
-) -> list[torch.nn.Module]:
+def build_chunks(config: Config, spec: ModelSpec, runtime: Runtime) -> list[torch.nn.Module]:
     """Build this rank's model chunks with the weights of ``model.path``. Zero collectives."""
-    chunks = build_configured(config, hf_config, runtime.groups)
-    load_hf_weights(chunks, hf_config, config.model.path, runtime.groups)
+    chunks = build_configured(config, spec, runtime.groups)
+    load_hf_weights(chunks, spec, config.model.path, runtime.groups)
     return chunks
 
 
@@ -95,7 +93,7 @@ class Actor:
 
     Args:
         config: the run's configuration.
-        hf_config: the model's ``config.json``.
+        spec: the model.
         runtime: this rank's process groups.
         record: see :func:`megatron_espo.megatron.forward_step.make_forward_step`.
 
@@ -107,16 +105,16 @@ class Actor:
     def __init__(
         self,
         config: Config,
-        hf_config: dict[str, Any],
+        spec: ModelSpec,
         runtime: Runtime,
         record: Recorder | None = None,
     ) -> None:
-        self.config, self.hf_config, self.groups = config, hf_config, runtime.groups
+        self.config, self.spec, self.groups = config, spec, runtime.groups
         algorithm = config.algorithm
         self.updates_per_step = algorithm.num_epochs * algorithm.num_mini_batches
         # A wrong objective fails before the model loads.
         load_objective(algorithm, max_response_tokens=config.rollout.max_response_tokens)
-        self.chunks = build_chunks(config, hf_config, runtime)
+        self.chunks = build_chunks(config, spec, runtime)
         total_steps = config.run.steps * self.updates_per_step
         self.train_engine = TrainEngine(
             self.chunks,
@@ -127,15 +125,15 @@ class Actor:
             self.updates_per_step,
         )
         self.offloader = Offloader(self.train_engine, config.megatron.offload)
-        self._experts = read_experts(hf_config)
+        self._experts = spec.experts
         self._router_replay = None
-        if self._experts is not None and replays_router(config.rollout, hf_config):
+        if self._experts is not None and config.rollout.router_replay:
             self._router_replay = RouterReplay(self.chunks, self._experts, self.groups.tp)
         budget = config.megatron.head_memory_mib
         self._forward_step = make_forward_step(
             algorithm,
             groups=self.groups,
-            vocab_size=hf_config["vocab_size"],
+            vocab_size=spec.vocab_size,
             temperature=config.rollout.temperature,
             max_response_tokens=config.rollout.max_response_tokens,
             head_budget_bytes=budget and budget << 20,
@@ -143,15 +141,15 @@ class Actor:
             router_replay=self._router_replay,
         )
         self.skipped_in_a_row = self._updates = 0
-        self._expert_load = ExpertLoad(self.chunks, hf_config)
+        self._expert_load = ExpertLoad(self.chunks, spec)
         self.reference = ReferencePolicy(self.chunks) if algorithm.kl_coef else None
 
     def update(self, groups: Groups, on_progress: OnProgress) -> dict[str, float]:
         """Train on one rollout batch: ``num_epochs`` passes over ``num_mini_batches`` steps.
 
         With several optimizer steps the old policy's log-probs and entropies are computed before
-        the first. A single step needs no scoring pass: the policy is still the old policy, and the
-        gradient is the same.
+        the first. The responses of the first step need no scoring pass, unless a later pass trains
+        them again: the policy is still the old policy, and the gradient is the same.
 
         Args:
             groups: responses by prompt, the same on every rank, except that ids, log-probs and
@@ -174,16 +172,18 @@ class Actor:
         shares: dict[str, int] = {}
         mini_batches = [self._pack(part, shares) for part in parts]
         self._compare_ranks(groups, mini_batches, shares)
-        passes = epochs + (self.updates_per_step > 1) + (self.reference is not None)
-        total, done = passes * sum(map(len, mini_batches)), itertools.count()
+        unscored = 1 if epochs == 1 else 0
+        passes = epochs + 1 + (self.reference is not None)
+        total = passes * sum(map(len, mini_batches)) - sum(map(len, mini_batches[:unscored]))
+        done = itertools.count()
 
         def tick() -> None:
             on_progress(next(done), total)
 
         began = time.perf_counter()
-        if self.updates_per_step > 1:
-            names = ("old_logprob", "old_entropy")
-            mini_batches = [self._score(batches, tick, *names) for batches in mini_batches]
+        names = ("old_logprob", "old_entropy")
+        scored = [self._score(batches, tick, *names) for batches in mini_batches[unscored:]]
+        mini_batches = mini_batches[:unscored] + scored
         if self.reference is not None:
             with self.reference.swapped_in():
                 name = "reference_logprob"
@@ -245,13 +245,13 @@ class Actor:
             "skipped_in_a_row": self.skipped_in_a_row,
             "grad_norms": list(engine.spikes.norms),
         }
-        parts = (self.chunks, self.hf_config, out)
+        parts = (self.chunks, self.spec, out)
         return save_checkpoint(*parts, optimizer=engine.optimizer, state=state)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Load what :meth:`save` wrote in any layout, and return the ``state``. Collective."""
         engine = self.train_engine
-        state = load_checkpoint(self.chunks, self.hf_config, path, optimizer=engine.optimizer)
+        state = load_checkpoint(self.chunks, self.spec, path, optimizer=engine.optimizer)
         schedule = state.pop("scheduler")
         then, now = schedule["lr_decay_steps"], engine.scheduler.lr_decay_steps
         style = self.config.optimizer.lr_decay_style

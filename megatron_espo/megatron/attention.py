@@ -5,6 +5,7 @@ parallelism.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -46,10 +47,14 @@ class SharedPrefixRotary(torch.nn.Module):
             inference_context, transformer, transformer_input, config, packed_seq_params
         )
 
-    def forward(self, max_seq_len: int, *args, **kwargs) -> Tensor:
+    def forward(self, max_seq_len: int, *args, **kwargs) -> Any:
         """Return ``[tokens, 1, 1, head_dim]`` for shared prompts, else Megatron's table."""
-        table = self.rotary(max_seq_len, *args, **kwargs)
-        return table if self._position_ids is None else table[self._position_ids[0]]
+        found = self.rotary(max_seq_len, *args, **kwargs)
+        if self._position_ids is None:
+            return found
+        if isinstance(found, tuple):  # YaRN's has a factor beside the table
+            return found[0][self._position_ids[0]], *found[1:]
+        return found[self._position_ids[0]]
 
 
 @lru_cache(maxsize=256)
@@ -181,3 +186,24 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+
+def add_post_norms(layers: Iterable[Any], norm: Any) -> None:
+    """Normalize the outputs of each layer's attention and feed-forward (sandwich norms).
+
+    Megatron-Core 0.19 has no norm at this place. The weights are ``post_layernorm.weight`` of
+    ``linear_proj`` and ``linear_fc2``.
+
+    Args:
+        layers: Megatron's decoder layers.
+        norm: class of the norm.
+    """
+    for layer in layers:
+        for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+            size, eps = layer.config.hidden_size, layer.config.layernorm_epsilon
+            linear.post_layernorm = norm(config=layer.config, hidden_size=size, eps=eps)
+            linear.register_forward_hook(_normalize_output)
+
+
+def _normalize_output(linear: Any, _: Any, output: tuple[Tensor, None]) -> tuple[Tensor, None]:
+    return linear.post_layernorm(output[0]), output[1]

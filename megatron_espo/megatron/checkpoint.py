@@ -8,6 +8,7 @@ before its checksum was compared with the manifest.
 import hashlib
 import inspect
 import json
+import os
 import queue
 import re
 import shutil
@@ -31,16 +32,15 @@ from megatron_espo.distributed.collectives import (
 from megatron_espo.errors import InputError
 from megatron_espo.files import make_durable
 from megatron_espo.megatron import patches
-from megatron_espo.megatron.model import rope_arguments
 from megatron_espo.megatron.rng import load_rng, save_rng
-from megatron_espo.models.experts import read_experts
-from megatron_espo.models.families import is_tied, model_sizes
+from megatron_espo.models.spec import ModelSpec
 
 MANIFEST_NAME = "megatron_espo.json"
 STATE_NAME = "state.json"
 VERSION = 1
 _CHECKSUM_THREADS = 4
 _CHUNK = 4 << 20  # bytes that are hashed and then written, while they are in the cache
+_WRITEBACK = 32 << 20  # bytes after which the disk starts to write them
 _WRITER = re.compile(r"(?:__|rng_)(\d+)")  # the rank that wrote a file; rank 0 wrote the others
 _LAYOUT = (
     "tensor_model_parallel_size",
@@ -61,7 +61,7 @@ def check_existing(out: str | Path) -> None:
 
 def save_checkpoint(
     chunks: Sequence[Any],
-    hf_config: dict[str, Any],
+    spec: ModelSpec,
     out: str | Path,
     *,
     optimizer: Any = None,
@@ -97,7 +97,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
 
     on_rank_0(begin)
-    form = optimizer and optimizer_form(chunks[0].config, hf_config)
+    form = optimizer and optimizer_form(chunks[0].config, spec)
     # From 0.19 on, Megatron-Core prefers another package's writer if it is installed.
     options = {"async_sharded_save": True, "async_strategy": "mcore"}
     known = inspect.signature(dist_checkpointing.save).parameters.keys()
@@ -119,7 +119,7 @@ def save_checkpoint(
             "megatron_core": __version__,
             "dtype": str(chunks[0].config.params_dtype),
             "optimizer": form,
-            "model": model_identity(hf_config),
+            "model": model_identity(spec),
         }
         return Save(out, partial, manifest, request, in_use)
     except Exception as error:
@@ -223,11 +223,12 @@ def _write_file(bucket: Any) -> tuple[list[Any], str]:
 
 
 class _Hashing(_StorageWriterTransforms):
-    """Computes SHA-256 of what is written to a file."""
+    """Computes SHA-256 of what is written to a file, while the disk writes what came before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.digest = hashlib.sha256()
+        self._started = 0  # bytes that the disk writes or has written
 
     def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
         def write(data: Any) -> int:
@@ -235,6 +236,12 @@ class _Hashing(_StorageWriterTransforms):
             for start in range(0, len(view), _CHUNK):
                 self.digest.update(view[start : start + _CHUNK])
                 raw_stream.write(view[start : start + _CHUNK])
+                if (new := raw_stream.tell() - self._started) >= _WRITEBACK:
+                    # Linux starts to write the range to disk. Without this call it may start at
+                    # the fsync only.
+                    dont_need = os.POSIX_FADV_DONTNEED
+                    os.posix_fadvise(raw_stream.fileno(), self._started, new, dont_need)
+                    self._started += new
             return len(view)
 
         stream, descriptors = super().transform_save_stream(write_item, raw_stream)
@@ -243,7 +250,7 @@ class _Hashing(_StorageWriterTransforms):
 
 
 def load_checkpoint(
-    chunks: Sequence[Any], hf_config: dict[str, Any], path: str | Path, *, optimizer: Any = None
+    chunks: Sequence[Any], spec: ModelSpec, path: str | Path, *, optimizer: Any = None
 ) -> dict[str, Any]:
     """Load a checkpoint of any layout into this rank's chunks, in place. Collective: all ranks.
 
@@ -264,9 +271,9 @@ def load_checkpoint(
     """
     from megatron.core import dist_checkpointing
 
-    manifest = on_rank_0(lambda: read_manifest(path, hf_config))
+    manifest = on_rank_0(lambda: read_manifest(path, spec))
     verify_files(path, manifest)
-    own = optimizer and optimizer_form(chunks[0].config, hf_config)
+    own = optimizer and optimizer_form(chunks[0].config, spec)
     form = optimizer and _loadable_form(path, manifest.get("optimizer"), own)
     wanted = _sharded_state(chunks, optimizer, form, is_loading=True)
     loaded, unknown, missing = dist_checkpointing.load(wanted, str(path), strict="return_all")
@@ -308,23 +315,24 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{file}: expected JSON, found damage ({error}); copy it again") from None
 
 
-def model_identity(hf_config: dict[str, Any]) -> dict[str, Any]:
+def model_identity(spec: ModelSpec) -> dict[str, Any]:
     """Return what distinguishes models, independent of the transformers version."""
-    experts = read_experts(hf_config)
+    experts = spec.experts
     return {
         "experts": experts and {**vars(experts), "layers": list(experts.layers)},
-        "architecture": (hf_config.get("architectures") or ["none"])[0],
-        "num_hidden_layers": hf_config["num_hidden_layers"],
-        "num_attention_heads": hf_config["num_attention_heads"],
-        "rms_norm_eps": hf_config.get("rms_norm_eps", 1e-6),
-        "attention_bias": bool(hf_config.get("attention_bias")),
-        "tie_word_embeddings": is_tied(hf_config),
-        **model_sizes(hf_config),
-        **rope_arguments(hf_config),
+        "architecture": spec.architecture,
+        "num_hidden_layers": spec.num_hidden_layers,
+        "num_attention_heads": spec.num_attention_heads,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "attention_bias": bool(spec.hf_config.get("attention_bias")),
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        **spec.sizes,
+        **spec.rope.model_arguments(),
+        **spec.rope.yarn,
     }
 
 
-def read_manifest(path: str | Path, hf_config: dict[str, Any]) -> dict[str, Any]:
+def read_manifest(path: str | Path, spec: ModelSpec) -> dict[str, Any]:
     """Return the manifest of a checkpoint of this model. Reads nothing else. Zero collectives.
 
     Raises:
@@ -349,7 +357,7 @@ def read_manifest(path: str | Path, hf_config: dict[str, Any]) -> dict[str, Any]
             "that wrote it"
         )
     what = f"{path}: expected a checkpoint of the model at model.path, got another model's"
-    check_differences(what, model_identity(hf_config), model)
+    check_differences(what, model_identity(spec), model)
     return manifest
 
 
@@ -386,14 +394,14 @@ def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
     on_rank_0(check)
 
 
-def optimizer_form(config: Any, hf_config: dict[str, Any]) -> dict[str, Any]:
+def optimizer_form(config: Any, spec: ModelSpec) -> dict[str, Any]:
     """Return how the optimizer's state is stored, and the layout that writes it.
 
     Whole tensors load in any layout. DDP's buckets need the same TP, PP, VPP and EP: they are used
     for an embedding tied over pipeline stages, which has its own bucket, because Megatron-Core (as
     of 0.19) then cuts whole tensors at wrong places.
     """
-    is_whole = not is_tied(hf_config) or config.pipeline_model_parallel_size == 1
+    is_whole = not spec.tie_word_embeddings or config.pipeline_model_parallel_size == 1
     layout = {name: getattr(config, name) for name in _LAYOUT}
     return {"format": "fully_reshardable" if is_whole else "dp_reshardable", **layout}
 

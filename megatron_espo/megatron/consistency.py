@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.data.packing import MicroBatch, TrainSequence
-from megatron_espo.distributed.checksum import tensor_checksum
+from megatron_espo.distributed.checksum import array_checksum, tensor_checksum
 from megatron_espo.distributed.collectives import control_device, gather_objects, on_rank_0
 
 Fingerprints = dict[str, Any]
@@ -70,8 +70,7 @@ def data_fingerprints(
         return step
     for value in (value for batch in batches for value in vars(batch).values()):
         if isinstance(value, Tensor):
-            flat = np.ascontiguousarray(value.cpu().numpy()).reshape(-1)
-            own = zlib.crc32(flat.view(np.uint8).data, own)
+            own = array_checksum(value.cpu().numpy(), own)
         else:
             own = zlib.crc32(repr(value).encode(), own)
     ranks = f"data-parallel rank {groups.dp.rank()}, context-parallel rank {groups.cp.rank()}"

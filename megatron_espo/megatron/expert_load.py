@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_espo.models.experts import read_experts
+from megatron_espo.models.spec import ModelSpec
 
 
 class ExpertLoad:
@@ -18,16 +18,15 @@ class ExpertLoad:
 
     Args:
         chunks: this rank's model chunks.
-        hf_config: the model's ``config.json``; for a dense model nothing is counted.
+        spec: the model; for a dense model nothing is counted.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any]) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> None:
         self._counts: torch.Tensor | None = None
-        experts = read_experts(hf_config)
-        if experts is None:
+        if spec.experts is None:
             return
         device = next(chunks[0].parameters()).device
-        shape = (len(experts.layers), experts.count)
+        shape = (spec.num_hidden_layers, spec.experts.count)
         self._counts = torch.zeros(shape, device=device, dtype=torch.float64)
         for module in (module for chunk in chunks for module in chunk.modules()):
             if isinstance(module, TopKRouter):

@@ -12,6 +12,7 @@ from megatron_espo.algo import (
     LossInputs,
     Objective,
     TokenSegments,
+    entropy_shape,
     kl_estimate,
     rollout_correction,
 )
@@ -62,13 +63,13 @@ class PolicyLoss:
         # policy.
         old_logprob = logprob.detach() if batch.old_logprob is None else batch.old_logprob
         old_entropy = entropy.detach() if batch.old_entropy is None else batch.old_entropy
-        segments = self._segment_tokens(batch, old_entropy)
+        segments, advantage = self._segment_tokens(batch, old_entropy)
         factor, per_token = self._rollout_correction(segments, old_logprob, batch.rollout_logprob)
         corrected = (
             segments if factor is None else replace(segments, weight=segments.weight * factor)
         )
         inputs = LossInputs(
-            logprob, old_logprob, batch.advantage, corrected, entropy, self._sum_over_ranks
+            logprob, old_logprob, advantage, corrected, entropy, self._sum_over_ranks
         )
         result = self.objective.loss(inputs)
         penalty = logprob.new_zeros(())
@@ -82,11 +83,14 @@ class PolicyLoss:
         count = torch.tensor(batch.num_tokens, dtype=torch.int, device=logprob.device)
         return (result.loss + penalty) * batch.totals.num_tokens, count, metrics
 
-    def _segment_tokens(self, batch: MicroBatch, entropy: Tensor) -> TokenSegments:
-        """Segment whole responses; return this context-parallel rank's tokens."""
-        if batch.local_tokens is not None:
+    def _segment_tokens(self, batch: MicroBatch, entropy: Tensor) -> tuple[TokenSegments, Tensor]:
+        """Segment whole responses; return segments and advantages of this context-parallel rank's
+        tokens.
+        """
+        advantage, local = batch.advantage, batch.local_tokens
+        if local is not None:
             whole = entropy.new_zeros(int(batch.lengths.sum()))
-            entropy = self._sum_over_ranks(whole.index_copy_(0, batch.local_tokens, entropy))
+            entropy = self._sum_over_ranks(whole.index_copy_(0, local, entropy))
         segments = self.objective.segment_tokens(
             entropy,
             batch.lengths,
@@ -96,7 +100,10 @@ class PolicyLoss:
         )
         if self.record is not None:
             self.record(batch, segments)
-        return segments if batch.local_tokens is None else segments.select(batch.local_tokens)
+        if batch.zero_variance is not None:
+            shape = entropy_shape(segments.entropy, segments.response, batch.zero_variance)
+            advantage = advantage * (shape if local is None else shape[local])
+        return segments if local is None else segments.select(local), advantage
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.cp_group.size() > 1:

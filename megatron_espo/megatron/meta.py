@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_espo.config import Config
 from megatron_espo.distributed import cpu, runtime
-from megatron_espo.models.families import ParamMapping, model_groups
+from megatron_espo.models.mapping import ParamMapping
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.binding import ShardRanks, bind
 
 
@@ -24,7 +25,7 @@ class ParamShard:
     """One Megatron parameter of a rank.
 
     Attributes:
-        group: index into ``families.model_groups``: embedding, layers, head.
+        group: index into ``ModelSpec.groups``: embedding, layers, head.
         mapping: its Hugging Face tensors.
         shape: of this rank's shard.
         sharing: global ranks that hold its shards, in tensor-parallel order.
@@ -88,14 +89,14 @@ def _fake_world(rank: int, world_size: int, sizes: dict[str, Any]) -> Iterator[A
             runtime.shutdown()
 
 
-def build_ranks(config: Config, hf_config: dict[str, Any], world_size: int) -> Iterator[BuiltRank]:
+def build_ranks(config: Config, spec: ModelSpec, world_size: int) -> Iterator[BuiltRank]:
     """Build the first rank of every pipeline stage, and the first of each share of its experts.
 
     All other ranks hold as much. The process must have no process groups; ``cpu.install`` changes
     torch.
 
     Args:
-        config: a run's configuration, checked against ``hf_config`` and ``world_size``.
+        config: a run's configuration, checked against ``spec`` and ``world_size``.
 
     Raises:
         InputError: the model does not match the naming table (see ``weights.binding.bind``).
@@ -105,20 +106,18 @@ def build_ranks(config: Config, hf_config: dict[str, Any], world_size: int) -> I
     stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
     for first in range(0, world_size, stage_ranks):
         with _fake_world(first, world_size, sizes) as groups:
-            chunks, built = _build(config, hf_config, groups)
+            chunks, built = _build(config, spec, groups)
             shared_by = groups.expt_tp.size()
         yield built
         for share in range(1, config.megatron.expert_model_parallel_size):
             # Megatron counts each rank's experts from 0, so the chunks are the same on the other
             # ranks. Ranks that share an expert are consecutive.
             with _fake_world(first + share * shared_by, world_size, sizes) as groups:
-                held = tuple(_held(chunks, hf_config, groups))
+                held = tuple(_held(chunks, spec, groups))
                 yield replace(built, rank=dist.get_rank(), held=held)
 
 
-def _build(
-    config: Config, hf_config: dict[str, Any], groups: Any
-) -> tuple[list[torch.nn.Module], BuiltRank]:
+def _build(config: Config, spec: ModelSpec, groups: Any) -> tuple[list[torch.nn.Module], BuiltRank]:
     from megatron_espo.megatron.model import build_model
     from megatron_espo.megatron.train_engine import TrainEngine
 
@@ -126,8 +125,8 @@ def _build(
     # Transformer Engine needs a GPU. Local layers have the same shapes.
     local = config.megatron.model_copy(update={"transformer_impl": "local", "fp8": None})
     with torch.device("meta"), _OnMeta():
-        chunks = build_model(hf_config, local, groups, dtype=dtype)
-        held = tuple(_held(chunks, hf_config, groups))
+        chunks = build_model(spec, local, groups, dtype=dtype)
+        held = tuple(_held(chunks, spec, groups))
         overrides = config.megatron.overrides
         engine = TrainEngine(chunks, groups, config.optimizer, 1, overrides)
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
@@ -145,10 +144,8 @@ def _build(
     )
 
 
-def _held(
-    chunks: list[torch.nn.Module], hf_config: dict[str, Any], groups: Any
-) -> Iterator[ParamShard]:
-    bound_groups = bind(chunks, model_groups(hf_config), ShardRanks.of(groups))
+def _held(chunks: list[torch.nn.Module], spec: ModelSpec, groups: Any) -> Iterator[ParamShard]:
+    bound_groups = bind(chunks, spec.groups, ShardRanks.of(groups))
     for index, bound in enumerate(bound_groups):
         for mapping, parameter in bound:
             is_expert = mapping.expert is not None

@@ -1,4 +1,4 @@
-"""Build Megatron-Core's ``GPTModel`` from a Hugging Face ``config.json``."""
+"""Build Megatron-Core's ``GPTModel`` of a ``ModelSpec``."""
 
 import importlib.util
 from typing import Any
@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from megatron_espo.config import Config, Megatron
-from megatron_espo.config.checks import ARCHITECTURES
 from megatron_espo.distributed.runtime import PARALLEL_SIZES
 from megatron_espo.errors import InputError
 from megatron_espo.megatron.overrides import check_overrides
-from megatron_espo.models.experts import read_experts
-from megatron_espo.models.rope import read_rope
+from megatron_espo.models.spec import ModelSpec
 
 # Settings of the ``megatron`` section that ``TransformerConfig`` takes under the same name.
 _SHARED_SETTINGS = (
@@ -50,41 +48,16 @@ def use_transformer_engine(transformer_impl: str) -> bool:
     return torch.cuda.is_available() and bool(importlib.util.find_spec("transformer_engine"))
 
 
-def transformer_config(hf_config: dict[str, Any], megatron: Megatron, dtype: torch.dtype) -> Any:
-    """Return Megatron's ``TransformerConfig`` for a Hugging Face configuration.
-
-    Raises:
-        InputError: an unsupported architecture or activation.
-    """
+def transformer_config(spec: ModelSpec, megatron: Megatron, dtype: torch.dtype) -> Any:
+    """Return Megatron's ``TransformerConfig`` of a model."""
     from megatron.core.transformer import TransformerConfig
 
-    architecture = (hf_config.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        supported = ", ".join(ARCHITECTURES)
-        raise InputError(
-            f"config.json: architectures: expected one of {supported}, got {architecture}"
-        )
-    if hf_config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json: hidden_act: expected silu, got {hf_config['hidden_act']}")
-    qkv_bias, qk_layernorm = ARCHITECTURES[architecture]
-    heads = hf_config["num_attention_heads"]
     te = use_transformer_engine(megatron.transformer_impl)
     has_te = bool(importlib.util.find_spec("transformer_engine"))  # not on a machine that plans
     is_interleaved = megatron.virtual_pipeline_model_parallel_size is not None
     arguments = dict(
-        num_layers=hf_config["num_hidden_layers"],
-        hidden_size=hf_config["hidden_size"],
-        ffn_hidden_size=hf_config["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=hf_config.get("num_key_value_heads") or heads,
-        kv_channels=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=hf_config.get("rms_norm_eps", 1e-6),
-        qk_layernorm=qk_layernorm,
-        gated_linear_unit=True,
+        **spec.transformer_arguments(),
         activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=qkv_bias or bool(hf_config.get("attention_bias")),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -108,40 +81,25 @@ def transformer_config(hf_config: dict[str, Any], megatron: Megatron, dtype: tor
         moe_grouped_gemm=te,
         moe_permute_fusion=te and has_te,
         apply_rope_fusion=te and has_te,
-        **moe_arguments(hf_config, megatron.fp8),
     )
+    if spec.experts:  # 8-bit matrix products need multiples of 16 tokens an expert
+        arguments["moe_router_padding_for_quantization"] = bool(megatron.fp8)
+    if spec.rope.yarn:  # Transformer Engine's kernel ignores YaRN's factor of the attention
+        arguments["apply_rope_fusion"] = False
     shared = {name: getattr(megatron, name) for name in _SHARED_SETTINGS}
+    tunable = set(_TUNABLE) - ({"apply_rope_fusion"} if spec.rope.yarn else set())
     fixed = {name: "config.json and the other settings give it" for name in arguments}
     fixed |= {name: f"set megatron.{name}" for name in shared}
-    fixed = {name: reason for name, reason in fixed.items() if name not in _TUNABLE}
+    fixed = {name: reason for name, reason in fixed.items() if name not in tunable}
     chosen = check_overrides(megatron.overrides, fixed).transformer
-    return TransformerConfig(**arguments | shared | dict(chosen))
-
-
-def moe_arguments(hf_config: dict[str, Any], fp8: str | None = None) -> dict[str, Any]:
-    """Return the ``TransformerConfig`` arguments of a model's experts; empty for a dense model."""
-    experts = read_experts(hf_config)
-    if experts is None:
-        return {}
-    return {
-        "num_moe_experts": experts.count,
-        "moe_ffn_hidden_size": experts.ffn,
-        # 1 declares a uniform stack, whose checkpoints load in any pipeline layout.
-        "moe_layer_freq": 1 if all(experts.layers) else [int(sparse) for sparse in experts.layers],
-        "moe_router_topk": experts.per_token,
-        # Weights that sum to one over the chosen experts are the softmax over the chosen logits.
-        "moe_router_pre_softmax": not experts.normalized,
-        "moe_router_dtype": "fp32",
-        # A balancing loss would change the weights even where every advantage is zero.
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
-        # 8-bit matrix products need multiples of 16 tokens an expert.
-        "moe_router_padding_for_quantization": bool(fp8),
-    }
+    config = TransformerConfig(**arguments | shared | dict(chosen))
+    for name, value in spec.rope.yarn.items():  # GPTModel reads them, and no argument sets them
+        setattr(config, name, value)
+    return config
 
 
 def build_model(
-    hf_config: dict[str, Any],
+    spec: ModelSpec,
     megatron: Megatron,
     groups: Any,
     *,
@@ -150,7 +108,7 @@ def build_model(
     """Build this rank's chunks of Megatron's ``GPTModel``, with uninitialised weights.
 
     Args:
-        hf_config: the parsed ``config.json``.
+        spec: the model.
         megatron: the ``megatron`` section of the configuration.
         groups: Megatron's ``ProcessGroupCollection``.
         dtype: parameter dtype.
@@ -159,9 +117,11 @@ def build_model(
         One chunk, or one for each virtual pipeline stage, on the current device.
 
     Raises:
-        InputError: an unsupported model, or ``megatron.fp8`` without Transformer Engine.
+        InputError: ``megatron.fp8`` without Transformer Engine.
     """
     from megatron.core.models.gpt import GPTModel
+
+    from megatron_espo.megatron.attention import SharedPrefixRotary, add_post_norms
 
     te = use_transformer_engine(megatron.transformer_impl)
     if megatron.fp8 and not te:
@@ -169,50 +129,43 @@ def build_model(
             "megatron.fp8: expected null on a machine without GPUs or without Transformer Engine, "
             f"got {megatron.fp8}; `megatron-espo doctor` tells which"
         )
-    config = transformer_config(hf_config, megatron, dtype)
+    config = transformer_config(spec, megatron, dtype)
     virtual = megatron.virtual_pipeline_model_parallel_size
     last = (virtual or 1) - 1
     # Every tensor-parallel shard of the embedding has as many rows.
-    vocab_size, tp = hf_config["vocab_size"], megatron.tensor_model_parallel_size
+    vocab_size, tp = spec.vocab_size, megatron.tensor_model_parallel_size
     chunks = []
     for stage in range(last + 1):
         vp_stage = stage if virtual else None
+        block = layer_spec(spec, config, te, vp_stage, groups)
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=_layer_spec(config, te, vp_stage, groups),
+            transformer_layer_spec=block,
             vocab_size=-(-vocab_size // tp) * tp,
-            max_sequence_length=hf_config["max_position_embeddings"],
+            max_sequence_length=spec.max_position_embeddings,
             pre_process=groups.pp.rank() == 0 and stage == 0,
             post_process=groups.pp.rank() == groups.pp.size() - 1 and stage == last,
-            share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings")),
-            position_embedding_type="rope",
+            share_embeddings_and_output_weights=spec.tie_word_embeddings,
             pg_collection=groups,
             vp_stage=vp_stage,
-            **rope_arguments(hf_config),
+            **({"position_embedding_type": "rope"} | spec.rope.model_arguments()),
         )
+        if spec.post_norms:
+            add_post_norms(chunk.decoder.layers, block.layer_norm)
         if not te:
-            from megatron_espo.megatron.attention import SharedPrefixRotary
-
             chunk.rotary_pos_emb = SharedPrefixRotary(chunk.rotary_pos_emb)
         chunks.append(chunk.cuda())
     return chunks
 
 
-def build_configured(config: Config, hf_config: dict[str, Any], groups: Any) -> list:
+def build_configured(config: Config, spec: ModelSpec, groups: Any) -> list:
     """Call :func:`build_model` with a run's configuration."""
     dtype = getattr(torch, config.model.dtype)
-    return build_model(hf_config, config.megatron, groups, dtype=dtype)
+    return build_model(spec, config.megatron, groups, dtype=dtype)
 
 
-def rope_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """Return ``GPTModel``'s rotary arguments, from old or new Hugging Face keys."""
-    rope = read_rope(hf_config)
-    if rope.factor is None:
-        return {"rotary_base": rope.theta}
-    return {"rotary_base": rope.theta, "rope_scaling": True, "rope_scaling_factor": rope.factor}
-
-
-def _layer_spec(config: Any, te: bool, vp_stage: int | None, groups: Any) -> Any:
+def layer_spec(spec: ModelSpec, config: Any, te: bool, vp_stage: int | None, groups: Any) -> Any:
+    """Return Megatron's specification of this stage's decoder layers."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     block = get_gpt_decoder_block_spec(
@@ -222,15 +175,16 @@ def _layer_spec(config: Any, te: bool, vp_stage: int | None, groups: Any) -> Any
         vp_stage=vp_stage,
         pp_rank=groups.pp.rank(),
     )
-    if te:
-        return block
-    from megatron_espo.megatron.attention import PackedDotProductAttention, RMSNorm
+    if not te:
+        from megatron_espo.megatron.attention import PackedDotProductAttention, RMSNorm
 
-    block.layer_norm = RMSNorm
+        block.layer_norm = RMSNorm
+        for layer in block.layer_specs:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = PackedDotProductAttention
+            if config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
     for layer in block.layer_specs:
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = PackedDotProductAttention
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
+        spec.change_layer(layer)
     return block

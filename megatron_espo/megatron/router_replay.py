@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_espo.data.packing import TrainSequence, shard_by_tokens
 from megatron_espo.megatron.scatter import send_to_replica
-from megatron_espo.models.experts import Experts
+from megatron_espo.models.spec import Experts
 
 
 class ReplayedChoice:

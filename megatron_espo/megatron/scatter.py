@@ -1,8 +1,7 @@
 """Sends the tokens of a step from rank 0 to the data-parallel replicas that train them."""
 
-import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.data.packing import TrainSequence, shard_by_tokens
+from megatron_espo.distributed.checksum import array_checksum
 from megatron_espo.distributed.collectives import control_device
 
 Checksums = dict[str, int]
@@ -50,7 +50,7 @@ def scatter_sequences(
         data = send_to_replica(torch.from_numpy(words).to(control_device()), owner, groups)
         words = data.cpu().numpy()
         name = f"responses of data-parallel rank {owner} (checksum)"
-        checksums[name] = zlib.crc32(words.view(np.uint8).data, checksums.get(name, 0))
+        checksums[name] = array_checksum(words, checksums.get(name, 0))
         if not is_source:
             received = from_words([sequences[number] for number in share], words)
             for number, sequence in zip(share, received, strict=True):
@@ -69,16 +69,19 @@ def to_words(sequences: Sequence[TrainSequence]) -> np.ndarray:
 
 
 def from_words(sequences: Sequence[TrainSequence], words: np.ndarray) -> list[TrainSequence]:
-    """``sequences`` with the values of :func:`to_words`, as views of ``words``."""
-    result, start = [], 0
-    for sequence in sequences:
+    """``sequences`` with the values of :func:`to_words`, as views of ``words``.
+
+    Not checked again: rank 0 has checked them, and they have the lengths of the placeholders.
+    """
+    result, start = list(map(copy, sequences)), 0
+    for sequence in result:
         first = start + len(sequence.prompt_ids)
         middle = first + len(sequence.response_ids)
         end = middle + len(sequence.response_ids)
-        logprobs = words[middle:end].view(np.float32)
-        ids = (words[start:first], words[first:middle])
-        result.append(
-            replace(sequence, prompt_ids=ids[0], response_ids=ids[1], rollout_logprobs=logprobs)
+        vars(sequence).update(
+            prompt_ids=words[start:first],
+            response_ids=words[first:middle],
+            rollout_logprobs=words[middle:end].view(np.float32),
         )
         start = end
     return result

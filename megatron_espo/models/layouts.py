@@ -4,7 +4,7 @@ Pure functions on tensors without collectives. Both directions use the same plan
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ class ShardLayout(Enum):
     dimension 0."""
     GATED = "gated"
     """Gate and up projection: a rank has its rows of the gate, then its rows of the other."""
+
+    FUSED_GATED = "fused_gated"
+    """One source with the rows of the gate, then of the up projection; sharded as ``GATED``."""
 
     @property
     def dim(self) -> int:
@@ -69,6 +72,10 @@ def plan_slices(
             inside a group, as in Megatron.
         local_extent: size of a shard along ``layout.dim``.
     """
+    if layout is ShardLayout.FUSED_GATED:
+        half, gated = extents[0] // 2, ShardLayout.GATED
+        slices = plan_slices(gated, (half, half), tp_size, query_groups, local_extent)
+        return [replace(s, source=0, start=s.source * half + s.start) for s in slices]
     if layout is ShardLayout.REPLICATED:
         tp_size = 1
     blocks = {ShardLayout.QKV: query_groups, ShardLayout.GATED: tp_size}.get(layout, 1)
@@ -111,6 +118,8 @@ def local_shape(
         assert padded_vocab >= shape[0], (padded_vocab, shape)
         shape[0] = padded_vocab
     cut = [s[layout.dim] for s in shapes] if layout is ShardLayout.GATED else [shape[layout.dim]]
+    if layout is ShardLayout.FUSED_GATED:
+        cut = [shape[0] // 2]
     if any(extent % tp_size for extent in cut):
         size = f"{layout.value} weights of {cut[0]} features"
         raise InputError(f"{size} do not divide by {tp_size} ranks")

@@ -15,6 +15,7 @@ from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.files import keep_steps
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.entropy import EntropyRecorder, EntropyReport
 from megatron_espo.monitoring.metrics import rollout_metrics, step_line
 from megatron_espo.monitoring.report.runs import LARGE_GAP
@@ -32,7 +33,7 @@ class Reporter:
 
     Args:
         config: the run's configuration.
-        hf_config: the model's ``config.json``.
+        spec: the model.
         runtime: rank and process groups.
         tokenizer: decodes samples on rank 0; not used on other ranks.
 
@@ -43,7 +44,7 @@ class Reporter:
     def __init__(
         self,
         config: Config,
-        hf_config: dict[str, Any],
+        spec: ModelSpec,
         runtime: Runtime,
         tokenizer: Tokenizer | None,
     ) -> None:
@@ -52,12 +53,12 @@ class Reporter:
                 "run.wandb: expected the package wandb, found none; "
                 "pip install wandb, or set it to false"
             )
-        self.config, self._hf_config, self._runtime = config, hf_config, runtime
+        self.config, self._spec, self._runtime = config, spec, runtime
         self._tokenizer = tokenizer
         groups = runtime.groups
         self._recorder = EntropyRecorder(
             len(config.algorithm.quantiles) + 1,
-            hf_config["vocab_size"],
+            spec.vocab_size,
             is_logging_rank=groups.tp.rank() == 0 and groups.cp.rank() == 0,
             device=runtime.device,
         )
@@ -147,26 +148,24 @@ class Reporter:
     def _throughput(
         self, groups: ScoredGroups, advantages: torch.Tensor, metrics: dict[str, float]
     ) -> dict[str, float]:
+        generated, trained_tokens = float(groups.lengths().sum()), metrics.get("train/tokens", 0.0)
         rank_seconds = metrics["time/step_s"] * dist.get_world_size()
         found = {
-            "throughput/generated_tokens_per_s_per_gpu": float(groups.lengths().sum())
-            / rank_seconds,
-            "throughput/trained_tokens_per_s_per_gpu": metrics.get("train/tokens", 0.0)
-            / rank_seconds,
+            "throughput/generated_tokens_per_s_per_gpu": generated / rank_seconds,
+            "throughput/trained_tokens_per_s_per_gpu": trained_tokens / rank_seconds,
         }
         if rollout_s := metrics.get("time/rollout_s"):
-            tokens = float(groups.lengths().sum())
-            found["throughput/response_tokens_per_s"] = tokens / rollout_s
+            found["throughput/response_tokens_per_s"] = generated / rollout_s
         train_s, peak = metrics.get("time/train_s"), peak_flops(self.config.model.dtype)
-        if train_s and "train/tokens" in metrics:
-            found["throughput/trained_tokens_per_s"] = metrics["train/tokens"] / train_s
+        if train_s and trained_tokens:
+            found["throughput/trained_tokens_per_s"] = trained_tokens / train_s
             if peak:
                 samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
                 parts = [
                     part for sample, advantage in samples if advantage for part in sample.parts
                 ]
                 trained = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
-                flops = training_flops(self._hf_config, trained) * self.config.algorithm.num_epochs
+                flops = training_flops(self._spec, trained) * self.config.algorithm.num_epochs
                 found["throughput/mfu"] = flops / (train_s * peak * dist.get_world_size())
         return found
 

@@ -1,14 +1,12 @@
 """FLOPs of training, peak FLOP/s of GPUs, memory in use, and the performance of a whole run."""
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import psutil  # accelerate requires it
 import torch
 
-from megatron_espo.models.experts import read_experts
-from megatron_espo.models.families import model_sizes
+from megatron_espo.models.spec import ModelSpec
 
 GIB = 2**30
 # Dense bfloat16 FLOP/s from the vendors' data sheets. The first name that is part of the device's
@@ -28,12 +26,11 @@ _PARTS = {"verify", "canary"}  # phases inside another one
 _PHASE_NAMES = {"sync": "weight update"}
 
 
-def matmul_parameters(hf_config: dict[str, Any]) -> int:
+def matmul_parameters(spec: ModelSpec) -> int:
     """Number of weights in a token's matrix products: attention, feed-forward (chosen experts only)
     and output layer.
     """
-    size, experts = model_sizes(hf_config), read_experts(hf_config)
-    layers = hf_config["num_hidden_layers"]
+    size, experts, layers = spec.sizes, spec.experts, spec.num_hidden_layers
     sparse = sum(experts.layers) if experts else 0
     attention = 2 * size["hidden"] * (size["query"] + size["key"])
     feed_forward = (layers - sparse) * 3 * size["ffn"]
@@ -43,15 +40,15 @@ def matmul_parameters(hf_config: dict[str, Any]) -> int:
     return layers * attention + size["hidden"] * (feed_forward + size["vocab"])
 
 
-def training_flops(hf_config: dict[str, Any], lengths: Sequence[int]) -> float:
+def training_flops(spec: ModelSpec, lengths: Sequence[int]) -> float:
     """FLOPs of forward and backward over sequences of ``lengths`` tokens with causal attention,
     without recomputation.
     """
     # Two products (scores, values) of 2 x query width FLOPs for each of T^2 / 2 pairs. Backward is
     # twice the forward.
-    attention = 6 * hf_config["num_hidden_layers"] * model_sizes(hf_config)["query"]
+    attention = 6 * spec.num_hidden_layers * spec.sizes["query"]
     pairs = sum(length**2 for length in lengths)
-    return 6.0 * matmul_parameters(hf_config) * sum(lengths) + attention * pairs
+    return 6.0 * matmul_parameters(spec) * sum(lengths) + attention * pairs
 
 
 def peak_flops(dtype: str) -> float | None:
@@ -65,16 +62,11 @@ def peak_flops(dtype: str) -> float | None:
 
 
 def system_metrics() -> dict[str, float]:
-    """Memory in use in GiB: by this process, on the machine, and on the GPU (by all processes).
-
-    Linux.
-    """
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    host = {line.split()[0]: int(line.split()[1]) for line in lines}
+    """Memory in use in GiB: by this process, on the machine, and on the GPU (by all processes)."""
+    host = psutil.virtual_memory()
     found = {
-        "system/rss_gib": pages * os.sysconf("SC_PAGE_SIZE") / GIB,
-        "system/host_memory_gib": (host["MemTotal:"] - host["MemAvailable:"]) * 1024 / GIB,
+        "system/rss_gib": psutil.Process().memory_info().rss / GIB,
+        "system/host_memory_gib": (host.total - host.available) / GIB,
     }
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()

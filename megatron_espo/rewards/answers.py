@@ -53,6 +53,9 @@ _TABLE = str.maketrans(_SYMBOLS | _DASHES)
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf|textit|mbox|boldsymbol)\s*\{([^{}]*)\}")
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{3,}")
 _SPACE = re.compile(r"\\[ ,;:!]|~")
+_DOTS = r"\\[lc]?dots|\.{3}"
+# A series with dots, a number with its base: math-verify drops the dots and the base.
+_LITERAL = re.compile(rf"{_DOTS}|\d_")
 _POWER_OF_TEN = re.compile(r"\s*(?:\\times|\\cdot|\*)\s*10\^(?:\{([-+]?\d+)\}|([-+]?\d))(?!\d)")
 # A longer answer is a solution.
 _MOST_WORDS, _MOST_CHARACTERS = 15, 1000
@@ -189,6 +192,8 @@ def normalize(answer: str) -> str:
     text = re.sub(r"(?<=\d)(\s|~)*\\text\s*\{([^{}]*)\}$", r"\1 \2", text)
     text = re.sub(r"\\text\{(\\?\$)\}", r"\1", text)
     text = _CURRENCY_AFTER.sub("", _CURRENCY_BEFORE.sub(r"\1", text.rstrip())).strip()
+    text = re.sub(r"(?<![A-Za-z\\])\\?sqrt\s*[({]([^(){}]*)[)}]", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\(?:mathrm|operatorname)\s*\{([ei])\}", r" \1", text)
     text = re.sub(r"^(-?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)
     text = text.replace(r"\varnothing", r"\emptyset").replace(r"\degree", r"^\circ")
     return text or answer.strip()
@@ -206,6 +211,8 @@ def _number(text: str) -> Decimal | None:
     if re.fullmatch(r"-?\d{1,3}(?:[ ~]\d{3})+", plain):
         plain = re.sub(r"[ ~]", "", plain)
     if "," in plain and not re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", plain):
+        return None
+    if "_" in plain:  # 52_8 is 52 in base 8; Python's Decimal reads 528
         return None
     try:
         value = Decimal(plain.replace(",", ""))
@@ -226,6 +233,8 @@ def _values(text: str) -> set[Decimal]:
 def _canonical(text: str) -> str:
     """The form in which two equal texts are equal."""
     text = re.sub(r"(?<!,)\s+", "", _WRAPPED.sub(r"\1", _SPACE.sub("", text)))
+    if _LITERAL.search(text):
+        text = re.sub(r"_\{(\w+)\}", r"_\1", re.sub(_DOTS, "...", "".join(text.split())))
     return text.casefold() if text.isalpha() else text
 
 
@@ -259,7 +268,7 @@ def gold_text(answer: str) -> str | None:
     Fast, because it is also called for the answers of whole data sets.
     """
     answer = answer.rpartition("####")[2].strip()
-    marked = last_boxed(answer) if "\\" in answer else None
+    marked = marked_answer(answer) if "\\" in answer or "<" in answer else None
     text = normalize(answer if marked is None else marked)
     if text.count("{") - text.count("\\{") != text.count("}") - text.count("\\}"):
         return None
@@ -334,6 +343,8 @@ class MathJudge:
         return self._agree(gold, self._parse(f"\\boxed{{{text}}}"))
 
     def _agree(self, gold: Gold, found: list[Any]) -> bool:
+        if _LITERAL.search(gold.text):
+            return False
         return self._verify(gold.parsed, found) and not _differ(gold.parsed, found)
 
 

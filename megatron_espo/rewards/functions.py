@@ -1,25 +1,19 @@
 """Reward functions. Each scores one response; ``pool`` runs them in processes with limits."""
 
-import difflib
 import functools
-import importlib
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_espo.data.reasoning_gym_task import create_task
 from megatron_espo.errors import InputError
+from megatron_espo.plugins import load_object
 from megatron_espo.rewards.answers import MathJudge, extract_answer
 from megatron_espo.types import Prompt
 
-
-class RewardFunction(Protocol):
-    """Scores one response. Called in a worker process, one call at a time."""
-
-    def __call__(self, prompt: Prompt, response: str) -> float:
-        """Return the reward, a finite real number. Otherwise the response has no score."""
-        ...
+# Scores a prompt's response with a finite real number. Runs in a worker process.
+RewardFunction = Callable[[Prompt, str], float]
 
 
 def load_reward_function(name: str) -> RewardFunction:
@@ -31,39 +25,18 @@ def load_reward_function(name: str) -> RewardFunction:
 
     Raises:
         InputError: no such module or function, or it does not take a prompt and a response. Other
-            exceptions of the import pass through.
+            exceptions than ImportError pass through.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    module_name, _, attribute = name.partition(":")
+    function = load_object("reward.function", name, "module:function")
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name:
-            raise
-        where = "on Python's path or in the current directory"
-        raise InputError(
-            f"reward.function: expected a module {module_name} {where}, found none"
-        ) from None
-    if not hasattr(module, attribute):
-        close = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"reward.function: {module.__file__} has no {attribute!r}{hint}")
-    function = getattr(module, attribute)
-    if not callable(function):
-        kind = type(function).__name__
-        raise InputError(f"reward.function: expected {name} to be a function, got {kind}")
-    try:
-        signature = inspect.signature(function)
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:  # also if it is not a function
+        expected = f"expected {name} to take (prompt, response)"
+        raise InputError(f"reward.function: {expected}: {error}") from None
     except ValueError:  # a function in C may have no signature
-        return function
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        expected = f"{name} to take (prompt, response)"
-        raise InputError(
-            f"reward.function: expected {expected}, got {signature}: {error}"
-        ) from None
+        pass
     return function
 
 

@@ -106,22 +106,6 @@ class Environment(Protocol):
         ...
 
 
-class SingleTurn:
-    """Samples one response to each prompt; the reward function scores it."""
-
-    async def rollout(self, prompt: Prompt, policy: Policy) -> Trajectory:
-        found = await policy.generate(prompt.token_ids)
-        return Trajectory.single_turn(
-            prompt,
-            found.token_ids,
-            found.logprobs,
-            found.versions,
-            found.finish_reason,
-            policy.decode(found.token_ids.tolist()),
-            routed_experts=found.routed_experts,
-        )
-
-
 class TrajectoryBuilder:
     """Collects the turns of a trajectory as token ids.
 
@@ -222,6 +206,15 @@ class TrajectoryBuilder:
             turns=np.array(self._turns, np.int32),
             routed_experts=None if self._experts is None else self._experts[:length],
         )
+
+
+class SingleTurn:
+    """Samples one response to each prompt; the reward function scores it."""
+
+    async def rollout(self, prompt: Prompt, policy: Policy) -> Trajectory:
+        found, builder = await policy.generate(prompt.token_ids), TrajectoryBuilder(prompt)
+        builder.add_turn(found)
+        return builder.build(policy.decode(found.token_ids.tolist()), found.finish_reason)
 
 
 class ChatSession:

@@ -73,46 +73,44 @@ class Evaluation:
 
     rollouts: list[list[Trajectory]]
 
-    @property
-    def rewards(self) -> list[list[float | None]]:
-        """``[prompt][sample]``; ``None``: scoring failed."""
-        return [
-            [None if math.isnan(s.reward or 0.0) else s.reward for s in group]
-            for group in self.rollouts
-        ]
-
     def metrics(self) -> dict[str, float]:
         """Return ``eval/*``: avg@n, pass@k, their intervals, mean reward and length, failures.
 
         ``k`` is every power of two up to the ``n`` responses of a prompt, and ``n``. A response is
         correct with a reward of at least 1.
         """
+        samples = [sample for group in self.rollouts for sample in group]
         n = len(self.rollouts[0])
-        found: dict[str, float] = {}
-        responses = [sample for group in self.rollouts for sample in group]
-        scored = [reward for row in self.rewards for reward in row if reward is not None]
-        correct = [sum(r is not None and r >= 1 for r in row) for row in self.rewards]
+        rewards = np.array([sample.reward for sample in samples], np.float64).reshape(-1, n)
+        correct = np.count_nonzero(rewards >= 1, axis=1).tolist()
+        scored = rewards[~np.isnan(rewards)]
         columns = {f"avg@{n}": [c / n for c in correct]}
         for k in sorted({2**i for i in range(n.bit_length())} | {n}):
             columns[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
+        found: dict[str, float] = {}
         for name, values in columns.items():
             low, high = bootstrap_interval(values)
             key = f"eval/{name}"
             found |= {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
-        if scored:
-            found["eval/reward_mean"] = float(np.mean(scored))
+        if scored.size:
+            found["eval/reward_mean"] = float(scored.mean())
         return found | {
-            "eval/length_mean": float(np.mean([sample.num_trained for sample in responses])),
-            "eval/truncated": float(np.mean([sample.truncated for sample in responses])),
-            "eval/failed": float(len(responses) - len(scored)),
+            "eval/length_mean": float(np.mean([sample.num_trained for sample in samples])),
+            "eval/truncated": float(np.mean([sample.truncated for sample in samples])),
+            "eval/failed": float(rewards.size - scored.size),
         }
 
     def record(self, **head: Any) -> dict[str, Any]:
-        """Return JSON values: ``head``, the metrics, rewards and response lengths by prompt."""
+        """Return JSON values: ``head``, the metrics, rewards and response lengths by prompt.
+
+        The reward of a response that was not scored is ``None``.
+        """
         prompts = []
-        for group, row in zip(self.rollouts, self.rewards, strict=True):
+        for group in self.rollouts:
+            rewards = np.array([sample.reward for sample in group], np.float64).tolist()
+            scored = [None if math.isnan(reward) else reward for reward in rewards]
             lengths = [sample.num_trained for sample in group]
-            prompts.append({"id": group[0].prompt.id, "rewards": row, "lengths": lengths})
+            prompts.append({"id": group[0].prompt.id, "rewards": scored, "lengths": lengths})
         return head | {"metrics": self.metrics(), "confidence": CONFIDENCE, "prompts": prompts}
 
 
@@ -131,13 +129,14 @@ def engine_config(
     config: Config,
     max_model_len: int,
     *,
-    routed_experts: bool = False,
+    expert_layers: list[int] | None = None,
     load_weights: bool = False,
     listen: str | None = None,
 ) -> EngineConfig:
     """Return the settings of this rank's rollout engine.
 
     Args:
+        expert_layers: layers whose experts are returned; ``None``: no experts are.
         load_weights: load the weights of the model folder, in a child process on this machine.
         listen: address of its server; ``None``: chosen by the server.
     """
@@ -168,7 +167,8 @@ def engine_config(
         host_timeout_s=rollout.host_timeout_s,
         listen=listen,
         sleep=rollout.sleep and not load_weights,
-        routed_experts=routed_experts,
+        routed_experts=expert_layers is not None,
+        expert_layers=expert_layers or [],
         load_weights=load_weights,
         engine_args=rollout.engine_args,
     )
@@ -188,12 +188,13 @@ class Evaluator:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int) -> None:
         settings, rollout = config.eval, config.rollout
-        source = config.data if settings.prompts is None else settings
-        data = {"prompts": source.prompts, "task_args": source.task_args, "shuffle": False}
-        if source.columns is not None:
-            data["columns"] = source.columns
+        changes: dict[str, Any] = {"shuffle": False}
+        if settings.prompts is not None:
+            changes |= {"prompts": settings.prompts, "task_args": settings.task_args}
+            if settings.columns is not None:
+                changes["columns"] = settings.columns
         stream = PromptStream(
-            config.data.model_copy(update=data),
+            config.data.model_copy(update=changes),
             tokenizer,
             config.run.seed + _SEED_OFFSET,
             max_response_tokens=rollout.max_response_tokens,
@@ -258,7 +259,7 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
     run_dir, model, limits = config.run.dir, config.model.path, config.environment
     os.makedirs(run_dir, exist_ok=True)
     tokenizer = load_tokenizer(config.model.tokenizer or model, model, config.data.template_args)
-    length = config.rollout.max_model_len or check_model(config)["max_position_embeddings"]
+    length = config.rollout.max_model_len or check_model(config).max_position_embeddings
     evaluator = Evaluator(config, tokenizer, length)
     environment = load_environment(limits.name, limits.args)
     loop, phases = LoopThread(), Phases(draw=True)

@@ -25,18 +25,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from vllm.distributed.weight_transfer import base
-from vllm.distributed.weight_transfer.factory import (
-    WeightTransferEngineFactory,
-    WeightTransferTrainerFactory,
-)
+from vllm.distributed.weight_transfer import base, factory
 
 from megatron_espo.distributed.checksum import byte_sum
-from megatron_espo.rollout.vllm_patches import (
-    clone_pending_weights,
-    forget_expert_kernels,
-    repack_tied_head,
-)
+from megatron_espo.rollout import vllm_patches
 
 BACKEND = "files"
 _ALIGNMENT = 64  # bytes; each tensor starts on a cache line
@@ -93,16 +85,10 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         """Keep the list of weights.
 
         Raises:
-            RuntimeError: the worker cannot open the trainer's files.
+            OSError: trainer and engine do not share the files.
         """
         for path in init_info.paths:
-            try:
-                open(path, "rb").close()
-            except OSError as error:
-                got = f"{path} ({error.strerror})"
-                raise RuntimeError(
-                    f"transfer: expected a file that trainer and engine share, got {got}"
-                ) from error
+            open(path, "rb").close()
         self._paths = init_info.paths
         self._metas = [
             base.ParamMeta(name, getattr(torch, dtype), tuple(shape))
@@ -114,7 +100,7 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
 
         self._arrived: set[int] = set()
         if self.device.type == "cpu":
-            forget_expert_kernels(self.model)
+            vllm_patches.forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -144,7 +130,7 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         except Exception as error:
             what = f"{weights[0][0]} ... {weights[-1][0]}: {type(error).__name__}: {error}"
             raise RuntimeError(f"vLLM could not load {what}") from error
-        clone_pending_weights(self.model, buffer)
+        vllm_patches.clone_pending_weights(self.model, buffer)
 
     def _read(
         self, mapping: mmap.mmap, buffer: torch.Tensor, position: int, offset: int, checksum: int
@@ -170,7 +156,7 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        repack_tied_head(self.model, self.model_config)
+        vllm_patches.repack_tied_head(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Nothing to release: each mapping goes with the last tensor that views it."""
@@ -276,5 +262,5 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
             self._resources.close()
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)
-WeightTransferTrainerFactory.register_engine(BACKEND, FileTrainerWeightTransferEngine)
+factory.WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)
+factory.WeightTransferTrainerFactory.register_engine(BACKEND, FileTrainerWeightTransferEngine)

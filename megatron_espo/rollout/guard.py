@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse, Response
 
 from megatron_espo.rollout.server import KEY_FILE_VARIABLE, PREFIX, read_key
 
-# vLLM's POST routes that return nothing computed from weights. All other POST routes wait for
-# served weights.
+# POST routes that return nothing computed from weights, except ``canary``. All other POST routes
+# wait for served weights.
 CONTROL_ROUTES = frozenset({
     "/abort_requests", "/collective_rpc", "/detokenize", "/finish_weight_update",
     "/inference/v1/abort_requests", "/init_weight_transfer_engine", "/is_scaling_elastic_ep",
@@ -19,14 +19,16 @@ CONTROL_ROUTES = frozenset({
     "/reset_prefix_cache", "/resume", "/scale_elastic_ep", "/shutdown_weight_transfer_engine",
     "/sleep", "/start_draft_weight_update", "/start_weight_update", "/tokenize",
     "/update_weight_version", "/update_weights", "/wake_up", "/weight_checker",
+    f"{PREFIX}/canary", f"{PREFIX}/info", f"{PREFIX}/lease", f"{PREFIX}/serve",
 })  # fmt: skip
 # Routes that change weights in place; the weights are unusable until an update is finished.
 _WEIGHT_CHANGES = frozenset({
     "/collective_rpc", "/sleep", "/start_draft_weight_update", "/start_weight_update",
     "/update_weights", f"{PREFIX}/worker/fill_nan",
 })  # fmt: skip
-_OWN = f"{PREFIX}/"
-_WAIT_SECONDS = 600.0
+# Routes that need the weights of a finished update.
+_WEIGHT_USES = frozenset({"/resume", f"{PREFIX}/canary", f"{PREFIX}/serve"})
+_WORKER = f"{PREFIX}/worker/"
 
 
 class Weights(StrEnum):
@@ -63,7 +65,7 @@ class Guard:
     * A request for tokens waits until weights are served. It never reaches weights that are
       random, NaN or partly updated. A server that never served weights answers 503, because it
       replaces another server whose clients must notice.
-    * ``/resume`` answers 409 while the weights are unusable.
+    * ``/resume``, the canary and ``serve`` answer 409 while the weights are unusable.
 
     Raises:
         RuntimeError: at start, ``MEGATRON_ESPO_KEY_FILE`` is not set.
@@ -97,17 +99,18 @@ class Guard:
         if not hmac.compare_digest(given, self._expected):
             return error_response("expected the run's key", 401)
         path = scope["path"]
-        if path == "/resume" and STATE.weights == Weights.UNUSABLE:
+        is_control = path in CONTROL_ROUTES or path.startswith(_WORKER)
+        if path in _WEIGHT_USES and STATE.weights == Weights.UNUSABLE:
             return error_response("the weights are unusable; finish an update first", 409)
         if path in _WEIGHT_CHANGES:
             STATE.set(Weights.UNUSABLE)
-        elif scope["method"] == "POST" and not (path in CONTROL_ROUTES or path.startswith(_OWN)):
+        elif scope["method"] == "POST" and not is_control:
             if STATE.version < 0:
                 return error_response("this server has served no weights yet", 503)
-            try:
-                await asyncio.wait_for(STATE.serving.wait(), _WAIT_SECONDS)
-            except TimeoutError:
-                return error_response(f"the weights are {STATE.weights}, not serving", 503)
+            # It waits itself after it read the body. Data that nobody reads would end a connection
+            # that has TCP_USER_TIMEOUT.
+            if path != f"{PREFIX}/generate":
+                await STATE.serving.wait()
         return None
 
 

@@ -18,6 +18,9 @@ from megatron_espo.rollout.server import PREFIX
 # Exceptions of a request that no server answered.
 NO_ANSWER = (OSError, aiohttp.ClientError)
 _CONNECT_SECONDS = 5.0
+# vLLM's server closes a connection that is idle for 5 s. A request that it receives at that moment
+# would fail and the engine would be restarted, so this side closes earlier.
+_IDLE_SECONDS = 2.0
 
 
 class LoopThread:
@@ -69,10 +72,14 @@ class HttpClient:
         connector: aiohttp.BaseConnector
         if self.address.startswith("unix:"):
             base = "http://engine"
-            connector = aiohttp.UnixConnector(self.address.removeprefix("unix:"), limit=0)
+            connector = aiohttp.UnixConnector(
+                self.address.removeprefix("unix:"), limit=0, keepalive_timeout=_IDLE_SECONDS
+            )
         else:
             base = f"http://{self.address}"
-            connector = aiohttp.TCPConnector(limit=0, socket_factory=self._make_socket)
+            connector = aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=_IDLE_SECONDS, socket_factory=self._make_socket
+            )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
         headers = {"Authorization": f"Bearer {self._key}"}
         return aiohttp.ClientSession(base, connector=connector, headers=headers, timeout=timeout)
@@ -126,9 +133,9 @@ class HttpClient:
             "token_ids": np.asarray(token_ids).tolist(),
             "sampling": sampling.as_json(),
             "routed_experts": sampling.routed_experts,
-            "canary": canary,
         }
-        content, headers = await self._post(f"{PREFIX}/generate", body)
+        path = f"{PREFIX}/canary" if canary else f"{PREFIX}/generate"
+        content, headers = await self._post(path, body)
         arrays = load(content)
         if not np.isfinite(arrays["logprobs"]).all():
             raise EngineError(f"generate: a log-prob of request {request_id!r} is not finite")

@@ -10,16 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.distributed.weight_transfer.factory import (
-    WeightTransferEngineFactory,
-    WeightTransferTrainerFactory,
-)
-from vllm.distributed.weight_transfer.ipc_engine import (
-    IPCTrainerInitInfo,
-    IPCTrainerWeightTransferEngine,
-    IPCWeightTransferEngine,
-    IPCWeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer import factory, ipc_engine
 
 BACKEND = "ipc_json"
 # Positions and values of the classes among the arguments of torch's ``rebuild_cuda_tensor``.
@@ -28,17 +19,19 @@ _FIELDS = ("names", "dtype_names", "shapes", "tensor_sizes")
 
 
 @dataclass
-class IPCJsonTrainerInitInfo(IPCTrainerInitInfo):
+class IPCJsonTrainerInitInfo(ipc_engine.IPCTrainerInitInfo):
     """As vLLM's, for this backend. Handles are those of the packed buffer."""
 
     backend: ClassVar[str] = BACKEND
     packed: bool = True
 
 
-class IPCJsonWeightTransferEngine(IPCWeightTransferEngine):
+class IPCJsonWeightTransferEngine(ipc_engine.IPCWeightTransferEngine):
     """Worker side."""
 
-    def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
+    def parse_update_info(
+        self, update_dict: dict[str, Any]
+    ) -> ipc_engine.IPCWeightTransferUpdateInfo:
         """Decode the handles. Pickled handles are ignored."""
         coded = update_dict["ipc_handles_json"]
         handles = {gpu: decode_handle(values) for gpu, values in coded.items()}
@@ -46,7 +39,7 @@ class IPCJsonWeightTransferEngine(IPCWeightTransferEngine):
         return super().parse_update_info(fields | {"ipc_handles": handles})
 
 
-class IPCJsonTrainerWeightTransferEngine(IPCTrainerWeightTransferEngine):
+class IPCJsonTrainerWeightTransferEngine(ipc_engine.IPCTrainerWeightTransferEngine):
     """Trainer side."""
 
     init_info_cls = IPCJsonTrainerInitInfo
@@ -73,5 +66,5 @@ def decode_handle(coded: list[Any]) -> tuple:
     return tuple(_CLASSES[i] if i in _CLASSES else next(values) for i in range(count))
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, IPCJsonWeightTransferEngine)
-WeightTransferTrainerFactory.register_engine(BACKEND, IPCJsonTrainerWeightTransferEngine)
+factory.WeightTransferEngineFactory.register_engine(BACKEND, IPCJsonWeightTransferEngine)
+factory.WeightTransferTrainerFactory.register_engine(BACKEND, IPCJsonTrainerWeightTransferEngine)

@@ -55,13 +55,18 @@ def _add_matrix(
     found: dict[str, int], name: str, layer: Any, packed: dict, dtype: torch.dtype
 ) -> None:
     parts, column = _parts(name, layer, packed), 0
+    # The checkpoint may have gate and up projection as one tensor, too.
+    is_gated = len(parts) > 1 and isinstance(layer, linear.MergedColumnParallelLinear)
     if isinstance(layer, linear.RowParallelLinear):
         column = layer.tp_rank * layer.input_size_per_partition
     for first, block in _column_blocks(layer) if parts else ():
-        for part in parts:
-            key, rows = f"{part.name}.weight", block[part.start : part.stop].to(dtype)
-            checksum = tensor_checksum(rows, part.first_row, column + first)
-            found[key] = (found.get(key, 0) + checksum) % 2**64
+        for index, part in enumerate(parts):
+            rows, places = block[part.start : part.stop].to(dtype), [(part.name, part.first_row)]
+            if is_gated:
+                places.append((name, sum(layer.output_sizes[:index]) + part.first_row))
+            for tensor, row in places:
+                key, checksum = f"{tensor}.weight", tensor_checksum(rows, row, column + first)
+                found[key] = (found.get(key, 0) + checksum) % 2**64
     bias = getattr(layer, "bias", None)
     # Every rank of a row-parallel layer holds the whole bias; the first one counts it.
     if isinstance(bias, Tensor) and column == 0:

@@ -43,10 +43,6 @@ class Group:
     def is_finished(self) -> bool:
         return len(self.trajectories) == len(self.seeds)
 
-    def state(self) -> dict[str, Any]:
-        """JSON values from which :meth:`Sampler.load_state_dict` dispatches the prompt again."""
-        return {"id": self.prompt.id, "start_step": self.start_step, "seeds": self.seeds}
-
     def varies(self) -> bool:
         """Whether the rewards differ, so that the trajectories have an advantage."""
         rewards = {sample.reward for sample in self.trajectories.values()}
@@ -175,7 +171,10 @@ class Sampler:
             group.cancel()
 
     def _state(self) -> dict[str, Any]:
-        pending = [group.state() for group in self._pending]
+        pending = [
+            {"id": group.prompt.id, "start_step": group.start_step, "seeds": group.seeds}
+            for group in self._pending
+        ]
         return {"stream": self._stream.state_dict(), "pending": pending}
 
     def _dispatch(self, count: int, step: int, number: int) -> None:

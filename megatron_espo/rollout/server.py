@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -62,6 +61,7 @@ class EngineConfig:
         visible_devices: CUDA_VISIBLE_DEVICES of the server; ``None``: inherited.
         sleep: enable vLLM's sleep mode.
         routed_experts: return the experts that each token was routed to.
+        expert_layers: indices of the layers whose experts are returned; empty: all.
         hosts: addresses of servers on other machines, in the order of preference; empty: the
             server is a child of this process.
         host_timeout_s: limit without contact between a server on another machine and its owner.
@@ -85,6 +85,7 @@ class EngineConfig:
     visible_devices: str | None = None
     sleep: bool = False
     routed_experts: bool = False
+    expert_layers: list[int] = field(default_factory=list)
     hosts: tuple[str, ...] = ()
     host_timeout_s: float = 60.0
     listen: str | None = None
@@ -211,12 +212,6 @@ def server_environment(config: EngineConfig, is_cpu: bool) -> dict[str, str]:
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
-def host_arguments(address: str) -> list[str]:
-    """vLLM's arguments to listen at ``host:port``."""
-    host, port = parse_address(address)
-    return ["--host", host, "--port", str(port)]
-
-
 class ServerProcess:
     """A server that dies with this process. Create it in the main thread.
 
@@ -236,7 +231,8 @@ class ServerProcess:
         self.log_path = config.log_path
         self._socket_folder: str | None = None
         if config.listen:
-            self.address, arguments = config.listen, host_arguments(config.listen)
+            self.address, (host, port) = config.listen, parse_address(config.listen)
+            arguments = ["--host", host, "--port", str(port)]
         else:
             self._socket_folder = tempfile.mkdtemp(prefix="megatron_espo_")  # mode 700
             path = f"{self._socket_folder}/engine.sock"
@@ -292,11 +288,9 @@ def die_with_parent() -> None:
 
 def log_tail(path: Path) -> str:
     """The last lines of a server's log."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as log:
-            return "".join(deque(log, _LOG_LINES)).rstrip("\n")
-    except FileNotFoundError:
+    if not path.is_file():
         return "(none)"
+    return "\n".join(path.read_text("utf-8", "replace").splitlines()[-_LOG_LINES:])
 
 
 def run_key_file(folder: str | Path) -> Path:

@@ -16,8 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_espo.rewards import run_python
-from megatron_espo.rewards.sandbox import passed_environment
+from megatron_espo.rewards import sandbox
 from megatron_espo.rollout.engine import Generation
 from megatron_espo.rollout.environments import Policy, TrajectoryBuilder
 from megatron_espo.types import Prompt, Trajectory
@@ -104,8 +103,7 @@ class PythonTool:
         max_chars: int = 500,
     ) -> None:
         limits = (int(memory_gib * 2**30), file_mib << 20, int(isolate), os.getpid())
-        # Not isolated mode (-I): the script imports a module of its folder.
-        self._command = [sys.executable, "-E", "-s", run_python.__file__, *map(str, limits)]
+        self._command = [sys.executable, "-E", "-s", sandbox.__file__, *map(str, limits)]
         self._timeout_s, self._max_chars = timeout_s, max_chars
         self._free = asyncio.Semaphore(processes)
 
@@ -125,7 +123,7 @@ class PythonTool:
                     stdout=printed,
                     stderr=errors,
                     cwd=home,
-                    env=passed_environment((), home),
+                    env=sandbox.passed_environment((), home),
                     start_new_session=True,
                 )
                 try:

@@ -11,7 +11,7 @@ import torch
 from megatron_espo.distributed.addresses import address_towards, parse_address
 from megatron_espo.rollout.engine import EngineError, Generation, Phase, Sampling, State
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread
-from megatron_espo.rollout.lease import HostOrder, LeasedServer
+from megatron_espo.rollout.lease import LeasedServer
 from megatron_espo.rollout.server import PREFIX, EngineConfig, ServerProcess, log_tail, run_key
 
 _POLL_SECONDS = 0.1
@@ -38,15 +38,9 @@ class VLLMEngine:
     def __init__(self, config: EngineConfig, loop: LoopThread) -> None:
         self.config, self.state = config, State.DEAD
         self.next_version: int | None = None
-        self._version: int | None = None
-        self._loop, self._hosts = loop, HostOrder(list(config.hosts))
+        self._loop, self._hosts = loop, list(config.hosts)
         self._server: ServerProcess | LeasedServer | None = None
         self._client: HttpClient | None = None
-
-    @property
-    def policy_version(self) -> int | None:
-        """The version that is served; ``None``: none."""
-        return self._version if self.state == State.READY else None
 
     @property
     def address(self) -> str:
@@ -68,7 +62,6 @@ class VLLMEngine:
 
     def start(self) -> None:
         """Start a server and return at once. Call it from the main thread."""
-        self._require("start", State.DEAD)
         if self.config.hosts:
             self._server = LeasedServer(self.config, self._hosts)
         else:
@@ -103,9 +96,7 @@ class VLLMEngine:
                 time.sleep(_POLL_SECONDS)
             except EngineError as error:
                 raise self._failed(str(error), Phase.START) from None
-        self.state, self._version = State.STALE, None
-        if config.load_weights:
-            self.state, self._version = State.READY, 0
+        self.state = State.READY if config.load_weights else State.STALE
 
     def close(self) -> None:
         """End the server and its workers. Safe to call twice."""
@@ -125,13 +116,11 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Abort the requests in flight and release the GPU memory of weights and caches."""
-        self._require("sleep", State.STALE, State.READY)
         self._call("/sleep?level=2&mode=abort", Phase.SLEEP)
         self.state = State.ASLEEP
 
     def wake(self, shapes: Shapes) -> None:
         """Allocate the weights and fill them with NaN. :meth:`wake_caches` allocates the caches."""
-        self._require("wake", State.ASLEEP)
         self._call("/wake_up?tags=weights", Phase.WAKE)
         self.state = State.STALE
         self.fill_nan(shapes)
@@ -149,19 +138,16 @@ class VLLMEngine:
     def fill_nan(self, shapes: Shapes) -> None:
         """Load NaN into every named weight, so a check detects weights that an update omits."""
         self.wait_ready()
-        self._require("fill_nan", State.STALE)
         weights = [[name, list(shape)] for name, shape in shapes]
         self._worker("fill_nan", weights, phase=Phase.CONNECT)
 
     def start_weight_update(self) -> None:
         """Start an update. Requests in flight freeze until :meth:`resume`."""
-        self._require("start_weight_update", State.STALE, State.READY)
-        self.state = State.UPDATING
         self._call("/pause?mode=keep", Phase.TRANSFER)
+        self.state = State.UPDATING
         self._call("/start_weight_update", Phase.TRANSFER)
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        self._require("update_weights", State.UPDATING)
         self._call("/update_weights", Phase.LOAD, {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -170,14 +156,13 @@ class VLLMEngine:
         Raises:
             EngineError: weights did not arrive.
         """
-        self._require("finish_weight_update", State.UPDATING)
         for rank, missing in enumerate(self._worker("missing_weights", phase=Phase.TRANSFER)):
             if missing:
                 what = f"{len(missing)} weights did not reach worker {rank}"
                 raise self._failed(f"failed: {what}: {'; '.join(missing[:5])}", Phase.TRANSFER)
         version = {"weight_version": str(self.next_version)}
         self._call("/finish_weight_update", Phase.FINISH, version)
-        self.state, self._version = State.ARRIVED, self.next_version
+        self.state = State.ARRIVED
 
     def read_back_checksums(self, dtype: str) -> dict[str, int]:
         """Checksums of the Hugging Face tensors, read back from vLLM's kernels and un-fused.
@@ -189,7 +174,6 @@ class VLLMEngine:
             ``checksum.tensor_checksum`` of each tensor, summed over workers. Tensors that cannot be
             read back are absent.
         """
-        self._require("read_back_checksums", State.ARRIVED)
         total: dict[str, int] = {}
         for part in self._worker("read_back_checksums", dtype, phase=Phase.VERIFY):
             for name, value in part.items():
@@ -198,9 +182,8 @@ class VLLMEngine:
 
     def canary(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Generation]:
         """Sample ``num_tokens`` after each prompt, with fixed seeds, from weights that arrived."""
-        self._require("canary", State.ARRIVED)
-        client, config, name = self._client, self.config, f"canary-{time.monotonic_ns()}"
-        assert client is not None  # in this state
+        client, config = self._connected("canary", Phase.CANARY), self.config
+        name = f"canary-{time.monotonic_ns()}"
         first = Sampling(
             num_tokens, temperature=config.temperature, routed_experts=config.routed_experts
         )
@@ -216,8 +199,7 @@ class VLLMEngine:
 
     def serve(self) -> None:
         """Serve the weights that arrived."""
-        self._require("serve", State.ARRIVED)
-        self._call(f"{PREFIX}/serve", Phase.FINISH, {"version": self._version})
+        self._call(f"{PREFIX}/serve", Phase.FINISH, {"version": self.next_version})
         self.state = State.READY
 
     # -- calls -----------------------------------------------------------------------------------
@@ -227,14 +209,14 @@ class VLLMEngine:
         return self._call(f"{PREFIX}/worker/{method}", phase, {"args": args})["results"]
 
     def _call(self, path: str, phase: Phase, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._run(self._connected(path, phase).call(path, body), phase)
+
+    def _connected(self, what: str, phase: Phase) -> HttpClient:
         if self._client is None or self._server is None:
-            raise EngineError(
-                f"{path}: the rollout engine is not running; restart it and update its weights.",
-                phase,
-            )
+            raise EngineError(f"{what}: the rollout engine is not running.", phase)
         if not self._server.is_alive:
             raise self._failed(self._server.lost, phase)
-        return self._run(self._client.call(path, body), phase)
+        return self._client
 
     def _run(self, coroutine: Coroutine[Any, Any, Any], phase: Phase) -> Any:
         """The result of a request. Kills the server after any error."""
@@ -265,8 +247,3 @@ class VLLMEngine:
         tail = f"Last lines of {server.log_path}:\n{log_tail(server.log_path)}"
         self.close()
         return EngineError(f"{phase}: the rollout engine{where} {what}{end}.\n{tail}", phase)
-
-    def _require(self, action: str, *states: State) -> None:
-        if self.state not in states:
-            expected = " or ".join(states)
-            raise EngineError(f"{action}: the rollout engine is {self.state}; expected {expected}.")

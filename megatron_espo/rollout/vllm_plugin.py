@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 from argparse import Namespace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,15 +18,9 @@ from vllm import SamplingParams
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.sampling_params import RequestOutputKind
 
-from megatron_espo.models.experts import read_experts
-from megatron_espo.rollout import lease
+from megatron_espo.rollout import lease, server
 from megatron_espo.rollout.guard import STATE, Weights, error_response
-from megatron_espo.rollout.server import (
-    KEY_FILE_VARIABLE,
-    PREFIX,
-    ROUTED_EXPERTS_VARIABLE,
-    die_with_parent,
-)
+from megatron_espo.rollout.server import PREFIX
 from megatron_espo.rollout.transport import register_transports
 
 # Methods of ``worker.WorkerExtension`` with a route ``/megatron_espo/worker/<method>``.
@@ -36,8 +29,8 @@ WORKER_METHODS = ("ping", "fill_nan", "read_back_checksums", "missing_weights")
 
 def register() -> None:
     """vLLM's hook in each of its processes (``vllm.general_plugins``)."""
-    if os.environ.get(KEY_FILE_VARIABLE):  # unset in a trainer that imports vLLM
-        die_with_parent()
+    if os.environ.get(server.KEY_FILE_VARIABLE):  # unset in a trainer that imports vLLM
+        server.die_with_parent()
     register_transports()
 
 
@@ -50,6 +43,7 @@ class Routes:
     def attach_router(self, app: Any) -> None:
         own = {
             "/generate": generate,
+            "/canary": generate,
             "/worker/{method}": call_worker,
             "/serve": serve,
         }
@@ -58,14 +52,13 @@ class Routes:
 
     async def init_state(self, engine_client: Any, app_state: Any, args: Namespace) -> None:
         app_state.espo_engine = engine_client
-        model = Path(engine_client.vllm_config.model_config.model, "config.json")
-        experts = read_experts(json.loads(model.read_text(encoding="utf-8")))
-        layers = enumerate(experts.layers if experts else ())
-        app_state.espo_expert_layers = [i for i, has_experts in layers if has_experts]
+        app_state.espo_expert_layers = json.loads(os.environ[server.SETTINGS_VARIABLE])[
+            "expert_layers"
+        ]
         if args.load_format != "dummy":
             STATE.version = 0
             STATE.set(Weights.SERVING)
-        if os.environ.get(ROUTED_EXPERTS_VARIABLE):
+        if os.environ.get(server.ROUTED_EXPERTS_VARIABLE):
             await engine_client.collective_rpc("record_routed_experts")
         app_state.espo_lease = asyncio.create_task(lease.LEASE.watch())
 
@@ -74,21 +67,17 @@ class Routes:
 async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     """Sample one response from token ids.
 
-    The JSON body has ``request_id``, ``token_ids``, ``sampling`` (fields of ``SamplingParams``) and
-    ``canary``. A canary may use weights that are not served yet. Any other request waits for served
-    weights before it starts and again before it answers, so no token of unchecked weights leaves
-    the server.
+    The JSON body has ``request_id``, ``token_ids`` and ``sampling`` (fields of ``SamplingParams``).
+    A request waits for served weights before it starts and again before it answers, so no token of
+    unchecked weights leaves the server. The path ``canary`` uses weights that are not served yet.
 
     The answer is in safetensors format: ``token_ids`` int32, ``logprobs`` float32 (nats),
     ``versions`` int32, and ``routed_experts`` if requested. The header ``x-finish-reason`` is
     vLLM's finish reason.
     """
-    engine, is_canary = raw_request.app.state.espo_engine, body.get("canary")
-    if is_canary and STATE.weights == Weights.UNUSABLE:
-        return error_response(f"canary: the weights are {STATE.weights}", 409)
+    engine = raw_request.app.state.espo_engine
+    is_canary = raw_request.scope["path"] == f"{PREFIX}/canary"
     if not is_canary:
-        if STATE.version < 0:
-            return error_response("this server has served no weights yet", 503)
         await STATE.serving.wait()
     params = SamplingParams(
         **body["sampling"],
@@ -117,7 +106,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
         count = len(final.prompt_token_ids) + len(output.token_ids) - 1
         experts = await _routed_experts(engine, output, body["request_id"], count)
         if len(experts) >= count:
-            layers = raw_request.app.state.espo_expert_layers
+            layers = raw_request.app.state.espo_expert_layers or slice(None)
             arrays["routed_experts"] = np.ascontiguousarray(experts[:count, layers])
         elif output.finish_reason != "abort":
             return error_response(
@@ -159,8 +148,6 @@ async def call_worker(method: str, request: Request) -> Response:
 
 async def serve(request: Request) -> Response:
     """Serve the weights that arrived as policy version ``{"version": n}``."""
-    if STATE.weights == Weights.UNUSABLE:
-        return error_response("serve: no finished weight update", 409)
     STATE.version = (await request.json())["version"]
     STATE.set(Weights.SERVING)
     return JSONResponse({})

@@ -17,6 +17,7 @@ from megatron_espo.megatron.checkpoint import (
     save_checkpoint,
 )
 from megatron_espo.megatron.model import build_configured
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.hf_io import load_hf_weights, save_hf
 
 
@@ -28,11 +29,11 @@ def hf_to_megatron(config: Config, out: str | Path) -> None:
     Raises:
         InputError: ``out`` exists.
     """
-    hf_config = check_model(config)
+    spec = check_model(config)
     check_existing(out)
-    with _model(config, hf_config) as (chunks, groups):
-        load_hf_weights(chunks, hf_config, config.model.path, groups)
-        save_checkpoint(chunks, hf_config, out).finish()
+    with _model(config, spec) as (chunks, groups):
+        load_hf_weights(chunks, spec, config.model.path, groups)
+        save_checkpoint(chunks, spec, out).finish()
 
 
 def megatron_to_hf(config: Config, checkpoint: str | Path, out: str | Path) -> None:
@@ -45,19 +46,19 @@ def megatron_to_hf(config: Config, checkpoint: str | Path, out: str | Path) -> N
         InputError: ``out`` exists, or ``checkpoint`` is missing, damaged, of another format or of
             another model.
     """
-    hf_config, dtype = check_model(config), getattr(torch, config.model.dtype)
+    spec, dtype = check_model(config), getattr(torch, config.model.dtype)
     check_existing(out)
-    read_manifest(checkpoint, hf_config)
-    with _model(config, hf_config) as (chunks, groups):
-        load_checkpoint(chunks, hf_config, checkpoint)
+    read_manifest(checkpoint, spec)
+    with _model(config, spec) as (chunks, groups):
+        load_checkpoint(chunks, spec, checkpoint)
         paths = (out, config.model.path)
-        save_hf(chunks, hf_config, *paths, groups, dtype, tokenizer=config.model.tokenizer)
+        save_hf(chunks, spec, *paths, groups, dtype, tokenizer=config.model.tokenizer)
 
 
 @contextmanager
-def _model(config: Config, hf_config: dict[str, Any]) -> Iterator[tuple[list, Any]]:
+def _model(config: Config, spec: ModelSpec) -> Iterator[tuple[list, Any]]:
     """The model's chunks and the process groups, in the layout of ``config.megatron``."""
     sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
     runtime = distributed_runtime.initialize(**sizes)
-    yield build_configured(config, hf_config, runtime.groups), runtime.groups
+    yield build_configured(config, spec, runtime.groups), runtime.groups
     distributed_runtime.shutdown()

@@ -7,6 +7,7 @@ Runs with the standard library alone.
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 GIB = 2**30
 MIN_FILES = 4096
 WORKS, MISSING, BROKEN = "works", "missing", "broken"
+# Packages print any bytes, and the locale may be ASCII.
+_TEXT: Any = {"capture_output": True, "text": True, "errors": "replace"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def main(timeout: float = 180.0) -> int:
     with ThreadPoolExecutor(max_workers=2) as pool:
         rows = list(pool.map(lambda probe: run_probe(probe, timeout), PROBES))
     rows += [shared_memory_row("/dev/shm"), reward_isolation_row(), limits_row()]
+    rows.append(host_name_row(socket.gethostname()))
     print(*rows, sep="\n")
     failed = [f"{row.name} is {row.state}" for row in rows if row.needed and row.state != WORKS]
     print(f"Training cannot run here: {', '.join(failed)}." if failed else "Training can run here.")
@@ -159,9 +164,7 @@ def _run_code(code: str, timeout: float) -> tuple[str, str]:
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", script]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=os.environ | quiet
-        )
+        done = subprocess.run(command, env=os.environ | quiet, timeout=timeout, **_TEXT)
     except subprocess.TimeoutExpired:
         return "", f"did not import within {timeout:g} s"
     if done.returncode == 0:
@@ -185,14 +188,26 @@ def _advice(problem: str) -> str:
 
 def limits_row() -> Row:
     """``ulimit -n``: sockets and shards; ``ulimit -l``: memory that InfiniBand may register."""
-    files, locked = (
-        resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)
-    )
-    found = f"ulimit -n {files}, -l {'unlimited' if locked < 0 else f'{locked // 1024}'}"
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    found = f"ulimit -n {files}, -l {'unlimited' if locked < 0 else locked // 1024}"
     if 0 <= files < MIN_FILES:
         advice = "a run of many ranks needs ulimit -n 65536 (in Slurm: LimitNOFILE of slurmd)"
         return Row("limits", BROKEN, found, advice)
-    return Row("limits", WORKS, found)
+    advice = ""
+    if locked >= 0 and os.path.exists("/dev/infiniband"):
+        advice = "InfiniBand cannot register memory: ulimit -l unlimited, or LimitMEMLOCK of slurmd"
+    return Row("limits", WORKS, found, advice)
+
+
+def host_name_row(name: str) -> Row:
+    """Whether this machine's host name has an address, which the ranks of torchrun look up."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        advice = "it has no address, and torchrun waits for one: add it to /etc/hosts, or on one "
+        return Row("host name", BROKEN, name, advice + "machine torchrun --local-addr 127.0.0.1")
+    return Row("host name", WORKS, name)
 
 
 def shared_memory_row(folder: str) -> Row:
@@ -212,7 +227,7 @@ def reward_isolation_row() -> Row:
     code = "import sys, sandbox\nprint(sandbox.isolate(sys.argv[1], 1 << 20))"
     command, path = [sys.executable, "-c", code], Path(__file__).parents[1] / "rewards"
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, folder], cwd=path, capture_output=True, text=True)
+        done = subprocess.run([*command, folder], cwd=path, **_TEXT)
     refused = (done.stdout or done.stderr or "no answer").strip().splitlines()[-1]
     if refused == "None":
         return Row("reward isolation", WORKS, "no network, files, orphans")

@@ -6,7 +6,6 @@ that hangs.
 """
 
 import os
-import resource
 import shutil
 import socket
 import sys
@@ -143,15 +142,6 @@ def gpus_row(cluster: Cluster) -> Row:
     return Row("GPUs", WORKS, f"{len(of_ranks)} x {', '.join(sorted(every))}", advice)
 
 
-def node_limits_row(cluster: Cluster) -> Row:
-    """:func:`doctor.limits_row`; with GPUs also the memory that InfiniBand registers."""
-    row, locked = limits_row(), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if row.state == WORKS and cluster.gpus and locked != resource.RLIM_INFINITY:
-        advice = "InfiniBand cannot register memory: ulimit -l unlimited, or LimitMEMLOCK of slurmd"
-        return replace(row, advice=advice)
-    return row
-
-
 def folder_row(cluster: Cluster) -> Row:
     """Every rank writes a file and sees the files of all ranks."""
     shared = Path(cluster.folder, f".preflight-{_gather(uuid.uuid4().hex)[0]}")
@@ -177,33 +167,12 @@ def folder_row(cluster: Cluster) -> Row:
     return Row("folder", WORKS, f"{shared.parent.absolute()}: written and seen by all ranks")
 
 
-def node_bandwidth_row(cluster: Cluster) -> Row:
-    """All-reduce among the ranks of each node, on all nodes at once."""
-    return _bandwidth(cluster, cluster.peers, NODE_GBPS, NODE_ADVICE)
-
-
-def network_bandwidth_row(cluster: Cluster) -> Row:
-    """All-reduce among all ranks."""
-    return _bandwidth(cluster, list(range(len(cluster.hosts))), NETWORK_GBPS, NETWORK_ADVICE)
-
-
-CHECKS: dict[str, Callable[[Cluster], Row]] = {
-    "versions": versions_row,
-    "gpus": gpus_row,
-    "limits": node_limits_row,
-    "memory": lambda cluster: shared_memory_row("/dev/shm"),
-    "folder": folder_row,
-    "node bandwidth": node_bandwidth_row,
-    "network bandwidth": network_bandwidth_row,
-}
-
-
-def _bandwidth(cluster: Cluster, ranks: list[int], expected: float, advice: str) -> Row:
-    """Bus bandwidth of this node's all-reduce: 2 (n - 1) / n x bytes / seconds."""
+def bandwidth_row(cluster: Cluster, ranks: list[int], expected: float, advice: str) -> Row:
+    """Bus bandwidth of an all-reduce among ``ranks``: 2 (n - 1) / n x bytes / seconds."""
     backend = "nccl" if cluster.device.type == "cuda" else "gloo"
-    members = dict.fromkeys(map(tuple, _gather(ranks)))
-    groups = {ranks: dist.new_group(list(ranks), backend=backend) for ranks in members}
-    speed, is_right = _time_all_reduce(groups[tuple(ranks)], len(ranks), cluster.device)
+    every = [list(members) for members in dict.fromkeys(map(tuple, _gather(ranks)))]
+    group, _ = dist.new_subgroups_by_enumeration(every, backend=backend)
+    speed, is_right = _time_all_reduce(group, len(ranks), cluster.device)
     if not is_right:
         advice = "a GPU or a link is faulty: sbatch --exclude the node"
     elif backend == "gloo" or speed >= expected or len(ranks) == 1:
@@ -213,6 +182,20 @@ def _bandwidth(cluster: Cluster, ranks: list[int], expected: float, advice: str)
         advice = advice or "this node slows all nodes down: sbatch --exclude it"
     found = f"{speed:.2f} GB/s over {backend}" if is_right else "wrong sums"
     return Row("bandwidth", state, found, advice)
+
+
+CHECKS: dict[str, Callable[[Cluster], Row]] = {
+    "versions": versions_row,
+    "gpus": gpus_row,
+    "limits": lambda cluster: limits_row(),
+    "memory": lambda cluster: shared_memory_row("/dev/shm"),
+    "folder": folder_row,
+    # Among the ranks of each node, on all nodes at once.
+    "node bandwidth": lambda cluster: bandwidth_row(cluster, cluster.peers, NODE_GBPS, NODE_ADVICE),
+    "network bandwidth": lambda cluster: bandwidth_row(
+        cluster, list(range(len(cluster.hosts))), NETWORK_GBPS, NETWORK_ADVICE
+    ),
+}
 
 
 def _time_all_reduce(group: dist.ProcessGroup, n: int, device: torch.device) -> tuple[float, bool]:

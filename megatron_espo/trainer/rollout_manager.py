@@ -19,7 +19,7 @@ from megatron_espo.distributed.addresses import address_towards
 from megatron_espo.distributed.collectives import gather_objects, on_rank_0
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.distributed.stop_request import Stopped, StopRequest
-from megatron_espo.models.experts import replays_router
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.rewards import RewardPool
 from megatron_espo.rollout.engine import EngineError
@@ -46,7 +46,7 @@ class RolloutManager:
 
     Args:
         config: the run's configuration.
-        hf_config: the model's ``config.json``.
+        spec: the model.
         runtime: rank and process groups.
         stop: polled while engines and verifiers work.
 
@@ -60,7 +60,7 @@ class RolloutManager:
     """
 
     def __init__(
-        self, config: Config, hf_config: dict[str, Any], runtime: Runtime, stop: StopRequest
+        self, config: Config, spec: ModelSpec, runtime: Runtime, stop: StopRequest
     ) -> None:
         self.config, self.runtime, self._stop = config, runtime, stop
         self.engine: VLLMEngine | None = None
@@ -69,9 +69,10 @@ class RolloutManager:
         self._closing = ExitStack()
         self._pool: EnginePool | None = None
         self._log: RolloutLog | None = None
-        replay, router_replay = config.run.replay, replays_router(config.rollout, hf_config)
+        replay = config.run.replay
+        router_replay = config.rollout.router_replay and spec.experts is not None
         owners = [] if replay else engine_owners(config.rollout.engines, runtime.world_size)
-        max_model_len = config.rollout.max_model_len or hf_config["max_position_embeddings"]
+        max_model_len = config.rollout.max_model_len or spec.max_position_embeddings
         if runtime.is_main or runtime.rank in owners:
             path = config.model.tokenizer or config.model.path
             template_args = config.data.template_args
@@ -99,8 +100,9 @@ class RolloutManager:
                     self._evaluator = Evaluator(config, self.tokenizer, max_model_len)
         if runtime.rank in owners:
             self._loop = LoopThread()
+            layers = spec.experts.indices if router_replay and spec.experts else None
             settings = engine_config(
-                config, max_model_len, routed_experts=router_replay, listen=_listen_address()
+                config, max_model_len, expert_layers=layers, listen=_listen_address()
             )
             self.engine = VLLMEngine(settings, self._loop)
             self._closing.callback(self._loop.close)

@@ -38,8 +38,7 @@ class ReplayedRollouts:
         if self._need_experts and not found.groups.have_routed_experts:
             raise InputError(
                 f"{expected} with the experts that their engine chose, found none; set "
-                "rollout.router_replay to false and rollout.allow_router_mismatch to true to train "
-                "without"
+                "rollout.router_replay to false to train without"
             )
         return found.groups
 

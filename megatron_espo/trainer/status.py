@@ -16,7 +16,7 @@ from megatron_espo.distributed.stop_request import Stopped
 from megatron_espo.distributed.watchdog import Watchdog
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_json, write_durably
-from megatron_espo.trainer.run_lock import RunLock
+from megatron_espo.trainer.run_lock import run_lock
 
 
 def write_status(folder: Path, state: str, why: str | None = None) -> None:
@@ -46,7 +46,7 @@ def reported(config: Config, runtime: Runtime) -> Iterator[Callable[..., None]]:
     folder, lock = Path(config.run.dir), ExitStack()
 
     def begin() -> None:
-        lock.enter_context(RunLock(folder))
+        lock.enter_context(run_lock(folder))
         Watchdog.clear(folder)
         write_status(folder, "running")
 
@@ -85,7 +85,7 @@ def _report_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> N
         return
     except OSError:  # Disk full or no permission: reporting twice is better than never.
         pass
-    why = f"{type(error).__name__}: {error}"
+    why = f"{type(error).__name__}: {error}".removesuffix(": ")  # KeyboardInterrupt has no text
     if not isinstance(error, InputError):
         lost = any(word in why for word in ("peer", "remote process"))  # in gloo and NCCL errors
         gone = "".join(f"{name} has died; " for name in watchdog.gone(wait_s=2.0 * lost))

@@ -7,6 +7,7 @@ With ``rollout.max_staleness`` above 0 the engines continue to sample during tra
 updates.
 """
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_espo.algo import group_advantages, overlong_penalty
+from megatron_espo.algo import group_advantages, overlong_penalty, zero_variance_signs
 from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model, check_router
 from megatron_espo.data.packing import TrainSequence
@@ -23,6 +24,7 @@ from megatron_espo.distributed import runtime as distributed_runtime
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.distributed.stop_request import Stopped, StopRequest
 from megatron_espo.megatron.actor import Actor
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.profiler import StepProfiler
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.monitoring.report import draw_learning_curve, write_summary
@@ -46,23 +48,23 @@ def train(config: Config) -> None:
     ``summary.json``, ``learning_curve.png``, ``engine.log`` and, with ``run.save_hf``, the trained
     model in ``hf/``.
     """
-    started, hf_config = time.perf_counter(), check_model(config)
-    check_router(config, hf_config)
+    started, spec = time.perf_counter(), check_model(config)
+    check_router(config, spec)
     sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
     runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
     with (
         reported(config, runtime) as heartbeat,
-        Run(config, hf_config, runtime, heartbeat) as run,
+        Run(config, spec, runtime, heartbeat) as run,
     ):
         for step in range(run.step + 1, config.run.steps + 1):
             with run.profiler.step(step):
                 began = time.perf_counter()
                 # prompts -> rollouts -> rewards
                 groups = run.rollouts.collect(step, run.phases, run.colocation.recover)
-                advantages = advantages_of(groups, config)
+                advantages, signs = advantages_of(groups, config)
                 logged = run.reporter.start_step(groups)
                 mask_truncated = config.algorithm.mask_truncated
-                sequences = train_sequences(groups, advantages, mask_truncated, logged)
+                sequences = train_sequences(groups, advantages, mask_truncated, logged, signs)
                 # segments -> pack -> [score] -> train
                 run.colocation.offload_engine(step)
                 with run.phases.phase("train", step, config.run.steps) as on_progress:
@@ -89,7 +91,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        hf_config: dict[str, Any],
+        spec: ModelSpec,
         runtime: Runtime,
         heartbeat: Callable[..., None],
     ) -> None:
@@ -97,15 +99,20 @@ class Run:
         self.stop = StopRequest(folder, config.run.max_seconds)
         self.checkpoints = Checkpoints(config)
         checkpoint = self.checkpoints.find()
-        self.rollouts = rollouts = RolloutManager(config, hf_config, runtime, self.stop)
+        self.rollouts = rollouts = RolloutManager(config, spec, runtime, self.stop)
         try:
             self.phases = Phases(runtime.is_main, heartbeat)
-            self.reporter = Reporter(config, hf_config, runtime, rollouts.tokenizer)
+            self.reporter = Reporter(config, spec, runtime, rollouts.tokenizer)
             log = f"the engine's log: {folder / 'engine.log'}"
             self._log(f"loading {config.model.path} on {runtime.world_size} ranks; {log}")
             if config.rollout.sleep and not config.run.replay:
                 start_asleep(rollouts.engine, config.rollout.timeout_s)
-            self.actor = Actor(config, hf_config, runtime, self.reporter.record)
+            self.actor = Actor(config, spec, runtime, self.reporter.record)
+            if self.actor.updates_per_step == 1:
+                self._log(
+                    "warning: algorithm.num_mini_batches 1: with one update of each rollout batch "
+                    "the importance ratio is 1 and nothing is clipped"
+                )
             self.step, self.ledger, steps = 0, Ledger(), config.run.steps
             if checkpoint:
                 state = self.checkpoints.load(checkpoint, self.actor)
@@ -118,7 +125,7 @@ class Run:
                 self._log(f"nothing to train: {done}; raise run.steps to continue")
             sync: WeightSync | NoSync = NoSync()
             if not config.run.replay:
-                parts = (config, hf_config, self.actor, runtime, rollouts.engine, rollouts.canary())
+                parts = (config, spec, self.actor, runtime, rollouts.engine, rollouts.canary())
                 sync = WeightSync(*parts, on_served=rollouts.connect)
             self.colocation = Colocation(config, self.actor, sync, self.phases)
             self.colocation.update_engine(version=self.step)
@@ -131,11 +138,15 @@ class Run:
             folder.joinpath("config.json").write_text(text, encoding="utf-8")
         self.reporter.open(after_step=self.step)
         self.profiler = StepProfiler(folder, runtime.role, config.run.profile_steps)
+        # A full garbage collection takes as long as the host work of a step: it does not visit the
+        # modules and the model again.
+        gc.freeze()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, *_) -> None:
+        gc.unfreeze()
         self.rollouts.close()
         self.reporter.close()
         if kind is Stopped:
@@ -219,7 +230,7 @@ class Run:
                 self.colocation.all_on_device(steps, last=True),
                 self.phases.phase("export", steps, steps),
             ):
-                model, groups = (self.actor.chunks, self.actor.hf_config), self.runtime.groups
+                model, groups = (self.actor.chunks, self.actor.spec), self.runtime.groups
                 paths = (folder / "hf", config.model.path)
                 save_hf(*model, *paths, groups, dtype, tokenizer=config.model.tokenizer)
         if self.runtime.is_main:
@@ -232,9 +243,9 @@ class Run:
             self._log(f"reward {change}; picture: {picture}")
 
 
-def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
-    """Advantages ``[prompts, group_size]`` of the rewards, minus the overlong penalty if it is
-    configured.
+def advantages_of(groups: ScoredGroups, config: Config) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Advantages of the rewards, minus the overlong penalty if it is configured; and the signs of
+    RL-ZVP, if it is. Both ``[prompts, group_size]``.
     """
     rewards, buffer = groups.rewards, config.reward.overlong_buffer_tokens
     if buffer is not None:
@@ -243,7 +254,11 @@ def advantages_of(groups: ScoredGroups, config: Config) -> torch.Tensor:
             max_tokens=config.rollout.max_response_tokens,
             buffer_tokens=buffer,
         )
-    return group_advantages(rewards, config.algorithm.advantage)
+    advantages = group_advantages(rewards, config.algorithm.advantage)
+    if not (scale := config.algorithm.zero_variance_scale):
+        return advantages, None
+    signs = zero_variance_signs(rewards)
+    return advantages + scale * signs, signs
 
 
 def train_sequences(
@@ -251,6 +266,7 @@ def train_sequences(
     advantages: torch.Tensor,
     mask_truncated: bool,
     logged_sample: Mapping[tuple[int, int], int] | None = None,
+    zero_variance: torch.Tensor | None = None,
 ) -> list[list[TrainSequence]]:
     """The sequences to train, by prompt: one for each part of a trajectory, with the advantage of
     the trajectory.
@@ -263,22 +279,27 @@ def train_sequences(
         mask_truncated: whether truncated trajectories give no gradient.
         logged_sample: index of each logged sample ``(prompt, sample)``; the last part of the
             trajectory is logged.
+        zero_variance: ``[prompts, group_size]``, signs of RL-ZVP; ``None``: all 0.
 
     Raises:
         ValueError: a part without sampled tokens.
     """
-    logged_sample = logged_sample or {}
+    logged_sample, values = logged_sample or {}, advantages.tolist()
+    signs = (
+        (torch.zeros_like(advantages) if zero_variance is None else zero_variance).int().tolist()
+    )
     return [
         [
             TrainSequence(
                 part.prompt_ids,
                 part.response_ids,
                 part.logprobs,
-                float(advantages[i, j]),
+                values[i][j],
                 loss_mask=part.loss_mask,
                 masked=sample.failed or (mask_truncated and sample.truncated),
                 logged_sample=logged_sample.get((i, j)) if part is sample else None,
                 routed_experts=part.routed_experts,
+                zero_variance=signs[i][j],
             )
             for j, sample in enumerate(rollouts)
             for part in sample.parts

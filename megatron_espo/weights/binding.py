@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_espo.errors import InputError
-from megatron_espo.models.families import ParamMapping
 from megatron_espo.models.layouts import ShardLayout, local_shape
+from megatron_espo.models.mapping import ParamMapping
 
 _LAYER_NAME = re.compile(r"^decoder\.layers\.(\d+)\.")
 
@@ -75,7 +75,7 @@ def bind(
 
     Args:
         chunks: the rank's ``GPTModel`` chunks (several with a virtual pipeline), wrapped or not.
-        groups: ``families.model_groups``.
+        groups: ``ModelSpec.groups``.
         ranks: this rank's indices.
 
     Returns:

@@ -8,15 +8,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from megatron_espo.config.model_folder import OWN_HEAD
+from megatron_espo.config.model_folder import OWN_HEAD, tensor_problems
 from megatron_espo.errors import InputError
-from megatron_espo.models.families import (
-    ignored_tensors,
-    is_tied,
-    model_groups,
-    tensor_shapes,
-)
 from megatron_espo.models.layouts import shard_into
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.binding import ShardRanks, bind
 from megatron_espo.weights.hf_reader import CheckpointFolder
 from megatron_espo.weights.hf_writer import write_folder
@@ -25,25 +20,26 @@ from megatron_espo.weights.source import WeightGatherer
 _ROWS = 4096  # of the vocabulary, read at a time
 
 
-def open_checkpoint(hf_config: dict[str, Any], path: str | Path) -> CheckpointFolder:
-    """Open a Hugging Face folder and check its tensor names. Reads headers only.
+def open_checkpoint(spec: ModelSpec, path: str | Path) -> CheckpointFolder:
+    """Open a Hugging Face folder and check its tensors. Reads headers only.
 
     Raises:
-        InputError: an unreadable file, a missing tensor or an unknown one.
+        InputError: an unreadable file, or a missing, unknown or misshapen tensor.
     """
     folder = CheckpointFolder(path)
-    folder.check_names(tensor_shapes(hf_config), ignored_tensors(hf_config))
-    if is_tied(hf_config) and "lm_head.weight" in folder.names:
-        _check_tied_head(folder, (hf_config["vocab_size"], hf_config["hidden_size"]))
+    for problem in tensor_problems(folder.path, spec):
+        raise InputError(problem)
+    if spec.tie_word_embeddings and "lm_head.weight" in folder.names:
+        _check_tied_head(folder, spec.vocab_size)
     return folder
 
 
-def _check_tied_head(folder: CheckpointFolder, shape: tuple[int, int]) -> None:
+def _check_tied_head(folder: CheckpointFolder, vocab_size: int) -> None:
     """InputError if the head in the file differs from the embedding. Each rank reads some rows."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    head, embedding = (folder.get_slice(name, shape) for name in names)
+    head, embedding = (folder.get_slice(name) for name in names)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for first in range(rank * _ROWS, shape[0], ranks * _ROWS):
+    for first in range(rank * _ROWS, vocab_size, ranks * _ROWS):
         rows = slice(first, first + _ROWS)
         if not torch.equal(head[rows], embedding[rows]):
             raise InputError(OWN_HEAD.format(folder=folder.path))
@@ -52,7 +48,7 @@ def _check_tied_head(folder: CheckpointFolder, shape: tuple[int, int]) -> None:
 @torch.no_grad()
 def load_hf_weights(
     chunks: Sequence[torch.nn.Module],
-    hf_config: dict[str, Any],
+    spec: ModelSpec,
     path: str | Path,
     pg_collection: Any,
 ) -> None:
@@ -64,7 +60,7 @@ def load_hf_weights(
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
-        hf_config: content of ``config.json``.
+        spec: the model.
         path: folder with ``model.safetensors`` or a sharded checkpoint with its index.
         pg_collection: Megatron's ``ProcessGroupCollection``; uses ``tp``, ``expt_tp``, ``ep``.
 
@@ -73,9 +69,9 @@ def load_hf_weights(
             Nothing is loaded.
     """
     ranks = ShardRanks.of(pg_collection)
-    bound = [item for group in bind(chunks, model_groups(hf_config), ranks) for item in group]
-    folder = open_checkpoint(hf_config, path)
-    slices = [[folder.get_slice(name, shape) for name, shape in m.huggingface] for m, _ in bound]
+    bound = [item for group in bind(chunks, spec.groups, ranks) for item in group]
+    folder = open_checkpoint(spec, path)
+    slices = [[folder.get_slice(name) for name, _ in m.huggingface] for m, _ in bound]
     for (mapping, parameter), sources in zip(bound, slices, strict=True):
         shard = ranks.shard(mapping)
         shard_into(parameter, sources, mapping.layout, *shard, mapping.query_groups)
@@ -83,7 +79,7 @@ def load_hf_weights(
 
 def save_hf(
     chunks: Sequence[torch.nn.Module],
-    hf_config: dict[str, Any],
+    spec: ModelSpec,
     out_dir: str | Path,
     source_dir: str | Path,
     pg_collection: Any,
@@ -104,7 +100,7 @@ def save_hf(
         InputError: ``out_dir`` exists and is not an earlier export.
         RuntimeError: rank 0 could not write.
     """
-    source = WeightGatherer(chunks, hf_config, pg_collection, dtype=dtype)
+    source = WeightGatherer(chunks, spec, pg_collection, dtype=dtype)
     metadata, stream, failure = source.metadata(), iter(source), None
     if dist.get_rank() == 0:
         out, source_folder = Path(out_dir), Path(source_dir)

@@ -1,17 +1,13 @@
 """Read single slices of a Hugging Face folder of safetensors files."""
 
-import json
-from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from megatron_espo.config.model_folder import stored_tensors, weight_problems
 from megatron_espo.errors import InputError
-from megatron_espo.files import safetensors_header
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 
 class CheckpointFolder:
@@ -28,57 +24,12 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files: dict[str, tuple[dict[str, Any], Any]] = {}
-        index = self.path / INDEX_NAME
-        if index.is_file():
-            try:
-                self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{index}: expected JSON with a 'weight_map' ({error!r}); fetch it again"
-                ) from None
-        elif (self.path / SINGLE_NAME).is_file():
-            self._file_of = dict.fromkeys(self._open(SINGLE_NAME)[0], SINGLE_NAME)
-        else:
-            raise InputError(
-                f"{self.path}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; convert the "
-                "model with transformers: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
-            )
+        for problem in weight_problems(self.path):
+            raise InputError(problem)
+        self._file_of, _ = stored_tensors(self.path)
+        self._open = lru_cache(None)(lambda file: safe_open(file, framework="pt"))
         self.names = frozenset(self._file_of)
 
-    def check_names(self, expected: Iterable[str], ignored: Iterable[str] = ()) -> None:
-        """Raise InputError unless the folder has all expected tensors, and else only ignored."""
-        expected = set(expected)
-        if missing := sorted(expected - self.names):
-            raise InputError(
-                f"{self.path}: tensor {missing[0]!r} is missing ({len(missing)} in all); the "
-                "folder is incomplete or its config.json belongs to another model"
-            )
-        if unknown := sorted(self.names - expected - set(ignored)):
-            raise InputError(
-                f"{self.path}: tensor {unknown[0]!r} has no place in this model family "
-                f"({len(unknown)} in all) and would be lost; use a folder of this model only"
-            )
-
-    def get_slice(self, name: str, shape: tuple[int, ...]) -> Any:
-        """Return safetensors' lazy slice of a tensor. InputError unless it has this shape."""
-        file = self._file_of[name]
-        header, tensors = self._open(file)
-        if name not in header:
-            raise InputError(
-                f"{self.path / file}: expected {name!r}, found no such tensor; fetch the file again"
-            )
-        found = tuple(header[name]["shape"])
-        if found != shape:
-            raise InputError(
-                f"{self.path / file}: {name!r} has shape {found}, config.json implies {shape}; "
-                "weights and configuration must come from one model"
-            )
-        return tensors.get_slice(name)
-
-    def _open(self, file: str) -> tuple[dict[str, Any], Any]:
-        if file not in self._files:
-            header = safetensors_header(self.path / file)
-            self._files[file] = header, safe_open(self.path / file, framework="pt")
-        return self._files[file]
+    def get_slice(self, name: str) -> Any:
+        """Return safetensors' lazy slice of a tensor."""
+        return self._open(self._file_of[name]).get_slice(name)

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
+from megatron_espo.config.model_folder import INDEX
 from megatron_espo.errors import InputError
 from megatron_espo.files import make_durable
-from megatron_espo.weights.hf_reader import INDEX_NAME
 from megatron_espo.weights.source import ParameterMetadata
 
 MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*")
@@ -103,7 +103,7 @@ def _write_partial(
     assert not pending, pending.keys()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     make_durable(*partial.iterdir(), partial)
 
 

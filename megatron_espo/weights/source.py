@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron_espo.distributed.collectives import control_device, gather_objects, on_rank_0
 from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
 from megatron_espo.errors import InputError
-from megatron_espo.models.families import ParamMapping, model_groups
 from megatron_espo.models.layouts import ShardLayout, local_shape, unshard_into
+from megatron_espo.models.mapping import ParamMapping
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.binding import BoundParam, ShardIndex, ShardRanks, bind
 from megatron_espo.weights.exchange import Batch, Exchange, Routes
 
@@ -48,7 +49,7 @@ class WeightGatherer:
 
     Args:
         chunks: this rank's ``GPTModel`` chunks, wrapped or not.
-        hf_config: content of ``config.json``.
+        spec: the model.
         pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``pp``, ``expt_tp``, ``ep``,
             ``tp_ep`` and ``tp_dp_cp`` are used.
         dtype: dtype of the stream; tensors are cast before they are sent.
@@ -72,7 +73,7 @@ class WeightGatherer:
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
-        hf_config: dict[str, Any],
+        spec: ModelSpec,
         pg_collection: Any,
         *,
         dtype: torch.dtype,
@@ -86,7 +87,7 @@ class WeightGatherer:
         self._experts = pg_collection.expt_tp if sharded else pg_collection.tp_ep
         self._ranks = ShardRanks.of(pg_collection)
         self._dtype, self._sharded = dtype, sharded
-        self._groups = model_groups(hf_config)
+        self._groups = spec.groups
         self._limit = gather_bytes(self._groups, dtype.itemsize) // dtype.itemsize
         self._bound = bind(chunks, self._groups, self._ranks)
         self._device = next(chunks[0].parameters()).device

@@ -13,6 +13,7 @@ from megatron_espo.distributed import collectives
 from megatron_espo.distributed.monitored_barrier import MonitoredBarrier, RankLostError
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.rollout import transport
 from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.engine import EngineError, Phase, State
@@ -62,7 +63,7 @@ class WeightSync:
 
     Args:
         config: the run's configuration.
-        hf_config: the model's ``config.json``.
+        spec: the model.
         actor: the trained model: ``chunks`` of this rank, ``score`` and ``offloader``.
         runtime: this rank's process groups.
         engine: the started engine on rank 0 and on every other rank that has one, else ``None``.
@@ -73,7 +74,7 @@ class WeightSync:
     def __init__(
         self,
         config: Config,
-        hf_config: dict[str, Any],
+        spec: ModelSpec,
         actor: Any,
         runtime: Runtime,
         engine: VLLMEngine | None,
@@ -92,20 +93,20 @@ class WeightSync:
         # With several engines other ranks than 0 wait for an engine too.
         limit = rollout.timeout_s if rollout.engines == 1 else calls
         self._barrier = MonitoredBarrier(limit, limit + calls)
-        source = self._make_source(config, hf_config, runtime)
+        source = self._make_source(config, spec, runtime)
         self._source = ObservedSource(source, runtime.world_size)
         self._transport: Any = None
         self._pushes = 0
         self.version: int | None = None
 
-    def _make_source(self, config: Config, hf_config: dict[str, Any], runtime: Runtime) -> Any:
+    def _make_source(self, config: Config, spec: ModelSpec, runtime: Runtime) -> Any:
         dtype, chunks = getattr(torch, self._dtype), self._actor.chunks
         if config.model.exporter:
-            export = load_exporter(config.model.exporter, chunks, hf_config)
+            export = load_exporter(config.model.exporter, chunks, spec.hf_config)
             return ExportedWeightSource(export, dtype)
         return MegatronWeightSource(
             chunks,
-            hf_config,
+            spec,
             runtime.groups,
             dtype=dtype,
             sharded=self._name == "sharded_rdt",

@@ -101,7 +101,7 @@ def _launch(function: list, nproc: int, log: str, environment: dict[str, str]) -
     os.environ.update(environment, OMP_NUM_THREADS="1")
     config = LaunchConfig(
         1, 1, nproc, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        start_method="fork", max_restarts=0, monitor_interval=0.1,
+        local_addr="127.0.0.1", start_method="fork", max_restarts=0, monitor_interval=0.1,
     )  # fmt: skip
     status = 0
     try:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_espo.models.families import tensor_shapes
+from megatron_espo.models.registry import read_spec
 
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
 
@@ -24,4 +24,4 @@ def write_tensors(file: Path, tensors: dict[str, tuple[int, ...]], dtype: str = 
 
 def write_weights(folder: Path, hf_config: dict[str, Any]) -> None:
     """Write ``model.safetensors`` of a model with this ``config.json``."""
-    write_tensors(folder / "model.safetensors", tensor_shapes(hf_config))
+    write_tensors(folder / "model.safetensors", read_spec(hf_config).tensor_shapes)

@@ -10,12 +10,12 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class Response:
-    """One response: per-token lists, and its advantage."""
+    """One response: per-token lists, and the advantage of all tokens or of each."""
 
     logprob: list[float]
     old_logprob: list[float]
     entropy: list[float]
-    advantage: float
+    advantage: float | list[float]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def expected(
 def _token(rules, response, d, members, t, low, high) -> tuple[float, float, float, float]:
     """A token's surrogate, its derivative in the log-prob, its ratio, its distance to a bound."""
     a = response.advantage
+    a = a[t] if isinstance(a, list) else a
     if rules.objective == "gmpo":
         # Clipping lowers a·d of each token; the mean comes after.
         limited = [min(d[u], high) if a > 0 else max(d[u], -low) for u in members]

@@ -68,6 +68,7 @@ def write_tiny_run(folder: Path, **sections: dict) -> None:
         "run": {"dir": "(given)"},
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "optimizer": {"lr": 0.003},
+        "algorithm": {"num_mini_batches": 1},
         "rollout": {
             "prompts_per_step": 4,
             "group_size": 2,

@@ -1,10 +1,14 @@
 """Tiny Hugging Face models with random tensors, norms and biases included."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_espo.models.registry import read_spec
+from megatron_espo.models.spec import ModelSpec
 
 SIZES = {
     "vocab_size": 131,
@@ -25,6 +29,17 @@ FAMILIES = {
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "qwen3_yarn": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16, "attention_bias": True},
     "qwen3_moe": MOE | {"norm_topk_prob": True},
     "qwen3_moe_mixed": MOE
     | {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
@@ -35,12 +50,13 @@ def make_model(family: str, **changes: Any) -> torch.nn.Module:
     """Return a float32 model on the CPU in eval mode, determined by the arguments."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type = family.removesuffix("_tied").removesuffix("_mixed")
+    model_type = re.sub("_(tied|mixed|yarn)$", "", family)
     config = AutoConfig.for_model(model_type, **(SIZES | FAMILIES[family] | changes))
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
     )
+    model.config.architectures = [type(model).__name__]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
@@ -70,6 +86,6 @@ def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return answer
 
 
-def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a folder."""
-    return json.loads(Path(folder, "config.json").read_text())
+def load_spec(folder: str | Path) -> ModelSpec:
+    """The model in a folder."""
+    return read_spec(json.loads(Path(folder, "config.json").read_text()))

@@ -11,7 +11,6 @@ from typing import Any
 from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # no pyplot: no global state, no display
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from megatron_espo.monitoring.report.runs import RunData, read_runs
@@ -20,10 +19,7 @@ STYLE: Any = rc_params_from_file(
     Path(__file__).with_name("charts.mplstyle"), use_default_template=False
 )
 COLORS: list[str] = STYLE["axes.prop_cycle"].by_key()["color"]
-_DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
-# A chart of more points is a picture inside the SVG, so that long runs have small pages.
-MOST_POINTS = 1000
-_RASTER_ZORDER = 2.5  # above lines, below text
+_LINE_STYLES = ("-", "--", ":", "-.")
 Draw = Callable[[Axes], None]
 
 
@@ -46,12 +42,9 @@ class Chart:
     log: bool = False
 
 
-_WOULD_CLIP = "Share of tokens outside the clip range, here and of others"
-_ENVIRONMENT = "Turns of a trajectory, splits and failures of a step"
-_RATIO = "Importance ratio by group (mean, range)"
 REWARD = Chart("Reward (mean ± standard error)", "reward/mean")
-GROUP_ENTROPY = Chart("Entropy by group (nats)", r"group\d+/entropy")
-PHASES = Chart("Seconds by phase", r"time/\w+_s")
+GROUP_ENTROPY = Chart("Entropy by group (nats; group0 is the lowest)", r"group\d+/entropy")
+PHASES = Chart("Seconds by phase of a step", "time/step_s")
 CHARTS: dict[str, tuple[Chart, ...]] = {
     "Learning": (
         REWARD,
@@ -61,14 +54,14 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     "Entropy groups": (
         GROUP_ENTROPY,
         Chart("Clip range by group (ε)", r"group\d+/epsilon"),
-        Chart(_RATIO, r"group\d+/ratio", ("_min", "_max"), floor=False),
+        Chart("Ratio by group (range)", r"group\d+/ratio", ("_min", "_max"), floor=False),
         Chart("Share of a group without gradient (clipped)", r"group\d+/no_gradient"),
-        Chart(_WOULD_CLIP, r"policy/clipped|would_clip/\w+"),
+        Chart("Share of tokens outside clip ranges", r"policy/clipped|would_clip/\w+"),
     ),
     "Responses and the engine": (
         Chart("Response length (tokens)", "rollout/length_.*"),
         Chart("Share truncated, with advantage", "rollout/(truncated|with_advantage)"),
-        Chart(_ENVIRONMENT, "environment/(turns|splits|failed)"),
+        Chart("Turns, splits and failures", "environment/(turns|splits|failed)"),
         Chart("|engine − trainer| log-prob (nats)", "mismatch/logprob_gap_.*", log=True),
     ),
     "Optimisation": (
@@ -87,16 +80,19 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
 
 
 def draw_sections(runs: Sequence[RunData]) -> dict[str, dict[str, str]]:
-    """Draw every chart that has a value other than 0: heading -> title -> data URI of an SVG."""
+    """Draw every chart that has a value other than 0: heading -> title -> data URI of a PNG."""
     sections = {}
     for heading, charts in CHARTS.items():
-        shown: dict[str, Draw] = {
-            c.title: partial(draw_chart, chart=c, runs=runs) for c in charts if _shows(c, runs)
+        draws: dict[str, Draw] = {
+            c.title: partial(draw_chart, chart=c, runs=runs) for c in charts if _has(c, runs)
         }
         if heading == "Entropy groups":
-            shown |= _histograms(runs)
-        if shown:
-            sections[heading] = {title: _as_svg(title, draw) for title, draw in shown.items()}
+            draws |= _histograms(runs)
+        if draws:
+            sections[heading] = {
+                title: _data_uri(_picture({title: draw}, (5.2, 3.0), transparent=True))
+                for title, draw in draws.items()
+            }
     return sections
 
 
@@ -108,18 +104,18 @@ def draw_learning_curve(folder: str | Path) -> Path:
     charts = (REWARD, GROUP_ENTROPY, PHASES)
     draws: dict[str, Draw] = {c.title: partial(draw_chart, chart=c, runs=runs) for c in charts}
     path = Path(folder, "learning_curve.png")
-    _figure(draws, (12, 3.8), runs[0].name).savefig(path, dpi=120)
+    path.write_bytes(_picture(draws, (12, 3.8), runs[0].name))
     return path
 
 
 def draw_chart(axes: Axes, chart: Chart, runs: Sequence[RunData]) -> None:
     """Draw a chart. With several runs a color stands for a run, and a line style for a metric."""
-    if max(len(run.lines) for run in runs) > MOST_POINTS:
-        axes.set_rasterization_zorder(_RASTER_ZORDER)
-    if chart is PHASES:
-        _draw_phases(axes, runs)
-        return
     metrics, several = _metrics(chart, runs), len(runs) > 1
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if chart is PHASES and not several:
+        _stack_phases(axes, runs[0])
+        return
     for number, run in enumerate(runs):
         for kind, metric in enumerate(metrics):
             steps, values = run.series(metric)
@@ -128,20 +124,14 @@ def draw_chart(axes: Axes, chart: Chart, runs: Sequence[RunData]) -> None:
                 steps,
                 values,
                 color=color,
-                linestyle=_DASHES[kind % 4] if several else "-",
+                linestyle=_LINE_STYLES[kind % 4] if several else "-",
                 marker="o" if len(steps) < 3 else None,
-                label=_label(metric, metrics),
+                label=_label(metric) if number == 0 else None,
             )
             (x, low), (_, high) = (run.series(metric + end) for end in chart.band)
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     if len(metrics) > 1:
-        lines = [
-            Line2D([], [], color=STYLE["axes.labelcolor"], linestyle=_DASHES[k % 4])
-            for k in range(len(metrics))
-        ]
-        labels = [_label(metric, metrics) for metric in metrics]
-        axes.legend(lines if several else axes.get_lines(), labels)
-    _count_steps(axes)
+        axes.legend()
     if chart.log:
         axes.set_yscale("log")
     elif chart.floor and axes.get_ylim()[0] > 0:
@@ -153,39 +143,20 @@ def _metrics(chart: Chart, runs: Sequence[RunData]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.names(chart.metrics)))
 
 
-def _shows(chart: Chart, runs: Sequence[RunData]) -> bool:
+def _has(chart: Chart, runs: Sequence[RunData]) -> bool:
     return any(any(run.series(name)[1]) for run in runs for name in _metrics(chart, runs))
 
 
-def _label(metric: str, metrics: Sequence[str]) -> str:
+def _label(metric: str) -> str:
     head, _, tail = metric.partition("/")
-    if head.startswith("group"):
-        groups = sorted({name.split("/")[0] for name in metrics})
-        named = {groups[0]: "lowest-entropy group", groups[-1]: "highest-entropy group"}
-        return named.get(head, head)
-    if metric == "policy/clipped":
-        return "this run's objective"
-    return tail.removesuffix("_gib").removesuffix("_per_s").replace("_", " ")
+    return head if head.startswith("group") else tail.replace("_", " ")
 
 
-def _draw_phases(axes: Axes, runs: Sequence[RunData]) -> None:
-    """Seconds by phase: stacked over the steps of one run, or a bar of the mean for each of several
-    runs.
-    """
-    phases = list(dict.fromkeys(phase for run in runs for phase in run.phases))
-    # A step without a phase counts as 0.
-    seconds = [[[line.get(f"time/{p}_s", 0.0) for line in r.lines] for p in phases] for r in runs]
-    if len(runs) == 1:
-        axes.stackplot([line["step"] for line in runs[0].lines], *seconds[0], labels=phases)
-        axes.set_ylim(0, None)
-        _count_steps(axes)
-    else:
-        names, left = [_plain(run.name) for run in runs], [0.0] * len(runs)
-        for number, phase in enumerate(phases):
-            width = [sum(run[number]) / len(run[number]) for run in seconds]
-            axes.barh(names, width, left=left, label=phase, height=0.6)
-            left = [a + b for a, b in zip(left, width, strict=True)]
-        axes.set(xlabel="mean seconds of a step", ylim=(len(runs) - 0.5, -0.5))
+def _stack_phases(axes: Axes, run: RunData) -> None:
+    """Seconds by phase. A step without a phase counts as 0."""
+    seconds = [[line.get(f"time/{name}_s", 0.0) for line in run.lines] for name in run.phases]
+    axes.stackplot([line["step"] for line in run.lines], *seconds, labels=run.phases)
+    axes.set_ylim(0, None)
     axes.legend(loc="upper right")
 
 
@@ -197,53 +168,53 @@ def _histograms(runs: Sequence[RunData]) -> dict[str, Draw]:
     for run in runs:
         trained = [line for line in run.entropies if any(map(any, line["counts"]))]
         for line in trained[:1] + trained[1:][-1:]:
-            suffix = f", {_plain(run.name)}" if len(runs) > 1 else ""
-            title = f"Entropies of trained tokens, step {line['step']}{suffix}"
-            draws[title] = partial(_draw_histogram, line=line)
+            title = f"Entropies of trained tokens, step {line['step']}"
+            draws[f"{title}, {run.name}" if len(runs) > 1 else title] = partial(
+                _draw_histogram, line=line
+            )
     return draws
 
 
 def _draw_histogram(axes: Axes, line: dict) -> None:
     """A line of ``entropy.jsonl``: stacked histograms, and the mean boundaries between groups."""
-    counts, names = line["counts"], [f"group{g}/" for g in range(len(line["counts"]))]
-    bins, total = len(counts[0]), sum(map(sum, counts))
-    width = line["highest"] / bins
-    middles, bottom = [(i + 0.5) * width for i in range(bins)], [0.0] * bins
-    for name, group in zip(names, counts, strict=True):
-        share = [count / total for count in group]
-        axes.bar(middles, share, width, bottom, label=_label(name, names))
-        bottom = [a + b for a, b in zip(bottom, share, strict=True)]
+    counts, highest = line["counts"], line["highest"]
+    bins, groups = len(counts[0]), len(counts)
+    middles = [(i + 0.5) * highest / bins for i in range(bins)]
+    axes.hist(
+        [middles] * groups,
+        bins=bins,
+        range=(0, highest),
+        weights=counts,
+        stacked=True,
+        label=[f"group{number}" for number in range(groups)],
+    )
     for boundary in filter(None, line["boundaries"]):
-        label = "boundary (mean over responses)"
-        axes.axvline(boundary, color=COLORS[2], linestyle="--", label=label)
-    occupied = max(i for i, share in enumerate(bottom) if share)
-    axes.set(xlabel="nats", ylabel="share of tokens", xlim=(0, (occupied + 2) * width))
+        axes.axvline(boundary, color=COLORS[2], linestyle="--", label="boundary (mean)")
+    occupied = max(x for x, *group in zip(middles, *counts, strict=True) if any(group))
+    axes.set(xlabel="nats", ylabel="tokens", xlim=(0, occupied + highest / bins))
     axes.legend()
 
 
-def _figure(draws: dict[str, Draw], size: tuple[float, float], heading: str = "") -> Figure:
+def _picture(
+    draws: dict[str, Draw], size: tuple[float, float], heading: str = "", transparent: bool = False
+) -> bytes:
+    """A PNG of charts side by side. ``size``: in inches, at 120 dots per inch."""
+    png = io.BytesIO()
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(_plain(heading))
         panels = figure.subplots(1, len(draws), squeeze=False)[0]
         for axes, (title, draw) in zip(panels, draws.items(), strict=True):
-            axes.set_title(title)
+            axes.set_title(_plain(title))
             draw(axes)
-    return figure
+        figure.savefig(png, transparent=transparent, dpi=120)
+    return png.getvalue()
 
 
-def _as_svg(title: str, draw: Draw) -> str:
-    svg = io.BytesIO()
-    with rc_context(STYLE):
-        _figure({title: draw}, (5.2, 3.0)).savefig(svg, format="svg", transparent=True, dpi=120)
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _count_steps(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _plain(name: str) -> str:
+def _plain(text: str) -> str:
     """Text for matplotlib, where a dollar sign starts a formula."""
-    return name.replace("$", r"\$")
+    return text.replace("$", r"\$")

@@ -13,7 +13,7 @@ import jinja2  # torch requires it
 
 from megatron_espo.config.reference import sections
 from megatron_espo.monitoring.report.charts import COLORS, draw_sections
-from megatron_espo.monitoring.report.runs import RunData, read_runs
+from megatron_espo.monitoring.report.runs import NOT_GIVEN, RunData, read_runs
 
 # The page shows only the first tokens of long samples, so that it stays below 3 MB.
 SAMPLE_TOKENS, SAMPLES_A_STEP = 800, 4
@@ -54,40 +54,28 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     return page
 
 
-def number(value: Any, digits: int = 3) -> str:
-    """Format a number for a table: significant digits, an exponent only for very small or large
-    values, a dash for none.
+def number(value: Any) -> str:
+    """Format a number for a table: an exponent only for very small or large values, a dash for
+    none.
     """
     if not isinstance(value, int | float) or math.isnan(value):
-        return "–"
+        return NOT_GIVEN
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits - 1}e}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{max(0, min(decimals, digits))}f}"
+        return f"{value:.2e}"
+    return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def settings_table(runs: Sequence[RunData]) -> list[tuple[str, list[str], bool]]:
     """Settings that are not the default in some run: name, value of each run, and whether these
     differ. Those that differ come first.
     """
-    defaults = {
-        f"{section}.{key}": _as_text(field.get_default(call_default_factory=True))
-        for section, model in sections().items()
-        for key, field in model.model_fields.items()
-    }
-    of_runs = [
-        {
-            f"{s}.{key}": _as_text(value)
-            for s, keys in run.config.items()
-            for key, value in keys.items()
-        }
-        for run in runs
-    ]
     rows = []
-    for key in dict.fromkeys(key for settings in of_runs for key in settings):
-        values = [settings.get(key, "–") for settings in of_runs]
-        if {*values} - {defaults.get(key), "–"}:
-            rows.append((key, values, len({*values}) > 1))
+    for section, model in sections().items():
+        for key, field in model.model_fields.items():
+            values = [_as_text(run.setting(section, key)) for run in runs]
+            default = _as_text(field.get_default(call_default_factory=True))
+            if {*values} - {default, NOT_GIVEN}:
+                rows.append((f"{section}.{key}", values, len({*values}) > 1))
     return sorted(rows, key=lambda row: not row[2])
 
 

@@ -22,7 +22,13 @@ _EXCEPTION = re.compile(
 )
 _STEP = re.compile(r'{"step": (\d+),')
 _MOST_EXCEPTIONS = 12
+_BAD_IF_POSITIVE = {
+    "sync/restarts": "restarts of the rollout engine during weight updates",
+    "optimizer/skipped": "updates skipped (a gradient was not finite, or a spike; bad_batches/)",
+    "reward/failed": "responses not judged (the verifier crashed, hung or returned no number)",
+}
 SAMPLE_STEPS = 6
+NOT_GIVEN = "–"
 
 
 def write_summary(
@@ -81,8 +87,8 @@ class RunData:
         return fmean(values) if values else math.nan
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of ``config.json``, or ``"?"``."""
-        return self.config.get(section, {}).get(key, "?")
+        """A value of ``config.json``, or ``NOT_GIVEN``."""
+        return self.config.get(section, {}).get(key, NOT_GIVEN)
 
     @property
     def model(self) -> str:
@@ -101,43 +107,44 @@ class RunData:
 
     def problems(self) -> list[str]:
         """Problems of the run, worst first."""
-        last, found = self.lines[-1]["step"], []
+        return [
+            *self._end_problems(),
+            *self._metric_problems(),
+            *(
+                f"engine.log: {line[:300]}" + (f" ({count} times)" if count > 1 else "")
+                for line, count in self.engine_exceptions.most_common(_MOST_EXCEPTIONS)
+            ),
+        ]
 
-        def steps_where(metric: str, test: Callable[[float], bool] = bool) -> list[int]:
-            return [step for step, x in zip(*self.series(metric), strict=True) if test(x)]
-
-        state, why = self.status.get("state"), self.status.get("why")
-        if state in ("failed", "requeue"):
-            verb = "failed" if state == "failed" else "was asked to stop"
-            found.append(f"the run {verb} after step {last}: {why}")
+    def _end_problems(self) -> Iterator[str]:
+        last, state, why = self.lines[-1]["step"], self.status.get("state"), self.status.get("why")
+        if state == "failed":
+            yield f"the run failed after step {last}: {why}"
+        elif state == "requeue":
+            yield f"the run was asked to stop after step {last}: {why}"
         elif not self.summary:
             steps = self.setting("run", "steps")
-            found.append(
-                f"the run had not finished when this was written ({last} of {steps} steps)"
-            )
-        if steps := steps_where("sync/restarts"):
-            total = sum(self.series("sync/restarts")[1])
-            when = f"at the weight updates of steps {_some(steps)}"
-            found.append(f"the rollout engine was restarted {total:.0f} times, {when}")
-        if missing := sorted(set(range(1, last + 1)) - {line["step"] for line in self.lines}):
-            found.append(f"no metrics of {len(missing)} steps: {_some(missing)}")
-        metrics = self.names(r".+/.+")
-        if broken := [n for n in metrics if not all(map(math.isfinite, self.series(n)[1]))]:
-            found.append(f"NaN or infinity in {', '.join(broken)}")
-        if steps := steps_where("optimizer/skipped"):
-            found.append(
-                f"updates were skipped in steps {_some(steps)}, because a gradient was not finite "
-                "(bad_batches/)"
-            )
-        if failed := sum(self.series("reward/failed")[1]):
-            why = "the verifier crashed, hung or returned no number"
-            found.append(f"{failed:.0f} responses were not judged: {why}")
-        if steps := steps_where("mismatch/logprob_gap_mean", lambda gap: not gap <= LARGE_GAP):
-            gap = f"more than {LARGE_GAP:g} nats a token"
-            found.append(f"engine and trainer differ by {gap} in steps {_some(steps)}")
-        for line, count in self.engine_exceptions.most_common(_MOST_EXCEPTIONS):
-            found.append(f"engine.log: {line[:300]}" + (f" ({count} times)" if count > 1 else ""))
-        return found
+            yield f"the run had not finished when this was written ({last} of {steps} steps)"
+
+    def _metric_problems(self) -> Iterator[str]:
+        """Problems in ``metrics.jsonl``, with their steps."""
+        steps = {line["step"] for line in self.lines}
+        if missing := sorted(set(range(1, max(steps) + 1)) - steps):
+            yield f"no metrics of {len(missing)} steps: {_some(missing)}"
+        for name in self.names(r".+/.+"):
+            if broken := self.steps_where(name, lambda value: not math.isfinite(value)):
+                yield f"{name} is NaN or infinite in steps {_some(broken)}"
+        for metric, what in _BAD_IF_POSITIVE.items():
+            if steps_with := self.steps_where(metric, bool):
+                total = sum(self.series(metric)[1])
+                yield f"{what}: {total:g}, in steps {_some(steps_with)}"
+        if gaps := self.steps_where("mismatch/logprob_gap_mean", lambda gap: not gap <= LARGE_GAP):
+            limit = f"{LARGE_GAP:g} nats a token"
+            yield f"engine and trainer differ by more than {limit} in steps {_some(gaps)}"
+
+    def steps_where(self, metric: str, test: Callable[[float], bool]) -> list[int]:
+        """Steps whose value of ``metric`` passes ``test``."""
+        return [step for step, value in zip(*self.series(metric), strict=True) if test(value)]
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
@@ -146,8 +153,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
     Raises:
         InputError: no such folder, or no finished step in it.
     """
-    names: Counter[str] = Counter()
-    runs = []
+    runs: list[RunData] = []
     for folder in map(Path, folders):
         lines = {line["step"]: line for line in read_jsonl(folder / "metrics.jsonl")}
         if not lines:
@@ -157,49 +163,39 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
             )
         for line in lines.values():
             if error := line.get("reward/standard_error"):
-                ends = {"_low": -error, "_high": error}
-                line |= {f"reward/mean{end}": line["reward/mean"] + x for end, x in ends.items()}
-        config, summary, status = (
-            read_json(folder / f"{part}.json") for part in ("config", "summary", "status")
-        )
-        name = folder.resolve().name
-        names[name] += 1
+                for end, sign in (("_low", -1), ("_high", 1)):
+                    line[f"reward/mean{end}"] = line["reward/mean"] + sign * error
+        steps, name = sorted(lines), folder.resolve().name
+        is_taken = any(run.name == name for run in runs)
         runs.append(
             RunData(
-                folder,
-                name if names[name] == 1 else f"{name} ({names[name]})",
-                [lines[step] for step in sorted(lines)],
-                config,
-                summary,
-                status,
-                _read_samples(folder / "samples.jsonl"),
-                read_jsonl(folder / "entropy.jsonl"),
-                _exceptions(folder / "engine.log"),
+                folder=folder,
+                name=str(folder) if is_taken else name,
+                lines=[lines[step] for step in steps],
+                config=read_json(folder / "config.json"),
+                summary=read_json(folder / "summary.json"),
+                status=read_json(folder / "status.json"),
+                samples=_read_samples(folder / "samples.jsonl", steps),
+                entropies=read_jsonl(folder / "entropy.jsonl"),
+                engine_exceptions=_exceptions(folder / "engine.log"),
             )
         )
     return runs
 
 
-def _read_samples(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """Parses only the lines that are shown: the file of a long run has hundreds of MB."""
-    steps = sorted({step for step, _ in _sample_lines(path)})
-    places = range(SAMPLE_STEPS) if steps else ()
-    chosen: dict[int, list] = {
-        steps[round(i * (len(steps) - 1) / (SAMPLE_STEPS - 1))]: [] for i in places
-    }
-    for step, line in _sample_lines(path):
-        if step in chosen:
-            chosen[step].append(json.loads(line))
-    return chosen
-
-
-def _sample_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Step and text of each complete line."""
+def _read_samples(path: Path, steps: list[int]) -> dict[int, list[dict[str, Any]]]:
+    """Samples of a few of the run's steps. Parses only their lines: the file of a long run has
+    hundreds of MB.
+    """
+    last, parts = len(steps) - 1, SAMPLE_STEPS - 1
+    chosen: dict[int, list] = {steps[round(i * last / parts)]: [] for i in range(parts + 1)}
     if path.is_file():
         with path.open(encoding="utf-8") as file:
             for line in file:
-                if (match := _STEP.match(line)) and line.endswith("\n"):
-                    yield int(match[1]), line
+                step = _STEP.match(line)
+                if step and int(step[1]) in chosen and line.endswith("\n"):
+                    chosen[int(step[1])].append(json.loads(line))
+    return {step: samples for step, samples in chosen.items() if samples}
 
 
 def _exceptions(log: Path) -> Counter[str]:

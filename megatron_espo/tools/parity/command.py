@@ -1,13 +1,11 @@
 """Runs the matrix: a one-rank reference in its own process, then every layout, as a table."""
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -17,7 +15,8 @@ from megatron_espo.config.checks import check_model
 from megatron_espo.distributed import runtime as distributed_runtime
 from megatron_espo.distributed.collectives import on_rank_0
 from megatron_espo.errors import InputError
-from megatron_espo.models.experts import read_experts
+from megatron_espo.models.registry import read_spec
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.tools.parity import cases, measure, recorded
 
 HEADER = (
@@ -80,11 +79,11 @@ def run_ranks(args: argparse.Namespace, layouts: Sequence[cases.ParallelLayout])
 
     folder = on_rank_0(prepare)
     found: list[measure.Difference] = []
-    for name, config, hf_config in models(args, folder):
+    for name, config, spec in models(args, folder):
         for layout in layouts:
-            has_experts = read_experts(hf_config) is not None
+            has_experts = spec.experts is not None
             if layout.moe == has_experts and layout.fits(runtime.world_size):
-                found += run_layout(args, name, config, hf_config, layout, folder / name)
+                found += run_layout(args, name, config, spec, layout, folder / name)
     breaches = sum(not difference.within(args.tolerance) for difference in found)
     # Zero comparisons do not count as agreement.
     verdict = [breaches > 0 or not found]
@@ -106,7 +105,7 @@ def run_layout(
     args: argparse.Namespace,
     name: str,
     config: Config,
-    hf_config: dict[str, Any],
+    spec: ModelSpec,
     layout: cases.ParallelLayout,
     folder: Path,
 ) -> list[measure.Difference]:
@@ -115,12 +114,12 @@ def run_layout(
     config = config.model_copy(update={"megatron": Megatron(**base)})
     label = f"{name:<6} {layout.name:<11}"
     try:
-        check_model(config, hf_config)
+        check_model(config, spec)
     except InputError as error:
         if dist.get_rank() == 0:
             print(f"{label} skipped: {error}", flush=True)
         return []
-    model = measure.Model(config, hf_config)
+    model = measure.Model(config, spec)
     sequences, differences = recorded.load_sequences(folder / "batch.json"), []
     for micro_batch in cases.SHORT_MICRO_BATCHES if args.short else cases.MICRO_BATCHES:
         megatron = Megatron(**base | cases.MICRO_BATCHES[micro_batch])
@@ -151,32 +150,34 @@ def record(args: argparse.Namespace, folder: Path, wanted: set[bool]) -> None:
         wanted: of the tiny models: with experts, without, or both.
     """
     os.environ.pop("RANK", None)
-    for name, hf_config in recorded.MODELS.items():
-        if not args.config and (read_experts(hf_config) is not None) in wanted:
-            recorded.write_model(folder / name / "model", hf_config)
-    for name, config, hf_config in models(args, folder):
+    for name, spec in recorded.MODELS.items():
+        if not args.config and (spec.experts is not None) in wanted:
+            recorded.write_model(folder / name / "model", spec)
+    for name, config, spec in models(args, folder):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        model, vocab_size = measure.Model(config, hf_config), hf_config["vocab_size"]
-        sequences = recorded.make_sequences(vocab_size, hf_config["max_position_embeddings"])
+        model, vocab_size = measure.Model(config, spec), spec.vocab_size
+        sequences = recorded.make_sequences(vocab_size, spec.max_position_embeddings)
         sequences = recorded.drift(sequences, *model.score(sequences), vocab_size)
         measure.write_reference(model, sequences, objectives(args), folder / name)
         recorded.save_sequences(folder / name / "batch.json", sequences)
 
 
-def models(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config, dict[str, Any]]]:
-    """Name, configuration (one rank, float32) and ``config.json`` of each model under test."""
+def models(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config, ModelSpec]]:
+    """Name, configuration (one rank, float32) and specification of each model under test."""
     if not args.config:
         return [
-            (path.parent.parent.name, _tiny_config(str(path.parent)), json.loads(path.read_text()))
-            for path in sorted(folder.glob("*/model/config.json"))
+            (name, _tiny_config(str(folder / name / "model")), spec)
+            for name, spec in sorted(recorded.MODELS.items())
+            if (folder / name).is_dir()
         ]
     config = load_config(args.config, args.overrides)
-    hf_config = check_model(config)
+    spec = check_model(config)
     if args.num_layers:
-        hf_config = hf_config | {"num_hidden_layers": args.num_layers}
+        hf_config = spec.hf_config | {"num_hidden_layers": args.num_layers}
+        spec = read_spec(hf_config, config.model.family)
     megatron = Megatron(transformer_impl=config.megatron.transformer_impl)
     model = config.model.model_copy(update={"dtype": "float32"})
-    return [("yours", config.model_copy(update={"megatron": megatron, "model": model}), hf_config)]
+    return [("yours", config.model_copy(update={"megatron": megatron, "model": model}), spec)]
 
 
 def _tiny_config(path: str) -> Config:

@@ -14,6 +14,7 @@ from megatron_espo.distributed import runtime as distributed_runtime
 from megatron_espo.megatron.actor import build_chunks, packing_spec
 from megatron_espo.megatron.forward_step import make_forward_step
 from megatron_espo.megatron.train_engine import TrainEngine
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.metrics import reduce_metrics_everywhere
 from megatron_espo.tools.parity.cases import Objective
 from megatron_espo.weights.source import WeightGatherer
@@ -47,18 +48,18 @@ class Model:
 
     Args:
         config: ``model`` and ``megatron`` are used.
-        hf_config: the model's ``config.json``.
+        spec: the model.
     """
 
-    def __init__(self, config: Config, hf_config: dict[str, Any]) -> None:
-        self.config, self.vocab_size = config, hf_config["vocab_size"]
+    def __init__(self, config: Config, spec: ModelSpec) -> None:
+        self.config, self.vocab_size = config, spec.vocab_size
         sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
         self.runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
         groups = self.runtime.groups
-        chunks = build_chunks(config, hf_config, self.runtime)
+        chunks = build_chunks(config, spec, self.runtime)
         self.train_engine = TrainEngine(chunks, groups, Optimizer(), 1)
         chunks, read = self.train_engine.chunks, attrgetter("main_grad")
-        self._gradients = WeightGatherer(chunks, hf_config, groups, dtype=torch.float32, read=read)
+        self._gradients = WeightGatherer(chunks, spec, groups, dtype=torch.float32, read=read)
 
     def score(self, sequences: list[TrainSequence]) -> tuple[list[list[float]], list[list[float]]]:
         """Log-probs and entropies of each sequence, on one rank."""

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from megatron_espo.algo import LossInputs, load_objective
 from megatron_espo.config import Algorithm
 from megatron_espo.data.packing import TrainSequence
-from megatron_espo.models.families import model_groups
+from megatron_espo.models.registry import read_spec
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.tools.parity.cases import OBJECTIVES
 
 SEED = 5
@@ -35,36 +36,34 @@ SIZES = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
-    "moe": SIZES
-    | {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    },
+MODELS: dict[str, ModelSpec] = {
+    "dense": read_spec(SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
+    "moe": read_spec(
+        SIZES
+        | {
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        }
+    ),
 }
 """Small models with grouped queries, experts, and a vocabulary of 11 x 47 that needs padding."""
 
 
-def write_model(folder: Path, hf_config: dict[str, Any]) -> None:
+def write_model(folder: Path, spec: ModelSpec) -> None:
     """Write a Hugging Face folder of random float32 weights, without a tokenizer."""
     draw = torch.Generator().manual_seed(SEED)
     folder.mkdir(parents=True)
-    tensors = {}
-    for group in model_groups(hf_config):
-        for mapping in group:
-            for name, shape in mapping.huggingface:
-                # Norm weights are near 1; matrices are large enough for a policy that is not
-                # uniform.
-                tensors[name] = torch.randn(shape, generator=draw) * 0.2 + (len(shape) == 1)
+    # Norm weights are near 1; matrices are large enough for a policy that is not uniform.
+    tensors = {
+        name: torch.randn(shape, generator=draw) * 0.2 + (len(shape) == 1)
+        for name, shape in spec.tensor_shapes.items()
+    }
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(spec.hf_config, indent=2), encoding="utf-8")
 
 
 def make_sequences(vocab_size: int, max_tokens: int) -> list[TrainSequence]:

@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise InputError(f"--json: expected a file in a folder that exists, got {args.json!r}")
     from megatron_espo.config import load_config
-    from megatron_espo.config.checks import check_model, read_hf_config
+    from megatron_espo.config.checks import check_model, read_model
 
     config = load_config(args.config, args.overrides)
-    hf_config = check_model(config, read_hf_config(config))
+    spec = check_model(config, read_model(config))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # use no GPU, even where there is one
     from megatron_espo.tools.plan.planner import Builder, Links, Machine, find_fix, make_plan
     from megatron_espo.tools.plan.render import render
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     links = Links(link, network, args.gpus_per_node)
     gpu_memory = int(args.gpu_memory * 1e9)
     machine = Machine(gpu_memory, links, args.expected_tokens, host_link=host)
-    build = Builder(hf_config, machine)
+    build = Builder(spec, machine)
     plan = make_plan(config, build, args.gpus)
     fix = None if plan.fits else find_fix(config, build, plan, args.gpus)
     if args.json:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from megatron_espo.megatron.meta import BuiltRank
-from megatron_espo.models.experts import read_experts
-from megatron_espo.models.families import ParamMapping, model_sizes, query_groups
 from megatron_espo.models.layouts import ShardLayout
+from megatron_espo.models.mapping import ParamMapping
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.numerics.plan import plan_head
 
 Groups = Sequence[Sequence[ParamMapping]]
@@ -51,7 +51,7 @@ class Pipeline:
 
 
 def plan_pipeline(
-    config: Any, hf_config: dict[str, Any], data_parallel_size: int, expected_tokens: int | None
+    config: Any, spec: ModelSpec, data_parallel_size: int, expected_tokens: int | None
 ) -> Pipeline:
     """Count the micro-batches of ``data.packing`` if every response has the expected length.
 
@@ -60,7 +60,7 @@ def plan_pipeline(
             ``rollout.max_response_tokens``.
     """
     megatron, rollout = config.megatron, config.rollout
-    longest = rollout.max_model_len or hf_config["max_position_embeddings"]
+    longest = rollout.max_model_len or spec.max_position_embeddings
     expected = min(expected_tokens or max(1, rollout.max_response_tokens // 2), longest)
     capacity = megatron.max_tokens_per_micro_batch
     # A response longer than a micro-batch gets a micro-batch to itself.
@@ -164,18 +164,17 @@ class Engine:
 
 
 def plan_engine(
-    config: Any, hf_config: dict[str, Any], groups: Groups, itemsize: int, shares_gpus: bool,
-    gpu_memory: int,
+    config: Any, spec: ModelSpec, itemsize: int, shares_gpus: bool, gpu_memory: int
 ) -> Engine:  # fmt: skip
     """Shard the weights as vLLM does, norms whole; keys and values take the rest of its budget."""
     rollout, gpus = config.rollout, config.rollout.tensor_parallel_size
     weights = 0
-    for mapping in (mapping for group in groups for mapping in group):
+    for mapping in (mapping for group in spec.groups for mapping in group):
         size = _elements(mapping) * itemsize
         weights += size if mapping.layout is ShardLayout.REPLICATED else -(-size // gpus)
-    heads = max(1, query_groups(hf_config) // gpus)  # vLLM replicates heads on more GPUs than heads
-    head_bytes = model_sizes(hf_config)["head_dim"] * itemsize
-    per_token = 2 * hf_config["num_hidden_layers"] * heads * head_bytes
+    # vLLM replicates heads on more GPUs than heads.
+    heads = max(1, spec.num_key_value_heads // gpus)
+    per_token = 2 * spec.num_hidden_layers * heads * spec.head_dim * itemsize
     budget = int(rollout.gpu_memory_utilization * gpu_memory)
     return Engine(
         number=rollout.engines,
@@ -186,7 +185,7 @@ def plan_engine(
         weight_bytes=weights,
         kv_bytes_per_token=per_token,
         kv_tokens=max(0, budget - weights) // per_token,
-        max_model_len=rollout.max_model_len or hf_config["max_position_embeddings"],
+        max_model_len=rollout.max_model_len or spec.max_position_embeddings,
     )
 
 
@@ -224,18 +223,17 @@ class StageMemory:
 
 
 def plan_memory(
-    rank: BuiltRank, config: Any, hf_config: dict[str, Any], groups: Groups, pipeline: Pipeline,
+    rank: BuiltRank, config: Any, spec: ModelSpec, pipeline: Pipeline,
     *, on_gpu: bool, sync: int, engine: Engine | None,
 ) -> StageMemory:  # fmt: skip
     """Memory of one GPU of the stage of ``rank``.
 
     Args:
-        groups: from ``families.model_groups``.
         on_gpu: a GPU (``transformer_impl: auto`` means Transformer Engine), else a CPU.
         sync: extra bytes while weights are gathered.
         engine: the engine on the same GPU, if there is one.
     """
-    model = Activations(config, hf_config, pipeline.tokens, on_gpu)
+    groups, model = spec.groups, Activations(config, spec, pipeline.tokens, on_gpu)
     decoder = [shard for shard in rank.held if 0 < shard.group < len(groups) - 1]
     layers = [groups[i] for i in sorted({shard.group for shard in decoder})]
     size = max(1, len(layers) // pipeline.chunks)
@@ -289,14 +287,14 @@ class Activations:
         on_gpu: what ``transformer_impl: auto`` means: Transformer Engine, or Megatron's own layers.
     """
 
-    def __init__(self, config: Any, hf_config: dict[str, Any], tokens: int, on_gpu: bool) -> None:
-        self.megatron, self.hf_config, self.on_gpu = config.megatron, hf_config, on_gpu
+    def __init__(self, config: Any, spec: ModelSpec, tokens: int, on_gpu: bool) -> None:
+        self.megatron, self.spec, self.on_gpu = config.megatron, spec, on_gpu
         m = config.megatron
         self.tp, self.cp = m.tensor_model_parallel_size, m.context_parallel_size
         self.sp = self.tp if m.sequence_parallel else 1  # shards of the states between linears
         self.tokens = -(-tokens // self.cp)
         self.itemsize = getattr(torch, config.model.dtype).itemsize
-        self.hidden_bytes = hf_config["hidden_size"] * self.itemsize
+        self.hidden_bytes = spec.hidden_size * self.itemsize
         auto = m.transformer_impl == "auto"
         self.fused = on_gpu if auto else m.transformer_impl == "transformer_engine"
 
@@ -325,7 +323,7 @@ class Activations:
 
     def head(self) -> int:
         """Bytes of the final norm and the fused output layer when every token is scored."""
-        columns = -(-self.hf_config["vocab_size"] // self.tp)
+        columns = -(-self.spec.vocab_size // self.tp)
         budget_mib = self.megatron.head_memory_mib
         logits = plan_head(
             self.tokens,
@@ -343,29 +341,30 @@ class Activations:
 
     def _layer(self, layer: Sequence[ParamMapping]) -> tuple[float, float]:
         """Bytes a token: what one layer keeps, and the gradients alive at once in its backward."""
-        gates = [mapping for mapping in layer if mapping.layout is ShardLayout.GATED]
-        ffn, experts = gates[0].huggingface[0][1][0], len(gates)
-        routing = read_experts(self.hf_config)
-        copies = routing.per_token if routing and experts > 1 else 1
+        routing, ffn, copies = self.spec.experts, self.spec.intermediate_size, 1
+        experts = max(mapping.num_experts for mapping in layer)
+        if routing and experts:
+            ffn, copies = routing.ffn, routing.per_token
         qk_norm = any("q_norm" in name for mapping in layer for name, _ in mapping.huggingface)
-        kept = 2 * self._norm() + self._attention(qk_norm) + self._mlp(ffn, experts, copies)
+        norms = 4 if self.spec.post_norms else 2
+        kept = norms * self._norm() + self._attention(qk_norm) + self._mlp(ffn, experts, copies)
         # Sequence parallelism gathers the linears' inputs and gradients.
-        hidden = (2 if self.sp > 1 else 1) * self.hf_config["hidden_size"]
+        hidden = (2 if self.sp > 1 else 1) * self.spec.hidden_size
         return kept, (2 * ffn * copies / self.tp + hidden) * self.itemsize
 
     def _norm(self) -> float:
         """An RMSNorm's input, and its output for the next linear."""
         # Megatron's own norm works in float32.
-        kept = self.hidden_bytes if self.fused else 2 * FLOAT32 * self.hf_config["hidden_size"]
+        kept = self.hidden_bytes if self.fused else 2 * FLOAT32 * self.spec.hidden_size
         return (kept + self.hidden_bytes + FLOAT32) / self.sp
 
     def _attention(self, qk_norm: bool) -> float:
-        model, b = model_sizes(self.hf_config), self.itemsize
+        model, b = self.spec.sizes, self.itemsize
         q, k = model["query"] / self.tp, model["key"] / self.tp
         # The value is a view that keeps the whole projection; rotated query and key are copies.
         kept = (q + 2 * k) * b + (q + k) * b
         kept += q * b  # input of the output projection
-        lse = self.hf_config["num_attention_heads"] / self.tp * FLOAT32
+        lse = self.spec.num_attention_heads / self.tp * FLOAT32
         selective = self.megatron.recompute_granularity == "selective"
         if self.fused:
             return kept + (0 if selective else lse) + ((q + k) * b if qk_norm else 0)
@@ -379,11 +378,11 @@ class Activations:
     def _mlp(self, ffn: int, experts: int, copies: int) -> float:
         """Gate, up projection, their product; unfused also the gate's SiLU and a copy."""
         widths = 3 if self.fused else 5
-        if experts == 1:
+        if not experts:
             return widths * ffn / self.tp * self.itemsize
         # Balanced routing: a rank computes its tokens x experts per token. Dispatch and combine
         # both keep these copies.
         m = self.megatron
         whole = m.expert_tensor_parallel_size in (None, self.tp)
-        hidden = self.hf_config["hidden_size"] / (1 if whole else self.sp)
+        hidden = self.spec.hidden_size / (1 if whole else self.sp)
         return copies * self.itemsize * (2 * hidden + widths * ffn / self.tp) + experts * FLOAT32

@@ -13,7 +13,7 @@ from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model, check_world_size
 from megatron_espo.distributed.runtime import parallel_sizes
 from megatron_espo.megatron.meta import BuiltRank, build_ranks
-from megatron_espo.models.families import model_groups
+from megatron_espo.models.spec import ModelSpec
 from megatron_espo.rollout.server import engine_owners
 from megatron_espo.rollout.transport import needs_all_replicas
 from megatron_espo.tools.plan.memory import (
@@ -114,12 +114,11 @@ class Builder:
     """Builds one model for one kind of machine; builds each layout once.
 
     Args:
-        hf_config: the model's ``config.json``.
+        spec: the model.
     """
 
-    def __init__(self, hf_config: dict[str, Any], machine: Machine) -> None:
-        self.hf_config, self.machine = hf_config, machine
-        self.groups = model_groups(hf_config)
+    def __init__(self, spec: ModelSpec, machine: Machine) -> None:
+        self.spec, self.machine = spec, machine
         self._built: dict[tuple, Built] = {}
 
     def __call__(self, config: Config, world_size: int) -> Built:
@@ -132,14 +131,14 @@ class Builder:
         sources = stage_ranks if is_on_all else _replica(config)
         key = (sizes, config.model.dtype, sharded, transport, hosts, sources, world_size)
         if key not in self._built:
-            ranks = list(build_ranks(config, self.hf_config, world_size))
+            ranks = list(build_ranks(config, self.spec, world_size))
             # ``files`` writes to the shared folder, and the engine's node reads from it.
             copies = 0 if not hosts else 2 if transport == "files" else 1
             itemsize, links = _itemsize(config), self.machine.links
             transfer = plan_transfer(
-                ranks, self.groups, itemsize, transport, stage_ranks, sources, links, copies
+                ranks, self.spec.groups, itemsize, transport, stage_ranks, sources, links, copies
             )
-            self._built[key] = ranks, count_parameters(ranks, self.groups), transfer
+            self._built[key] = ranks, count_parameters(ranks, self.spec.groups), transfer
         return self._built[key]
 
     def engine(self, config: Config) -> Engine:
@@ -148,7 +147,7 @@ class Builder:
         has_own = rollout.hosts or rollout.visible_devices is not None or not self.machine.on_gpu
         shares = transport == "ipc" or (transport == "files" and not has_own)
         itemsize, memory = _itemsize(config), self.machine.gpu_memory
-        return plan_engine(config, self.hf_config, self.groups, itemsize, shares, memory)
+        return plan_engine(config, self.spec, itemsize, shares, memory)
 
     def _transport(self, config: Config) -> str:
         if config.rollout.transport != "auto":
@@ -188,14 +187,14 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
     Raises:
         InputError: the layout fits neither the model nor the number of GPUs.
     """
-    hf_config, machine, megatron = build.hf_config, build.machine, config.megatron
-    check_model(config, hf_config)
+    spec, machine, megatron = build.spec, build.machine, config.megatron
+    check_model(config, spec)
     world_size = gpus or _smallest_world(config)
     data_parallel_size = check_world_size(config, world_size)
     stage_ranks = world_size // megatron.pipeline_model_parallel_size
     ranks, parameters, transfer = build(config, world_size)
     engine = build.engine(config)
-    pipeline = plan_pipeline(config, hf_config, data_parallel_size, machine.expected_tokens)
+    pipeline = plan_pipeline(config, spec, data_parallel_size, machine.expected_tokens)
     owners = engine_owners(engine.number, world_size) if engine.shares_gpus else ()
     shared = {owner + i for owner in owners for i in range(engine.gpus)}
     sync = transfer.peak_bytes + (0 if machine.on_gpu else transfer.file_bytes)
@@ -205,7 +204,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
             alone = shared.isdisjoint(range(rank.rank, rank.rank + stage_ranks))
             memory.append(
                 plan_memory(
-                    rank, config, hf_config, build.groups, pipeline,
+                    rank, config, spec, pipeline,
                     on_gpu=machine.on_gpu, sync=sync, engine=None if alone else engine,
                 )
             )  # fmt: skip
@@ -216,7 +215,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
         world_size=world_size,
         data_parallel_size=data_parallel_size,
         gpu_memory=machine.gpu_memory,
-        total_parameters=total_parameters(build.groups),
+        total_parameters=total_parameters(spec.groups),
         parameters=parameters,
         memory=memory,
         pipeline=pipeline,

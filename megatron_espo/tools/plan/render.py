@@ -20,7 +20,7 @@ MEMORY = (
     "stage", "weights", "grads", "main", "Adam", "in flight", "activ.", "work", "sync", "engine",
     "total",
 )  # fmt: skip
-TRANSFER = ("group", "stage", "tensors", "GB", "MB of each rank", "ranks", "peak extra GB")
+TRANSFER = ("group", "stage", "tensors", "GB", "peak extra GB")
 
 
 def render(plan: Plan, fix: str | None) -> str:
@@ -35,12 +35,9 @@ def render(plan: Plan, fix: str | None) -> str:
         for s in stages
     ]  # fmt: skip
     groups = [
-        (
-            g.name, g.stage, g.tensors, f"{g.gathered_bytes / GB:.2f}",
-            f"{g.shard_bytes / 1e6:,.1f}", g.gather_ranks, f"{g.peak_bytes / GB:.2f}",
-        )
+        (g.name, g.stage, g.tensors, f"{g.gathered_bytes / GB:.2f}", f"{g.peak_bytes / GB:.2f}")
         for g in plan.transfer.groups
-    ]  # fmt: skip
+    ]
     tensors = sum(group.tensors for group in plan.transfer.groups)
     parts = [
         _head(plan),

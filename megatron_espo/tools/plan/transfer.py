@@ -6,8 +6,8 @@ from math import prod
 from typing import NamedTuple
 
 from megatron_espo.megatron.meta import BuiltRank, ParamShard
-from megatron_espo.models.families import ParamMapping
 from megatron_espo.models.layouts import ShardLayout
+from megatron_espo.models.mapping import ParamMapping
 from megatron_espo.weights.exchange import Routes
 from megatron_espo.weights.source import batches, gather_bytes
 
@@ -18,8 +18,6 @@ class GroupPlan:
 
     Attributes:
         gathered_bytes: bytes of the whole tensors.
-        shard_bytes: the most that one rank contributes, of its dense part or of its experts.
-        gather_ranks: ranks of that gather.
         peak_bytes: extra memory on a rank of the owning stage: the whole tensors, the last tensor
             of the previous group (vLLM's own transports still hold it), and the buffers of the
             largest collective.
@@ -29,8 +27,6 @@ class GroupPlan:
     stage: int
     tensors: int
     gathered_bytes: int
-    shard_bytes: int
-    gather_ranks: int
     peak_bytes: int
 
 
@@ -39,11 +35,6 @@ class Shards(NamedTuple):
 
     size: int
     shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def elements(self) -> int:
-        """Elements of a rank's shards."""
-        return sum(map(prod, self.shapes))
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ def plan_transfer(
 
     Args:
         ranks: from ``build_ranks``.
-        groups: from ``families.model_groups``.
+        groups: from ``ModelSpec.groups``.
         itemsize: bytes of an element that the engine receives.
         transport: ``files``, ``ipc`` or ``nccl``.
         stage_ranks: ranks of a pipeline stage.
@@ -135,16 +126,12 @@ def plan_transfer(
         size = sum(map(prod, shapes)) * itemsize
         gathers = [part for part in _shards(owned) if part.size > 1 or stages > 1]
         buffers = traffic.add(gathers, stage, room)
-        split = [part for part in gathers if part.size > 1] or [Shards(1, ())]
-        largest = max(split, key=lambda part: part.elements * part.size)
         plans.append(
             GroupPlan(
                 name=_group_name(index, mappings),
                 stage=stage,
                 tensors=len(shapes),
                 gathered_bytes=size,
-                shard_bytes=largest.elements * itemsize,
-                gather_ranks=largest.size,
                 peak_bytes=last_tensor + size + buffers,
             )
         )
@@ -232,18 +219,21 @@ class Traffic:
 
 def _shards(held: Sequence[ParamShard]) -> list[Shards]:
     """A group's parameters: those that each rank has whole, dense shards, experts."""
-    sharing = {False: set[int](), True: set[int]()}
-    for shard in held:
-        sharing[shard.is_expert].update(shard.sharing)
-    kinds: list[list[ParamShard]] = [[], [], []]
-    for shard in held:
-        whole = shard.mapping.layout is ShardLayout.REPLICATED or len(sharing[shard.is_expert]) == 1
-        kinds[0 if whole else 1 + shard.is_expert].append(shard)
-    first = kinds[2] and kinds[2][0].sharing  # the first rank's experts
-    kinds[2] = [shard for shard in kinds[2] if shard.sharing == first]
-    sizes = (1, len(sharing[False]), len(sharing[True]))
-    shapes = (tuple(shard.shape for shard in kind) for kind in kinds)
-    return [Shards(size, of_kind) for size, of_kind in zip(sizes, shapes, strict=True) if of_kind]
+    whole: list[tuple[int, ...]] = []
+    found = []
+    for is_expert in (False, True):
+        kind = [shard for shard in held if shard.is_expert == is_expert]
+        size = len({rank for shard in kind for rank in shard.sharing})
+        split = []
+        for shard in kind:
+            if size == 1 or shard.mapping.layout is ShardLayout.REPLICATED:
+                whole.append(shard.shape)
+            else:
+                split.append(shard)
+        # Of the experts only those of the first rank.
+        if shapes := tuple(shard.shape for shard in split if shard.sharing == split[0].sharing):
+            found.append(Shards(size, shapes))
+    return [Shards(1, tuple(whole)), *found] if whole else found
 
 
 def _group_name(index: int, mappings: Sequence[ParamMapping]) -> str:

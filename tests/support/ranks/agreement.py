@@ -12,14 +12,14 @@ def check(folder: str, cases: list[dict]) -> list[dict[str, str]]:
     """Return for each layout the errors without a flip, and with each flip on the last rank."""
     results = []
     for case in cases:
-        actor, hf_config, place = make_actor(folder, "float32", case["sizes"])
-        errors = {"nothing": _update(actor, hf_config, 1)}
+        actor, spec, place = make_actor(folder, "float32", case["sizes"])
+        errors = {"nothing": _update(actor, spec, 1)}
         compare = actor._compare_ranks
         if place.rank == place.world_size - 1:
             actor._compare_ranks = lambda groups, batches, shares, compare=compare: compare(
                 groups, _with_flipped_token(batches), shares
             )
-        errors["tokens"] = _update(actor, hf_config, 2)
+        errors["tokens"] = _update(actor, spec, 2)
         actor._compare_ranks = compare
         for name in case["weights"]:
             parameters = [
@@ -57,9 +57,9 @@ def _with_flipped_token(mini_batches):
     return mini_batches
 
 
-def _update(actor, hf_config, step: int) -> str:
+def _update(actor, spec, step: int) -> str:
     return _error(
-        lambda: actor.update(make_groups(step, hf_config["vocab_size"]), lambda done, total: None)
+        lambda: actor.update(make_groups(step, spec.vocab_size), lambda done, total: None)
     )
 
 

@@ -4,7 +4,7 @@ import torch
 
 from megatron_espo.config import Megatron
 from megatron_espo.distributed import runtime
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 
 def write(pairs: list[list[str]], **sizes) -> None:
@@ -14,9 +14,9 @@ def write(pairs: list[list[str]], **sizes) -> None:
 
     place = runtime.initialize(**sizes)
     for folder, out in pairs:
-        chunks, hf_config = _empty_model(folder, place, sizes)
-        load_hf_weights(chunks, hf_config, folder, place.groups)
-        save_checkpoint(chunks, hf_config, out).finish()
+        chunks, spec = _empty_model(folder, place, sizes)
+        load_hf_weights(chunks, spec, folder, place.groups)
+        save_checkpoint(chunks, spec, out).finish()
 
 
 def fail_in_the_background(folder: str, out: str, **sizes) -> list[str]:
@@ -31,8 +31,8 @@ def fail_in_the_background(folder: str, out: str, **sizes) -> list[str]:
     place = runtime.initialize(**sizes)
     if dist.get_rank() == 1:
         checkpoint._write_file = no_space
-    chunks, hf_config = _empty_model(folder, place, sizes)
-    save, errors = checkpoint.save_checkpoint(chunks, hf_config, out), [""] * dist.get_world_size()
+    chunks, spec = _empty_model(folder, place, sizes)
+    save, errors = checkpoint.save_checkpoint(chunks, spec, out), [""] * dist.get_world_size()
     try:
         save.finish()
         own = "saved"
@@ -53,10 +53,10 @@ def read(triples: list[list[str]], **sizes) -> list[float]:
     place = runtime.initialize(**sizes)
     padding = []
     for folder, checkpoint, out in triples:
-        chunks, hf_config = _empty_model(folder, place, sizes)
-        load_checkpoint(chunks, hf_config, checkpoint)
-        padding.append(_largest_padding(chunks, hf_config["vocab_size"], place.groups.tp))
-        save_hf(chunks, hf_config, out, folder, place.groups, torch.float32)
+        chunks, spec = _empty_model(folder, place, sizes)
+        load_checkpoint(chunks, spec, checkpoint)
+        padding.append(_largest_padding(chunks, spec.vocab_size, place.groups.tp))
+        save_hf(chunks, spec, out, folder, place.groups, torch.float32)
     return padding
 
 
@@ -66,11 +66,11 @@ def read_one_short(folder: str, checkpoint: str) -> str:
     from megatron_espo.megatron.checkpoint import load_checkpoint
 
     place = runtime.initialize()
-    chunks, hf_config = _empty_model(folder, place, {})
+    chunks, spec = _empty_model(folder, place, {})
     chunks[0].extra_scale = torch.nn.Parameter(torch.ones(1))
     del chunks[0].decoder.final_layernorm
     try:
-        load_checkpoint(chunks, hf_config, checkpoint)
+        load_checkpoint(chunks, spec, checkpoint)
     except InputError as error:
         return str(error)
     return "loaded"
@@ -80,13 +80,13 @@ def _empty_model(folder, place, sizes):
     """Build a model filled with NaN, so that values that are not loaded are found."""
     from megatron_espo.megatron.model import build_model
 
-    hf_config = read_hf_config(folder)
-    chunks = build_model(hf_config, Megatron(**sizes), place.groups)
+    spec = load_spec(folder)
+    chunks = build_model(spec, Megatron(**sizes), place.groups)
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.fill_(torch.nan)
-    return chunks, hf_config
+    return chunks, spec
 
 
 def _largest_padding(chunks, vocab_size: int, group) -> float:

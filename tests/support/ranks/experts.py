@@ -5,12 +5,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_espo.config import Config, Data, Megatron, Model, Optimizer, Rollout
+from megatron_espo.config import Algorithm, Config, Data, Megatron, Model, Optimizer, Rollout
 from megatron_espo.distributed import runtime
-from megatron_espo.models.experts import read_experts
 from tests.support.ranks.resume import make_groups
 from tests.support.reference import routed
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 
 def check_load(folder: str, replays: bool, **sizes: int) -> dict:
@@ -23,6 +22,7 @@ def check_load(folder: str, replays: bool, **sizes: int) -> dict:
         model=Model(path=folder, dtype="float32"),
         megatron=Megatron(**sizes),
         optimizer=Optimizer(lr=1e-30),
+        algorithm=Algorithm(num_mini_batches=1),
         rollout=Rollout(
             prompts_per_step=4, group_size=2, max_response_tokens=10, router_replay=replays
         ),
@@ -33,10 +33,10 @@ def check_load(folder: str, replays: bool, **sizes: int) -> dict:
 
     from megatron_espo.megatron.actor import Actor
 
-    hf_config = read_hf_config(folder)
+    spec = load_spec(folder)
     model, experts = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        read_experts(hf_config),
+        spec.experts,
     )
 
     def own_choices(tokens: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def check_load(folder: str, replays: bool, **sizes: int) -> dict:
         return torch.stack(logits, 1).topk(experts.per_token).indices.sort(-1).values
 
     groups, counts, differ, given = [], 0, 0, 0
-    for sequence, _ in make_groups(1, hf_config["vocab_size"]):  # no prompt is shared
+    for sequence, _ in make_groups(1, spec.vocab_size):  # no prompt is shared
         tokens = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
         chosen = own_choices(tokens)
         if replays:
@@ -58,7 +58,7 @@ def check_load(folder: str, replays: bool, **sizes: int) -> dict:
                 sequence = replace(sequence, routed_experts=chosen[:-1].numpy())
         counts = counts + torch.nn.functional.one_hot(chosen, experts.count).sum((0, 2))
         groups.append([sequence])
-    actor, found = Actor(config, hf_config, place), []
+    actor, found = Actor(config, spec, place), []
     for _ in range(2):
         actor.score(
             [(groups[0][0].prompt_ids, groups[0][0].response_ids, None)]

@@ -3,7 +3,7 @@
 from megatron_espo.config import Config, Data, Megatron, Model
 from megatron_espo.distributed import runtime
 from tests.support.ranks.step import make_batch
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 
 def gap(folder: str) -> float:
@@ -11,8 +11,8 @@ def gap(folder: str) -> float:
     place = runtime.initialize()
     from megatron_espo.megatron.actor import Actor
 
-    hf_config, scores = read_hf_config(folder), []
-    pairs = [(prompt, response) for prompt, response, _ in make_batch(hf_config["vocab_size"])]
+    spec, scores = load_spec(folder), []
+    pairs = [(prompt, response) for prompt, response, _ in make_batch(spec.vocab_size)]
     for fp8 in (None, "hybrid"):
         config = Config(
             model=Model(path=folder, dtype="bfloat16"),
@@ -20,6 +20,6 @@ def gap(folder: str) -> float:
             megatron=Megatron(fp8=fp8),
         )
         scores.append(
-            [value for values in Actor(config, hf_config, place).score(pairs) for value in values]
+            [value for values in Actor(config, spec, place).score(pairs) for value in values]
         )
     return sum(abs(a - b) for a, b in zip(*scores, strict=True)) / len(scores[0])

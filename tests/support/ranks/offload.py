@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.megatron.offload import PARTS
+from megatron_espo.models.spec import ModelSpec
 from tests.support.ranks.resume import make_actor, make_groups
 
 STEPS = 2  # Adam makes its moments in the first
@@ -19,15 +20,15 @@ def check_all(folders: dict[str, str], cases: list[dict]) -> list[dict]:
 
 def check(folder: str, dtype: str = "float32", sizes: dict | None = None, **options) -> dict:
     sizes = sizes or {}
-    plain, hf_config, place = make_actor(folder, dtype, sizes, **options)
-    expected = [train(plain, step, hf_config) for step in range(1, STEPS + 1)]
+    plain, spec, place = make_actor(folder, dtype, sizes, **options)
+    expected = [train(plain, step, spec) for step in range(1, STEPS + 1)]
     wanted = state(plain)
     actor, _, _ = make_actor(folder, dtype, sizes | {"offload": PARTS}, **options)
     start = {name: tensor.clone() for name, tensor in state(actor).items()}
     found, freed = [], {}
     for step in range(1, STEPS + 1):
         freed = offload_and_restore(actor)
-        found.append(train(actor, step, hf_config))
+        found.append(train(actor, step, spec))
     other = {
         name for name, tensor in state(actor).items() if not bits(tensor).equal(bits(wanted[name]))
     }
@@ -45,9 +46,9 @@ def check(folder: str, dtype: str = "float32", sizes: dict | None = None, **opti
     }
 
 
-def train(actor, step: int, hf_config: dict) -> tuple:
+def train(actor, step: int, spec: ModelSpec) -> tuple:
     """Return a step's metrics, and log-probs computed with only the weights on the device."""
-    metrics = actor.update(make_groups(step, hf_config["vocab_size"]), lambda done, total: None)
+    metrics = actor.update(make_groups(step, spec.vocab_size), lambda done, total: None)
     metrics = {name: value for name, value in metrics.items() if not name.startswith("time/")}
     actor.offloader.to_host("optimizer", "gradients")
     scores = actor.score([((1, 2, 3), (4, 5), None), ((7, 8), (9, 10, 11, 12), None)])
@@ -136,11 +137,11 @@ def check_gpu_memory(folder: str) -> None:
         torch.cuda.synchronize()
         return torch.cuda.mem_get_info()[0]
 
-    plain, hf_config, _ = make_actor(folder, "bfloat16", {})
-    expected = [train(plain, step, hf_config) for step in (1, 2)]
+    plain, spec, _ = make_actor(folder, "bfloat16", {})
+    expected = [train(plain, step, spec) for step in (1, 2)]
     del plain
     actor, _, _ = make_actor(folder, "bfloat16", {"offload": PARTS})
-    found = [train(actor, 1, hf_config)]
+    found = [train(actor, 1, spec)]
     torch.cuda.empty_cache()
     allocated, free_before, held = torch.cuda.memory_allocated(), free(), held_bytes(actor)
     actor.offloader.to_host(*PARTS)
@@ -152,5 +153,5 @@ def check_gpu_memory(folder: str) -> None:
     assert free() - free_before >= 0.9 * held, (free(), free_before, held)
     assert actor.offloader._parts["optimizer"].host.is_pinned()
     actor.offloader.to_device(*PARTS)
-    found.append(train(actor, 2, hf_config))
+    found.append(train(actor, 2, spec))
     assert found == expected

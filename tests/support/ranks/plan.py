@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_espo.config import Config
 from megatron_espo.data.packing import PackingSpec, TrainSequence, batch_totals, pack
 from megatron_espo.distributed import runtime
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 
 class Allocated:
@@ -46,15 +46,14 @@ def measure_step(settings: dict[str, Any], lengths: list[int]) -> dict[str, int]
     from megatron_espo.megatron.train_engine import TrainEngine
 
     config = Config.model_validate(settings)
-    hf_config = read_hf_config(config.model.path)
+    spec = load_spec(config.model.path)
     groups = runtime.initialize(**runtime.parallel_sizes(config.megatron)).groups
     dtype = getattr(torch, config.model.dtype)
     generator = torch.Generator().manual_seed(3)
 
     def micro_batch():
         ids = [
-            torch.randint(0, hf_config["vocab_size"], (n,), generator=generator).tolist()
-            for n in lengths
+            torch.randint(0, spec.vocab_size, (n,), generator=generator).tolist() for n in lengths
         ]
         sequences = [
             TrainSequence(tokens[:1], tokens[1:], [-1.0] * (len(tokens) - 1), 1.0) for tokens in ids
@@ -67,7 +66,7 @@ def measure_step(settings: dict[str, Any], lengths: list[int]) -> dict[str, int]
         return batches
 
     with Allocated() as held:
-        chunks = build_model(hf_config, config.megatron, groups, dtype=dtype)
+        chunks = build_model(spec, config.megatron, groups, dtype=dtype)
         for parameter in chunks[0].parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         policy = TrainEngine(chunks, groups, config.optimizer, train_steps=2)
@@ -75,7 +74,7 @@ def measure_step(settings: dict[str, Any], lengths: list[int]) -> dict[str, int]
         forward_step = make_forward_step(
             config.algorithm,
             groups=groups,
-            vocab_size=hf_config["vocab_size"],
+            vocab_size=spec.vocab_size,
             head_budget_bytes=budget and budget << 20,
         )
         policy.step(forward_step, micro_batch())

@@ -43,7 +43,6 @@ def faults() -> dict[str, list[dict]]:
                 fault.stop()
         with patch.object(torch.cuda, "get_device_name", lambda device: "H100"):
             rows["gpu"] = _row(preflight.gpus_row, replace(cluster, gpus=1 - rank))
-        rows["memlock"] = _row(preflight.node_limits_row, replace(cluster, gpus=1))
     return rows
 
 

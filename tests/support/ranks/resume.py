@@ -11,7 +11,7 @@ from megatron_espo.config import Algorithm, Config, Data, Megatron, Model, Optim
 from megatron_espo.data.packing import TrainSequence
 from megatron_espo.distributed import runtime
 from megatron_espo.errors import InputError
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 
 def make_groups(step: int, vocab_size: int) -> list[list[TrainSequence]]:
@@ -57,15 +57,15 @@ def make_actor(
     place = runtime.initialize(**runtime.parallel_sizes(config.megatron))
     from megatron_espo.megatron.actor import Actor
 
-    hf_config = read_hf_config(folder)
-    return Actor(config, hf_config, place), hf_config, place
+    spec = load_spec(folder)
+    return Actor(config, spec, place), spec, place
 
 
-def weights(actor, hf_config, place) -> dict[str, torch.Tensor]:
+def weights(actor, spec, place) -> dict[str, torch.Tensor]:
     from megatron_espo.weights.source import WeightGatherer
 
     source = WeightGatherer(
-        actor.chunks, hf_config, place.groups, dtype=torch.float32, all_replicas=True
+        actor.chunks, spec, place.groups, dtype=torch.float32, all_replicas=True
     )
     return {name: tensor.clone() for name, tensor in source}
 
@@ -75,16 +75,16 @@ def train(folder: str, first: int, last: int, dtype: str, sizes: dict, load=None
 
     Returns the final weights and each step's metrics.
     """
-    actor, hf_config, place = make_actor(folder, dtype, sizes)
+    actor, spec, place = make_actor(folder, dtype, sizes)
     if load:
         assert actor.load(load) == {"step": first - 1, "note": "ü"}
     metrics = [
-        actor.update(make_groups(step, hf_config["vocab_size"]), lambda done, total: None)
+        actor.update(make_groups(step, spec.vocab_size), lambda done, total: None)
         for step in range(first, last + 1)
     ]
     if save:
         actor.save(save, {"step": last, "note": "ü"}).finish()
-    return weights(actor, hf_config, place), metrics
+    return weights(actor, spec, place), metrics
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -155,6 +155,38 @@ def check_param_gather(folder: str, expert_folder: str) -> list[float]:
         overlapped, _ = train(model, 1, 3, "bfloat16", {"overrides": overlap})
         found.append(largest_difference(plain, overlapped))
     return [*found, largest_difference(plain, train(expert_folder, 1, 2, "bfloat16", {})[0])]
+
+
+def check_first_update(folder: str, sizes: dict, epochs: int) -> dict[str, float]:
+    """Compare a step with one that scores the responses of every update.
+
+    ``score passes``: of the step itself, which has two mini-batches.
+    """
+    found, passes = [], 0
+    for scores_all in (False, True):
+        settings = {"algorithm": {"num_epochs": epochs}}
+        actor, spec, place = make_actor(folder, "float32", sizes, **settings)
+        score, step, unscored = actor._score, actor._step, [epochs == 1]
+
+        def count(batches, tick, *names, score=score, scores_all=scores_all):
+            nonlocal passes
+            passes += not scores_all
+            return score(batches, tick, *names)
+
+        def scored_step(batches, part, tick, score=score, step=step, unscored=unscored):
+            if unscored and unscored.pop():
+                batches = score(batches, tick, "old_logprob", "old_entropy")
+            return step(batches, part, tick)
+
+        actor._score, actor._step = count, scored_step if scores_all else step
+        start = weights(actor, spec, place)
+        actor.update(make_groups(1, spec.vocab_size), lambda done, total: None)
+        found.append(weights(actor, spec, place))
+    return {
+        "difference": largest_difference(*found),
+        "trained": largest_difference(found[0], start),
+        "score passes": passes,
+    }
 
 
 def check_rng(folder: str) -> list[bool]:

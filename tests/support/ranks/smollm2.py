@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from megatron_espo.config import Megatron
 from megatron_espo.distributed import runtime
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 TEXT = "The capital of France is Paris, and 17 + 25 = 42."
 
@@ -19,9 +19,9 @@ def logit_difference(folder: str, pipeline: int) -> float:
     from megatron_espo.megatron.model import build_model
     from megatron_espo.weights.hf_io import load_hf_weights
 
-    hf_config = read_hf_config(folder)
-    chunks = build_model(hf_config, Megatron(pipeline_model_parallel_size=pipeline), place.groups)
-    load_hf_weights(chunks, hf_config, folder, place.groups)
+    spec = load_spec(folder)
+    chunks = build_model(spec, Megatron(pipeline_model_parallel_size=pipeline), place.groups)
+    load_hf_weights(chunks, spec, folder, place.groups)
     tokens = torch.tensor([AutoTokenizer.from_pretrained(folder).encode(TEXT)])
 
     def forward_step(_, model):

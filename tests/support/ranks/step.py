@@ -10,9 +10,8 @@ import torch.distributed as dist
 from megatron_espo.config import Algorithm, Megatron, Optimizer
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.distributed import runtime
-from megatron_espo.models.experts import read_experts
 from tests.support import reference
-from tests.support.weights_models import per_expert, read_hf_config
+from tests.support.weights_models import load_spec, per_expert
 
 TEMPERATURE = 0.7
 NUM_RESPONSES = 10  # of which eight have an advantage
@@ -48,9 +47,9 @@ def make_masks(batch) -> list[list[bool]]:
     return masks
 
 
-def engine_experts(batch, hf_config) -> list[np.ndarray]:
+def engine_experts(batch, spec) -> list[np.ndarray]:
     """Random experts of the rollout engine, equal for equal prompts but for the last token."""
-    experts, draw = read_experts(hf_config), np.random.default_rng(9)
+    experts, draw = spec.experts, np.random.default_rng(9)
 
     def choose(tokens: int) -> np.ndarray:
         scores = draw.random((tokens, sum(experts.layers), experts.count))
@@ -86,13 +85,13 @@ def build(
     from megatron_espo.megatron.train_engine import TrainEngine
     from megatron_espo.weights.hf_io import load_hf_weights
 
-    hf_config = read_hf_config(folder)
-    chunks = build_model(hf_config, Megatron(**sizes), place.groups)
-    load_hf_weights(chunks, hf_config, weights, place.groups)
+    spec = load_spec(folder)
+    chunks = build_model(spec, Megatron(**sizes), place.groups)
+    load_hf_weights(chunks, spec, weights, place.groups)
     policy = TrainEngine(
         chunks, place.groups, settings, train_steps=1, overrides=sizes.get("overrides")
     )
-    batch = make_batch(hf_config["vocab_size"])
+    batch = make_batch(spec.vocab_size)
     rollout_logprobs = engine_logprobs([r for _, r, _ in batch])
     sequences = [
         TrainSequence(p, r, logprobs, a)
@@ -105,23 +104,23 @@ def build(
         ]
     settings_of_layout = Megatron(max_tokens_per_micro_batch=max_tokens, **sizes)
     totals = batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99)
-    spec = replace(packing_spec(settings_of_layout, place.groups), **packing)
-    experts = read_experts(hf_config)
+    pack_as = replace(packing_spec(settings_of_layout, place.groups), **packing)
+    experts = spec.experts
     if replays:
         if dist.get_rank() == 0:
-            chosen = zip(sequences, engine_experts(batch, hf_config), strict=True)
+            chosen = zip(sequences, engine_experts(batch, spec), strict=True)
             sequences = [replace(sequence, routed_experts=rows) for sequence, rows in chosen]
-        sequences = scatter_routed_experts(sequences, experts, place.groups, spec.share_prompts)
-    micro_batches = pack(sequences, totals, spec)
+        sequences = scatter_routed_experts(sequences, experts, place.groups, pack_as.share_prompts)
+    micro_batches = pack(sequences, totals, pack_as)
     step = make_forward_step(
         algorithm or Algorithm(),
         groups=place.groups,
-        vocab_size=hf_config["vocab_size"],
+        vocab_size=spec.vocab_size,
         temperature=TEMPERATURE,
         head_budget_bytes=head_budget_bytes,
         router_replay=RouterReplay(chunks, experts, place.groups.tp) if replays else None,
     )
-    return place, policy, step, micro_batches, batch, hf_config
+    return place, policy, step, micro_batches, batch, spec
 
 
 def check_gradient(
@@ -137,7 +136,7 @@ def check_gradient(
     """Worst relative difference of the gradient over all tensors, and the tensor's name."""
     # All-reduced gradients: each rank has the whole gradient of its shard.
     settings = Optimizer(use_distributed_optimizer=False)
-    place, policy, step, micro_batches, batch, hf_config = build(
+    place, policy, step, micro_batches, batch, spec = build(
         folder,
         old_folder or folder,
         settings,
@@ -157,15 +156,15 @@ def check_gradient(
                 replace(b, old_logprob=p, old_entropy=e)
                 for b, (p, e) in zip(micro_batches, scored, strict=True)
             ]
-        load_hf_weights(policy.chunks, hf_config, folder, place.groups)
+        load_hf_weights(policy.chunks, spec, folder, place.groups)
     if sizes.get("overrides"):
         # Megatron overlaps from the second batch on, also if that has fewer micro-batches.
         policy.backward(step, [*micro_batches, *micro_batches])
     policy.backward(step, micro_batches)
-    found = gathered_gradients(policy.chunks, hf_config, place.groups)
+    found = gathered_gradients(policy.chunks, spec, place.groups)
     formula = reference.sapo_loss if algorithm else reference.espo_loss
     expected = reference_gradients(
-        folder, old_folder, batch, hf_config, replays, masked, formula=formula
+        folder, old_folder, batch, spec, replays, masked, formula=formula
     )
     return compare(expected, found)
 
@@ -185,7 +184,7 @@ def check_regularized_gradient(
     from megatron_espo.weights.hf_io import load_hf_weights
 
     settings = Optimizer(use_distributed_optimizer=False)
-    place, policy, step, micro_batches, batch, hf_config = build(
+    place, policy, step, micro_batches, batch, spec = build(
         folder,
         reference_folder,
         settings,
@@ -196,7 +195,7 @@ def check_regularized_gradient(
         masked=masked,
     )
     frozen = ReferencePolicy(policy.chunks)
-    load_hf_weights(policy.chunks, hf_config, folder, place.groups)
+    load_hf_weights(policy.chunks, spec, folder, place.groups)
     with frozen.swapped_in():
         scored = policy.score(step, micro_batches)
     if scored:
@@ -204,7 +203,7 @@ def check_regularized_gradient(
             replace(b, reference_logprob=p) for b, (p, _) in zip(micro_batches, scored, strict=True)
         ]
     policy.backward(step, micro_batches)
-    found = gathered_gradients(policy.chunks, hf_config, place.groups)
+    found = gathered_gradients(policy.chunks, spec, place.groups)
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     models = [
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **eager)
@@ -215,10 +214,10 @@ def check_regularized_gradient(
         batch,
         num_responses=NUM_RESPONSES,
         temperature=TEMPERATURE,
-        vocab_size=hf_config["vocab_size"],
+        vocab_size=spec.vocab_size,
         reference_model=models[1],
         rollout_logprobs=engine_logprobs([r for _, r, _ in batch]),
-        routed_experts=engine_experts(batch, hf_config) if replays else None,
+        routed_experts=engine_experts(batch, spec) if replays else None,
         masks=make_masks(batch) if masked else None,
         **algorithm,
     )
@@ -233,35 +232,33 @@ def check_update(folder: str, **sizes) -> dict[str, float]:
     from megatron_espo.weights.source import WeightGatherer
 
     settings = Optimizer(lr=1.0, adam_eps=1.0, clip_grad=0.0, weight_decay=0.0)
-    place, policy, step, micro_batches, batch, hf_config = build(
-        folder, folder, settings, 24, sizes
-    )
+    place, policy, step, micro_batches, batch, spec = build(folder, folder, settings, 24, sizes)
 
     def weights() -> dict[str, torch.Tensor]:
         source = WeightGatherer(
-            policy.chunks, hf_config, place.groups, dtype=torch.float32, all_replicas=True
+            policy.chunks, spec, place.groups, dtype=torch.float32, all_replicas=True
         )
         return {name: tensor.double() for name, tensor in source}
 
     before = weights()
     policy.step(step, micro_batches)
     change = {name: tensor - before[name] for name, tensor in weights().items()}
-    gradients = reference_gradients(folder, None, batch, hf_config)
+    gradients = reference_gradients(folder, None, batch, spec)
     return compare({name: -g / (g.abs() + 1.0) for name, g in gradients.items()}, change)
 
 
-def gathered_gradients(chunks, hf_config, groups) -> dict[str, torch.Tensor]:
+def gathered_gradients(chunks, spec, groups) -> dict[str, torch.Tensor]:
     """Whole gradients under Hugging Face names, through the weight source."""
     from megatron_espo.weights.source import WeightGatherer
 
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.copy_(parameter.main_grad)
-    return dict(WeightGatherer(chunks, hf_config, groups, dtype=torch.float32, all_replicas=True))
+    return dict(WeightGatherer(chunks, spec, groups, dtype=torch.float32, all_replicas=True))
 
 
 def reference_gradients(
-    folder, old_folder, batch, hf_config, replays=False, masked=False, formula=reference.espo_loss
+    folder, old_folder, batch, spec, replays=False, masked=False, formula=reference.espo_loss
 ) -> dict[str, torch.Tensor]:
     """The dense float64 gradient."""
     from transformers import AutoModelForCausalLM
@@ -276,9 +273,9 @@ def reference_gradients(
         batch,
         num_responses=NUM_RESPONSES,
         temperature=TEMPERATURE,
-        vocab_size=hf_config["vocab_size"],
+        vocab_size=spec.vocab_size,
         old_model=load(old_folder) if old_folder else None,
-        routed_experts=engine_experts(batch, hf_config) if replays else None,
+        routed_experts=engine_experts(batch, spec) if replays else None,
         masks=make_masks(batch) if masked else None,
     )
     return per_expert(reference.gradients(model, loss))

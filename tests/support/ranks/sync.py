@@ -12,11 +12,12 @@ import torch.distributed as dist
 from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model
 from megatron_espo.distributed import runtime
+from megatron_espo.models.registry import read_spec
 from megatron_espo.rollout.engine import EngineError, Phase
 from megatron_espo.types import Prompt
 from megatron_espo.weights.hf_io import save_hf
 from tests.support.real_engine import engine_config, living_in_group, sample
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 PROMPTS = [Prompt(f"row-{i}", "", "", tuple(range(4 + i, 10 + 2 * i))) for i in range(4)]
 PROMPT_IDS = [prompt.token_ids for prompt in PROMPTS]
@@ -55,7 +56,7 @@ def start(
             "data": {"prompts": "reasoning_gym:chain_sum"},
         }
     )
-    hf_config = check_model(config)
+    spec = check_model(config)
     engine = None
     if place.is_main:
         engine = (engine_type or VLLMEngine)(
@@ -68,11 +69,11 @@ def start(
             LoopThread(),
         )
         engine.start()
-    actor = Actor(config, hf_config, place)
+    actor = Actor(config, spec, place)
     return (
         actor,
         engine,
-        WeightSync(config, hf_config, actor, place, engine, PROMPTS if engine else []),
+        WeightSync(config, spec, actor, place, engine, PROMPTS if engine else []),
     )
 
 
@@ -115,7 +116,7 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
             assert engine.state == "dead"
         sync.recover()
         if engine is not None:
-            assert engine.policy_version == 3
+            assert engine.state == "ready" and engine.next_version == 3
             arm_killer(engine)
     metrics.append(sync.push(4))
     found = [group[0] for group in sample(engine, PROMPT_IDS, seed=3)] if engine is not None else []
@@ -174,7 +175,7 @@ def faults(folder: str) -> dict[str, str]:
         def finish_weight_update(self, weight_version=None):
             if not self.is_idle:
                 return super().finish_weight_update(weight_version)
-            self.state, self._version = State.ARRIVED, self.next_version
+            self.state = State.ARRIVED
 
     def set_idle(value: bool) -> None:
         if engine is not None:
@@ -193,7 +194,7 @@ def faults(folder: str) -> dict[str, str]:
     damage_in_transit("model.layers.1.self_attn.k_proj.weight")
     found["damaged"] = failure(sync, 4)
     if engine is not None:
-        assert engine.state == "dead" and engine.policy_version is None
+        assert engine.state == "dead"
     return found
 
 
@@ -225,7 +226,7 @@ def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
     change(actor, 0.9)
     sync._config = sync._config.model_copy(update={"verify_every": 1})
     metrics = sync.push(1)
-    save_hf(actor.chunks, read_hf_config(folder), out, folder, actor.groups, torch.float32)
+    save_hf(actor.chunks, load_spec(folder), out, folder, actor.groups, torch.float32)
     if engine is None:
         return {}
     found = [generation for (generation,) in sample(engine, PROMPT_IDS, seed=3)]
@@ -272,7 +273,8 @@ def whole(chunks, hf_config):
 
     assert parallel_state.is_initialized()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    source = WeightGatherer(chunks, hf_config, groups, dtype=torch.float32, all_replicas=True)
+    spec, options = read_spec(hf_config), {"dtype": torch.float32, "all_replicas": True}
+    source = WeightGatherer(chunks, spec, groups, **options)
     return iter(sorted(source, key=lambda item: "layers" in item[0]))
 
 
@@ -338,7 +340,7 @@ def freeze_midway(folder: str, rank: int, out: str) -> None:
     try:
         sync.push(1)
     except Exception as error:
-        assert engine is None or (engine.state == "dead" and engine.policy_version is None)
+        assert engine is None or engine.state == "dead"
         Path(out).write_text(
             json.dumps([f"{type(error).__name__}: {error}", time.monotonic() - began])
         )

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from megatron_espo.config import Megatron
 from megatron_espo.distributed import runtime
 from megatron_espo.megatron.model import build_model
-from megatron_espo.models.experts import read_experts
 from megatron_espo.weights import WeightGatherer, load_hf_weights, save_hf
-from tests.support.weights_models import read_hf_config
+from tests.support.weights_models import load_spec
 
 
 def check_layouts(
@@ -30,20 +29,20 @@ def check_layouts(
     for sizes in layouts:
         groups = start(sizes)
         for folder in folders:
-            config = read_hf_config(folder)
-            if groups.ep.size() > 1 and "moe" not in config["model_type"]:
+            spec = load_spec(folder)
+            if groups.ep.size() > 1 and spec.experts is None:
                 continue
-            chunks = load(config, folder, sizes, groups)
+            chunks = load(spec, folder, sizes, groups)
             case = f"{json.dumps(sizes)} {Path(folder).name}"
             differences[case] = logits_difference(chunks, groups, load_file(folder + ".logits"))
-            check_stream(chunks, config, groups, whole_checkpoint(folder))
-            check_stage_stream(chunks, config, groups, whole_checkpoint(folder))
-            if "moe" in config["model_type"]:
-                check_held_names(chunks, config, groups)
+            check_stream(chunks, spec, groups, whole_checkpoint(folder))
+            check_stage_stream(chunks, spec, groups, whole_checkpoint(folder))
+            if spec.experts:
+                check_held_names(chunks, spec, groups)
             export = Path(out, f"{layouts.index(sizes)}", Path(folder).name)
-            save_hf(chunks, config, export, folder, groups, torch.float32, max_file_bytes=20_000)
-            check_padding(chunks, config, groups)
-        check_failed_export(chunks, config, groups, folder, occupied)
+            save_hf(chunks, spec, export, folder, groups, torch.float32, max_file_bytes=20_000)
+            check_padding(chunks, spec, groups)
+        check_failed_export(chunks, spec, groups, folder, occupied)
     return differences
 
 
@@ -52,14 +51,14 @@ def start(sizes: dict[str, Any]):
     return runtime.initialize(**sizes).groups
 
 
-def load(config, folder, sizes, groups, dtype=torch.float32) -> list[torch.nn.Module]:
+def load(spec, folder, sizes, groups, dtype=torch.float32) -> list[torch.nn.Module]:
     """Build the model, fill it with NaN, load it: values that were not loaded stay NaN."""
-    chunks = build_model(config, Megatron(**sizes), groups, dtype=dtype)
+    chunks = build_model(spec, Megatron(**sizes), groups, dtype=dtype)
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.fill_(float("nan"))
-    load_hf_weights(chunks, config, folder, groups)
+    load_hf_weights(chunks, spec, folder, groups)
     return chunks
 
 
@@ -99,10 +98,10 @@ def logits_difference(chunks, groups, reference: dict[str, torch.Tensor]) -> flo
     return difference.item()
 
 
-def check_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> None:
+def check_stream(chunks, spec, groups, expected: dict[str, torch.Tensor]) -> None:
     """Compare the stream with the checkpoint, twice, in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
-        source = WeightGatherer(chunks, config, groups, dtype=dtype)
+        source = WeightGatherer(chunks, spec, groups, dtype=dtype)
         metadata = source.metadata()
         assert sorted(m.name for m in metadata) == sorted(expected)
         assert source.held_names() is None
@@ -121,14 +120,14 @@ def check_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> N
         assert [names for names, _ in source.iter_groups()] == (
             source.groups() if source.participates else []
         )
-    everywhere = WeightGatherer(chunks, config, groups, dtype=torch.float32, all_replicas=True)
+    everywhere = WeightGatherer(chunks, spec, groups, dtype=torch.float32, all_replicas=True)
     assert len(list(everywhere)) == len(metadata)
 
 
-def check_stage_stream(chunks, config, groups, expected: dict[str, torch.Tensor]) -> None:
+def check_stage_stream(chunks, spec, groups, expected: dict[str, torch.Tensor]) -> None:
     """Check that a sharded stream has its rank's tensors, and None for others' experts."""
     source = WeightGatherer(
-        chunks, config, groups, dtype=torch.float32, sharded=True, all_replicas=True
+        chunks, spec, groups, dtype=torch.float32, sharded=True, all_replicas=True
     )
     items = dict(source)
     assert list(items) == [name for group in source.groups() for name in group]
@@ -143,10 +142,10 @@ def check_stage_stream(chunks, config, groups, expected: dict[str, torch.Tensor]
     )
 
 
-def check_held_names(chunks, config, groups) -> None:
+def check_held_names(chunks, spec, groups) -> None:
     """Check that ranks with a shard of an expert hold its names, and replicas hold all names."""
     source = WeightGatherer(
-        chunks, config, groups, dtype=torch.float32, sharded=True, all_replicas=True
+        chunks, spec, groups, dtype=torch.float32, sharded=True, all_replicas=True
     )
     names = {m.name for m in source.metadata()}
     local = {
@@ -156,8 +155,7 @@ def check_held_names(chunks, config, groups) -> None:
         if (found := re.search(r"local_experts.(\d+)", n))
     }
     experts = {
-        groups.ep.rank() * read_experts(config).count // groups.ep.size() + number
-        for number in local
+        groups.ep.rank() * spec.experts.count // groups.ep.size() + number for number in local
     }
     place = (groups.pp.rank(), groups.ep.rank(), groups.expt_tp.rank(), groups.expt_dp.rank())
     answers: list[Any] = [None] * dist.get_world_size()
@@ -176,10 +174,8 @@ def stream_peak(folder: str, sizes: dict[str, Any]) -> dict[str, int]:
     from tests.support.ranks.plan import Allocated
 
     groups = start(sizes)
-    config = read_hf_config(folder)
-    source = WeightGatherer(
-        load(config, folder, sizes, groups), config, groups, dtype=torch.float32
-    )
+    spec = load_spec(folder)
+    source = WeightGatherer(load(spec, folder, sizes, groups), spec, groups, dtype=torch.float32)
     sizes_of = {meta.name: 4 * torch.Size(meta.shape).numel() for meta in source.metadata()}
     largest = max(sum(sizes_of[name] for name in names) for names in source.groups())
     passes = []
@@ -203,12 +199,12 @@ def node_streams(folder: str, layouts: list[tuple[dict[str, int], int]]) -> list
         For each layout and rank the bytes that it received over the network and inside its node.
     """
     received = []
-    expected, config = whole_checkpoint(folder), read_hf_config(folder)
+    expected, spec = whole_checkpoint(folder), load_spec(folder)
     for sizes, node in layouts:
         groups = start(sizes)
-        chunks = load(config, folder, sizes, groups)
+        chunks = load(spec, folder, sizes, groups)
         with CountedBytes(node) as counted:
-            source = WeightGatherer(chunks, config, groups, dtype=torch.float32, all_replicas=True)
+            source = WeightGatherer(chunks, spec, groups, dtype=torch.float32, all_replicas=True)
             counted.received, counted.calls = [0, 0], ""
             items = dict(source)
         assert list(items) == [meta.name for meta in source.metadata()]
@@ -264,19 +260,19 @@ class CountedBytes:
         self._patch.undo()
 
 
-def check_padding(chunks, config, groups) -> None:
+def check_padding(chunks, spec, groups) -> None:
     """Check that padding rows of the embedding are zero."""
     if chunks[0].pre_process:
         weight = chunks[0].embedding.word_embeddings.weight
         start = groups.tp.rank() * weight.shape[0]
-        assert not weight[max(0, config["vocab_size"] - start) :].any()
+        assert not weight[max(0, spec.vocab_size - start) :].any()
 
 
-def check_failed_export(chunks, config, groups, folder: str, out: str) -> None:
+def check_failed_export(chunks, spec, groups, folder: str, out: str) -> None:
     """Check that a failed write raises on every rank."""
     message = None
     try:
-        save_hf(chunks, config, out, folder, groups, torch.float32)
+        save_hf(chunks, spec, out, folder, groups, torch.float32)
     except (ValueError, RuntimeError) as error:
         message = str(error)
     assert message is not None and "expected nothing or an earlier export" in message
@@ -289,8 +285,8 @@ def check_vllm_class(folder: str) -> None:
     from megatron_espo.weights.vllm_source import MegatronWeightSource as VllmSource
 
     groups = start({})
-    config = read_hf_config(folder)
-    source = VllmSource(load(config, folder, {}, groups), config, groups, dtype=torch.bfloat16)
+    spec = load_spec(folder)
+    source = VllmSource(load(spec, folder, {}, groups), spec, groups, dtype=torch.bfloat16)
     assert isinstance(source, WeightSource) and all(
         isinstance(item, ParamMeta) for item in source.metadata()
     )

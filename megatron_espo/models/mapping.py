@@ -1,0 +1,159 @@
+"""Rules that map Hugging Face tensors to Megatron parameters. They contain names, no tensors.
+
+A ``ParamRule`` names one Megatron parameter, its Hugging Face tensors with symbolic shapes, and its
+layout. ``ModelSpec.groups`` expands the rules for one model.
+"""
+
+from dataclasses import dataclass
+
+from megatron_espo.models.layouts import ShardLayout
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """One Megatron parameter. Names are relative to the decoder layer, if it is in one.
+
+    Attributes:
+        layout: order of the tensors in it and how TP (for experts: expert TP) shards it.
+        megatron: alternative names under different layer specs. A model has exactly one of them, on
+            the stage that owns it. ``{expert}`` is the index of the expert on its rank.
+        huggingface: (name, shape in the symbols of ``ModelSpec.sizes``) of each tensor, in
+            Megatron's order. ``{expert}`` is the index of the expert in the layer.
+
+    Raises:
+        ValueError: the layout needs another number of tensors. A fused tensor such as
+            ``gate_up_proj`` must be split into its parts first.
+    """
+
+    layout: ShardLayout
+    megatron: tuple[str, ...]
+    huggingface: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.huggingface) != self.layout.num_sources:
+            names = ", ".join(name for name, _ in self.huggingface)
+            raise ValueError(
+                f"{self.megatron[0]}: expected {self.layout.num_sources} Hugging Face tensors for "
+                f"layout {self.layout.value}, got {len(self.huggingface)} ({names}); split a fused "
+                "tensor into its parts"
+            )
+
+
+@dataclass(frozen=True)
+class ParamMapping:
+    """A rule expanded for one model, layer and expert: full names, sizes in elements.
+
+    ``megatron`` still contains ``{expert}``, because its value depends on the expert-parallel rank.
+    ``expert`` is an index in the layer, out of ``num_experts``; ``None`` for other parameters.
+    """
+
+    megatron: tuple[str, ...]
+    huggingface: tuple[tuple[str, tuple[int, ...]], ...]
+    layout: ShardLayout
+    query_groups: int
+    expert: int | None = None
+    num_experts: int = 0
+
+
+def make_rule(layout: ShardLayout, megatron: str, huggingface: dict[str, str]) -> ParamRule:
+    """A rule from ``megatron`` names and ``{name: shape}``. Spaces separate names and symbols."""
+    tensors = ((name, tuple(shape.split())) for name, shape in huggingface.items())
+    return ParamRule(layout, tuple(megatron.split()), tuple(tensors))
+
+
+REPLICATED, ROW, VOCAB = ShardLayout.REPLICATED, ShardLayout.ROW, ShardLayout.VOCAB
+QKV, GATED = ShardLayout.QKV, ShardLayout.GATED
+
+# Transformer Engine uses the second name: it fuses the norm into the next linear layer.
+INPUT_NORM = make_rule(
+    REPLICATED,
+    "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight",
+    {"input_layernorm.weight": "hidden"},
+)
+MLP_NORM = make_rule(
+    REPLICATED,
+    "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight",
+    {"post_attention_layernorm.weight": "hidden"},
+)
+QKV_WEIGHT = make_rule(
+    QKV,
+    "self_attention.linear_qkv.weight",
+    {
+        "self_attn.q_proj.weight": "query hidden",
+        "self_attn.k_proj.weight": "key hidden",
+        "self_attn.v_proj.weight": "key hidden",
+    },
+)
+QKV_BIAS = make_rule(
+    QKV,
+    "self_attention.linear_qkv.bias",
+    {
+        "self_attn.q_proj.bias": "query",
+        "self_attn.k_proj.bias": "key",
+        "self_attn.v_proj.bias": "key",
+    },
+)
+Q_NORM, K_NORM = (
+    make_rule(
+        REPLICATED,
+        f"self_attention.{x}_layernorm.weight",
+        {f"self_attn.{x}_norm.weight": "head_dim"},
+    )
+    for x in "qk"
+)
+ATTENTION_OUTPUT = make_rule(
+    ROW, "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden query"}
+)
+GATE_UP = make_rule(
+    GATED,
+    "mlp.linear_fc1.weight",
+    {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"},
+)
+DOWN = make_rule(ROW, "mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"})
+
+# Norms of what a layer's attention and feed-forward add to the residual (sandwich norms).
+ATTENTION_POST_NORM, MLP_POST_NORM = (
+    make_rule(REPLICATED, f"{linear}.post_layernorm.weight", {f"{name}.weight": "hidden"})
+    for linear, name in (
+        ("self_attention.linear_proj", "post_self_attn_layernorm"),
+        ("mlp.linear_fc2", "post_mlp_layernorm"),
+    )
+)
+FUSED_GATE_UP = make_rule(
+    ShardLayout.FUSED_GATED,
+    "mlp.linear_fc1.weight",
+    {"mlp.gate_up_proj.weight": "gate_up hidden"},
+)
+
+ROUTER = make_rule(REPLICATED, "mlp.router.weight", {"mlp.gate.weight": "experts hidden"})
+# The grouped matrix product uses the second name: all experts of a rank are in one module.
+_EXPERT = "mlp.experts.local_experts.{{expert}}.{0}.weight mlp.experts.{0}.weight{{expert}}"
+EXPERT_GATE_UP = make_rule(
+    GATED,
+    _EXPERT.format("linear_fc1"),
+    {
+        "mlp.experts.{expert}.gate_proj.weight": "expert_ffn hidden",
+        "mlp.experts.{expert}.up_proj.weight": "expert_ffn hidden",
+    },
+)
+EXPERT_DOWN = make_rule(
+    ROW,
+    _EXPERT.format("linear_fc2"),
+    {"mlp.experts.{expert}.down_proj.weight": "hidden expert_ffn"},
+)
+
+EXPERT_MLP = (ROUTER, EXPERT_GATE_UP, EXPERT_DOWN)
+
+EMBEDDING = make_rule(
+    VOCAB, "embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"}
+)
+# With tied embeddings the last pipeline stage holds a copy of the embedding under the second name.
+TIED_EMBEDDING = make_rule(
+    VOCAB,
+    "embedding.word_embeddings.weight output_layer.weight",
+    {"model.embed_tokens.weight": "vocab hidden"},
+)
+FINAL_NORM = make_rule(
+    REPLICATED, "decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}
+)
+OUTPUT = make_rule(VOCAB, "output_layer.weight", {"lm_head.weight": "vocab hidden"})

@@ -1,0 +1,265 @@
+"""``ModelSpec``: a model, read from ``config.json`` and checked once. Standard library only."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+from megatron_espo.errors import InputError
+from megatron_espo.models import mapping as rules
+from megatron_espo.models.mapping import ParamMapping, ParamRule
+from megatron_espo.models.rope import Rope, read_rope
+
+SIZES = (
+    "num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts of a model.
+
+    Attributes:
+        count: experts per layer.
+        per_token: experts per token.
+        ffn: feed-forward columns of one expert.
+        normalized: whether the routing weights of a token sum to one (``norm_topk_prob``).
+        layers: for each decoder layer, whether it has experts or a dense feed-forward.
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    normalized: bool
+    layers: tuple[bool, ...]
+
+    @property
+    def indices(self) -> list[int]:
+        """Indices of the layers with experts."""
+        return [i for i, is_sparse in enumerate(self.layers) if is_sparse]
+
+    def transformer_arguments(self) -> dict[str, Any]:
+        """Arguments of Megatron's ``TransformerConfig``."""
+        return {
+            "num_moe_experts": self.count,
+            "moe_ffn_hidden_size": self.ffn,
+            # 1 declares a uniform stack, whose checkpoints load in any pipeline layout.
+            "moe_layer_freq": 1 if all(self.layers) else [int(sparse) for sparse in self.layers],
+            "moe_router_topk": self.per_token,
+            # Weights that sum to one over the chosen experts are the softmax over their logits.
+            "moe_router_pre_softmax": not self.normalized,
+            "moe_router_dtype": "fp32",
+            # A balancing loss would change the weights even where every advantage is zero.
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+        }
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only model with RMSNorm, gated SiLU, rotary positions and grouped queries.
+
+    A family is a subclass: it names its architecture, and overrides what differs from Llama.
+
+    Attributes:
+        architecture, model_type: of ``config.json``.
+        required: keys of ``config.json`` that are positive integers.
+        defaults: of keys that ``config.json`` may lack.
+        partial_rotary: whether ``partial_rotary_factor`` may be below 1.
+        has_bias_option: whether ``attention_bias`` is read.
+        post_norms: whether what attention and feed-forward add is normalized before (sandwich
+            norms).
+        dense_mlp: rules of a dense feed-forward.
+        always_windowed: whether ``sliding_window`` counts without ``use_sliding_window``.
+        hf_config: content of ``config.json``, for a user's exporter.
+        sliding_window: tokens that a token attends to; ``None``: all.
+        experts: ``None`` for a dense model.
+    """
+
+    architecture: ClassVar[str]
+    model_type: ClassVar[str]
+    required: ClassVar[tuple[str, ...]] = SIZES
+    defaults: ClassVar[dict[str, Any]] = {}
+    partial_rotary: ClassVar[bool] = False
+    has_bias_option: ClassVar[bool] = False
+    post_norms: ClassVar[bool] = False
+    dense_mlp: ClassVar[tuple[ParamRule, ...]] = (rules.GATE_UP, rules.DOWN)
+    always_windowed: ClassVar[bool] = True
+
+    hf_config: dict[str, Any]
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    sliding_window: int | None
+    rope: Rope
+    experts: Experts | None
+
+    @classmethod
+    def read(cls, hf: dict[str, Any]) -> Self:
+        """Read the content of ``config.json``.
+
+        Raises:
+            InputError: lists every problem, one a line.
+        """
+        hf = cls.defaults | hf
+        if found := list(cls.problems(hf)):
+            raise InputError("\n".join(f"config.json: {problem}" for problem in found))
+        heads, rope, sizes = hf["num_attention_heads"], read_rope(hf), {n: hf[n] for n in SIZES}
+        if rope.yarn:  # as vLLM; max_position_embeddings may be that before or after the scaling
+            keys = "yarn_original_max_position_embeddings", "yarn_rotary_scaling_factor"
+            sizes["max_position_embeddings"] = int(math.prod(rope.yarn[key] for key in keys))
+        is_windowed = hf.get("use_sliding_window", cls.always_windowed)
+        return cls(
+            hf_config=hf,
+            **sizes,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            sliding_window=hf.get("sliding_window") if is_windowed else None,
+            rope=rope,
+            experts=cls.read_experts(hf),
+        )
+
+    @classmethod
+    def read_experts(cls, hf: dict[str, Any]) -> Experts | None:
+        """Read the experts. A family with experts overrides it."""
+        return None
+
+    @classmethod
+    def problems(cls, hf: dict[str, Any]) -> Iterator[str]:
+        """Yield what the package cannot train, and keys that contradict each other."""
+        if missing := [key for key in cls.required if not _is_size(hf.get(key))]:
+            yield f"expected positive integers {', '.join(missing)}, found none"
+            return
+        if (found := hf.get("model_type", cls.model_type)) != cls.model_type:
+            yield f"model_type: expected {cls.model_type} for the architecture, got {found!r}"
+        if (activation := hf.get("hidden_act", "silu")) != "silu":
+            yield f"hidden_act: expected silu, got {activation!r}"
+        heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads")
+        if groups is not None and not (_is_size(groups) and heads % groups == 0):
+            expected = f"a divisor of num_attention_heads ({heads})"
+            yield f"num_key_value_heads: expected {expected}, got {groups!r}"
+        head_dim = hf.get("head_dim")
+        if head_dim is None and hf["hidden_size"] % heads:
+            expected = f"it, because {heads} heads do not divide hidden_size {hf['hidden_size']}"
+            yield f"head_dim: expected {expected}, found none"
+        if head_dim is not None and not _is_size(head_dim):
+            yield f"head_dim: expected an integer above 0, got {head_dim!r}"
+        if hf.get("quantization_config"):
+            yield "quantization_config: expected none; use the bfloat16 model"
+        if hf.get("attention_bias") and not cls.has_bias_option:
+            yield "attention_bias: expected false, got true"
+        try:
+            rope = read_rope(hf)
+        except InputError as error:
+            yield str(error)
+            return
+        if rope.share != 1 and not (cls.partial_rotary and not rope.yarn):
+            expected = "1 with yarn" if cls.partial_rotary else "1"
+            yield f"partial_rotary_factor: expected {expected}, got {rope.share}"
+
+    def attention_rules(self) -> tuple[ParamRule, ...]:
+        """Rules of the QKV projection, with its bias and norms."""
+        return (rules.QKV_WEIGHT,)
+
+    def layer_rules(self, layer: int) -> tuple[ParamRule, ...]:
+        """Rules of a decoder layer, counted from 0."""
+        is_sparse = self.experts is not None and self.experts.layers[layer]
+        mlp = rules.EXPERT_MLP if is_sparse else self.dense_mlp
+        post_norms = (rules.ATTENTION_POST_NORM, rules.MLP_POST_NORM) if self.post_norms else ()
+        before = (rules.INPUT_NORM, *self.attention_rules())
+        return (*before, rules.ATTENTION_OUTPUT, rules.MLP_NORM, *mlp, *post_norms)
+
+    def transformer_arguments(self) -> dict[str, Any]:
+        """Arguments of Megatron's ``TransformerConfig``, without the activation function."""
+        attention = self.attention_rules()
+        return {
+            "num_layers": self.num_hidden_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.intermediate_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.num_key_value_heads,
+            "kv_channels": self.head_dim,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": self.rms_norm_eps,
+            "qk_layernorm": rules.Q_NORM in attention,
+            "gated_linear_unit": True,
+            "add_bias_linear": False,
+            "add_qkv_bias": rules.QKV_BIAS in attention,
+        } | (self.experts.transformer_arguments() if self.experts else {})
+
+    def change_layer(self, layer: Any) -> None:
+        """Change Megatron's ``ModuleSpec`` of a decoder layer in place. For a user's own family."""
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Sizes, in elements, of the symbols that the rules use."""
+        return {
+            "hidden": self.hidden_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "key": self.num_key_value_heads * self.head_dim,
+            "head_dim": self.head_dim,
+            "ffn": self.intermediate_size,
+            "vocab": self.vocab_size,
+        } | ({"experts": e.count, "expert_ffn": e.ffn} if (e := self.experts) else {})
+
+    @cached_property
+    def groups(self) -> list[list[ParamMapping]]:
+        """All parameters: embedding, each decoder layer, final norm with output layer.
+
+        vLLM's ``layerwise_groups`` groups the Hugging Face names in the same way.
+        """
+        layers = [
+            [m for rule in self.layer_rules(i) for m in self._expand(rule, i)]
+            for i in range(self.num_hidden_layers)
+        ]
+        if self.tie_word_embeddings:
+            return [self._expand(rules.TIED_EMBEDDING), *layers, self._expand(rules.FINAL_NORM)]
+        last = self._expand(rules.FINAL_NORM) + self._expand(rules.OUTPUT)
+        return [self._expand(rules.EMBEDDING), *layers, last]
+
+    def _expand(self, rule: ParamRule, layer: int | None = None) -> list[ParamMapping]:
+        ours, theirs = "", ""
+        if layer is not None:
+            ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        count = self.experts.count if self.experts and "{expert}" in rule.megatron[0] else 0
+        return [
+            ParamMapping(
+                megatron=tuple(ours + name for name in rule.megatron),
+                huggingface=tuple(
+                    (theirs + name.format(expert=expert), tuple(self.sizes[s] for s in shape))
+                    for name, shape in rule.huggingface
+                ),
+                layout=rule.layout,
+                query_groups=self.num_key_value_heads,
+                expert=expert,
+                num_experts=count,
+            )
+            for expert in (range(count) if count else [None])
+        ]
+
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each Hugging Face tensor of the model."""
+        return {n: shape for group in self.groups for m in group for n, shape in m.huggingface}
+
+    @property
+    def ignored_tensors(self) -> set[str]:
+        """Tensors that transformers ignores: a tied head, and rotary buffers of old exports."""
+        layers = range(self.num_hidden_layers)
+        rotary = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in layers}
+        return rotary | ({"lm_head.weight"} if self.tie_word_embeddings else set())
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
