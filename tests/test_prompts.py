@@ -142,9 +142,7 @@ def test_text_messages_and_system_prompt(tmp_path, plain, chat):
     with pytest.raises(InputError, match=r"p.jsonl:2: .*need a chat template"):
         stream(tmp_path / "p.jsonl", plain)
     own = [{"prompt": [{"role": "system", "content": "x"}, *messages], "answer": "b"}]
-    with pytest.raises(
-        InputError, match="own.jsonl:1: .*no system message beside data.system_prompt"
-    ):
+    with pytest.raises(InputError, match="own.jsonl:1: .*data.system_prompt is set; remove one"):
         stream(write_jsonl(tmp_path / "own.jsonl", own), chat, system_prompt="Be brief.")
 
 
@@ -279,7 +277,7 @@ def test_columns_that_json_cannot_hold(tmp_path, value):
     column = value if isinstance(value, pyarrow.Array) else pyarrow.array([value])
     table = pyarrow.table({"prompt": ["1 + 1?"], "answer": ["2"], "more": column})
     parquet.write_table(table, tmp_path / "p.parquet")
-    with pytest.raises(InputError, match="p.parquet:row 1: more: .*JSON .*data.columns"):
+    with pytest.raises(InputError, match="p.parquet: more: .*JSON .*data.columns"):
         read_rows(str(tmp_path / "p.parquet"), {}, 0)
     columns = {"prompt": "prompt", "answer": "answer"}
     assert read_rows(str(tmp_path / "p.parquet"), {}, 0, columns)[0].answer == "2"
@@ -341,7 +339,10 @@ def test_ten_problems_are_shown_and_all_are_counted(tmp_path):
 def test_bad_sources(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     for source, args, message in [
+        (tmp_path / "absent.jsonl", {}, "no such file: .*absent.jsonl"),
+        (tmp_path / "p.csv", {}, r"expected reasoning_gym:<task>, \*.jsonl or \*.parquet"),
         (tmp_path / "empty.jsonl", {}, "expected at least one row"),
+        (tmp_path / "empty.jsonl", {"size": 3}, "task_args: only for reasoning_gym"),
         (
             "reasoning_gym:chain_sun",
             {},
@@ -448,7 +449,9 @@ def test_columns_are_named_in_the_settings(tmp_path, plain):
     with pytest.raises(InputError, match="p.parquet: expected the columns prompt and answer, got"):
         read_rows(str(tmp_path / "p.parquet"), {}, 0)
     whole = {"prompt": "question", "answer": "reward_model.ground_truth", "when": "when"}
-    with pytest.raises(InputError, match=r"row 1: when: expected a value that JSON can hold"):
+    with pytest.raises(
+        InputError, match=r"p.parquet: when: expected values that JSON can hold, got timestamp"
+    ):
         read_rows(str(tmp_path / "p.parquet"), {}, 0, whole)
 
 

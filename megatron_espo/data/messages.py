@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 # Text with messages in it: JSON, or what Python or numpy prints.
-_WRITTEN = re.compile(r"""\s*(array\()?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+WRITTEN = r"""^\s*(array\()?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:"""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _OF_SHARE_GPT = {"human": "user", "gpt": "assistant"}
 
@@ -14,7 +14,7 @@ def as_messages(prompt: Any) -> Any:
     """``{role, content}`` messages from JSON text, from one message, from ``{from, value}`` or from
     text parts. Anything else is returned unchanged.
     """
-    if isinstance(prompt, str) and _WRITTEN.match(prompt):
+    if isinstance(prompt, str) and prompt.lstrip()[:1] in ("[", "{") and is_written(prompt):
         try:
             prompt = json.loads(prompt)
         except ValueError:
@@ -22,6 +22,11 @@ def as_messages(prompt: Any) -> Any:
     if isinstance(prompt, dict):
         prompt = [prompt]
     return [_message(item) for item in prompt] if isinstance(prompt, list) else prompt
+
+
+def is_written(text: str) -> bool:
+    """Whether ``text`` has the form of messages rather than of a question."""
+    return re.match(WRITTEN, text) is not None
 
 
 def _message(message: Any) -> Any:
@@ -42,7 +47,7 @@ def _message(message: Any) -> Any:
 def find_problem(prompt: Any) -> str | None:
     """What is wrong with a prompt that is text or messages; ``None``: nothing."""
     if isinstance(prompt, str):
-        if _WRITTEN.match(prompt):
+        if is_written(prompt):
             return f"expected messages as a list or as JSON, got their text {prompt[:60]!r}"
         return None if prompt.strip() else "expected text, got an empty one"
     if not isinstance(prompt, list) or not prompt:

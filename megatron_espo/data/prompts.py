@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from megatron_espo.config import Data
-from megatron_espo.data.sources import Row, Rows, raise_problems, read_rows
+from megatron_espo.data.sources import Problems, Row, Rows, read_rows
 from megatron_espo.data.tokenizer import Messages, Tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.types import Prompt
@@ -76,9 +76,12 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, as plain JSON values."""
-        order = {"seed": self._seed, "shuffle": self._data.shuffle}
-        position = {"epoch": self.epoch, "position": self._position}
-        return position | order | {"fingerprint": self._fingerprint}
+        order = {
+            "seed": self._seed,
+            "shuffle": self._data.shuffle,
+            "fingerprint": self._fingerprint,
+        }
+        return {"epoch": self.epoch, "position": self._position} | order
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at ``state``: the next ``take`` gives what it would have given there.
@@ -87,12 +90,16 @@ class PromptStream:
             InputError: the state belongs to other rows or to another order.
         """
         own = self.state_dict()
-        for name in ("fingerprint", "seed", "shuffle"):
+        for name, meaning in (
+            ("fingerprint", f"rows of {self._data.prompts}"),
+            ("seed", "seed"),
+            ("shuffle", "shuffle"),
+        ):
             if state[name] != own[name]:
-                what = f"rows of {self._data.prompts}" if name == "fingerprint" else name
                 raise InputError(
-                    f"data: cannot resume, the {what} changed since the checkpoint: expected "
-                    f"{state[name]}, got {own[name]}"
+                    f"data: cannot resume, the {meaning} changed since the checkpoint: expected "
+                    f"{state[name]}, got {own[name]}; restore the prompts and settings of the "
+                    "first run, or start a new one"
                 )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
@@ -124,29 +131,35 @@ class PromptStream:
                 return f"{system}\n\n{prompt}" if system else prompt
             prompt = [{"role": "user", "content": prompt}]
         elif self._data.raw:
-            raise InputError("prompt: expected text with data.raw, got messages")
+            raise InputError(
+                "prompt: expected text with data.raw, got messages; set data.raw to false"
+            )
         if system and prompt[0]["role"] == "system":
-            raise InputError("prompt: expected no system message beside data.system_prompt")
+            raise InputError(
+                "prompt begins with a system message and data.system_prompt is set; remove one "
+                "of them"
+            )
         return [{"role": "system", "content": system}, *prompt] if system else prompt
 
     def _check_rows(self, max_response_tokens: int, max_model_len: int) -> None:
-        limit = max_model_len - max_response_tokens
-        problems = self._rendered_rows()
+        problems, limit = Problems(), max_model_len - max_response_tokens
+        self._check_not_rendered(problems)
         for row in self._rows_to_tokenize(limit):
             try:
                 token_ids = self._encode(self._with_system_prompt(row.prompt))
                 self._check_ids(row.where, token_ids)
             except InputError as error:
-                problems.append(f"{row.where}: {str(error).removeprefix(f'{row.where}: ')}")
+                problems.add(row.where, str(error).removeprefix(f"{row.where}: "))
                 continue
             if len(token_ids) > limit:
-                problems.append(
-                    f"{row.where}: expected at most {limit} prompt tokens (context {max_model_len} "
-                    f"less rollout.max_response_tokens {max_response_tokens}), got "
-                    f"{len(token_ids)}; shorten or drop the row, lower "
-                    "rollout.max_response_tokens or raise rollout.max_model_len"
+                problems.add(
+                    row.where,
+                    f"expected at most {limit} prompt tokens (context {max_model_len} less "
+                    f"rollout.max_response_tokens {max_response_tokens}), got {len(token_ids)}; "
+                    "shorten or drop the row, lower rollout.max_response_tokens or raise "
+                    "rollout.max_model_len",
                 )
-        raise_problems(self._data.prompts, problems)
+        problems.raise_if_any(self._data.prompts)
 
     def _rows_to_tokenize(self, limit: int) -> Iterator[Row]:
         """Rows to tokenize at the start: all of a small source.
@@ -161,31 +174,36 @@ class PromptStream:
         table = rows.table
         # A token is at least one byte. The template and the system prompt add their own bytes.
         overhead = 0
-        for roles in pc.unique(table["roles"]).to_pylist():
-            yield rows[pc.index(table["roles"], roles).as_py()]
-            short = [{"role": role, "content": "x"} for role in roles.split("\n")]
-            text = self._tokenizer.render(self._with_system_prompt(short if roles else "x"))
-            overhead = max(overhead, len(text.encode()))
+        for kind in pc.unique(table["kind"]):
+            row = rows[pc.index(table["kind"], kind).as_py()]
+            yield row
+            text = self._tokenizer.render(self._with_system_prompt(row.prompt))
+            prompt = row.prompt
+            if not isinstance(prompt, str):
+                prompt = "".join(message["content"] for message in prompt)
+            overhead = max(overhead, len(text.encode()) - len(prompt.encode()))
         longest = limit - overhead - _EXTRA_TOKENS
         for index in pc.indices_nonzero(pc.greater(pc.binary_length(table["prompt"]), longest)):
             yield rows[index.as_py()]
 
-    def _rendered_rows(self) -> list[str]:
-        """Errors for texts that the chat template wrote: the template would be applied twice."""
+    def _check_not_rendered(self, problems: Problems) -> None:
+        """Refuse text that the chat template wrote: the template would be applied twice."""
         if self._data.raw or not self._tokenizer.has_chat_template:
-            return []
+            return
         rendered = self._tokenizer.render([{"role": "user", "content": "x"}])
-        opening = rendered.partition("user")[0].strip()
-        if not opening:
-            return []
+        opening = rendered.partition("user")[0]
+        if not opening.strip():
+            return
         table = self._rows.table
-        is_text = pc.equal(table["roles"], "")
-        found = pc.and_(is_text, pc.match_substring(table["prompt"], opening))
-        return [
-            f"{self._rows[index].where}: prompt: expected text without the chat template, got "
-            f"{opening!r} in it; set data.raw to true for prompts that are rendered already"
-            for index in pc.indices_nonzero(found).to_pylist()
-        ]
+        found = pc.and_(
+            pc.invert(table["is_chat"]), pc.match_substring(table["prompt"], opening.strip())
+        )
+        for index in pc.indices_nonzero(found):
+            problems.add(
+                self._rows[index.as_py()].where,
+                f"prompt: expected text without the chat template, got {opening.strip()!r} in it; "
+                "set data.raw to true for prompts that are rendered already",
+            )
 
     def _check_ids(self, where: str, token_ids: Sequence[int]) -> None:
         size = self._tokenizer.vocab_size
@@ -200,7 +218,7 @@ class PromptStream:
 def _fingerprint(rows: Rows) -> str:
     """SHA-256 over ids, prompts with their roles, and answers."""
     digest = hashlib.sha256()
-    for name in ("id", "prompt", "roles", "answer"):
+    for name in ("id", "prompt", "kind", "answer"):
         for chunk in rows.table[name].chunks:
             for buffer in chunk.buffers():
                 digest.update(b"" if buffer is None else buffer)

@@ -3,29 +3,30 @@
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
-from megatron_espo.data.messages import as_messages, describe, find_problem, shorten
+from megatron_espo.data.messages import WRITTEN, as_messages, describe, find_problem, shorten
 from megatron_espo.data.reasoning_gym_task import generate_entries
 from megatron_espo.errors import InputError
 
 REASONING_GYM = "reasoning_gym:"
 MAX_REPORTED = 10
 _CHUNK_ROWS = 65_536
-_CHUNK_BYTES = 16 << 20
+_PROGRESS_FROM_BYTES = 32 << 20
+
+_CHOOSE_COLUMNS = "convert the column, or name only the columns that you need in data.columns"
 
 logger = logging.getLogger(__name__)
-# json.dumps() with this option makes a new encoder in every call.
-_encode_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -53,32 +54,45 @@ class Rows(Sequence[Row]):
     """The rows of a source, in its order. Indexing makes a :class:`Row`.
 
     Args:
-        table: columns ``number`` (line or row), ``id``, ``prompt`` (text, or messages as JSON),
-            ``roles`` (of the messages, one a line; empty: ``prompt`` is text), ``answer`` and
+        table: columns ``number`` (line or row), ``id`` (null: no own id), ``prompt`` (text, or
+            messages as JSON), ``is_chat``, ``messages`` (null: ``prompt`` has them; otherwise
+            ``prompt`` holds their contents), ``kind`` (the messages' roles), ``answer`` and
             ``metadata`` (JSON; null: none).
         where: format of :attr:`Row.where`, with ``{number}``.
+        default_id: format of the id of a row without one, with ``{number}``.
         metadata: metadata of each row, instead of the column.
     """
 
     def __init__(
-        self, table: pa.Table, where: str, metadata: Sequence[dict[str, Any]] | None = None
+        self,
+        table: pa.Table,
+        where: str,
+        default_id: str,
+        metadata: Sequence[dict[str, Any]] | None = None,
     ) -> None:
-        self.table, self._where, self._metadata = table.combine_chunks(), where, metadata
+        self.table, self._metadata = table.combine_chunks(), metadata
+        self._where, self._default_id = where, default_id
         self._columns = {name: self.table[name] for name in self.table.column_names}
 
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         values = {name: column[index].as_py() for name, column in self._columns.items()}
-        prompt, metadata = values["prompt"], json.loads(values["metadata"] or "{}")
-        return Row(
-            where=self._where.format(number=values["number"]),
-            id=values["id"],
-            prompt=json.loads(prompt) if values["roles"] else prompt,
-            answer=values["answer"],
-            metadata=metadata if self._metadata is None else self._metadata[index],
-        )
+        number, identifier, metadata = values["number"], values["id"], values["metadata"]
+        if identifier is None:
+            identifier = self._default_id.format(number=number)
+        prompt = values["messages"]
+        if prompt is None:
+            prompt = json.loads(values["prompt"]) if values["is_chat"] else values["prompt"]
+        if self._metadata is not None:
+            extra = self._metadata[index]
+        else:
+            extra = {} if metadata is None else json.loads(metadata)
+        where = self._where.format(number=number)
+        return Row(where, identifier, prompt, values["answer"], extra)
 
     def find(self, identifier: str) -> int:
         """Index of the row with this id.
@@ -88,19 +102,37 @@ class Rows(Sequence[Row]):
         """
         index = pc.index(self._columns["id"], identifier).as_py()
         if index < 0:
+            prefix, suffix = self._default_id.split("{number}")
+            digits = identifier.removeprefix(prefix).removesuffix(suffix)
+            if digits.isdecimal():
+                index = pc.index(self._columns["number"], int(digits)).as_py()
+        if index < 0 or self[index].id != identifier:
             raise KeyError(identifier)
         return index
 
 
-def raise_problems(source: str, problems: Sequence[str]) -> None:
-    """Raise InputError if there are problems. It shows the first ones and their number."""
-    if len(problems) == 1:
-        raise InputError(problems[0])
-    if problems:
-        shown = list(problems[:MAX_REPORTED])
-        if len(problems) > MAX_REPORTED:
-            shown.append(f"... and {len(problems) - MAX_REPORTED} more")
-        raise InputError("\n  ".join([f"{source}: {len(problems)} problems", *shown]))
+@dataclass
+class Problems:
+    """Collects mistakes in rows, so that one run of the program shows many of them."""
+
+    shown: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, where: str, what: str) -> None:
+        self.count += 1
+        if len(self.shown) < MAX_REPORTED:
+            self.shown.append(f"{where}: {what}")
+
+    def raise_if_any(self, source: str) -> None:
+        """Raise InputError with the first problems and their number."""
+        if self.count == 1:
+            raise InputError(self.shown[0])
+        if self.count:
+            more = self.count - len(self.shown)
+            tail = f"\n  ... and {more} more" if more else ""
+            raise InputError(
+                f"{source}: {self.count} problems\n  " + "\n  ".join(self.shown) + tail
+            )
 
 
 def read_rows(
@@ -119,88 +151,237 @@ def read_rows(
             Empty: ``prompt``, ``answer`` and optionally ``id``, and all other columns as metadata.
 
     Raises:
-        InputError: no such task, malformed rows, duplicate ids, or no rows at all.
+        InputError: no such source, malformed rows, duplicate ids, or no rows at all.
     """
     if prompts.startswith(REASONING_GYM):
         return _reasoning_gym_rows(prompts.removeprefix(REASONING_GYM), {"seed": seed, **task_args})
-    path, key = Path(prompts), tuple(sorted((columns or {}).items()))
+    if task_args:
+        raise InputError(
+            f"data.task_args: only for {REASONING_GYM}<task>; data.prompts is {prompts!r}"
+        )
+    path = Path(prompts)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise InputError(
+            f"data.prompts: expected {REASONING_GYM}<task>, *.jsonl or *.parquet, got {prompts!r}; "
+            "convert the file"
+        )
+    if not path.is_file():
+        raise InputError(f"data.prompts: no such file: {path} (looked for {path.absolute()})")
     status = path.stat()
-    return _read_file(path, key, status.st_mtime_ns, status.st_size)
+    return _read_file(
+        path, tuple(sorted((columns or {}).items())), status.st_mtime_ns, status.st_size
+    )
 
 
 @lru_cache(maxsize=2)
 def _read_file(path: Path, columns: tuple[tuple[str, str], ...], *_: int) -> Rows:
-    tables, number = [_as_table([])], 0
-    problems: list[str] = []
+    problems = Problems()
     wanted = {"prompt": "prompt", "answer": "answer", **dict(columns)} if columns else {}
     is_jsonl = path.suffix == ".jsonl"
     where = f"{path}:{{number}}" if is_jsonl else f"{path}:row {{number}}"
-    for chunk in _jsonl_chunks(path) if is_jsonl else _parquet_chunks(path, wanted):
-        rows = []
-        for record in chunk:
-            number += 1
-            if isinstance(record, bytes) and record.isspace():
-                continue
-            try:
-                rows.append((number, *_check_record(record, wanted, f"{path.stem}:{number}")))
-            except ValueError as error:
-                problems.append(f"{where.format(number=number)}: {error}")
-        tables.append(_as_table(rows))
-    raise_problems(str(path), problems)
-    found = Rows(pa.concat_tables(tables), where)
-    if not found:
+    builder = _Builder(where, wanted, problems)
+    batches = _jsonl_batches if is_jsonl else _parquet_batches
+    chunks = [_TABLE.empty_table(), *batches(path, builder)]
+    problems.raise_if_any(str(path))
+    rows = Rows(pa.concat_tables(chunks), where, f"{path.stem}:{{number}}")
+    if not rows:
         raise InputError(f"{path}: expected at least one row, found none")
-    _check_ids(found, path)
-    repeated = len(found) - pc.count_distinct(found.table["prompt"]).as_py()
+    _check_ids(rows, problems)
+    problems.raise_if_any(str(path))
+    repeated = len(rows) - pc.count_distinct(rows.table["prompt"]).as_py()
     if repeated:
-        counts = f"{repeated:,} of {len(found):,}"
-        logger.warning("%s: %s rows repeat the prompt of another row", path, counts)
-    return found
+        logger.warning(
+            "%s: %s of %s rows repeat the prompt of another row",
+            path,
+            f"{repeated:,}",
+            f"{len(rows):,}",
+        )
+    return rows
 
 
+_MESSAGE = pa.struct({"role": pa.large_string(), "content": pa.large_string()})
 _TABLE = pa.schema({
     "number": pa.int32(), "id": pa.large_string(), "prompt": pa.large_string(),
-    "roles": pa.large_string(), "answer": pa.large_string(), "metadata": pa.large_string(),
+    "is_chat": pa.bool_(), "messages": pa.large_list(_MESSAGE), "kind": pa.large_string(),
+    "answer": pa.large_string(), "metadata": pa.large_string(),
 })  # fmt: skip
 
 
-def _as_table(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
-    columns = zip(*rows, strict=True) if rows else [()] * len(_TABLE)
-    return pa.table(dict(zip(_TABLE.names, columns, strict=True)), schema=_TABLE)
+class _Builder:
+    """Makes chunks of :data:`_TABLE` from records; adds mistakes to ``problems``."""
+
+    def __init__(self, where: str, wanted: Mapping[str, str], problems: Problems) -> None:
+        self._where, self._wanted, self._problems = where, wanted, problems
+        self._values: list[tuple[Any, ...]] = []
+
+    def add(self, number: int, record: Any) -> None:
+        """Check one record, and take it if it is right."""
+        if isinstance(record, dict) and self._wanted:
+            record = {name: _field(record, path) for name, path in self._wanted.items()}
+            record = {name: value for name, value in record.items() if value is not _ABSENT}
+        row = _check_record(self._where.format(number=number), record, self._problems)
+        if row is not None:
+            self._values.append((number, *row))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def flush(self) -> pa.Table:
+        """The chunk of all records since the last call."""
+        columns = zip(*self._values, strict=True) if self._values else [()] * len(_TABLE)
+        arrays = [pa.array(list(c), f.type) for c, f in zip(columns, _TABLE, strict=True)]
+        self._values = []
+        return pa.Table.from_arrays(arrays, schema=_TABLE)
 
 
-def _jsonl_chunks(path: Path) -> Iterator[list[bytes]]:
-    """The lines of a file."""
-    with path.open("rb") as file:
-        chunks = iter(lambda: file.readlines(_CHUNK_BYTES), [])
-        yield from _with_bar(chunks, path, path.stat().st_size / _CHUNK_BYTES)
+def _jsonl_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
+    problems = builder._problems
+    with _progress(path, path.stat().st_size) as advance, path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number % 4096 == 0:
+                advance(file.tell())
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
+                what = f"expected one JSON object in UTF-8, got {shorten(line)} ({error})"
+                problems.add(f"{path}:{number}", what)
+                continue
+            builder.add(number, record)
+            if len(builder) == _CHUNK_ROWS:
+                yield builder.flush()
+    yield builder.flush()
 
 
-def _parquet_chunks(path: Path, wanted: Mapping[str, str]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a file, with the columns that hold ``wanted`` (empty: all columns)."""
+def _parquet_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            needed = list(wanted.values()) or ["prompt", "answer"]
-            columns = [name if name in names else name.partition(".")[0] for name in needed]
-            if not set(columns) <= set(names):
-                raise InputError(
-                    f"{path}: expected the columns {' and '.join(needed)}, got "
-                    f"{', '.join(names)}; name them in data.columns, such as "
-                    "{prompt: question, answer: reward_model.ground_truth}"
+        with ParquetFile(path) as file, _progress(path, file.metadata.num_rows) as advance:
+            schema = file.schema_arrow
+            needed = builder._wanted or {"prompt": "prompt", "answer": "answer"}
+            missing = [c for c in needed.values() if c.partition(".")[0] not in schema.names]
+            if missing:
+                builder._problems.add(
+                    str(path),
+                    f"expected the columns {' and '.join(needed.values())}, got "
+                    f"{', '.join(schema.names)}; name them in data.columns, such as "
+                    "{prompt: question, answer: reward_model.ground_truth}",
                 )
-            chunks = file.iter_batches(_CHUNK_ROWS, columns=columns if wanted else None)
-            for chunk in _with_bar(chunks, path, file.metadata.num_rows / _CHUNK_ROWS):
-                yield chunk.to_pylist()
+                return
+            columns = [_stored(path, schema) for path in builder._wanted.values()] or None
+            for field in schema:
+                if not (columns is None or field.name in columns) or _fits_json(field.type):
+                    continue
+                what = f"{field.name}: expected values that JSON can hold, got {field.type}"
+                builder._problems.add(str(path), f"{what}; {_CHOOSE_COLUMNS}")
+            if builder._problems.count:
+                return
+            number = 0
+            for batch in file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns):
+                fast = _fast_table(batch, builder._wanted, number)
+                if fast is not None:
+                    yield fast
+                else:
+                    for index, record in enumerate(batch.to_pylist(), start=number + 1):
+                        builder.add(index, record)
+                    yield builder.flush()
+                number += len(batch)
+                advance(number)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected a Parquet file: {error}") from error
+        raise InputError(
+            f"{path}: expected a Parquet file, got an unreadable one ({error}); write it again"
+        ) from error
 
 
-def _with_bar(chunks: Iterable[Any], path: Path, count: float) -> Iterator[Any]:
-    """``chunks``, with a progress bar on a terminal (standard error)."""
-    yield from tqdm(chunks, f"reading {path.name}", math.ceil(count), leave=False, disable=None)
+def _stored(path: str, schema: pa.Schema) -> str:
+    """The column to read for ``path``: the whole column if it holds JSON text."""
+    first = path.partition(".")[0]
+    return first if path not in schema.names and _is_text(schema.field(first).type) else path
+
+
+def _fast_table(batch: pa.RecordBatch, wanted: Mapping[str, str], before: int) -> pa.Table | None:
+    """The chunk of correct rows with prompt and answer only; ``None``: look at each row."""
+    names = wanted or {name: name for name in batch.schema.names}
+    if set(names) - {"prompt", "answer"}:
+        return None
+    prompt, answer = (_nested(batch, names[name]) for name in ("prompt", "answer"))
+    if prompt is None or answer is None or prompt.null_count or answer.null_count:
+        return None
+    if not (_is_text(answer.type) or pa.types.is_integer(answer.type)):
+        return None
+    size, messages = len(batch), pa.nulls(len(batch), _TABLE.field("messages").type)
+    kind, is_chat = pa.repeat(pa.scalar("", pa.large_string()), size), not _is_text(prompt.type)
+    if is_chat:
+        messages = prompt
+        parts = _message_parts(prompt)
+        if parts is None:
+            return None
+        kind, prompt = parts
+    if not pc.all(pc.match_substring_regex(prompt, r"\S\s*$" if is_chat else r"\S")).as_py():
+        return None
+    if not is_chat and pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
+        return None
+    number = pa.array(range(before + 1, before + size + 1), pa.int32())
+    none = pa.nulls(size, pa.large_string())
+    columns = [number, none, prompt, pa.repeat(is_chat, size), messages, kind, answer, none]
+    arrays = [column.cast(field.type) for column, field in zip(columns, _TABLE, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=_TABLE)
+
+
+def _message_parts(messages: pa.Array) -> tuple[pa.Array, pa.Array] | None:
+    """Joined roles and joined contents of correct messages with these two fields only."""
+    kind = messages.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return None
+    if not pa.types.is_struct(kind.value_type):
+        return None
+    if {field.name for field in kind.value_type} != {"role", "content"}:
+        return None
+    joined = []
+    for name in ("role", "content"):
+        values = pc.struct_field(messages.values, name)
+        if values.null_count or not _is_text(values.type):
+            return None
+        texts = pa.LargeListArray.from_arrays(
+            messages.offsets.cast(pa.int64()), values.cast(pa.large_string())
+        )
+        joined.append(pc.binary_join(texts, pa.scalar("\n", pa.large_string())))
+    is_empty = pc.any(pc.equal(pc.list_value_length(messages), 0)).as_py()
+    kinds = (kind.split("\n") for kind in pc.unique(joined[0]).to_pylist())
+    messages_of = ([{"role": role, "content": "x"} for role in kind] for kind in kinds)
+    return None if is_empty or any(map(find_problem, messages_of)) else (joined[0], joined[1])
+
+
+def _fits_json(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.DictionaryType):
+        return _fits_json(kind.value_type)
+    types = pa.types
+    is_bytes = types.is_binary(kind) or types.is_large_binary(kind)
+    is_bytes = is_bytes or types.is_fixed_size_binary(kind) or types.is_binary_view(kind)
+    if is_bytes or types.is_temporal(kind) or types.is_decimal(kind):
+        return False
+    return all(_fits_json(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _nested(batch: pa.RecordBatch, path: str) -> pa.Array | None:
+    """Column ``path``, or field ``b`` of column ``a`` for ``a.b``; ``None``: it does not exist."""
+    if path in batch.schema.names:
+        return batch.column(path)
+    first, *rest = path.split(".")
+    if first not in batch.schema.names or batch.column(first).null_count:
+        return None
+    value = batch.column(first)
+    for name in rest:
+        if not pa.types.is_struct(value.type) or value.type.get_field_index(name) < 0:
+            return None
+        value = pc.struct_field(value, name)
+    return value
 
 
 _ABSENT = object()
@@ -222,90 +403,111 @@ def _field(record: Mapping[str, Any], path: str) -> Any:
 
 
 def _check_record(
-    record: Any, wanted: Mapping[str, str], default_id: str
-) -> tuple[str, str, str, str, str | None]:
-    """The columns of a record from ``id`` on.
-
-    Args:
-        record: a row of a Parquet file, or a line of a JSONL file.
-
-    Raises:
-        ValueError: what is wrong with the record.
-    """
-    if isinstance(record, bytes):
-        try:
-            record = json.loads(record)
-        except (ValueError, RecursionError) as error:
-            got = f"{shorten(record)} ({error})"
-            raise ValueError(f"expected one JSON object in UTF-8, got {got}") from None
+    where: str, record: Any, problems: Problems
+) -> tuple[str | None, str, bool, None, str, str, str | None] | None:
+    """The columns of a record from ``id`` on; ``None``: it has mistakes."""
     if not isinstance(record, dict):
-        raise ValueError(f"expected an object with prompt and answer, got {describe(record)}")
-    if wanted:
-        fields = ((name, _field(record, path)) for name, path in wanted.items())
-        record = {name: value for name, value in fields if value is not _ABSENT}
+        problems.add(where, f"expected an object with prompt and answer, got {describe(record)}")
+        return None
+    before = problems.count
     for name in ("prompt", "answer"):
         if name not in record:
-            raise ValueError(
-                f"{name}: expected this key, got {', '.join(record) or 'none'}; rename it, or "
-                "name it in data.columns"
+            got = ", ".join(record) or "none"
+            problems.add(
+                where,
+                f"{name}: expected this key, got {got}; rename it, or name it in data.columns",
             )
-    metadata = dict(record)
-    prompt, answer = as_messages(metadata.pop("prompt")), metadata.pop("answer")
-    identifier = metadata.pop("id", None)
-    if problem := find_problem(prompt):
-        raise ValueError(f"prompt: {problem}")
+    prompt: Any = as_messages(record.get("prompt"))
+    if "prompt" in record and (problem := find_problem(prompt)):
+        problems.add(where, f"prompt: {problem}")
+    answer: Any = record.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
-    if not isinstance(answer, str):
-        raise ValueError(f"answer: expected text or a number, got {describe(answer)}")
+    if "answer" in record and not isinstance(answer, str):
+        problems.add(where, f"answer: expected text or a number, got {describe(answer)}")
+    identifier = record.get("id")
     if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
-        raise ValueError(f"id: expected text or an integer, got {describe(identifier)}")
-    roles = ""
-    if not isinstance(prompt, str):
+        problems.add(where, f"id: expected text or an integer, got {describe(identifier)}")
+    metadata = {n: value for n, value in record.items() if n not in ("id", "prompt", "answer")}
+    encoded = _encode_metadata(where, metadata, problems) if metadata else None
+    if problems.count > before:
+        return None
+    is_chat, kind = not isinstance(prompt, str), ""
+    if is_chat:
         # Parquet gives every message the fields of all; templates ask whether a field exists.
         messages = [{n: v for n, v in message.items() if v is not None} for message in prompt]
-        roles = "\n".join(message["role"] for message in messages)
-        prompt = _encode_text(messages)
+        kind = "\n".join(message["role"] for message in messages)
+        prompt = json.dumps(messages, ensure_ascii=False)
+    identifier = None if identifier is None else str(identifier)
     try:
         f"{prompt}{answer}{identifier}".encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"expected valid Unicode, got a lone surrogate ({error})") from None
-    identifier = default_id if identifier is None else str(identifier)
-    return identifier, prompt, roles, answer, _encode(metadata) if metadata else None
+        problems.add(where, f"expected valid Unicode, got a lone surrogate ({error})")
+        return None
+    return identifier, prompt, is_chat, None, kind, answer, encoded
 
 
-def _encode(metadata: Mapping[str, Any]) -> str:
-    for name, value in metadata.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{name}: expected a value that JSON can hold, got {describe(value)}; convert the "
-                "column, or name only the columns that you need in data.columns"
-            ) from None
-    return json.dumps(metadata)
+def _encode_metadata(where: str, metadata: Mapping[str, Any], problems: Problems) -> str | None:
+    try:
+        return json.dumps(metadata)
+    except (TypeError, ValueError):
+        for name, value in metadata.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                problems.add(
+                    where,
+                    f"{name}: expected a value that JSON can hold, got {describe(value)}; "
+                    f"{_CHOOSE_COLUMNS}",
+                )
+        return None
 
 
-def _check_ids(rows: Rows, path: Path) -> None:
+def _check_ids(rows: Rows, problems: Problems) -> None:
     ids = rows.table["id"]
-    if pc.count_distinct(ids).as_py() == len(ids):
+    own = ids.drop_null()
+    if not len(own) or pc.count_distinct(own).as_py() == len(own):
         return
-    first: dict[str, int] = {}
-    problems = []
+    first: dict[str, str] = {}
     for index, identifier in enumerate(ids.to_pylist()):
-        if (other := first.setdefault(identifier, index)) != index:
-            used = f"id {identifier!r} is already used by {rows[other].where}"
-            problems.append(f"{rows[index].where}: {used}; ids must be unique")
-    raise_problems(str(path), problems)
+        if identifier is not None:
+            where = rows._where.format(number=rows.table["number"][index].as_py())
+            if identifier in first:
+                problems.add(
+                    where,
+                    f"id {identifier!r} is already used by {first[identifier]}; ids must be unique",
+                )
+            first.setdefault(identifier, where)
 
 
 def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
     entries = generate_entries(task, task_args)
-    rows = []
-    for number, entry in enumerate(entries):
-        # Some tasks have no single right answer and leave it None; their verifier reads the entry.
-        answer = "" if entry["answer"] is None else str(entry["answer"])
-        rows.append((number, f"{task}-{number}", entry["question"], "", answer, None))
-    source = {"task": task, "task_args": task_args}
-    metadata = [{"reasoning_gym": source | {"entry": entry}} for entry in entries]
-    return Rows(_as_table(rows), f"{REASONING_GYM}{task}[{{number}}]", metadata)
+    # Some tasks have no single right answer and leave it None; their verifier reads the entry.
+    answers = ["" if entry["answer"] is None else str(entry["answer"]) for entry in entries]
+    none = pa.nulls(len(entries), pa.large_string())
+    columns = [range(len(entries)), none, [entry["question"] for entry in entries]]
+    columns += [
+        pa.repeat(False, len(entries)),
+        pa.nulls(len(entries), _TABLE.field("messages").type),
+    ]
+    columns += [pa.repeat("", len(entries)), answers, none]
+    table = pa.table(dict(zip(_TABLE.names, columns, strict=True)), schema=_TABLE)
+    metadata = [
+        {"reasoning_gym": {"task": task, "task_args": task_args, "entry": entry}}
+        for entry in entries
+    ]
+    return Rows(table, f"{REASONING_GYM}{task}[{{number}}]", f"{task}-{{number}}", metadata)
+
+
+@contextmanager
+def _progress(path: Path, total: int) -> Iterator[Any]:
+    """A progress bar on a terminal, for a large file; yields ``advance(done)``."""
+    if not sys.stderr.isatty() or os.path.getsize(path) < _PROGRESS_FROM_BYTES:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"reading {path.name}", total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,16 +1,15 @@
 """Finds expected answers that no response can equal, when the rows are read."""
 
+import functools
 import logging
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from megatron_espo.config import Config
 from megatron_espo.data.sources import REASONING_GYM, Rows
 from megatron_espo.errors import InputError
 from megatron_espo.rewards.answers import gold_text
-
-# Certainly readable: short, with a digit and without LaTeX. The regular expressions are RE2's.
-_USUAL = r"^(?s:.*####)?[^$`\\{}#]{0,30}[0-9][^$`\\{}#]{0,30}$"
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ def check_golds(rows: Rows, source: str, config: Config) -> None:
     """Log how many answers the math judge cannot read, with the first one.
 
     Does nothing if another judge scores the rows. Only answers with an unusual form are looked at
-    one by one, so that millions of numbers take seconds.
+    one by one, so that millions of rows take seconds.
 
     Raises:
         InputError: more than ``reward.max_failed`` of the rows have such an answer.
@@ -27,9 +26,11 @@ def check_golds(rows: Rows, source: str, config: Config) -> None:
     is_math = config.reward.function in ("auto", "math_verify")
     if not is_math or source.startswith(REASONING_GYM) or ":" in config.environment.name:
         return
-    answers = rows.table["answer"]
-    unusual = pc.indices_nonzero(pc.invert(pc.match_substring_regex(answers, _USUAL)))
-    unreadable = [i for i in unusual.to_pylist() if gold_text(answers[i].as_py()) is None]
+    unreadable = [
+        index
+        for index in pc.indices_nonzero(pc.invert(_usual(rows.table["answer"]))).to_pylist()
+        if gold_text(rows.table["answer"][index].as_py()) is None
+    ]
     if not unreadable:
         return
     first = rows[unreadable[0]]
@@ -41,3 +42,15 @@ def check_golds(rows: Rows, source: str, config: Config) -> None:
         advice = "name the column of the final answers in data.columns, or use your own function"
         raise InputError(f"{first.where}: {found}; {advice}")
     logger.warning("%s: %s; their responses get no reward", first.where, found)
+
+
+def _usual(answers: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which answers are certainly readable: short, with a digit or letter, braces in pairs."""
+    answers = pc.replace_substring_regex(answers, r"(?s)^.*####", "")
+    is_plain = pc.match_substring_regex(answers, r"^[^$`]*[0-9A-Za-z][^$`]*$")
+    is_short = pc.less(pc.utf8_length(answers), 60)
+    opened, closed = (pc.count_substring(answers, brace) for brace in "{}")
+    # Commands such as \text{} and currency names may leave nothing.
+    is_pure = pc.match_substring_regex(answers, r"[0-9]|^[A-Za-z]{4,}$")
+    is_usual = (is_plain, is_short, pc.equal(opened, closed), is_pure)
+    return functools.reduce(pc.and_, is_usual)
