@@ -29,12 +29,14 @@ class _CudaToCpu(TorchFunctionMode):
     """Replaces ``device="cuda"`` by the CPU and reports CUDA names for the types of CPU tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        # Every operation passes here, so the common case is short.
         if func is torch.Tensor.cuda:
             return args[0]
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
-        kwargs.pop("pin_memory", None)  # pinning needs an accelerator
+        kwargs = dict(kwargs) if kwargs else {}
+        if kwargs:
+            kwargs.pop("pin_memory", None)  # pinning needs an accelerator
+            if "device" in kwargs and _is_cuda(kwargs["device"]):
+                kwargs["device"] = _CPU
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         result = func(*args, **kwargs)
