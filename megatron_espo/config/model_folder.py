@@ -9,7 +9,7 @@ from typing import Any
 from megatron_espo.config.rules import Problems
 from megatron_espo.errors import InputError
 from megatron_espo.files import safetensors_header
-from megatron_espo.models.spec import ModelSpec
+from megatron_espo.models.spec import ExternalSpec, ModelSpec
 
 # Each entry is a set of files that makes a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -92,6 +92,8 @@ def tensor_problems(folder: Path, spec: ModelSpec) -> Iterator[str]:
     Raises:
         InputError: no table for the model's family.
     """
+    if isinstance(spec, ExternalSpec):  # its library checks them
+        return
     shapes, ignored = spec.tensor_shapes, spec.ignored_tensors
     file_of, entries = stored_tensors(folder)
     config = f"{folder / 'config.json'}"

@@ -1,6 +1,7 @@
 """Build Megatron-Core's ``GPTModel`` of a ``ModelSpec``."""
 
 import importlib.util
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from megatron_espo.config import Config, Megatron
 from megatron_espo.distributed.runtime import PARALLEL_SIZES
 from megatron_espo.errors import InputError
 from megatron_espo.megatron.overrides import check_overrides
-from megatron_espo.models.spec import ModelSpec
+from megatron_espo.models.spec import ExternalSpec, ModelSpec
 
 # Settings of the ``megatron`` section that ``TransformerConfig`` takes under the same name.
 _SHARED_SETTINGS = (
@@ -52,12 +53,45 @@ def transformer_config(spec: ModelSpec, megatron: Megatron, dtype: torch.dtype) 
     """Return Megatron's ``TransformerConfig`` of a model."""
     from megatron.core.transformer import TransformerConfig
 
+    arguments = spec.transformer_arguments() | run_arguments(megatron, dtype)
+    arguments["activation_func"] = F.silu
+    if spec.experts:  # 8-bit matrix products need multiples of 16 tokens an expert
+        arguments["moe_router_padding_for_quantization"] = bool(megatron.fp8)
+    if spec.rope.yarn:  # Transformer Engine's kernel ignores YaRN's factor of the attention
+        arguments["apply_rope_fusion"] = False
+    tunable = set(_TUNABLE) - ({"apply_rope_fusion"} if spec.rope.yarn else set())
+    config = TransformerConfig(**with_overrides(arguments, megatron, tunable))
+    for name, value in spec.rope.yarn.items():  # GPTModel reads them, and no argument sets them
+        setattr(config, name, value)
+    return config
+
+
+def with_overrides(
+    arguments: dict[str, Any], megatron: Megatron, tunable: Collection[str] = _TUNABLE
+) -> dict[str, Any]:
+    """Add the layout of the ``megatron`` section, and its overrides.
+
+    Args:
+        arguments: of ``TransformerConfig``.
+        tunable: names of ``arguments`` that an override may change.
+
+    Raises:
+        InputError: an override of another argument, or of no field.
+    """
+    shared = {name: getattr(megatron, name) for name in _SHARED_SETTINGS}
+    fixed = {name: "config.json and the other settings give it" for name in arguments}
+    fixed |= {name: f"set megatron.{name}" for name in shared}
+    fixed = {name: reason for name, reason in fixed.items() if name not in tunable}
+    chosen = check_overrides(megatron.overrides, fixed).transformer
+    return arguments | shared | dict(chosen)
+
+
+def run_arguments(megatron: Megatron, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of ``TransformerConfig`` that do not depend on the model."""
     te = use_transformer_engine(megatron.transformer_impl)
     has_te = bool(importlib.util.find_spec("transformer_engine"))  # not on a machine that plans
     is_interleaved = megatron.virtual_pipeline_model_parallel_size is not None
-    arguments = dict(
-        **spec.transformer_arguments(),
-        activation_func=F.silu,
+    return dict(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -82,20 +116,6 @@ def transformer_config(spec: ModelSpec, megatron: Megatron, dtype: torch.dtype) 
         moe_permute_fusion=te and has_te,
         apply_rope_fusion=te and has_te,
     )
-    if spec.experts:  # 8-bit matrix products need multiples of 16 tokens an expert
-        arguments["moe_router_padding_for_quantization"] = bool(megatron.fp8)
-    if spec.rope.yarn:  # Transformer Engine's kernel ignores YaRN's factor of the attention
-        arguments["apply_rope_fusion"] = False
-    shared = {name: getattr(megatron, name) for name in _SHARED_SETTINGS}
-    tunable = set(_TUNABLE) - ({"apply_rope_fusion"} if spec.rope.yarn else set())
-    fixed = {name: "config.json and the other settings give it" for name in arguments}
-    fixed |= {name: f"set megatron.{name}" for name in shared}
-    fixed = {name: reason for name, reason in fixed.items() if name not in tunable}
-    chosen = check_overrides(megatron.overrides, fixed).transformer
-    config = TransformerConfig(**arguments | shared | dict(chosen))
-    for name, value in spec.rope.yarn.items():  # GPTModel reads them, and no argument sets them
-        setattr(config, name, value)
-    return config
 
 
 def build_model(
@@ -159,8 +179,11 @@ def build_model(
 
 
 def build_configured(config: Config, spec: ModelSpec, groups: Any) -> list:
-    """Call :func:`build_model` with a run's configuration."""
+    """Call :func:`build_model` with a run's configuration, or the model's own builder."""
     dtype = getattr(torch, config.model.dtype)
+    if isinstance(spec, ExternalSpec):
+        arguments = with_overrides(run_arguments(config.megatron, dtype), config.megatron)
+        return spec.build(config.model.path, arguments, groups)
     return build_model(spec, config.megatron, groups, dtype=dtype)
 
 

@@ -1,7 +1,7 @@
 """``ModelSpec``: a model, read from ``config.json`` and checked once. Standard library only."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -259,6 +259,39 @@ class ModelSpec:
         layers = range(self.num_hidden_layers)
         rotary = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in layers}
         return rotary | ({"lm_head.weight"} if self.tie_word_embeddings else set())
+
+
+class ExternalSpec(ModelSpec):
+    """A model that another library builds, loads and exports."""
+
+    def build(self, path: str, arguments: dict[str, Any], groups: Any) -> list[Any]:
+        """Build this rank's ``GPTModel`` chunks on the current device, with any weights.
+
+        Args:
+            path: the Hugging Face folder.
+            arguments: fields of Megatron's ``TransformerConfig`` that the settings and the loss
+                need.
+            groups: Megatron's ``ProcessGroupCollection``.
+        """
+        raise NotImplementedError
+
+    def load(self, chunks: Sequence[Any], path: str) -> None:
+        """Read the weights of the folder into the chunks. Called on every rank at once."""
+        raise NotImplementedError
+
+    def export(self, chunks: Sequence[Any], path: str) -> Iterator[tuple[str, Any]]:
+        """Yield (Hugging Face name, whole tensor), the same on every rank.
+
+        Called on every rank at once, with the folder that the weights were read from.
+        """
+        raise NotImplementedError
+
+    @property
+    def groups(self) -> list[list[ParamMapping]]:  # type: ignore[override]
+        raise InputError(
+            f"model.family: expected a family of this package, got {type(self).__name__}: another "
+            "library knows its parameters"
+        )
 
 
 def _is_size(value: Any) -> bool:

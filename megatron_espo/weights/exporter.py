@@ -80,6 +80,10 @@ class ExportedWeightSource:
                 tensors.append(tensor.detach().to(self._dtype))
             yield names, tensors
 
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for names, tensors in self.iter_groups():
+            yield from zip(names, tensors, strict=True)
+
 
 def _layer(name: str) -> str | None:
     return next((part for part in name.split(".") if part.isdigit()), None)

@@ -1,6 +1,7 @@
 """Load a Hugging Face folder into a Megatron model, and export a model to such a folder."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from safetensors import SafetensorError
 from megatron_espo.config.model_folder import OWN_HEAD, tensor_problems
 from megatron_espo.errors import InputError
 from megatron_espo.models.layouts import shard_into
-from megatron_espo.models.spec import ModelSpec
+from megatron_espo.models.spec import ExternalSpec, ModelSpec
 from megatron_espo.weights.binding import ShardRanks, bind
+from megatron_espo.weights.exporter import ExportedWeightSource
 from megatron_espo.weights.hf_reader import CheckpointFolder
 from megatron_espo.weights.hf_writer import write_folder
 from megatron_espo.weights.source import WeightGatherer
@@ -68,6 +70,8 @@ def load_hf_weights(
         InputError: a missing, unknown or misshapen tensor, or a model that does not match.
             Nothing is loaded.
     """
+    if isinstance(spec, ExternalSpec):
+        return spec.load(chunks, str(path))
     ranks = ShardRanks.of(pg_collection)
     bound = [item for group in bind(chunks, spec.groups, ranks) for item in group]
     folder = open_checkpoint(spec, path)
@@ -100,7 +104,11 @@ def save_hf(
         InputError: ``out_dir`` exists and is not an earlier export.
         RuntimeError: rank 0 could not write.
     """
-    source = WeightGatherer(chunks, spec, pg_collection, dtype=dtype)
+    source: ExportedWeightSource | WeightGatherer
+    if isinstance(spec, ExternalSpec):
+        source = ExportedWeightSource(partial(spec.export, chunks, str(source_dir)), dtype)
+    else:
+        source = WeightGatherer(chunks, spec, pg_collection, dtype=dtype)
     metadata, stream, failure = source.metadata(), iter(source), None
     if dist.get_rank() == 0:
         out, source_folder = Path(out_dir), Path(source_dir)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from megatron_espo.distributed import collectives
 from megatron_espo.distributed.monitored_barrier import MonitoredBarrier, RankLostError
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
-from megatron_espo.models.spec import ModelSpec
+from megatron_espo.models.spec import ExternalSpec, ModelSpec
 from megatron_espo.rollout import transport
 from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.engine import EngineError, Phase, State
@@ -104,6 +105,8 @@ class WeightSync:
         if config.model.exporter:
             export = load_exporter(config.model.exporter, chunks, spec.hf_config)
             return ExportedWeightSource(export, dtype)
+        if isinstance(spec, ExternalSpec):
+            return ExportedWeightSource(partial(spec.export, chunks, config.model.path), dtype)
         return MegatronWeightSource(
             chunks,
             spec,

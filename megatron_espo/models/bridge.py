@@ -1,0 +1,96 @@
+"""Models that Megatron-Bridge builds, loads and exports."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_espo.errors import InputError
+from megatron_espo.models.rope import Rope
+from megatron_espo.models.spec import Experts, ExternalSpec
+
+# Names of the same number in the configurations of different families.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERT_FFN = ("moe_intermediate_size", "intermediate_size")
+_DENSE_LAYERS = "first_k_dense_replace"
+
+
+class MegatronBridge(ExternalSpec):
+    """Any causal language model of Megatron-Bridge's ``AutoBridge``.
+
+    Set ``model.family: megatron_espo.models.bridge:MegatronBridge``. Only sizes are read from
+    ``config.json``; Megatron-Bridge checks it. The loss, the schedule, checkpoints and weight
+    updates are those of the other families.
+    """
+
+    architecture, model_type = "", ""
+
+    @classmethod
+    def read(cls, hf: dict[str, Any]) -> "MegatronBridge":
+        hf = hf | (hf.get("text_config") or {})
+        # The only sizes that this package itself uses, beside those of the experts.
+        if missing := [key for key in cls.required if not isinstance(hf.get(key), int)]:
+            raise InputError(f"config.json: expected {', '.join(missing)}, found none")
+        heads = hf["num_attention_heads"]
+        return cls(
+            hf_config=hf,
+            **{key: hf[key] for key in cls.required},
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            sliding_window=None,
+            rope=Rope(10000.0),
+            experts=cls.read_experts(hf),
+        )
+
+    @classmethod
+    def read_experts(cls, hf: dict[str, Any]) -> Experts | None:
+        count, ffn = (
+            next((hf[k] for k in keys if hf.get(k)), 0) for keys in (_EXPERTS, _EXPERT_FFN)
+        )
+        if not count:
+            return None
+        return Experts(
+            count=count,
+            per_token=hf["num_experts_per_tok"],
+            ffn=ffn,
+            normalized=hf.get("norm_topk_prob", False),
+            layers=tuple(i >= hf.get(_DENSE_LAYERS, 0) for i in range(hf["num_hidden_layers"])),
+        )
+
+    def build(self, path: str, arguments: dict[str, Any], groups: Any) -> list[Any]:
+        provider = _auto_bridge(path).to_megatron_provider(load_weights=False)
+        arguments = arguments | {
+            "seq_length": self.max_position_embeddings,
+            # The embedding's rows are divided by the tensor-parallel ranks, and no further.
+            "should_pad_vocab": True,
+            "make_vocab_size_divisible_by": 1,
+            # Only the objective changes the weights, and only of what the engine samples with.
+            "mtp_num_layers": None,
+            "moe_aux_loss_coeff": 0.0,
+            "moe_router_bias_update_rate": 0.0,
+        }
+        for name, value in arguments.items():
+            if not hasattr(provider, name):
+                raise InputError(f"Megatron-Bridge: {type(provider).__name__} has no field {name}")
+            setattr(provider, name, value)
+        provider.finalize()
+        provider._pg_collection = groups
+        stages = arguments["virtual_pipeline_model_parallel_size"]
+        return [provider.provide(vp_stage=i if stages else None).cuda() for i in range(stages or 1)]
+
+    def load(self, chunks: Sequence[Any], path: str) -> None:
+        _auto_bridge(path).load_hf_weights(list(chunks))
+
+    def export(self, chunks: Sequence[Any], path: str) -> Iterator[tuple[str, Any]]:
+        yield from _auto_bridge(path).export_hf_weights(list(chunks), show_progress=False)
+
+
+def _auto_bridge(path: str) -> Any:
+    try:
+        from megatron.bridge import AutoBridge
+    except ImportError as error:
+        raise InputError(
+            f"model.family: expected an installed megatron-bridge, got {error}; docs/models.md "
+            "tells which release fits"
+        ) from error
+    return AutoBridge.from_hf_pretrained(path)
