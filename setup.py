@@ -47,7 +47,7 @@ setup(
             "vllm>=0.32",
         ],
         # What Megatron-Bridge imports. docs/models.md tells how to install it itself.
-        "bridge": ["hydra-core>=1.3", "omegaconf>=2.3", "peft>=0.18", "timm>=1"],
+        "bridge": ["omegaconf>=2.3"],
         "dev": [
             "hypothesis>=6.100",
             "import-linter>=2.3",

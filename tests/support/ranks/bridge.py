@@ -56,6 +56,7 @@ class Provider(TransformerConfig):
             max_sequence_length=self.seq_length,
             pre_process=rank == 0,
             post_process=rank == size - 1,
+            share_embeddings_and_output_weights=self.spec.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=self.rotary_base,
             pg_collection=self._pg_collection,
