@@ -311,6 +311,7 @@ def test_failures_above_the_rate_end_the_run(tmp_path):
         ("Score: 4. Wait. SCORE: 12", 1.0),
         ("score: -3", 0.0),
         ("<think>Score: 9</think> none", None),
+        ("<think>Score: 9", None),
         ("score: high", None),
         ("", None),
     ],

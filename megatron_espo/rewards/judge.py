@@ -17,6 +17,7 @@ import aiohttp
 
 from megatron_espo.config import Judge
 from megatron_espo.errors import InputError
+from megatron_espo.rewards.answers import final_text
 from megatron_espo.types import Prompt
 
 BACKOFF_S, MOST_BACKOFF_S = 0.5, 8.0
@@ -139,13 +140,14 @@ class JudgeClient:
         try:
             return self._cache.execute(statement, values).fetchone()
         except sqlite3.Error as error:
-            return self._warn("cache", f"judge.cache: {error}")
+            self._warn("cache", f"judge.cache: {error}")
+            return None
 
     def _read(self, reply: str) -> float | None:
         """The score in a reply, after the judge's reasoning."""
         low, high = self._config.min_score, self._config.max_score
         try:
-            score = float(self._pattern.findall(reply.rpartition("</think>")[2])[-1])
+            score = float(self._pattern.findall(final_text(reply) or "")[-1])
         except (IndexError, ValueError):
             return None
         return (min(max(score, low), high) - low) / (high - low) if math.isfinite(score) else None

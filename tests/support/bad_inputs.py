@@ -502,10 +502,12 @@ TABLE: dict[str, list[Bad]] = {
         Bad("an unknown built-in", "reward.function=math_verfy"),
         Bad("reasoning_gym rewards for a file", "reward.function=reasoning_gym"),
         Bad("an unknown name among several rewards", "reward.terms={math_verify: 1, helpfull: 1}"),
-        Bad("a judge without a server", "reward.terms={good: 1}", "judge.prompts.good={response}"),
+        Bad(
+            "a judge without a server", "reward.terms={good: 1}", "judge.prompts.good='{response}'"
+        ),
         Bad("a judge's prompt that is no file", "judge.prompts.good=prompts/good.txt"),
         Bad("an API key that is not set", "judge.key=NO_SUCH_VARIABLE"),
-        Bad("a pattern without a group", "judge.pattern=[0-9]+"),
+        Bad("a pattern without a group", "judge.pattern='[0-9]+'"),
         Bad("a missing module", "reward.function=verifer:judge", check=start_rewards),
         Bad(
             "a module with a syntax error",
