@@ -70,7 +70,7 @@ class Scorer:
             raise InputError(
                 f"reward: expected a score for each response, but {failed} of {total} of step "
                 f"{step} failed, more than reward.max_failed = {limit:g}; the last failure of "
-                f"{'; of '.join(causes)}"
+                f"{'; of '.join(causes) or 'an environment'}"
             )
 
     def pop_metrics(self) -> dict[str, float]:
