@@ -349,15 +349,6 @@ def test_a_kernel_that_refuses_namespaces_is_logged_once(tmp_path):
     assert output.count(warning) == 1 and "[1.0, None, 2.0]" in output
 
 
-def test_failures_above_the_rate_end_the_run(hostile):
-    with pool(hostile, max_failed=0.5) as rewards:
-        rewards.score(items("none"))
-        rewards.check_failures(4, 8, step=3)
-        message = "5 of 8 of step 3 failed, more than reward.max_failed = 0.5; .*prompt 'p': .*None"
-        with pytest.raises(InputError, match=message):
-            rewards.check_failures(5, 8, step=3)
-
-
 def test_progress_and_interruption(hostile):
     """Progress is reported at least every second. The pool is usable after an exception."""
     calls = []

@@ -19,7 +19,8 @@ ELSEWHERE = {
     "system/gpu_memory_gib",
     "system/gpu_peak_allocated_gib",
     "time/wait_s",
-    *(name for name in NAMES if name.startswith("moe/")),
+    "reward/mean_<name>",
+    *(name for name in NAMES if name.startswith(("moe/", "judge/"))),
 }
 TASK = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2, seed: 99, size: 4"
 EVERYTHING = [

@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -127,6 +128,15 @@ def _path_problems(config: Config) -> Problems:
         expected = "a folder of recorded rollouts (step_000001.npz ...)"
         advice = "run.keep_rollouts=true records all steps of a run"
         yield expect("run.replay", expected, replay, advice)
+    judge = config.judge
+    for name, text in judge.prompts.items():
+        with suppress(OSError, ValueError):
+            if "{response}" in judge.template(name):
+                continue
+        expected = f"a text with {{response}} or a file with one (relative to {os.getcwd()})"
+        yield expect("judge.prompts", expected, text)
+    if judge.key and os.environ.get("RANK", "0") == "0" and not os.environ.get(judge.key):
+        yield "judge.key", "expected an environment variable that is set, got another name"
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

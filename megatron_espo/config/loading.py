@@ -68,7 +68,8 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         lines = [line for entry in entries for line in _explain(entry, path, places)]
         raise InputError("\n".join(dict.fromkeys(lines))) from None
     config.origins[""] = str(path)
-    config.origins.update({".".join(map(str, k)): v for k, v in places.items() if len(k) == 2})
+    for key, place in places.items():
+        config.origins.setdefault(".".join(map(str, key[:2])), place)
     return config
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from megatron_espo.config import rules
 from megatron_espo.config.rollout import Rollout
 from megatron_espo.config.rules import Problems, Section, expect
-from megatron_espo.config.tasks import Data, Environment, Eval, Reward
+from megatron_espo.config.tasks import FUNCTIONS, Data, Environment, Eval, Judge, Reward
 
 
 class Run(Section):
@@ -283,6 +283,7 @@ class Config(Section):
     data: Data
     environment: Environment = Field(default_factory=Environment)
     reward: Reward = Field(default_factory=Reward)
+    judge: Judge = Field(default_factory=Judge)
     eval: Eval = Field(default_factory=Eval)
 
     @cached_property
@@ -320,6 +321,13 @@ class Config(Section):
             yield expect("optimizer.lr_warmup_iters", expected, warmup)
         for section, source in (("data", self.data.prompts), ("eval", self.eval.prompts)):
             is_file = source is not None and not source.startswith("reasoning_gym:")
-            if self.reward.function == "reasoning_gym" and is_file:
+            if "reasoning_gym" in self.reward.weights and is_file:
                 expected = f'math_verify or "module:function" with {section}.prompts "{source}"'
-                yield expect("reward.function", expected, "reasoning_gym")
+                key = "reward.terms" if self.reward.terms else "reward.function"
+                yield expect(key, expected, "reasoning_gym")
+        for name in self.reward.terms:
+            yield from rules.check_function("reward.terms", name, *FUNCTIONS, *self.judge.prompts)
+        if self.judge.prompts.keys() & self.reward.terms.keys():
+            for key in ("url", "model"):
+                if getattr(self.judge, key) is None:
+                    yield expect(f"judge.{key}", "a value with a judge in reward.terms", None)

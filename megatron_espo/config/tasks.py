@@ -1,5 +1,7 @@
-"""Settings of prompts, environments, rewards and evaluations."""
+"""Settings of prompts, environments, rewards, judges and evaluations."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -11,6 +13,8 @@ from megatron_espo.config.rules import (
     check_function,
     expect,
 )
+
+FUNCTIONS = ("auto", "reasoning_gym", "math_verify")
 
 
 class Data(Section):
@@ -79,10 +83,13 @@ class Environment(Section):
 
 
 class Reward(Section):
-    """The reward function, called in worker processes."""
+    """Reward functions, called in worker processes, and how several rewards are added."""
 
     function: str = Field("auto", min_length=1)
     """auto (depends on data.prompts), reasoning_gym, math_verify, or your module:function."""
+    terms: dict[str, float] = Field(default_factory=dict)
+    """Several rewards and their weights, such as {math_verify: 1, helpful: 0.2}: names as in
+    function, and names of judge.prompts. The reward is the weighted sum. Empty: function alone."""
     timeout_s: float = Field(10.0, gt=0)
     """Seconds for one response. Then the worker is killed and the response gets no reward."""
     memory_gib: float = Field(4.0, gt=0)
@@ -101,10 +108,75 @@ class Reward(Section):
     """DAPO's soft overlong penalty: over this many tokens before the length limit the reward
     falls by up to 1."""
     workers: int = Field(2, ge=1)
-    """Worker processes per node. Each uses one CPU core."""
+    """Worker processes per node and function. Each uses one CPU core."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every reward by its name."""
+        return self.terms or {self.function: 1.0}
 
     def problems(self) -> Problems:
-        yield from check_function("function", self.function, "auto", "reasoning_gym", "math_verify")
+        yield from check_function("function", self.function, *FUNCTIONS)
+        if self.terms and self.function != "auto":
+            yield expect("function", "no value with reward.terms", self.function)
+        if len({name.rpartition(":")[2] for name in self.terms}) < len(self.terms):
+            yield expect("terms", "functions with different names", list(self.terms))
+
+
+class Judge(Section):
+    """A model that scores responses, behind an OpenAI-compatible server (/v1/chat/completions)."""
+
+    url: str | None = None
+    """Base of its routes, such as https://api.openai.com/v1 or http://host:8000/v1 (vLLM)."""
+    model: str | None = None
+    """Name of the model on the server."""
+    prompts: dict[str, str] = Field(default_factory=dict)
+    """Templates by name, for reward.terms: a text with {response}, or the path of a file with one.
+    {prompt}, {answer} and {column} of the metadata are replaced too."""
+    key: str | None = None
+    """Name of the environment variable that has the API key. null sends no key."""
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    """More fields of the request, such as {temperature: 0, max_tokens: 1024}."""
+    pattern: str = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
+    """Regular expression with one group, the score. The last match in the reply counts."""
+    min_score: float = 0.0
+    """Score that becomes the reward 0. Lower scores too."""
+    max_score: float = 10.0
+    """Score that becomes the reward 1. Higher scores too."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds for one request."""
+    retries: int = Field(4, ge=0)
+    """More requests after 429, 5xx, no connection, no answer in time or no score in the reply."""
+    max_concurrent: int = Field(64, ge=1)
+    """Most requests at the same time."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    """Most requests in a minute, evenly spaced. null: no limit."""
+    cache: str | None = Field(None, min_length=1)
+    """SQLite file of the replies. Several runs may share it. null: judge.sqlite in run.dir."""
+
+    def template(self, name: str) -> str:
+        """Return the text of a template. OSError, ValueError: its file cannot be read."""
+        text = self.prompts[name]
+        return text if "{response}" in text else Path(text).read_text(encoding="utf-8")
+
+    def problems(self) -> Problems:
+        if self.url and not self.url.startswith(("http://", "https://")):
+            yield expect("url", "an address with http:// or https://", self.url)
+        for name in self.prompts:
+            if name in FUNCTIONS or not name.isidentifier():
+                yield expect("prompts", "names of letters, unlike those of functions", name)
+        if self.key is not None and not self.key.isidentifier():  # it may be the key: not shown
+            yield "key", "expected the name of an environment variable, got something else"
+        for name in self.sampling.keys() & {"model", "messages", "n", "stream"}:
+            yield expect("sampling", "no model, messages, n or stream", name)
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error:
+            groups = 0
+        if groups != 1:
+            yield expect("pattern", "a regular expression with one group", self.pattern)
+        if self.min_score >= self.max_score:
+            yield expect("min_score", f"less than max_score ({self.max_score:g})", self.min_score)
 
 
 def _source_problems(prompts: str, task_args: dict[str, Any]) -> Problems:

@@ -1,7 +1,7 @@
 """The rollouts of one step, as arrays for the rollout log, and their outline for all ranks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -28,12 +28,14 @@ class ScoredGroups:
         dispatched: number of new prompts sent to the engine; with dynamic sampling more than
             ``rollouts`` has.
         in_flight: number of prompts whose responses continue in the next step.
+        metrics: of scoring, on rank 0 in the step that sampled them.
     """
 
     rollouts: list[list[Trajectory]]
     rewards: torch.Tensor
     dispatched: int
     in_flight: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def samples(self) -> list[Trajectory]:

@@ -179,7 +179,8 @@ def rollout_metrics(
     }
     for name in sorted({name for sample in samples for name in sample.rewards}):
         values = [sample.rewards[name] for sample in samples if name in sample.rewards]
-        metrics[f"environment/reward_{name}"] = sum(values) / len(values)
+        key = name if name.startswith("reward/") else f"environment/reward_{name}"
+        metrics[key] = sum(values) / len(values)
     return metrics
 
 

@@ -123,6 +123,7 @@ class Reporter:
         if self._board is None:
             return
         metrics = metrics | rollout_metrics(groups.rollouts, groups.rewards, advantages)
+        metrics |= groups.metrics
         metrics |= entropies.metrics() | {
             "rollout/staleness": groups.staleness(step),
             "rollout/staleness_max": float(groups.max_staleness(step)),

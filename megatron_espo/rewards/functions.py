@@ -60,21 +60,15 @@ def load_reasoning_gym() -> RewardFunction:
 def load_math_verify() -> RewardFunction:
     """Return 1.0 where math-verify finds the response equal to ``prompt.answer``, else 0.0."""
     judge = MathJudge()
-
-    def math_verify_reward(prompt: Prompt, response: str) -> float:
-        return float(judge(prompt.answer, response, prompt.text))
-
-    return math_verify_reward
+    return lambda prompt, response: float(judge(prompt.answer, response, prompt.text))
 
 
 def load_auto() -> RewardFunction:
     """Return reasoning_gym for prompts of a reasoning-gym task, math_verify for the others."""
     task, math = load_reasoning_gym(), load_math_verify()
-
-    def auto_reward(prompt: Prompt, response: str) -> float:
-        return (task if "reasoning_gym" in prompt.metadata else math)(prompt, response)
-
-    return auto_reward
+    return lambda prompt, response: (task if "reasoning_gym" in prompt.metadata else math)(
+        prompt, response
+    )
 
 
 BUILT_IN: dict[str, Callable[[], RewardFunction]] = {

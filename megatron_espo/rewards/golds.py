@@ -23,8 +23,8 @@ def check_golds(rows: Rows, source: str, config: Config) -> None:
     Raises:
         InputError: more than ``reward.max_failed`` of the rows have such an answer.
     """
-    is_math = config.reward.function in ("auto", "math_verify")
-    if not is_math or source.startswith(REASONING_GYM) or ":" in config.environment.name:
+    judge = config.reward.weights.keys() & {"auto", "math_verify"}
+    if not judge or source.startswith(REASONING_GYM) or ":" in config.environment.name:
         return
     unreadable = [
         index
@@ -35,7 +35,7 @@ def check_golds(rows: Rows, source: str, config: Config) -> None:
         return
     first = rows[unreadable[0]]
     found = (
-        f"answer: expected one that reward.function {config.reward.function} can compare, got "
+        f"answer: expected one that {min(judge)} can compare, got "
         f"another in {len(unreadable):,} of {len(rows):,} rows; the first is {first.answer!r:.80}"
     )
     if len(unreadable) > config.reward.max_failed * len(rows):

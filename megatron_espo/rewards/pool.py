@@ -33,6 +33,15 @@ MAX_FILE_BYTES = 64 << 20  # of a file that a verifier writes
 logger = logging.getLogger(__name__)
 
 
+def wait_or_cancel(futures: Sequence[Future], on_progress: Callable[[int, int], None]) -> list[Any]:
+    """:func:`wait_all`; an exception cancels the futures."""
+    try:
+        return wait_all(futures, on_progress)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
 def wait_all(futures: Sequence[Future], on_progress: Callable[[int, int], None]) -> list[Any]:
     """Wait for all futures and return their results.
 
@@ -97,23 +106,7 @@ class RewardPool(AbstractContextManager):
         on_progress: Callable[[int, int], None] = lambda *_: None,
     ) -> list[float | None]:
         """Score ``(prompt, response)`` pairs; see :meth:`submit` and :func:`wait_all`."""
-        futures = [self.submit(*item) for item in items]
-        try:
-            return wait_all(futures, on_progress)
-        finally:
-            for future in futures:
-                future.cancel()
-
-    def check_failures(self, failed: int, total: int, step: int) -> None:
-        """InputError where more than ``max_failed`` of a step's responses have no score."""
-        limit = self._config.max_failed
-        if failed > limit * total:
-            count = f"{failed} of {total} of step {step} failed"
-            advice = "fix the function or raise reward.max_failed"
-            raise InputError(
-                f"reward.function: expected a number for each response, but {count}, more than "
-                f"reward.max_failed = {limit:g}; {advice}; the last failure: {self.last_failure}"
-            )
+        return wait_or_cancel([self.submit(*item) for item in items], on_progress)
 
     def close(self) -> None:
         """Kill the workers."""

@@ -16,12 +16,13 @@ from megatron_espo.config.checks import check_model
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.monitoring.progress import Phases
-from megatron_espo.rewards.pool import RewardPool, wait_all
+from megatron_espo.rewards.pool import wait_or_cancel
 from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import EnginePool, request_seeds
 from megatron_espo.rollout.runner import EnvironmentRunner, load_environment
 from megatron_espo.rollout.sampler import checked
+from megatron_espo.rollout.scorer import Scorer
 from megatron_espo.rollout.server import EngineConfig
 from megatron_espo.rollout.transport import engine_devices, resolve_transport
 from megatron_espo.rollout.vllm_engine import VLLMEngine
@@ -212,7 +213,7 @@ class Evaluator:
     def run(
         self,
         runner: EnvironmentRunner,
-        rewards: RewardPool,
+        scorer: Scorer,
         phases: Phases,
         step: int,
         steps: int,
@@ -231,15 +232,7 @@ class Evaluator:
                 for j, seed in enumerate(own):
                     sampling = replace(self.sampling, seed=seed, slot=i)
                     futures.append(runner.start(prompt, f"eval{step}.{i}.{j}", sampling))
-            try:
-                samples: list[Trajectory] = wait_all(futures, poll)
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
-            unscored = [(found.prompt, found.text) for found in samples if found.reward is None]
-            scores = iter(rewards.score(unscored, poll))
-        samples = [s.with_reward(next(scores)) if s.reward is None else s for s in samples]
+            samples = scorer.score(wait_or_cancel(futures, poll), poll)
         starts = range(0, len(samples), self._samples)
         return Evaluation([samples[start : start + self._samples] for start in starts])
 
@@ -254,7 +247,7 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
         The contents of the file, except the seconds.
 
     Raises:
-        InputError: bad rows, tokenizer, reward function or model folder.
+        InputError: bad rows, tokenizer, reward function, judge or model folder.
     """
     run_dir, model, limits = config.run.dir, config.model.path, config.environment
     os.makedirs(run_dir, exist_ok=True)
@@ -264,15 +257,16 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
     environment = load_environment(limits.name, limits.args)
     loop, phases = LoopThread(), Phases(draw=True)
     engine = VLLMEngine(engine_config(config, length, load_weights=True), loop)
-    with RewardPool(config.reward) as rewards, closing(loop), closing(engine):
+    scorer = Scorer(config, tokenizer, loop)
+    with closing(loop), closing(engine), closing(scorer):
         engine.start()
-        rewards.start()
+        scorer.start()
         print(f"loading {model}; the engine's log: {engine.config.log_path}", flush=True)
         engine.wait_ready()
         pool = EnginePool(run_dir, config.rollout.timeout_s)
         loop.run(pool.connect([engine.address]))
         runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits, length)
-        evaluation = evaluator.run(runner, rewards, phases, 1, 1, pool.check)
+        evaluation = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
         loop.run(pool.close())
     record = evaluation.record(
         model=model,

@@ -13,10 +13,11 @@ from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.monitoring.progress import OnProgress, Phases
-from megatron_espo.rewards.pool import RewardPool, wait_all
+from megatron_espo.rewards.pool import wait_all
 from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.pool import request_seeds
 from megatron_espo.rollout.runner import EnvironmentRunner
+from megatron_espo.rollout.scorer import Scorer
 from megatron_espo.types import Prompt, Trajectory
 
 
@@ -29,7 +30,7 @@ class Group:
         seeds: of its trajectories.
         futures: of its trajectories; empty: not started.
         trajectories: the finished ones, by position.
-        scores: of the trajectories that the reward function scores, by position.
+        scores: of the trajectories that the environment did not score, by position.
     """
 
     prompt: Prompt
@@ -37,7 +38,7 @@ class Group:
     seeds: list[int]
     futures: list[Future[Trajectory]] = field(default_factory=list)
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
-    scores: dict[int, Future[float | None]] = field(default_factory=dict)
+    scores: dict[int, Future[Trajectory]] = field(default_factory=dict)
 
     @property
     def is_finished(self) -> bool:
@@ -82,7 +83,7 @@ class Sampler:
         config: the run's configuration.
         stream: of prompts.
         runner: of environments.
-        rewards: the reward workers.
+        scorer: scores the trajectories.
         eos_ids: token ids that end a turn.
         check: called while the sampler waits; raises on a stop request or a failed engine.
     """
@@ -92,13 +93,13 @@ class Sampler:
         config: Config,
         stream: PromptStream,
         runner: EnvironmentRunner,
-        rewards: RewardPool,
+        scorer: Scorer,
         eos_ids: frozenset[int],
         check: Callable[[], None],
     ) -> None:
         rollout = config.rollout
         self._config, self._rollout, self._steps = config, rollout, config.run.steps
-        self._stream, self._runner, self._rewards, self._check = stream, runner, rewards, check
+        self._stream, self._runner, self._scorer, self._check = stream, runner, scorer, check
         self._sampling = Sampling(
             max_tokens=rollout.max_response_tokens,
             temperature=rollout.temperature,
@@ -144,9 +145,10 @@ class Sampler:
         rewards = torch.tensor(
             [[sample.reward for sample in group] for group in rollouts], dtype=torch.float32
         )
-        self._rewards.check_failures(int(rewards.isnan().sum()), rewards.numel(), step)
+        self._scorer.check_failures(int(rewards.isnan().sum()), rewards.numel(), step)
         self._committed = self._state()
-        return ScoredGroups(rollouts, rewards, sum(draft.dispatched), len(self._pending))
+        counts = sum(draft.dispatched), len(self._pending)
+        return ScoredGroups(rollouts, rewards, *counts, self._scorer.pop_metrics())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the prompt stream and the prompts in flight after the last batch (JSON values)."""
@@ -212,7 +214,7 @@ class Sampler:
             wait_all(futures, checked(self._check, on_progress))
         for group in chosen:
             for i, future in group.scores.items():
-                group.trajectories[i] = group.trajectories[i].with_reward(future.result())
+                group.trajectories[i] = future.result()
         self._pending = [group for group in self._pending if group not in chosen]
         return chosen
 
@@ -225,7 +227,7 @@ class Sampler:
                 if not done.cancelled():
                     found = group.trajectories[i] = done.result()
                     if found.reward is None:
-                        group.scores[i] = self._rewards.submit(found.prompt, found.text)
+                        group.scores[i] = self._scorer.submit(found)
                 news = self._news.get_nowait()
         except queue.Empty:
             return

@@ -21,13 +21,13 @@ from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.distributed.stop_request import Stopped, StopRequest
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.progress import Phases
-from megatron_espo.rewards import RewardPool
 from megatron_espo.rollout.engine import EngineError
 from megatron_espo.rollout.evaluation import Evaluator, engine_config
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import EnginePool
 from megatron_espo.rollout.runner import EnvironmentRunner, load_environment
 from megatron_espo.rollout.sampler import Sampler
+from megatron_espo.rollout.scorer import Scorer
 from megatron_espo.rollout.server import engine_owners
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from megatron_espo.trainer.checkpoints import fingerprint
@@ -38,10 +38,10 @@ Result = TypeVar("Result")
 
 
 class RolloutManager:
-    """The prompt stream, the environments and the reward workers on rank 0, and the engine of this
+    """The prompt stream, the environments and the scorer on rank 0, and the engine of this
     rank.
 
-    The constructor checks data, reward function and environment before any rank builds its model.
+    The constructor checks data, rewards and environment before any rank builds its model.
     Engines start in the background.
 
     Args:
@@ -56,7 +56,7 @@ class RolloutManager:
         source: rank 0's rollouts; ``None`` on other ranks.
 
     Raises:
-        InputError: bad rows, tokenizer, reward function or environment (rank 0).
+        InputError: bad rows, tokenizer, reward function, judge or environment (rank 0).
     """
 
     def __init__(
@@ -77,6 +77,9 @@ class RolloutManager:
             path = config.model.tokenizer or config.model.path
             template_args = config.data.template_args
             self.tokenizer = load_tokenizer(path, config.model.path, template_args)
+        if runtime.rank in owners:
+            self._loop = LoopThread()
+            self._closing.callback(self._loop.close)
         if runtime.is_main:
             folder = Path(replay or f"{config.run.dir}/rollouts")
             self._log = log = RolloutLog(folder, fingerprint(config))
@@ -93,19 +96,17 @@ class RolloutManager:
                 self.source = ReplayedRollouts(log, self._stream, need_experts=router_replay)
             else:
                 environment = load_environment(config.environment.name, config.environment.args)
-                self._rewards = RewardPool(config.reward)
-                self._closing.callback(self._rewards.close)
-                self._rewards.start()
+                self._scorer = Scorer(config, self.tokenizer, self._loop)
+                self._closing.callback(self._scorer.close)
+                self._scorer.start()
                 if config.eval.prompts:
                     self._evaluator = Evaluator(config, self.tokenizer, max_model_len)
         if runtime.rank in owners:
-            self._loop = LoopThread()
             layers = spec.experts.indices if router_replay and spec.experts else None
             settings = engine_config(
                 config, max_model_len, expert_layers=layers, listen=_listen_address()
             )
             self.engine = VLLMEngine(settings, self._loop)
-            self._closing.callback(self._loop.close)
             self._closing.callback(self.engine.close)
             self.engine.start()
         if runtime.is_main and not replay:
@@ -134,7 +135,7 @@ class RolloutManager:
         self._runner = EnvironmentRunner(*parts, limits, max_model_len, router_replay)
         eos_ids = tokenizer.eos_ids
         self._sampler = Sampler(
-            self.config, self._stream, self._runner, self._rewards, eos_ids, self._check
+            self.config, self._stream, self._runner, self._scorer, eos_ids, self._check
         )
         self._closing.callback(self._sampler.close)
 
@@ -230,7 +231,7 @@ class RolloutManager:
         try:
             self._check()
             found = self._evaluator.run(
-                self._runner, self._rewards, phases, step, self.config.run.steps, self._check
+                self._runner, self._scorer, phases, step, self.config.run.steps, self._check
             )
         except Stopped:
             return {}

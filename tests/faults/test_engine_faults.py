@@ -136,6 +136,9 @@ class NoRewards:
     def check_failures(self, *counts):
         pass
 
+    def pop_metrics(self):
+        return {}
+
 
 def sampled(fails_at: int, **rollout) -> list[list[str]]:
     """The prompts of three steps. An engine fails once, at poll number ``fails_at``."""

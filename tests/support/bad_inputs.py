@@ -196,12 +196,17 @@ def start_rewards(bad: Bad) -> None:
 
 
 def judge_a_step(bad: Bad) -> None:
-    from megatron_espo.rewards import RewardPool
-    from megatron_espo.types import Prompt
+    from megatron_espo.rollout.http_client import LoopThread
+    from megatron_espo.rollout.scorer import Scorer
+    from megatron_espo.types import Prompt, Trajectory
 
-    with RewardPool(load_config("run.yaml", bad.overrides).reward) as rewards:
-        scores = rewards.score([(Prompt("prompts:1", "", "5", (1,)), "the answer is 5")] * 4)
-        rewards.check_failures(scores.count(None), 4, step=1)
+    prompt, text = Prompt("prompts:1", "", "5", (1,)), "the answer is 5"
+    found = Trajectory.single_turn(prompt, [2], [0.0], 0, "stop", text)
+    loop = LoopThread()
+    config = load_config("run.yaml", bad.overrides)
+    with contextlib.closing(loop), contextlib.closing(Scorer(config, None, loop)) as scorer:
+        scored = scorer.score([found] * 4, lambda *_: None)
+        scorer.check_failures(sum(sample.reward != sample.reward for sample in scored), 4, step=1)
 
 
 def replay_a_step(bad: Bad) -> None:
@@ -496,6 +501,13 @@ TABLE: dict[str, list[Bad]] = {
     "Rewards": [
         Bad("an unknown built-in", "reward.function=math_verfy"),
         Bad("reasoning_gym rewards for a file", "reward.function=reasoning_gym"),
+        Bad("an unknown name among several rewards", "reward.terms={math_verify: 1, helpfull: 1}"),
+        Bad(
+            "a judge without a server", "reward.terms={good: 1}", "judge.prompts.good='{response}'"
+        ),
+        Bad("a judge's prompt that is no file", "judge.prompts.good=prompts/good.txt"),
+        Bad("an API key that is not set", "judge.key=NO_SUCH_VARIABLE"),
+        Bad("a pattern without a group", "judge.pattern='[0-9]+'"),
         Bad("a missing module", "reward.function=verifer:judge", check=start_rewards),
         Bad(
             "a module with a syntax error",

@@ -4,7 +4,8 @@ import re
 
 from tests.support.distributed import ROOT
 
-_PLACEHOLDERS = {"g": r"\d+", "k": r"\d+", "objective": r"\w+", "phase": r"\w+", "part": r".+"}
+_NUMBERS, _WORDS = ("g", "k", "number"), ("objective", "phase", "name")
+_PLACEHOLDERS = dict.fromkeys(_NUMBERS, r"\d+") | dict.fromkeys(_WORDS, r"\w+") | {"part": ".+"}
 _TABLE = (ROOT / "docs" / "metrics.md").read_text().partition("\n### Reward\n")[2]
 NAMES: list[str] = re.findall(r"^\| `(\S+)` \|", _TABLE, re.MULTILINE)
 

@@ -14,13 +14,13 @@ from megatron_espo.config import Reward, Rollout, Run
 from megatron_espo.config.tasks import Environment
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.monitoring.progress import Phases
-from megatron_espo.rewards import RewardPool
 from megatron_espo.rollout.engine import Generation, Sampling
 from megatron_espo.rollout.environments import SingleTurn
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.runner import EnvironmentRunner
 from megatron_espo.rollout.sampler import Sampler
-from megatron_espo.types import Prompt
+from megatron_espo.rollout.scorer import Scorer
+from megatron_espo.types import Prompt, Trajectory
 
 EOS = 2
 TOKENIZER = SimpleNamespace(
@@ -153,8 +153,8 @@ class FakePhases(Phases):
                 yield on_progress
 
 
-class FakeRewards(RewardPool):
-    """A pool without workers, which scores at once.
+class FakeRewards(Scorer):
+    """A scorer without workers, which scores at once.
 
     Args:
         judge: ``(prompt, text)`` -> reward; ``None``: the verifier failed.
@@ -164,14 +164,14 @@ class FakeRewards(RewardPool):
     """
 
     def __init__(self, judge: Callable[[Prompt, str], float | None]) -> None:
-        super().__init__(Reward())
+        self._reward, self._judge = Reward(), None
+        self._pools = {"fake": SimpleNamespace(last_failure="boom")}
         self.judge, self.judged = judge, []
-        self.last_failure = "boom"
 
-    def submit(self, prompt: Prompt, text: str) -> Future:
-        self.judged.append((prompt, text))
+    def submit(self, found: Trajectory) -> Future:
+        self.judged.append((found.prompt, found.text))
         future = Future()
-        future.set_result(self.judge(prompt, text))
+        future.set_result(found.with_reward(self.judge(found.prompt, found.text)))
         return future
 
 

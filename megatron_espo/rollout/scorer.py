@@ -1,0 +1,105 @@
+"""Scores trajectories with the weighted sum of reward functions and judges."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+from megatron_espo.config import Config
+from megatron_espo.data.tokenizer import Tokenizer
+from megatron_espo.errors import InputError
+from megatron_espo.rewards.judge import JudgeClient
+from megatron_espo.rewards.pool import RewardPool, wait_or_cancel
+from megatron_espo.rollout.http_client import LoopThread
+from megatron_espo.types import Trajectory
+
+
+class Scorer:
+    """Scores trajectories that their environment did not score.
+
+    Args:
+        config: the run's configuration.
+        tokenizer: decodes the prompts that a judge reads.
+        loop: runs the judge's requests. It must outlive :meth:`close`.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, loop: LoopThread) -> None:
+        self._reward, self._tokenizer, self._loop = config.reward, tokenizer, loop
+        self._weights, judge = config.reward.weights, config.judge
+        functions = [name for name in self._weights if name not in judge.prompts]
+        self._judge = None
+        if len(functions) < len(self._weights):
+            self._judge = JudgeClient(judge, config.run.dir)
+        settings = [config.reward.model_copy(update={"function": name}) for name in functions]
+        self._pools = dict(zip(functions, map(RewardPool, settings), strict=True))
+
+    def start(self) -> None:
+        """Load the reward functions, and send the judge one request.
+
+        Raises:
+            InputError: a function cannot be loaded, or the judge does not answer.
+        """
+        for pool in self._pools.values():
+            pool.start()
+        if self._judge:
+            self._loop.run(self._judge.start())
+
+    def submit(self, found: Trajectory) -> Future[Trajectory]:
+        """Score a trajectory in the background.
+
+        Returns:
+            The trajectory with its reward: NaN if a function or the judge failed. With several
+            rewards, ``rewards`` has the score of each that did not fail, before its weight.
+        """
+        return self._loop.submit(self._score(found))
+
+    def score(
+        self, samples: Sequence[Trajectory], on_progress: Callable[[int, int], None]
+    ) -> list[Trajectory]:
+        """Score the samples that have no reward; see :meth:`submit` and :func:`wait_all`."""
+        futures = [self.submit(sample) for sample in samples if sample.reward is None]
+        scored = iter(wait_or_cancel(futures, on_progress))
+        return [next(scored) if sample.reward is None else sample for sample in samples]
+
+    def check_failures(self, failed: int, total: int, step: int) -> None:
+        """InputError where more than ``reward.max_failed`` of a step's responses have no score."""
+        limit = self._reward.max_failed
+        if failed > limit * total:
+            sources = self._pools | ({"the judge": self._judge} if self._judge else {})
+            causes = [f"{name}: {s.last_failure}" for name, s in sources.items() if s.last_failure]
+            raise InputError(
+                f"reward: expected a score for each response, but {failed} of {total} of step "
+                f"{step} failed, more than reward.max_failed = {limit:g}; the last failure of "
+                f"{'; of '.join(causes) or 'an environment'}"
+            )
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Return the ``judge/*`` metrics since the last call."""
+        return self._loop.run(self._judge.pop_metrics()) if self._judge else {}
+
+    def close(self) -> None:
+        """Kill the workers and close the judge's connections."""
+        for pool in self._pools.values():
+            pool.close()
+        if self._judge:
+            self._loop.run(self._judge.close(), 5.0)
+
+    async def _score(self, found: Trajectory) -> Trajectory:
+        scores = await asyncio.gather(*(self._term(name, found) for name in self._weights))
+        pairs = list(zip(self._weights, scores, strict=True))
+        known = {name: score for name, score in pairs if score is not None}
+        total = None
+        if len(known) == len(pairs):
+            total = sum(self._weights[name] * score for name, score in known.items())
+        if len(pairs) > 1:
+            parts = {f"reward/mean_{name.rpartition(':')[2]}": known[name] for name in known}
+            found = replace(found, rewards=found.rewards | parts)
+        return found.with_reward(total)
+
+    async def _term(self, name: str, found: Trajectory) -> float | None:
+        if pool := self._pools.get(name):
+            return await asyncio.wrap_future(pool.submit(found.prompt, found.text))
+        assert self._judge
+        # Without the special tokens of the chat template, which the judge's server would read.
+        text = self._tokenizer.decode(found.prompt.token_ids)
+        return await self._judge.score(name, replace(found.prompt, text=text), found.text)
