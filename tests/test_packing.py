@@ -235,7 +235,7 @@ def test_to_moves_every_tensor():
     known = replace(sequence, old_logprobs=sequence.rollout_logprobs, old_entropies=[0.5] * 3)
     ((batch,),) = pack_ranks([known], 1, max_tokens=8, context_parallel_size=2)
     tensors = {n: v for n, v in vars(batch.to("meta")).items() if isinstance(v, torch.Tensor)}
-    assert len(tensors) == 12 and {t.device.type for t in tensors.values()} == {"meta"}
+    assert len(tensors) == 13 and {t.device.type for t in tensors.values()} == {"meta"}
     assert {tensors[name].dtype for name in ("tokens", "logit_positions")} == {torch.int64}
 
 
