@@ -71,7 +71,7 @@ def test_the_engine_returns_the_ids_that_it_kept(sampled, name, top_p, top_k):
 
 
 def test_other_requests_to_the_same_engine_are_not_truncated(sampled):
-    """The canary and evaluations sample from the whole vocabulary, or greedily."""
+    """The canary samples from the whole vocabulary, an evaluation at temperature 0 is greedy."""
     folder, found = sampled
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, (one, *_), (greedy, *_) in zip(PROMPTS, found["off"], found["greedy"], strict=True):

@@ -207,6 +207,9 @@ class Evaluator:
         self.sampling = Sampling(
             max_tokens=rollout.max_response_tokens,
             temperature=temperature,
+            # The engine returns the kept ids of every request: without limits the vocabulary.
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
             stop_token_ids=tuple(sorted(tokenizer.eos_ids)),
         )
 
