@@ -1,5 +1,6 @@
 """Values that the stages pass to each other. Plain data: the standard library and numpy only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -54,11 +55,58 @@ def as_vector(
 
 
 @dataclass(frozen=True, eq=False)
+class SamplingMask:
+    """The token ids that top-k and top-p kept at each of ``T`` tokens. No other id had a
+    probability. ``mask[chosen]`` takes a slice or a bool array ``[T]``.
+
+    Attributes:
+        ids: int32, the ids kept for the first token, then those for the second, and so on.
+        counts: ``[T]`` int32, number of ids of each token; 0 for a token that was not sampled.
+
+    Raises:
+        ValueError: the counts do not add up to the number of ids.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in ("ids", "counts"):
+            values = as_vector(f"SamplingMask.{name}", getattr(self, name), np.int32)
+            object.__setattr__(self, name, values)
+        if self.counts.sum() != len(self.ids):
+            expected = f"{self.counts.sum()} ids"
+            raise ValueError(f"SamplingMask: expected {expected}, got {len(self.ids)}")
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, chosen: Any) -> "SamplingMask":
+        keep = np.zeros(len(self), np.bool_)
+        keep[chosen] = True
+        return SamplingMask(self.ids[keep.repeat(self.counts)], self.counts[keep])
+
+    @staticmethod
+    def empty(length: int) -> "SamplingMask":
+        """The mask of ``length`` tokens that were not sampled."""
+        return SamplingMask(np.zeros(0, np.int32), np.zeros(length, np.int32))
+
+    @staticmethod
+    def concatenate(masks: Sequence["SamplingMask | None"]) -> "SamplingMask | None":
+        """Join masks; ``None`` if one is unknown."""
+        known = [mask for mask in masks if mask is not None]
+        if not known or len(known) < len(masks):
+            return None
+        names = ("ids", "counts")
+        return SamplingMask(*(np.concatenate([getattr(m, n) for m in known]) for n in names))
+
+
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """One sampled response of one or several turns, with the exact tokens of the engine.
 
     ``T`` is the length of ``response_ids``. Equality compares all fields except
-    ``routed_experts``. A trajectory is not hashable.
+    ``routed_experts`` and ``sampling_mask``. A trajectory is not hashable.
 
     Attributes:
         prompt: the prompt that it answers.
@@ -81,6 +129,7 @@ class Trajectory:
         routed_experts: ``[P + T - 1, layers with experts, experts a token]`` uint8 or uint16: the
             experts that the engine chose for every token but the last, which does not go through
             the model. ``None``: not recorded.
+        sampling_mask: of ``response_ids``; ``None``: the engine sampled from the whole vocabulary.
 
     Raises:
         ValueError: a field has another shape or kind of numbers, or ``earlier`` is nested.
@@ -99,6 +148,7 @@ class Trajectory:
     rewards: dict[str, float] = field(default_factory=dict)
     earlier: tuple["Trajectory", ...] = ()
     routed_experts: np.ndarray | None = field(default=None, repr=False)
+    sampling_mask: SamplingMask | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         length = len(self.response_ids)
@@ -116,6 +166,8 @@ class Trajectory:
             shape = list(np.shape(self.routed_experts))
             wanted = "expected shape [tokens - 1, layers, top_k]"
             raise ValueError(f"Trajectory.routed_experts: {wanted}, got {shape}")
+        if self.sampling_mask is not None:
+            as_vector("Trajectory.sampling_mask", self.sampling_mask.counts, np.int32, length)
         if any(part.earlier for part in self.earlier):
             raise ValueError("Trajectory.earlier: expected a flat list, got nested parts")
 
@@ -154,7 +206,8 @@ class Trajectory:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Trajectory):
             return NotImplemented
-        names = [entry.name for entry in fields(self) if entry.name != "routed_experts"]
+        unequal = ("routed_experts", "sampling_mask")
+        names = [entry.name for entry in fields(self) if entry.name not in unequal]
         pairs = ((getattr(self, name), getattr(other, name)) for name in names)
         return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 

@@ -21,7 +21,7 @@ from megatron_espo.rollout.engine import Generation, Sampling
 from megatron_espo.rollout.environments import Policy, SingleTurn, TrajectoryBuilder
 from megatron_espo.rollout.runner import load_environment
 from megatron_espo.rollout.tools import PythonTool, ToolEnvironment, ToolError, calculate
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt, SamplingMask, Trajectory
 from tests.support.distributed import ROOT
 
 EOS = 0
@@ -45,7 +45,7 @@ def render(messages: list[dict[str, str]]) -> list[int]:
 @dataclass
 class FakeSource:
     """Samples the given texts in order. Log-probs and versions number
-    the tokens; the expert of a token is its id modulo 256.
+    the tokens; the expert of a token is its id modulo 256. With top-k two ids are kept.
 
     Attributes:
         turns: texts; each ends with the end-of-sequence token.
@@ -84,12 +84,17 @@ class FakeSource:
         self.sampled.append(ids)
         experts = np.array([*token_ids, *ids], np.int32)[:-1, None, None] % 256
         experts = experts if sampling.routed_experts else None
+        mask = None
+        if sampling.top_k:
+            kept = np.array([[token, token + 256] for token in ids], np.int32)
+            mask = SamplingMask(kept.reshape(-1), np.full(len(ids), 2, np.int32))
         return Generation(
             np.array(ids, np.int32),
             -numbers.astype(np.float32),
             numbers.astype(np.int32),
             reason,
             experts,
+            mask,
         )
 
 
@@ -127,6 +132,12 @@ def check_lines_up(found: Trajectory, sampled: list[list[int]]) -> None:
         assert set(starts) <= set(part.turns) and part.loss_mask[part.turns].all()
 
 
+def check_mask(part: Trajectory) -> None:
+    """The ids that were kept for the sampled tokens; none for the others."""
+    np.testing.assert_array_equal(part.sampling_mask.counts, 2 * part.loss_mask)
+    assert part.sampling_mask.ids[::2].tolist() == trained(part)
+
+
 # ---- builder, policy
 
 words = st.text(alphabet="abc<>/ 12", min_size=1, max_size=6)
@@ -145,7 +156,8 @@ def test_random_dialogues_train_what_was_sampled(dialogue):
 
     async def rollout() -> Trajectory:
         nonlocal splits
-        policy, builder = make_policy(source, routed_experts=True), TrajectoryBuilder(prompt)
+        policy = make_policy(source, routed_experts=True, top_k=2)
+        builder = TrajectoryBuilder(prompt)
         for _, observation, way in dialogue:
             found = await policy.generate(builder.context)
             builder.add_turn(found)
@@ -168,13 +180,15 @@ def test_random_dialogues_train_what_was_sampled(dialogue):
             assert contexts.pop(0) == ids[: len(part.prompt_ids) + turn]
         if len(part.turns):
             np.testing.assert_array_equal(part.routed_experts[:, 0, 0], np.array(ids[:-1]) % 256)
+            check_mask(part)
             assert part.loss_mask[-1]
 
 
 @given(st.integers(1, 7), st.text(alphabet="abc", min_size=1, max_size=20), st.integers(1, 25))
 def test_an_aborted_turn_is_continued(abort_after, text, max_tokens):
     source, whole = FakeSource([text], abort_after), FakeSource([text])
-    found = run(SingleTurn(), source, max_tokens=max_tokens, routed_experts=True)
+    found = run(SingleTurn(), source, max_tokens=max_tokens, routed_experts=True, top_k=2)
+    check_mask(found)
     expected = run(SingleTurn(), whole, max_tokens=max_tokens, routed_experts=True)
     assert found == expected
     np.testing.assert_array_equal(found.routed_experts, expected.routed_experts)
@@ -220,7 +234,8 @@ def test_the_model_calls_the_calculator():
 
 def test_tokens_after_a_call_are_dropped():
     source = FakeSource(["<tool>1+1</tool><result>7</result>", "2"])
-    found = run(ToolEnvironment(), source, routed_experts=True)
+    found = run(ToolEnvironment(), source, routed_experts=True, top_k=2)
+    check_mask(found)
     assert found.text == "<tool>1+1</tool>\n<result>2</result>\n2"
     assert decode(trained(found)) == "<tool>1+1</tool>2"
     ids = [*found.prompt_ids.tolist(), *found.response_ids.tolist()]

@@ -6,7 +6,7 @@ import torch
 from benchmarks.measure import peak_bytes
 from megatron_espo.numerics import linear_logprob_entropy, plan_head
 from tests.support.distributed import run_ranks
-from tests.support.ranks.numerics import assert_close, dense
+from tests.support.ranks.numerics import assert_close, dense, kept_ids
 from tests.test_numerics import DEVICE, TRITON
 
 TOKENS, WIDTH, VOCAB, HIDDEN = 50, 700, 690, 24
@@ -267,6 +267,30 @@ def test_plan():
         plan_head(1, 1000, dtype=torch.bfloat16, budget_bytes=5999, float32_logits=True)
 
 
+@every_path
+@pytest.mark.parametrize("budget", [None, 7 * ROW], ids=["kept", "seven rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sampling_mask(path, budget, dtype):
+    """Log-prob, entropy and gradients of the distribution over the kept ids."""
+    hidden, weight, targets, weights = inputs(dtype)
+    mask, allowed = kept_ids(targets, VOCAB)
+    logprob, entropy, loss = fused(
+        hidden, weight, targets, weights, budget_bytes=budget, path=path, sampling_mask=mask,
+        float32_logits=True,
+    )  # fmt: skip
+    loss.backward()
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    logits = (h @ w.t())[:, :VOCAB].masked_fill(~allowed, -torch.inf)
+    expected = dense(logits, targets, 0.9, VOCAB)
+    ((expected[0] * weights[0]).sum() + (expected[1] * weights[1]).sum()).backward()
+    assert logprob[0] == entropy[0] == 0
+    assert_close(logprob, expected[0], 5e-6)
+    assert_close(entropy, expected[1], 5e-6)
+    for actual, wanted in ((hidden.grad, h.grad), (weight.grad, w.grad)):
+        tolerance = 1e-5 if dtype == torch.float32 else 0.01
+        assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
 def test_wrong_arguments():
     hidden, weight, targets, _ = inputs()
     with pytest.raises(ValueError, match="of one dtype"):
@@ -276,5 +300,6 @@ def test_wrong_arguments():
 
 
 def test_two_ranks():
-    """With and without sequence parallelism, with a subset of positions, kept and recomputed."""
+    """With and without sequence parallelism, with a subset of positions, kept and recomputed, of
+    all ids and of kept ids."""
     run_ranks(2, "tests.support.ranks.numerics:check_head")

@@ -20,6 +20,7 @@ from megatron_espo.data.packing import (
     batch_totals,
     pack,
 )
+from megatron_espo.types import SamplingMask
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SIZES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 12)), max_size=12)
@@ -29,7 +30,7 @@ VOCAB = 131
 def make_sequences(sizes: list[tuple[int, int]]) -> list[TrainSequence]:
     """Sequences with the token ids 1, 2, 3, ...
 
-    The id determines the log-prob and the expert of a token.
+    The id determines the log-prob, the expert and the kept ids (t or t, t + 1000) of a token.
     """
     sequences, first = [], 1
     for number, (prompt, response) in enumerate(sizes):
@@ -37,10 +38,11 @@ def make_sequences(sizes: list[tuple[int, int]]) -> list[TrainSequence]:
         first = ids[-1] + 1
         logprobs = [-t / 1000 for t in ids[prompt:]]
         experts = np.array(ids[:-1], np.uint16)[:, None, None]
+        kept = [[t, t + 1000][: 1 + t % 2] for t in ids[prompt:]]
+        mask = SamplingMask(np.concatenate(kept), [len(each) for each in kept])
+        options = {"routed_experts": experts, "sampling_mask": mask}
         sequences.append(
-            TrainSequence(
-                ids[:prompt], ids[prompt:], logprobs, advantage=number - 1.5, routed_experts=experts
-            )
+            TrainSequence(ids[:prompt], ids[prompt:], logprobs, advantage=number - 1.5, **options)
         )
     return sequences
 
@@ -233,7 +235,7 @@ def test_to_moves_every_tensor():
     known = replace(sequence, old_logprobs=sequence.rollout_logprobs, old_entropies=[0.5] * 3)
     ((batch,),) = pack_ranks([known], 1, max_tokens=8, context_parallel_size=2)
     tensors = {n: v for n, v in vars(batch.to("meta")).items() if isinstance(v, torch.Tensor)}
-    assert len(tensors) == 12 and {t.device.type for t in tensors.values()} == {"meta"}
+    assert len(tensors) == 13 and {t.device.type for t in tensors.values()} == {"meta"}
     assert {tensors[name].dtype for name in ("tokens", "logit_positions")} == {torch.int64}
 
 
@@ -299,6 +301,25 @@ def test_responses_to_one_prompt_share_it():
     assert sorted(chosen) == sorted([-1] * 3 + first + second)
 
 
+def test_sampling_masks_select_trained_tokens():
+    """A mask must have every trained token; those of other tokens are not packed."""
+    (sequence,) = make_sequences([(1, 4)])  # responses 2, 3, 4, 5; two ids are kept for 3 and 5
+    mask = [False, True, True, False]
+    ((batch,),) = pack_ranks([replace(sequence, loss_mask=mask)], 1, max_tokens=99)
+    assert batch.sampling_mask.tolist() == [[0, 0, 1], [3, 1003, 4]]
+    with pytest.raises(ValueError, match="expected every trained token among the ids kept"):
+        replace(sequence, response_ids=[2, 7, 4, 5])
+    replace(sequence, response_ids=[7, 3, 4, 5], loss_mask=mask)  # 7 is not trained
+    with pytest.raises(ValueError, match=r"sampling_mask: expected shape \[4\], got \[3\]"):
+        replace(sequence, sampling_mask=sequence.sampling_mask[:3])
+    with pytest.raises(ValueError, match="SamplingMask: expected 3 ids, got 2"):
+        SamplingMask([1, 2], [1, 2])
+    with pytest.raises(
+        ValueError, match="sampling_mask of all sequences or of none, got .* 1 of 2"
+    ):
+        pack_ranks([sequence, replace(sequence, sampling_mask=None)], 1, max_tokens=99)
+
+
 def test_experts_of_missing_tokens_or_sequences_raise():
     (sequence,) = make_sequences([(3, 2)])
     with pytest.raises(
@@ -324,7 +345,7 @@ def test_slices_and_rows_predict_every_token_once(
     padded, context_parallel_size, sizes, multiple_of, uniform
 ):
     """All context-parallel ranks together predict each response token once, from the token before
-    it, with the experts of that token.
+    it, with the experts of that token and the ids that were kept for it.
     """
     sequences = make_sequences(sizes)
     slices = [
@@ -350,6 +371,9 @@ def test_slices_and_rows_predict_every_token_once(
             assert (before + 1 == part.targets).all()  # make_sequences counts up
             torch.testing.assert_close(part.rollout_logprob, -part.targets / 1000)
             predicted += part.targets.tolist()
+            kept = [[t, t + 1000][: 1 + t % 2] for t in part.targets.tolist()]
+            cells = [[row, t] for row, each in enumerate(kept) for t in each]
+            assert cells == ([] if not kept else part.sampling_mask.t().tolist())
             if part.routed_experts is not None:
                 experts = part.routed_experts.flatten()
                 assert (experts == hidden_states(part).where(experts >= 0, -1)).all()

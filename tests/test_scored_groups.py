@@ -19,7 +19,7 @@ from megatron_espo.data.scored_groups import (
 from megatron_espo.distributed.checksum import array_checksum
 from megatron_espo.megatron import consistency, scatter
 from megatron_espo.trainer.train import train_sequences
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt, SamplingMask, Trajectory
 from tests.support.distributed import run_ranks
 
 TP2, CP2 = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
@@ -71,14 +71,30 @@ def test_an_outline_has_lengths_masks_and_rewards_only():
     assert len(keys) == len(groups.rollouts), "responses to one prompt share it"
 
 
-def scatter_on_rank(sizes: dict, share_prompts: bool, flip: bool = False) -> list[dict]:
+def with_masks(groups: ScoredGroups) -> ScoredGroups:
+    """The same trajectories; the sampler kept one to three ids for each sampled token."""
+    draw = np.random.default_rng(4)
+
+    def add(part: Trajectory) -> Trajectory:
+        counts = draw.integers(1, 4, len(part.loss_mask)) * part.loss_mask
+        mask = SamplingMask(part.response_ids.repeat(counts) + 1000, counts)
+        mask.ids[(counts.cumsum() - 1)[part.loss_mask]] -= 1000  # the last is the token itself
+        return replace(part, sampling_mask=mask, earlier=tuple(map(add, part.earlier)))
+
+    return replace(groups, rollouts=[list(map(add, group)) for group in groups.rollouts])
+
+
+def scatter_on_rank(
+    sizes: dict, share_prompts: bool, masks: bool = False, flip: bool = False
+) -> list[dict]:
     """For each rank: whether its micro-batches are those of a rank that holds everything, the bytes
     that it received, those of its share, and the error of the comparison of ranks.
     """
     from megatron_espo.distributed import runtime
 
     place = runtime.initialize(**sizes)
-    groups, sent, received = place.groups, make_groups(), {"outline": 0, "share": 0}
+    whole_groups = with_masks(make_groups()) if masks else make_groups()
+    groups, sent, received = place.groups, whole_groups, {"outline": 0, "share": 0}
     recv, broadcast, active = dist.recv, dist.broadcast, []
 
     def counting_recv(tensor, *args, **options):
@@ -114,7 +130,9 @@ def scatter_on_rank(sizes: dict, share_prompts: bool, flip: bool = False) -> lis
         checksums: dict[str, int] = {}
         sequences = kept(got)
         if dist.get_world_size() > 1:
-            sequences = scatter.scatter_sequences(sequences, groups, share_prompts, checksums)
+            sequences = scatter.scatter_sequences(
+                sequences, groups, share_prompts, checksums, masks
+            )
     finally:
         dist.recv, dist.broadcast, distributed_c10d.broadcast = recv, broadcast, broadcast
     whole = kept(sent)
@@ -137,10 +155,16 @@ def scatter_on_rank(sizes: dict, share_prompts: bool, flip: bool = False) -> lis
     shards = scatter.shard_by_tokens(whole, groups.dp.size(), share_prompts)
     share = [whole[i] for group in shards[groups.dp.rank()] for i in group]
     everyone: list = [None] * dist.get_world_size()
+
+    def num_bytes(of: list) -> int:
+        plain = sum(4 * s.num_tokens + 4 * len(s.response_ids) for s in of)
+        sizes = [4 * len(s.response_ids) + 4 * len(s.sampling_mask.ids) + 8 for s in of if masks]
+        return plain + sum(sizes)
+
     answer = {
         "same": len(found) == len(expected) and all(map(same_batch, found, expected)),
-        "share bytes": sum(4 * s.num_tokens + 4 * len(s.response_ids) for s in share),
-        "all bytes": sum(4 * s.num_tokens + 4 * len(s.response_ids) for s in whole),
+        "share bytes": num_bytes(share),
+        "all bytes": num_bytes(whole),
         "error": error,
         "replica": groups.dp.rank(),
         **received,
@@ -159,15 +183,15 @@ def same_batch(one, other) -> bool:
 
 
 def scatter_in_layouts(layouts: list) -> list[list[dict]]:
-    return [scatter_on_rank(sizes, share) for sizes, share in layouts]
+    return [scatter_on_rank(*layout) for layout in layouts]
 
 
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [
-        (1, [({}, True)]),
-        (2, [({}, True), (TP2, False), (PP2, True)]),
-        (4, [({}, False), (TP2, True), (CP2, False)]),
+        (1, [({}, True), ({}, True, True)]),
+        (2, [({}, True), (TP2, False), (PP2, True), ({}, True, True)]),
+        (4, [({}, False), (TP2, True, True), (CP2, False, True)]),
     ],
 )
 def test_every_rank_receives_its_share_and_packs_what_it_packed_from_everything(ranks, layouts):

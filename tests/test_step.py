@@ -63,6 +63,11 @@ def cases() -> dict[str, tuple[int, str, dict]]:
     add("several turns, padded", masked=True, packing=PADDED, max_tokens=40)
     # Old log-probs and groups of an older policy: some groups are clipped and some are not.
     add("off-policy", only=FOUR, masked=True, old_folder="old")
+    top_k = {"masked": True, "kept": True, "old_folder": "old"}
+    add("top-k", only=["one rank", "tp2 sp", "cp2", "tp2 sp cp2"], **top_k)
+    add("top-k, padded", only=["cp2"], packing=PADDED, max_tokens=40, **top_k)
+    budget = {"head_budget_bytes": 3 * 4 * 131}
+    add("top-k, head by chunks", only=["one rank"], packing=budget, **top_k)
     # An objective that a user adds in one file.
     sapo = {"objective": "examples.sapo:SAPO"}
     add("SAPO", only=["one rank", "cp2"], masked=True, old_folder="old", algorithm=sapo)

@@ -23,7 +23,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.monitoring.samples import sample_record
 from megatron_espo.trainer.rollout_manager import RolloutManager
 from megatron_espo.trainer.train import Run, train_sequences
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt, SamplingMask, Trajectory
 from tests.test_packing import hidden_states
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -394,6 +394,11 @@ def test_trajectories_survive_the_file(tmp_path):
         for group in groups.rollouts
     ]
 
+    def with_ids(counts: np.ndarray) -> SamplingMask:
+        return SamplingMask(draw.integers(0, 999, counts.sum()), counts)
+
+    masks = (lambda counts: None), with_ids
+
     def with_experts(sample: Trajectory, prompt: Prompt) -> Trajectory:
         shape = (len(sample.prompt_ids) + len(sample.response_ids) - 1, 2, 3)
         earlier = tuple(with_experts(part, prompt) for part in sample.earlier)
@@ -402,6 +407,7 @@ def test_trajectories_survive_the_file(tmp_path):
             prompt=prompt,
             earlier=earlier,
             routed_experts=draw.integers(0, 999, shape, np.uint16),
+            sampling_mask=masks[len(sample.response_ids) % 2](sample.loss_mask * 3),
         )
 
     rollouts = [
@@ -420,6 +426,11 @@ def test_trajectories_survive_the_file(tmp_path):
         for part, copy in zip(one.parts, other.parts, strict=True):
             assert part.routed_experts.dtype == copy.routed_experts.dtype
             assert np.array_equal(part.routed_experts, copy.routed_experts)
+            mask, other = part.sampling_mask, copy.sampling_mask
+            assert (mask is None) == (other is None) == (len(part.response_ids) % 2 == 0)
+            if mask is not None:
+                assert np.array_equal(mask.ids, other.ids)
+                assert np.array_equal(mask.counts, other.counts)
     assert log.read(3, {"at": 0}) is None and log.read(4, None) is None
     assert RolloutLog(tmp_path, {"seed": 2}).read(3, {"at": 1}) is None
     assert RolloutLog(tmp_path, {"seed": 2}).read(3, None) is not None

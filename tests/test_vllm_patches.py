@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -75,3 +76,12 @@ def test_clone_pending_weights_is_needed():
 def test_record_routed_experts_is_needed():
     """vLLM's second model runner, which records experts, needs Triton."""
     assert not HAS_TRITON
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="for CPU builds of vLLM")
+def test_sampling_masks_are_needed():
+    """vLLM refuses ``return_sampling_mask`` with its first model runner."""
+    model = SimpleNamespace(return_sampling_mask=True)
+    config = SimpleNamespace(model_config=model, use_v2_model_runner=False)
+    with pytest.raises(ValueError, match="requires Model Runner V2"):
+        VllmConfig._verify_sampling_replay_config(config)

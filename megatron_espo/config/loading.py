@@ -21,13 +21,15 @@ _REMOVED = {
     "environment.max_concurrent": "at most 4096 trajectories run at the same time",
     "environment.retries": "a failed trajectory is started once more",
     "eval.max_response_tokens": "use rollout.max_response_tokens, which limits evaluations too",
-    "eval.top_p": "evaluations sample without top-p",
+    "eval.top_p": "evaluations use rollout.top_p",
     "optimizer.lr_decay_iters": "the learning rate decays over all optimizer steps of the run",
     "optimizer.spike_window": "optimizer.spike_factor compares with the last 50 gradient norms",
     "reward.overlap": "rewards are computed while other responses are sampled",
     "reward.overlong_penalty": "the overlong penalty is 1 at the length limit",
     "rollout.allow_router_mismatch": "rollout.router_replay=false needs "
     "algorithm.rollout_correction token, sequence or geometric",
+    "rollout.allow_truncated_sampling": "training renormalizes over the tokens that top_p and "
+    "top_k kept",
     "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
     "rollout.canary_prompts=0 turns the comparison off",
     "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",

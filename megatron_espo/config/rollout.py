@@ -19,6 +19,7 @@ RESERVED_ENGINE_ARGS = {
     "enable-sleep-mode": "use rollout.sleep",
     "weight-transfer-config": "use rollout.transport",
     "enable-return-routed-experts": "use rollout.router_replay",
+    "return-sampling-mask": "use rollout.top_p and rollout.top_k",
 } | dict.fromkeys(
     (
         "api-key", "generation-config", "hf-overrides", "host", "load-format", "logprobs-mode",
@@ -40,11 +41,11 @@ class Rollout(Section):
     """Sampling temperature; training uses the same. Lower explores less. vLLM silently raises
     values below 0.01."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling. Below 1 the sampled distribution differs from the trained one."""
+    """Nucleus sampling. With top_p < 1 or top_k > 0 the engine returns the token ids that they
+    kept, and training renormalizes over these ids, so importance ratios stay unbiased."""
     top_k: int = Field(0, ge=-1)
-    """Sample only from the k most likely tokens. 0 or -1 turns it off."""
-    allow_truncated_sampling: bool = False
-    """Accept top_p < 1 or top_k > 0, which bias the importance ratios."""
+    """Sample only from the k most likely tokens. 0 or -1 turns it off. With top_p it limits the
+    memory of the kept ids: 4 bytes per id, at most k ids per token."""
     router_replay: bool = True
     """Train each token of a mixture of experts in the experts that the engine chose for it.
     Other models ignore it. false needs algorithm.rollout_correction, because engine and trainer
@@ -105,6 +106,11 @@ class Rollout(Section):
     difference exceeds this, in nats per token. null never ends it."""
 
     @property
+    def truncates(self) -> bool:
+        """Whether top-p or top-k removes tokens."""
+        return self.top_p < 1 or self.top_k > 0
+
+    @property
     def ahead(self) -> int:
         """Prompts in flight beyond those that a step trains."""
         if not self.max_staleness:
@@ -112,11 +118,6 @@ class Rollout(Section):
         return self.over_sampling_prompts or self.max_staleness * self.prompts_per_step
 
     def problems(self) -> Problems:
-        consent = "rollout.allow_truncated_sampling=true accepts biased importance ratios"
-        if self.top_p < 1 and not self.allow_truncated_sampling:
-            yield expect("top_p", "1.0 (off)", self.top_p, consent)
-        if self.top_k > 0 and not self.allow_truncated_sampling:
-            yield expect("top_k", "0 or -1 (off)", self.top_k, consent)
         if self.engines > 1 and self.transport in ("nccl_m2n", "sharded_rdt"):
             yield expect("engines", f"1 with transport {self.transport}", self.engines)
         most = self.max_staleness * self.prompts_per_step

@@ -57,7 +57,8 @@ class Eval(Section):
     samples: int = Field(4, ge=1)
     """Responses per prompt: the k of avg@k and the largest k of pass@k."""
     temperature: float | None = Field(None, ge=0)
-    """Sampling temperature. 0 is greedy, with samples 1. null uses rollout.temperature."""
+    """Sampling temperature. 0 is greedy, with samples 1. null uses rollout.temperature.
+    rollout.top_p and rollout.top_k apply too."""
 
     def problems(self) -> Problems:
         if self.prompts is not None:

@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_espo.types import as_vector
+from megatron_espo.types import SamplingMask, as_vector
+
+Values = TypeVar("Values", np.ndarray, SamplingMask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +37,16 @@ class TrainSequence:
         routed_experts: ``[P + T - 1, layers with experts, experts a token]`` integers: the engine's
             choice of experts for every token except the last, which predicts nothing. ``None``: the
             trainer's routers choose.
+        sampling_mask: of ``response_ids``. Log-probs and entropies are those of the distribution
+            over the kept ids. ``None``: over the whole vocabulary.
         zero_variance: 1 or -1 where the entropies shape the advantage, see
             :func:`megatron_espo.algo.entropy_shape`.
         num_trained: response tokens with a loss.
 
     Raises:
         ValueError: an empty prompt or response, no trained token, values that do not match the
-            response, an advantage that is not a finite number, or a rollout log-prob of a trained
-            token that is not.
+            response, an advantage that is not a finite number, a rollout log-prob of a trained
+            token that is not, or a trained token that is not among the ids kept for it.
     """
 
     prompt_ids: np.ndarray
@@ -55,6 +59,7 @@ class TrainSequence:
     old_entropies: np.ndarray | None = None
     logged_sample: int | None = None
     routed_experts: np.ndarray | None = field(default=None, repr=False)
+    sampling_mask: SamplingMask | None = field(default=None, repr=False)
     zero_variance: int = 0
     num_trained: int = field(init=False, repr=False)
 
@@ -91,6 +96,13 @@ class TrainSequence:
             raise ValueError(f"TrainSequence.advantage: {expected}")
         if not np.isfinite(self.trained(self.rollout_logprobs)).all():
             raise ValueError("TrainSequence.rollout_logprobs: expected finite numbers, got others")
+        if self.sampling_mask is not None:
+            as_vector("TrainSequence.sampling_mask", self.sampling_mask.counts, np.int32, response)
+            kept = self.trained(self.sampling_mask)
+            own = self.trained(self.response_ids).repeat(kept.counts)
+            if np.count_nonzero(kept.ids == own) != trained:
+                expected = "expected every trained token among the ids kept for it"
+                raise ValueError(f"TrainSequence.sampling_mask: {expected}")
         experts = self.routed_experts
         if experts is not None and (experts.ndim != 3 or len(experts) != prompt + response - 1):
             raise ValueError(
@@ -103,7 +115,7 @@ class TrainSequence:
         """Tokens that go through the model: ``P + T``."""
         return len(self.prompt_ids) + len(self.response_ids)
 
-    def trained(self, values: np.ndarray) -> np.ndarray:
+    def trained(self, values: Values) -> Values:
         """The entries of ``values [T]`` at the trained tokens; ``values`` itself if all are."""
         is_whole = self.loss_mask is None or self.num_trained == len(values)
         return values if is_whole else values[self.loss_mask]
@@ -167,6 +179,8 @@ class MicroBatch:
         routed_experts: ``[rows, layers with experts, experts a token]`` int16, in the order of the
             rows of the hidden states: the engine's choices, or -1 where the router chooses
             (padding, last tokens). ``None``: the router chooses everywhere.
+        sampling_mask: ``[2, kept ids]`` int32: index in ``targets`` (ascending) and token id of
+            each id that the sampler kept; ``None``: it kept the whole vocabulary.
         zero_variance: ``[sequences]`` int8, :attr:`TrainSequence.zero_variance`; ``None``: all 0.
     """
 
@@ -188,6 +202,7 @@ class MicroBatch:
     reference_logprob: Tensor | None = None
     logged_sample: tuple[int | None, ...] = ()
     routed_experts: Tensor | None = None
+    sampling_mask: Tensor | None = None
     zero_variance: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":

@@ -37,6 +37,12 @@ def slice_micro_batch(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     place = torch.full((batch.tokens.size(1),), -1, dtype=torch.int32)
     place[local] = torch.arange(len(local), dtype=torch.int32)
     local_tokens = (place[batch.logit_positions] >= 0).nonzero()[:, 0]
+    mask = batch.sampling_mask
+    if mask is not None:
+        rank_row = torch.full_like(batch.targets, -1)
+        rank_row[local_tokens] = torch.arange(len(local_tokens), dtype=rank_row.dtype)
+        rows = rank_row[mask[0].long()]
+        mask = torch.stack((rows, mask[1]))[:, rows >= 0]
     per_token = ("targets", "advantage", "rollout_logprob", "old_logprob", "old_entropy")
     known: dict[str, Any] = {name: getattr(batch, name) for name in per_token}
     return replace(
@@ -45,6 +51,7 @@ def slice_micro_batch(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         position_ids=batch.position_ids[:, local],
         logit_positions=place[batch.logit_positions[local_tokens]],
         routed_experts=None if batch.routed_experts is None else batch.routed_experts[local],
+        sampling_mask=mask,
         local_tokens=local_tokens,
         # Megatron adds these counts over context-parallel ranks.
         num_tokens=batch.num_tokens if rank == 0 else 0,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_espo.data.batches import BatchTotals, MicroBatch, TrainSequence
 from megatron_espo.data.context_parallel import slice_micro_batch
+from megatron_espo.types import SamplingMask
 
 
 def batch_totals(
@@ -230,11 +231,24 @@ def _micro_batches(
             prefix_groups=tuple(prefix_groups) if any(len(x) > 1 for x in prefix_groups) else None,
             logged_sample=tuple(sequence.logged_sample for sequence in by_batch[i]),
             routed_experts=_routed_experts(bins[i], boundaries, tokens.size(1)),
+            sampling_mask=_sampling_mask(by_batch[i]),
             zero_variance=_zero_variance(by_batch[i]),
             **{name: tensors[i] for name, tensors in columns.items()},
         )
         batches.append(batch)
     return batches
+
+
+def _sampling_mask(sequences: Sequence[TrainSequence]) -> Tensor | None:
+    known = [s.trained(s.sampling_mask) for s in sequences if s.sampling_mask is not None]
+    if known and len(known) < len(sequences):
+        expected = "expected sampling_mask of all sequences or of none"
+        raise ValueError(f"pack: {expected}, got those of {len(known)} of {len(sequences)}")
+    mask = SamplingMask.concatenate(known)
+    if mask is None:
+        return None
+    rows = np.arange(len(mask), dtype=np.int32).repeat(mask.counts)
+    return torch.from_numpy(np.stack((rows, mask.ids)))
 
 
 def _zero_variance(sequences: Sequence[TrainSequence]) -> Tensor | None:

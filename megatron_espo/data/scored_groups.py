@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt, SamplingMask, Trajectory
 
 # Per-token fields of a trajectory.
 _RESPONSE_FIELDS = ("response_ids", "loss_mask", "logprobs", "versions")
@@ -99,6 +99,10 @@ def to_columns(groups: ScoredGroups) -> tuple[dict[str, Any], Columns]:
     if known := [rows for rows in experts if rows is not None]:
         rows = [0 if rows is None else len(rows) for rows in experts]
         columns |= {"routed_experts_lengths": [np.array(rows)], "routed_experts": known}
+    if any(part.sampling_mask is not None for part in parts):
+        masks = [part.sampling_mask or SamplingMask.empty(len(part.response_ids)) for part in parts]
+        columns["mask_counts"] = [mask.counts for mask in masks]
+        columns |= _with_lengths("mask_ids", [mask.ids for mask in masks])
     return content, columns
 
 
@@ -120,15 +124,22 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
     if "routed_experts" in arrays:
         rows = _split(arrays["routed_experts"], arrays["routed_experts_lengths"])
         experts = (part if len(part) else None for part in rows)
-    columns = (content["parts"], content["texts"], zip(*fields, strict=True), experts)
+    masks: Any = [None] * len(content["parts"])
+    if "mask_ids" in arrays:
+        ids = _split(arrays["mask_ids"], arrays["mask_ids_lengths"])
+        counts = _split(arrays["mask_counts"], arrays["response_lengths"])
+        kept = map(SamplingMask, ids, counts)
+        masks = (mask if len(mask.ids) else None for mask in kept)
+    columns = (content["parts"], content["texts"], zip(*fields, strict=True), experts, masks)
     parts = zip(*columns, strict=True)
     num_parts = iter(content["num_parts"])
 
     def next_trajectory(prompt: Prompt) -> Trajectory:
         found = []
         for _ in range(next(num_parts)):
-            (finish_reason, reward, rewards), text, values, rows = next(parts)
+            (finish_reason, reward, rewards), text, values, rows, mask = next(parts)
             rest = {"text": text, "reward": reward, "rewards": rewards, "routed_experts": rows}
+            rest["sampling_mask"] = mask
             per_part = dict(zip(names, values, strict=True))
             found.append(Trajectory(prompt, **per_part, finish_reason=finish_reason, **rest))
         *earlier, last = found
@@ -142,7 +153,7 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
 
 def to_outline(groups: ScoredGroups) -> Outline:
     """What every rank needs of ``groups``: lengths, loss masks, rewards and counts, without tokens,
-    log-probs, versions, texts, prompt metadata and routed experts.
+    log-probs, versions, texts, prompt metadata, routed experts and sampling masks.
     """
     content, columns = to_columns(groups)
     content["prompts"] = [

@@ -23,6 +23,7 @@ from megatron_espo.data.packing import (
     pack,
 )
 from megatron_espo.distributed.runtime import Runtime
+from megatron_espo.errors import InputError
 from megatron_espo.megatron import consistency
 from megatron_espo.megatron.checkpoint import Save, load_checkpoint, save_checkpoint
 from megatron_espo.megatron.expert_load import ExpertLoad
@@ -152,8 +153,8 @@ class Actor:
         them again: the policy is still the old policy, and the gradient is the same.
 
         Args:
-            groups: responses by prompt, the same on every rank, except that ids, log-probs and
-                routed experts count on rank 0 only.
+            groups: responses by prompt, the same on every rank, except that ids, log-probs,
+                sampling masks and routed experts count on rank 0 only.
             on_progress: called with (micro-batches done, all micro-batches).
 
         Returns:
@@ -217,7 +218,8 @@ class Actor:
             what = f"gradient: {result.skipped}; no step taken, batch in {path}"
             if dist.get_rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                responses = [replace(s, routed_experts=None) for group in part for s in group]
+                bare = {"routed_experts": None, "sampling_mask": None}
+                responses = [replace(s, **bare) for group in part for s in group]
                 text = json.dumps([asdict(s) for s in responses], default=np.ndarray.tolist)
                 path.write_text(text, encoding="utf-8")
                 print(f"warning: {what}", flush=True)
@@ -334,17 +336,29 @@ class Actor:
         """Return this data-parallel rank's micro-batches of one optimizer step.
 
         Collective; see :func:`scatter_sequences`.
+
+        Raises:
+            InputError: on rank 0, rollouts that do not match ``rollout.top_p`` and ``top_k``.
         """
         sequences = [sequence for group in groups for sequence in group]
         # Responses without advantage have no gradient from the objective: they count in the
         # denominators only.
         regularized = self.config.algorithm.kl_coef or self.config.algorithm.entropy_coef
         kept = [s for s in sequences if not s.masked and (s.advantage or regularized)]
+        truncates = self.config.rollout.truncates
+        if dist.get_rank() == 0 and any((s.sampling_mask is None) is truncates for s in kept):
+            expected, got = ("masks", "none") if truncates else ("no masks", "some")
+            raise InputError(
+                f"rollouts: expected {expected} of top-p and top-k, because of rollout.top_p and "
+                f"rollout.top_k, got {got}; use the settings with which they were sampled, and "
+                "environments that keep Generation.sampling_mask"
+            )
         tokens = sum(sequence.num_trained for sequence in sequences)
         totals = batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens)
         spec = packing_spec(self.config.megatron, self.groups)
         if dist.get_world_size() > 1:
-            kept = scatter_sequences(kept, self.groups, spec.share_prompts, checksums)
+            options = (spec.share_prompts, checksums, truncates)
+            kept = scatter_sequences(kept, self.groups, *options)
         if self._router_replay and self._experts:
             share = spec.share_prompts
             kept = scatter_routed_experts(kept, self._experts, self.groups, share)

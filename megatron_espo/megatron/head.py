@@ -56,6 +56,7 @@ class LogProbEntropyHead:
             context.targets,
             self.group,
             positions=context.logit_positions,
+            sampling_mask=context.sampling_mask,
             temperature=self.temperature,
             vocab_size=self.vocab_size,
             entropy_grad=self.entropy_grad,

@@ -1,6 +1,6 @@
 """Output layer, log-prob and entropy as one op, without the logits of all tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ def linear_logprob_entropy(
     group: dist.ProcessGroup | None,
     *,
     positions: Tensor | None = None,
+    sampling_mask: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     entropy_grad: bool = False,
@@ -60,6 +61,10 @@ def linear_logprob_entropy(
         targets: int64 global token ids, one for each scored token.
         group: tensor-parallel process group; None: the whole vocabulary is on this rank.
         positions: int64 indices of the scored tokens among all (gathered) tokens; default: all.
+        sampling_mask: ``[2, kept]`` integers: index of a scored token (ascending) and global id of
+            each token that the sampler kept. Log-prob and entropy are those of the distribution
+            over the kept ids; the other logits become ``-inf``. On a GPU the device is waited for
+            once. ``None``: the whole vocabulary.
         sequence_parallel: the tokens of ``hidden`` are sharded over ``group``.
         budget_bytes: limit of the memory that grows with the vocabulary; None: keep the logits.
         float32_logits: do not round the logits to bfloat16. Default: on CUDA, where it is free.
@@ -94,9 +99,16 @@ def linear_logprob_entropy(
         convert_gradient=narrow and not hidden.is_cuda,
     )
     path = choose_path(path, hidden, plan.chunk_tokens * width)
+    shard, kept = Shard(width, group, vocab_size, temperature, path), None
+    if sampling_mask is not None:
+        rows, columns = shard.local_columns(sampling_mask)
+        ends = [0, *(part.stop for part in _parts(tokens, plan.chunk_tokens))]
+        sizes = torch.searchsorted(rows, rows.new_tensor(ends)).diff().tolist()
+        kept = torch.stack((rows % plan.chunk_tokens, columns)).split(sizes, dim=1)
     call = _Call(
-        shard=Shard(width, group, vocab_size, temperature, path),
+        shard=shard,
         plan=plan,
+        kept=kept,
         logits_dtype=torch.float32 if wide else dtype,
         sequence_parallel=sequence_parallel and size > 1,
         entropy_grad=entropy_grad,
@@ -107,10 +119,15 @@ def linear_logprob_entropy(
 
 @dataclass(frozen=True)
 class _Call:
-    """The options of one call."""
+    """The options of one call.
+
+    Attributes:
+        kept: for each chunk of tokens, row in the chunk and column of the logits that are kept.
+    """
 
     shard: Shard
     plan: HeadPlan
+    kept: Sequence[Tensor] | None
     logits_dtype: torch.dtype
     sequence_parallel: bool
     entropy_grad: bool
@@ -124,6 +141,15 @@ class _Call:
             all_gather(gathered, hidden.contiguous(), group)
             hidden = gathered
         return hidden if positions is None else hidden[positions]
+
+    def compute_logits(self, rows: Tensor, weight: Tensor, part: slice, out: Tensor) -> None:
+        """Logits of one chunk of tokens; ``-inf`` where the sampler did not keep the id."""
+        _multiply(rows[part], weight.t(), out)
+        if self.kept is not None:
+            cells = tuple(self.kept[part.start // self.plan.chunk_tokens].long())
+            values = out[cells]
+            out.fill_(-torch.inf)
+            out[cells] = values
 
     def chunk(self, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Uninitialized logits of one chunk of tokens."""
@@ -169,7 +195,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         stats, tile_maxima = [], []
         for part in _parts(len(targets), plan.chunk_tokens):
             logits = store[part] if buffer is None else buffer[: part.stop - part.start]
-            _multiply(rows[part], weight.t(), logits)
+            call.compute_logits(rows, weight, part, logits)
             narrow = store[part] if keep and not same_type else None
             part_stats, tile_max = shard.statistics(logits, targets[part], narrow)
             stats.append(part_stats)
@@ -213,7 +239,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                 grad = call.chunk(rows, weight, rows.dtype)
             for part in _parts(len(rows), chunk):
                 x, dx = (t[: part.stop - part.start] for t in (logits, grad))
-                _multiply(rows[part], weight.t(), x)
+                call.compute_logits(rows, weight, part, x)
                 shard.gradient(x, dx, targets[part], terms[part], entropy)
                 yield part, dx
 

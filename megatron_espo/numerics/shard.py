@@ -118,6 +118,11 @@ class Shard:
         local = targets - self._first
         run(source, out, self.columns, local, terms, self.scale, entropy, tile_max)
 
+    def local_columns(self, cells: Tensor) -> Tensor:
+        """Of ``cells [2, n]`` (row, global token id) those of this shard, as row and column."""
+        columns = cells[1] - self._first
+        return torch.stack((cells[0], columns))[:, (columns >= 0) & (columns < self.columns)]
+
     def merge(self, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(m, a, b, y)`` of the whole vocabulary from ``stats [tokens, 4]``: one all-gather."""
         parts = stats.unsqueeze(0)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_espo.types import SamplingMask
+
 
 class Phase(StrEnum):
     """The part of an engine's work in which an error occurred."""
@@ -101,6 +103,7 @@ class Generation:
         finish_reason: ``stop``, ``length`` or ``abort``.
         routed_experts: ``[context + tokens - 1, layers with experts, experts per token]``;
             ``None``: not requested.
+        sampling_mask: of ``token_ids``; ``None``: not recorded.
     """
 
     token_ids: np.ndarray
@@ -108,3 +111,4 @@ class Generation:
     versions: np.ndarray
     finish_reason: str
     routed_experts: np.ndarray | None = None
+    sampling_mask: SamplingMask | None = None

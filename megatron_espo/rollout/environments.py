@@ -10,7 +10,7 @@ import numpy as np
 from megatron_espo.data.tokenizer import Messages, Tokenizer
 from megatron_espo.rollout.engine import Generation, Sampling
 from megatron_espo.rollout.pool import EnginePool, concatenate, request_seed
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt, SamplingMask, Trajectory
 
 
 class NoRoomError(ValueError):
@@ -125,6 +125,7 @@ class TrajectoryBuilder:
         self._turns: list[int] = []
         self._end = 0  # after the last sampled token
         self._experts: np.ndarray | None = None
+        self._masks: list[SamplingMask | None] = []  # of turns and observations
 
     @property
     def context(self) -> list[int]:
@@ -152,10 +153,12 @@ class TrajectoryBuilder:
         if self._experts is not None and experts is not None:
             experts = np.concatenate([self._experts, experts[len(self._experts) :]])
         self._experts = experts
+        self._masks.append(generation.sampling_mask)
 
     def add_observation(self, token_ids: Sequence[int]) -> None:
         """Append tokens of the environment. They are not trained."""
         self._tokens += [(int(token), False, 0.0, -1) for token in token_ids]
+        self._masks.append(SamplingMask.empty(len(token_ids)))
 
     def set_context(self, token_ids: Sequence[int]) -> bool:
         """Continue from a client's history. Tokens after the known ones are an observation.
@@ -194,6 +197,7 @@ class TrajectoryBuilder:
         tokens = np.array(self._tokens[: self._end], np.dtype("i4, ?, f4, i4"))
         ids, mask, logprobs, versions = (tokens[f"f{i}"].copy() for i in range(4))
         length = len(self._prompt_ids) + len(ids) - 1
+        sampling_mask = SamplingMask.concatenate(self._masks)
         return Trajectory(
             prompt=self.prompt,
             prompt_ids=np.array(self._prompt_ids, np.int32),
@@ -205,6 +209,7 @@ class TrajectoryBuilder:
             text=text,
             turns=np.array(self._turns, np.int32),
             routed_experts=None if self._experts is None else self._experts[:length],
+            sampling_mask=None if sampling_mask is None else sampling_mask[: self._end],
         )
 
 

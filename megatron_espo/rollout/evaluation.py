@@ -170,6 +170,7 @@ def engine_config(
         sleep=rollout.sleep and not load_weights,
         routed_experts=expert_layers is not None,
         expert_layers=expert_layers or [],
+        sampling_masks=rollout.truncates and not load_weights,
         load_weights=load_weights,
         engine_args=rollout.engine_args,
     )
@@ -207,6 +208,9 @@ class Evaluator:
         self.sampling = Sampling(
             max_tokens=rollout.max_response_tokens,
             temperature=temperature,
+            # The engine returns the kept ids of every request: without limits the vocabulary.
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
             stop_token_ids=tuple(sorted(tokenizer.eos_ids)),
         )
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load
 
 from megatron_espo.rollout.engine import EngineError, Generation, HttpStatusError, Sampling
 from megatron_espo.rollout.server import PREFIX
+from megatron_espo.types import SamplingMask
 
 # Exceptions of a request that no server answered.
 NO_ANSWER = (OSError, aiohttp.ClientError)
@@ -139,7 +140,10 @@ class HttpClient:
         arrays = load(content)
         if not np.isfinite(arrays["logprobs"]).all():
             raise EngineError(f"generate: a log-prob of request {request_id!r} is not finite")
-        return Generation(finish_reason=headers["x-finish-reason"], **arrays)
+        mask = None
+        if "mask_ids" in arrays:
+            mask = SamplingMask(arrays.pop("mask_ids"), arrays.pop("mask_counts"))
+        return Generation(finish_reason=headers["x-finish-reason"], sampling_mask=mask, **arrays)
 
     async def close(self) -> None:
         if self._session is not None:

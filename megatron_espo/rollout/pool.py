@@ -12,7 +12,7 @@ import numpy as np
 from megatron_espo.rollout.engine import EngineError, Generation, Sampling
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient
 from megatron_espo.rollout.server import PREFIX, run_key
-from megatron_espo.types import Prompt
+from megatron_espo.types import Prompt, SamplingMask
 
 _PING_SECONDS = 30.0
 
@@ -140,4 +140,5 @@ def concatenate(first: Generation | None, rest: Generation) -> Generation:
         np.concatenate([first.versions, rest.versions]),
         rest.finish_reason,
         experts,
+        SamplingMask.concatenate([first.sampling_mask, rest.sampling_mask]),
     )

@@ -62,6 +62,7 @@ class EngineConfig:
         sleep: enable vLLM's sleep mode.
         routed_experts: return the experts that each token was routed to.
         expert_layers: indices of the layers whose experts are returned; empty: all.
+        sampling_masks: return the ids that top-k and top-p kept.
         hosts: addresses of servers on other machines, in the order of preference; empty: the
             server is a child of this process.
         host_timeout_s: limit without contact between a server on another machine and its owner.
@@ -86,6 +87,7 @@ class EngineConfig:
     sleep: bool = False
     routed_experts: bool = False
     expert_layers: list[int] = field(default_factory=list)
+    sampling_masks: bool = False
     hosts: tuple[str, ...] = ()
     host_timeout_s: float = 60.0
     listen: str | None = None
@@ -148,6 +150,7 @@ def server_command(config: EngineConfig, address: list[str], is_cpu: bool) -> li
         "max-model-len": config.max_model_len,
         "tensor-parallel-size": config.tensor_parallel_size,
         "load-format": "auto" if config.load_weights else "dummy",
+        "return-sampling-mask": config.sampling_masks or None,
         "weight-transfer-config": {"backend": config.backend} if config.backend else None,
     }
     arguments |= _ARGUMENTS | (_CPU_ARGUMENTS if is_cpu else gpu)

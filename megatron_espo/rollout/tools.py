@@ -227,7 +227,7 @@ class ToolEnvironment:
         if not search(len(ids)):
             return found, None
         length = bisect_left(range(len(ids)), True, key=lambda count: bool(search(count)))
-        match, experts = search(length), found.routed_experts
+        match, experts, mask = search(length), found.routed_experts, found.sampling_mask
         assert match is not None
         kept = replace(
             found,
@@ -235,5 +235,6 @@ class ToolEnvironment:
             logprobs=found.logprobs[:length],
             versions=found.versions[:length],
             routed_experts=None if experts is None else experts[: length - len(ids) or None],
+            sampling_mask=None if mask is None else mask[:length],
         )
         return kept, match[1]

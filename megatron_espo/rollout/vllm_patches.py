@@ -79,3 +79,43 @@ def record_routed_experts(runner: Any, capturer: Any, on_finish: Callable[[str],
 
     runner._update_states = report_and_update
     bind_routed_experts_capturer(runner.get_model(), capturer)
+
+
+def allow_sampling_masks() -> None:
+    """Accept ``return_sampling_mask`` on a CPU, where :func:`record_sampling_masks` provides it.
+
+    vLLM 0.32. vLLM refuses the option without its second model runner, which needs Triton.
+    """
+    from vllm.config import VllmConfig
+
+    VllmConfig._verify_sampling_replay_config = lambda self: None  # type: ignore[method-assign]
+
+
+def record_sampling_masks(runner: Any) -> None:
+    """Add the ids that top-k and top-p kept to every output of ``runner``.
+
+    vLLM 0.32. Only vLLM's second model runner adds them. The scheduler, which sends them on,
+    serves both.
+
+    Args:
+        runner: vLLM's first model runner, with ``logprobs_mode`` ``processed_logprobs``.
+    """
+    from vllm.v1.outputs import SamplingMaskLists
+
+    sampler, sample_tokens = runner.sampler.topk_topp_sampler, runner.sample_tokens
+    sample, masks = sampler.forward, []
+
+    def sample_and_record(*args: Any) -> Any:
+        sampled, logprobs = sample(*args)
+        rows, ids = (logprobs > -torch.inf).nonzero(as_tuple=True)
+        offsets = torch.searchsorted(rows, torch.arange(len(logprobs) + 1))
+        masks[:] = [SamplingMaskLists(ids.int().numpy(), offsets.numpy())]
+        return sampled, logprobs
+
+    def sample_and_add(grammar: Any) -> Any:
+        output = sample_tokens(grammar)
+        if masks:
+            output.sampling_masks = masks.pop()
+        return output
+
+    sampler.forward, runner.sample_tokens = sample_and_record, sample_and_add

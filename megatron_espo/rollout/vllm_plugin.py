@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 from argparse import Namespace
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -16,9 +17,10 @@ from fastapi.responses import JSONResponse, Response
 from safetensors.numpy import save
 from vllm import SamplingParams
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from megatron_espo.rollout import lease, server
+from megatron_espo.rollout import lease, server, vllm_patches
 from megatron_espo.rollout.guard import STATE, Weights, error_response
 from megatron_espo.rollout.server import PREFIX
 from megatron_espo.rollout.transport import register_transports
@@ -31,6 +33,8 @@ def register() -> None:
     """vLLM's hook in each of its processes (``vllm.general_plugins``)."""
     if os.environ.get(server.KEY_FILE_VARIABLE):  # unset in a trainer that imports vLLM
         server.die_with_parent()
+        if current_platform.is_cpu():
+            vllm_patches.allow_sampling_masks()
     register_transports()
 
 
@@ -52,14 +56,16 @@ class Routes:
 
     async def init_state(self, engine_client: Any, app_state: Any, args: Namespace) -> None:
         app_state.espo_engine = engine_client
-        app_state.espo_expert_layers = json.loads(os.environ[server.SETTINGS_VARIABLE])[
-            "expert_layers"
-        ]
+        settings = json.loads(os.environ[server.SETTINGS_VARIABLE])
+        app_state.espo_expert_layers = settings["expert_layers"]
+        app_state.espo_sampling_masks = settings["sampling_masks"]
         if args.load_format != "dummy":
             STATE.version = 0
             STATE.set(Weights.SERVING)
         if os.environ.get(server.ROUTED_EXPERTS_VARIABLE):
             await engine_client.collective_rpc("record_routed_experts")
+        if settings["sampling_masks"] and current_platform.is_cpu():
+            await engine_client.collective_rpc("record_sampling_masks")
         app_state.espo_lease = asyncio.create_task(lease.LEASE.watch())
 
 
@@ -72,15 +78,23 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     unchecked weights leaves the server. The path ``canary`` uses weights that are not served yet.
 
     The answer is in safetensors format: ``token_ids`` int32, ``logprobs`` float32 (nats),
-    ``versions`` int32, and ``routed_experts`` if requested. The header ``x-finish-reason`` is
-    vLLM's finish reason.
+    ``versions`` int32, ``routed_experts`` if requested, and with top-k or top-p ``mask_ids`` and
+    ``mask_counts`` (of ``types.SamplingMask``) if the engine records them. The header
+    ``x-finish-reason`` is vLLM's finish reason.
     """
-    engine = raw_request.app.state.espo_engine
+    state = raw_request.app.state
+    engine, has_masks = state.espo_engine, state.espo_sampling_masks
     is_canary = raw_request.scope["path"] == f"{PREFIX}/canary"
     if not is_canary:
         await STATE.serving.wait()
+    sampling = body["sampling"]
+    truncates = sampling["top_p"] < 1 or sampling["top_k"] > 0
+    if has_masks and sampling["temperature"] == 0:
+        sampling |= {"temperature": 1.0, "top_k": 1}  # vLLM refuses temperature 0 beside masks
+    elif has_masks and sampling["top_k"] <= 0:
+        sampling["top_k"] = engine.model_config.get_vocab_size()  # vLLM refuses 0 beside masks
     params = SamplingParams(
-        **body["sampling"],
+        **sampling,
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
@@ -106,12 +120,19 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
         count = len(final.prompt_token_ids) + len(output.token_ids) - 1
         experts = await _routed_experts(engine, output, body["request_id"], count)
         if len(experts) >= count:
-            layers = raw_request.app.state.espo_expert_layers or slice(None)
+            layers = state.espo_expert_layers or slice(None)
             arrays["routed_experts"] = np.ascontiguousarray(experts[:count, layers])
         elif output.finish_reason != "abort":
             return error_response(
                 f"expected the experts of {count} tokens, got {len(experts)}", 500
             )
+    if has_masks and truncates:
+        kept = output.sampling_mask.token_ids if output.sampling_mask is not None else []
+        if len(kept) != len(output.token_ids):
+            found = f"expected the sampling masks of {len(output.token_ids)} tokens"
+            return error_response(f"{found}, got {len(kept)}", 500)
+        arrays["mask_ids"] = np.fromiter(chain.from_iterable(kept), np.int32)
+        arrays["mask_counts"] = np.array([len(ids) for ids in kept], np.int32)
     return Response(
         save(arrays),
         media_type="application/octet-stream",

@@ -61,6 +61,10 @@ class WorkerExtension:
             return None
         return {"dtype": rows.dtype.str, "shape": list(rows.shape), "data": rows.tobytes()}
 
+    def record_sampling_masks(self) -> None:
+        """See ``vllm_patches.record_sampling_masks``."""
+        vllm_patches.record_sampling_masks(self.model_runner)
+
     def missing_weights(self) -> list[str]:
         """What the current update lacks: tensors if the transport knows them, else layers.
 

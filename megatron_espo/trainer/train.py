@@ -299,6 +299,7 @@ def train_sequences(
                 masked=sample.failed or (mask_truncated and sample.truncated),
                 logged_sample=logged_sample.get((i, j)) if part is sample else None,
                 routed_experts=part.routed_experts,
+                sampling_mask=part.sampling_mask,
                 zero_variance=signs[i][j],
             )
             for j, sample in enumerate(rollouts)

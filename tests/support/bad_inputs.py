@@ -269,7 +269,7 @@ TABLE: dict[str, list[Bad]] = {
         Bad("an override that is not YAML", "run.dir=["),
         Bad("one response per prompt", "rollout.group_size=1"),
         Bad("greedy sampling in training", "rollout.temperature=0"),
-        Bad("top-p without allow_truncated_sampling", "rollout.top_p=0.9"),
+        Bad("top-p above 1", "rollout.top_p=1.5"),
         Bad("a setting that the objective does not use", "algorithm.clip_high=0.2"),
         Bad("mini-batches of unequal size", "algorithm.num_mini_batches=3"),
         Bad("a warm-up as long as the run", "run.steps=5", "optimizer.lr_warmup_iters=20"),

@@ -43,13 +43,20 @@ def routed(model, experts) -> Iterator[None]:
 
 
 def token_statistics(
-    model, prompt: list[int], response: list[int], temperature: float, experts=None
+    model, prompt: list[int], response: list[int], temperature: float, experts=None, kept=None
 ):
-    """Log-probs and entropies ``[response]`` over the whole vocabulary, with gradient."""
+    """Log-probs and entropies ``[response]``, with gradient.
+
+    They are those of the whole vocabulary, or of the ``kept`` ids of each token.
+    """
     with routed(model, experts):
         logits = (
             model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
         )
+    for row, ids in enumerate(kept or ()):
+        dropped = torch.ones(logits.size(1), dtype=torch.bool)
+        dropped[ids] = False
+        logits[row, dropped] = -1e9
     logp = logits.log_softmax(-1)
     return logp.gather(1, torch.tensor(response)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
@@ -57,24 +64,24 @@ def token_statistics(
 def espo_loss(
     model, batch, *, num_responses, temperature, vocab_size, old_model=None, alpha=0.02, rho="0.2",
     reference_model=None, rollout_logprobs=None, kl_coef=0.0, entropy_coef=0.0,
-    rollout_correction="off", routed_experts=None, masks=None,
+    rollout_correction="off", routed_experts=None, masks=None, kept=None,
 ):  # fmt: skip
     """ESPO's loss over ``(prompt, response, advantage)`` triples.
 
     ``-Σ_responses Σ_groups Σ_t 1/(N K n) (c_t min(s A, clip(s, 1 - ε, 1 + ε) A) - kl_coef k3_t +
     entropy_coef H_t)`` with the truncated importance sampling factor ``c`` of at most 2. All models
-    take the ``routed_experts`` of a triple. Only tokens with a True in ``masks`` have a loss.
+    take the ``routed_experts`` and ``kept`` ids of a triple. Only tokens with a True in ``masks``
+    have a loss.
     """
     loss = 0.0
     for number, (prompt, response, advantage) in enumerate(batch):
         experts = routed_experts and routed_experts[number]
         trained = [t for t in range(len(response)) if masks is None or masks[number][t]]
 
-        def statistics(model, prompt=prompt, response=response, experts=experts, trained=trained):
-            return [
-                values[trained]
-                for values in token_statistics(model, prompt, response, temperature, experts)
-            ]
+        inputs = (prompt, response, temperature, experts, kept and kept[number])
+
+        def statistics(model, inputs=inputs, trained=trained):
+            return [values[trained] for values in token_statistics(model, *inputs)]
 
         logp, entropy = statistics(model)
         old_logp, old_entropy = logp.detach(), entropy.detach()

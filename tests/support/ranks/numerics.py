@@ -19,6 +19,15 @@ def dense(
     ).sum(-1)
 
 
+def kept_ids(targets, vocab_size: int):
+    """A random sampling mask ``[2, kept]``; row 0 keeps the target only. Also as bool ``[tokens,
+    vocab]``."""
+    allowed = torch.rand(len(targets), vocab_size, generator=torch.Generator().manual_seed(1)) < 0.1
+    allowed[0] = False
+    allowed[torch.arange(len(targets)), targets.cpu()] = True
+    return allowed.nonzero().t().int().to(targets.device), allowed.to(targets.device)
+
+
 def hard_rows(
     width: int, vocab_size: int, dtype: torch.dtype, tokens: int = 24
 ) -> tuple[Tensor, Tensor]:
@@ -77,43 +86,51 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def check_head() -> None:
     """The head over two vocabulary shards equals dense float64; collectives are counted."""
-    rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(5)
     tokens, width, depth, vocab_size = 12, 40, 6, 75
     hidden = torch.randn(tokens, depth, generator=generator)
-    weight = torch.randn(width * size, depth, generator=generator)
+    weight = torch.randn(width * dist.get_world_size(), depth, generator=generator)
     positions = torch.tensor([1, 2, 5, 6, 7, 10])
-    mine = slice(rank * width, (rank + 1) * width)
     for chosen in (torch.arange(tokens), positions):
         targets = torch.randint(0, vocab_size, (len(chosen),), generator=generator)
-        h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-        reference = dense(h[chosen] @ w.t(), targets, 0.8, vocab_size)
-        (reference[0].sum() + 0.5 * reference[1].sum()).backward()
-        for sequence_parallel in (False, True):
-            for budget in (None, width * 4 * 5):
-                part = (
-                    slice(rank * tokens // size, (rank + 1) * tokens // size)
-                    if sequence_parallel
-                    else slice(None)
-                )
-                local_hidden = hidden[part].clone().requires_grad_()
-                local_weight = weight[mine].clone().requires_grad_()
-                with counted_collectives() as calls:
-                    out = linear_logprob_entropy(
-                        local_hidden, local_weight, targets, dist.group.WORLD,
-                        positions=None if len(chosen) == tokens else chosen, temperature=0.8,
-                        vocab_size=vocab_size, entropy_grad=True,
-                        sequence_parallel=sequence_parallel, budget_bytes=budget,
-                    )  # fmt: skip
-                    (out[0].sum() + 0.5 * out[1].sum()).backward()
-                statistics = ("all_gather", 16 * len(chosen))
-                if sequence_parallel:
-                    gather = ("all_gather", tokens // size * depth * 4)
-                    scatter = ("reduce_scatter", tokens * depth * 4)
-                    assert calls == [gather, statistics, gather, scatter], calls
-                else:
-                    assert calls == [statistics, ("all_reduce", tokens * depth * 4)], calls
-                assert_close(out[0], reference[0], 5e-6)
-                assert_close(out[1], reference[1], 5e-6)
-                assert_close(local_hidden.grad, h.grad[part], 5e-6)
-                assert_close(local_weight.grad, w.grad[mine], 5e-6)
+        _check_head(hidden, weight, chosen, targets, vocab_size, None)
+        _check_head(hidden, weight, chosen, targets, vocab_size, kept_ids(targets, vocab_size))
+
+
+def _check_head(hidden, weight, chosen, targets, vocab_size, kept) -> None:
+    rank, size, (tokens, depth) = dist.get_rank(), dist.get_world_size(), hidden.shape
+    width = len(weight) // size
+    mine = slice(rank * width, (rank + 1) * width)
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = (h[chosen] @ w.t())[:, :vocab_size]
+    if kept is not None:
+        logits = logits.masked_fill(~kept[1], -torch.inf)
+    reference = dense(logits, targets, 0.8, vocab_size)
+    (reference[0].sum() + 0.5 * reference[1].sum()).backward()
+    for sequence_parallel in (False, True):
+        for budget in (None, width * 4 * 5):
+            part = slice(None)
+            if sequence_parallel:
+                part = slice(rank * tokens // size, (rank + 1) * tokens // size)
+            local_hidden = hidden[part].clone().requires_grad_()
+            local_weight = weight[mine].clone().requires_grad_()
+            with counted_collectives() as calls:
+                out = linear_logprob_entropy(
+                    local_hidden, local_weight, targets, dist.group.WORLD,
+                    positions=None if len(chosen) == tokens else chosen, temperature=0.8,
+                    vocab_size=vocab_size, entropy_grad=True,
+                    sequence_parallel=sequence_parallel, budget_bytes=budget,
+                    sampling_mask=kept and kept[0],
+                )  # fmt: skip
+                (out[0].sum() + 0.5 * out[1].sum()).backward()
+            statistics = ("all_gather", 16 * len(chosen))
+            if sequence_parallel:
+                gather = ("all_gather", tokens // size * depth * 4)
+                scatter = ("reduce_scatter", tokens * depth * 4)
+                assert calls == [gather, statistics, gather, scatter], calls
+            else:
+                assert calls == [statistics, ("all_reduce", tokens * depth * 4)], calls
+            assert_close(out[0], reference[0], 5e-6)
+            assert_close(out[1], reference[1], 5e-6)
+            assert_close(local_hidden.grad, h.grad[part], 5e-6)
+            assert_close(local_weight.grad, w.grad[mine], 5e-6)

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from megatron_espo.config import Algorithm, Megatron, Optimizer
 from megatron_espo.data.packing import TrainSequence, batch_totals, pack
 from megatron_espo.distributed import runtime
+from megatron_espo.types import SamplingMask
 from tests.support import reference
 from tests.support.weights_models import load_spec, per_expert
 
@@ -62,6 +64,15 @@ def engine_experts(batch, spec) -> list[np.ndarray]:
     ]
 
 
+def engine_masks(batch, vocab_size: int) -> list[list[list[int]]]:
+    """For each response token eight random ids that the rollout engine kept, and its own."""
+    draw = random.Random(12)
+    return [
+        [sorted({token, *draw.sample(range(vocab_size), 8)}) for token in response]
+        for _, response, _ in batch
+    ]
+
+
 def build(
     folder: str,
     weights: str,
@@ -72,6 +83,7 @@ def build(
     head_budget_bytes: int | None = None,
     replays: bool = False,
     masked: bool = False,
+    kept: bool = False,
     **packing,
 ):
     """Runtime, engine, forward step, micro-batches of this rank, batch and model configuration."""
@@ -102,6 +114,11 @@ def build(
             replace(s, loss_mask=mask, rollout_logprobs=np.where(mask, s.rollout_logprobs, np.nan))
             for s, mask in zip(sequences, make_masks(batch), strict=True)
         ]
+    if kept:
+        sequences = [
+            replace(s, sampling_mask=SamplingMask(np.concatenate(ids), [len(x) for x in ids]))
+            for s, ids in zip(sequences, engine_masks(batch, spec.vocab_size), strict=True)
+        ]
     settings_of_layout = Megatron(max_tokens_per_micro_batch=max_tokens, **sizes)
     totals = batch_totals(sequences, num_responses=NUM_RESPONSES, num_response_tokens=99)
     pack_as = replace(packing_spec(settings_of_layout, place.groups), **packing)
@@ -130,6 +147,7 @@ def check_gradient(
     packing: dict | None = None,
     replays: bool = False,
     masked: bool = False,
+    kept: bool = False,
     algorithm: dict | None = None,
     **sizes,
 ) -> dict[str, float]:
@@ -145,6 +163,7 @@ def check_gradient(
         Algorithm(**algorithm or {}),
         replays=replays,
         masked=masked,
+        kept=kept,
         **packing or {},
     )
     if old_folder:
@@ -163,6 +182,8 @@ def check_gradient(
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, spec, place.groups)
     formula = reference.sapo_loss if algorithm else reference.espo_loss
+    if kept:
+        formula = partial(reference.espo_loss, kept=engine_masks(batch, spec.vocab_size))
     expected = reference_gradients(
         folder, old_folder, batch, spec, replays, masked, formula=formula
     )
