@@ -18,6 +18,7 @@ class Prompt:
         token_ids: ``text`` as the trainer's tokenizer encodes it. The rollout engine receives
             these ids, never text.
         metadata: values that the prompt source adds (a reasoning-gym entry, extra columns).
+        source: name in ``data.mixture``; empty without a mixture.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Prompt:
     answer: str
     token_ids: tuple[int, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 def as_vector(

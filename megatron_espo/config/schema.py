@@ -8,7 +8,7 @@ from pydantic import Field
 from megatron_espo.config import rules
 from megatron_espo.config.rollout import Rollout
 from megatron_espo.config.rules import Problems, Section, expect
-from megatron_espo.config.tasks import Data, Environment, Eval, Reward
+from megatron_espo.config.tasks import Data, Environment, Eval, Reward, Source
 
 
 class Run(Section):
@@ -291,6 +291,16 @@ class Config(Section):
         file. Not dumped."""
         return {}
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Sources of training and evaluation prompts, by the path of their settings."""
+        settings, found = self.eval, self.data.sources
+        if settings.prompts is not None:
+            columns = self.data.columns if settings.columns is None else settings.columns
+            args = settings.task_args
+            found["eval"] = Source(prompts=settings.prompts, task_args=args, columns=columns)
+        return found
+
     def problems(self) -> Problems:
         algorithm, rollout, fp8 = self.algorithm, self.rollout, self.megatron.fp8
         parts, rounds = algorithm.num_mini_batches, rollout.max_resampling_rounds
@@ -318,8 +328,10 @@ class Config(Section):
         if warmup >= updates:
             expected = f"less than the run's optimizer steps ({updates})"
             yield expect("optimizer.lr_warmup_iters", expected, warmup)
-        for section, source in (("data", self.data.prompts), ("eval", self.eval.prompts)):
-            is_file = source is not None and not source.startswith("reasoning_gym:")
+        for path, source in self.sources.items():
+            is_file = not source.prompts.startswith("reasoning_gym:")
             if self.reward.function == "reasoning_gym" and is_file:
-                expected = f'math_verify or "module:function" with {section}.prompts "{source}"'
+                expected = (
+                    f'math_verify or "module:function" with {path}.prompts "{source.prompts}"'
+                )
                 yield expect("reward.function", expected, "reasoning_gym")

@@ -146,7 +146,8 @@ class Sampler:
         )
         self._rewards.check_failures(int(rewards.isnan().sum()), rewards.numel(), step)
         self._committed = self._state()
-        return ScoredGroups(rollouts, rewards, sum(draft.dispatched), len(self._pending))
+        counts = (sum(draft.dispatched), len(self._pending), self._stream.skipped)
+        return ScoredGroups(rollouts, rewards, *counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the prompt stream and the prompts in flight after the last batch (JSON values)."""
@@ -213,6 +214,8 @@ class Sampler:
         for group in chosen:
             for i, future in group.scores.items():
                 group.trajectories[i] = group.trajectories[i].with_reward(future.result())
+            if all((sample.reward or 0.0) >= 1 for sample in group.trajectories.values()):
+                self._stream.note_solved(group.prompt)
         self._pending = [group for group in self._pending if group not in chosen]
         return chosen
 
