@@ -258,8 +258,8 @@ def fail(config: Config, key: str, message: str) -> NoReturn:
 
 def _locate(config: Config, key: str, message: str) -> str:
     """Prepend the place where the key was set."""
-    place, name = None, key
+    name, place = key, ""
     while "." in name and not place:
-        place, name = config.origins.get(name), name.rpartition(".")[0]
+        place, name = config.origins.get(name, ""), name.rpartition(".")[0]
     place = place or (f"{config.origins['']} (default)" if config.origins else "")
     return f"{place}: {key}: {message}" if place else f"{key}: {message}"

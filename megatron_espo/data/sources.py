@@ -357,10 +357,8 @@ def _message_parts(messages: pa.Array) -> tuple[pa.Array, pa.Array] | None:
 def _fits_json(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.DictionaryType):
         return _fits_json(kind.value_type)
-    types = pa.types
-    is_bytes = types.is_binary(kind) or types.is_large_binary(kind)
-    is_bytes = is_bytes or types.is_fixed_size_binary(kind) or types.is_binary_view(kind)
-    if is_bytes or types.is_temporal(kind) or types.is_decimal(kind):
+    names = "binary large_binary fixed_size_binary binary_view temporal decimal".split()
+    if any(getattr(pa.types, f"is_{name}")(kind) for name in names):
         return False
     return all(_fits_json(kind.field(i).type) for i in range(kind.num_fields))
 
