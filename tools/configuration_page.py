@@ -15,7 +15,8 @@ def render_markdown() -> str:
     """The page ``docs/configuration.md``: one table per section."""
     blocks = [_HEAD]
     for section, model in described().items():
-        blocks.append(f"\n## {section}\n\n{model.__doc__}\n")
+        title = section.replace("<", "&lt;")
+        blocks.append(f"\n## {title}\n\n{model.__doc__}\n")
         blocks.append("| key | value | default | meaning |\n|---|---|---|---|")
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"`{default_text(field)}`"
