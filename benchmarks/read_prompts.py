@@ -36,10 +36,11 @@ def write_files(folder: Path, rows: int) -> dict[str, dict[str, str]]:
 
 
 def read(path: str, columns: dict[str, str]) -> None:
+    from megatron_espo.config.tasks import Source
     from megatron_espo.data.sources import read_rows
 
     start = time.perf_counter()
-    rows = read_rows(path, {}, 0, columns)
+    rows = read_rows(Source(prompts=path, columns=columns), 0)
     seconds = time.perf_counter() - start
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{Path(path).name}: {len(rows):,} rows, {seconds:.1f} s, peak {gib:.2f} GiB")

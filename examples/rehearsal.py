@@ -32,7 +32,6 @@ SMALLER = [
     "rollout.timeout_s=300",
     "reward.function=examples.rehearsal:starts_with_even_digit",
     "reward.workers=1",
-    "data.task_args={}",
 ]
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"0123456789", "+", "?", ".", "What", "is"]
 # Llama-3-70B: hidden 8192, 64 heads of 128, 8 key-value heads, FFN 3.5 x hidden, 80 layers.
@@ -71,7 +70,8 @@ def prepare(config: str, folder: str = "runs/rehearsal/start", timeout_s: float 
         config: YAML file of the run.
         folder: for the files, on a file system that all nodes share.
     """
-    experts = load_config(config).megatron.expert_model_parallel_size > 1
+    settings = load_config(config)
+    experts = settings.megatron.expert_model_parallel_size > 1
     target = Path(f"{folder}_moe" if experts else folder)
     if os.environ.get("RANK", "0") == "0":
         _rename_finished(Path(RUN_DIR))
@@ -87,7 +87,15 @@ def prepare(config: str, folder: str = "runs/rehearsal/start", timeout_s: float 
             raise TimeoutError(f"{target.absolute()}: {advice}")
         time.sleep(0.2)
     layout = ["megatron.expert_model_parallel_size=2"] if experts else []
-    return [*SMALLER, *layout, f"model.path={target}", f"data.prompts={target / 'prompts.jsonl'}"]
+    prompts = target / "prompts.jsonl"
+    sources = [f"data.prompts={prompts}", "data.task_args={}"]
+    if settings.data.mixture:
+        sources = [
+            f"data.mixture.{name}={{prompts: {prompts}, weight: {source.weight}, "
+            f"pass_rate: {list(source.pass_rate)}}}"
+            for name, source in settings.data.mixture.items()
+        ]
+    return [*SMALLER, *layout, f"model.path={target}", *sources]
 
 
 def _rename_finished(run: Path) -> None:
@@ -121,5 +129,8 @@ def _write(folder: Path, experts: bool) -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     model.save_pretrained(folder)
-    rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(32)]
+    rows = [
+        {"prompt": f"What is {i} + {i}?", "answer": str(2 * i), "pass_rate": i / 31}
+        for i in range(32)
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -211,14 +211,15 @@ def _load_config(args: argparse.Namespace) -> Any:
         _check_open_files()
         checks.check_paths(config)
         if os.environ.get("RANK", "0") == "0":
-            from megatron_espo.data.sources import read_rows
+            from megatron_espo.data.sources import MissingColumns, read_rows
             from megatron_espo.rewards.golds import check_golds
 
-            for source in (config.data, config.eval):
-                columns = config.data.columns if source.columns is None else source.columns
-                if source.prompts:
-                    rows = read_rows(source.prompts, source.task_args, config.run.seed, columns)
-                    check_golds(rows, source.prompts, config)
+            for path, source in config.sources.items():
+                try:
+                    rows = read_rows(source, config.run.seed)
+                except MissingColumns as error:
+                    checks.fail(config, f"{path}.columns", str(error))
+                check_golds(rows, source.prompts, config)
     return config
 
 

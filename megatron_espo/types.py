@@ -19,6 +19,7 @@ class Prompt:
         token_ids: ``text`` as the trainer's tokenizer encodes it. The rollout engine receives
             these ids, never text.
         metadata: values that the prompt source adds (a reasoning-gym entry, extra columns).
+        source: name in ``data.mixture``; empty without a mixture.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Prompt:
     answer: str
     token_ids: tuple[int, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 def as_vector(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_espo.config import Config
+from megatron_espo.config.tasks import Source
 from megatron_espo.data.sources import read_rows
 from megatron_espo.errors import InputError
 from megatron_espo.rewards.answers import MathJudge, extract_answer
@@ -51,7 +52,7 @@ def test_expected_answers_that_cannot_be_read_are_found_with_the_rows(tmp_path, 
         source.write_text("".join(json.dumps({"prompt": "x", "answer": a}) + "\n" for a in answers))
         sections = {"model": {"path": "m"}, "reward": {"function": function}}
         config = Config.model_validate(sections | {"data": {"prompts": str(source)}})
-        check_golds(read_rows(str(source), {}, 0), str(source), config)
+        check_golds(read_rows(Source(prompts=str(source)), 0), str(source), config)
         return [r.message for r in caplog.records if "expected one that" in r.message]
 
     readable = ["7", "\\frac12", "Evelyn", "(1, 2]", "\\emptyset", "\\{\\}", "A", "x\n#### 72"]

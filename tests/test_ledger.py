@@ -35,7 +35,9 @@ class Killed(BaseException):
 class Process:
     """A process of a run: SampledRollouts between fakes of the engine and the verifier."""
 
-    def __init__(self, folder, way: dict, chance: random.Random, checkpoint: dict) -> None:
+    def __init__(
+        self, folder, way: dict, chance: random.Random, checkpoint: dict, mixed: bool
+    ) -> None:
         self.chance = chance
         rollout = Rollout(
             prompts_per_step=PROMPTS,
@@ -44,7 +46,7 @@ class Process:
             max_model_len=64,
             **way,
         )
-        prompts = stream(folder)
+        prompts = stream(folder, mixed)
         self.run = FakeRun(
             rollout, judge, order=lambda ids, seed: seed, check=self.fail, stream=prompts
         )
@@ -98,23 +100,35 @@ def judge(prompt: Prompt, text: str) -> float:
     return float(len(text) // 2 % 2)
 
 
-def stream(folder) -> PromptStream:
-    data = Data(prompts=str(folder / "rows.jsonl"))
+def stream(folder, mixed: bool = False) -> PromptStream:
+    """The 17 rows, or a mixture of 9 of them and 5 others that rest when they are solved."""
+    rows, more = str(folder / "rows.jsonl"), str(folder / "more.jsonl")
+    data = Data(prompts=rows)
+    if mixed:
+        first = {"prompts": rows, "weight": 0.7, "pass_rate": (0, 0.5)}
+        data = Data(mixture={"a": first, "b": {"prompts": more, "weight": 0.3}}, skip_solved=1)
     return PromptStream(data, TOKENIZER, 1, max_response_tokens=4, max_model_len=64)
 
 
-def run_to_the_end(folder, way: dict, chance) -> tuple[dict[int, list], Ledger, dict]:
+def run_to_the_end(
+    folder, way: dict, chance, mixed: bool = False
+) -> tuple[dict[int, list], Ledger, dict]:
     """Prompts and texts of all steps, the counts, and the final state."""
     folder.mkdir()
-    rows = [{"id": i, "prompt": str(i), "answer": "1"} for i in range(ROWS)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, count in (("rows", ROWS), ("more", 5)):
+        rows = [
+            {"id": i, "prompt": str(i), "answer": "1", "pass_rate": i / (ROWS - 1)}
+            for i in range(count)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
     checkpoint = {
         "step": 0,
         "ledger": {},
-        "rollouts": {"stream": stream(folder).state_dict(), "pending": []},
+        "rollouts": {"stream": stream(folder, mixed).state_dict(), "pending": []},
     }
     history: dict[int, list] = {}
-    process = Process(folder, way, chance, checkpoint)
+    process = Process(folder, way, chance, checkpoint, mixed)
     while process.step < STEPS:
         try:
             process.train(history)
@@ -122,7 +136,7 @@ def run_to_the_end(folder, way: dict, chance) -> tuple[dict[int, list], Ledger, 
             if isinstance(end, Stopped):
                 checkpoint = process.checkpoint()
             process.run.close()
-            process = Process(folder, way, chance, checkpoint)
+            process = Process(folder, way, chance, checkpoint, mixed)
         else:
             if process.step % 4 == 0:
                 checkpoint = process.checkpoint()
@@ -154,3 +168,37 @@ def test_every_prompt_is_counted_once_after_failures(tmp_path, way):
         assert (ledger.dropped_equal > 0) == ("resampling" in way)
         if not WAYS[way].get("max_staleness"):
             assert (history, ledger, state) == ends[0], number
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_mixed_and_filtered_sources_are_counted_once(tmp_path, way):
+    calm, is_sync = SimpleNamespace(choice=lambda faults: None), "stale" not in way
+    ends = [run_to_the_end(tmp_path / "calm", WAYS[way], calm, mixed=True)]
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        ends.append(run_to_the_end(folder, WAYS[way], random.Random(seed), mixed=True))
+    for number, (history, ledger, state) in enumerate(ends):
+        a, b = state["stream"]["a"], state["stream"]["b"]
+        # Rows that the stream has passed: of "a" those outside of pass_rate count first.
+        passed = a["epoch"] * 17 + 8 + a["position"] + b["epoch"] * 5 + b["position"]
+        assert ledger.dispatched + ledger.skipped == passed and a["epoch"] and b["epoch"]
+        assert ledger.skipped > (a["epoch"] + 1) * 8, "solved prompts are skipped too"
+        assert ledger.trained == sum(map(len, history.values())) == STEPS * PROMPTS
+        dropped = ledger.dispatched - ledger.trained - ledger.in_flight
+        assert dropped == ledger.dropped_equal and (dropped > 0) == ("resampling" in way)
+        used = [prompt for groups in history.values() for prompt, _ in groups]
+        used += [entry["id"] for entry in state["pending"]]
+        rows = {int(name[2:]) for name in used if name[0] == "a"}
+        assert rows == set(range(9)) or (dropped and rows < set(range(9)))
+        assert dropped or abs(sum(name[0] == "a" for name in used) - 0.7 * len(used)) < 2
+        if is_sync:
+            assert (history, ledger, state) == ends[0], number
+    if way == "synchronous":
+        expected = stream(tmp_path / "calm", mixed=True)
+        for step in range(1, STEPS + 1):
+            prompts = expected.take(PROMPTS)
+            assert [prompt.id for prompt in prompts] == [name for name, _ in ends[0][0][step]]
+            for prompt, (_, texts) in zip(prompts, ends[0][0][step], strict=True):
+                if all(judge(prompt, text) == 1 for text in texts):
+                    expected.note_solved(prompt)
+        assert expected.state_dict() == ends[0][2]["stream"]

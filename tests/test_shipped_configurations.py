@@ -1,8 +1,11 @@
 """`plan` and the rehearsal accept every file in examples/; headers have the plan's numbers."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +17,11 @@ from tests.test_run_espo_70b import MODELS, shape
 SMOLLM2 = shape("Llama", 576, 1536, 30, 9, 3, 49152, 8192, tie_word_embeddings=True)
 KINDS = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe"}
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
+RECIPE, A3B = (
+    ROOT / "examples" / f"{name}.yaml"
+    for name in ("espo_production_recipe", "qwen3_30b_a3b_4nodes")
+)
+SAME_LAYOUT = {RECIPE: A3B}
 PLAN_ALL = """
 import json, sys
 from megatron_espo.cli import main
@@ -24,6 +32,7 @@ for arguments in json.loads(sys.argv[1]):
 
 def shape_of(path) -> dict:
     """The content of the model's config.json."""
+    path = SAME_LAYOUT.get(path, path)
     shape = {"head_dim": 128} | MODELS.get(path.stem.rsplit("_", 1)[0], {})
     if path.stem in ("quickstart", "tool_use"):
         shape = SMOLLM2
@@ -32,6 +41,7 @@ def shape_of(path) -> dict:
 
 
 def gpus_of(path) -> int:
+    path = SAME_LAYOUT.get(path, path)
     nodes = "".join(filter(str.isdigit, path.stem.rsplit("_", 1)[-1]))
     return 8 * int(nodes) if nodes else 2
 
@@ -83,4 +93,72 @@ def test_the_rehearsal_passes_every_check_before_training(tmp_path, monkeypatch)
         assert checks.check_world_size(config, 4) >= 1
         checks.check_router(config, checks.check_model(config))
         checks.check_paths(config)
-        assert config.megatron.expert_model_parallel_size == (2 if "a3b" in path.stem else 1)
+        is_moe = "a3b" in SAME_LAYOUT.get(path, path).stem
+        assert config.megatron.expert_model_parallel_size == (2 if is_moe else 1)
+
+
+def test_the_recipe_has_the_layout_of_its_base_and_every_part():
+    recipe, base = load_config(str(RECIPE)), load_config(str(A3B))
+    assert (recipe.model, recipe.megatron, recipe.optimizer) == (
+        base.model,
+        base.megatron,
+        base.optimizer,
+    )
+    algorithm, rollout, data = recipe.algorithm, recipe.rollout, recipe.data
+    assert (algorithm.objective, algorithm.rollout_correction) == ("espo", "token")
+    assert algorithm.zero_variance_scale and algorithm.num_mini_batches > 1
+    assert rollout.router_replay and rollout.max_staleness and not rollout.max_resampling_rounds
+    assert len(data.sources) > 1 and data.skip_solved
+    assert any(source.pass_rate for source in data.sources.values())
+
+
+def test_steps_of_the_recipe_with_a_fake_engine(tmp_path, monkeypatch):
+    """Prompts -> rollouts -> advantages -> sequences to train, with the rehearsal's settings."""
+    from examples.rehearsal import prepare
+    from megatron_espo.data import PromptStream
+    from megatron_espo.monitoring.metrics import rollout_metrics
+    from megatron_espo.trainer.ledger import Ledger
+    from megatron_espo.trainer.train import advantages_of, train_sequences
+    from tests.support.fake_engine import TOKENIZER, FakeRun
+
+    monkeypatch.chdir(tmp_path)
+    config = load_config(str(RECIPE), prepare(str(RECIPE)))
+    tokenizer = SimpleNamespace(**vars(TOKENIZER))
+    tokenizer.encode_prompt = lambda prompt: [int(prompt.split()[2]) + 3]
+    sizes = {"max_response_tokens": 8, "max_model_len": 64}
+    stream, ledger = PromptStream(config.data, tokenizer, config.run.seed, **sizes), Ledger()
+    rewards = iter([*[1.0] * 64, *[0.0, 1.0, 0.0, 0.0] * 400])  # the first prompts are solved
+    with FakeRun(config.rollout, lambda *_: next(rewards), stream=stream) as run:
+        for step in range(1, 6):
+            groups = run.batch(step)
+            ledger.count(groups)
+            advantages, signs = advantages_of(groups, config)
+            found = rollout_metrics(groups.rollouts, groups.rewards, advantages)
+            trained = sum(train_sequences(groups, advantages, False, None, signs), [])
+            assert len(trained) == 32 and all(sequence.advantage for sequence in trained)
+            if found["reward/solved_all"] == 1:
+                assert (signs == 1).all() and (advantages - 0.1).abs().max() < 1e-6
+            shares = [found.get(f"rollout/share_{name}", 0.0) for name in ("math", "logic")]
+            assert sum(shares) == 1 and groups.max_staleness(step) <= 1
+    assert (ledger.trained, ledger.dispatched, ledger.in_flight) == (40, 48, 8)
+    # Of the 32 rows of math the pass rates skip 8, in three epochs. 13 solved rows rest for one.
+    assert ledger.skipped == 3 * 8 + 13
+
+
+@pytest.mark.slow
+def test_the_recipe_is_rehearsed_with_the_engine(tmp_path):
+    """The command in its header: four ranks, TP 2 x PP 2 x VPP 2, experts EP 2, vLLM on CPUs."""
+    script = ROOT / "examples" / "run_espo_70b.sh"
+    command = [shutil.which("torchrun"), "--nproc-per-node", "4", str(script), "--rehearse"]
+    command += ["--config", str(RECIPE)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 900}
+    done = subprocess.run(command, cwd=tmp_path, env=env, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "rehearsal" / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    last, names = lines[-1], {name for line in lines for name in line}
+    assert (last["ledger/trained"], last["ledger/in_flight"]) == (24, 8)
+    assert last["ledger/skipped"] >= 8
+    assert {"rollout/share_math", "rollout/share_logic", "moe/router_mismatch"} <= names

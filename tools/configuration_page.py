@@ -1,6 +1,6 @@
 """Writes ``docs/configuration.md`` to standard output: one table for each section."""
 
-from megatron_espo.config.reference import default_text, expectation, sections
+from megatron_espo.config.reference import default_text, described, expectation
 
 _HEAD = """\
 # Configuration
@@ -14,13 +14,15 @@ the file. Unknown keys, wrong types and contradictory settings are errors before
 def render_markdown() -> str:
     """The page ``docs/configuration.md``: one table per section."""
     blocks = [_HEAD]
-    for section, model in sections().items():
-        blocks.append(f"\n## {section}\n\n{model.__doc__}\n")
+    for section, model in described().items():
+        title = section.replace("<", "&lt;")
+        blocks.append(f"\n## {title}\n\n{model.__doc__}\n")
         blocks.append("| key | value | default | meaning |\n|---|---|---|---|")
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"`{default_text(field)}`"
             text = " ".join((field.description or "").split()).replace("|", "\\|")
-            row = f"| `{key}` | {expectation(section, key)} | {default} | {text} |"
+            kind = expectation(*section.split("."), key)
+            row = f"| `{key}` | {kind} | {default} | {text} |"
             blocks.append(row.replace("<", "&lt;"))
     return "\n".join(blocks) + "\n"
 

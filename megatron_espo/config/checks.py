@@ -115,14 +115,12 @@ def check_paths(config: Config) -> None:
 
 
 def _path_problems(config: Config) -> Problems:
-    for key, prompts in (
-        ("data.prompts", config.data.prompts),
-        ("eval.prompts", config.eval.prompts),
-    ):
-        if prompts is None or prompts.startswith("reasoning_gym:"):
-            continue
-        if not (os.path.isfile(prompts) and os.access(prompts, os.R_OK)):
-            yield expect(key, f"a readable file (relative to {os.getcwd()})", prompts)
+    for path, source in config.sources.items():
+        prompts = source.prompts
+        is_readable = os.path.isfile(prompts) and os.access(prompts, os.R_OK)
+        if not (is_readable or prompts.startswith("reasoning_gym:")):
+            expected = f"a readable file (relative to {os.getcwd()})"
+            yield expect(f"{path}.prompts", expected, prompts)
     replay, folder = config.run.replay, config.run.dir
     if replay and not any(Path(replay).glob("step_*.npz")):
         expected = "a folder of recorded rollouts (step_000001.npz ...)"
@@ -159,16 +157,14 @@ def read_model(config: Config) -> ModelSpec:
             f"`hf download <owner>/<name> config.json --local-dir {config.model.path}` is enough "
             "for a plan; a run needs the whole folder"
         )
-        _fail(
-            config, "model.path", f'expected config.json in "{path.parent}", found none; {advice}'
-        )
+        fail(config, "model.path", f'expected config.json in "{path.parent}", found none; {advice}')
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         reason = None if isinstance(loaded, dict) else f"a JSON {type(loaded).__name__}"
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__} ({error})"
     if reason:
-        _fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
+        fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
     return parse_model(config, loaded)
 
 
@@ -265,12 +261,15 @@ def _raise(config: Config, problems: Iterable[tuple[str, str]]) -> None:
         raise InputError("\n".join(lines))
 
 
-def _fail(config: Config, key: str, message: str) -> NoReturn:
+def fail(config: Config, key: str, message: str) -> NoReturn:
+    """Raise an InputError that names the setting ``key`` and its place."""
     raise InputError(_locate(config, key, message))
 
 
 def _locate(config: Config, key: str, message: str) -> str:
     """Prepend the place where the key was set."""
-    default = f"{config.origins['']} (default)" if config.origins else ""
-    place = config.origins.get(key, default)
+    name, place = key, ""
+    while "." in name and not place:
+        place, name = config.origins.get(name, ""), name.rpartition(".")[0]
+    place = place or (f"{config.origins['']} (default)" if config.origins else "")
     return f"{place}: {key}: {message}" if place else f"{key}: {message}"

@@ -3,12 +3,13 @@ lists every mistake."""
 
 import difflib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_espo.config import yaml_source
-from megatron_espo.config.reference import expectation, item_expectation, sections
+from megatron_espo.config.reference import expectation, keys_of, sections
 from megatron_espo.config.rules import show
 from megatron_espo.config.schema import Config
 from megatron_espo.errors import InputError
@@ -71,7 +72,8 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         raise InputError("\n".join(dict.fromkeys(lines))) from None
     config.origins[""] = str(path)
     for key, place in places.items():
-        config.origins.setdefault(".".join(map(str, key[:2])), place)
+        for depth in range(2, len(key) + 1):
+            config.origins.setdefault(".".join(map(str, key[:depth])), place)
     return config
 
 
@@ -109,7 +111,7 @@ def _apply(override: str, tree: dict[str, Any], places: Places) -> str | None:
     if not equals or not all(keys):
         return f"{place}: expected section.key=value"
     if len(keys) == 1:
-        return f"{place}: expected section.key=value, got no section{_suggest('', name)}"
+        return f"{place}: expected section.key=value, got no section{_suggest([], name)}"
     try:
         value, _ = yaml_source.parse(text)
     except yaml_source.YamlError as error:
@@ -137,8 +139,8 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     elif kind == "missing":
         found = [(location, f"required, but not given; expected {_expected(location)}")]
     elif kind == "extra_forbidden":
-        section, name = ("", *location)[-2:]
-        what = f"unknown {'key' if section else 'section'}{_suggest(section, name)}"
+        *above, name = location
+        what = f"unknown {'key' if above else 'section'}{_suggest(above, name)}"
         instead = _REMOVED.get(_name(location))
         found = [(location, f"removed; {instead}" if instead else what)]
     elif kind == "invalid_key":
@@ -165,19 +167,13 @@ def _name(location: yaml_source.Path) -> str:
 
 
 def _expected(location: yaml_source.Path) -> str:
-    section, *keys = map(str, location)
-    if not keys:
-        fields = sections()[section].model_fields
-        required = [name for name, field in fields.items() if field.is_required()]
-        return "a mapping of keys" + (f" with {', '.join(required)}" if required else "")
-    return item_expectation(section, keys[0]) if len(keys) > 1 else expectation(section, keys[0])
+    return expectation(*map(str, location))
 
 
-def _suggest(section: str, name: str) -> str:
-    """The most similar section or key: of the same section, or else of any section."""
+def _suggest(above: Sequence[Any], name: str) -> str:
+    """The most similar section or key: of the same mapping, or else of any section."""
     homes = {key: f"{home}.{key}" for home, m in sections().items() for key in m.model_fields}
-    own = {key: f"{section}.{key}" for key in sections()[section].model_fields} if section else {}
-    own = own or {home: home for home in sections()}
+    own = {key: ".".join([*above, key]) for key in keys_of(*above)}
     for known, cutoff in ((own, 0.6), (homes, 0.75)):
         if close := difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
             return f'; did you mean "{known[close[0]]}"?'

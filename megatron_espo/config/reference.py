@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_espo.config.schema import Config
+from megatron_espo.config.tasks import Source
 
 _KINDS = {"boolean": "true or false", "object": "mapping"}
 _LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -19,25 +20,43 @@ def sections() -> dict[str, type[BaseModel]]:
     return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
 
 
-def expectation(section: str, key: str) -> str:
-    """Type and limits of a setting, such as ``number > 0``, ``one of a, b`` or ``integer >= 1 or
-    null``."""
-    return _describe(_json_schema(section)[key])
+def described() -> dict[str, type[BaseModel]]:
+    """:func:`sections`, and the mappings of settings inside them."""
+    return sections() | {"data.mixture.<name>": Source}
 
 
-def item_expectation(section: str, key: str) -> str:
-    """Type of one item of a list or mapping."""
-    kind = _json_schema(section)[key]
-    kind = kind.get("anyOf", [kind])[0]
-    return _describe(kind.get("items") or kind["additionalProperties"])
+def expectation(section: str, *path: str) -> str:
+    """Type and limits of a setting or of an item in it, such as ``number > 0``, ``one of a, b`` or
+    ``integer >= 1 or null``."""
+    return _describe(_kind(section, *path))
+
+
+def keys_of(*path: str) -> list[str]:
+    """Keys of a mapping of settings; without ``path``: the sections."""
+    return list(_kind(*path)["properties"]) if path else list(sections())
 
 
 @cache
-def _json_schema(section: str) -> dict[str, dict[str, Any]]:
-    return sections()[section].model_json_schema()["properties"]
+def _json_schema(section: str) -> dict[str, Any]:
+    return sections()[section].model_json_schema()
+
+
+def _kind(section: str, *path: str) -> dict[str, Any]:
+    """JSON schema of what is at ``path``."""
+    kind = schema = _json_schema(section)
+    for key in path:
+        kind = kind.get("anyOf", [kind])[0]
+        known = kind.get("properties", {})
+        kind = known.get(key) or kind.get("items") or kind["additionalProperties"]
+        if "$ref" in kind:
+            kind = schema["$defs"][kind["$ref"].rpartition("/")[2]]
+    return kind
 
 
 def _describe(kind: dict[str, Any]) -> str:
+    if "properties" in kind:
+        required = ", ".join(kind.get("required", ()))
+        return "a mapping of keys" + (f" with {required}" if required else "")
     if "anyOf" in kind:
         return " or ".join(map(_describe, kind["anyOf"]))
     if "enum" in kind:
@@ -55,11 +74,13 @@ def render_reference(width: int = 100) -> str:
     """Every setting with type, default and description, as plain text."""
     blocks = ["Configuration (YAML sections; on the command line: section.key=value):"]
     indent = " " * 6
-    for section, model in sections().items():
+    for section, model in described().items():
         blocks.append(f"\n{section}: {model.__doc__}")
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"default {default_text(field)}"
-            blocks.append(f"  {section}.{key}  ({expectation(section, key)}; {default})")
+            blocks.append(
+                f"  {section}.{key}  ({expectation(*section.split('.'), key)}; {default})"
+            )
             text = field.description or ""
             blocks.append(
                 textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)

@@ -8,7 +8,7 @@ from pydantic import Field
 from megatron_espo.config import rules
 from megatron_espo.config.rollout import Rollout
 from megatron_espo.config.rules import Problems, Section, expect
-from megatron_espo.config.tasks import FUNCTIONS, Data, Environment, Eval, Judge, Reward
+from megatron_espo.config.tasks import FUNCTIONS, Data, Environment, Eval, Judge, Reward, Source
 
 
 class Run(Section):
@@ -292,6 +292,16 @@ class Config(Section):
         file. Not dumped."""
         return {}
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Sources of training and evaluation prompts, by the path of their settings."""
+        settings, found = self.eval, self.data.sources
+        if settings.prompts is not None:
+            columns = self.data.columns if settings.columns is None else settings.columns
+            args = settings.task_args
+            found["eval"] = Source(prompts=settings.prompts, task_args=args, columns=columns)
+        return found
+
     def problems(self) -> Problems:
         algorithm, rollout, fp8 = self.algorithm, self.rollout, self.megatron.fp8
         parts, rounds = algorithm.num_mini_batches, rollout.max_resampling_rounds
@@ -319,10 +329,12 @@ class Config(Section):
         if warmup >= updates:
             expected = f"less than the run's optimizer steps ({updates})"
             yield expect("optimizer.lr_warmup_iters", expected, warmup)
-        for section, source in (("data", self.data.prompts), ("eval", self.eval.prompts)):
-            is_file = source is not None and not source.startswith("reasoning_gym:")
+        for path, source in self.sources.items():
+            is_file = not source.prompts.startswith("reasoning_gym:")
             if "reasoning_gym" in self.reward.weights and is_file:
-                expected = f'math_verify or "module:function" with {section}.prompts "{source}"'
+                expected = (
+                    f'math_verify or "module:function" with {path}.prompts "{source.prompts}"'
+                )
                 key = "reward.terms" if self.reward.terms else "reward.function"
                 yield expect(key, expected, "reasoning_gym")
         for name in self.reward.terms:

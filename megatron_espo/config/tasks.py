@@ -15,19 +15,53 @@ from megatron_espo.config.rules import (
 )
 
 FUNCTIONS = ("auto", "reasoning_gym", "math_verify")
+_SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_OF_SOURCE = ("prompts", "task_args", "columns", "pass_rate")
+# ``reward/<name>`` has another meaning.
+METRIC_NAMES = "mean std standard_error equal_groups solved_all solved_none failed".split()
+
+
+class Source(Section):
+    """One source of ``data.mixture``."""
+
+    prompts: str = Field(min_length=1)
+    """As data.prompts."""
+    weight: float = Field(1.0, ge=0)
+    """Share of this source in the prompts, relative to the other weights. 0: not used."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """As data.task_args."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """As data.columns."""
+    pass_rate: tuple[float, ...] = Field((), strict=False)
+    """As data.pass_rate."""
+
+    def problems(self) -> Problems:
+        yield from _source_problems(self.prompts, self.task_args, self.pass_rate)
 
 
 class Data(Section):
     """Training prompts."""
 
-    prompts: str = Field(min_length=1)
-    """reasoning_gym:<task>, or a *.jsonl or *.parquet file, relative to the current directory."""
+    prompts: str | None = Field(None, min_length=1)
+    """reasoning_gym:<task>, or a *.jsonl or *.parquet file, relative to the current directory.
+    Required without mixture."""
+    mixture: dict[str, Source] = Field(default_factory=dict)
+    """Several sources by name, instead of prompts, task_args, columns and pass_rate, such as
+    {math: {prompts: math.parquet, weight: 0.7}, code: {prompts: code.jsonl, weight: 0.3}}. Every
+    batch has the prompts of each source by weight, and each source has its own epochs."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the reasoning_gym task."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns of the file, such as {prompt: question, answer: reward_model.ground_truth}. a.b is
     field b of column a. id and metadata for the reward function may be added. Other columns are not
     read. Empty: prompt, answer and id, and all other columns as metadata."""
+    pass_rate: tuple[float, ...] = Field((), strict=False)
+    """[low, high]: skip prompts whose column pass_rate, the share of correct responses of an
+    earlier model, lies outside. Prompts with null are kept. columns may name another column. Empty:
+    the column is metadata."""
+    skip_solved: int = Field(0, ge=0)
+    """Skip a prompt in its next this many epochs after all its responses had a reward of at least
+    1. 0 turns it off."""
     raw: bool = False
     """Prompts are text that the model reads as it is, without the chat template."""
     template_args: dict[str, Any] = Field(default_factory=dict)
@@ -37,15 +71,38 @@ class Data(Section):
     shuffle: bool = True
     """Shuffle the prompts each epoch, from run.seed. false keeps the order of the file."""
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The sources that are used, by the path of their settings."""
+        if not self.mixture:
+            return {"data": Source(**{key: getattr(self, key) for key in _OF_SOURCE})}
+        named = sorted(self.mixture.items())
+        return {f"data.mixture.{name}": source for name, source in named if source.weight}
+
     def problems(self) -> Problems:
-        yield from _source_problems(self.prompts, self.task_args)
+        if not self.mixture:
+            if self.prompts is not None:
+                yield from _source_problems(self.prompts, self.task_args, self.pass_rate)
+            else:
+                yield expect("prompts", "a source of prompts, or data.mixture", None)
+            return
+        for key in _OF_SOURCE:
+            if value := getattr(self, key):
+                yield expect(key, "none with data.mixture (its sources have their own)", value)
+        if not any(source.weight for source in self.mixture.values()):
+            yield expect("mixture", "a source with a weight above 0", list(self.mixture))
+        for name in self.mixture:
+            if name in METRIC_NAMES or not _SOURCE_NAME.fullmatch(name):
+                expected = f"letters, digits, _ and - as name, and not {', '.join(METRIC_NAMES)}"
+                yield expect(f"mixture.{name}", expected, name)
 
 
 class Eval(Section):
     """Held-out prompts, evaluated during training and by ``megatron-espo eval``."""
 
     prompts: str | None = Field(None, min_length=1)
-    """As data.prompts. null: no evaluation during training, and `eval` uses data.prompts."""
+    """As data.prompts. null: no evaluation during training, and `eval` uses data.prompts. Required
+    for `eval` with data.mixture."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the reasoning_gym task. Give it another seed than data.task_args."""
     columns: dict[str, str] | None = None
@@ -62,7 +119,7 @@ class Eval(Section):
 
     def problems(self) -> Problems:
         if self.prompts is not None:
-            yield from _source_problems(self.prompts, self.task_args)
+            yield from _source_problems(self.prompts, self.task_args, ())
         elif self.task_args:
             yield expect("task_args", "none without eval.prompts", self.task_args)
         if self.temperature == 0 and self.samples > 1:
@@ -180,9 +237,15 @@ class Judge(Section):
             yield expect("min_score", f"less than max_score ({self.max_score:g})", self.min_score)
 
 
-def _source_problems(prompts: str, task_args: dict[str, Any]) -> Problems:
+def _source_problems(
+    prompts: str, task_args: dict[str, Any], pass_rate: tuple[float, ...]
+) -> Problems:
     is_task = prompts.startswith("reasoning_gym:")
     if prompts == "reasoning_gym:" or not (is_task or prompts.endswith((".jsonl", ".parquet"))):
         yield expect("prompts", '"reasoning_gym:<task>", a *.jsonl or a *.parquet file', prompts)
     elif task_args and not is_task:
         yield expect("task_args", f'none with a file of prompts ("{prompts}")', task_args)
+    if pass_rate and (len(pass_rate) != 2 or not 0 <= pass_rate[0] <= pass_rate[1] <= 1):
+        yield expect("pass_rate", "[low, high] with 0 <= low <= high <= 1", list(pass_rate))
+    elif pass_rate and is_task:
+        yield expect("pass_rate", "none with a reasoning_gym task", list(pass_rate))

@@ -29,12 +29,14 @@ class ScoredGroups:
             ``rollouts`` has.
         in_flight: number of prompts whose responses continue in the next step.
         metrics: of scoring, on rank 0 in the step that sampled them.
+        skipped: number of prompts that filters skipped since the start of the run.
     """
 
     rollouts: list[list[Trajectory]]
     rewards: torch.Tensor
     dispatched: int
     in_flight: int = 0
+    skipped: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -83,6 +85,7 @@ def to_columns(groups: ScoredGroups) -> tuple[dict[str, Any], Columns]:
     content = {
         "dispatched": groups.dispatched,
         "in_flight": groups.in_flight,
+        "skipped": groups.skipped,
         "prompts": [{k: v for k, v in vars(p).items() if k != "token_ids"} for p in prompts],
         "group_sizes": [len(group) for group in groups.rollouts],
         "num_parts": [len(sample.parts) for sample in samples],
@@ -148,7 +151,8 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
     sizes = zip(prompts, content["group_sizes"], strict=True)
     rollouts = [[next_trajectory(prompt) for _ in range(size)] for prompt, size in sizes]
     rewards = torch.from_numpy(arrays["rewards"])
-    return ScoredGroups(rollouts, rewards, content["dispatched"], content["in_flight"])
+    counts = (content["dispatched"], content["in_flight"], content.get("skipped", 0))
+    return ScoredGroups(rollouts, rewards, *counts)
 
 
 def to_outline(groups: ScoredGroups) -> Outline:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from megatron_espo.config.tasks import Source
 from megatron_espo.data.messages import WRITTEN, as_messages, describe, find_problem, shorten
 from megatron_espo.data.reasoning_gym_task import generate_entries
 from megatron_espo.errors import InputError
@@ -56,8 +57,8 @@ class Rows(Sequence[Row]):
     Args:
         table: columns ``number`` (line or row), ``id`` (null: no own id), ``prompt`` (text, or
             messages as JSON), ``is_chat``, ``messages`` (null: ``prompt`` has them; otherwise
-            ``prompt`` holds their contents), ``kind`` (the messages' roles), ``answer`` and
-            ``metadata`` (JSON; null: none).
+            ``prompt`` holds their contents), ``kind`` (the messages' roles), ``answer``,
+            ``metadata`` (JSON; null: none) and ``pass_rate`` (null: not read, or not known).
         where: format of :attr:`Row.where`, with ``{number}``.
         default_id: format of the id of a row without one, with ``{number}``.
         metadata: metadata of each row, instead of the column.
@@ -125,61 +126,50 @@ class Problems:
 
     def raise_if_any(self, source: str) -> None:
         """Raise InputError with the first problems and their number."""
-        if self.count == 1:
-            raise InputError(self.shown[0])
         if self.count:
+            head = [f"{source}: {self.count} problems"] if self.count > 1 else []
             more = self.count - len(self.shown)
-            tail = f"\n  ... and {more} more" if more else ""
-            raise InputError(
-                f"{source}: {self.count} problems\n  " + "\n  ".join(self.shown) + tail
-            )
+            tail = [f"... and {more} more"] if more else []
+            raise InputError("\n  ".join([*head, *self.shown, *tail]))
 
 
-def read_rows(
-    prompts: str, task_args: Mapping[str, Any], seed: int, columns: Mapping[str, str] | None = None
-) -> Rows:
-    """All rows of the source ``prompts``, in its own order.
+class MissingColumns(InputError):
+    """A file lacks columns that the settings name."""
+
+
+def read_rows(source: Source, seed: int) -> Rows:
+    """All rows of ``source``, in its own order, also those outside of its ``pass_rate``.
 
     A second call with the same arguments returns the same object, while the file is unchanged.
 
     Args:
-        prompts: ``reasoning_gym:<task>``, or the path of a ``.jsonl`` or ``.parquet`` file.
-        task_args: arguments of the reasoning-gym task (``size``, ``seed``, ...); empty for files.
+        source: the settings.
         seed: used for a reasoning-gym task without a ``seed`` of its own.
-        columns: where a file has ``prompt``, ``answer``, ``id`` and metadata, as
-            ``{name: column}``; ``a.b`` is field ``b`` of column ``a``. Other columns are not read.
-            Empty: ``prompt``, ``answer`` and optionally ``id``, and all other columns as metadata.
 
     Raises:
         InputError: no such source, malformed rows, duplicate ids, or no rows at all.
+        MissingColumns: see there (Parquet).
     """
-    if prompts.startswith(REASONING_GYM):
-        return _reasoning_gym_rows(prompts.removeprefix(REASONING_GYM), {"seed": seed, **task_args})
-    if task_args:
-        raise InputError(
-            f"data.task_args: only for {REASONING_GYM}<task>; data.prompts is {prompts!r}"
-        )
-    path = Path(prompts)
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise InputError(
-            f"data.prompts: expected {REASONING_GYM}<task>, *.jsonl or *.parquet, got {prompts!r}; "
-            "convert the file"
-        )
+    if source.prompts.startswith(REASONING_GYM):
+        task = source.prompts.removeprefix(REASONING_GYM)
+        return _reasoning_gym_rows(task, {"seed": seed, **source.task_args})
+    path = Path(source.prompts)
     if not path.is_file():
         raise InputError(f"data.prompts: no such file: {path} (looked for {path.absolute()})")
-    status = path.stat()
-    return _read_file(
-        path, tuple(sorted((columns or {}).items())), status.st_mtime_ns, status.st_size
-    )
+    needed = ("prompt", "answer", *["pass_rate"] * bool(source.pass_rate))
+    status, columns = path.stat(), tuple(sorted(source.columns.items()))
+    return _read_file(path, needed, columns, status.st_mtime_ns, status.st_size)
 
 
-@lru_cache(maxsize=2)
-def _read_file(path: Path, columns: tuple[tuple[str, str], ...], *_: int) -> Rows:
+@lru_cache(maxsize=16)
+def _read_file(
+    path: Path, needed: tuple[str, ...], columns: tuple[tuple[str, str], ...], *_: int
+) -> Rows:
     problems = Problems()
-    wanted = {"prompt": "prompt", "answer": "answer", **dict(columns)} if columns else {}
+    wanted = dict(zip(needed, needed, strict=True)) | dict(columns) if columns else {}
     is_jsonl = path.suffix == ".jsonl"
     where = f"{path}:{{number}}" if is_jsonl else f"{path}:row {{number}}"
-    builder = _Builder(where, wanted, problems)
+    builder = _Builder(where, needed, wanted, problems)
     batches = _jsonl_batches if is_jsonl else _parquet_batches
     chunks = [_TABLE.empty_table(), *batches(path, builder)]
     problems.raise_if_any(str(path))
@@ -203,15 +193,18 @@ _MESSAGE = pa.struct({"role": pa.large_string(), "content": pa.large_string()})
 _TABLE = pa.schema({
     "number": pa.int32(), "id": pa.large_string(), "prompt": pa.large_string(),
     "is_chat": pa.bool_(), "messages": pa.large_list(_MESSAGE), "kind": pa.large_string(),
-    "answer": pa.large_string(), "metadata": pa.large_string(),
+    "answer": pa.large_string(), "metadata": pa.large_string(), "pass_rate": pa.float64(),
 })  # fmt: skip
 
 
 class _Builder:
     """Makes chunks of :data:`_TABLE` from records; adds mistakes to ``problems``."""
 
-    def __init__(self, where: str, wanted: Mapping[str, str], problems: Problems) -> None:
-        self._where, self._wanted, self._problems = where, wanted, problems
+    def __init__(
+        self, where: str, needed: Sequence[str], wanted: Mapping[str, str], problems: Problems
+    ) -> None:
+        self._where, self._needed = where, needed
+        self._wanted, self._problems = wanted, problems
         self._values: list[tuple[Any, ...]] = []
 
     def add(self, number: int, record: Any) -> None:
@@ -219,7 +212,8 @@ class _Builder:
         if isinstance(record, dict) and self._wanted:
             record = {name: _field(record, path) for name, path in self._wanted.items()}
             record = {name: value for name, value in record.items() if value is not _ABSENT}
-        row = _check_record(self._where.format(number=number), record, self._problems)
+        where = self._where.format(number=number)
+        row = _check_record(where, record, self._needed, self._problems)
         if row is not None:
             self._values.append((number, *row))
 
@@ -260,16 +254,13 @@ def _parquet_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
     try:
         with ParquetFile(path) as file, _progress(path, file.metadata.num_rows) as advance:
             schema = file.schema_arrow
-            needed = builder._wanted or {"prompt": "prompt", "answer": "answer"}
-            missing = [c for c in needed.values() if c.partition(".")[0] not in schema.names]
-            if missing:
-                builder._problems.add(
-                    str(path),
-                    f"expected the columns {' and '.join(needed.values())}, got "
+            needed = list(builder._wanted.values()) or builder._needed
+            if any(name.partition(".")[0] not in schema.names for name in needed):
+                raise MissingColumns(
+                    f"{path}: expected the columns {' and '.join(needed)}, got "
                     f"{', '.join(schema.names)}; name them in data.columns, such as "
-                    "{prompt: question, answer: reward_model.ground_truth}",
+                    "{prompt: question, answer: reward_model.ground_truth}"
                 )
-                return
             columns = [_stored(path, schema) for path in builder._wanted.values()] or None
             for field in schema:
                 if not (columns is None or field.name in columns) or _fits_json(field.type):
@@ -280,7 +271,7 @@ def _parquet_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
                 return
             number = 0
             for batch in file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns):
-                fast = _fast_table(batch, builder._wanted, number)
+                fast = _fast_table(batch, builder._needed, builder._wanted, number)
                 if fast is not None:
                     yield fast
                 else:
@@ -301,10 +292,12 @@ def _stored(path: str, schema: pa.Schema) -> str:
     return first if path not in schema.names and _is_text(schema.field(first).type) else path
 
 
-def _fast_table(batch: pa.RecordBatch, wanted: Mapping[str, str], before: int) -> pa.Table | None:
-    """The chunk of correct rows with prompt and answer only; ``None``: look at each row."""
+def _fast_table(
+    batch: pa.RecordBatch, needed: Sequence[str], wanted: Mapping[str, str], before: int
+) -> pa.Table | None:
+    """The chunk of correct rows with the needed columns only; ``None``: look at each row."""
     names = wanted or {name: name for name in batch.schema.names}
-    if set(names) - {"prompt", "answer"}:
+    if set(names) - set(needed):
         return None
     prompt, answer = (_nested(batch, names[name]) for name in ("prompt", "answer"))
     if prompt is None or answer is None or prompt.null_count or answer.null_count:
@@ -323,9 +316,16 @@ def _fast_table(batch: pa.RecordBatch, wanted: Mapping[str, str], before: int) -
         return None
     if not is_chat and pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
         return None
+    rate = pa.nulls(size, pa.float64())
+    if "pass_rate" in needed:
+        rate = _nested(batch, names["pass_rate"])
+        if rate is None or not (pa.types.is_floating(rate.type) or pa.types.is_integer(rate.type)):
+            return None
+        if not pc.all(pc.and_(pc.greater_equal(rate, 0), pc.less_equal(rate, 1))).as_py():
+            return None
     number = pa.array(range(before + 1, before + size + 1), pa.int32())
     none = pa.nulls(size, pa.large_string())
-    columns = [number, none, prompt, pa.repeat(is_chat, size), messages, kind, answer, none]
+    columns = [number, none, prompt, pa.repeat(is_chat, size), messages, kind, answer, none, rate]
     arrays = [column.cast(field.type) for column, field in zip(columns, _TABLE, strict=True)]
     return pa.Table.from_arrays(arrays, schema=_TABLE)
 
@@ -357,10 +357,8 @@ def _message_parts(messages: pa.Array) -> tuple[pa.Array, pa.Array] | None:
 def _fits_json(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.DictionaryType):
         return _fits_json(kind.value_type)
-    types = pa.types
-    is_bytes = types.is_binary(kind) or types.is_large_binary(kind)
-    is_bytes = is_bytes or types.is_fixed_size_binary(kind) or types.is_binary_view(kind)
-    if is_bytes or types.is_temporal(kind) or types.is_decimal(kind):
+    names = "binary large_binary fixed_size_binary binary_view temporal decimal".split()
+    if any(getattr(pa.types, f"is_{name}")(kind) for name in names):
         return False
     return all(_fits_json(kind.field(i).type) for i in range(kind.num_fields))
 
@@ -403,14 +401,14 @@ def _field(record: Mapping[str, Any], path: str) -> Any:
 
 
 def _check_record(
-    where: str, record: Any, problems: Problems
-) -> tuple[str | None, str, bool, None, str, str, str | None] | None:
+    where: str, record: Any, needed: Sequence[str], problems: Problems
+) -> tuple[Any, ...] | None:
     """The columns of a record from ``id`` on; ``None``: it has mistakes."""
     if not isinstance(record, dict):
         problems.add(where, f"expected an object with prompt and answer, got {describe(record)}")
         return None
     before = problems.count
-    for name in ("prompt", "answer"):
+    for name in needed:
         if name not in record:
             got = ", ".join(record) or "none"
             problems.add(
@@ -428,7 +426,10 @@ def _check_record(
     identifier = record.get("id")
     if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
         problems.add(where, f"id: expected text or an integer, got {describe(identifier)}")
-    metadata = {n: value for n, value in record.items() if n not in ("id", "prompt", "answer")}
+    rate = record.get("pass_rate") if "pass_rate" in needed else None
+    if rate is not None and not (type(rate) in (int, float) and 0 <= rate <= 1):
+        problems.add(where, f"pass_rate: expected 0 to 1, or null, got {describe(rate)}")
+    metadata = {n: value for n, value in record.items() if n != "id" and n not in needed}
     encoded = _encode_metadata(where, metadata, problems) if metadata else None
     if problems.count > before:
         return None
@@ -444,7 +445,7 @@ def _check_record(
     except UnicodeEncodeError as error:
         problems.add(where, f"expected valid Unicode, got a lone surrogate ({error})")
         return None
-    return identifier, prompt, is_chat, None, kind, answer, encoded
+    return identifier, prompt, is_chat, None, kind, answer, encoded, rate
 
 
 def _encode_metadata(where: str, metadata: Mapping[str, Any], problems: Problems) -> str | None:
@@ -469,29 +470,25 @@ def _check_ids(rows: Rows, problems: Problems) -> None:
     if not len(own) or pc.count_distinct(own).as_py() == len(own):
         return
     first: dict[str, str] = {}
-    for index, identifier in enumerate(ids.to_pylist()):
-        if identifier is not None:
-            where = rows._where.format(number=rows.table["number"][index].as_py())
-            if identifier in first:
-                problems.add(
-                    where,
-                    f"id {identifier!r} is already used by {first[identifier]}; ids must be unique",
-                )
-            first.setdefault(identifier, where)
+    for number, identifier in zip(rows.table["number"].to_pylist(), ids.to_pylist(), strict=True):
+        where = rows._where.format(number=number)
+        if identifier in first:
+            what = f"id {identifier!r} is already used by {first[identifier]}; ids must be unique"
+            problems.add(where, what)
+        elif identifier is not None:
+            first[identifier] = where
 
 
 def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
     entries = generate_entries(task, task_args)
     # Some tasks have no single right answer and leave it None; their verifier reads the entry.
     answers = ["" if entry["answer"] is None else str(entry["answer"]) for entry in entries]
-    none = pa.nulls(len(entries), pa.large_string())
-    columns = [range(len(entries)), none, [entry["question"] for entry in entries]]
-    columns += [
-        pa.repeat(False, len(entries)),
-        pa.nulls(len(entries), _TABLE.field("messages").type),
+    rest = {"is_chat": False, "kind": ""}
+    rows = [
+        {"number": i, "prompt": entry["question"], "answer": answer, **rest}
+        for i, (entry, answer) in enumerate(zip(entries, answers, strict=True))
     ]
-    columns += [pa.repeat("", len(entries)), answers, none]
-    table = pa.table(dict(zip(_TABLE.names, columns, strict=True)), schema=_TABLE)
+    table = pa.Table.from_pylist(rows, schema=_TABLE)
     metadata = [
         {"reasoning_gym": {"task": task, "task_args": task_args, "entry": entry}}
         for entry in entries

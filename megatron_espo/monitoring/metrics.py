@@ -177,6 +177,12 @@ def rollout_metrics(
         "environment/turns": sum(len(part.turns) for part in parts) / len(samples),
         "environment/splits": float(len(parts) - len(samples)),
     }
+    sources = [group[0].prompt.source for group in rollouts]
+    for name in sorted(set(sources) - {""}):
+        of_source = torch.tensor([source == name for source in sources])
+        if not rewards[of_source].isnan().all():
+            metrics[f"reward/{name}"] = float(rewards[of_source].nanmean())
+        metrics[f"rollout/share_{name}"] = float(of_source.float().mean())
     for name in sorted({name for sample in samples for name in sample.rewards}):
         values = [sample.rewards[name] for sample in samples if name in sample.rewards]
         key = name if name.startswith("reward/") else f"environment/reward_{name}"

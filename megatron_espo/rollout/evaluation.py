@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_espo.config import Config
-from megatron_espo.config.checks import check_model
+from megatron_espo.config.checks import check_model, fail
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_espo.monitoring.progress import Phases
@@ -190,11 +190,11 @@ class Evaluator:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int) -> None:
         settings, rollout = config.eval, config.rollout
-        changes: dict[str, Any] = {"shuffle": False}
-        if settings.prompts is not None:
-            changes |= {"prompts": settings.prompts, "task_args": settings.task_args}
-            if settings.columns is not None:
-                changes["columns"] = settings.columns
+        source = config.sources.get("eval") or config.sources.get("data")
+        if source is None:
+            fail(config, "eval.prompts", "expected prompts with data.mixture, got null")
+        changes = source.model_dump(exclude={"weight", "pass_rate"})
+        changes |= {"shuffle": False, "mixture": {}, "pass_rate": ()}
         stream = PromptStream(
             config.data.model_copy(update=changes),
             tokenizer,

@@ -147,7 +147,7 @@ class Sampler:
         )
         self._scorer.check_failures(int(rewards.isnan().sum()), rewards.numel(), step)
         self._committed = self._state()
-        counts = sum(draft.dispatched), len(self._pending)
+        counts = sum(draft.dispatched), len(self._pending), self._stream.skipped
         return ScoredGroups(rollouts, rewards, *counts, self._scorer.pop_metrics())
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,6 +215,8 @@ class Sampler:
         for group in chosen:
             for i, future in group.scores.items():
                 group.trajectories[i] = future.result()
+            if all((sample.reward or 0.0) >= 1 for sample in group.trajectories.values()):
+                self._stream.note_solved(group.prompt)
         self._pending = [group for group in self._pending if group not in chosen]
         return chosen
 

@@ -104,7 +104,10 @@ def test_a_lost_reply_counts_as_a_failed_server_and_the_request_is_sent_again(lo
 class Numbers:
     """A prompt stream: 0, 1, 2, ..."""
 
-    position = 0
+    position = skipped = 0
+
+    def note_solved(self, prompt):
+        pass
 
     def take(self, count):
         self.position += count

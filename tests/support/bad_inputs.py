@@ -468,6 +468,17 @@ TABLE: dict[str, list[Bad]] = {
             files={"prompts.parquet": "no"},
         ),
         Bad("task arguments for a file", "data.task_args={size: 3}"),
+        Bad(
+            "rows without a pass rate",
+            "data.pass_rate=[0.1, 0.9]",
+            files=rows(PROMPT.strip()),
+        ),
+        Bad("a percentage as pass rate", "data.pass_rate=[10, 90]"),
+        Bad(
+            "weights that are all zero",
+            "data.prompts=null",
+            "data.mixture={math: {prompts: prompts.jsonl, weight: 0}}",
+        ),
         Bad("an unknown task", "data.prompts=reasoning_gym:chain_sums"),
         Bad(
             "an unknown task argument",

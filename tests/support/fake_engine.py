@@ -176,7 +176,9 @@ class FakeRewards(Scorer):
 
 
 class Numbers:
-    """A prompt stream: 0, 1, 2, ..."""
+    """A prompt stream: 0, 1, 2, ... without filters."""
+
+    skipped = 0
 
     def __init__(self) -> None:
         self.position = 0
@@ -187,6 +189,9 @@ class Numbers:
 
     def find(self, ids) -> list[Prompt]:
         return [Prompt(str(number), str(number), "", (int(number), 1)) for number in ids]
+
+    def note_solved(self, prompt: Prompt) -> None:
+        pass
 
     def state_dict(self) -> dict:
         return {"position": self.position}
