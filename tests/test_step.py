@@ -64,8 +64,8 @@ def cases() -> dict[str, tuple[int, str, dict]]:
     # Old log-probs and groups of an older policy: some groups are clipped and some are not.
     add("off-policy", only=FOUR, masked=True, old_folder="old")
     # An objective that a user adds in one file.
-    sapo = {"objective": "examples.sapo:SAPO"}
-    add("SAPO", only=["one rank", "cp2"], masked=True, old_folder="old", algorithm=sapo)
+    vespo = {"objective": "examples.vespo:VESPO"}
+    add("VESPO", only=["one rank", "cp2"], masked=True, old_folder="old", algorithm=vespo)
     for level in ("token", "sequence"):
         add(
             f"correction by {level}, penalty and bonus",

@@ -162,7 +162,7 @@ def check_gradient(
         policy.backward(step, [*micro_batches, *micro_batches])
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, spec, place.groups)
-    formula = reference.sapo_loss if algorithm else reference.espo_loss
+    formula = reference.vespo_loss if algorithm else reference.espo_loss
     expected = reference_gradients(
         folder, old_folder, batch, spec, replays, masked, formula=formula
     )
