@@ -213,6 +213,26 @@ BAD_TEXTS = {
         "run.yaml:7: algorithm.advantage: expected dr_grpo",
         'got "rloo"',
     ),
+    "a rollout mask at an unknown level": (
+        GOOD + "algorithm:\n  rollout_mask: {response: [0.5, 2]}\n",
+        "run.yaml:6: algorithm.rollout_mask: expected token, sequence or geometric with",
+        'got {"response": [0.5, 2.0]}',
+    ),
+    "a rollout mask without the ratio 1": (
+        GOOD + "algorithm:\n  rollout_mask: {token: [1.5, 2]}\n",
+        "run.yaml:6: algorithm.rollout_mask: expected token, sequence or geometric with",
+        'got {"token": [1.5, 2.0]}',
+    ),
+    "a rollout mask with one limit": (
+        GOOD + "algorithm:\n  rollout_mask: {token: 5}\n",
+        "run.yaml:6: algorithm.rollout_mask.token: expected list of numbers",
+        "got 5",
+    ),
+    "a cap below the ratio 1": (
+        GOOD + "algorithm:\n  rollout_correction_cap: 0.5\n",
+        "run.yaml:6: algorithm.rollout_correction_cap: expected number >= 1",
+        "got 0.5",
+    ),
     "mini-batches of unequal size": (
         GOOD + "algorithm:\n  num_mini_batches: 3\n",
         "run.yaml:6: algorithm.num_mini_batches: expected a divisor of rollout.prompts_per_step",

@@ -9,15 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.sapo import SAPO
+from examples.vespo import VESPO
 from megatron_espo.algo import (
+    CEGPPO,
     CISPO,
     DAPO,
+    DPPO,
     ESPO,
     GMPO,
     GRPO,
     GSPO,
     OBJECTIVES,
+    SAPO,
     DrGRPO,
     LossInputs,
     Objective,
@@ -42,6 +45,7 @@ BOUNDS = {
     "gmpo": (0.4, 0.4),
     "ce_gppo": (0.2, 0.28),
     "dppo": (0.2, 0.2),
+    "sapo": (math.inf, math.inf),
 }
 QUANTILES = st.sampled_from([(0.8,), (0.5,), (0.3, 0.8), (0.25, 0.5, 0.75)])
 CASES = [
@@ -51,7 +55,11 @@ CASES = [
     {"objective": "gspo", "ratio": "segment_times_token"},
     {"objective": "espo", "dual_clip": 3.0},
     {"objective": "grpo", "dual_clip": 1.5},
+    {"objective": "ce_gppo", "objective_args": {"beta_low": 0.5, "beta_high": 0.25}},
+    {"objective": "dppo", "objective_args": {"max_ratio": 3.0}},
+    {"objective": "sapo", "objective_args": {"tau_pos": 0.7, "tau_neg": 2.0}},
 ]
+VESPO_NAME = "examples.vespo:VESPO"
 
 
 def single(value: float) -> float:
@@ -309,6 +317,11 @@ def test_advantage_that_is_not_finite_is_refused(value):
         (DAPO, {"clip_high": math.inf}),
         (CISPO, {"clip_low": -0.1}),
         (GMPO, {"clip_high": -0.1}),
+        (CEGPPO, {"clip_high": math.nan}),
+        (CEGPPO, {"beta_low": -0.1}),
+        (DPPO, {"clip_low": -0.1}),
+        (DPPO, {"max_ratio": 0.5}),
+        (SAPO, {"tau_neg": 0.0}),
         (DrGRPO, {"max_response_tokens": 0}),
     ],
 )
@@ -385,7 +398,7 @@ def test_padded_loss_takes_equivalent_arguments():
     assert torch.equal(loss(**longer), loss(num_responses=3))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, VESPO_NAME])
 def test_context_parallel_slices_add_up(objective):
     """Slices of responses on two ranks give the loss and gradient of one rank."""
     torch.manual_seed(5)
@@ -432,8 +445,7 @@ def test_configuration_keys_are_the_settings_of_the_classes():
         classes = {name for name, cls in OBJECTIVES.items() if key in names_of(cls)}
         assert classes == set(users) and getattr(Algorithm(), key) == neutral, key
     keys = Algorithm.model_fields.keys() | {"max_response_tokens"}
-    with_args = ("ce_gppo", "dppo")
-    assert all(names_of(cls) <= keys for n, cls in OBJECTIVES.items() if n not in with_args)
+    assert schema.WITH_ARGS == tuple(n for n, cls in OBJECTIVES.items() if names_of(cls) - keys)
     changed = Algorithm(objective="ce_gppo", objective_args={"beta_low": 0.5}, clip_high=0.3)
     assert (load_objective(changed).beta_low, load_objective(changed).clip_high) == (0.5, 0.3)
 
@@ -447,44 +459,40 @@ def test_dr_grpo_without_its_limit_is_refused():
         load_objective(Algorithm(objective="dr_grpo", advantage="dr_grpo"))
 
 
-SAPO_NAME = "examples.sapo:SAPO"
-
-
-@pytest.mark.parametrize("taus", [{}, {"tau_pos": 0.7, "tau_neg": 2.0}], ids=["defaults", "given"])
+@pytest.mark.parametrize("given_settings", [{}, {"k_pos": 1.5, "lambda_neg": 0.5}])
 @QUICK
 @given(responses=batches())
-def test_sapo_equals_its_formula(taus, responses):
-    algorithm = Algorithm(objective=SAPO_NAME, objective_args=taus)
+def test_vespo_equals_its_formula(given_settings, responses):
+    algorithm = Algorithm(objective=VESPO_NAME, objective_args=given_settings)
     objective = load_objective(algorithm, max_response_tokens=MAX_TOKENS)
-    gradient, inputs, output = run(responses, objective, torch.float64, **totals_of(responses))
-    taus = {"tau_pos": 1.0, "tau_neg": 1.05} | taus
+    totals = totals_of(responses)
+    gradient, inputs, output = run(responses, objective, torch.float64, **totals)
+    args = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0} | given_settings
     loss, slopes = 0.0, []
     for response in responses:
-        tau = taus["tau_pos" if response.advantage > 0 else "tau_neg"]
-        weight = 1 / ((len(responses) + 3) * len(response.logprob))
-        for new, old in zip(response.logprob, response.old_logprob, strict=True):
-            r = exponential(new - old)
-            gate = 1 / (1 + math.exp(min(700.0, -tau * (r - 1))))
-            loss -= weight * 4 / tau * gate * response.advantage
-            slopes.append(-weight * 4 * gate * (1 - gate) * r * response.advantage)
+        side = "pos" if response.advantage > 0 else "neg"
+        k, scale = args[f"k_{side}"], args[f"lambda_{side}"]
+        ratio = exponential(sum(response.logprob) - sum(response.old_logprob))
+        factor = ratio**k * math.exp(scale * (1 - ratio)) * response.advantage
+        for logprob in response.logprob:
+            slopes.append(-factor / totals["num_tokens"])
+            loss += slopes[-1] * logprob
     assert output.loss.item() == pytest.approx(loss, rel=1e-9, abs=1e-9)
     wanted = torch.tensor(slopes, dtype=torch.float64)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9)
     assert not torch.stack(objective.clipped(inputs, output)).any()
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("no_such_module:SAPO", {}, "algorithm.objective: expected .*'no_such_module:SAPO'"),
-        ("examples.sapo:SAP", {}, "algorithm.objective: expected .*'SAP'"),
-        ("examples.sapo:torch", {}, "algorithm.objective: expected a subclass of Objective"),
-        (SAPO_NAME, {"tau": 1.0}, r"objective_args: .*\(tau_neg, tau_pos\), got tau"),
-        (
-            SAPO_NAME,
-            {"quantiles": (0.5,)},
-            r"objective_args: .*\(tau_neg, tau_pos\), got quantiles",
-        ),
+        ("no_such_module:VESPO", {}, "algorithm.objective: expected .*'no_such_module:VESPO'"),
+        ("examples.vespo:VESP", {}, "algorithm.objective: expected .*'VESP'"),
+        ("examples.vespo:torch", {}, "algorithm.objective: expected a subclass of Objective"),
+        (VESPO_NAME, {"k": 1.0}, r"objective_args: .*\(k_neg, k_pos, .*\), got k$"),
+        (VESPO_NAME, {"quantiles": (0.5,)}, r"objective_args: .*lambda_pos\), got quantiles"),
+        ("sapo", {"tau": 1.0}, r"objective_args: .*\(tau_neg, tau_pos\), got tau"),
+        ("ce_gppo", {"beta_low": "much"}, "objective_args: ce_gppo: "),
     ],
 )
 def test_wrong_objective_of_a_user_is_refused(name, arguments, message):
@@ -496,6 +504,8 @@ def test_settings_that_an_objective_does_not_use_are_refused():
     with pytest.raises(ValueError, match="objective_args: expected none with objective espo"):
         Algorithm(objective_args={"tau_pos": 1.0})
     with pytest.raises(ValueError, match="clip_low: expected null"):
-        Algorithm(objective=SAPO_NAME, clip_low=0.1)
-    objective = load_objective(Algorithm(objective=SAPO_NAME, quantiles=(0.5,)))
-    assert objective == SAPO(quantiles=(0.5,))
+        Algorithm(objective="sapo", clip_low=0.1)
+    with pytest.raises(ValueError, match="clip_low: expected null"):
+        Algorithm(objective=VESPO_NAME, clip_low=0.1)
+    objective = load_objective(Algorithm(objective=VESPO_NAME, quantiles=(0.5,)))
+    assert objective == VESPO(quantiles=(0.5,))

@@ -171,21 +171,23 @@ def reference(algorithm: Algorithm, known: bool = True, signs=(0, 0, 0, 0)):
         vocab=VOCAB,
     )
     loss, gradient, t = 0.0, torch.zeros(2, 60), 0
-    weights, kls = [], []
+    weights, kls, masked = [], [], 0
     for ids in trained:
         exponents = (policy.old_logprob - policy.rollout_logprob)[ids].tolist()
         for place, token in enumerate(ids):
-            factor = 1.0
-            if algorithm.rollout_correction != "off":
-                exponent = {
-                    "sequence": sum(exponents),
-                    "geometric": sum(exponents) / len(exponents),
-                }.get(algorithm.rollout_correction, exponents[place])
-                ratio = math.exp(exponent)
-                limited = max(min(ratio, CAP), algorithm.rollout_correction_floor)
-                is_masked = algorithm.rollout_correction_mask and limited != ratio
-                weights.append(0.0 if is_masked else limited)
-                factor = 1.0 if algorithm.rollout_correction == "metrics" else weights[-1]
+            ratios = {
+                "token": math.exp(exponents[place]),
+                "sequence": math.exp(sum(exponents)),
+                "geometric": math.exp(sum(exponents) / len(exponents)),
+            }
+            factor, mode = 1.0, algorithm.rollout_correction
+            if mode != "off":
+                ratio = ratios["token" if mode == "metrics" else mode]
+                weights.append(max(min(ratio, CAP), algorithm.rollout_correction_floor))
+                factor = 1.0 if mode == "metrics" else weights[-1]
+            for level, (lowest, highest) in algorithm.rollout_mask.items():
+                factor = factor if lowest <= ratios[level] <= highest else 0.0
+            masked += factor == 0
             r = float(policy.reference_logprob[token] - policy.logprob[token])
             kls.append(math.exp(r) - 1 - r)
             entropy = float(policy.entropy[token])
@@ -198,20 +200,33 @@ def reference(algorithm: Algorithm, known: bool = True, signs=(0, 0, 0, 0)):
             gradient[1, token] = -weight * algorithm.entropy_coef
             t += 1
     old_entropy = sum(float(policy.old_entropy[token]) for ids in trained for token in ids)
-    return loss, gradient, {"weights": weights, "kls": kls, "old_entropy": old_entropy}
+    return loss, gradient, {
+        "weights": weights, "kls": kls, "old_entropy": old_entropy, "masked": masked
+    }  # fmt: skip
 
 
 CASES = [
-    {"objective": "espo", "rollout_correction": "sequence", "kl_coef": 0.3, "entropy_coef": 0.1},
+    {
+        "objective": "espo",
+        "rollout_correction": "sequence",
+        "kl_coef": 0.3,
+        "entropy_coef": 0.1,
+        "rollout_mask": {"sequence": [0.1, 3.0]},
+    },
     {
         "objective": "gspo",
         "rollout_correction": "token",
         "rollout_correction_floor": 0.8,
-        "rollout_correction_mask": True,
+        "rollout_mask": {"token": [0.8, CAP], "geometric": [0.8, 1.29]},
     },
     {"objective": "grpo", "rollout_correction": "geometric", "rollout_correction_floor": 1.0},
     {"objective": "dapo", "rollout_correction": "metrics", "kl_coef": 0.2},
-    {"objective": "cispo", "rollout_correction": "off", "entropy_coef": 0.2},
+    {
+        "objective": "cispo",
+        "rollout_correction": "off",
+        "entropy_coef": 0.2,
+        "rollout_mask": {"geometric": [0.75, 1.25]},
+    },
 ]
 
 
@@ -229,10 +244,12 @@ def test_loss_gradient_and_metrics_equal_reference(case, ranks, known):
     assert ("sum/rollout_correction/weight" in metrics) == bool(weights)
     if weights:
         assert metrics["sum/rollout_correction/weight"] == pytest.approx(sum(weights), rel=1e-4)
-        limits = (0.0, algorithm.rollout_correction_floor, CAP)
+        limits = (algorithm.rollout_correction_floor, CAP)
         limited = sum(weight in limits for weight in weights)
         assert 0 < limited < len(weights)
         assert metrics["sum/rollout_correction/limited"] == limited
+    if algorithm.rollout_mask:
+        assert 0 < wanted["masked"] == metrics["sum/rollout_correction/masked"] < 19
     assert metrics["sum/kl/reference"] == pytest.approx(sum(wanted["kls"]), rel=1e-4)
 
 

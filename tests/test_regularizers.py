@@ -7,7 +7,13 @@ from typing import get_args
 import pytest
 import torch
 
-from megatron_espo.algo import kl_estimate, load_objective, overlong_penalty, rollout_correction
+from megatron_espo.algo import (
+    kl_estimate,
+    load_objective,
+    overlong_penalty,
+    rollout_correction,
+    rollout_mask,
+)
 from megatron_espo.algo.regularizers import CorrectionLevel
 from megatron_espo.config import Algorithm
 
@@ -29,31 +35,51 @@ def random_logprobs(seed: int, spread: float = 1.0) -> list[float]:
     return [-draw.uniform(0, spread) for _ in range(14)]
 
 
-@pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("level", get_args(CorrectionLevel))
-@pytest.mark.parametrize("spread", [1.0, 500.0])
-def test_correction_is_the_limited_ratio(level, spread, mask):
-    old, rollout = random_logprobs(1, spread), random_logprobs(2, spread)
-    floor, cap = (0.9, 1.2) if level == "geometric" and spread == 1.0 else (0.5, 2.0)
-    found = rollout_correction(
-        torch.tensor(old), torch.tensor(rollout), segments(),
-        level=level, cap=cap, floor=floor, mask=mask,
-    )  # fmt: skip
-    wanted, start = [], 0
+def ratios(old: list[float], rollout: list[float], level: str) -> list[float]:
+    """Trainer over engine, of each token, in plain floats."""
+    found, start = [], 0
     for length in LENGTHS:
         exponents = [o - r for o, r in zip(old, rollout, strict=True)][start : start + length]
         if level != "token":
             total = sum(exponents) / (length if level == "geometric" else 1)
             exponents = [total] * length
-        ratios = [math.exp(max(-20.0, min(20.0, x))) for x in exponents]
-        limited = [min(max(r, floor), cap) for r in ratios]
-        if mask:
-            limited = [r if r == kept else 0.0 for r, kept in zip(ratios, limited, strict=True)]
-        wanted += limited
+        found += [math.exp(max(-20.0, min(20.0, x))) for x in exponents]
         start += length
+    return found
+
+
+@pytest.mark.parametrize("level", get_args(CorrectionLevel))
+@pytest.mark.parametrize("spread", [1.0, 500.0])
+def test_correction_is_the_limited_ratio(level, spread):
+    old, rollout = random_logprobs(1, spread), random_logprobs(2, spread)
+    floor, cap = (0.9, 1.2) if level == "geometric" and spread == 1.0 else (0.5, 2.0)
+    found = rollout_correction(
+        torch.tensor(old), torch.tensor(rollout), segments(), level=level, cap=cap, floor=floor
+    )
+    wanted = [min(max(r, floor), cap) for r in ratios(old, rollout, level)]
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-4, atol=1e-9)
-    limits = {0.0} if mask else {floor, cap}
-    assert limits & set(map(single, found.tolist())) or level == "sequence"
+    assert {floor, cap} & set(map(single, found.tolist())) or level == "sequence"
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"token": [0.5, 1.5]},  # IcePop
+        {"sequence": [0.8, 1.6]},
+        {"geometric": [0.9, 1.1]},
+        {"token": [0.5, 1.5], "geometric": [0.9, 1.1]},
+    ],
+)
+def test_mask_keeps_ratios_inside_every_limit(limits):
+    old, rollout = random_logprobs(1), random_logprobs(2)
+    found = rollout_mask(torch.tensor(old), torch.tensor(rollout), segments(), limits)
+    inside = [
+        [low <= r <= high for r in ratios(old, rollout, level)]
+        for level, (low, high) in limits.items()
+    ]
+    wanted = [all(token) for token in zip(*inside, strict=True)]
+    assert found.tolist() == wanted and len(set(wanted)) == 2
+    assert rollout_mask(torch.tensor(old), torch.tensor(rollout), segments(), {}).all()
 
 
 def test_an_unknown_level_raises():
@@ -66,19 +92,22 @@ def test_an_unknown_level_raises():
 @pytest.mark.parametrize("level", ["sequence", "geometric"])
 def test_correction_of_responses_adds_up_over_slices(level):
     old, rollout = torch.tensor([random_logprobs(1), random_logprobs(2)])
-    whole = segments()
-    wanted = rollout_correction(old, rollout, whole, level=level, cap=2.0)
+    limits = {"token": [0.5, 1.5], level: [0.9, 1.1]}
+
+    def correct(half, sum_over_ranks=lambda sums: sums):
+        tokens = old[half], rollout[half], segments().select(half)
+        weight = rollout_correction(*tokens, level=level, cap=2.0, sum_over_ranks=sum_over_ranks)
+        return weight, rollout_mask(*tokens, limits, sum_over_ranks=sum_over_ranks)
+
+    wanted = correct(torch.arange(14))
     halves = [torch.arange(0, 14, 2), torch.arange(1, 14, 2)]
     sums: list[torch.Tensor] = []
-
-    def correct(half, sum_over_ranks):
-        arguments = old[half], rollout[half], whole.select(half)
-        return rollout_correction(*arguments, level=level, cap=2.0, sum_over_ranks=sum_over_ranks)
-
     for half in halves:
         correct(half, lambda part: sums.append(part) or part)
     for half in halves:
-        torch.testing.assert_close(correct(half, lambda _: sum(sums)), wanted[half])
+        weight, kept = correct(half, lambda _: sums[0] + sums[2])
+        torch.testing.assert_close(weight, wanted[0][half])
+        assert torch.equal(kept, wanted[1][half])
 
 
 def test_wrong_arguments_are_refused():
@@ -97,6 +126,11 @@ def test_wrong_arguments_are_refused():
         }  # fmt: skip
         with pytest.raises(ValueError, match=message):
             rollout_correction(**arguments | change)
+    for limits in ({"token": [2.0, 0.5]}, {"token": [math.nan, 1.0]}, {"sequence": [-1.0, 2.0]}):
+        with pytest.raises(ValueError, match="limits: expected 0 <= low <= high, got"):
+            rollout_mask(old, rollout, segments(), limits)
+    with pytest.raises(ValueError, match="level: expected one of .*, got 'tokens'"):
+        rollout_mask(old, rollout, segments(), {"tokens": [0.5, 2.0]})
     with pytest.raises(ValueError, match="reference_logprob: expected shape"):
         kl_estimate(old, rollout[:1])
 

@@ -69,8 +69,8 @@ def cases() -> dict[str, tuple[int, str, dict]]:
     budget = {"head_budget_bytes": 3 * 4 * 131}
     add("top-k, head by chunks", only=["one rank"], packing=budget, **top_k)
     # An objective that a user adds in one file.
-    sapo = {"objective": "examples.sapo:SAPO"}
-    add("SAPO", only=["one rank", "cp2"], masked=True, old_folder="old", algorithm=sapo)
+    vespo = {"objective": "examples.vespo:VESPO"}
+    add("VESPO", only=["one rank", "cp2"], masked=True, old_folder="old", algorithm=vespo)
     for level in ("token", "sequence"):
         add(
             f"correction by {level}, penalty and bonus",

@@ -6,6 +6,7 @@ from megatron_espo.algo.advantages import (
     overlong_penalty,
     zero_variance_signs,
 )
+from megatron_espo.algo.base import LossInputs, LossOutput, Objective, importance_ratio
 from megatron_espo.algo.objectives import (
     CEGPPO,
     CISPO,
@@ -16,16 +17,13 @@ from megatron_espo.algo.objectives import (
     GRPO,
     GSPO,
     OBJECTIVES,
+    SAPO,
     DrGRPO,
-    LossInputs,
-    LossOutput,
-    Objective,
-    importance_ratio,
     load_objective,
     would_clip,
 )
 from megatron_espo.algo.padded import padded_loss
-from megatron_espo.algo.regularizers import kl_estimate, rollout_correction
+from megatron_espo.algo.regularizers import kl_estimate, rollout_correction, rollout_mask
 from megatron_espo.algo.segments import TokenSegments, entropy_groups
 
 __all__ = [
@@ -38,6 +36,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "OBJECTIVES",
+    "SAPO",
     "DrGRPO",
     "LossInputs",
     "LossOutput",
@@ -52,6 +51,7 @@ __all__ = [
     "overlong_penalty",
     "padded_loss",
     "rollout_correction",
+    "rollout_mask",
     "would_clip",
     "zero_variance_signs",
 ]

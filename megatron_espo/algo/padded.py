@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_espo.algo.objectives import LossInputs, LossOutput, Objective
+from megatron_espo.algo.base import LossInputs, LossOutput, Objective
 from megatron_espo.algo.segments import as_float, check_ranges
 
 

@@ -1,11 +1,12 @@
 """Correction for the engine's log-probs, and KL divergence to a reference."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from megatron_espo.algo.objectives import MAX_EXPONENT
+from megatron_espo.algo.base import MAX_EXPONENT
 from megatron_espo.algo.segments import SumOverRanks, TokenSegments, as_float, sum_by_index
 
 CorrectionLevel = Literal["token", "sequence", "geometric"]
@@ -19,13 +20,9 @@ def rollout_correction(
     level: CorrectionLevel,
     cap: float,
     floor: float = 0.0,
-    mask: bool = False,
     sum_over_ranks: SumOverRanks = lambda sums: sums,
 ) -> Tensor:
-    """Importance weights ``π_old / π_rollout``, trainer over engine, limited to ``[floor, cap]``.
-
-    Truncated importance sampling clamps a ratio. Masked importance sampling sets a ratio outside
-    the limits to 0; with ``level="token"`` it is IcePop.
+    """Truncated importance sampling: ``clip(r, floor, cap)``, with ``r = π_old / π_rollout``.
 
     The engine computes with other kernels than the trainer, so it samples from a slightly different
     policy.
@@ -37,7 +34,6 @@ def rollout_correction(
             ``geometric``: the geometric mean over the response.
         cap: the largest ratio.
         floor: the smallest ratio.
-        mask: set ratios outside ``[floor, cap]`` to 0 instead of clamping them.
         sum_over_ranks: sums a vector over context-parallel ranks; ``token`` does not call it.
 
     Returns:
@@ -47,22 +43,63 @@ def rollout_correction(
         ValueError: an unknown level, limits that are not ``0 <= floor <= cap``, or log-probs whose
             shape or device is not that of ``segments``.
     """
-    levels = get_args(CorrectionLevel)
-    if level not in levels:
-        raise ValueError(f"level: expected one of {', '.join(levels)}, got {level!r}")
     if not 0 <= floor <= cap or not cap > 0:
         raise ValueError(
             f"cap: expected a positive number of at least the floor {floor}, got {cap}"
         )
+    ratio = _rollout_ratio(old_logprob, rollout_logprob, segments, level, sum_over_ranks)
+    return ratio.clamp(floor, cap)
+
+
+def rollout_mask(
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    segments: TokenSegments,
+    limits: Mapping[str, Sequence[float]],
+    *,
+    sum_over_ranks: SumOverRanks = lambda sums: sums,
+) -> Tensor:
+    """Masked importance sampling: the tokens with ``low <= r <= high`` at every given level.
+
+    With ``{"token": (0.5, 5)}`` it is the mask of IcePop; ``sequence`` and ``geometric`` keep or
+    drop whole responses. A dropped token has weight 0; ``N`` and ``ΣT`` still count it.
+
+    Args:
+        limits: level to ``(low, high)``. One sum over context-parallel ranks for each level other
+            than ``token``. The other arguments are those of :func:`rollout_correction`.
+
+    Returns:
+        ``[tokens]`` bool, True for the tokens to keep.
+
+    Raises:
+        ValueError: an unknown level, limits that are not ``0 <= low <= high``, or log-probs as in
+            :func:`rollout_correction`.
+    """
+    kept = torch.ones_like(segments.segment, dtype=torch.bool)
+    for level, (low, high) in limits.items():
+        if not 0 <= low <= high:
+            raise ValueError(f"limits: expected 0 <= low <= high, got {low} and {high} ({level})")
+        ratio = _rollout_ratio(old_logprob, rollout_logprob, segments, level, sum_over_ranks)
+        kept &= (ratio >= low) & (ratio <= high)
+    return kept
+
+
+def _rollout_ratio(
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    segments: TokenSegments,
+    level: str,
+    sum_over_ranks: SumOverRanks,
+) -> Tensor:
+    levels = get_args(CorrectionLevel)
+    if level not in levels:
+        raise ValueError(f"level: expected one of {', '.join(levels)}, got {level!r}")
     old = as_float("old_logprob", old_logprob.detach(), segments.segment)
     exponent = old - as_float("rollout_logprob", rollout_logprob.detach(), segments.segment)
     if level != "token":
         sums = sum_over_ranks(sum_by_index(exponent, segments.response, segments.length.numel()))
         exponent = (sums / segments.length if level == "geometric" else sums)[segments.response]
-    ratio = exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-    if mask:
-        return ratio.where((ratio >= floor) & (ratio <= cap), 0.0)
-    return ratio.clamp(floor, cap)
+    return exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
 
 
 def kl_estimate(logprob: Tensor, reference_logprob: Tensor) -> Tensor:

@@ -184,7 +184,8 @@ class Optimizer(Section):
 
 
 _BOUNDED = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "ce_gppo", "dppo")
-OBJECTIVES = ("espo", *_BOUNDED)
+OBJECTIVES = ("espo", *_BOUNDED, "sapo")
+WITH_ARGS = ("ce_gppo", "dppo", "sapo")
 # Settings of some objectives: neutral value, and the objectives that have them.
 USED_BY: dict[str, tuple[Any, tuple[str, ...]]] = {
     "clip_low": (None, _BOUNDED),
@@ -200,10 +201,10 @@ class Algorithm(Section):
 
     objective: str = Field("espo", min_length=1)
     """espo: one ratio per entropy group with adaptive clipping; gspo, grpo, dr_grpo, dapo, cispo,
-    gmpo, ce_gppo, dppo; or your module:Class."""
+    gmpo, ce_gppo, dppo, sapo; or your module:Class."""
     objective_args: dict[str, Any] = Field(default_factory=dict)
-    """Settings of your class, of ce_gppo (beta_low, beta_high) and of dppo (max_ratio). The other
-    objectives have keys in this section."""
+    """Settings of your class, of ce_gppo (beta_low, beta_high), dppo (max_ratio) and sapo (tau_pos,
+    tau_neg). The other objectives have keys in this section."""
     alpha: float = Field(0.02, gt=0)
     """ESPO: scale of the clip range (Eq. 8); larger clips fewer tokens (paper: 0.01-0.10)."""
     quantiles: tuple[float, ...] = Field((0.8,), strict=False)
@@ -233,12 +234,13 @@ class Algorithm(Section):
     rollout_correction: Literal["off", "metrics", "token", "sequence", "geometric"] = "metrics"
     """Importance sampling of trainer over engine probabilities: ratio of a token, of a sequence, or
     its geometric mean; metrics only reports the ratios of tokens."""
-    rollout_correction_cap: float = Field(2.0, gt=0)
-    """Largest ratio of the rollout correction."""
-    rollout_correction_floor: float = Field(0.0, ge=0)
-    """Smallest ratio of the rollout correction."""
-    rollout_correction_mask: bool = False
-    """Ratios beyond the limits become 0 instead of the limit. IcePop: token, floor 0.5, cap 5."""
+    rollout_correction_cap: float = Field(2.0, ge=1)
+    """Largest ratio of the rollout correction; larger ratios become this number."""
+    rollout_correction_floor: float = Field(0.0, ge=0, le=1)
+    """Smallest ratio of the rollout correction; smaller ratios become this number."""
+    rollout_mask: dict[str, list[float]] = Field(default_factory=dict)
+    """No gradient from tokens, or from whole responses, whose ratio is outside [low, high]. Keys:
+    token, sequence, geometric. IcePop: {token: [0.5, 5]}, with rollout_correction token, cap 5."""
     mask_truncated: bool = False
     """No gradient from responses cut at the length limit; they still count in means and weights."""
     num_epochs: int = Field(1, ge=1)
@@ -255,7 +257,7 @@ class Algorithm(Section):
         if not is_built_in and not rules.FUNCTION.fullmatch(name):
             yield expect("objective", f"one of {', '.join(OBJECTIVES)}, or module:Class", name)
             return
-        if self.objective_args and is_built_in and name not in ("ce_gppo", "dppo"):
+        if self.objective_args and is_built_in and name not in WITH_ARGS:
             yield expect("objective_args", f"none with objective {name}", self.objective_args)
         for key, (neutral, users) in USED_BY.items():
             value = getattr(self, key)
@@ -265,9 +267,11 @@ class Algorithm(Section):
                 yield expect(key, expected, value)
         if name == "dr_grpo" and self.advantage != "dr_grpo":
             yield expect("advantage", "dr_grpo with objective dr_grpo", self.advantage)
-        cap, floor = self.rollout_correction_cap, self.rollout_correction_floor
-        if floor > cap:
-            yield expect("rollout_correction_floor", f"at most the cap {cap:g}", floor)
+        for level, limits in self.rollout_mask.items():
+            is_range = len(limits) == 2 and 0 <= limits[0] <= 1 <= limits[1]
+            if level not in ("token", "sequence", "geometric") or not is_range:
+                expected = "token, sequence or geometric with [low <= 1, high >= 1]"
+                yield expect("rollout_mask", expected, {level: limits})
 
 
 class Config(Section):

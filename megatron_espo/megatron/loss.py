@@ -15,6 +15,7 @@ from megatron_espo.algo import (
     entropy_shape,
     kl_estimate,
     rollout_correction,
+    rollout_mask,
 )
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.monitoring.metrics import loss_metrics
@@ -114,25 +115,24 @@ class PolicyLoss:
         self, segments: TokenSegments, old_logprob: Tensor, rollout_logprob: Tensor
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Factor of the weights (``None``: weights stay) and metrics, each ``[tokens]``."""
-        settings = self.algorithm
+        settings, tokens = self.algorithm, (old_logprob, rollout_logprob, segments)
+        factor: Tensor | None = None
+        report: dict[str, Tensor] = {}
         mode, cap = settings.rollout_correction, settings.rollout_correction_cap
-        if mode == "off":
-            return None, {}
-        floor = settings.rollout_correction_floor
-        factor = rollout_correction(
-            old_logprob,
-            rollout_logprob,
-            segments,
-            level="token" if mode == "metrics" else mode,
-            cap=cap,
-            floor=floor,
-            mask=settings.rollout_correction_mask,
-            sum_over_ranks=self._sum_over_ranks,
-        )
-        # A masked weight is 0.
-        limited = (factor >= cap) | (factor <= floor)
-        report = {
-            "rollout_correction/weight": factor,
-            "rollout_correction/limited": limited.float(),
-        }
-        return None if mode == "metrics" else factor, report
+        if mode != "off":
+            floor = settings.rollout_correction_floor
+            weight = rollout_correction(
+                *tokens,
+                level="token" if mode == "metrics" else mode,
+                cap=cap,
+                floor=floor,
+                sum_over_ranks=self._sum_over_ranks,
+            )
+            report["rollout_correction/weight"] = weight
+            report["rollout_correction/limited"] = ((weight >= cap) | (weight <= floor)).float()
+            factor = None if mode == "metrics" else weight
+        if settings.rollout_mask:
+            kept = rollout_mask(*tokens, settings.rollout_mask, sum_over_ranks=self._sum_over_ranks)
+            report["rollout_correction/masked"] = (~kept).float()
+            factor = kept.float() if factor is None else factor * kept
+        return factor, report

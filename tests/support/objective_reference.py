@@ -30,6 +30,7 @@ class Rules:
     clip_floor: float = 0.0
     ratio: str = "segment"
     dual_clip: float | None = None
+    objective_args: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,6 +110,7 @@ def expected(
                     "cispo": 1 / num_tokens,
                     "ce_gppo": 1 / num_tokens,
                     "dppo": 1 / num_tokens,
+                    "sapo": 1 / (num_responses * length),
                 }[name]
             value, slope, ratio, margin = _token(rules, response, d, members, t, low, high)
             answer.loss -= weight * value
@@ -127,6 +129,8 @@ def _token(rules, response, d, members, t, low, high) -> tuple[float, float, flo
     """A token's surrogate, its derivative in the log-prob, its ratio, its distance to a bound."""
     a = response.advantage
     a = a[t] if isinstance(a, list) else a
+    args = {"beta_low": 0.75, "beta_high": 1.0, "max_ratio": 20.0, "tau_pos": 1.0, "tau_neg": 1.05}
+    args |= rules.objective_args
     if rules.objective == "gmpo":
         # Clipping lowers a·d of each token; the mean comes after.
         limited = [min(d[u], high) if a > 0 else max(d[u], -low) for u in members]
@@ -142,16 +146,24 @@ def _token(rules, response, d, members, t, low, high) -> tuple[float, float, flo
         new = response.logprob[t]
         moved = math.exp(new) - math.exp(new - d[t])
         beyond = moved > high if a > 0 else moved < -low
-        factor = 0.0 if beyond else min(s, 20.0) * a
+        factor = 0.0 if beyond else min(s, args["max_ratio"]) * a
         return factor * new, factor, s, min(abs(moved - high), abs(moved + low))
     if rules.objective == "ce_gppo":
         s = exponential(d[t])
         factor = s
         if a > 0 and s > 1 + high:
-            factor = 1 + high
+            factor = args["beta_high"] * (1 + high)
         elif a < 0 and s < 1 - low:
-            factor = 0.75 * (1 - low)
+            factor = args["beta_low"] * (1 - low)
         return factor * a, factor * a, s, min(abs(s - 1 - high), abs(s - 1 + low))
+    if rules.objective == "sapo":
+        s = exponential(d[t])
+        tau = args["tau_pos"] if a > 0 else args["tau_neg"]
+        odds = math.exp(-tau * (s - 1))
+        gate = 1 / (1 + odds)
+        # The gradient of a wide open gate underflows to 0, in float32 earlier than here.
+        margin = 0.0 if odds < 1e-30 else math.inf
+        return 4 / tau * gate * a, 4 * odds * gate**2 * s * a, s, margin
     exponent = sum(d[u] for u in members) / len(members)
     if rules.ratio == "segment_times_token":
         exponent += d[t]

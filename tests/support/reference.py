@@ -118,20 +118,24 @@ def espo_loss(
     return loss
 
 
-def sapo_loss(
+def vespo_loss(
     model, batch, *, num_responses, temperature, old_model, masks, routed_experts, vocab_size
 ):
-    """``-Σ_t 1/(N T) 4/τ sigmoid(τ (r - 1)) A`` with τ 1 for A > 0 and 1.05 otherwise; the
-    arguments are those of :func:`espo_loss`."""
+    """``-Σ_t 1/99 φ(W) A log π_θ`` with ``φ(W) = W^k exp(λ (1 - W))``, detached.
+
+    ``W`` is the ratio of the response's trained tokens; ``k`` and ``λ`` are 2 and 3 for A > 0,
+    otherwise 3 and 2. The step has 99 tokens. The arguments are those of :func:`espo_loss`.
+    """
     loss = 0.0
     for number, (prompt, response, advantage) in enumerate(batch):
         logp, _ = token_statistics(model, prompt, response, temperature)
         with torch.no_grad():
             old_logp, _ = token_statistics(old_model, prompt, response, temperature)
         trained = [t for t in range(len(response)) if masks is None or masks[number][t]]
-        ratio, tau = (logp - old_logp)[trained].exp(), 1.0 if advantage > 0 else 1.05
-        gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
-        loss = loss - (gate * advantage).sum() / (num_responses * len(trained))
+        ratio = (logp - old_logp)[trained].sum().exp().detach()
+        k, scale = (2, 3) if advantage > 0 else (3, 2)
+        weight = ratio**k * (scale * (1 - ratio)).exp()
+        loss = loss - (weight * advantage * logp[trained]).sum() / 99
     return loss
 
 

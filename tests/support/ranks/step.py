@@ -181,7 +181,7 @@ def check_gradient(
         policy.backward(step, [*micro_batches, *micro_batches])
     policy.backward(step, micro_batches)
     found = gathered_gradients(policy.chunks, spec, place.groups)
-    formula = reference.sapo_loss if algorithm else reference.espo_loss
+    formula = reference.vespo_loss if algorithm else reference.espo_loss
     if kept:
         formula = partial(reference.espo_loss, kept=engine_masks(batch, spec.vocab_size))
     expected = reference_gradients(
