@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall seconds of ``run``."""
+    """Wall seconds of ``run``, its work on the GPU included."""
+    _synchronize()
     start = time.perf_counter()
     run()
+    _synchronize()
     return time.perf_counter() - start
 
 

@@ -63,9 +63,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--response", type=int, default=128, help="tokens of a response")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("settings", nargs="*", help="such as model.dtype=bfloat16")
     args = parser.parse_args()
     overrides = [f"model.path={args.model}", f"megatron.tensor_model_parallel_size={args.tensor}"]
-    overrides += ["algorithm.num_mini_batches=1"]
+    overrides += ["algorithm.num_mini_batches=1", *args.settings]
     config = load_config(str(ROOT / "examples/quickstart.yaml"), overrides)
     spec = check_model(config)
     runtime = distributed_runtime.initialize(tensor_model_parallel_size=args.tensor)

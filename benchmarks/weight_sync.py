@@ -5,7 +5,7 @@
 
 Each round copies the model's bytes once inside this process (both sides warm), then updates once,
 so other load on the machine slows both. An update ends when vLLM can serve: weights are gathered,
-checked, loaded and repacked.
+checked, loaded and repacked. On a GPU the transport is ``ipc`` and the copy is within the GPU.
 """
 
 import argparse
@@ -21,6 +21,9 @@ from measure import seconds
 
 from megatron_espo.distributed import runtime
 
+HAS_GPU = torch.cuda.is_available()
+TRANSPORT = "ipc" if HAS_GPU else "files"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1, help="Megatron's tensor-parallel size")
     sleep = "the engine sleeps before each update; its weights wake as NaN"
     parser.add_argument("--sleep", action="store_true", help=sleep)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     world = runtime.initialize(tensor_model_parallel_size=args.tensor)
@@ -53,12 +57,16 @@ def start_engine(args: argparse.Namespace, folder: str):
         model=args.model,
         folder=folder,
         dtype=args.dtype,
-        transport="files",
+        transport=TRANSPORT,
         max_model_len=256,
-        engine_args={"kv_cache_memory_bytes": 1 << 28},
+        sleep=args.sleep and HAS_GPU,
+        engine_args={"kv_cache_memory_bytes": 1 << 28}
+        | ({"enforce_eager": True} if args.eager else {}),
     )
     engine = VLLMEngine(config, LoopThread())
     engine.start()
+    if HAS_GPU:  # vLLM measures the free memory while it starts
+        engine.wait_ready()
     return engine
 
 
@@ -104,11 +112,12 @@ def measure(args: argparse.Namespace, world: runtime.Runtime, engine) -> None:
         engine.wait_ready()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
     before = resident("VmRSS")
-    transport = make_trainer_transport("files", engine=engine, source=source, rank=world.rank)
+    transport = make_trainer_transport(TRANSPORT, engine=engine, source=source, rank=world.rank)
     for version in (0, 1):
         update(transport, engine, version, False)
     extra = resident("VmHWM") - before
-    a, b = torch.ones(total, dtype=torch.uint8), torch.zeros(total, dtype=torch.uint8)
+    a = torch.ones(total, dtype=torch.uint8, device=world.device)
+    b = torch.zeros_like(a)
     rounds = []
     for version in range(2, args.rounds + 2):
         dist.barrier()

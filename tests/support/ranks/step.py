@@ -84,6 +84,7 @@ def build(
     replays: bool = False,
     masked: bool = False,
     kept: bool = False,
+    dtype: str = "float32",
     **packing,
 ):
     """Runtime, engine, forward step, micro-batches of this rank, batch and model configuration."""
@@ -98,7 +99,7 @@ def build(
     from megatron_espo.weights.hf_io import load_hf_weights
 
     spec = load_spec(folder)
-    chunks = build_model(spec, Megatron(**sizes), place.groups)
+    chunks = build_model(spec, Megatron(**sizes), place.groups, dtype=getattr(torch, dtype))
     load_hf_weights(chunks, spec, weights, place.groups)
     policy = TrainEngine(
         chunks, place.groups, settings, train_steps=1, overrides=sizes.get("overrides")
@@ -149,6 +150,7 @@ def check_gradient(
     masked: bool = False,
     kept: bool = False,
     algorithm: dict | None = None,
+    dtype: str = "float32",
     **sizes,
 ) -> dict[str, float]:
     """Worst relative difference of the gradient over all tensors, and the tensor's name."""
@@ -164,6 +166,7 @@ def check_gradient(
         replays=replays,
         masked=masked,
         kept=kept,
+        dtype=dtype,
         **packing or {},
     )
     if old_folder:
@@ -308,7 +311,9 @@ def compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -
     assert all(tensor.norm() > 0 for tensor in expected.values()), (
         "a gradient of the reference is zero"
     )
-    differences = {n: float((found[n].double() - g).norm() / g.norm()) for n, g in expected.items()}
+    differences = {
+        n: float((found[n].cpu().double() - g).norm() / g.norm()) for n, g in expected.items()
+    }
     return {"worst": max(differences.values()), "tensor": max(differences, key=differences.get)}
 
 
