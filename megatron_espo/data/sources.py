@@ -180,12 +180,8 @@ def _read_file(
     problems.raise_if_any(str(path))
     repeated = len(rows) - pc.count_distinct(rows.table["prompt"]).as_py()
     if repeated:
-        logger.warning(
-            "%s: %s of %s rows repeat the prompt of another row",
-            path,
-            f"{repeated:,}",
-            f"{len(rows):,}",
-        )
+        counts = (f"{repeated:,}", f"{len(rows):,}")
+        logger.warning("%s: %s of %s rows repeat the prompt of another row", path, *counts)
     return rows
 
 
@@ -197,39 +193,39 @@ _TABLE = pa.schema({
 })  # fmt: skip
 
 
+@dataclass
 class _Builder:
     """Makes chunks of :data:`_TABLE` from records; adds mistakes to ``problems``."""
 
-    def __init__(
-        self, where: str, needed: Sequence[str], wanted: Mapping[str, str], problems: Problems
-    ) -> None:
-        self._where, self._needed = where, needed
-        self._wanted, self._problems = wanted, problems
-        self._values: list[tuple[Any, ...]] = []
+    where: str
+    needed: Sequence[str]
+    wanted: Mapping[str, str]
+    problems: Problems
+    values: list[tuple[Any, ...]] = field(default_factory=list)
 
     def add(self, number: int, record: Any) -> None:
         """Check one record, and take it if it is right."""
-        if isinstance(record, dict) and self._wanted:
-            record = {name: _field(record, path) for name, path in self._wanted.items()}
+        if isinstance(record, dict) and self.wanted:
+            record = {name: _field(record, path) for name, path in self.wanted.items()}
             record = {name: value for name, value in record.items() if value is not _ABSENT}
-        where = self._where.format(number=number)
-        row = _check_record(where, record, self._needed, self._problems)
+        where = self.where.format(number=number)
+        row = _check_record(where, record, self.needed, self.problems)
         if row is not None:
-            self._values.append((number, *row))
+            self.values.append((number, *row))
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.values)
 
     def flush(self) -> pa.Table:
         """The chunk of all records since the last call."""
-        columns = zip(*self._values, strict=True) if self._values else [()] * len(_TABLE)
+        columns = zip(*self.values, strict=True) if self.values else [()] * len(_TABLE)
         arrays = [pa.array(list(c), f.type) for c, f in zip(columns, _TABLE, strict=True)]
-        self._values = []
+        self.values = []
         return pa.Table.from_arrays(arrays, schema=_TABLE)
 
 
 def _jsonl_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
-    problems = builder._problems
+    problems = builder.problems
     with _progress(path, path.stat().st_size) as advance, path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number % 4096 == 0:
@@ -254,24 +250,24 @@ def _parquet_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
     try:
         with ParquetFile(path) as file, _progress(path, file.metadata.num_rows) as advance:
             schema = file.schema_arrow
-            needed = list(builder._wanted.values()) or builder._needed
+            needed = list(builder.wanted.values()) or builder.needed
             if any(name.partition(".")[0] not in schema.names for name in needed):
                 raise MissingColumns(
                     f"{path}: expected the columns {' and '.join(needed)}, got "
                     f"{', '.join(schema.names)}; name them in data.columns, such as "
                     "{prompt: question, answer: reward_model.ground_truth}"
                 )
-            columns = [_stored(path, schema) for path in builder._wanted.values()] or None
+            columns = [_stored(path, schema) for path in builder.wanted.values()] or None
             for field in schema:
                 if not (columns is None or field.name in columns) or _fits_json(field.type):
                     continue
                 what = f"{field.name}: expected values that JSON can hold, got {field.type}"
-                builder._problems.add(str(path), f"{what}; {_CHOOSE_COLUMNS}")
-            if builder._problems.count:
+                builder.problems.add(str(path), f"{what}; {_CHOOSE_COLUMNS}")
+            if builder.problems.count:
                 return
             number = 0
             for batch in file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns):
-                fast = _fast_table(batch, builder._needed, builder._wanted, number)
+                fast = _fast_table(batch, builder, number)
                 if fast is not None:
                     yield fast
                 else:
@@ -292,12 +288,10 @@ def _stored(path: str, schema: pa.Schema) -> str:
     return first if path not in schema.names and _is_text(schema.field(first).type) else path
 
 
-def _fast_table(
-    batch: pa.RecordBatch, needed: Sequence[str], wanted: Mapping[str, str], before: int
-) -> pa.Table | None:
+def _fast_table(batch: pa.RecordBatch, builder: _Builder, before: int) -> pa.Table | None:
     """The chunk of correct rows with the needed columns only; ``None``: look at each row."""
-    names = wanted or {name: name for name in batch.schema.names}
-    if set(names) - set(needed):
+    names = builder.wanted or {name: name for name in batch.schema.names}
+    if set(names) - set(builder.needed):
         return None
     prompt, answer = (_nested(batch, names[name]) for name in ("prompt", "answer"))
     if prompt is None or answer is None or prompt.null_count or answer.null_count:
@@ -317,7 +311,7 @@ def _fast_table(
     if not is_chat and pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
         return None
     rate = pa.nulls(size, pa.float64())
-    if "pass_rate" in needed:
+    if "pass_rate" in builder.needed:
         rate = _nested(batch, names["pass_rate"])
         if rate is None or not (pa.types.is_floating(rate.type) or pa.types.is_integer(rate.type)):
             return None
