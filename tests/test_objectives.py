@@ -241,6 +241,15 @@ def test_extreme_log_ratios_stay_finite(case, advantage):
     assert result.loss.isfinite() and gradient.isfinite().all() and result.ratio.isfinite().all()
 
 
+def test_almost_open_gate_of_sapo_keeps_its_gradient_in_float32():
+    responses = [Response([-1.0], [-1.0 - d], [0.0], 1.0) for d in (2.0, 2.5, 2.75)]
+    found, wanted = (
+        run(responses, make_objective("sapo"), dtype, **totals_of(responses))[0].double()
+        for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("objective", BOUNDS)
 def test_group_of_equal_rewards_has_no_gradient(objective):
     advantages = group_advantages(torch.full((1, 8), 100.1))[0].tolist()
