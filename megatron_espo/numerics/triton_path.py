@@ -99,8 +99,7 @@ def _gradient_kernel(
         if ENTROPY:
             factor = u + v * (s - mean)
         grad = tl.where(column == target, at_target, tl.exp(s) * factor)
-        grad = tl.where(column < columns, grad, 0.0)
-        grad = grad.to(out.dtype.element_ty)
+        grad = tl.where(column < columns, grad, 0.0).to(out.dtype.element_ty)
         tl.store(out + row * out_stride + column, grad, mask=column < width)
 
 
