@@ -18,6 +18,12 @@ from tests.support.ranks.sync import PROMPT_IDS
 from tests.support.real_engine import fresh_engine, living_in_group
 from tests.support.tiny import save_tiny_model
 
+# Family, sizes, layers with experts.
+EXPERTS = [
+    ("qwen3_moe", {"num_experts": 4}, 2),
+    ("glm4_moe", {"n_routed_experts": 4, "use_qk_norm": True, "tie_word_embeddings": False}, 1),
+]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
@@ -59,15 +65,11 @@ def test_engines_that_fail_asleep_or_on_waking_come_back(folder):
 
 
 @pytest.mark.slow
-def test_two_workers_serve_the_experts_that_were_sent(tmp_path):
+@pytest.mark.parametrize(("family", "sizes", "layers"), EXPERTS)
+def test_two_workers_serve_the_experts_that_were_sent(tmp_path, family, sizes, layers):
     """Experts of 72 columns over two workers: vLLM pads the 36 of each to 64, and packs them."""
-    sizes = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 72,
-        "norm_topk_prob": True,
-    }
-    moe = str(save_tiny_model(tmp_path / "moe", "qwen3_moe", **sizes))
+    sizes = sizes | {"num_experts_per_tok": 2, "moe_intermediate_size": 72, "norm_topk_prob": True}
+    moe = str(save_tiny_model(tmp_path / "moe", family, **sizes))
     answer = run_ranks(
         2,
         "tests.support.ranks.sync:sync_two_workers",
@@ -76,11 +78,13 @@ def test_two_workers_serve_the_experts_that_were_sent(tmp_path):
         expert=2,
     )
     dense = {name for name in answer["sent"] if ".experts." not in name}
-    assert len(answer["sent"]) - len(dense) == 2 * 4 * 3
+    assert len(answer["sent"]) - len(dense) == layers * 4 * 3
     assert answer["metrics"]["sync/verified_tensors"] == len(dense)
     fresh, served = fresh_engine(tmp_path / "export", tmp_path, PROMPT_IDS, seed=3)
     assert dense <= served.keys()
-    assert [ids for ids, _ in answer["samples"]] == [g.token_ids.tolist() for g in fresh]
+    for (ids, logprobs), generation in zip(answer["samples"], fresh, strict=True):
+        assert ids == generation.token_ids.tolist()
+        assert generation.logprobs.tolist() == pytest.approx(logprobs, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -222,6 +222,8 @@ def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) ->
     yield from _check_divides("megatron.expert_model_parallel_size", ep, experts.count, "experts")
     key = "expert_tensor_parallel_size" if expert_tp else "tensor_model_parallel_size"
     yield from _check_divides(f"megatron.{key}", expert_tp or tp, experts.ffn, "columns per expert")
+    key, columns = "megatron.tensor_model_parallel_size", experts.shared_ffn
+    yield from _check_divides(key, tp, columns, "columns of shared experts")
     if tp > 1 and not m.sequence_parallel:
         expected = f"true for a model with experts and tensor_model_parallel_size {tp}"
         yield "megatron.sequence_parallel", f"expected {expected}, got false"

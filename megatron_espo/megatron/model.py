@@ -150,12 +150,28 @@ def build_model(
             vp_stage=vp_stage,
             **({"position_embedding_type": "rope"} | spec.rope.model_arguments()),
         )
+        if spec.experts and spec.experts.is_biased:
+            _freeze_expert_bias(chunk)
         if spec.post_norms:
             add_post_norms(chunk.decoder.layers, block.layer_norm)
         if not te:
             chunk.rotary_pos_emb = SharedPrefixRotary(chunk.rotary_pos_emb)
         chunks.append(chunk.cuda())
     return chunks
+
+
+def _freeze_expert_bias(chunk: torch.nn.Module) -> None:
+    """Make the routers' biases parameters without a gradient.
+
+    Megatron has them as buffers and changes them by the experts' load after each step, which would
+    change the policy without an advantage. As parameters they are loaded, compared, saved and sent
+    with the weights.
+    """
+    for module in chunk.modules():
+        if getattr(module, "enable_expert_bias", False):
+            module.frozen_expert_bias = True
+            bias = module._buffers.pop("expert_bias")
+            module.expert_bias = torch.nn.Parameter(bias, requires_grad=False)
 
 
 def build_configured(config: Config, spec: ModelSpec, groups: Any) -> list:

@@ -1,6 +1,7 @@
 """``ModelSpec``: a model, read from ``config.json`` and checked once. Standard library only."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,12 @@ class Experts:
         ffn: feed-forward columns of one expert.
         normalized: whether the routing weights of a token sum to one (``norm_topk_prob``).
         layers: for each decoder layer, whether it has experts or a dense feed-forward.
+        shared_ffn: feed-forward columns of the experts that every token takes; 0: there are none.
+        is_biased: the weights are sigmoids. A bias, which no gradient trains, is added to choose
+            experts.
+        groups, top_groups: groups of experts, and the best of them, from which a token takes its
+            experts.
+        scale: factor of the routing weights.
     """
 
     count: int
@@ -34,6 +41,17 @@ class Experts:
     ffn: int
     normalized: bool
     layers: tuple[bool, ...]
+    shared_ffn: int = 0
+    is_biased: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+    @property
+    def layer_rules(self) -> tuple[ParamRule, ...]:
+        """Rules of a feed-forward with experts."""
+        bias = (rules.ROUTER_BIAS,) if self.is_biased else ()
+        return (*rules.EXPERT_MLP, *bias, *(rules.SHARED_MLP if self.shared_ffn else ()))
 
     @property
     def indices(self) -> list[int]:
@@ -50,6 +68,12 @@ class Experts:
             "moe_router_topk": self.per_token,
             # Weights that sum to one over the chosen experts are the softmax over their logits.
             "moe_router_pre_softmax": not self.normalized,
+            "moe_router_score_function": "sigmoid" if self.is_biased else "softmax",
+            "moe_router_enable_expert_bias": self.is_biased,
+            "moe_router_num_groups": self.groups if self.groups > 1 else None,
+            "moe_router_group_topk": self.top_groups if self.groups > 1 else None,
+            "moe_router_topk_scaling_factor": self.scale,
+            "moe_shared_expert_intermediate_size": self.shared_ffn or None,
             "moe_router_dtype": "fp32",
             # A balancing loss would change the weights even where every advantage is zero.
             "moe_router_load_balancing_type": "none",
@@ -174,8 +198,8 @@ class ModelSpec:
 
     def layer_rules(self, layer: int) -> tuple[ParamRule, ...]:
         """Rules of a decoder layer, counted from 0."""
-        is_sparse = self.experts is not None and self.experts.layers[layer]
-        mlp = rules.EXPERT_MLP if is_sparse else self.dense_mlp
+        experts = self.experts
+        mlp = experts.layer_rules if experts and experts.layers[layer] else self.dense_mlp
         post_norms = (rules.ATTENTION_POST_NORM, rules.MLP_POST_NORM) if self.post_norms else ()
         before = (rules.INPUT_NORM, *self.attention_rules())
         return (*before, rules.ATTENTION_OUTPUT, rules.MLP_NORM, *mlp, *post_norms)
@@ -211,7 +235,11 @@ class ModelSpec:
             "head_dim": self.head_dim,
             "ffn": self.intermediate_size,
             "vocab": self.vocab_size,
-        } | ({"experts": e.count, "expert_ffn": e.ffn} if (e := self.experts) else {})
+        } | (
+            {"experts": e.count, "expert_ffn": e.ffn, "shared_ffn": e.shared_ffn}
+            if (e := self.experts)
+            else {}
+        )
 
     @cached_property
     def groups(self) -> list[list[ParamMapping]]:
@@ -244,6 +272,7 @@ class ModelSpec:
                 query_groups=self.num_key_value_heads,
                 expert=expert,
                 num_experts=count,
+                is_float32=rule.is_float32,
             )
             for expert in (range(count) if count else [None])
         ]
@@ -253,12 +282,21 @@ class ModelSpec:
         """Shape of each Hugging Face tensor of the model."""
         return {n: shape for group in self.groups for m in group for n, shape in m.huggingface}
 
-    @property
-    def ignored_tensors(self) -> set[str]:
-        """Tensors that transformers ignores: a tied head, and rotary buffers of old exports."""
-        layers = range(self.num_hidden_layers)
-        rotary = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in layers}
-        return rotary | ({"lm_head.weight"} if self.tie_word_embeddings else set())
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of a model folder is neither loaded nor exported."""
+        return is_unused(self.hf_config, name)
+
+
+def is_unused(hf_config: dict[str, Any], name: str) -> bool:
+    """Whether transformers and vLLM ignore a tensor: a tied head, rotary buffers of old exports,
+    and layers that predict further tokens.
+    """
+    if name == "lm_head.weight":
+        return bool(hf_config.get("tie_word_embeddings"))
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    first, count = hf_config["num_hidden_layers"], hf_config.get("num_nextn_predict_layers") or 0
+    is_prediction = found is not None and first <= int(found[1]) < first + count
+    return is_prediction or name.endswith("rotary_emb.inv_freq")
 
 
 def _is_size(value: Any) -> bool:

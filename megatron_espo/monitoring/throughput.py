@@ -35,8 +35,8 @@ def matmul_parameters(spec: ModelSpec) -> int:
     attention = 2 * size["hidden"] * (size["query"] + size["key"])
     feed_forward = (layers - sparse) * 3 * size["ffn"]
     if experts:
-        router = experts.count
-        feed_forward += sparse * (experts.per_token * 3 * experts.ffn + router)
+        columns = experts.per_token * experts.ffn + experts.shared_ffn
+        feed_forward += sparse * (3 * columns + experts.count)
     return layers * attention + size["hidden"] * (feed_forward + size["vocab"])
 
 
