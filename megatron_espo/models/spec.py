@@ -294,7 +294,8 @@ def is_unused(hf_config: dict[str, Any], name: str) -> bool:
     if name == "lm_head.weight":
         return bool(hf_config.get("tie_word_embeddings"))
     found = re.match(r"model\.layers\.(\d+)\.", name)
-    first, count = hf_config["num_hidden_layers"], hf_config.get("num_nextn_predict_layers") or 0
+    keys = ("num_hidden_layers", "num_nextn_predict_layers")
+    first, count = (hf_config.get(key) or 0 for key in keys)
     is_prediction = found is not None and first <= int(found[1]) < first + count
     return is_prediction or name.endswith("rotary_emb.inv_freq")
 
