@@ -94,9 +94,9 @@ def test_parameters_of_big_models_and_bytes_of_the_transfer(
     check_transfer(plan, shapes)
 
 
-@pytest.mark.parametrize("family", ["glm4", "glm4_moe"])
+@pytest.mark.parametrize("family", ["glm4", "glm4_moe", "deepseek_v3"])
 def test_parameters_of_a_family(tmp_path, family):
-    """A fused tensor and four norms; shared experts and routers with a bias."""
+    """A fused tensor and four norms; shared experts and routers with a bias; latent attention."""
     save_model(family, tmp_path, max_position_embeddings=4096)
     spec = load_spec(tmp_path)
     layout = TP2_PP2 | {"sequence_parallel": True}

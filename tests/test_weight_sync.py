@@ -18,10 +18,28 @@ from tests.support.ranks.sync import PROMPT_IDS
 from tests.support.real_engine import fresh_engine, living_in_group
 from tests.support.tiny import save_tiny_model
 
+# vLLM's latent attention on a CPU takes a latent vector of 512 and a rotary key of 64 columns.
+LATENT = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 # Family, sizes, layers with experts.
 EXPERTS = [
     ("qwen3_moe", {"num_experts": 4}, 2),
     ("glm4_moe", {"n_routed_experts": 4, "use_qk_norm": True, "tie_word_embeddings": False}, 1),
+    ("deepseek_v3", LATENT, 1),
 ]
 
 

@@ -39,12 +39,9 @@ LOCAL_LAYER = {
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 }
-SPARSE_LAYERS = {"qwen3_moe": (0, 1, 2, 3), "qwen3_moe_mixed": (1,), "glm4_moe": (1, 2, 3)}
-SHARED_EXPERTS = {
-    "mlp.router.expert_bias",
-    "mlp.shared_experts.linear_fc1.weight",
-    "mlp.shared_experts.linear_fc2.weight",
-}
+SPARSE_LAYERS = {"qwen3_moe": (0, 1, 2, 3), "qwen3_moe_mixed": (1,)}
+SPARSE_LAYERS |= dict.fromkeys(("glm4_moe", "deepseek_v2", "deepseek_v3"), (1, 2, 3))
+SHARED_EXPERTS = {"mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight"}
 # A layer with two experts: one module with Transformer Engine (TEGroupedMLP), else SequentialMLP.
 DENSE_MLP = {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight", "mlp.linear_fc1.layer_norm_weight"}
 ROUTED = {"pre_mlp_layernorm.weight", "mlp.router.weight"}
@@ -78,6 +75,18 @@ EXTRA["glm4"] = EXTRA["qwen2"] | {
     "mlp.linear_fc2.post_layernorm.weight",
 }
 EXTRA["glm4_moe"] = EXTRA["qwen2"] | EXTRA["qwen3"]
+LATENT = {
+    "input_layernorm.weight",
+    "self_attention.linear_kv_down_proj.weight",
+    "self_attention.kv_layernorm.weight",
+    "self_attention.linear_kv_up_proj.weight",
+}
+EXTRA["deepseek_v2"] = {"self_attention.linear_q_proj.weight"}
+EXTRA["deepseek_v3"] = {
+    "self_attention.linear_q_down_proj.weight",
+    "self_attention.q_layernorm.weight",
+    "self_attention.linear_q_up_proj.weight",
+}
 EXTRA |= dict.fromkeys(("qwen3_yarn", "qwen3_moe", "qwen3_moe_mixed"), EXTRA["qwen3"])
 
 
@@ -124,6 +133,13 @@ def test_megatron_layer_names(family, dense, experts):
     with_experts = SPARSE_LAYERS.get(family, ())
     if spec.experts and spec.experts.shared_ffn:
         experts = experts | SHARED_EXPERTS
+    if spec.experts and spec.experts.is_biased:
+        experts = experts | {"mlp.router.expert_bias"}
+    if spec.is_latent:
+        dense, experts = (
+            {name for name in names if "linear_qkv" not in name} | LATENT
+            for names in (dense, experts)
+        )
     ranks = ShardRanks(ep=ShardIndex(1, 2))  # second of two ranks; each has two of the four experts
     for index, group in enumerate(spec.groups[1:-1]):
         expected = (experts if index in with_experts else dense) | EXTRA.get(family, set())
@@ -135,17 +151,20 @@ def test_megatron_layer_names(family, dense, experts):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "family, changes, message",
     [
-        ({"tie_word_embeddings": True}, "tie_word_embeddings: expected false"),
-        ({"norm_topk_prob": False}, "norm_topk_prob: expected true"),
-        ({"num_experts_per_tok": 1}, "num_experts_per_tok above 1"),
-        ({"n_group": 2, "topk_group": 2}, r"topk_group: expected half of num_experts_per_tok \(2"),
+        ("glm4_moe", {"tie_word_embeddings": True}, "tie_word_embeddings: expected false"),
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob: expected true"),
+        ("glm4_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok above 1"),
+        ("glm4_moe", {"n_group": 2, "topk_group": 2}, r"topk_group: expected half of .* \(2\)"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method: expected 'greedy'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: expected 'sigmoid'"),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps: expected 1e-06"),
     ],
     ids=str,
 )
-def test_routers_that_megatron_computes_otherwise_are_refused(changes, message):
-    config = make_model("glm4_moe").config.to_dict()
+def test_models_that_megatron_computes_otherwise_are_refused(family, changes, message):
+    config = make_model(family).config.to_dict()
     with pytest.raises(InputError, match=message):
         read_spec(config | changes)
 

@@ -179,6 +179,8 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
     yield from _check_divides(key, tp, heads, "attention heads")
     # Megatron could replicate key-value heads; the weight update needs one owner for each.
     yield from _check_divides(key, tp, spec.num_key_value_heads, "key-value heads")
+    for columns in (spec.sizes[name] for name in ("q_rank", "kv_down") if spec.is_latent):
+        yield from _check_divides(key, tp, columns, "columns of a latent projection")
     if experts is None or not all(experts.layers):
         yield from _check_divides(key, tp, spec.intermediate_size, "feed-forward columns")
     layers = spec.num_hidden_layers

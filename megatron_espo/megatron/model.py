@@ -50,7 +50,7 @@ def use_transformer_engine(transformer_impl: str) -> bool:
 
 def transformer_config(spec: ModelSpec, megatron: Megatron, dtype: torch.dtype) -> Any:
     """Return Megatron's ``TransformerConfig`` of a model."""
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     te = use_transformer_engine(megatron.transformer_impl)
     has_te = bool(importlib.util.find_spec("transformer_engine"))  # not on a machine that plans
@@ -84,15 +84,18 @@ def transformer_config(spec: ModelSpec, megatron: Megatron, dtype: torch.dtype) 
     )
     if spec.experts:  # 8-bit matrix products need multiples of 16 tokens an expert
         arguments["moe_router_padding_for_quantization"] = bool(megatron.fp8)
-    if spec.rope.yarn:  # Transformer Engine's kernel ignores YaRN's factor of the attention
+    # Transformer Engine's kernel ignores YaRN's factor of the attention, and latent attention.
+    unfused = bool(spec.rope.yarn) or spec.is_latent
+    if unfused:
         arguments["apply_rope_fusion"] = False
     shared = {name: getattr(megatron, name) for name in _SHARED_SETTINGS}
-    tunable = set(_TUNABLE) - ({"apply_rope_fusion"} if spec.rope.yarn else set())
+    tunable = set(_TUNABLE) - ({"apply_rope_fusion"} if unfused else set())
     fixed = {name: "config.json and the other settings give it" for name in arguments}
     fixed |= {name: f"set megatron.{name}" for name in shared}
     fixed = {name: reason for name, reason in fixed.items() if name not in tunable}
     chosen = check_overrides(megatron.overrides, fixed).transformer
-    config = TransformerConfig(**arguments | shared | dict(chosen))
+    kind = MLATransformerConfig if spec.is_latent else TransformerConfig
+    config = kind(**arguments | shared | dict(chosen))
     for name, value in spec.rope.yarn.items():  # GPTModel reads them, and no argument sets them
         setattr(config, name, value)
     return config
@@ -134,6 +137,8 @@ def build_model(
     last = (virtual or 1) - 1
     # Every tensor-parallel shard of the embedding has as many rows.
     vocab_size, tp = spec.vocab_size, megatron.tensor_model_parallel_size
+    # Latent attention has the rotary embedding in its layers.
+    rope = {} if spec.is_latent else spec.rope.model_arguments()
     chunks = []
     for stage in range(last + 1):
         vp_stage = stage if virtual else None
@@ -148,13 +153,13 @@ def build_model(
             share_embeddings_and_output_weights=spec.tie_word_embeddings,
             pg_collection=groups,
             vp_stage=vp_stage,
-            **({"position_embedding_type": "rope"} | spec.rope.model_arguments()),
+            **({"position_embedding_type": "rope"} | rope),
         )
         if spec.experts and spec.experts.is_biased:
             _freeze_expert_bias(chunk)
         if spec.post_norms:
             add_post_norms(chunk.decoder.layers, block.layer_norm)
-        if not te:
+        if not te and not spec.is_latent:
             chunk.rotary_pos_emb = SharedPrefixRotary(chunk.rotary_pos_emb)
         chunks.append(chunk.cuda())
     return chunks
@@ -202,5 +207,9 @@ def layer_spec(spec: ModelSpec, config: Any, te: bool, vp_stage: int | None, gro
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
     for layer in block.layer_specs:
+        if spec.is_latent:
+            from megatron_espo.megatron.attention import use_latent_attention
+
+            use_latent_attention(layer, block.layer_norm)
         spec.change_layer(layer)
     return block

@@ -10,7 +10,12 @@ class SharedExpertsModel(ModelSpec):
     """Sigmoid routing weights. A fixed bias (``e_score_correction_bias``) helps to choose experts.
 
     vLLM gives these models a separate output layer.
+
+    Attributes:
+        is_biased: whether routing is as above; else it is a softmax over all experts.
     """
+
+    is_biased = True
 
     required = (
         *ModelSpec.required, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
@@ -33,7 +38,7 @@ class SharedExpertsModel(ModelSpec):
         per_token, best, normalized = (
             hf[key] for key in ("num_experts_per_tok", "topk_group", "norm_topk_prob")
         )
-        if not normalized or per_token == 1:
+        if cls.is_biased and (not normalized or per_token == 1):
             expected = "true, and num_experts_per_tok above 1: Megatron-Core normalizes sigmoids"
             yield f"norm_topk_prob: expected {expected}, got {normalized} and {per_token}"
         if (hf["n_group"] or 1) > 1 and per_token // best != 2:
@@ -50,7 +55,7 @@ class SharedExpertsModel(ModelSpec):
             normalized=hf["norm_topk_prob"],
             layers=tuple(i >= hf["first_k_dense_replace"] for i in range(hf["num_hidden_layers"])),
             shared_ffn=hf["moe_intermediate_size"] * (hf["n_shared_experts"] or 0),
-            is_biased=True,
+            is_biased=cls.is_biased,
             groups=hf["n_group"] or 1,
             top_groups=hf["topk_group"] or 1,
             scale=hf["routed_scaling_factor"],

@@ -93,8 +93,10 @@ class ModelSpec:
         defaults: of keys that ``config.json`` may lack.
         partial_rotary: whether ``partial_rotary_factor`` may be below 1.
         has_bias_option: whether ``attention_bias`` is read.
+        is_latent: whether keys and values of all heads come from one latent vector.
         post_norms: whether what attention and feed-forward add is normalized before (sandwich
             norms).
+        attention_output: rule of the output projection.
         dense_mlp: rules of a dense feed-forward.
         always_windowed: whether ``sliding_window`` counts without ``use_sliding_window``.
         hf_config: content of ``config.json``, for a user's exporter.
@@ -108,7 +110,9 @@ class ModelSpec:
     defaults: ClassVar[dict[str, Any]] = {}
     partial_rotary: ClassVar[bool] = False
     has_bias_option: ClassVar[bool] = False
+    is_latent: ClassVar[bool] = False
     post_norms: ClassVar[bool] = False
+    attention_output: ClassVar[ParamRule] = rules.ATTENTION_OUTPUT
     dense_mlp: ClassVar[tuple[ParamRule, ...]] = (rules.GATE_UP, rules.DOWN)
     always_windowed: ClassVar[bool] = True
 
@@ -202,7 +206,7 @@ class ModelSpec:
         mlp = experts.layer_rules if experts and experts.layers[layer] else self.dense_mlp
         post_norms = (rules.ATTENTION_POST_NORM, rules.MLP_POST_NORM) if self.post_norms else ()
         before = (rules.INPUT_NORM, *self.attention_rules())
-        return (*before, rules.ATTENTION_OUTPUT, rules.MLP_NORM, *mlp, *post_norms)
+        return (*before, self.attention_output, rules.MLP_NORM, *mlp, *post_norms)
 
     def transformer_arguments(self) -> dict[str, Any]:
         """Arguments of Megatron's ``TransformerConfig``, without the activation function."""
@@ -222,6 +226,11 @@ class ModelSpec:
             "add_qkv_bias": rules.QKV_BIAS in attention,
         } | (self.experts.transformer_arguments() if self.experts else {})
 
+    def cache_columns(self, gpus: int) -> int:
+        """Elements of a token's keys and values in a layer of the engine, on one of its GPUs."""
+        # vLLM replicates heads on more GPUs than heads.
+        return 2 * max(1, self.num_key_value_heads // gpus) * self.head_dim
+
     def change_layer(self, layer: Any) -> None:
         """Change Megatron's ``ModuleSpec`` of a decoder layer in place. For a user's own family."""
 
@@ -231,6 +240,7 @@ class ModelSpec:
         return {
             "hidden": self.hidden_size,
             "query": self.num_attention_heads * self.head_dim,
+            "value": self.num_attention_heads * self.head_dim,
             "key": self.num_key_value_heads * self.head_dim,
             "head_dim": self.head_dim,
             "ffn": self.intermediate_size,

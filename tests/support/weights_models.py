@@ -31,6 +31,14 @@ SHARED = {
     "n_shared_experts": 2,
     "routed_scaling_factor": 1.5,
 }
+LATENT = SHARED | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+}
 FAMILIES = {
     "llama": {},
     "llama_tied": {"tie_word_embeddings": True},
@@ -49,6 +57,24 @@ FAMILIES = {
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16, "attention_bias": True},
     "glm4_moe": SHARED | {"head_dim": 16, "attention_bias": True, "use_qk_norm": True},
+    "deepseek_v2": LATENT
+    | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "deepseek_v3": LATENT
+    | {
+        "q_lora_rank": 16,
+        "n_group": 2,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.3,
+        },
+    },
     "qwen3_moe": MOE | {"norm_topk_prob": True},
     "qwen3_moe_mixed": MOE
     | {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
@@ -70,7 +96,7 @@ def make_model(family: str, **changes: Any) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
         for bias in expert_biases(model).values():
-            bias.copy_(torch.randn_like(bias) * 0.3)
+            bias.copy_(torch.randn_like(bias) * 0.1)
     return model.eval()
 
 

@@ -172,9 +172,7 @@ def plan_engine(
     for mapping in (mapping for group in spec.groups for mapping in group):
         size = _elements(mapping) * itemsize
         weights += size if mapping.layout is ShardLayout.REPLICATED else -(-size // gpus)
-    # vLLM replicates heads on more GPUs than heads.
-    heads = max(1, spec.num_key_value_heads // gpus)
-    per_token = 2 * spec.num_hidden_layers * heads * spec.head_dim * itemsize
+    per_token = spec.num_hidden_layers * spec.cache_columns(gpus) * itemsize
     budget = int(rollout.gpu_memory_utilization * gpu_memory)
     return Engine(
         number=rollout.engines,
