@@ -19,7 +19,7 @@ from tests.support.plan_models import (
     plan_command,
     sizes,
 )
-from tests.support.weights_models import load_spec, make_model, save_model
+from tests.support.weights_models import checkpoint_of, load_spec, make_model, save_model
 
 TP8_PP4 = sizes(tensor_model=8, pipeline_model=4) | {"sequence_parallel": True}
 TP8_PP5_VPP4 = TP8_PP4 | sizes(pipeline_model=5, virtual_pipeline_model=4)
@@ -94,11 +94,14 @@ def test_parameters_of_big_models_and_bytes_of_the_transfer(
     check_transfer(plan, shapes)
 
 
-def test_parameters_of_a_family_with_a_fused_tensor_and_four_norms(tmp_path):
-    save_model("glm4", tmp_path, max_position_embeddings=4096)
+@pytest.mark.parametrize("family", ["glm4", "glm4_moe", "deepseek_v3"])
+def test_parameters_of_a_family(tmp_path, family):
+    """A fused tensor and four norms; shared experts and routers with a bias; latent attention."""
+    save_model(family, tmp_path, max_position_embeddings=4096)
     spec = load_spec(tmp_path)
-    _, text, plan = plan_command(tmp_path, spec.hf_config, megatron=TP2_PP2)
-    total = sum(parameter.numel() for parameter in make_model("glm4").parameters())
+    layout = TP2_PP2 | {"sequence_parallel": True}
+    _, text, plan = plan_command(tmp_path, spec.hf_config, megatron=layout)
+    total = sum(tensor.numel() for tensor in checkpoint_of(make_model(family)).values())
     assert plan, text
     assert plan["total_parameters"] == total == sum(s["whole"] for s in plan["parameters"])
 

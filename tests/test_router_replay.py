@@ -24,6 +24,7 @@ CASES = {name: sizes for name, (ranks, sizes) in MOE_LAYOUTS.items() if ranks ==
     "pp2, one layer recomputed": {PP: 2} | RECOMPUTED | {"recompute_method": "block"},
     "dense layers, pp2": {"folder": "mixed", PP: 2},
     "off-policy, pp2": {"old_folder": "old", PP: 2},
+    "biased routers, ep2": {"folder": "glm4_moe", EP: 2},
     "penalty and bonus, ep2": {"reference_folder": "old", "algorithm": PENALTY, EP: 2},
 }
 SLOW_CASES = {
@@ -49,7 +50,10 @@ FOUR_RANKS = {name: sizes for name, (ranks, sizes) in MOE_LAYOUTS.items() if ran
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("moe", "mixed", "old")}
+    folders = {
+        name: str(tmp_path_factory.mktemp(name)) for name in ("moe", "mixed", "old", "glm4_moe")
+    }
+    save_model("glm4_moe", folders["glm4_moe"])
     save_model("qwen3_moe", folders["moe"], tie_word_embeddings=True)
     save_model("qwen3_moe_mixed", folders["mixed"], tie_word_embeddings=True)
     save_older_version(folders["moe"], folders["old"])

@@ -86,6 +86,14 @@ def cases() -> dict[str, tuple[int, str, dict]]:
     add("experts", layouts=MOE_LAYOUTS, folder="moe")
     add("experts and dense layers", layouts=MOE_LAYOUTS, only=["ep2"], folder="mixed")
     add("GLM-4", only=["one rank", "tp2 sp", "pp2", "cp2"], folder="glm4")
+    # A frozen bias of the routers, shared experts, a dense first layer.
+    glm, shared = {"folder": "glm4_moe"}, ["ep2", "tp2", "ep2 cp2", "pp2 vpp2"]
+    add("GLM-4.5", layouts=LAYOUTS | MOE_LAYOUTS, only=["one rank", *shared], **glm)
+    add("update of GLM-4.5", "check_update", layouts=MOE_LAYOUTS, only=["ep2"], **glm)
+    # Latent attention: the gradient of the rotary key is a sum over tensor-parallel ranks.
+    latent = {"layouts": LAYOUTS | MOE_LAYOUTS}
+    add("DeepSeek-V2", only=["one rank", "tp2"], folder="deepseek_v2", **latent)
+    add("DeepSeek-V3", only=["one rank", *shared], folder="deepseek_v3", **latent)
     # Four ranks: the dense part has four replicas, each expert two.
     found["update with experts, ep2 dp2"] = (4, "check_update", {"folder": "moe", EP: 2})
     return found
@@ -100,11 +108,13 @@ def folders(tmp_path_factory):
 
     No choice of experts is a near tie.
     """
-    names = ("new", "old", "moe", "mixed", "glm4")
+    families = ("glm4", "glm4_moe", "deepseek_v2", "deepseek_v3")
+    names = ("new", "old", "moe", "mixed", *families)
     folders = {name: str(tmp_path_factory.mktemp(name)) for name in names}
     for family, name in (("qwen3", "new"), ("qwen3_moe", "moe"), ("qwen3_moe_mixed", "mixed")):
         save_model(family, folders[name], tie_word_embeddings=True)
-    save_model("glm4", folders["glm4"])
+    for family in families:
+        save_model(family, folders[family])
     save_older_version(folders["new"], folders["old"])
     return folders
 

@@ -18,6 +18,30 @@ from tests.support.ranks.sync import PROMPT_IDS
 from tests.support.real_engine import fresh_engine, living_in_group
 from tests.support.tiny import save_tiny_model
 
+# vLLM's latent attention on a CPU takes a latent vector of 512 and a rotary key of 64 columns.
+LATENT = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+# Family, sizes, layers with experts.
+EXPERTS = [
+    ("qwen3_moe", {"num_experts": 4}, 2),
+    ("glm4_moe", {"n_routed_experts": 4, "use_qk_norm": True, "tie_word_embeddings": False}, 1),
+    ("deepseek_v3", LATENT, 1),
+]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
@@ -59,15 +83,11 @@ def test_engines_that_fail_asleep_or_on_waking_come_back(folder):
 
 
 @pytest.mark.slow
-def test_two_workers_serve_the_experts_that_were_sent(tmp_path):
+@pytest.mark.parametrize(("family", "sizes", "layers"), EXPERTS)
+def test_two_workers_serve_the_experts_that_were_sent(tmp_path, family, sizes, layers):
     """Experts of 72 columns over two workers: vLLM pads the 36 of each to 64, and packs them."""
-    sizes = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 72,
-        "norm_topk_prob": True,
-    }
-    moe = str(save_tiny_model(tmp_path / "moe", "qwen3_moe", **sizes))
+    sizes = sizes | {"num_experts_per_tok": 2, "moe_intermediate_size": 72, "norm_topk_prob": True}
+    moe = str(save_tiny_model(tmp_path / "moe", family, **sizes))
     answer = run_ranks(
         2,
         "tests.support.ranks.sync:sync_two_workers",
@@ -76,11 +96,13 @@ def test_two_workers_serve_the_experts_that_were_sent(tmp_path):
         expert=2,
     )
     dense = {name for name in answer["sent"] if ".experts." not in name}
-    assert len(answer["sent"]) - len(dense) == 2 * 4 * 3
+    assert len(answer["sent"]) - len(dense) == layers * 4 * 3
     assert answer["metrics"]["sync/verified_tensors"] == len(dense)
     fresh, served = fresh_engine(tmp_path / "export", tmp_path, PROMPT_IDS, seed=3)
     assert dense <= served.keys()
-    assert [ids for ids, _ in answer["samples"]] == [g.token_ids.tolist() for g in fresh]
+    for (ids, logprobs), generation in zip(answer["samples"], fresh, strict=True):
+        assert ids == generation.token_ids.tolist()
+        assert generation.logprobs.tolist() == pytest.approx(logprobs, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from megatron_espo.models.llama import Llama
 from megatron_espo.models.registry import read_spec
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.binding import ShardIndex, ShardRanks, bind
-from tests.support.weights_models import FAMILIES, make_model, per_expert
+from tests.support.weights_models import FAMILIES, checkpoint_of, make_model
 
 # Parameter names of a decoder layer under Megatron-Core's layer specs (gpt_layer_specs.py). They
 # are recorded because Transformer Engine, which fuses norms into linear layers, needs a GPU.
@@ -39,6 +39,9 @@ LOCAL_LAYER = {
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 }
+SPARSE_LAYERS = {"qwen3_moe": (0, 1, 2, 3), "qwen3_moe_mixed": (1,)}
+SPARSE_LAYERS |= dict.fromkeys(("glm4_moe", "deepseek_v2", "deepseek_v3"), (1, 2, 3))
+SHARED_EXPERTS = {"mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight"}
 # A layer with two experts: one module with Transformer Engine (TEGroupedMLP), else SequentialMLP.
 DENSE_MLP = {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight", "mlp.linear_fc1.layer_norm_weight"}
 ROUTED = {"pre_mlp_layernorm.weight", "mlp.router.weight"}
@@ -71,16 +74,26 @@ EXTRA["glm4"] = EXTRA["qwen2"] | {
     "self_attention.linear_proj.post_layernorm.weight",
     "mlp.linear_fc2.post_layernorm.weight",
 }
+EXTRA["glm4_moe"] = EXTRA["qwen2"] | EXTRA["qwen3"]
+LATENT = {
+    "input_layernorm.weight",
+    "self_attention.linear_kv_down_proj.weight",
+    "self_attention.kv_layernorm.weight",
+    "self_attention.linear_kv_up_proj.weight",
+}
+EXTRA["deepseek_v2"] = {"self_attention.linear_q_proj.weight"}
+EXTRA["deepseek_v3"] = {
+    "self_attention.linear_q_down_proj.weight",
+    "self_attention.q_layernorm.weight",
+    "self_attention.linear_q_up_proj.weight",
+}
 EXTRA |= dict.fromkeys(("qwen3_yarn", "qwen3_moe", "qwen3_moe_mixed"), EXTRA["qwen3"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_are_those_of_transformers(family):
     model = make_model(family)
-    named = {
-        name: tuple(tensor.shape)
-        for name, tensor in per_expert(dict(model.named_parameters())).items()
-    }
+    named = {name: tuple(tensor.shape) for name, tensor in checkpoint_of(model).items()}
     mapped = [
         item
         for group in read_spec(model.config.to_dict()).groups
@@ -95,7 +108,7 @@ def test_names_and_shapes_are_those_of_transformers(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_exact(family, tp_size):
     model = make_model(family)
-    state = per_expert(dict(model.named_parameters()))
+    state = checkpoint_of(model)
     with torch.no_grad():
         for mapping in (m for group in read_spec(model.config.to_dict()).groups for m in group):
             sources = [state[name] for name, _ in mapping.huggingface]
@@ -116,8 +129,17 @@ NAMES = [(TRANSFORMER_ENGINE_LAYER, TRANSFORMER_ENGINE_EXPERTS), (LOCAL_LAYER, L
 @pytest.mark.parametrize("dense, experts", NAMES, ids=["transformer_engine", "local"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_megatron_layer_names(family, dense, experts):
-    with_experts = {"qwen3_moe": (0, 1, 2, 3), "qwen3_moe_mixed": (1,)}.get(family, ())
     spec = read_spec(make_model(family).config.to_dict())
+    with_experts = SPARSE_LAYERS.get(family, ())
+    if spec.experts and spec.experts.shared_ffn:
+        experts = experts | SHARED_EXPERTS
+    if spec.experts and spec.experts.is_biased:
+        experts = experts | {"mlp.router.expert_bias"}
+    if spec.is_latent:
+        dense, experts = (
+            {name for name in names if "linear_qkv" not in name} | LATENT
+            for names in (dense, experts)
+        )
     ranks = ShardRanks(ep=ShardIndex(1, 2))  # second of two ranks; each has two of the four experts
     for index, group in enumerate(spec.groups[1:-1]):
         expected = (experts if index in with_experts else dense) | EXTRA.get(family, set())
@@ -126,6 +148,34 @@ def test_megatron_layer_names(family, dense, experts):
         prefix = f"decoder.layers.{index}."
         assert all(len(names & {prefix + e for e in expected}) == 1 for names in alternatives)
         assert {prefix + e for e in expected} <= set().union(*alternatives)
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("glm4_moe", {"tie_word_embeddings": True}, "tie_word_embeddings: expected false"),
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob: expected true"),
+        ("glm4_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok above 1"),
+        ("glm4_moe", {"n_group": 2, "topk_group": 2}, r"topk_group: expected half of .* \(2\)"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method: expected 'greedy'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: expected 'sigmoid'"),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps: expected 1e-06"),
+    ],
+    ids=str,
+)
+def test_models_that_megatron_computes_otherwise_are_refused(family, changes, message):
+    config = make_model(family).config.to_dict()
+    with pytest.raises(InputError, match=message):
+        read_spec(config | changes)
+
+
+def test_layers_that_predict_further_tokens_are_ignored():
+    config = make_model("glm4_moe").config.to_dict()
+    assert config["num_nextn_predict_layers"] == 1
+    spec = read_spec(config)
+    assert spec.ignores("model.layers.4.eh_proj.weight")
+    assert not spec.ignores("model.layers.3.eh_proj.weight")
+    assert not spec.ignores("model.layers.5.eh_proj.weight")
 
 
 def test_tied_embeddings_have_no_head():

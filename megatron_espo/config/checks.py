@@ -185,6 +185,8 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
     yield from _check_divides(key, tp, heads, "attention heads")
     # Megatron could replicate key-value heads; the weight update needs one owner for each.
     yield from _check_divides(key, tp, spec.num_key_value_heads, "key-value heads")
+    for columns in (spec.sizes[name] for name in ("q_rank", "kv_down") if spec.is_latent):
+        yield from _check_divides(key, tp, columns, "columns of a latent projection")
     if experts is None or not all(experts.layers):
         yield from _check_divides(key, tp, spec.intermediate_size, "feed-forward columns")
     layers = spec.num_hidden_layers
@@ -228,6 +230,8 @@ def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) ->
     yield from _check_divides("megatron.expert_model_parallel_size", ep, experts.count, "experts")
     key = "expert_tensor_parallel_size" if expert_tp else "tensor_model_parallel_size"
     yield from _check_divides(f"megatron.{key}", expert_tp or tp, experts.ffn, "columns per expert")
+    key, columns = "megatron.tensor_model_parallel_size", experts.shared_ffn
+    yield from _check_divides(key, tp, columns, "columns of shared experts")
     if tp > 1 and not m.sequence_parallel:
         expected = f"true for a model with experts and tensor_model_parallel_size {tp}"
         yield "megatron.sequence_parallel", f"expected {expected}, got false"

@@ -94,7 +94,7 @@ def tensor_problems(folder: Path, spec: ModelSpec) -> Iterator[str]:
     """
     if isinstance(spec, ExternalSpec):  # its library checks them
         return
-    shapes, ignored = spec.tensor_shapes, spec.ignored_tensors
+    shapes = spec.tensor_shapes
     file_of, entries = stored_tensors(folder)
     config = f"{folder / 'config.json'}"
     if missing := sorted(shapes.keys() - entries.keys()):
@@ -104,7 +104,8 @@ def tensor_problems(folder: Path, spec: ModelSpec) -> Iterator[str]:
             f"{where}: expected tensor {missing[0]} ({len(missing)} are missing); the file is "
             f"incomplete, or {config} belongs to another model"
         )
-    if unknown := sorted(entries.keys() - shapes.keys() - ignored):
+    others = entries.keys() - shapes.keys()
+    if unknown := sorted(name for name in others if not spec.ignores(name)):
         yield (
             f"{file_of[unknown[0]]}: expected no tensor {unknown[0]} for {config} ({len(unknown)} "
             "have no place in the model and would be lost); use a folder of this model only"
@@ -118,7 +119,7 @@ def tensor_problems(folder: Path, spec: ModelSpec) -> Iterator[str]:
             got = f"{entry['dtype']}; use the bfloat16 model"
             yield f"{file_of[name]}: {name}: expected floats of 16 bits or more, got {got}"
             return
-    if "lm_head.weight" in entries.keys() & ignored and not _begin_alike(file_of, entries):
+    if "lm_head.weight" in others and not unknown and not _begin_alike(file_of, entries):
         yield OWN_HEAD.format(folder=folder)
 
 

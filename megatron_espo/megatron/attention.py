@@ -13,8 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 
@@ -146,7 +151,9 @@ class PackedDotProductAttention(torch.nn.Module):
             lengths: tokens of both chunks of each sequence.
         """
         rank, size = self.cp_group.rank(), self.cp_group.size()
-        local = torch.stack([key, value], 1)
+        # Values of latent attention are narrower than keys.
+        wide = F.pad(value, (0, key.size(-1) - value.size(-1)))
+        local = torch.stack([key, wide], 1)
         gathered = gather_from_sequence_parallel_region(local, group=self.cp_group)
         whole = gathered.unflatten(0, (size, -1)).split(lengths, dim=1)
         outputs = []
@@ -156,6 +163,7 @@ class PackedDotProductAttention(torch.nn.Module):
             # -> [2, 1, n, sequence, d]
             ordered = torch.cat([early, late.flip(0)]).flatten(0, 1)
             keys, values = ordered.permute(1, 2, 0, 3)[:, None]
+            values = values[..., : value.size(-1)]
             chunks = q.transpose(0, 1)[None].chunk(2, dim=2)
             for number, part in zip((rank, 2 * size - 1 - rank), chunks, strict=True):
                 seen = (number + 1) * early.size(1)
@@ -175,6 +183,43 @@ class PackedDotProductAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=query.size(1) != key.size(1),
         )
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron-Core's latent attention with the same parameters under each layer specification.
+
+    All linear layers are column-parallel, the norms are modules. Megatron-Core 0.19 would need
+    Transformer Engine for the norms, and normalize the input of an uncompressed query twice.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotary_pos_emb = SharedPrefixRotary(self.rotary_pos_emb)
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        return vars(submodules)
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return latent vectors with all columns, and the tokens of this rank's sequence shard.
+
+        Megatron-Core 0.19 gathers the columns later. It then does not sum the gradient of the
+        rotary key over the heads of all tensor-parallel ranks.
+        """
+        query, key_value = super()._qkv_down_projection(hidden_states)
+        if self.config.tensor_model_parallel_size > 1:
+            key_value = gather_from_tensor_model_parallel_region(key_value)
+        if self.config.sequence_parallel:  # training with experts needs it
+            key_value = scatter_to_sequence_parallel_region(key_value)
+        return query, key_value
+
+
+def use_latent_attention(layer: Any, norm: Any) -> None:
+    """Change the specification of a decoder layer to :class:`LatentAttention` with ``norm``."""
+    layer.submodules.self_attention.module = LatentAttention
+    parts = layer.submodules.self_attention.submodules
+    parts.q_layernorm = parts.kv_layernorm = norm
+    parts.linear_q_down_proj = parts.linear_q_up_proj = parts.linear_q_proj
+    parts.linear_kv_down_proj = parts.linear_kv_up_proj = parts.linear_q_proj
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -51,16 +51,19 @@ def use_transformer_engine(transformer_impl: str) -> bool:
 
 def transformer_config(spec: ModelSpec, megatron: Megatron, dtype: torch.dtype) -> Any:
     """Return Megatron's ``TransformerConfig`` of a model."""
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     arguments = spec.transformer_arguments() | run_arguments(megatron, dtype)
     arguments["activation_func"] = F.silu
     if spec.experts:  # 8-bit matrix products need multiples of 16 tokens an expert
         arguments["moe_router_padding_for_quantization"] = bool(megatron.fp8)
-    if spec.rope.yarn:  # Transformer Engine's kernel ignores YaRN's factor of the attention
+    # Transformer Engine's kernel ignores YaRN's factor of the attention, and latent attention.
+    unfused = bool(spec.rope.yarn) or spec.is_latent
+    if unfused:
         arguments["apply_rope_fusion"] = False
-    tunable = set(_TUNABLE) - ({"apply_rope_fusion"} if spec.rope.yarn else set())
-    config = TransformerConfig(**with_overrides(arguments, megatron, tunable))
+    tunable = set(_TUNABLE) - ({"apply_rope_fusion"} if unfused else set())
+    kind = MLATransformerConfig if spec.is_latent else TransformerConfig
+    config = kind(**with_overrides(arguments, megatron, tunable))
     for name, value in spec.rope.yarn.items():  # GPTModel reads them, and no argument sets them
         setattr(config, name, value)
     return config
@@ -154,6 +157,8 @@ def build_model(
     last = (virtual or 1) - 1
     # Every tensor-parallel shard of the embedding has as many rows.
     vocab_size, tp = spec.vocab_size, megatron.tensor_model_parallel_size
+    # Latent attention has the rotary embedding in its layers.
+    rope = {} if spec.is_latent else spec.rope.model_arguments()
     chunks = []
     for stage in range(last + 1):
         vp_stage = stage if virtual else None
@@ -168,14 +173,30 @@ def build_model(
             share_embeddings_and_output_weights=spec.tie_word_embeddings,
             pg_collection=groups,
             vp_stage=vp_stage,
-            **({"position_embedding_type": "rope"} | spec.rope.model_arguments()),
+            **({"position_embedding_type": "rope"} | rope),
         )
+        if spec.experts and spec.experts.is_biased:
+            _freeze_expert_bias(chunk)
         if spec.post_norms:
             add_post_norms(chunk.decoder.layers, block.layer_norm)
-        if not te:
+        if not te and not spec.is_latent:
             chunk.rotary_pos_emb = SharedPrefixRotary(chunk.rotary_pos_emb)
         chunks.append(chunk.cuda())
     return chunks
+
+
+def _freeze_expert_bias(chunk: torch.nn.Module) -> None:
+    """Make the routers' biases parameters without a gradient.
+
+    Megatron has them as buffers and changes them by the experts' load after each step, which would
+    change the policy without an advantage. As parameters they are loaded, compared, saved and sent
+    with the weights.
+    """
+    for module in chunk.modules():
+        if getattr(module, "enable_expert_bias", False):
+            module.frozen_expert_bias = True
+            bias = module._buffers.pop("expert_bias")
+            module.expert_bias = torch.nn.Parameter(bias, requires_grad=False)
 
 
 def build_configured(config: Config, spec: ModelSpec, groups: Any) -> list:
@@ -209,5 +230,9 @@ def layer_spec(spec: ModelSpec, config: Any, te: bool, vp_stage: int | None, gro
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
     for layer in block.layer_specs:
+        if spec.is_latent:
+            from megatron_espo.megatron.attention import use_latent_attention
+
+            use_latent_attention(layer, block.layer_norm)
         spec.change_layer(layer)
     return block

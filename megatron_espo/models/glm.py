@@ -1,9 +1,10 @@
-"""GLM-4: dense."""
+"""GLM-4 (dense), GLM-4.5."""
 
 from functools import cached_property
 from typing import Any
 
 from megatron_espo.models import mapping as rules
+from megatron_espo.models.moe import SharedExpertsModel
 from megatron_espo.models.spec import ModelSpec
 
 
@@ -27,3 +28,17 @@ class Glm(ModelSpec):
 
 class Glm4(Glm):
     architecture, model_type, post_norms = "Glm4ForCausalLM", "glm4", True
+
+
+class Glm4Moe(SharedExpertsModel):
+    architecture, model_type = "Glm4MoeForCausalLM", "glm4_moe"
+    defaults = SharedExpertsModel.defaults | {
+        "attention_bias": False, "use_qk_norm": False, "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    partial_rotary = has_bias_option = True
+
+    def attention_rules(self) -> tuple[rules.ParamRule, ...]:
+        bias = (rules.QKV_BIAS,) if self.hf_config["attention_bias"] else ()
+        norms = (rules.Q_NORM, rules.K_NORM) if self.hf_config["use_qk_norm"] else ()
+        return (rules.QKV_WEIGHT, *bias, *norms)

@@ -4,7 +4,7 @@ A ``ParamRule`` names one Megatron parameter, its Hugging Face tensors with symb
 layout. ``ModelSpec.groups`` expands the rules for one model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_espo.models.layouts import ShardLayout
 
@@ -19,6 +19,7 @@ class ParamRule:
             the stage that owns it. ``{expert}`` is the index of the expert on its rank.
         huggingface: (name, shape in the symbols of ``ModelSpec.sizes``) of each tensor, in
             Megatron's order. ``{expert}`` is the index of the expert in the layer.
+        is_float32: whether trainer and engine have it in float32, whatever the model's dtype.
 
     Raises:
         ValueError: the layout needs another number of tensors. A fused tensor such as
@@ -28,6 +29,7 @@ class ParamRule:
     layout: ShardLayout
     megatron: tuple[str, ...]
     huggingface: tuple[tuple[str, tuple[str, ...]], ...]
+    is_float32: bool = False
 
     def __post_init__(self) -> None:
         if len(self.huggingface) != self.layout.num_sources:
@@ -53,6 +55,7 @@ class ParamMapping:
     query_groups: int
     expert: int | None = None
     num_experts: int = 0
+    is_float32: bool = False
 
 
 def make_rule(layout: ShardLayout, megatron: str, huggingface: dict[str, str]) -> ParamRule:
@@ -143,6 +146,27 @@ EXPERT_DOWN = make_rule(
 )
 
 EXPERT_MLP = (ROUTER, EXPERT_GATE_UP, EXPERT_DOWN)
+# Added to the routers' scores to choose experts. Rounded to bfloat16 it would choose others.
+EXPERT_BIAS = "e_score_correction_bias"
+ROUTER_BIAS = replace(
+    make_rule(REPLICATED, "mlp.router.expert_bias", {f"mlp.gate.{EXPERT_BIAS}": "experts"}),
+    is_float32=True,
+)
+SHARED_MLP = (
+    make_rule(
+        GATED,
+        "mlp.shared_experts.linear_fc1.weight",
+        {
+            "mlp.shared_experts.gate_proj.weight": "shared_ffn hidden",
+            "mlp.shared_experts.up_proj.weight": "shared_ffn hidden",
+        },
+    ),
+    make_rule(
+        ROW,
+        "mlp.shared_experts.linear_fc2.weight",
+        {"mlp.shared_experts.down_proj.weight": "hidden shared_ffn"},
+    ),
+)
 
 EMBEDDING = make_rule(
     VOCAB, "embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"}

@@ -3,15 +3,17 @@
 from typing import Any
 
 from megatron_espo.errors import InputError
-from megatron_espo.models.glm import Glm, Glm4
+from megatron_espo.models.deepseek import DeepseekV2, DeepseekV3
+from megatron_espo.models.glm import Glm, Glm4, Glm4Moe
 from megatron_espo.models.llama import Llama, Mistral
 from megatron_espo.models.qwen import Qwen2, Qwen3, Qwen3Moe
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.plugins import load_object
 
-FAMILIES: dict[str, type[ModelSpec]] = {
-    family.architecture: family for family in (Llama, Mistral, Qwen2, Qwen3, Qwen3Moe, Glm, Glm4)
-}
+_ALL = (
+    Llama, Mistral, Qwen2, Qwen3, Qwen3Moe, Glm, Glm4, Glm4Moe, DeepseekV2, DeepseekV3,
+)  # fmt: skip
+FAMILIES: dict[str, type[ModelSpec]] = {family.architecture: family for family in _ALL}
 """By the architecture of ``config.json``."""
 
 

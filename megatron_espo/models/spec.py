@@ -1,6 +1,7 @@
 """``ModelSpec``: a model, read from ``config.json`` and checked once. Standard library only."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,12 @@ class Experts:
         ffn: feed-forward columns of one expert.
         normalized: whether the routing weights of a token sum to one (``norm_topk_prob``).
         layers: for each decoder layer, whether it has experts or a dense feed-forward.
+        shared_ffn: feed-forward columns of the experts that every token takes; 0: there are none.
+        is_biased: the weights are sigmoids. A bias, which no gradient trains, is added to choose
+            experts.
+        groups, top_groups: groups of experts, and the best of them, from which a token takes its
+            experts.
+        scale: factor of the routing weights.
     """
 
     count: int
@@ -34,6 +41,17 @@ class Experts:
     ffn: int
     normalized: bool
     layers: tuple[bool, ...]
+    shared_ffn: int = 0
+    is_biased: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+    @property
+    def layer_rules(self) -> tuple[ParamRule, ...]:
+        """Rules of a feed-forward with experts."""
+        bias = (rules.ROUTER_BIAS,) if self.is_biased else ()
+        return (*rules.EXPERT_MLP, *bias, *(rules.SHARED_MLP if self.shared_ffn else ()))
 
     @property
     def indices(self) -> list[int]:
@@ -50,6 +68,12 @@ class Experts:
             "moe_router_topk": self.per_token,
             # Weights that sum to one over the chosen experts are the softmax over their logits.
             "moe_router_pre_softmax": not self.normalized,
+            "moe_router_score_function": "sigmoid" if self.is_biased else "softmax",
+            "moe_router_enable_expert_bias": self.is_biased,
+            "moe_router_num_groups": self.groups if self.groups > 1 else None,
+            "moe_router_group_topk": self.top_groups if self.groups > 1 else None,
+            "moe_router_topk_scaling_factor": self.scale,
+            "moe_shared_expert_intermediate_size": self.shared_ffn or None,
             "moe_router_dtype": "fp32",
             # A balancing loss would change the weights even where every advantage is zero.
             "moe_router_load_balancing_type": "none",
@@ -69,8 +93,10 @@ class ModelSpec:
         defaults: of keys that ``config.json`` may lack.
         partial_rotary: whether ``partial_rotary_factor`` may be below 1.
         has_bias_option: whether ``attention_bias`` is read.
+        is_latent: whether keys and values of all heads come from one latent vector.
         post_norms: whether what attention and feed-forward add is normalized before (sandwich
             norms).
+        attention_output: rule of the output projection.
         dense_mlp: rules of a dense feed-forward.
         always_windowed: whether ``sliding_window`` counts without ``use_sliding_window``.
         hf_config: content of ``config.json``, for a user's exporter.
@@ -84,7 +110,9 @@ class ModelSpec:
     defaults: ClassVar[dict[str, Any]] = {}
     partial_rotary: ClassVar[bool] = False
     has_bias_option: ClassVar[bool] = False
+    is_latent: ClassVar[bool] = False
     post_norms: ClassVar[bool] = False
+    attention_output: ClassVar[ParamRule] = rules.ATTENTION_OUTPUT
     dense_mlp: ClassVar[tuple[ParamRule, ...]] = (rules.GATE_UP, rules.DOWN)
     always_windowed: ClassVar[bool] = True
 
@@ -174,11 +202,11 @@ class ModelSpec:
 
     def layer_rules(self, layer: int) -> tuple[ParamRule, ...]:
         """Rules of a decoder layer, counted from 0."""
-        is_sparse = self.experts is not None and self.experts.layers[layer]
-        mlp = rules.EXPERT_MLP if is_sparse else self.dense_mlp
+        experts = self.experts
+        mlp = experts.layer_rules if experts and experts.layers[layer] else self.dense_mlp
         post_norms = (rules.ATTENTION_POST_NORM, rules.MLP_POST_NORM) if self.post_norms else ()
         before = (rules.INPUT_NORM, *self.attention_rules())
-        return (*before, rules.ATTENTION_OUTPUT, rules.MLP_NORM, *mlp, *post_norms)
+        return (*before, self.attention_output, rules.MLP_NORM, *mlp, *post_norms)
 
     def transformer_arguments(self) -> dict[str, Any]:
         """Arguments of Megatron's ``TransformerConfig``, without the activation function."""
@@ -198,6 +226,11 @@ class ModelSpec:
             "add_qkv_bias": rules.QKV_BIAS in attention,
         } | (self.experts.transformer_arguments() if self.experts else {})
 
+    def cache_columns(self, gpus: int) -> int:
+        """Elements of a token's keys and values in a layer of the engine, on one of its GPUs."""
+        # vLLM replicates heads on more GPUs than heads.
+        return 2 * max(1, self.num_key_value_heads // gpus) * self.head_dim
+
     def change_layer(self, layer: Any) -> None:
         """Change Megatron's ``ModuleSpec`` of a decoder layer in place. For a user's own family."""
 
@@ -207,11 +240,16 @@ class ModelSpec:
         return {
             "hidden": self.hidden_size,
             "query": self.num_attention_heads * self.head_dim,
+            "value": self.num_attention_heads * self.head_dim,
             "key": self.num_key_value_heads * self.head_dim,
             "head_dim": self.head_dim,
             "ffn": self.intermediate_size,
             "vocab": self.vocab_size,
-        } | ({"experts": e.count, "expert_ffn": e.ffn} if (e := self.experts) else {})
+        } | (
+            {"experts": e.count, "expert_ffn": e.ffn, "shared_ffn": e.shared_ffn}
+            if (e := self.experts)
+            else {}
+        )
 
     @cached_property
     def groups(self) -> list[list[ParamMapping]]:
@@ -244,6 +282,7 @@ class ModelSpec:
                 query_groups=self.num_key_value_heads,
                 expert=expert,
                 num_experts=count,
+                is_float32=rule.is_float32,
             )
             for expert in (range(count) if count else [None])
         ]
@@ -253,12 +292,22 @@ class ModelSpec:
         """Shape of each Hugging Face tensor of the model."""
         return {n: shape for group in self.groups for m in group for n, shape in m.huggingface}
 
-    @property
-    def ignored_tensors(self) -> set[str]:
-        """Tensors that transformers ignores: a tied head, and rotary buffers of old exports."""
-        layers = range(self.num_hidden_layers)
-        rotary = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in layers}
-        return rotary | ({"lm_head.weight"} if self.tie_word_embeddings else set())
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of a model folder is neither loaded nor exported."""
+        return is_unused(self.hf_config, name)
+
+
+def is_unused(hf_config: dict[str, Any], name: str) -> bool:
+    """Whether transformers and vLLM ignore a tensor: a tied head, rotary buffers of old exports,
+    and layers that predict further tokens.
+    """
+    if name == "lm_head.weight":
+        return bool(hf_config.get("tie_word_embeddings"))
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    keys = ("num_hidden_layers", "num_nextn_predict_layers")
+    first, count = (hf_config.get(key) or 0 for key in keys)
+    is_prediction = found is not None and first <= int(found[1]) < first + count
+    return is_prediction or name.endswith("rotary_emb.inv_freq")
 
 
 class ExternalSpec(ModelSpec):

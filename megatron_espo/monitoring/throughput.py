@@ -1,6 +1,7 @@
 """FLOPs of training, peak FLOP/s of GPUs, memory in use, and the performance of a whole run."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import psutil  # accelerate requires it
@@ -30,23 +31,22 @@ def matmul_parameters(spec: ModelSpec) -> int:
     """Number of weights in a token's matrix products: attention, feed-forward (chosen experts only)
     and output layer.
     """
-    size, experts, layers = spec.sizes, spec.experts, spec.num_hidden_layers
-    sparse = sum(experts.layers) if experts else 0
-    attention = 2 * size["hidden"] * (size["query"] + size["key"])
-    feed_forward = (layers - sparse) * 3 * size["ffn"]
-    if experts:
-        router = experts.count
-        feed_forward += sparse * (experts.per_token * 3 * experts.ffn + router)
-    return layers * attention + size["hidden"] * (feed_forward + size["vocab"])
+    found = [0, 0]  # outside of the routed experts, in all of them
+    for mapping in (mapping for group in spec.groups[1:-1] for mapping in group):
+        matrices = (prod(shape) for _, shape in mapping.huggingface if len(shape) == 2)
+        found[mapping.expert is not None] += sum(matrices)
+    experts = spec.experts
+    chosen = found[1] * experts.per_token // experts.count if experts else 0
+    return found[0] + chosen + spec.hidden_size * spec.vocab_size
 
 
 def training_flops(spec: ModelSpec, lengths: Sequence[int]) -> float:
     """FLOPs of forward and backward over sequences of ``lengths`` tokens with causal attention,
     without recomputation.
     """
-    # Two products (scores, values) of 2 x query width FLOPs for each of T^2 / 2 pairs. Backward is
+    # Two products (scores, values) of 2 x their width FLOPs for each of T^2 / 2 pairs. Backward is
     # twice the forward.
-    attention = 6 * spec.num_hidden_layers * spec.sizes["query"]
+    attention = 3 * spec.num_hidden_layers * (spec.sizes["query"] + spec.sizes["value"])
     pairs = sum(length**2 for length in lengths)
     return 6.0 * matmul_parameters(spec) * sum(lengths) + attention * pairs
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_espo.errors import InputError
 from megatron_espo.files import safetensors_header
+from megatron_espo.models.spec import is_unused
 
 _SHOWN = 5
 
@@ -17,8 +18,8 @@ _SHOWN = 5
 def check_names(announced: Iterable[tuple[str, tuple[int, ...]]], model: str | Path) -> None:
     """Check that ``announced`` (name, shape) pairs are those of the safetensors files in ``model``.
 
-    A tied ``lm_head.weight`` and rotary ``inv_freq`` buffers are not compared, because vLLM skips
-    them. Without safetensors files there is nothing to compare.
+    Tensors that vLLM skips (``is_unused``) are not compared. Without safetensors files there is
+    nothing to compare.
 
     Raises:
         InputError: names the first tensors that differ.
@@ -28,12 +29,11 @@ def check_names(announced: Iterable[tuple[str, tuple[int, ...]]], model: str | P
         header = safetensors_header(file)
         expected |= {name: tuple(entry["shape"]) for name, entry in header.items()}
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    tied = (config.get("text_config") or {}) | config
-    skipped = ("rotary_emb.inv_freq", *["lm_head.weight"] * bool(tied.get("tie_word_embeddings")))
+    flat = (config.get("text_config") or {}) | config
     problems = [
         f"{name}: shape {given.get(name, 'missing')}, expected {expected.get(name, 'no tensor')}"
         for name in sorted(given.keys() | expected.keys())
-        if given.get(name) != expected.get(name) and not name.endswith(skipped)
+        if given.get(name) != expected.get(name) and not is_unused(flat, name)
     ]
     if expected and problems:
         more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""

@@ -15,6 +15,7 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vocab
 
 from megatron_espo.distributed.checksum import tensor_checksum
+from megatron_espo.models.mapping import EXPERT_BIAS
 
 _PROBE_COLUMNS = 256
 
@@ -44,6 +45,9 @@ def read_back_checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     for name, layer in model.named_modules():
         if isinstance(layer, linear.LinearBase | vocab.VocabParallelEmbedding):
             _add_matrix(found, name, layer, packed, dtype)
+            bias = getattr(layer, EXPERT_BIAS, None)
+            if bias is not None and get_tensor_model_parallel_rank() == 0:  # it is sent in float32
+                found[f"{name}.{EXPERT_BIAS}"] = tensor_checksum(bias.float())
         elif get_tensor_model_parallel_rank() == 0:  # experts have three dimensions
             for key, parameter in layer.named_parameters(recurse=False):
                 if parameter.numel() and parameter.dim() <= 2:

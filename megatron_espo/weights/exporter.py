@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_espo.errors import InputError
+from megatron_espo.models.mapping import EXPERT_BIAS
 from megatron_espo.weights.source import ParameterMetadata
 
 # Yields (Hugging Face name, whole tensor). Each call starts a new pass.
@@ -44,14 +45,17 @@ class ExportedWeightSource:
 
     Args:
         export: see ``Export``; all ranks iterate it together.
-        dtype: dtype of the stream.
+        dtype: dtype of the stream; a bias of a router is float32.
     """
 
     participates = True
 
     def __init__(self, export: Export, dtype: torch.dtype) -> None:
         self._export, self._dtype = export, dtype
-        self._metadata = [ParameterMetadata(n, dtype, tuple(t.shape)) for n, t in export()]
+        self._metadata = [
+            ParameterMetadata(name, self._dtype_of(name), tuple(tensor.shape))
+            for name, tensor in export()
+        ]
 
     def metadata(self) -> list[ParameterMetadata]:
         """Return name, dtype and shape of every tensor, in the exporter's order."""
@@ -77,12 +81,15 @@ class ExportedWeightSource:
                     raise InputError(
                         f"model.exporter: expected {expected} as in its first pass, got {name}"
                     )
-                tensors.append(tensor.detach().to(self._dtype))
+                tensors.append(tensor.detach().to(self._dtype_of(name)))
             yield names, tensors
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for names, tensors in self.iter_groups():
             yield from zip(names, tensors, strict=True)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(EXPERT_BIAS) else self._dtype
 
 
 def _layer(name: str) -> str | None:

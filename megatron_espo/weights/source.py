@@ -52,7 +52,8 @@ class WeightGatherer:
         spec: the model.
         pg_collection: Megatron's ``ProcessGroupCollection``; ``tp``, ``pp``, ``expt_tp``, ``ep``,
             ``tp_ep`` and ``tp_dp_cp`` are used.
-        dtype: dtype of the stream; tensors are cast before they are sent.
+        dtype: dtype of the stream; tensors are cast before they are sent. A tensor that
+            ``is_float32`` stays so.
         sharded: a rank yields only what its pipeline stage and its expert-parallel rank hold, and
             None for the other experts of its layers (sharded transports). Otherwise it yields the
             whole model (dense transports, in which rank 0 sends everything).
@@ -109,8 +110,12 @@ class WeightGatherer:
 
     def metadata(self) -> list[ParameterMetadata]:
         """Return name, dtype and shape of every tensor of the whole model, in stream order."""
-        tensors = (t for group in self._groups for mapping in group for t in mapping.huggingface)
-        return [ParameterMetadata(name, self._dtype, shape) for name, shape in tensors]
+        mappings = (mapping for group in self._groups for mapping in group)
+        return [
+            ParameterMetadata(name, self._dtype_of(m), shape)
+            for m in mappings
+            for name, shape in m.huggingface
+        ]
 
     def held_names(self) -> set[str] | None:
         """Return the names that this rank yields with ``sharded``; None means all names."""
@@ -151,7 +156,7 @@ class WeightGatherer:
         """Return a group's whole tensors; None for those that another rank yields."""
         group, owner = self._groups[index], self._owners[index]
         outputs = {
-            name: torch.empty(shape, dtype=self._dtype, device=self._device)
+            name: torch.empty(shape, dtype=self._dtype_of(mapping), device=self._device)
             for mapping in self._held(index)
             for name, shape in mapping.huggingface
         }
@@ -159,7 +164,8 @@ class WeightGatherer:
         if self._barrier is not None and (every or index == self._yielded()[0]):
             self._barrier.wait(f"the weights of {_names(group)[0]}", self._others)
         if self._spreads or owner == self._pp.rank():
-            self._merge(index, outputs)
+            # A float32 tensor travels as two bfloat16 columns for each of its elements.
+            self._merge(index, {name: out.view(self._dtype) for name, out in outputs.items()})
         return [outputs.get(name) for name in _names(group)]
 
     def _merge(self, index: int, outputs: dict[str, torch.Tensor]) -> None:
@@ -198,7 +204,7 @@ class WeightGatherer:
         """Yield what each rank of the owning stage has whole, of dense tensors, and of experts."""
         own = [m for m in self._groups[index] if self._ranks.holds(m)]
         is_owner = self._owners[index] == self._pp.rank()
-        held = [self._read(parameter) for _, parameter in self._bound[index] if is_owner]
+        held = [self._local(*bound) for bound in self._bound[index] if is_owner]
         for kind, group in enumerate((None, self._tp, self._experts)):
             chosen = [i for i, mapping in enumerate(own) if self._kind(mapping) == kind]
             mappings = [[own[i] for i in chosen]]
@@ -220,7 +226,17 @@ class WeightGatherer:
     def _shape(self, mapping: ParamMapping) -> tuple[int, ...]:
         size = self._ranks.shard(mapping).size
         shapes = [shape for _, shape in mapping.huggingface]
-        return local_shape(mapping.layout, shapes, size, self._vocab_rows * size)
+        shape = local_shape(mapping.layout, shapes, size, self._vocab_rows * size)
+        ratio = self._dtype_of(mapping).itemsize // self._dtype.itemsize
+        return (*shape[:-1], shape[-1] * ratio)
+
+    def _dtype_of(self, mapping: ParamMapping) -> torch.dtype:
+        return torch.float32 if mapping.is_float32 else self._dtype
+
+    def _local(self, mapping: ParamMapping, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Return this rank's shard, a float32 one as elements of the stream's dtype."""
+        shard = self._read(parameter)
+        return shard.view(self._dtype) if mapping.is_float32 else shard
 
 
 class _Place(NamedTuple):

@@ -22,12 +22,11 @@ def routed(model, experts) -> Iterator[None]:
         def hook(router, _, output):
             logits, _, own = output
             chosen = torch.cat([torch.as_tensor(experts[:, layer], dtype=torch.int64), own[-1:]])
-            weights = logits.softmax(-1).gather(1, chosen)
-            return (
-                logits,
-                weights / weights.sum(-1, keepdim=True) if router.norm_topk_prob else weights,
-                chosen,
-            )
+            is_sigmoid = hasattr(router, "e_score_correction_bias")
+            weights = (logits.sigmoid() if is_sigmoid else logits.softmax(-1)).gather(1, chosen)
+            if getattr(router, "norm_topk_prob", False):
+                weights = weights / weights.sum(-1, keepdim=True)
+            return logits, weights * getattr(router, "routed_scaling_factor", 1.0), chosen
 
         return hook
 

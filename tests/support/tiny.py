@@ -16,6 +16,8 @@ def save_tiny_model(folder: str | Path, family: str = "llama", seed: int = 7, **
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    from tests.support.weights_models import expert_biases
+
     words = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     )
@@ -52,6 +54,8 @@ def save_tiny_model(folder: str | Path, family: str = "llama", seed: int = 7, **
     ):  # large weights, because small ones give a uniform policy without entropy groups
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.15 + (parameter.dim() == 1))
+        for bias in expert_biases(model).values():
+            bias.copy_(torch.randn_like(bias) * 0.15)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

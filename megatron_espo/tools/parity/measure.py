@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,8 @@ class Model:
         groups = self.runtime.groups
         chunks = build_chunks(config, spec, self.runtime)
         self.train_engine = TrainEngine(chunks, groups, Optimizer(), 1)
-        chunks, read = self.train_engine.chunks, attrgetter("main_grad")
-        self._gradients = WeightGatherer(chunks, spec, groups, dtype=torch.float32, read=read)
+        chunks = self.train_engine.chunks
+        self._gradients = WeightGatherer(chunks, spec, groups, dtype=torch.float32, read=_gradient)
 
     def score(self, sequences: list[TrainSequence]) -> tuple[list[list[float]], list[list[float]]]:
         """Log-probs and entropies of each sequence, on one rank."""
@@ -134,6 +133,10 @@ def compare(
         worst=errors[worst],
         tensor=worst,
     )
+
+
+def _gradient(parameter: Any) -> torch.Tensor:
+    return parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
 
 
 def _relative(difference: float, size: float) -> float:

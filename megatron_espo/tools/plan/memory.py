@@ -172,9 +172,7 @@ def plan_engine(
     for mapping in (mapping for group in spec.groups for mapping in group):
         size = _elements(mapping) * itemsize
         weights += size if mapping.layout is ShardLayout.REPLICATED else -(-size // gpus)
-    # vLLM replicates heads on more GPUs than heads.
-    heads = max(1, spec.num_key_value_heads // gpus)
-    per_token = 2 * spec.num_hidden_layers * heads * spec.head_dim * itemsize
+    per_token = spec.num_hidden_layers * spec.cache_columns(gpus) * itemsize
     budget = int(rollout.gpu_memory_utilization * gpu_memory)
     return Engine(
         number=rollout.engines,
@@ -341,16 +339,17 @@ class Activations:
 
     def _layer(self, layer: Sequence[ParamMapping]) -> tuple[float, float]:
         """Bytes a token: what one layer keeps, and the gradients alive at once in its backward."""
-        routing, ffn, copies = self.spec.experts, self.spec.intermediate_size, 1
+        routing, ffn, copies, shared = self.spec.experts, self.spec.intermediate_size, 1, 0
         experts = max(mapping.num_experts for mapping in layer)
         if routing and experts:
-            ffn, copies = routing.ffn, routing.per_token
+            ffn, copies, shared = routing.ffn, routing.per_token, routing.shared_ffn
         qk_norm = any("q_norm" in name for mapping in layer for name, _ in mapping.huggingface)
         norms = 4 if self.spec.post_norms else 2
         kept = norms * self._norm() + self._attention(qk_norm) + self._mlp(ffn, experts, copies)
+        kept += self._mlp(shared, 0, 1)
         # Sequence parallelism gathers the linears' inputs and gradients.
         hidden = (2 if self.sp > 1 else 1) * self.spec.hidden_size
-        return kept, (2 * ffn * copies / self.tp + hidden) * self.itemsize
+        return kept, (2 * max(ffn * copies, shared) / self.tp + hidden) * self.itemsize
 
     def _norm(self) -> float:
         """An RMSNorm's input, and its output for the next linear."""

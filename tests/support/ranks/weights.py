@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from megatron_espo.config import Megatron
 from megatron_espo.distributed import runtime
 from megatron_espo.megatron.model import build_model
+from megatron_espo.models.mapping import EXPERT_BIAS
 from megatron_espo.weights import WeightGatherer, load_hf_weights, save_hf
 from tests.support.weights_models import load_spec
 
@@ -116,7 +117,8 @@ def check_stream(chunks, spec, groups, expected: dict[str, torch.Tensor]) -> Non
                     declared.shape,
                 )
                 assert tensor.is_contiguous()
-                assert torch.equal(tensor, expected[name].to(dtype)), name
+                assert torch.equal(tensor, expected[name].to(declared.dtype)), name
+                assert declared.dtype == (torch.float32 if name.endswith(EXPERT_BIAS) else dtype)
         assert [names for names, _ in source.iter_groups()] == (
             source.groups() if source.participates else []
         )

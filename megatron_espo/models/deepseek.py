@@ -1,0 +1,111 @@
+"""DeepSeek-V2-Lite and DeepSeek-V3: multi-head latent attention."""
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from megatron_espo.models import mapping as rules
+from megatron_espo.models.moe import SharedExpertsModel
+from megatron_espo.models.rope import read_rope
+
+_HEAD_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def _linear(name: str, theirs: str, shape: str) -> rules.ParamRule:
+    ours, layout = f"self_attention.linear_{name}.weight", rules.ShardLayout.COLUMN
+    return rules.make_rule(layout, ours, {f"self_attn.{theirs}.weight": shape})
+
+
+def _norm(name: str) -> rules.ParamRule:
+    ours = f"self_attention.{name}_layernorm.weight"
+    theirs = {f"self_attn.{name}_a_layernorm.weight": f"{name}_rank"}
+    return rules.make_rule(rules.REPLICATED, ours, theirs)
+
+
+_QUERY = (_linear("q_proj", "q_proj", "query hidden"),)
+_LATENT_QUERY = (
+    _linear("q_down_proj", "q_a_proj", "q_rank hidden"),
+    _norm("q"),
+    _linear("q_up_proj", "q_b_proj", "query q_rank"),
+)
+_KEY_VALUE = (
+    _linear("kv_down_proj", "kv_a_proj_with_mqa", "kv_down hidden"),
+    _norm("kv"),
+    _linear("kv_up_proj", "kv_b_proj", "kv_up kv_rank"),
+)
+
+
+class DeepseekV3(SharedExpertsModel):
+    architecture, model_type, is_latent = "DeepseekV3ForCausalLM", "deepseek_v3", True
+    required = (*SharedExpertsModel.required, *_HEAD_SIZES)
+    router = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    attention_output = rules.make_rule(
+        rules.ROW, "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden value"}
+    )
+
+    @classmethod
+    def router_problems(cls, hf: dict[str, Any]) -> Iterator[str]:
+        yield from super().router_problems(hf)
+        others = {"moe_layer_freq": 1, "rope_interleave": True, "rms_norm_eps": 1e-6}
+        for key, value in (cls.router | others).items():
+            if (found := hf.get(key, others.get(key))) != value:
+                yield f"{key}: expected {value!r} for {cls.architecture}, got {found!r}"
+        rope = read_rope(hf)
+        if rope.factor or not rope.yarn.get("yarn_correction_range_round_to_int", True):
+            yield "rope_parameters: expected default, or yarn with truncate, for latent attention"
+
+    def attention_rules(self) -> tuple[rules.ParamRule, ...]:
+        return (*(_LATENT_QUERY if self.hf_config.get("q_lora_rank") else _QUERY), *_KEY_VALUE)
+
+    def transformer_arguments(self) -> dict[str, Any]:
+        hf, yarn = self.hf_config, self.rope.yarn
+        found = super().transformer_arguments() | {
+            "q_lora_rank": hf.get("q_lora_rank"),
+            "kv_lora_rank": hf["kv_lora_rank"],
+            "qk_head_dim": hf["qk_nope_head_dim"],
+            "qk_pos_emb_head_dim": hf["qk_rope_head_dim"],
+            "v_head_dim": hf["v_head_dim"],
+            "rotary_base": self.rope.theta,
+            "rope_type": "yarn" if yarn else "rope",
+        }
+        if not yarn:
+            return found
+        # The scores are scaled by (growth * mscale_all_dim + 1)^2, cosines and sines by
+        # (growth * mscale + 1) / (growth * mscale_all_dim + 1).
+        rope = hf.get("rope_parameters") or hf["rope_scaling"]
+        growth, all_dim = 0.1 * math.log(rope["factor"]), rope.get("mscale_all_dim") or 0.0
+        attention = growth * yarn["yarn_mscale"] + 1
+        return found | {
+            "rotary_scaling_factor": yarn["yarn_rotary_scaling_factor"],
+            "original_max_position_embeddings": yarn["yarn_original_max_position_embeddings"],
+            "beta_fast": yarn["yarn_beta_fast"],
+            "beta_slow": yarn["yarn_beta_slow"],
+            "mscale": (attention * (growth * all_dim + 1) - 1) / growth,
+            "mscale_all_dim": all_dim,
+        }
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        heads = self.num_attention_heads
+        rank, nope, rope, value = (self.hf_config[key] for key in _HEAD_SIZES)
+        return super().sizes | {
+            "query": heads * (nope + rope),
+            "key": heads * (nope + rope),
+            "value": heads * value,
+            "q_rank": self.hf_config.get("q_lora_rank") or 0,
+            "kv_rank": rank,
+            "kv_down": rank + rope,
+            "kv_up": heads * (nope + value),
+        }
+
+    def cache_columns(self, gpus: int) -> int:
+        return self.sizes["kv_down"]  # one latent vector for all heads, on every GPU
+
+
+class DeepseekV2(DeepseekV3):
+    architecture, model_type, is_biased = "DeepseekV2ForCausalLM", "deepseek_v2", False
+    defaults = SharedExpertsModel.defaults | {
+        "norm_topk_prob": False, "topk_method": "greedy", "scoring_func": "softmax",
+    }  # fmt: skip
+    router = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False}
