@@ -149,8 +149,8 @@ class Trajectory:
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
     earlier: tuple["Trajectory", ...] = ()
-    routed_experts: np.ndarray | None = field(default=None, repr=False)
-    sampling_mask: SamplingMask | None = field(default=None, repr=False)
+    routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
+    sampling_mask: SamplingMask | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         length = len(self.response_ids)
@@ -208,8 +208,7 @@ class Trajectory:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Trajectory):
             return NotImplemented
-        unequal = ("routed_experts", "sampling_mask")
-        names = [entry.name for entry in fields(self) if entry.name not in unequal]
+        names = [entry.name for entry in fields(self) if entry.compare]
         pairs = ((getattr(self, name), getattr(other, name)) for name in names)
         return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 

@@ -154,6 +154,34 @@ def test_several_updates_per_batch_under_pipeline_parallelism(folder):
     assert any(abs(line["group1/ratio"] - 1) > 1e-6 for line in lines)
 
 
+@pytest.mark.slow
+def test_top_p_trains_on_the_kept_ids(folder):
+    """DP=2 with several updates, a KL penalty and evaluations. A replay gives the same weights; a
+    replay without top-p is an error.
+    """
+    settings = [
+        "megatron.tensor_model_parallel_size=1",
+        "algorithm.num_mini_batches=2",
+        "algorithm.kl_coef=0.01",
+        "eval.every=1",
+        f"eval.prompts={folder / 'prompts.jsonl'}",
+        "run.steps=2",
+    ]
+    sampled, again = folder / "top_p", folder / "top_p_again"
+    top_p = "rollout.top_p=0.8"
+    done = run_training(folder, *settings, top_p, f"run.dir={sampled}", "run.keep_rollouts=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_jsonl(sampled / "metrics.jsonl")
+    assert all(line["mismatch/logprob_gap_max"] < 1e-3 for line in lines), lines
+    replay = [*settings[:3], "run.steps=2", f"run.dir={again}", f"run.replay={sampled}/rollouts"]
+    done = run_training(folder, *replay)
+    assert done.returncode != 0 and "rollout.top_k, got some" in done.stdout + done.stderr
+    done = run_training(folder, *replay, top_p)
+    assert done.returncode == 0, done.stdout + done.stderr
+    weights = [load_weights(path / "hf") for path in (sampled, again)]
+    assert all(weights[1][name].equal(tensor) for name, tensor in weights[0].items())
+
+
 def test_bad_row_is_reported_before_the_run_starts(folder):
     (folder / "bad.jsonl").write_text(
         '{"prompt": "What is 1?", "answer": "1"}\n{"prompt": "no answer"}\n'

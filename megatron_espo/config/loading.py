@@ -29,8 +29,7 @@ _REMOVED = {
     "reward.overlong_penalty": "the overlong penalty is 1 at the length limit",
     "rollout.allow_router_mismatch": "rollout.router_replay=false needs "
     "algorithm.rollout_correction token, sequence or geometric",
-    "rollout.allow_truncated_sampling": "training renormalizes over the tokens that top_p and "
-    "top_k kept",
+    "rollout.allow_truncated_sampling": "training uses the ids that top_p and top_k kept",
     "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
     "rollout.canary_prompts=0 turns the comparison off",
     "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",

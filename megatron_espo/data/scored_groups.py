@@ -131,8 +131,7 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
     if "mask_ids" in arrays:
         ids = _split(arrays["mask_ids"], arrays["mask_ids_lengths"])
         counts = _split(arrays["mask_counts"], arrays["response_lengths"])
-        kept = map(SamplingMask, ids, counts)
-        masks = (mask if len(mask.ids) else None for mask in kept)
+        masks = (m if len(m.ids) else None for m in map(SamplingMask, ids, counts))
     columns = (content["parts"], content["texts"], zip(*fields, strict=True), experts, masks)
     parts = zip(*columns, strict=True)
     num_parts = iter(content["num_parts"])

@@ -218,8 +218,8 @@ class Actor:
             what = f"gradient: {result.skipped}; no step taken, batch in {path}"
             if dist.get_rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                bare = {"routed_experts": None, "sampling_mask": None}
-                responses = [replace(s, **bare) for group in part for s in group]
+                sequences = [s for group in part for s in group]
+                responses = [replace(s, routed_experts=None, sampling_mask=None) for s in sequences]
                 text = json.dumps([asdict(s) for s in responses], default=np.ndarray.tolist)
                 path.write_text(text, encoding="utf-8")
                 print(f"warning: {what}", flush=True)

@@ -140,9 +140,8 @@ class HttpClient:
         arrays = load(content)
         if not np.isfinite(arrays["logprobs"]).all():
             raise EngineError(f"generate: a log-prob of request {request_id!r} is not finite")
-        mask = None
-        if "mask_ids" in arrays:
-            mask = SamplingMask(arrays.pop("mask_ids"), arrays.pop("mask_counts"))
+        kept = [arrays.pop(name) for name in ("mask_ids", "mask_counts") if name in arrays]
+        mask = SamplingMask(*kept) if kept else None
         return Generation(finish_reason=headers["x-finish-reason"], sampling_mask=mask, **arrays)
 
     async def close(self) -> None:

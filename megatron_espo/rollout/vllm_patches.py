@@ -103,7 +103,8 @@ def record_sampling_masks(runner: Any) -> None:
     from vllm.v1.outputs import SamplingMaskLists
 
     sampler, sample_tokens = runner.sampler.topk_topp_sampler, runner.sample_tokens
-    sample, masks = sampler.forward, []
+    sample = sampler.forward
+    masks: list[SamplingMaskLists] = []
 
     def sample_and_record(*args: Any) -> Any:
         sampled, logprobs = sample(*args)
