@@ -47,7 +47,7 @@ def test_a_step_that_fails_or_hangs_ends_no_other_step(one_stage, tmp_path, caps
     assert rows["hangs"]["seconds"] < 10
     assert rows["lacks"]["outcome"] == "skipped: no_such_module not installed"
     assert rows["works"]["outcome"] == "ok"
-    assert rows["works"]["values"] == {"rate tokens in s of H100": [2000.5, 1e-3]}
+    assert rows["works"]["values"] == [["rate tokens in s of H100", [2000.5, 1e-3]]]
     assert "why" in (tmp_path / "a-broken.txt").read_text()
     assert "rate 2,000.5 tokens" in capsys.readouterr().out
 

@@ -92,7 +92,7 @@ def engine(eager: bool = False) -> None:
         shapes = [(meta.name, tuple(meta.shape)) for meta in source.metadata()]
         gpu = {"sleep": True, "gpu_memory_utilization": 0.3, "engine_args": EAGER if eager else {}}
         config = real_engine.engine_config(
-            path, folder, transport=kind, start_timeout_s=300.0, **(gpu if HAS_GPU else {})
+            path, folder, transport=kind, start_timeout_s=1200.0, **(gpu if HAS_GPU else {})
         )
         began = time.perf_counter()
         with real_engine.running_engine(config) as server:
@@ -112,9 +112,9 @@ def engine(eager: bool = False) -> None:
                     with timed() as clock:
                         server.sleep()
                     say("sleep", clock.seconds, "s")
-                    say("memory freed by sleep", free() - before, "GiB")
-                    total = torch.cuda.mem_get_info()[1] / 2**30 if HAS_GPU else 0.0
-                    assert free() - before >= 0.2 * total
+                    if HAS_GPU:
+                        say("memory freed by sleep", free() - before, "GiB")
+                        assert free() - before >= 0.2 * torch.cuda.mem_get_info()[1] / 2**30
                     with timed() as clock:
                         server.wake(shapes)
                     say("wake-up of the weights, filled with NaN", clock.seconds, "s")
