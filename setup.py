@@ -43,8 +43,14 @@ setup(
         "gpu": [
             *COMMON,
             MEGATRON,
-            "transformer-engine[pytorch]>=2.8",
-            "vllm>=0.32",
+            # Its torch part builds from source against the installed torch: docs/cluster.md.
+            "transformer-engine[core-cu13,pytorch]>=2.20,<2.21",
+            # megatron_espo/rollout/vllm_patches.py is for 0.32. vLLM selects torch, and so CUDA 13.
+            "vllm>=0.32,<0.33",
+            # Older releases contain CUDA 12's bindings and overwrite those of cuda-bindings 13.
+            "cuda-python>=13,<14",
+            # vLLM asks for any nvcc; these extras select the one of torch's CUDA release.
+            "cuda-toolkit[cccl,nvcc]>=13,<14",
         ],
         # What Megatron-Bridge imports. docs/models.md tells how to install it itself.
         "bridge": ["omegaconf>=2.3"],

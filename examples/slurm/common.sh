@@ -2,7 +2,7 @@
 # Shared code of the job templates, which source this file. Submit from the repository's folder.
 #   RUN_DIR=FOLDER      the run's folder; the default contains the job's number, which a requeued job keeps
 #   CONTAINER=pyxis     srun --container-image (enroot);   CONTAINER=apptainer   apptainer exec --nv
-#   IMAGE=FILE          the image: nvcr.io#nvidia/pytorch:..., or a *.sqsh or *.sif file, with this package's dependencies
+#   IMAGE=FILE          the image of the Dockerfile as a *.sqsh or *.sif file (docs/cluster.md), or another with its packages
 #   MOUNTS=SRC:DST,...  more folders to mount in the container, such as the models
 
 # --- the run's folder --------------------------------------------------------------------------------------------------
