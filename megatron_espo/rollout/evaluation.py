@@ -169,6 +169,7 @@ def engine_config(
         sleep=rollout.sleep and not load_weights,
         routed_experts=expert_layers is not None,
         expert_layers=expert_layers or [],
+        quantization=rollout.quantization,
         load_weights=load_weights,
         engine_args=rollout.engine_args,
     )

@@ -8,7 +8,11 @@ from typing import Any
 _SHOWN = 5
 # Mean |engine - trainer| log-prob gap that counts as rounding, nats a token. Measured on a 135M
 # model: 1e-5 in float32, 0.03 in bfloat16; stale weights give 0.2 and more.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "quantized": 0.3}
+# Largest relative error of a tensor, |served - sent| / |sent|. Rounding to the 3 mantissa bits of
+# fp8 changes a value by at most 1/16 of it, and a tensor by about 0.027; int8 by about 0.01; 4 bits
+# by about 0.12. A wrong layout gives 1.4. The error is estimated with a standard error of 18 %.
+LIMITS = {"high precision": 0.01, "8 bits": 0.1, "4 bits": 0.3}
 
 
 def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | None:
@@ -28,6 +32,71 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
         f"{len(wrong)} of {len(expected)} tensors are not served as they were sent: "
         f"{', '.join(wrong[:_SHOWN])}{more}"
     )
+
+
+Sketch = Sequence[float]
+
+
+@dataclass(frozen=True)
+class AuditedTensor:
+    """A matrix as the engine serves it.
+
+    Attributes:
+        name: in the checkpoint.
+        error: estimate of |served - sent| / |sent|; None: the engine cannot read it back.
+        dtype: in the engine's memory.
+        quantized: whether the dtype has fewer bits than bfloat16.
+    """
+
+    name: str
+    error: float | None = None
+    dtype: str = "unknown"
+    quantized: bool = False
+
+
+def audit_quantization(
+    sent: Mapping[str, tuple[float, Sketch]], served: Mapping[str, Mapping], quantization: str
+) -> tuple[list[AuditedTensor], str | None]:
+    """Compare the matrices that the engine serves with those that were sent.
+
+    Args:
+        sent: norm and ``checksum.tensor_sketch`` of each matrix.
+        served: ``read_back.read_back_sketches``.
+        quantization: ``rollout.quantization``.
+
+    Returns:
+        All matrices, and a description of those whose error is above the limit; None if none is.
+    """
+    expected, rows, wrong = dict(sent), [], list[str]()
+    if "lm_head.weight" in served and "model.embed_tokens.weight" in sent:  # a tied output layer
+        expected.setdefault("lm_head.weight", sent["model.embed_tokens.weight"])
+    for name, (norm, sketch) in expected.items():
+        if name not in served:
+            rows.append(AuditedTensor(name))
+            continue
+        found = served[name]
+        own, dtype, quantized = found["sketch"], found["dtype"], found["quantized"]
+        error = _distance(own, sketch) / (norm or 1e-30)
+        rows.append(AuditedTensor(name, error, dtype, quantized))
+        bits = "4 bits" if "4" in quantization else "8 bits"
+        limit = LIMITS[bits if quantized else "high precision"]
+        if not error <= limit:
+            wrong.append(
+                f"{name} ({dtype}): relative error {error:.3g}, expected at most {limit:g}"
+            )
+            same = (n for n, s in sent.items() if _distance(own, s[1]) <= limit * s[0])
+            if len(wrong) <= _SHOWN and (other := next(same, "")):
+                wrong[-1] += f"; it holds the values of {other}"
+    if not wrong:
+        return rows, None
+    more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
+    what = f"{len(wrong)} of {len(rows)} matrices are not served as they were sent"
+    return rows, f"{what}: {', '.join(wrong[:_SHOWN])}{more}"
+
+
+def _distance(one: Sketch, other: Sketch) -> float:
+    """Estimate of the norm of the difference of two tensors."""
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
 
 
 @dataclass(frozen=True)
