@@ -240,9 +240,9 @@ def test_exchanged_experts_are_named(monkeypatch):
     name = rf"{PREFIX}mlp.experts.{{}}.down_proj.weight"
     for one, other in ((0, 2), (2, 0)):
         text = (
-            rf"{name.format(one)} \(float8_e4m3fn\): relative error 1\.\d+, expected at most 0.1; "
+            rf"{name.format(one)} \(float8_e4m3fn\): relative error 1\.\d+, expected at most 0.1 "
         )
-        assert re.search(text + f"it holds the values of {name.format(other)}", wrong), wrong
+        assert re.search(text + rf"\(it holds the values of {name.format(other)}\)", wrong), wrong
     assert wrong.startswith("2 of ")
 
 

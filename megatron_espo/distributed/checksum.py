@@ -87,9 +87,9 @@ def tensor_sketch(part: Tensor, first_row: int = 0, first_column: int = 0) -> Te
     flat = part.reshape(part.shape[0], -1)
     signs = column_signs(first_column, flat.shape[1], flat.device)
     total = torch.zeros(_SKETCH_SIZE, dtype=torch.float64, device=flat.device)
-    step = max(1, _SKETCH_ELEMENTS // max(1, flat.shape[1]))
-    for start in range(0, flat.shape[0], step):
-        total += sketch_rows(flat[start : start + step].float() @ signs, first_row + start)
+    for rows in flat.split(max(1, _SKETCH_ELEMENTS // flat.shape[1])):
+        total += sketch_rows(rows.float() @ signs, first_row)
+        first_row += len(rows)
     return total
 
 

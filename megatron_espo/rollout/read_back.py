@@ -58,34 +58,34 @@ def read_back_checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
 @torch.no_grad()
 def read_back_sketches(
     model: nn.Module, dtype: torch.dtype, device: torch.device
-) -> dict[str, dict[str, Any]]:
-    """Sketch of this rank's part of each Hugging Face matrix, as the engine computes with it.
+) -> list[tuple[str, str, bool, list[float]]]:
+    """Sketches of this rank's parts of the Hugging Face matrices, as the engine uses them.
 
     Args:
         dtype: of the activations.
         device: of the weights.
 
     Returns:
-        By name: ``sketch`` (``tensor_sketch``; sums over tensor-parallel ranks), ``dtype`` of the
-        weights in memory, and whether they are ``quantized``. Experts of kernels with an unknown
-        layout are absent.
+        For each part: the tensor's name, the dtype in memory, whether it has fewer bits than
+        bfloat16, and the sketch (``tensor_sketch``). The sketches of all parts of a tensor, on all
+        tensor-parallel ranks, add up to its sketch. Experts of kernels with an unknown layout are
+        absent.
     """
     packed = getattr(model, "packed_modules_mapping", {})
-    found: dict[str, dict[str, Any]] = {}
+    found: list[tuple[str, str, bool, list[float]]] = []
 
     def add(name: str, weight: Tensor | None, sketch: Tensor) -> None:
         values = sketch.nan_to_num(nan=_HUGE, posinf=_HUGE, neginf=-_HUGE).tolist()
-        if name in found:
-            values = [a + b for a, b in zip(values, found[name]["sketch"], strict=True)]
-        text = "packed" if weight is None else str(weight.dtype).removeprefix("torch.")
-        found[name] = {"sketch": values, "dtype": text, "quantized": _is_quantized(weight)}
+        kind = "packed" if weight is None else str(weight.dtype).removeprefix("torch.")
+        found.append((name, kind, _is_quantized(weight), values))
 
     for name, layer in model.named_modules():
         if isinstance(layer, linear.LinearBase | vocab.VocabParallelEmbedding):
             weight, kind = getattr(layer, "weight", None), dtype
             if weight is not None and not _is_quantized(weight):
                 kind = weight.dtype  # the output layer and routers may be float32
-            signs = checksum.column_signs(_first_column(layer), _columns(layer), device).T.to(kind)
+            signs = checksum.column_signs(_first_column(layer), _columns(layer), device)
+            signs = signs.T.to(kind).contiguous()
             if _is_lookup(layer):
                 products = nn.functional.linear(signs, layer.weight).T
             else:

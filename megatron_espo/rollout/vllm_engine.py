@@ -180,15 +180,10 @@ class VLLMEngine:
                 total[name] = (total.get(name, 0) + value) % 2**64
         return total
 
-    def read_back_sketches(self) -> dict[str, dict[str, Any]]:
-        """``read_back.read_back_sketches`` of all workers, their sketches summed."""
-        total: dict[str, dict[str, Any]] = {}
-        for part in self._worker("read_back_sketches", phase=Phase.VERIFY):
-            for name, found in part.items():
-                if (own := total.setdefault(name, found)) is not found:
-                    pairs = zip(own["sketch"], found["sketch"], strict=True)
-                    own["sketch"] = [a + b for a, b in pairs]
-        return total
+    def read_back_sketches(self) -> list[tuple[str, str, bool, list[float]]]:
+        """``read_back.read_back_sketches`` of all workers."""
+        parts = self._worker("read_back_sketches", phase=Phase.VERIFY)
+        return [tuple(row) for part in parts for row in part]
 
     def canary(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Generation]:
         """Sample ``num_tokens`` after each prompt, with fixed seeds, from weights that arrived."""

@@ -49,7 +49,7 @@ class WorkerExtension:
         """See ``read_back.read_back_checksums``."""
         return read_back_checksums(self.model_runner.get_model(), getattr(torch, dtype))
 
-    def read_back_sketches(self) -> dict[str, dict[str, Any]]:
+    def read_back_sketches(self) -> list[tuple[str, str, bool, list[float]]]:
         """See ``read_back.read_back_sketches``."""
         model = self.model_runner.get_model()
         return read_back_sketches(model, self.model_config.dtype, self.device)

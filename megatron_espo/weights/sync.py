@@ -233,8 +233,7 @@ class WeightSync:
         engine, every = self._engine, self._config.verify_every
         is_due = self._pushes == 0 or (every > 0 and self._pushes % every == 0)
         self._source.checksums = {} if is_due and engine is not None else None
-        is_quantized = self._config.quantization is not None and engine is not None
-        self._source.sketches = {} if is_quantized else None
+        self._source.sketches = {} if self._config.quantization and engine is not None else None
 
         def send() -> None:
             with self._source.one_pass():
@@ -243,39 +242,42 @@ class WeightSync:
                 torch.cuda.empty_cache()  # the engine's caches need the memory
 
         def verify() -> None:
-            sent, began = self._source.checksums, time.perf_counter()
-            if engine is None or (sent is None and not is_quantized):
+            sent, sketches = self._source.checksums, self._source.sketches
+            if engine is None or (sent is None and sketches is None):
                 return
+            began = time.perf_counter()
             if sent is not None:
                 served = engine.read_back_checksums(self._dtype)
                 if wrong := wrong_tensors(sent, served):
                     raise EngineError(wrong, Phase.VERIFY)
                 metrics["sync/verified_tensors"] = len(served.keys() & sent.keys())
-            if is_quantized:
-                self._audit_quantization(engine, version, metrics)
+            if sketches is not None:
+                metrics.update(self._audit_quantization(engine, version, sketches))
             metrics["time/verify_s"] = time.perf_counter() - began
 
         self._on_all_ranks("transfer", send)
         self._on_all_ranks("verify", verify)
 
     def _audit_quantization(
-        self, engine: VLLMEngine, version: int, metrics: dict[str, float]
-    ) -> None:
+        self, engine: VLLMEngine, version: int, sent: dict[str, tuple[float, list[float]]]
+    ) -> dict[str, float]:
         """Compare each matrix of the engine with the one that was sent; write the table."""
-        sent, quantization = self._source.sketches or {}, self._config.quantization or ""
-        rows, wrong = audit_quantization(sent, engine.read_back_sketches(), quantization)
-        lines = (json.dumps({"version": version} | asdict(row)) + "\n" for row in rows)
+        served, quantization = engine.read_back_sketches(), self._config.quantization or ""
+        rows, wrong = audit_quantization(sent, served, quantization)
+        lines = [json.dumps({"version": version} | asdict(row)) + "\n" for row in rows]
         table = engine.config.log_path.with_suffix(".quantization.jsonl")
         table.write_text("".join(lines))
         if wrong:
             raise EngineError(wrong, Phase.VERIFY, final=True)
         errors = [row.error for row in rows if row.quantized and row.error is not None]
         high = [row.name for row in rows if row.error is not None and not row.quantized]
-        metrics["sync/quantization_error_max"] = max(errors, default=0.0)
-        metrics["sync/unquantized"] = len(high)
-        metrics["sync/unaudited"] = sum(row.error is None for row in rows)
         if self._pushes == 0:
-            self._warn(f"rollout.quantization: {len(high)} matrices are not quantized; see {table}")
+            what = f"{len(high)} matrices are not quantized: {', '.join(high[:5])}"
+            self._warn(f"rollout.quantization: {what}; {table} lists all matrices")
+        unaudited = len(rows) - len(errors) - len(high)
+        largest = max(errors, default=0.0)
+        names = "sync/quantization_error_max", "sync/unquantized", "sync/unaudited"
+        return dict(zip(names, (largest, len(high), unaudited), strict=True))
 
     def _resume(self) -> None:
         """Let the engine generate again. It refuses requests until it serves."""

@@ -1,7 +1,7 @@
 """Compare the engine's weights and log-probs with the trainer's. Standard library only."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,22 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
     Tensors that only one side has are not compared, except a tied output layer, which must equal
     the embedding.
     """
-    expected = dict(sent)
-    if "model.embed_tokens.weight" in sent:
-        expected.setdefault("lm_head.weight", sent["model.embed_tokens.weight"])
+    expected = _with_tied(sent)
     wrong = [name for name in expected if name in served and served[name] != expected[name]]
     if not wrong:
         return None
-    more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
-    return (
-        f"{len(wrong)} of {len(expected)} tensors are not served as they were sent: "
-        f"{', '.join(wrong[:_SHOWN])}{more}"
-    )
+    what = f"{len(wrong)} of {len(expected)} tensors are not served as they were sent"
+    return f"{what}: {_first(wrong)}"
+
+
+def _with_tied(sent: Mapping[str, Any]) -> dict[str, Any]:
+    embedding = "model.embed_tokens.weight"
+    return ({"lm_head.weight": sent[embedding]} if embedding in sent else {}) | dict(sent)
+
+
+def _first(items: Sequence[str]) -> str:
+    more = f" (and {len(items) - _SHOWN} more)" if len(items) > _SHOWN else ""
+    return f"{', '.join(items[:_SHOWN])}{more}"
 
 
 Sketch = Sequence[float]
@@ -55,27 +60,31 @@ class AuditedTensor:
 
 
 def audit_quantization(
-    sent: Mapping[str, tuple[float, Sketch]], served: Mapping[str, Mapping], quantization: str
+    sent: Mapping[str, tuple[float, Sketch]],
+    served: Iterable[tuple[str, str, bool, Sketch]],
+    quantization: str,
 ) -> tuple[list[AuditedTensor], str | None]:
     """Compare the matrices that the engine serves with those that were sent.
 
     Args:
         sent: norm and ``checksum.tensor_sketch`` of each matrix.
-        served: ``read_back.read_back_sketches``.
+        served: ``read_back.read_back_sketches`` of all workers.
         quantization: ``rollout.quantization``.
 
     Returns:
         All matrices, and a description of those whose error is above the limit; None if none is.
     """
-    expected, rows, wrong = dict(sent), [], list[str]()
-    if "lm_head.weight" in served and "model.embed_tokens.weight" in sent:  # a tied output layer
-        expected.setdefault("lm_head.weight", sent["model.embed_tokens.weight"])
-    for name, (norm, sketch) in expected.items():
-        if name not in served:
-            rows.append(AuditedTensor(name))
+    sketches, kinds = dict[str, Sketch](), dict[str, tuple[str, bool]]()
+    for name, dtype, quantized, part in served:
+        known = sketches.get(name, [0.0] * len(part))
+        sketches[name] = [a + b for a, b in zip(known, part, strict=True)]
+        kinds[name] = dtype, quantized
+    rows, wrong = [], list[str]()
+    for name, (norm, sketch) in _with_tied(sent).items():
+        if name not in sketches:
+            rows += [AuditedTensor(name)] if name in sent else []
             continue
-        found = served[name]
-        own, dtype, quantized = found["sketch"], found["dtype"], found["quantized"]
+        (dtype, quantized), own = kinds[name], sketches[name]
         error = _distance(own, sketch) / (norm or 1e-30)
         rows.append(AuditedTensor(name, error, dtype, quantized))
         bits = "4 bits" if "4" in quantization else "8 bits"
@@ -86,12 +95,9 @@ def audit_quantization(
             )
             same = (n for n, s in sent.items() if _distance(own, s[1]) <= limit * s[0])
             if len(wrong) <= _SHOWN and (other := next(same, "")):
-                wrong[-1] += f"; it holds the values of {other}"
-    if not wrong:
-        return rows, None
-    more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
+                wrong[-1] += f" (it holds the values of {other})"
     what = f"{len(wrong)} of {len(rows)} matrices are not served as they were sent"
-    return rows, f"{what}: {', '.join(wrong[:_SHOWN])}{more}"
+    return rows, f"{what}: {_first(wrong)}" if wrong else None
 
 
 def _distance(one: Sketch, other: Sketch) -> float:

@@ -110,11 +110,10 @@ class ObservedSource(M2NWeightSource):
             del tensors
 
     def _record(self, names: list[str], tensors: list[torch.Tensor]) -> None:
-        for name, tensor in zip(names, tensors, strict=True):
-            if tensor is None:
-                continue
-            if self.checksums is not None:
-                self.checksums[name] = tensor_checksum(tensor)
+        held = [(n, t) for n, t in zip(names, tensors, strict=True) if t is not None]
+        if self.checksums is not None:
+            self.checksums |= {name: tensor_checksum(tensor) for name, tensor in held}
+        for name, tensor in held:
             if self.sketches is not None and tensor.dim() > 1:
                 norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
                 self.sketches[name] = norm, tensor_sketch(tensor).tolist()
