@@ -301,7 +301,7 @@ def test_weight_updates_into_a_quantized_engine_are_audited(tmp_path):
     for metrics in answer["metrics"]:
         assert 0.01 < metrics["sync/quantization_error_max"] < 0.06
         assert metrics["sync/unquantized"] == 2 and metrics["sync/unaudited"] == 0
-        assert 0 < metrics["mismatch/canary"] < 0.3
+        assert 0 < metrics["mismatch/canary"] < 0.5
     assert answer["metrics"][0]["sync/verified_tensors"] > 2
     message = r"version 2: rank 0, phase verify: 2 of \d+ matrices are not served as they were sent"
     assert re.search(message, answer["error"]), answer["error"]

@@ -20,14 +20,9 @@ from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.engine import EngineError, Phase, State
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from megatron_espo.types import Prompt
+from megatron_espo.weights import verification
 from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
-from megatron_espo.weights.verification import (
-    TOLERANCE,
-    CanarySample,
-    audit_quantization,
-    canary_gap,
-    wrong_tensors,
-)
+from megatron_espo.weights.verification import TOLERANCE, CanarySample, canary_gap, wrong_tensors
 from megatron_espo.weights.vllm_source import GatherError, MegatronWeightSource, ObservedSource
 
 _CANARY_TOKENS = 4
@@ -94,8 +89,10 @@ class WeightSync:
         on_hosts = bool(rollout.hosts)
         devices = rollout.visible_devices
         self._name = transport.resolve_transport(rollout.transport, devices, on_hosts)
-        self._dtype = config.model.dtype
-        self._tolerance = TOLERANCE["quantized" if rollout.quantization else self._dtype]
+        self._dtype, quantization = config.model.dtype, rollout.quantization
+        self._tolerance = TOLERANCE[
+            verification.bits(quantization) if quantization else self._dtype
+        ]
         self._actor, self._engine = actor, engine
         self._canary, self._on_served = list(canary), on_served
         calls = _ENGINE_CALLS * rollout.timeout_s
@@ -263,7 +260,7 @@ class WeightSync:
     ) -> dict[str, float]:
         """Compare each matrix of the engine with the one that was sent; write the table."""
         served, quantization = engine.read_back_sketches(), self._config.quantization or ""
-        rows, wrong = audit_quantization(sent, served, quantization)
+        rows, wrong = verification.audit_quantization(sent, served, quantization)
         lines = [json.dumps({"version": version} | asdict(row)) + "\n" for row in rows]
         table = engine.config.log_path.with_suffix(".quantization.jsonl")
         table.write_text("".join(lines))
