@@ -20,6 +20,7 @@ RESERVED_ENGINE_ARGS = {
     "weight-transfer-config": "use rollout.transport",
     "enable-return-routed-experts": "use rollout.router_replay",
     "return-sampling-mask": "use rollout.top_p and rollout.top_k",
+    "quantization": "use rollout.quantization",
 } | dict.fromkeys(
     (
         "api-key", "generation-config", "hf-overrides", "host", "load-format", "logprobs-mode",
@@ -88,6 +89,11 @@ class Rollout(Section):
     """Free the engine's GPU memory while the trainer trains; all weights are sent again
     afterwards. For engines that share the trainer's GPUs. Allows a high
     gpu_memory_utilization."""
+    quantization: str | None = Field(None, min_length=1)
+    """Weights and matrix products of the engine in fewer bits; the trainer keeps bfloat16. fp8 is
+    vLLM's fp8_per_channel; other online quantizations of vLLM pass through. Needs
+    algorithm.rollout_correction token, sequence or geometric. Every weight update compares the
+    engine's weights with those that were sent. null: off."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of vLLM's server by name, such as {max_num_seqs: 64}. Arguments that this
     project sets are refused."""

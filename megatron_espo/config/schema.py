@@ -315,12 +315,15 @@ class Config(Section):
         if algorithm.zero_variance_scale and rounds:
             expected = "0 with algorithm.zero_variance_scale, which trains what it drops"
             yield expect("rollout.max_resampling_rounds", expected, rounds)
-        staleness, correction = rollout.max_staleness, algorithm.rollout_correction
-        if staleness and correction not in ("token", "sequence", "geometric"):
-            expected = f"token, sequence or geometric with rollout.max_staleness {staleness}"
-            yield expect("algorithm.rollout_correction", expected, correction)
-        if fp8 and self.model.dtype != "bfloat16":
-            yield expect("megatron.fp8", f"null with model.dtype {self.model.dtype}", fp8)
+        correction, dtype = algorithm.rollout_correction, self.model.dtype
+        for name in ("max_staleness", "quantization"):
+            value = getattr(rollout, name)
+            if value and correction not in ("token", "sequence", "geometric"):
+                expected = f"token, sequence or geometric with rollout.{name} {value}"
+                yield expect("algorithm.rollout_correction", expected, correction)
+        for key, value in (("megatron.fp8", fp8), ("rollout.quantization", rollout.quantization)):
+            if value and dtype != "bfloat16":
+                yield expect(key, f"null with model.dtype {dtype}", value)
         buffer, longest = self.reward.overlong_buffer_tokens, rollout.max_response_tokens
         if buffer is not None and algorithm.advantage == "maxrl":
             expected = "null with algorithm.advantage maxrl, which needs rewards of at least 0"

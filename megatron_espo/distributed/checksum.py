@@ -1,4 +1,4 @@
-"""Checksums: of a step's arrays, of weights in transit, and one that adds up over shards."""
+"""Checksums and sketches: of a step's arrays, of weights in transit, and of shards that add up."""
 
 import zlib
 
@@ -9,6 +9,8 @@ from torch import Tensor
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK_BYTES = 4096
 _CHUNK_ELEMENTS = 1 << 16  # fits a CPU cache
+_SKETCH_SIZE, _SKETCH_ELEMENTS = 16, 1 << 22
+_ROW_BIT, _COLUMN_BIT = 8, 32  # first of the bits of ``_multipliers`` that give the signs
 
 
 def array_checksum(values: np.ndarray, start: int = 0) -> int:
@@ -63,6 +65,48 @@ def tensor_checksum(part: Tensor, first_row: int = 0, first_column: int = 0) -> 
         sums = (chunk * columns).sum(1) if flat.is_cuda else chunk @ columns
         total += (sums * rows[start : start + step]).sum()
     return int(total) & (2**64 - 1)
+
+
+@torch.no_grad()
+def tensor_sketch(part: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
+    """Return 16 projections sum over r, c of s(r) * t(c) * value, with random signs s and t.
+
+    The sketch is linear: the sketches of the parts of a tensor add up to the sketch of the whole.
+    The mean square of the projections is an unbiased estimate of the sum of the squared values. The
+    sketches of two tensors therefore give the norm of their difference, with a standard error of
+    about 18 %, without both tensors in one process.
+
+    Args:
+        part: ``[rows]`` or ``[rows, ...]``, floating, on any device. The dimensions after the first
+            count as columns.
+        first_row, first_column: position of ``part`` in the whole tensor.
+
+    Returns:
+        float64 ``[16]``.
+    """
+    flat = part.reshape(part.shape[0], -1)
+    signs = column_signs(first_column, flat.shape[1], flat.device)
+    total = torch.zeros(_SKETCH_SIZE, dtype=torch.float64, device=flat.device)
+    for rows in flat.split(max(1, _SKETCH_ELEMENTS // flat.shape[1])):
+        total += sketch_rows(rows.float() @ signs, first_row)
+        first_row += len(rows)
+    return total
+
+
+def sketch_rows(products: Tensor, first_row: int) -> Tensor:
+    """Return the sketch of rows from their products with ``column_signs``, ``[rows, 16]``."""
+    signs = _signs(first_row, products.shape[0], products.device, _ROW_BIT)
+    return (products.double() * signs).sum(0)
+
+
+def column_signs(first: int, count: int, device: torch.device) -> Tensor:
+    """Return float32 ``[count, 16]``, 1 or -1: the signs of the columns ``first``, ..."""
+    return _signs(first, count, device, _COLUMN_BIT)
+
+
+def _signs(first: int, count: int, device: torch.device, first_bit: int) -> Tensor:
+    bits = torch.arange(first_bit, first_bit + _SKETCH_SIZE, device=device)
+    return (_multipliers(first, count, device)[:, None] >> bits & 1).float() * 2 - 1
 
 
 def _multipliers(first: int, count: int, device: torch.device) -> Tensor:

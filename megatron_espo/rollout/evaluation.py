@@ -171,6 +171,7 @@ def engine_config(
         routed_experts=expert_layers is not None,
         expert_layers=expert_layers or [],
         sampling_masks=rollout.truncates and not load_weights,
+        quantization=rollout.quantization,
         load_weights=load_weights,
         engine_args=rollout.engine_args,
     )

@@ -3,10 +3,16 @@
 On a CPU vLLM packs the weight of a linear layer for its kernel and drops the original. Applied to
 unit vectors, the kernel returns the weight's columns exactly, because each sum has one non-zero
 term. The weights of experts are not read back: vLLM shuffles them for its kernels.
+
+Quantized weights cannot equal what was sent. Their sketches are compared instead: the kernel is
+applied to 16 vectors of random signs, which quantized activations hold exactly, because all entries
+have the same magnitude. This covers every kernel, layout and scale of linear layers. Experts have
+no such product, so their weights are dequantized if the kernel's layout is known.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +20,17 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vocab
 
-from megatron_espo.distributed.checksum import tensor_checksum
+from megatron_espo.distributed import checksum
 from megatron_espo.models.mapping import EXPERT_BIAS
 
 _PROBE_COLUMNS = 256
-
-
-class Part(NamedTuple):
-    """Rows ``start:stop`` of a layer's weight are rows ``first_row``, ... of tensor ``name``."""
-
-    name: str
-    start: int
-    stop: int
-    first_row: int
+_HIGH_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+# vLLM's expert kernels that keep the checkpoint's layout, and kernels with the halves of gate and
+# up projection exchanged. The other kernels shuffle the weights.
+_PLAIN_EXPERTS = ("TRITON", "BATCHED_TRITON", "VLLM_CUTLASS", "BATCHED_VLLM_CUTLASS")
+_UP_BEFORE_GATE = ("FLASHINFER_CUTLASS",)
+_SCALES = ("weight_scale", "weight_scale_inv", "scale")
+_HUGE = 1e100  # stands for NaN and infinity, which JSON does not have
 
 
 @torch.no_grad()
@@ -47,70 +51,168 @@ def read_back_checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
             _add_matrix(found, name, layer, packed, dtype)
             bias = getattr(layer, EXPERT_BIAS, None)
             if bias is not None and get_tensor_model_parallel_rank() == 0:  # it is sent in float32
-                found[f"{name}.{EXPERT_BIAS}"] = tensor_checksum(bias.float())
+                found[f"{name}.{EXPERT_BIAS}"] = checksum.tensor_checksum(bias.float())
         elif get_tensor_model_parallel_rank() == 0:  # experts have three dimensions
             for key, parameter in layer.named_parameters(recurse=False):
                 if parameter.numel() and parameter.dim() <= 2:
-                    found[f"{name}.{key}"] = tensor_checksum(parameter.to(dtype))
+                    found[f"{name}.{key}"] = checksum.tensor_checksum(parameter.to(dtype))
     return found
+
+
+@torch.no_grad()
+def read_back_sketches(
+    model: nn.Module, dtype: torch.dtype, device: torch.device
+) -> list[tuple[str, str, bool, list[float]]]:
+    """Sketches of this rank's parts of the Hugging Face matrices, as the engine uses them.
+
+    Args:
+        dtype: of the activations.
+        device: of the weights.
+
+    Returns:
+        For each part: the tensor's name, the dtype in memory, whether it has fewer bits than
+        bfloat16, and the sketch (``tensor_sketch``). The sketches of all parts of a tensor, on all
+        tensor-parallel ranks, add up to its sketch. Experts of kernels with an unknown layout are
+        absent.
+    """
+    packed = getattr(model, "packed_modules_mapping", {})
+    found: list[tuple[str, str, bool, list[float]]] = []
+
+    def add(name: str, weight: Tensor | None, sketch: Tensor) -> None:
+        values = sketch.nan_to_num(nan=_HUGE, posinf=_HUGE, neginf=-_HUGE).tolist()
+        kind = "packed" if weight is None else str(weight.dtype).removeprefix("torch.")
+        found.append((name, kind, _is_quantized(weight), values))
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, linear.LinearBase | vocab.VocabParallelEmbedding):
+            weight, kind = getattr(layer, "weight", None), dtype
+            if weight is not None and not _is_quantized(weight):
+                kind = weight.dtype  # the output layer and routers may be float32
+            signs = checksum.column_signs(_first_column(layer), _columns(layer), device)
+            signs = signs.T.to(kind).contiguous()
+            if _is_lookup(layer):
+                products = nn.functional.linear(signs, layer.weight).T
+            else:
+                products = layer.quant_method.apply(layer, signs).T
+            for tensor, rows, row in _places(name, layer, packed):
+                add(f"{tensor}.weight", weight, checksum.sketch_rows(products[rows], row))
+        elif hasattr(layer, "w13_weight"):
+            for tensor, weight, part, row, column in _experts(name, layer):
+                add(tensor, weight, checksum.tensor_sketch(part, row, column))
+    return found
+
+
+def _is_quantized(weight: Tensor | None) -> bool:
+    return weight is None or weight.dtype not in _HIGH_PRECISION
+
+
+def _experts(name: str, layer: Any) -> Iterator[tuple[str, Tensor, Tensor, int, int]]:
+    """(tensor, weights in memory, dequantized float32 part, its first row and column)."""
+    method, config = layer.quant_method, layer.moe_config
+    backends = (getattr(method, f"{kind}_backend", None) for kind in ("fp8", "int8", "unquantized"))
+    backend = next((backend.name for backend in backends if backend), "")
+    if backend not in (*_PLAIN_EXPERTS, *_UP_BEFORE_GATE):
+        return
+    lower = "w1" if backend in _UP_BEFORE_GATE else "w3"
+    size, hidden = config.intermediate_size_per_partition_unpadded, config.hidden_dim_unpadded
+    prefix = name.removesuffix(".routed_experts").removesuffix("experts")
+    for _, source, expert, shard in layer.get_expert_mapping():
+        local = layer._map_global_expert_id_to_local_expert_id(expert)
+        if local < 0:  # on another rank
+            continue
+        key, tensor = "w2" if shard == "w2" else "w13", f"{prefix}{source}weight"
+        weight = getattr(layer, f"{key}_weight")
+        scales = [s for end in _SCALES if (s := getattr(layer, f"{key}_{end}", None)) is not None]
+        block = getattr(layer, "weight_block_size", None)
+        whole = dequantize(weight[local], scales[0][local] if scales else None, block)
+        if shard == "w2":
+            yield tensor, weight, whole[:hidden, :size], 0, config.tp_rank * size
+        else:
+            start = whole.shape[0] // 2 * (shard == lower)
+            yield tensor, weight, whole[start : start + size, :hidden], config.tp_rank * size, 0
+
+
+def dequantize(weight: Tensor, scale: Tensor | None, block: list[int] | None) -> Tensor:
+    """Return float32 ``weight`` (``[rows, columns]``) times its scales.
+
+    Args:
+        scale: one, one for each row (``[rows]`` or ``[rows, 1]``), one for each shard of rows, or
+            one for each block; ``None``: 1.
+        block: rows and columns of a block.
+    """
+    if scale is None:
+        return weight.float()
+    scale = scale.float().reshape(-1, 1) if scale.dim() < 2 else scale.float()
+    rows, columns = block or map(math.ceil, (len(weight) / len(scale), weight.shape[1]))
+    scale = scale.repeat_interleave(rows, 0)[: len(weight)]
+    return weight.float() * scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]
 
 
 def _add_matrix(
     found: dict[str, int], name: str, layer: Any, packed: dict, dtype: torch.dtype
 ) -> None:
-    parts, column = _parts(name, layer, packed), 0
-    # The checkpoint may have gate and up projection as one tensor, too.
-    is_gated = len(parts) > 1 and isinstance(layer, linear.MergedColumnParallelLinear)
-    if isinstance(layer, linear.RowParallelLinear):
-        column = layer.tp_rank * layer.input_size_per_partition
-    for first, block in _column_blocks(layer) if parts else ():
-        for index, part in enumerate(parts):
-            rows, places = block[part.start : part.stop].to(dtype), [(part.name, part.first_row)]
-            if is_gated:
-                places.append((name, sum(layer.output_sizes[:index]) + part.first_row))
-            for tensor, row in places:
-                key, checksum = f"{tensor}.weight", tensor_checksum(rows, row, column + first)
-                found[key] = (found.get(key, 0) + checksum) % 2**64
+    places, column = list(_places(name, layer, packed)), _first_column(layer)
+
+    def add(kind: str, values: Tensor, first_column: int) -> None:
+        for tensor, rows, row in places:
+            part = checksum.tensor_checksum(values[rows].to(dtype), row, first_column)
+            found[f"{tensor}.{kind}"] = (found.get(f"{tensor}.{kind}", 0) + part) % 2**64
+
+    if places and not _is_quantized(getattr(layer, "weight", None)):
+        for first, block in _column_blocks(layer):
+            add("weight", block, column + first)
     bias = getattr(layer, "bias", None)
     # Every rank of a row-parallel layer holds the whole bias; the first one counts it.
     if isinstance(bias, Tensor) and column == 0:
-        for part in parts:
-            rows = bias[part.start : part.stop].to(dtype)
-            found[f"{part.name}.bias"] = tensor_checksum(rows, part.first_row)
+        add("bias", bias, 0)
 
 
-def _parts(name: str, layer: Any, packed: dict[str, list[str]]) -> list[Part]:
-    """The tensors in a layer's weight, without rows that another rank counts."""
+def _places(name: str, layer: Any, packed: dict) -> Iterator[tuple[str, slice, int]]:
+    """(tensor, its rows in the layer's weight, its first row), without rows of other ranks."""
     if isinstance(layer, vocab.VocabParallelEmbedding):
         shard = layer.shard_indices
-        return [Part(name, 0, shard.num_org_elements, shard.org_vocab_start_index)]
+        yield name, slice(shard.num_org_elements), shard.org_vocab_start_index
+        return
     replicated = layer.tp_size == 1 or isinstance(layer, linear.ReplicatedLinear)
     if replicated and get_tensor_model_parallel_rank() > 0:
-        return []
+        return
     rank = layer.tp_rank if isinstance(layer, linear.ColumnParallelLinear) and not replicated else 0
     prefix, _, last = name.rpartition(".")
-    parts, start = [], 0
-    sizes = zip(packed.get(last, [last]), layer.output_partition_sizes, strict=True)
-    for index, (own, size) in enumerate(sizes):
+    names, start = packed.get(last, [last]), 0
+    is_gated = len(names) > 1 and isinstance(layer, linear.MergedColumnParallelLinear)
+    for index, (own, size) in enumerate(zip(names, layer.output_partition_sizes, strict=True)):
         # With fewer key-value heads than ranks, neighbouring ranks hold copies of a head.
         copies = getattr(layer, "num_kv_head_replicas", 1) if index else 1
         if rank % copies == 0:
-            parts.append(Part(f"{prefix}.{own}", start, start + size, rank // copies * size))
+            rows, row = slice(start, start + size), rank // copies * size
+            yield f"{prefix}.{own}", rows, row
+            if is_gated:  # the checkpoint may have gate and up projection as one tensor, too
+                yield name, rows, sum(layer.output_sizes[:index]) + row
         start += size
-    return parts
+
+
+def _first_column(layer: Any) -> int:
+    is_row_parallel = isinstance(layer, linear.RowParallelLinear)
+    return layer.tp_rank * layer.input_size_per_partition if is_row_parallel else 0
+
+
+def _is_lookup(layer: Any) -> bool:
+    is_head = isinstance(layer, vocab.ParallelLMHead)
+    return isinstance(layer, vocab.VocabParallelEmbedding) and not is_head
+
+
+def _columns(layer: Any) -> int:
+    if isinstance(layer, vocab.VocabParallelEmbedding):
+        return layer.embedding_dim
+    return getattr(layer, "input_size_per_partition", layer.input_size)
 
 
 def _column_blocks(layer: Any) -> Iterator[tuple[int, Tensor]]:
     """(first column, ``[rows, columns]``) blocks of the weight that the layer multiplies with."""
-    is_head = isinstance(layer, vocab.ParallelLMHead)
-    is_lookup = isinstance(layer, vocab.VocabParallelEmbedding) and not is_head
-    if is_lookup or not hasattr(layer, "cpu_linear"):
+    if _is_lookup(layer) or not hasattr(layer, "cpu_linear"):
         yield 0, layer.weight
         return
-    if is_head:
-        columns = layer.embedding_dim
-    else:
-        columns = getattr(layer, "input_size_per_partition", layer.input_size)
+    columns = _columns(layer)
     for first in range(0, columns, _PROBE_COLUMNS):
         count = min(_PROBE_COLUMNS, columns - first)
         unit = torch.zeros(count, columns, dtype=layer.weight.dtype)

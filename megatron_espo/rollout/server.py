@@ -31,7 +31,8 @@ _CLOSE_SECONDS = 5.0
 _LOG_LINES = 20
 # Transports that vLLM's factories know under another name.
 _BACKENDS = {"ipc": "ipc_json"}
-
+# vLLM's fp8 is for checkpoints. Its scales per channel need no calibration and no packed layout.
+_QUANTIZATIONS = {"fp8": "fp8_per_channel"}
 
 # Fields of ``EngineConfig`` that differ between owners or hosts.
 _LOCAL_FIELDS = frozenset({
@@ -67,6 +68,7 @@ class EngineConfig:
             server is a child of this process.
         host_timeout_s: limit without contact between a server on another machine and its owner.
         listen: address at which a child listens; ``None``: a unix socket.
+        quantization: ``rollout.quantization``.
         load_weights: read the folder's weights and serve them as version 0, without an update.
         engine_args: more arguments of vLLM's server, by their names on its command line.
     """
@@ -91,6 +93,7 @@ class EngineConfig:
     hosts: tuple[str, ...] = ()
     host_timeout_s: float = 60.0
     listen: str | None = None
+    quantization: str | None = None
     load_weights: bool = False
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -146,6 +149,7 @@ def server_command(config: EngineConfig, address: list[str], is_cpu: bool) -> li
     arguments = {
         "model": config.model,
         "dtype": config.dtype,
+        "quantization": _QUANTIZATIONS.get(config.quantization or "", config.quantization),
         "seed": config.seed,
         "max-model-len": config.max_model_len,
         "tensor-parallel-size": config.tensor_parallel_size,

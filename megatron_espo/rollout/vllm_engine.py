@@ -180,6 +180,11 @@ class VLLMEngine:
                 total[name] = (total.get(name, 0) + value) % 2**64
         return total
 
+    def read_back_sketches(self) -> list[tuple[str, str, bool, list[float]]]:
+        """``read_back.read_back_sketches`` of all workers."""
+        parts = self._worker("read_back_sketches", phase=Phase.VERIFY)
+        return [tuple(row) for part in parts for row in part]
+
     def canary(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Generation]:
         """Sample ``num_tokens`` after each prompt, with fixed seeds, from weights that arrived."""
         client, config = self._connected("canary", Phase.CANARY), self.config

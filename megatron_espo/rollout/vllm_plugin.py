@@ -26,7 +26,8 @@ from megatron_espo.rollout.server import PREFIX
 from megatron_espo.rollout.transport import register_transports
 
 # Methods of ``worker.WorkerExtension`` with a route ``/megatron_espo/worker/<method>``.
-WORKER_METHODS = ("ping", "fill_nan", "read_back_checksums", "missing_weights")
+_READ_BACK = ("read_back_checksums", "read_back_sketches")
+WORKER_METHODS = ("ping", "fill_nan", "missing_weights", *_READ_BACK)
 
 
 def register() -> None:

@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from megatron_espo.rollout import vllm_patches
-from megatron_espo.rollout.read_back import read_back_checksums
+from megatron_espo.rollout.read_back import read_back_checksums, read_back_sketches
 from megatron_espo.rollout.transport import register_transports
 
 _MAX_FINISHED = 4096  # of requests whose experts nobody took
@@ -48,6 +48,11 @@ class WorkerExtension:
     def read_back_checksums(self, dtype: str) -> dict[str, int]:
         """See ``read_back.read_back_checksums``."""
         return read_back_checksums(self.model_runner.get_model(), getattr(torch, dtype))
+
+    def read_back_sketches(self) -> list[tuple[str, str, bool, list[float]]]:
+        """See ``read_back.read_back_sketches``."""
+        model = self.model_runner.get_model()
+        return read_back_sketches(model, self.model_config.dtype, self.device)
 
     def record_routed_experts(self) -> None:
         """Start recording the experts of each token."""

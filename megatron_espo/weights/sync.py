@@ -1,8 +1,9 @@
 """Send each version of the trainer's weights to the rollout engine, and verify it."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.engine import EngineError, Phase, State
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from megatron_espo.types import Prompt
+from megatron_espo.weights import verification
 from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
 from megatron_espo.weights.verification import TOLERANCE, CanarySample, canary_gap, wrong_tensors
 from megatron_espo.weights.vllm_source import GatherError, MegatronWeightSource, ObservedSource
@@ -61,6 +63,7 @@ class WeightSync:
     sleep, when its memory is undefined. A version is served once all ranks agree that it arrived;
     the tensors read back from the engine have the trainer's checksums (first update of a process,
     then every ``rollout.verify_every``); and engine and trainer agree on the canary's log-probs.
+    With ``rollout.quantization`` every update also compares sketches of all matrices.
 
     Args:
         config: the run's configuration.
@@ -87,7 +90,10 @@ class WeightSync:
         on_hosts = bool(rollout.hosts)
         devices = rollout.visible_devices
         self._name = transport.resolve_transport(rollout.transport, devices, on_hosts)
-        self._dtype, self._tolerance = config.model.dtype, TOLERANCE[config.model.dtype]
+        self._dtype, quantization = config.model.dtype, rollout.quantization
+        self._tolerance = TOLERANCE[
+            verification.bits(quantization) if quantization else self._dtype
+        ]
         self._actor, self._engine = actor, engine
         self._canary, self._on_served = list(canary), on_served
         calls = _ENGINE_CALLS * rollout.timeout_s
@@ -122,6 +128,7 @@ class WeightSync:
 
         Returns:
             On ranks with an engine ``sync/restarts`` and, if they ran, ``sync/verified_tensors``,
+            ``sync/quantization_error_max``, ``sync/unquantized``, ``sync/unaudited``,
             ``time/verify_s``, ``time/canary_s`` and ``mismatch/canary`` (mean |engine - trainer|
             log-prob gap, nats); nothing on the others.
 
@@ -226,6 +233,7 @@ class WeightSync:
         engine, every = self._engine, self._config.verify_every
         is_due = self._pushes == 0 or (every > 0 and self._pushes % every == 0)
         self._source.checksums = {} if is_due and engine is not None else None
+        self._source.sketches = {} if self._config.quantization and engine is not None else None
 
         def send() -> None:
             with self._source.one_pass():
@@ -234,17 +242,42 @@ class WeightSync:
                 torch.cuda.empty_cache()  # the engine's caches need the memory
 
         def verify() -> None:
-            if engine is None or self._source.checksums is None:
+            sent, sketches = self._source.checksums, self._source.sketches
+            if engine is None or (sent is None and sketches is None):
                 return
             began = time.perf_counter()
-            served = engine.read_back_checksums(self._dtype)
-            if wrong := wrong_tensors(self._source.checksums, served):
-                raise EngineError(wrong, Phase.VERIFY)
-            metrics["sync/verified_tensors"] = len(served.keys() & self._source.checksums.keys())
+            if sent is not None:
+                served = engine.read_back_checksums(self._dtype)
+                if wrong := wrong_tensors(sent, served):
+                    raise EngineError(wrong, Phase.VERIFY)
+                metrics["sync/verified_tensors"] = len(served.keys() & sent.keys())
+            if sketches is not None:
+                metrics.update(self._audit_quantization(engine, version, sketches))
             metrics["time/verify_s"] = time.perf_counter() - began
 
         self._on_all_ranks("transfer", send)
         self._on_all_ranks("verify", verify)
+
+    def _audit_quantization(
+        self, engine: VLLMEngine, version: int, sent: dict[str, tuple[float, list[float]]]
+    ) -> dict[str, float]:
+        """Compare each matrix of the engine with the one that was sent; write the table."""
+        served, quantization = engine.read_back_sketches(), self._config.quantization or ""
+        rows, wrong = verification.audit_quantization(sent, served, quantization)
+        lines = [json.dumps({"version": version} | asdict(row)) + "\n" for row in rows]
+        table = engine.config.log_path.with_suffix(".quantization.jsonl")
+        table.write_text("".join(lines))
+        if wrong:
+            raise EngineError(wrong, Phase.VERIFY, final=True)
+        errors = [row.error for row in rows if row.quantized and row.error is not None]
+        high = [row.name for row in rows if row.error is not None and not row.quantized]
+        if self._pushes == 0:
+            what = f"{len(high)} matrices are not quantized: {', '.join(high[:5])}"
+            self._warn(f"rollout.quantization: {what}; {table} lists all matrices")
+        unaudited = len(rows) - len(errors) - len(high)
+        largest = max(errors, default=0.0)
+        names = "sync/quantization_error_max", "sync/unquantized", "sync/unaudited"
+        return dict(zip(names, (largest, len(high), unaudited), strict=True))
 
     def _resume(self) -> None:
         """Let the engine generate again. It refuses requests until it serves."""

@@ -1,14 +1,24 @@
 """Compare the engine's weights and log-probs with the trainer's. Standard library only."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _SHOWN = 5
 # Mean |engine - trainer| log-prob gap that counts as rounding, nats a token. Measured on a 135M
-# model: 1e-5 in float32, 0.03 in bfloat16; stale weights give 0.2 and more.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+# model: 1e-5 in float32, 0.03 in bfloat16, 0.17 in fp8; stale weights give 0.2 and more. With fewer
+# bits than bfloat16 the audit finds stale weights.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "8 bits": 0.5, "4 bits": 1.0}
+# Largest relative error of a tensor, |served - sent| / |sent|. Rounding to the 3 mantissa bits of
+# fp8 changes a value by at most 1/16 of it, and a tensor by about 0.026; int8 by about 0.01; 4 bits
+# by about 0.12. A wrong layout gives 1.4. The error is estimated with a standard error of 18 %.
+LIMITS = {"high precision": 0.01, "8 bits": 0.1, "4 bits": 0.3}
+
+
+def bits(quantization: str) -> str:
+    """Key of ``TOLERANCE`` and ``LIMITS`` for a value of ``rollout.quantization``."""
+    return "4 bits" if "4" in quantization else "8 bits"
 
 
 def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | None:
@@ -17,17 +27,87 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
     Tensors that only one side has are not compared, except a tied output layer, which must equal
     the embedding.
     """
-    expected = dict(sent)
-    if "model.embed_tokens.weight" in sent:
-        expected.setdefault("lm_head.weight", sent["model.embed_tokens.weight"])
+    expected = _with_tied(sent)
     wrong = [name for name in expected if name in served and served[name] != expected[name]]
     if not wrong:
         return None
-    more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
-    return (
-        f"{len(wrong)} of {len(expected)} tensors are not served as they were sent: "
-        f"{', '.join(wrong[:_SHOWN])}{more}"
-    )
+    what = f"{len(wrong)} of {len(expected)} tensors are not served as they were sent"
+    return f"{what}: {_first(wrong)}"
+
+
+def _with_tied(sent: Mapping[str, Any]) -> dict[str, Any]:
+    embedding = "model.embed_tokens.weight"
+    return ({"lm_head.weight": sent[embedding]} if embedding in sent else {}) | dict(sent)
+
+
+def _first(items: Sequence[str]) -> str:
+    more = f" (and {len(items) - _SHOWN} more)" if len(items) > _SHOWN else ""
+    return f"{', '.join(items[:_SHOWN])}{more}"
+
+
+Sketch = Sequence[float]
+
+
+@dataclass(frozen=True)
+class AuditedTensor:
+    """A matrix as the engine serves it.
+
+    Attributes:
+        name: in the checkpoint.
+        error: estimate of |served - sent| / |sent|; None: the engine cannot read it back.
+        dtype: in the engine's memory.
+        quantized: whether the dtype has fewer bits than bfloat16.
+    """
+
+    name: str
+    error: float | None = None
+    dtype: str = "unknown"
+    quantized: bool = False
+
+
+def audit_quantization(
+    sent: Mapping[str, tuple[float, Sketch]],
+    served: Iterable[tuple[str, str, bool, Sketch]],
+    quantization: str,
+) -> tuple[list[AuditedTensor], str | None]:
+    """Compare the matrices that the engine serves with those that were sent.
+
+    Args:
+        sent: norm and ``checksum.tensor_sketch`` of each matrix.
+        served: ``read_back.read_back_sketches`` of all workers.
+        quantization: ``rollout.quantization``.
+
+    Returns:
+        All matrices, and a description of those whose error is above the limit; None if none is.
+    """
+    sketches, kinds = dict[str, Sketch](), dict[str, tuple[str, bool]]()
+    for name, dtype, quantized, part in served:
+        known = sketches.get(name, [0.0] * len(part))
+        sketches[name] = [a + b for a, b in zip(known, part, strict=True)]
+        kinds[name] = dtype, quantized
+    rows, wrong = [], list[str]()
+    for name, (norm, sketch) in _with_tied(sent).items():
+        if name not in sketches:
+            rows += [AuditedTensor(name)] if name in sent else []
+            continue
+        (dtype, quantized), own = kinds[name], sketches[name]
+        error = _distance(own, sketch) / (norm or 1e-30)
+        rows.append(AuditedTensor(name, error, dtype, quantized))
+        limit = LIMITS[bits(quantization) if quantized else "high precision"]
+        if not error <= limit:
+            wrong.append(
+                f"{name} ({dtype}): relative error {error:.3g}, expected at most {limit:g}"
+            )
+            same = (n for n, s in sent.items() if _distance(own, s[1]) <= limit * s[0])
+            if len(wrong) <= _SHOWN and (other := next(same, "")):
+                wrong[-1] += f" (it holds the values of {other})"
+    what = f"{len(wrong)} of {len(rows)} matrices are not served as they were sent"
+    return rows, f"{what}: {_first(wrong)}" if wrong else None
+
+
+def _distance(one: Sketch, other: Sketch) -> float:
+    """Estimate of the norm of the difference of two tensors."""
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
 
 
 @dataclass(frozen=True)

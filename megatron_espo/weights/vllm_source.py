@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.m2n_common import REPLICATED, M2NMesh, M2NParamMeta
 from vllm.distributed.weight_transfer.m2n_source import M2NWeightSource
 
-from megatron_espo.distributed.checksum import tensor_checksum
+from megatron_espo.distributed.checksum import tensor_checksum, tensor_sketch
 from megatron_espo.distributed.monitored_barrier import RankLostError
 from megatron_espo.weights.source import WeightGatherer
 
@@ -39,6 +39,7 @@ class ObservedSource(M2NWeightSource):
     Attributes:
         current: first name of the group that was gathered last; None before the first.
         checksums: ``tensor_checksum`` by name, filled while iterating; None: not computed.
+        sketches: norm and ``tensor_sketch`` of each matrix in the same way.
         seconds: time spent in the inner source since the last call of ``iter_groups``.
     """
 
@@ -46,6 +47,7 @@ class ObservedSource(M2NWeightSource):
         self._inner, self._ranks = inner, ranks
         self.current: str | None = None
         self.checksums: dict[str, int] | None = None
+        self.sketches: dict[str, tuple[float, list[float]]] | None = None
         self.seconds = 0.0
         self._iterator: Iterator | None = None
 
@@ -103,8 +105,15 @@ class ObservedSource(M2NWeightSource):
                 raise GatherError(f"{where}: {what}") from error
             self.seconds += time.perf_counter() - began
             self.current = names[0]
-            if self.checksums is not None:
-                held = ((n, t) for n, t in zip(names, tensors, strict=True) if t is not None)
-                self.checksums.update((name, tensor_checksum(tensor)) for name, tensor in held)
+            self._record(names, tensors)
             yield names, tensors
             del tensors
+
+    def _record(self, names: list[str], tensors: list[torch.Tensor]) -> None:
+        held = [(n, t) for n, t in zip(names, tensors, strict=True) if t is not None]
+        if self.checksums is not None:
+            self.checksums |= {name: tensor_checksum(tensor) for name, tensor in held}
+        for name, tensor in held:
+            if self.sketches is not None and tensor.dim() > 1:
+                norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+                self.sketches[name] = norm, tensor_sketch(tensor).tolist()

@@ -279,6 +279,7 @@ TABLE: dict[str, list[Bad]] = {
             "megatron.recompute_num_layers=1",
         ),
         Bad("stale rollouts without correction", "rollout.max_staleness=1"),
+        Bad("quantized rollouts without correction", "rollout.quantization=fp8"),
         Bad("fp8 with float32 weights", "megatron.fp8=hybrid", "model.dtype=float32"),
         Bad("a response limit as long as the context", "rollout.max_model_len=64"),
         Bad(

@@ -30,6 +30,7 @@ def start(
     tensor: int = 1,
     pipeline: int = 1,
     expert: int = 1,
+    dtype: str = "float32",
     **rollout,
 ):
     """Return actor, engine (on rank 0) and weight sync."""
@@ -50,7 +51,8 @@ def start(
     settings = {"temperature": 0.7, "timeout_s": 60.0, "max_response_tokens": 12} | rollout
     config = Config.model_validate(
         {
-            "model": {"path": folder, "dtype": "float32", "exporter": exporter},
+            "model": {"path": folder, "dtype": dtype, "exporter": exporter},
+            "algorithm": {"rollout_correction": "token"},
             "megatron": sizes,
             "rollout": settings,
             "data": {"prompts": "reasoning_gym:chain_sum"},
@@ -65,6 +67,8 @@ def start(
                 folder,
                 tensor_parallel_size=config.rollout.tensor_parallel_size,
                 sleep=config.rollout.sleep,
+                dtype=dtype,
+                quantization=config.rollout.quantization,
             ),
             LoopThread(),
         )
@@ -196,6 +200,30 @@ def faults(folder: str) -> dict[str, str]:
     if engine is not None:
         assert engine.state == "dead"
     return found
+
+
+def quantized(folder: str, swap: list[str], **sizes) -> dict:
+    """Push two versions to a quantized engine, then one with two tensors exchanged in transit."""
+    from megatron_espo.rollout.file_transport import FileTrainerWeightTransferEngine as Sender
+
+    actor, engine, sync = start(folder, dtype="bfloat16", quantization="fp8", **sizes)
+    metrics = [sync.push(0)]
+    change(actor, 1.1)
+    metrics.append(sync.push(1))
+    table = []
+    if engine is not None:
+        path = engine.config.log_path.with_suffix(".quantization.jsonl")
+        table = [json.loads(line) for line in path.read_text().splitlines()]
+    write = Sender._write
+
+    def exchange(self, index, names, tensors):
+        given = dict(zip(names, tensors, strict=True))
+        if swap[0] in given:
+            given[swap[0]], given[swap[1]] = given[swap[1]], given[swap[0]]
+        return write(self, index, names, [given[name] for name in names])
+
+    Sender._write = exchange
+    return {"metrics": metrics, "table": table, "error": failure(sync, 2)}
 
 
 def damage_in_transit(name: str) -> None:
