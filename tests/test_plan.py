@@ -100,7 +100,9 @@ def test_parameters_of_a_family(tmp_path, family):
     save_model(family, tmp_path, max_position_embeddings=4096)
     spec = load_spec(tmp_path)
     layout = TP2_PP2 | {"sequence_parallel": True}
-    _, text, plan = plan_command(tmp_path, spec.hf_config, megatron=layout)
+    _, text, plan = plan_command(
+        tmp_path, spec.hf_config, megatron=layout, rollout={"max_response_tokens": 32}
+    )
     total = sum(tensor.numel() for tensor in checkpoint_of(make_model(family)).values())
     assert plan, text
     assert plan["total_parameters"] == total == sum(s["whole"] for s in plan["parameters"])
