@@ -130,8 +130,8 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
     masks: Any = [None] * len(content["parts"])
     if "mask_ids" in arrays:
         ids = _split(arrays["mask_ids"], arrays["mask_ids_lengths"])
-        counts = _split(arrays["mask_counts"], arrays["response_lengths"])
-        masks = (m if len(m.ids) else None for m in map(SamplingMask, ids, counts))
+        kept = _split(arrays["mask_counts"], arrays["response_lengths"])
+        masks = (m if len(m.ids) else None for m in map(SamplingMask, ids, kept))
     columns = (content["parts"], content["texts"], zip(*fields, strict=True), experts, masks)
     parts = zip(*columns, strict=True)
     num_parts = iter(content["num_parts"])

@@ -12,7 +12,7 @@ no such product, so their weights are dequantized if the kernel's layout is know
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def read_back_sketches(
             signs = checksum.column_signs(_first_column(layer), _columns(layer), device)
             signs = signs.T.to(kind).contiguous()
             if _is_lookup(layer):
-                products = nn.functional.linear(signs, layer.weight).T
+                products = nn.functional.linear(signs, cast(Tensor, weight)).T
             else:
                 products = layer.quant_method.apply(layer, signs).T
             for tensor, rows, row in _places(name, layer, packed):

@@ -146,7 +146,7 @@ def server_command(config: EngineConfig, address: list[str], is_cpu: bool) -> li
         "enable-sleep-mode": config.sleep,
         "enable-return-routed-experts": config.routed_experts or None,
     }
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": config.model,
         "dtype": config.dtype,
         "quantization": _QUANTIZATIONS.get(config.quantization or "", config.quantization),
