@@ -22,7 +22,13 @@ from tools.configuration_page import render_markdown
 
 BASE = {"model": {"path": "model"}, "data": {"prompts": "prompts.jsonl"}}
 # Other programs in commands, and the extra of setup.py that installs each.
-OTHERS = {"tensorboard": "install_requires", "touch": "", "pip": "", "pre-commit": "dev"}
+OTHERS = {
+    "tensorboard": "install_requires",
+    "touch": "",
+    "pip": "",
+    "docker": "",
+    "pre-commit": "dev",
+}
 # Commands that take minutes, and the test that runs each.
 RUN_BY = {
     "bash examples/quickstart.sh": "test_tensorboard.py::test_every_documented_tag_has_data",
