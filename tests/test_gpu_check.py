@@ -15,7 +15,7 @@ def one_stage(monkeypatch, tmp_path):
 
     def run(*steps: Step, arguments: tuple[str, ...] = ()) -> tuple[int, dict]:
         monkeypatch.setattr(gpu_check, "PROBE", "print('[null, null]')")
-        monkeypatch.setattr(gpu_check.Plan, "kernels", lambda plan: (yield from steps))
+        monkeypatch.setattr(gpu_check.Plan, "kernels", lambda plan: (step for step in steps))
         words = ["gpu_check", "--stages", "a", "--out", str(tmp_path), *arguments]
         monkeypatch.setattr(sys, "argv", words)
         code = gpu_check.main()
