@@ -183,7 +183,7 @@ class VLLMEngine:
     def read_back_sketches(self) -> list[tuple[str, str, bool, list[float]]]:
         """``read_back.read_back_sketches`` of all workers."""
         parts = self._worker("read_back_sketches", phase=Phase.VERIFY)
-        return [tuple(row) for part in parts for row in part]
+        return [row for part in parts for row in part]
 
     def canary(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Generation]:
         """Sample ``num_tokens`` after each prompt, with fixed seeds, from weights that arrived."""

@@ -85,7 +85,7 @@ def audit_quantization(
         known = sketches.get(name, [0.0] * len(part))
         sketches[name] = [a + b for a, b in zip(known, part, strict=True)]
         kinds[name] = dtype, quantized
-    rows, wrong = [], list[str]()
+    rows, wrong = list[AuditedTensor](), list[str]()
     for name, (norm, sketch) in _with_tied(sent).items():
         if name not in sketches:
             rows += [AuditedTensor(name)] if name in sent else []
