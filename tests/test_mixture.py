@@ -26,6 +26,7 @@ TOKENIZER = SimpleNamespace(
     render=lambda prompt: prompt,
     vocab_size=100,
     has_chat_template=False,
+    eos_ids=frozenset({2}),
 )
 SIZES = {"a": 5, "b": 17, "c": 40, "d": 1}
 WEIGHTS = st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(any)
@@ -274,6 +275,22 @@ def test_a_missing_file_or_column_is_named_with_its_setting(tmp_path, monkeypatc
     assert "pass_rate, got prompt, answer" in line.replace(" and ", ", ")
     assert main(["train", "run.yaml", "data.mixture.code.columns={prompt: q}"]) == 2
     assert "code.columns={prompt: q}': data.mixture.code.columns: b.p" in capsys.readouterr().err
+
+
+def test_an_evaluation_has_a_source_of_its_own_without_filters(folder, tmp_path, monkeypatch):
+    from megatron_espo.rollout.evaluation import Evaluator
+
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(MIXTURE)
+    config = load_config("run.yaml")
+    with pytest.raises(InputError, match="run.yaml.*: eval.prompts: expected prompts with data.m"):
+        Evaluator(config, TOKENIZER, 64)
+    overrides = [f"eval.prompts={folder / 'c.jsonl'}", "rollout.max_response_tokens=4"]
+    prompts = Evaluator(load_config("run.yaml", overrides), TOKENIZER, 64).prompts
+    assert [prompt.text for prompt in prompts] == [str(i) for i in range(40)]
+    single = f"data: {{prompts: {folder / 'b.jsonl'}, pass_rate: [0.5, 1]}}"
+    Path("run.yaml").write_text(f"model: {{path: m}}\n{single}\n")
+    assert len(Evaluator(load_config("run.yaml", overrides[1:]), TOKENIZER, 64).prompts) == 17
 
 
 def test_metric_names_are_no_names_of_sources():
