@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_espo.models import mapping as rules
 from megatron_espo.models.moe import SharedExpertsModel
@@ -39,7 +39,7 @@ _KEY_VALUE = (
 class DeepseekV3(SharedExpertsModel):
     architecture, model_type, is_latent = "DeepseekV3ForCausalLM", "deepseek_v3", True
     required = (*SharedExpertsModel.required, *_HEAD_SIZES)
-    router = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    router: ClassVar[dict[str, Any]] = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     attention_output = rules.make_rule(
         rules.ROW, "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden value"}
     )
