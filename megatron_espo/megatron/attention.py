@@ -192,6 +192,8 @@ class LatentAttention(MLASelfAttention):
     Transformer Engine for the norms, and normalize the input of an uncompressed query twice.
     """
 
+    rotary_pos_emb: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotary_pos_emb = SharedPrefixRotary(self.rotary_pos_emb)

@@ -192,8 +192,8 @@ def _freeze_expert_bias(chunk: torch.nn.Module) -> None:
     change the policy without an advantage. As parameters they are loaded, compared, saved and sent
     with the weights.
     """
-    module: Any
-    for module in chunk.modules():
+    modules: Any = chunk.modules()
+    for module in modules:
         if getattr(module, "enable_expert_bias", False):
             module.frozen_expert_bias = True
             bias = module._buffers.pop("expert_bias")
