@@ -30,6 +30,8 @@ SMALLER = [
     "rollout.tensor_parallel_size=1",
     "rollout.engine_args={kv_cache_memory_bytes: 268435456}",
     "rollout.timeout_s=300",
+    "rollout.quantization=null",
+    "reward.terms={}",
     "reward.function=examples.rehearsal:starts_with_even_digit",
     "reward.workers=1",
 ]

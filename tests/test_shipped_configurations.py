@@ -108,6 +108,8 @@ def test_the_recipe_has_the_layout_of_its_base_and_every_part():
     assert (algorithm.objective, algorithm.rollout_correction) == ("espo", "token")
     assert algorithm.zero_variance_scale and algorithm.num_mini_batches > 1
     assert rollout.router_replay and rollout.max_staleness and not rollout.max_resampling_rounds
+    assert rollout.quantization == "fp8"
+    assert recipe.reward.terms.keys() & recipe.judge.prompts.keys()
     assert len(data.sources) > 1 and data.skip_solved
     assert any(source.pass_rate for source in data.sources.values())
 
