@@ -1,4 +1,4 @@
-# The GPU environment of docs/cluster.md as an image. No image has been built: the commands ran on a machine without a GPU.
+# The GPU environment of docs/cluster.md as an image. No image has been built yet; docs/cluster.md says what has run.
 #   docker build -t megatron-espo .
 # NVIDIA Apex is optional and absent: build it from source in an image that starts FROM this one.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
