@@ -100,7 +100,7 @@ class Rollout(Section):
     max_staleness: int = Field(0, ge=0)
     """Most weight updates between the sampling of a token and the step that trains it. 0: each
     step waits for its own prompts. Above 0: the engines sample while the trainer trains, and
-    algorithm.rollout_correction must be token or sequence."""
+    algorithm.rollout_correction must be token, sequence or geometric."""
     over_sampling_prompts: int | None = Field(None, ge=1)
     """With max_staleness: prompts in flight beyond prompts_per_step. null: max_staleness x
     prompts_per_step."""

@@ -47,7 +47,7 @@ def random_reward(prompt, response: str) -> float:
 def gradient(tolerance: float, dtype: str, impl: str, padded: bool = False) -> None:
     """The gradient of a batch through Megatron against dense float64 on the CPU.
 
-    The weights are exact in bfloat16. SAPO is smooth in the log-probs. ESPO's groups of entropies
+    The weights are exact in bfloat16. VESPO is smooth in the log-probs. ESPO's groups of entropies
     are compared in float32 with local layers only: rounding moves tokens to other groups.
     """
     from tests.support.ranks import step
@@ -58,8 +58,8 @@ def gradient(tolerance: float, dtype: str, impl: str, padded: bool = False) -> N
         options = {"folder": folder, "masked": True, "transformer_impl": impl, "dtype": dtype}
         options["packing"] = {"share_prompts": False, "padded": True} if padded else None
         exact = (dtype, impl) == ("float32", "local")
-        sapo = {"old_folder": folder, "algorithm": {"objective": "examples.sapo:SAPO"}}
-        found = [step.check_gradient(**options, **({} if exact else sapo))]
+        vespo = {"old_folder": folder, "algorithm": {"objective": "examples.vespo:VESPO"}}
+        found = [step.check_gradient(**options, **({} if exact else vespo))]
         if exact:
             found.append(step.check_update(folder=folder, transformer_impl=impl))
     for name, result in zip(("gradient", "update"), found, strict=False):
