@@ -84,7 +84,7 @@ def initialize(*, seed: int = 1, timeout_s: float = 1800, **sizes: int | None) -
             timeout=timedelta(seconds=timeout_s),
             **({} if "RANK" in os.environ else alone),
         )
-    parallel_state.destroy_model_parallel()
+    _destroy_groups()
     minutes = max(1, int(timeout_s // 60))
     parallel_state.initialize_model_parallel(**sizes, distributed_timeout_minutes=minutes)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -93,10 +93,18 @@ def initialize(*, seed: int = 1, timeout_s: float = 1800, **sizes: int | None) -
     return Runtime(dist.get_rank(), dist.get_world_size(), device, groups)
 
 
-def shutdown() -> None:
-    """Destroy Megatron's and torch's process groups."""
+def _destroy_groups() -> None:
+    """Destroy Megatron's process groups. Megatron only forgets them, and their threads go on."""
     from megatron.core import parallel_state
 
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Destroy Megatron's and torch's process groups."""
+    _destroy_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
