@@ -67,7 +67,7 @@ def test_plan_accepts_with_the_numbers_of_the_header(path, plans):
     plan, header = plans[path.stem], path.read_text()
     assert plan["fits"] and plan["world_size"] == gpus_of(path)
     memory, engine = plan["memory"], plan["engine"]
-    if "memory" in header:
+    if "#   memory" in header:
         assert f"memory  {max(stage['total'] for stage in memory) / 1e9:.1f} GB" in header
     if "#   host" in header:
         assert f"host    {plan['host_bytes'] / 1e9:.0f} GB a node" in header
