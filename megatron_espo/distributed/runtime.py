@@ -1,5 +1,6 @@
 """Initialize torch.distributed and Megatron's process groups."""
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -101,6 +102,7 @@ def _destroy_groups() -> None:
         if group is not None:
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+    gc.collect()  # a model of these groups is in reference cycles, and keeps them
 
 
 def shutdown() -> None:
