@@ -107,6 +107,8 @@ def _destroy_groups() -> None:
 
 def shutdown() -> None:
     """Destroy Megatron's and torch's process groups."""
-    _destroy_groups()
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
