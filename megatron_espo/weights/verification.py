@@ -36,8 +36,10 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
 
 
 def _with_tied(sent: Mapping[str, Any]) -> dict[str, Any]:
-    embedding = "model.embed_tokens.weight"
-    return ({"lm_head.weight": sent[embedding]} if embedding in sent else {}) | dict(sent)
+    found = dict(sent)
+    if "model.embed_tokens.weight" in sent:
+        found.setdefault("lm_head.weight", sent["model.embed_tokens.weight"])
+    return found
 
 
 def _first(items: Sequence[str]) -> str:
