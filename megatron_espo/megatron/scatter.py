@@ -85,7 +85,7 @@ def to_words(sequences: Sequence[TrainSequence]) -> np.ndarray:
 
 
 def from_words(
-    sequences: Sequence[TrainSequence], words: np.ndarray, kept: np.ndarray | None
+    sequences: Sequence[TrainSequence], words: np.ndarray, kept: np.ndarray | None = None
 ) -> list[TrainSequence]:
     """``sequences`` with the values of :func:`to_words`, as views of ``words``.
 
