@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_espo.errors import InputError
-from megatron_espo.models.rope import Rope
 from megatron_espo.models.spec import Experts, ExternalSpec
 
 # Names of the same number in the configurations of different families.
@@ -25,22 +24,15 @@ class MegatronBridge(ExternalSpec):
 
     @classmethod
     def read(cls, hf: dict[str, Any]) -> "MegatronBridge":
-        hf = hf | (hf.get("text_config") or {})
+        # Megatron-Bridge reads the rotary embedding and the window.
+        absent = dict.fromkeys(("rope_parameters", "rope_scaling", "sliding_window"))
+        return super().read(hf | (hf.get("text_config") or {}) | absent)
+
+    @classmethod
+    def problems(cls, hf: dict[str, Any]) -> Iterator[str]:
         # The only sizes that this package itself uses, beside those of the experts.
         if missing := [key for key in cls.required if not isinstance(hf.get(key), int)]:
-            raise InputError(f"config.json: expected {', '.join(missing)}, found none")
-        heads = hf["num_attention_heads"]
-        return cls(
-            hf_config=hf,
-            **{key: hf[key] for key in cls.required},
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            sliding_window=None,
-            rope=Rope(10000.0),
-            experts=cls.read_experts(hf),
-        )
+            yield f"expected {', '.join(missing)}, found none"
 
     @classmethod
     def read_experts(cls, hf: dict[str, Any]) -> Experts | None:

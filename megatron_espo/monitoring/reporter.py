@@ -15,7 +15,7 @@ from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.files import keep_steps
-from megatron_espo.models.spec import ModelSpec
+from megatron_espo.models.spec import ExternalSpec, ModelSpec
 from megatron_espo.monitoring.entropy import EntropyRecorder, EntropyReport
 from megatron_espo.monitoring.metrics import rollout_metrics, step_line
 from megatron_espo.monitoring.report.runs import LARGE_GAP
@@ -160,7 +160,7 @@ class Reporter:
         train_s, peak = metrics.get("time/train_s"), peak_flops(self.config.model.dtype)
         if train_s and trained_tokens:
             found["throughput/trained_tokens_per_s"] = trained_tokens / train_s
-            if peak:
+            if peak and not isinstance(self._spec, ExternalSpec):
                 samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
                 parts = [
                     part for sample, advantage in samples if advantage for part in sample.parts
