@@ -92,7 +92,9 @@ class AutoBridge:
         merge_adapter_weights=True,
         weight_dtype=None,
     ):
-        yield from WeightGatherer(model, self.spec, GROUPS, dtype=torch.float32)
+        # All ranks get all tensors.
+        options = {"dtype": torch.float32, "all_replicas": True}
+        yield from WeightGatherer(model, self.spec, GROUPS, **options)
 
 
 class Bridged(MegatronBridge):
