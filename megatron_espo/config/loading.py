@@ -19,26 +19,17 @@ Places = dict[yaml_source.Path, str]
 # Settings of older releases, and what to use or what happens instead.
 _REMOVED = {
     "algorithm.normalize_std": "use algorithm.advantage: grpo (true) or dr_grpo (false)",
-    "environment.max_concurrent": "at most 4096 trajectories run at the same time",
-    "environment.retries": "a failed trajectory is started once more",
     "eval.max_response_tokens": "use rollout.max_response_tokens, which limits evaluations too",
     "eval.top_p": "evaluations use rollout.top_p",
-    "optimizer.lr_decay_iters": "the learning rate decays over all optimizer steps of the run",
-    "optimizer.spike_window": "optimizer.spike_factor compares with the last 50 gradient norms",
-    "reward.overlap": "rewards are computed while other responses are sampled",
-    "reward.overlong_penalty": "the overlong penalty is 1 at the length limit",
     "rollout.allow_router_mismatch": "rollout.router_replay=false needs "
     "algorithm.rollout_correction token, sequence or geometric",
-    "rollout.allow_truncated_sampling": "training uses the ids that top_p and top_k kept",
     "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
     "rollout.canary_prompts=0 turns the comparison off",
     "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",
     "rollout.dtype": "engines use model.dtype",
     "rollout.extra_prompts": "use rollout.max_staleness and rollout.over_sampling_prompts",
     "rollout.log_prob_gap_warn": "the limit is 0.05 nats; see also rollout.log_prob_gap_stop",
-    "rollout.longest_first": "prompts are dispatched in the order of the data",
     "rollout.max_carried_steps": "use rollout.max_staleness",
-    "run.agree_every": "ranks compare their weights every 10 optimizer steps",
     "run.name": "a run has the name of its folder, run.dir",
 }
 _REMOVED_VALUES = {
@@ -136,7 +127,7 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     if kind == "rules":
         found = [((*location, *k.split(".")), message) for k, message in entry["ctx"]["problems"]]
     elif kind == "missing":
-        found = [(location, f"required, but not given; expected {_expected(location)}")]
+        found = [(location, f"required, but not given; expected {expectation(*location)}")]
     elif kind == "extra_forbidden":
         *above, name = location
         what = f"unknown {'key' if above else 'section'}{_suggest(above, name)}"
@@ -146,7 +137,7 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
         found = [(location, "expected a name as key")]
     else:
         got = f"{show(value)}{_hint(location, kind, value)}"
-        found = [(location, f"expected {_expected(location)}, got {got}")]
+        found = [(location, f"expected {expectation(*location)}, got {got}")]
     return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
 
 
@@ -163,10 +154,6 @@ def _place(location: yaml_source.Path, path: str, places: Places) -> str:
 def _name(location: yaml_source.Path) -> str:
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return "".join(parts).lstrip(".")
-
-
-def _expected(location: yaml_source.Path) -> str:
-    return expectation(*map(str, location))
 
 
 def _suggest(above: Sequence[Any], name: str) -> str:

@@ -25,10 +25,10 @@ def described() -> dict[str, type[BaseModel]]:
     return sections() | {"data.mixture.<name>": Source}
 
 
-def expectation(section: str, *path: str) -> str:
+def expectation(*path: Any) -> str:
     """Type and limits of a setting or of an item in it, such as ``number > 0``, ``one of a, b`` or
     ``integer >= 1 or null``."""
-    return _describe(_kind(section, *path))
+    return _describe(_kind(*path))
 
 
 def keys_of(*path: str) -> list[str]:
@@ -41,7 +41,7 @@ def _json_schema(section: str) -> dict[str, Any]:
     return sections()[section].model_json_schema()
 
 
-def _kind(section: str, *path: str) -> dict[str, Any]:
+def _kind(section: str, *path: Any) -> dict[str, Any]:
     """JSON schema of what is at ``path``."""
     kind = schema = _json_schema(section)
     for key in path:

@@ -461,9 +461,8 @@ def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
     entries = generate_entries(task, task_args)
     # Some tasks have no single right answer and leave it None; their verifier reads the entry.
     answers = ["" if entry["answer"] is None else str(entry["answer"]) for entry in entries]
-    rest = {"is_chat": False, "kind": ""}
     rows = [
-        {"number": i, "prompt": entry["question"], "answer": answer, **rest}
+        {"number": i, "prompt": entry["question"], "answer": answer, "is_chat": False, "kind": ""}
         for i, (entry, answer) in enumerate(zip(entries, answers, strict=True))
     ]
     table = pa.Table.from_pylist(rows, schema=_TABLE)

@@ -123,15 +123,11 @@ def load_tokenizer(
     """
     folder = Path(model_path or path)
     generation, config = (_read_json(folder / f"{n}.json") for n in ("generation_config", "config"))
-    text_config = _text_config(config)
-    vocab_size = text_config.get("vocab_size")
+    config = (config.get("text_config") or {}) | config  # multimodal models nest the text model's
     # Like transformers and vLLM: config.json counts if generation_config.json names no token.
-    eos_ids = (
-        _declared_eos(generation, folder / "generation_config.json")
-        or _declared_eos(config, folder / "config.json")
-        or _declared_eos(text_config, folder / "config.json")
-    )
-    return Tokenizer(Path(path), eos_ids, vocab_size, template_args or {})
+    generated = _declared_eos(generation, folder / "generation_config.json")
+    eos_ids = generated or _declared_eos(config, folder / "config.json")
+    return Tokenizer(Path(path), eos_ids, config.get("vocab_size"), template_args or {})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -144,12 +140,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of ``config``: multimodal models nest it."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) and "vocab_size" not in config else config
 
 
 def _declared_eos(config: dict[str, Any], file: Path) -> frozenset[int]:
