@@ -117,8 +117,6 @@ def kl_estimate(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
     Raises:
         ValueError: the two differ in shape or device.
     """
-    r = as_float("reference_logprob", reference_logprob, logprob) - as_float(
-        "logprob", logprob, logprob
-    )
-    r = r.clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    reference = as_float("reference_logprob", reference_logprob, logprob)
+    r = (reference - as_float("logprob", logprob, logprob)).clamp(-MAX_EXPONENT, MAX_EXPONENT)
     return torch.expm1(r) - r

@@ -185,8 +185,8 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
     yield from _check_divides(key, tp, heads, "attention heads")
     # Megatron could replicate key-value heads; the weight update needs one owner for each.
     yield from _check_divides(key, tp, spec.num_key_value_heads, "key-value heads")
-    for columns in (spec.sizes[name] for name in ("q_rank", "kv_down") if spec.is_latent):
-        yield from _check_divides(key, tp, columns, "columns of a latent projection")
+    for name in ("q_rank", "kv_down") if spec.is_latent else ():
+        yield from _check_divides(key, tp, spec.sizes[name], "columns of a latent projection")
     if experts is None or not all(experts.layers):
         yield from _check_divides(key, tp, spec.intermediate_size, "feed-forward columns")
     layers = spec.num_hidden_layers
@@ -198,10 +198,8 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
         yield "megatron.virtual_pipeline_model_parallel_size", f"expected {expected}, got {got}"
     yield from _expert_problems(m, experts, spec.architecture)
     ffn = (experts.ffn if experts else spec.intermediate_size) // tp
-    for what, count in (
-        ("hidden columns", spec.hidden_size),
-        ("feed-forward columns per rank", ffn),
-    ):
+    columns = {"hidden columns": spec.hidden_size, "feed-forward columns per rank": ffn}
+    for what, count in columns.items():
         if m.fp8 and count % 16:
             expected = f"null with {count} {what} (8-bit products need multiples of 16)"
             yield "megatron.fp8", f"expected {expected}, got {m.fp8}"
@@ -215,11 +213,8 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
 
 
 def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) -> Problems:
-    tp, ep, expert_tp = (
-        m.tensor_model_parallel_size,
-        m.expert_model_parallel_size,
-        m.expert_tensor_parallel_size,
-    )
+    tp, ep = m.tensor_model_parallel_size, m.expert_model_parallel_size
+    expert_tp = m.expert_tensor_parallel_size
     if experts is None:
         where = f"for a model without experts ({architecture})"
         if ep > 1:

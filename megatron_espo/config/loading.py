@@ -32,10 +32,6 @@ _REMOVED = {
     "rollout.max_carried_steps": "use rollout.max_staleness",
     "run.name": "a run has the name of its folder, run.dir",
 }
-_REMOVED_VALUES = {
-    ("rollout.transport", "shared_memory"): "use files",
-    ("rollout.transport", "tcp"): "use files",
-}
 
 
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -136,7 +132,7 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     elif kind == "invalid_key":
         found = [(location, "expected a name as key")]
     else:
-        got = f"{show(value)}{_hint(location, kind, value)}"
+        got = f"{show(value)}{_hint(kind, value)}"
         found = [(location, f"expected {expectation(*location)}, got {got}")]
     return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
 
@@ -166,14 +162,12 @@ def _suggest(above: Sequence[Any], name: str) -> str:
     return f"; known are {', '.join(own)}"
 
 
-def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:
+def _hint(kind: str, value: Any) -> str:
     if kind == "string_type":
         is_scalar = value is not None and not isinstance(value, (dict, list))
         return "; put it in quotes" if is_scalar else ""
     if not isinstance(value, str):
         return ""
-    if instead := _REMOVED_VALUES.get((_name(location), value)):
-        return f"; {instead}"
     try:
         plain, _ = yaml_source.parse(value)
     except yaml_source.YamlError:

@@ -6,13 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_espo.config.rules import (
-    LOWEST_TEMPERATURE,
-    Problems,
-    Section,
-    check_function,
-    expect,
-)
+from megatron_espo.config.rules import LOWEST_TEMPERATURE, Problems, Section, check_function, expect
 
 FUNCTIONS = ("auto", "reasoning_gym", "math_verify")
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")

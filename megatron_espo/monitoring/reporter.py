@@ -42,11 +42,7 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        runtime: Runtime,
-        tokenizer: Tokenizer | None,
+        self, config: Config, spec: ModelSpec, runtime: Runtime, tokenizer: Tokenizer | None
     ) -> None:
         if config.run.wandb and importlib.util.find_spec("wandb") is None:
             raise InputError(

@@ -52,10 +52,7 @@ def train(config: Config) -> None:
     check_router(config, spec)
     sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
     runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
-    with (
-        reported(config, runtime) as heartbeat,
-        Run(config, spec, runtime, heartbeat) as run,
-    ):
+    with reported(config, runtime) as heartbeat, Run(config, spec, runtime, heartbeat) as run:
         for step in range(run.step + 1, config.run.steps + 1):
             with run.profiler.step(step):
                 began = time.perf_counter()
@@ -89,11 +86,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        runtime: Runtime,
-        heartbeat: Callable[..., None],
+        self, config: Config, spec: ModelSpec, runtime: Runtime, heartbeat: Callable[..., None]
     ) -> None:
         self.config, self.runtime, folder = config, runtime, Path(config.run.dir)
         self.stop = StopRequest(folder, config.run.max_seconds)
@@ -250,9 +243,7 @@ def advantages_of(groups: ScoredGroups, config: Config) -> tuple[torch.Tensor, t
     rewards, buffer = groups.rewards, config.reward.overlong_buffer_tokens
     if buffer is not None:
         rewards = rewards + overlong_penalty(
-            groups.lengths(),
-            max_tokens=config.rollout.max_response_tokens,
-            buffer_tokens=buffer,
+            groups.lengths(), max_tokens=config.rollout.max_response_tokens, buffer_tokens=buffer
         )
     advantages = group_advantages(rewards, config.algorithm.advantage)
     if not (scale := config.algorithm.zero_variance_scale):
@@ -285,9 +276,7 @@ def train_sequences(
         ValueError: a part without sampled tokens.
     """
     logged_sample, values = logged_sample or {}, advantages.tolist()
-    signs = (
-        (torch.zeros_like(advantages) if zero_variance is None else zero_variance).int().tolist()
-    )
+    signs = None if zero_variance is None else zero_variance.int().tolist()
     return [
         [
             TrainSequence(
@@ -300,7 +289,7 @@ def train_sequences(
                 logged_sample=logged_sample.get((i, j)) if part is sample else None,
                 routed_experts=part.routed_experts,
                 sampling_mask=part.sampling_mask,
-                zero_variance=signs[i][j],
+                zero_variance=signs[i][j] if signs else 0,
             )
             for j, sample in enumerate(rollouts)
             for part in sample.parts
