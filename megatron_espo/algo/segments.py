@@ -150,7 +150,7 @@ def check_ranges(*ranges: tuple[str, Tensor, float, float, str]) -> None:
     for (name, values, _, _, expected), each in zip(ranges, wrong, strict=True):
         if each.any():
             position = int(each.nonzero()[0])
-            got = f"got {float(values[position])} at token {position}"
+            got = f"got {values[position].item()} at token {position}"
             raise ValueError(f"{name}: expected {expected}, {got}")
 
 

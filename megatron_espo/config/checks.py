@@ -1,7 +1,6 @@
 """Checks of a configuration against the number of ranks, the model and the files. Standard
 library only."""
 
-import json
 import math
 import os
 import tempfile
@@ -14,6 +13,7 @@ from megatron_espo.config import model_folder
 from megatron_espo.config.rules import Problems, expect
 from megatron_espo.config.schema import Config, Megatron
 from megatron_espo.errors import InputError
+from megatron_espo.files import read_object
 from megatron_espo.models.registry import read_spec
 from megatron_espo.models.spec import Experts, ModelSpec
 
@@ -159,13 +159,10 @@ def read_model(config: Config) -> ModelSpec:
         )
         fail(config, "model.path", f'expected config.json in "{path.parent}", found none; {advice}')
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        reason = None if isinstance(loaded, dict) else f"a JSON {type(loaded).__name__}"
-    except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__} ({error})"
-    if reason:
-        fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
-    return parse_model(config, loaded)
+        hf_config = read_object(path)
+    except InputError as error:
+        fail(config, "model.path", str(error))
+    return parse_model(config, hf_config)
 
 
 def parse_model(config: Config, hf_config: dict[str, Any]) -> ModelSpec:

@@ -1,6 +1,5 @@
 """The trainer's tokenizer: a Hugging Face folder, from local files only."""
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_espo.errors import InputError
+from megatron_espo.files import read_object
 
 Messages = list[dict[str, str]]
 
@@ -122,24 +122,12 @@ def load_tokenizer(
         InputError: see :class:`Tokenizer`.
     """
     folder = Path(model_path or path)
-    generation, config = (_read_json(folder / f"{n}.json") for n in ("generation_config", "config"))
+    files = [folder / "generation_config.json", folder / "config.json"]
+    generation, config = (read_object(file) if file.is_file() else {} for file in files)
     config = (config.get("text_config") or {}) | config  # multimodal models nest the text model's
     # Like transformers and vLLM: config.json counts if generation_config.json names no token.
-    generated = _declared_eos(generation, folder / "generation_config.json")
-    eos_ids = generated or _declared_eos(config, folder / "config.json")
+    eos_ids = _declared_eos(generation, files[0]) or _declared_eos(config, files[1])
     return Tokenizer(Path(path), eos_ids, config.get("vocab_size"), template_args or {})
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _declared_eos(config: dict[str, Any], file: Path) -> frozenset[int]:
