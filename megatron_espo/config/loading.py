@@ -67,11 +67,9 @@ def _read(path: str) -> tuple[dict[str, Any], Places]:
     try:
         with open(path, encoding="utf-8") as stream:
             tree, lines = yaml_source.parse(stream.read())
-    except FileNotFoundError:
-        expected = "expected a YAML configuration file"
-        raise InputError(f"{path}: {expected}, found none in {os.getcwd()}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot read the configuration file: {error.strerror}") from None
+        got = f"got {error.strerror} (in {os.getcwd()})"
+        raise InputError(f"{path}: expected a YAML configuration file, {got}") from None
     except yaml_source.YamlError as error:
         problems = [f"{path}:{line}: {message}" for line, message in error.problems]
         raise InputError("\n".join(problems)) from None

@@ -18,11 +18,10 @@ from megatron_espo.megatron.checkpoint import Save, check_differences, read_stat
 _NAME = re.compile(r"step_(\d{6,})")
 # Settings that must not change when a run continues. The others (learning rate, layout, number of
 # steps, paths) may change.
-_SAMPLING = "prompts_per_step group_size temperature top_p top_k max_response_tokens"
 FINGERPRINT = {
     "algorithm": None,  # all settings of the section
     "data": ["task_args", "system_prompt", "shuffle"],
-    "rollout": _SAMPLING.split(),
+    "rollout": "prompts_per_step group_size temperature top_p top_k max_response_tokens".split(),
     "run": ["seed"],
 }
 TOKENIZER_FILES = "tokenizer.json tokenizer_config.json added_tokens.json vocab.json merges.txt"

@@ -25,7 +25,7 @@ from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.distributed.stop_request import Stopped, StopRequest
 from megatron_espo.megatron.actor import Actor
 from megatron_espo.models.spec import ModelSpec
-from megatron_espo.monitoring.profiler import StepProfiler
+from megatron_espo.monitoring.profiler import profiled
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.monitoring.report import draw_learning_curve, write_summary
 from megatron_espo.monitoring.reporter import Reporter
@@ -54,7 +54,7 @@ def train(config: Config) -> None:
     runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
     with reported(config, runtime) as heartbeat, Run(config, spec, runtime, heartbeat) as run:
         for step in range(run.step + 1, config.run.steps + 1):
-            with run.profiler.step(step):
+            with profiled(config.run, runtime.role, step):
                 began = time.perf_counter()
                 # prompts -> rollouts -> rewards
                 groups = run.rollouts.collect(step, run.phases, run.colocation.recover)
@@ -130,7 +130,6 @@ class Run:
             text = config.model_dump_json(indent=2) + "\n"
             folder.joinpath("config.json").write_text(text, encoding="utf-8")
         self.reporter.open(after_step=self.step)
-        self.profiler = StepProfiler(folder, runtime.role, config.run.profile_steps)
         # A full garbage collection takes as long as the host work of a step: it does not visit the
         # modules and the model again.
         gc.freeze()
