@@ -36,9 +36,7 @@ def check_world_size(config: Config, world_size: int) -> int:
     dp, rest = divmod(world_size, model_ranks)
     if dp == 0 or rest:
         product = " x ".join(map(str, sizes.values()))
-        expected = (
-            f"a world size of TP x PP x CP x DP = {product} x DP, a multiple of {model_ranks}"
-        )
+        expected = f"a world size TP x PP x CP x DP = {product} x DP, a multiple of {model_ranks}"
         lower = ", ".join(key for key, size in sizes.items() if size > 1)
         advice = f"start another number of ranks or lower {lower}"
         largest = max(sizes, key=sizes.__getitem__)
@@ -240,9 +238,7 @@ def _length_problems(config: Config, spec: ModelSpec) -> Problems:
         yield "rollout.max_response_tokens", f"expected {expected}, got {longest}"
     window = spec.sliding_window
     if window and window < min(limit, context):
-        expected = (
-            f"at most {window}, the model's attention window (sliding windows are not supported)"
-        )
+        expected = f"at most {window}, the attention window (sliding windows are not supported)"
         yield "rollout.max_model_len", f"expected {expected}, got {limit}"
 
 

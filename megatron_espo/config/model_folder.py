@@ -69,9 +69,7 @@ def weight_problems(folder: Path) -> Iterator[str]:
             both = f"{SINGLE} and the files of {INDEX}"
             yield f'expected one set of weights in "{folder}", found {both}; remove one of them'
     elif SINGLE not in found:
-        advice = (
-            "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)` converts others"
-        )
+        advice = "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)` writes one"
         got = ", ".join(sorted(found)[:3]) or "none"
         yield f'expected {SINGLE} or {INDEX} in "{folder}", found {got}; {advice}'
         return

@@ -321,9 +321,7 @@ class Config(Section):
         for path, source in self.sources.items():
             is_file = not source.prompts.startswith("reasoning_gym:")
             if "reasoning_gym" in self.reward.weights and is_file:
-                expected = (
-                    f'math_verify or "module:function" with {path}.prompts "{source.prompts}"'
-                )
+                expected = f'math_verify or module:function with {path}.prompts "{source.prompts}"'
                 key = "reward.terms" if self.reward.terms else "reward.function"
                 yield expect(key, expected, "reasoning_gym")
         for name in self.reward.terms:
