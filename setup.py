@@ -14,10 +14,10 @@ COMMON = [
     "matplotlib>=3.9",
     "pyarrow>=17",
     "reasoning-gym>=0.1.20",
-    "rich>=13",
     "safetensors>=0.6",
     "sentencepiece>=0.2",
     "tensorboard>=2.18",
+    "tqdm>=4.66",
     "transformers>=5.16",
 ]
 

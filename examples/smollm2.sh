@@ -31,5 +31,5 @@ run="runs/$name"
 [ ! -e "$run/summary.json" ] || mv "$run" "$run-$(date -r "$run" +%Y%m%d-%H%M%S)"
 
 # --standalone picks a free port, so two runs can share a machine. With `exec`, Ctrl-C reaches torchrun, which ends its ranks.
-exec torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_espo.cli train "examples/$name.yaml" \
+exec torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_espo train "examples/$name.yaml" \
     ${overrides[@]+"${overrides[@]}"}

@@ -43,9 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     option = add("train", "Train a model with the settings of a YAML file.").add_argument
     _add_config(option)
 
-    option = add(
-        "serve", "Run vLLM's server for a run whose rollout.hosts has this machine."
-    ).add_argument
+    text = "Run vLLM's server for a run whose rollout.hosts has this machine."
+    option = add("serve", text).add_argument
     option("run", metavar="RUN_DIR", help="the run's folder, on a file system of all machines")
     address = "address of this machine; default: its host name, port 7700"
     option("--listen", metavar="HOST:PORT", help=address)
@@ -74,9 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     option = add("to-hf", "Write a Megatron checkpoint as a Hugging Face folder.", directions)
     _add_config(option.add_argument, checkpoint="Megatron checkpoint", out="folder to write")
 
-    text = (
-        "Compare the gradient of every parallel layout with one rank's. Exit code 1: one differs."
-    )
+    text = "Compare the gradients of parallel layouts with one rank's. Exit code 1: one differs."
     option = add("parity", text).add_argument
     model = "compare the model of this run; default: two tiny random models"
     option("config", metavar="CONFIG.yaml", nargs="?", help=model)
@@ -282,7 +279,3 @@ def _report(error: InputError, checked: bool) -> None:
     else:
         # torchrun kills all ranks when one ends. The rank that prints must end first.
         time.sleep(_SILENT_RANK_S)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

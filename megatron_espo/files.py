@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,23 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object; ``{}`` if there is no file, or no valid JSON object in it."""
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. InputError: it cannot be read, or has another content."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        got = f"a JSON {type(content).__name__}"
+    except (OSError, ValueError) as error:
+        content, got = None, f"{type(error).__name__} ({error})"
+    if not isinstance(content, dict):
+        raise InputError(f"expected a JSON object in {path}, got {got}")
+    return content
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object; ``{}`` if there is no file, or no valid JSON object in it."""
+    with suppress(InputError):
+        return read_object(path)
+    return {}
 
 
 def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:

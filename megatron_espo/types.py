@@ -235,8 +235,3 @@ class Trajectory:
     def num_trained(self) -> int:
         """Sampled tokens of all ``parts``."""
         return sum(int(np.count_nonzero(part.loss_mask)) for part in self.parts)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all ``parts`` that go through the model, contexts included."""
-        return sum(len(part.prompt_ids) + len(part.response_ids) for part in self.parts)

@@ -119,7 +119,7 @@ def test_user_errors_have_no_traceback_and_come_before_heavy_imports(folder, arg
 )
 def test_one_rank_per_node_prints_an_error_of_all_ranks(folder, rank, local_rank, printed):
     ranks = {"WORLD_SIZE": "16", "RANK": rank, "LOCAL_RANK": local_rank}
-    done = run(folder, "-m", "megatron_espo.cli", "train", "run.yaml", "run.steps=0", **ranks)
+    done = run(folder, "-m", "megatron_espo", "train", "run.yaml", "run.steps=0", **ranks)
     assert done.returncode == 2
     assert ("override 'run.steps=0'" in done.stderr) == printed
 

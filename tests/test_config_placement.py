@@ -184,7 +184,7 @@ def test_unsupported_models_are_refused(tmp_path, monkeypatch):
     assert "quantization_config: expected none" in model_errors(
         config, quantization_config={"bits": 4}
     )
-    assert "at most 4096, the model's attention window" in model_errors(config, sliding_window=4096)
+    assert "at most 4096, the attention window" in model_errors(config, sliding_window=4096)
     check_model(config, {**HF, "sliding_window": 4096, "use_sliding_window": False})
     overrides = ["megatron.expert_model_parallel_size=2", "megatron.expert_tensor_parallel_size=1"]
     config = load(tmp_path, monkeypatch, GOOD, overrides)
@@ -230,7 +230,6 @@ def test_an_incomplete_model_folder_is_refused(tmp_path, monkeypatch):
     assert check_model(config) == HF
     (folder / "tokenizer.json").rename(folder / "spm.model")
     assert "expected tokenizer files in" in message()
-    check_model(load(tmp_path, monkeypatch, GOOD, ["model.tokenizer=model/spm.model"]))
 
 
 @pytest.mark.parametrize(

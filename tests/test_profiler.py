@@ -5,13 +5,14 @@ import json
 
 import torch
 
-from megatron_espo.monitoring.profiler import StepProfiler
+from megatron_espo.config import Run
+from megatron_espo.monitoring.profiler import profiled
 
 
 def test_only_the_chosen_steps_are_profiled(tmp_path):
-    profiler = StepProfiler(tmp_path, "rank0", steps=[2])
+    run = Run(dir=str(tmp_path), profile_steps=[2])
     for step in (1, 2, 3):
-        with profiler.step(step):
+        with profiled(run, "rank0", step):
             torch.ones(8, 8) @ torch.ones(8, 8)
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "step_000002_rank0.json.gz"

@@ -115,7 +115,7 @@ def test_wrong_arguments_are_refused():
     for change, message in (
         ({"level": "tokens"}, "level: expected one of token, sequence, geometric, got 'tokens'"),
         ({"cap": 0.0}, "cap: expected a positive number"),
-        ({"floor": 3.0}, "cap: expected a positive number of at least the floor 3.0, got 2.0"),
+        ({"floor": 3.0}, "cap: expected a positive number from the floor 3.0 on, got 2.0"),
         ({"cap": math.nan}, "cap: expected a positive number"),
         ({"old_logprob": old[:1]}, "old_logprob: expected shape"),
         ({"rollout_logprob": rollout[:, None]}, "rollout_logprob: expected shape"),
@@ -173,8 +173,8 @@ def test_kl_estimate_is_unbiased():
 
 def test_overlong_penalty():
     lengths = torch.tensor([[1, 12], [14, 16]])
-    found = overlong_penalty(lengths, max_tokens=16, buffer_tokens=4, factor=0.5)
-    assert found.tolist() == [[0.0, 0.0], [-0.25, -0.5]]
+    found = overlong_penalty(lengths, max_tokens=16, buffer_tokens=4)
+    assert found.tolist() == [[0.0, 0.0], [-0.5, -1.0]]
     # A response that is longer than the limit gets the whole penalty.
     found = overlong_penalty(torch.tensor([0, 8, 16, 20]), max_tokens=16, buffer_tokens=16)
     assert found.tolist() == [0.0, -0.5, -1.0, -1.0]

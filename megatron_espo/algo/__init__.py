@@ -25,33 +25,3 @@ from megatron_espo.algo.objectives import (
 from megatron_espo.algo.padded import padded_loss
 from megatron_espo.algo.regularizers import kl_estimate, rollout_correction, rollout_mask
 from megatron_espo.algo.segments import TokenSegments, entropy_groups
-
-__all__ = [
-    "CEGPPO",
-    "CISPO",
-    "DAPO",
-    "DPPO",
-    "ESPO",
-    "GMPO",
-    "GRPO",
-    "GSPO",
-    "OBJECTIVES",
-    "SAPO",
-    "DrGRPO",
-    "LossInputs",
-    "LossOutput",
-    "Objective",
-    "TokenSegments",
-    "entropy_groups",
-    "entropy_shape",
-    "group_advantages",
-    "importance_ratio",
-    "kl_estimate",
-    "load_objective",
-    "overlong_penalty",
-    "padded_loss",
-    "rollout_correction",
-    "rollout_mask",
-    "would_clip",
-    "zero_variance_signs",
-]

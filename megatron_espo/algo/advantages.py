@@ -31,9 +31,7 @@ def group_advantages(rewards: Tensor, method: AdvantageName = "grpo") -> Tensor:
     if rewards.dim() != 2 or rewards.size(1) < 2:
         raise ValueError(f"rewards: expected [prompts, group_size >= 2], got {list(rewards.shape)}")
     if rewards.isinf().any():
-        raise ValueError(
-            "rewards: expected finite values, or NaN where the verifier failed; got inf"
-        )
+        raise ValueError("rewards: expected finite values, NaN where the verifier failed; got inf")
     rewards = rewards.double()
     ran = ~rewards.isnan()
     filled = rewards.where(ran, 0.0)
@@ -93,14 +91,12 @@ def entropy_shape(entropy: Tensor, response: Tensor, signs: Tensor) -> Tensor:
     return shape.where(sign != 0, 1.0)
 
 
-def overlong_penalty(
-    lengths: Tensor, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0
-) -> Tensor:
-    """DAPO's soft overlong penalty: from 0 at ``max_tokens - buffer_tokens`` to ``-factor``.
+def overlong_penalty(lengths: Tensor, *, max_tokens: int, buffer_tokens: int) -> Tensor:
+    """DAPO's soft overlong penalty: from 0 at ``max_tokens - buffer_tokens`` to -1.
 
     Args:
         lengths: response tokens, any shape.
-        max_tokens: the generation limit; longer responses get ``-factor``.
+        max_tokens: the generation limit; longer responses get -1.
         buffer_tokens: 1 to ``max_tokens``.
 
     Returns:
@@ -113,4 +109,4 @@ def overlong_penalty(
         expected = f"expected 1 to max_tokens ({max_tokens}), got {buffer_tokens}"
         raise ValueError(f"buffer_tokens: {expected}")
     beyond = (lengths - (max_tokens - buffer_tokens)).clamp(0, buffer_tokens)
-    return -factor * beyond.float() / buffer_tokens
+    return -beyond.float() / buffer_tokens

@@ -84,17 +84,11 @@ class LossInputs:
             if (values := getattr(self, name)) is not None:
                 values = as_float(name, values, self.segments.segment)
                 object.__setattr__(self, name, values)
-
-        def checked(name: str, high: float, expected: str):
-            values = getattr(self, name).detach()
-            least, most = torch.finfo(values.dtype).min, torch.finfo(values.dtype).max
-            return name, values, least, min(most, high), expected
-
         logprobs = "log-probabilities (finite, at most 0)"
         check_ranges(
-            checked("old_logprob", 1e-4, logprobs),
-            checked("logprob", 1e-4, logprobs),
-            checked("advantage", math.inf, "finite numbers"),
+            ("old_logprob", self.old_logprob, -math.inf, 1e-4, logprobs),
+            ("logprob", self.logprob, -math.inf, 1e-4, logprobs),
+            ("advantage", self.advantage, -math.inf, math.inf, "finite numbers"),
         )
 
     @cached_property

@@ -1,5 +1,6 @@
 """Objectives on padded ``[batch, time]`` tensors, for trainers that do not pack their batches."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -76,8 +77,7 @@ def padded_loss(
     )
     if correction is not None:
         factor = packed("correction", correction.detach(), rows=True)
-        most = torch.finfo(dtype).max
-        check_ranges(("correction", factor, -most, most, "finite numbers"))
+        check_ranges(("correction", factor, -math.inf, math.inf, "finite numbers"))
         segments = replace(segments, weight=segments.weight * factor)
     inputs = LossInputs(
         packed("logprob", logprob),

@@ -44,9 +44,7 @@ def rollout_correction(
             shape or device is not that of ``segments``.
     """
     if not 0 <= floor <= cap or not cap > 0:
-        raise ValueError(
-            f"cap: expected a positive number of at least the floor {floor}, got {cap}"
-        )
+        raise ValueError(f"cap: expected a positive number from the floor {floor} on, got {cap}")
     ratio = _rollout_ratio(old_logprob, rollout_logprob, segments, level, sum_over_ranks)
     return ratio.clamp(floor, cap)
 
@@ -117,8 +115,6 @@ def kl_estimate(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
     Raises:
         ValueError: the two differ in shape or device.
     """
-    r = as_float("reference_logprob", reference_logprob, logprob) - as_float(
-        "logprob", logprob, logprob
-    )
-    r = r.clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    reference = as_float("reference_logprob", reference_logprob, logprob)
+    r = (reference - as_float("logprob", logprob, logprob)).clamp(-MAX_EXPONENT, MAX_EXPONENT)
     return torch.expm1(r) - r

@@ -142,16 +142,15 @@ def check_ranges(*ranges: tuple[str, Tensor, float, float, str]) -> None:
     """Check ``(name, values, low, high, expected)``; synchronizes a GPU once.
 
     Raises:
-        ValueError: a value of ``values [tokens]`` is NaN or lies outside ``[low, high]``.
+        ValueError: a value of ``values [tokens]`` is not finite or lies outside ``[low, high]``.
     """
-    # The negated comparison is also true for NaN.
-    wrong = [~((values >= low) & (values <= high)) for _, values, low, high, _ in ranges]
+    wrong = [~x.isfinite() | (x < low) | (x > high) for _, x, low, high, _ in ranges]
     if not torch.stack([each.any() for each in wrong]).any():
         return
     for (name, values, _, _, expected), each in zip(ranges, wrong, strict=True):
         if each.any():
             position = int(each.nonzero()[0])
-            got = f"got {float(values[position])} at token {position}"
+            got = f"got {values[position].item()} at token {position}"
             raise ValueError(f"{name}: expected {expected}, {got}")
 
 

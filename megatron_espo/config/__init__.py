@@ -16,19 +16,3 @@ from megatron_espo.config.schema import (
     Rollout,
     Run,
 )
-
-__all__ = [
-    "Algorithm",
-    "Config",
-    "Data",
-    "Eval",
-    "Judge",
-    "Megatron",
-    "Model",
-    "Optimizer",
-    "Reward",
-    "Rollout",
-    "Run",
-    "load_config",
-    "render_reference",
-]

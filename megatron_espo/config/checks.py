@@ -1,7 +1,6 @@
 """Checks of a configuration against the number of ranks, the model and the files. Standard
 library only."""
 
-import json
 import math
 import os
 import tempfile
@@ -14,6 +13,7 @@ from megatron_espo.config import model_folder
 from megatron_espo.config.rules import Problems, expect
 from megatron_espo.config.schema import Config, Megatron
 from megatron_espo.errors import InputError
+from megatron_espo.files import read_object
 from megatron_espo.models.registry import read_spec
 from megatron_espo.models.spec import Experts, ModelSpec
 
@@ -36,9 +36,7 @@ def check_world_size(config: Config, world_size: int) -> int:
     dp, rest = divmod(world_size, model_ranks)
     if dp == 0 or rest:
         product = " x ".join(map(str, sizes.values()))
-        expected = (
-            f"a world size of TP x PP x CP x DP = {product} x DP, a multiple of {model_ranks}"
-        )
+        expected = f"a world size TP x PP x CP x DP = {product} x DP, a multiple of {model_ranks}"
         lower = ", ".join(key for key, size in sizes.items() if size > 1)
         advice = f"start another number of ranks or lower {lower}"
         largest = max(sizes, key=sizes.__getitem__)
@@ -159,13 +157,10 @@ def read_model(config: Config) -> ModelSpec:
         )
         fail(config, "model.path", f'expected config.json in "{path.parent}", found none; {advice}')
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        reason = None if isinstance(loaded, dict) else f"a JSON {type(loaded).__name__}"
-    except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__} ({error})"
-    if reason:
-        fail(config, "model.path", f"expected a JSON object in {path}, got {reason}")
-    return parse_model(config, loaded)
+        hf_config = read_object(path)
+    except InputError as error:
+        fail(config, "model.path", str(error))
+    return parse_model(config, hf_config)
 
 
 def parse_model(config: Config, hf_config: dict[str, Any]) -> ModelSpec:
@@ -185,8 +180,8 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
     yield from _check_divides(key, tp, heads, "attention heads")
     # Megatron could replicate key-value heads; the weight update needs one owner for each.
     yield from _check_divides(key, tp, spec.num_key_value_heads, "key-value heads")
-    for columns in (spec.sizes[name] for name in ("q_rank", "kv_down") if spec.is_latent):
-        yield from _check_divides(key, tp, columns, "columns of a latent projection")
+    for name in ("q_rank", "kv_down") if spec.is_latent else ():
+        yield from _check_divides(key, tp, spec.sizes[name], "columns of a latent projection")
     if experts is None or not all(experts.layers):
         yield from _check_divides(key, tp, spec.intermediate_size, "feed-forward columns")
     layers = spec.num_hidden_layers
@@ -198,10 +193,8 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
         yield "megatron.virtual_pipeline_model_parallel_size", f"expected {expected}, got {got}"
     yield from _expert_problems(m, experts, spec.architecture)
     ffn = (experts.ffn if experts else spec.intermediate_size) // tp
-    for what, count in (
-        ("hidden columns", spec.hidden_size),
-        ("feed-forward columns per rank", ffn),
-    ):
+    columns = {"hidden columns": spec.hidden_size, "feed-forward columns per rank": ffn}
+    for what, count in columns.items():
         if m.fp8 and count % 16:
             expected = f"null with {count} {what} (8-bit products need multiples of 16)"
             yield "megatron.fp8", f"expected {expected}, got {m.fp8}"
@@ -215,11 +208,8 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
 
 
 def _expert_problems(m: Megatron, experts: Experts | None, architecture: str) -> Problems:
-    tp, ep, expert_tp = (
-        m.tensor_model_parallel_size,
-        m.expert_model_parallel_size,
-        m.expert_tensor_parallel_size,
-    )
+    tp, ep = m.tensor_model_parallel_size, m.expert_model_parallel_size
+    expert_tp = m.expert_tensor_parallel_size
     if experts is None:
         where = f"for a model without experts ({architecture})"
         if ep > 1:
@@ -248,9 +238,7 @@ def _length_problems(config: Config, spec: ModelSpec) -> Problems:
         yield "rollout.max_response_tokens", f"expected {expected}, got {longest}"
     window = spec.sliding_window
     if window and window < min(limit, context):
-        expected = (
-            f"at most {window}, the model's attention window (sliding windows are not supported)"
-        )
+        expected = f"at most {window}, the attention window (sliding windows are not supported)"
         yield "rollout.max_model_len", f"expected {expected}, got {limit}"
 
 

@@ -19,31 +19,18 @@ Places = dict[yaml_source.Path, str]
 # Settings of older releases, and what to use or what happens instead.
 _REMOVED = {
     "algorithm.normalize_std": "use algorithm.advantage: grpo (true) or dr_grpo (false)",
-    "environment.max_concurrent": "at most 4096 trajectories run at the same time",
-    "environment.retries": "a failed trajectory is started once more",
     "eval.max_response_tokens": "use rollout.max_response_tokens, which limits evaluations too",
     "eval.top_p": "evaluations use rollout.top_p",
-    "optimizer.lr_decay_iters": "the learning rate decays over all optimizer steps of the run",
-    "optimizer.spike_window": "optimizer.spike_factor compares with the last 50 gradient norms",
-    "reward.overlap": "rewards are computed while other responses are sampled",
-    "reward.overlong_penalty": "the overlong penalty is 1 at the length limit",
     "rollout.allow_router_mismatch": "rollout.router_replay=false needs "
     "algorithm.rollout_correction token, sequence or geometric",
-    "rollout.allow_truncated_sampling": "training uses the ids that top_p and top_k kept",
     "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
     "rollout.canary_prompts=0 turns the comparison off",
     "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",
     "rollout.dtype": "engines use model.dtype",
     "rollout.extra_prompts": "use rollout.max_staleness and rollout.over_sampling_prompts",
     "rollout.log_prob_gap_warn": "the limit is 0.05 nats; see also rollout.log_prob_gap_stop",
-    "rollout.longest_first": "prompts are dispatched in the order of the data",
     "rollout.max_carried_steps": "use rollout.max_staleness",
-    "run.agree_every": "ranks compare their weights every 10 optimizer steps",
     "run.name": "a run has the name of its folder, run.dir",
-}
-_REMOVED_VALUES = {
-    ("rollout.transport", "shared_memory"): "use files",
-    ("rollout.transport", "tcp"): "use files",
 }
 
 
@@ -80,11 +67,9 @@ def _read(path: str) -> tuple[dict[str, Any], Places]:
     try:
         with open(path, encoding="utf-8") as stream:
             tree, lines = yaml_source.parse(stream.read())
-    except FileNotFoundError:
-        expected = "expected a YAML configuration file"
-        raise InputError(f"{path}: {expected}, found none in {os.getcwd()}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot read the configuration file: {error.strerror}") from None
+        got = f"got {error.strerror} (in {os.getcwd()})"
+        raise InputError(f"{path}: expected a YAML configuration file, {got}") from None
     except yaml_source.YamlError as error:
         problems = [f"{path}:{line}: {message}" for line, message in error.problems]
         raise InputError("\n".join(problems)) from None
@@ -136,7 +121,7 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     if kind == "rules":
         found = [((*location, *k.split(".")), message) for k, message in entry["ctx"]["problems"]]
     elif kind == "missing":
-        found = [(location, f"required, but not given; expected {_expected(location)}")]
+        found = [(location, f"required, but not given; expected {expectation(*location)}")]
     elif kind == "extra_forbidden":
         *above, name = location
         what = f"unknown {'key' if above else 'section'}{_suggest(above, name)}"
@@ -145,8 +130,8 @@ def _explain(entry: Any, path: str, places: Places) -> list[str]:
     elif kind == "invalid_key":
         found = [(location, "expected a name as key")]
     else:
-        got = f"{show(value)}{_hint(location, kind, value)}"
-        found = [(location, f"expected {_expected(location)}, got {got}")]
+        got = f"{show(value)}{_hint(kind, value)}"
+        found = [(location, f"expected {expectation(*location)}, got {got}")]
     return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
 
 
@@ -165,10 +150,6 @@ def _name(location: yaml_source.Path) -> str:
     return "".join(parts).lstrip(".")
 
 
-def _expected(location: yaml_source.Path) -> str:
-    return expectation(*map(str, location))
-
-
 def _suggest(above: Sequence[Any], name: str) -> str:
     """The most similar section or key: of the same mapping, or else of any section."""
     homes = {key: f"{home}.{key}" for home, m in sections().items() for key in m.model_fields}
@@ -179,14 +160,12 @@ def _suggest(above: Sequence[Any], name: str) -> str:
     return f"; known are {', '.join(own)}"
 
 
-def _hint(location: yaml_source.Path, kind: str, value: Any) -> str:
+def _hint(kind: str, value: Any) -> str:
     if kind == "string_type":
         is_scalar = value is not None and not isinstance(value, (dict, list))
         return "; put it in quotes" if is_scalar else ""
     if not isinstance(value, str):
         return ""
-    if instead := _REMOVED_VALUES.get((_name(location), value)):
-        return f"; {instead}"
     try:
         plain, _ = yaml_source.parse(value)
     except yaml_source.YamlError:

@@ -39,11 +39,9 @@ def problems(model: str, tokenizer: str | None) -> Problems:
         yield "model.path", f'expected config.json in "{folder}", found none; {NO_HUB}'
     yield from (("model.path", message) for message in weight_problems(folder))
     source = Path(tokenizer or model)
-    if source.is_file() and source.suffix == ".model":
-        return
     if not any(all((source / name).is_file() for name in names) for names in TOKENIZER_FILES):
         files = " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
-        advice = "set model.tokenizer to a folder with them or to a SentencePiece *.model file"
+        advice = "set model.tokenizer to a folder with them"
         key = "model.tokenizer" if tokenizer else "model.path"
         yield key, f'expected tokenizer files in "{source}" ({files}), found none; {advice}'
 
@@ -71,9 +69,7 @@ def weight_problems(folder: Path) -> Iterator[str]:
             both = f"{SINGLE} and the files of {INDEX}"
             yield f'expected one set of weights in "{folder}", found {both}; remove one of them'
     elif SINGLE not in found:
-        advice = (
-            "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)` converts others"
-        )
+        advice = "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)` writes one"
         got = ", ".join(sorted(found)[:3]) or "none"
         yield f'expected {SINGLE} or {INDEX} in "{folder}", found {got}; {advice}'
         return

@@ -25,25 +25,25 @@ def described() -> dict[str, type[BaseModel]]:
     return sections() | {"data.mixture.<name>": Source}
 
 
-def expectation(section: str, *path: str) -> str:
+def expectation(*path: Any) -> str:
     """Type and limits of a setting or of an item in it, such as ``number > 0``, ``one of a, b`` or
     ``integer >= 1 or null``."""
-    return _describe(_kind(section, *path))
+    return _describe(_kind(*path))
 
 
 def keys_of(*path: str) -> list[str]:
     """Keys of a mapping of settings; without ``path``: the sections."""
-    return list(_kind(*path)["properties"]) if path else list(sections())
+    return list(_kind(*path)["properties"])
 
 
 @cache
-def _json_schema(section: str) -> dict[str, Any]:
-    return sections()[section].model_json_schema()
+def _json_schema() -> dict[str, Any]:
+    return Config.model_json_schema()
 
 
-def _kind(section: str, *path: str) -> dict[str, Any]:
+def _kind(*path: Any) -> dict[str, Any]:
     """JSON schema of what is at ``path``."""
-    kind = schema = _json_schema(section)
+    kind = schema = _json_schema()
     for key in path:
         kind = kind.get("anyOf", [kind])[0]
         known = kind.get("properties", {})

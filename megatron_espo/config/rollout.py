@@ -39,8 +39,7 @@ class Rollout(Section):
     group_size: int = Field(8, ge=2)
     """Responses per prompt (paper: 8). Advantages compare the responses of this group."""
     temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE)
-    """Sampling temperature; training uses the same. Lower explores less. vLLM silently raises
-    values below 0.01."""
+    """Sampling temperature; training uses the same. Lower explores less."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling. With top_p < 1 or top_k > 0 the engine returns the token ids that they
     kept, and training renormalizes over these ids, so importance ratios stay unbiased."""
@@ -48,14 +47,12 @@ class Rollout(Section):
     """Sample only from the k most likely tokens. 0 or -1 turns it off. With top_p it limits the
     memory of the kept ids: 4 bytes per id, at most k ids per token."""
     router_replay: bool = True
-    """Train each token of a mixture of experts in the experts that the engine chose for it.
-    Other models ignore it. false needs algorithm.rollout_correction, because engine and trainer
-    then choose different experts for some tokens."""
+    """Train each token of a mixture of experts in the experts that the engine chose for it. false
+    needs algorithm.rollout_correction, because the trainer then chooses others for some tokens."""
     max_response_tokens: int = Field(2048, ge=1)
     """Longest response, in tokens (paper: 16384). Longer ones are truncated and counted."""
     max_resampling_rounds: int = Field(0, ge=0)
-    """DAPO's dynamic sampling: most rounds per step that replace prompts whose rewards are all
-    equal. 0 turns it off."""
+    """DAPO's dynamic sampling: most rounds a step that replace prompts of equal rewards. 0: off."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt + response, in tokens. null uses the model's context. Less saves memory."""
     engines: int = Field(1, ge=1)
@@ -70,33 +67,29 @@ class Rollout(Section):
     """With hosts: seconds without contact after which the trainer gives up a machine and its
     server exits. Another machine must answer within the same time."""
     transport: Literal["auto", "files", "ipc", "nccl", "nccl_m2n", "sharded_rdt"] = "auto"
-    """How weights reach the engine: files (in memory; with hosts in run.dir), ipc (same GPU),
-    nccl (other GPUs), nccl_m2n (other GPUs, from all ranks), sharded_rdt (other GPUs, over
-    Ray)."""
+    """How weights reach the engine: files (in memory; with hosts in run.dir), ipc (same GPU), or on
+    other GPUs nccl, nccl_m2n (from all ranks) and sharded_rdt (over Ray)."""
     visible_devices: str | None = Field(None, min_length=1)
     """GPUs of the engine, such as 6,7. null shares the trainer's. Not with hosts."""
     verify_every: int = Field(20, ge=0)
     """Weight updates between two checks that every tensor in the engine equals the trainer's. 0
     checks only the first."""
     canary_prompts: int = Field(4, ge=0)
-    """Prompts whose log-probs engine and trainer compare after every weight update. 0 turns it
-    off."""
+    """Prompts whose log-probs engine and trainer compare after every weight update. 0: none."""
     max_restarts: int = Field(2, ge=0)
     """Restarts of a failed engine before the run ends."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of each GPU's memory for the engine. The rest is for the trainer."""
     sleep: bool = False
-    """Free the engine's GPU memory while the trainer trains; all weights are sent again
-    afterwards. For engines that share the trainer's GPUs. Allows a high
-    gpu_memory_utilization."""
+    """Free the engine's GPU memory during training, and send all weights again afterwards. For
+    engines that share the trainer's GPUs. Allows a high gpu_memory_utilization."""
     quantization: str | None = Field(None, min_length=1)
     """Weights and matrix products of the engine in fewer bits; the trainer keeps bfloat16. fp8 is
     vLLM's fp8_per_channel; other online quantizations of vLLM pass through. Needs
     algorithm.rollout_correction token, sequence or geometric. Every weight update compares the
     engine's weights with those that were sent. null: off."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of vLLM's server by name, such as {max_num_seqs: 64}. Arguments that this
-    project sets are refused."""
+    """More arguments of vLLM's server, such as {max_num_seqs: 64}; none of other settings."""
     max_staleness: int = Field(0, ge=0)
     """Most weight updates between the sampling of a token and the step that trains it. 0: each
     step waits for its own prompts. Above 0: the engines sample while the trainer trains, and
@@ -105,8 +98,7 @@ class Rollout(Section):
     """With max_staleness: prompts in flight beyond prompts_per_step. null: max_staleness x
     prompts_per_step."""
     timeout_s: float = Field(900.0, gt=0)
-    """Seconds without progress (start-up, a finished response) after which an engine counts as
-    failed."""
+    """Seconds without progress (start, a finished response) after which an engine has failed."""
     log_prob_gap_stop: float | None = Field(None, gt=0)
     """End the run, before its step is saved, when the mean |engine - trainer| log-prob
     difference exceeds this, in nats per token. null never ends it."""

@@ -32,11 +32,7 @@ class Section(BaseModel):
     """Strict, frozen settings. The docstring of a field is its description in the reference."""
 
     model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     def problems(self) -> Problems:

@@ -15,44 +15,35 @@ class Run(Section):
     """Folder, length, checkpoints and logs of a run."""
 
     dir: str = Field("runs/default", min_length=1)
-    """Output folder (checkpoints, metrics, exported model), relative to the current directory.
-    Each run needs its own."""
+    """Folder of the run's output (checkpoints, metrics, model). Each run needs its own."""
     steps: int = Field(200, ge=1)
-    """Training steps (paper: 200). A step trains one rollout batch with num_epochs x
-    num_mini_batches updates."""
+    """Steps (paper: 200). Each trains one rollout batch: num_epochs x num_mini_batches updates."""
     seed: int = Field(1, ge=0, le=2**31 - 1)
     """Seed of prompt order, sampling and initial random states."""
     checkpoint_every: int | None = Field(20, ge=1)
-    """Steps between checkpoints; the last step always saves one. The same command resumes from
-    the latest. null saves none."""
+    """Steps between checkpoints, from which the same command resumes. null saves none."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of newest checkpoints to keep."""
     resume: str = Field("latest", min_length=1)
     """Checkpoint to start from: latest (a new run if there is none), never (start from
     model.path), or a name such as step_000020."""
     keep_rollouts: bool = False
-    """Keep the rollouts of every step for run.replay. false keeps only those newer than the
-    latest checkpoint."""
+    """Keep all rollouts, for run.replay. false keeps those newer than the latest checkpoint."""
     replay: str | None = Field(None, min_length=1)
     """Folder of recorded rollouts (<run.dir>/rollouts of another run) to train on. No engine is
     started."""
     max_seconds: float | None = Field(None, gt=0)
-    """Save a checkpoint and stop after this many seconds, counted from the start of the Slurm
-    job if there is one."""
+    """Save and stop after this many seconds from the start (of the Slurm job, if there is one)."""
     watchdog_s: float = Field(900.0, gt=0, lt=1800)
-    """Seconds without progress on any rank after which the run ends. The error names the rank
-    that hangs."""
+    """Seconds without progress on a rank after which the run ends. The error names the rank."""
     save_hf: bool = True
     """Export the final model to <run.dir>/hf in Hugging Face format."""
     samples_per_step: int = Field(2, ge=0)
-    """Responses per step that are logged to samples.jsonl and TensorBoard, with each token's
-    entropy and group. 0 logs none."""
+    """Responses a step in samples.jsonl and TensorBoard, with each token's entropy. 0: none."""
     profile_steps: tuple[int, ...] = Field((), strict=False)
-    """Steps that write a torch profiler trace and, on a GPU, a memory snapshot of every rank to
-    <run.dir>/profile."""
+    """Steps of which each rank writes a trace and GPU memory snapshot to <run.dir>/profile."""
     wandb: bool = False
-    """Also log metrics to Weights & Biases. Its own environment variables set project, entity
-    and mode."""
+    """Also log to Weights & Biases. Its environment variables set project, entity and mode."""
 
 
 class Model(Section):
@@ -62,10 +53,9 @@ class Model(Section):
     """Local Hugging Face model folder (config.json, *.safetensors, tokenizer), relative to the
     current directory. Nothing is downloaded."""
     tokenizer: str | None = Field(None, min_length=1)
-    """Tokenizer folder or SentencePiece *.model file. null uses model.path."""
+    """Folder of the tokenizer. null uses model.path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of training and of the engine. bfloat16 halves memory and keeps float32 master
-    weights."""
+    """Precision of training and engine. bfloat16 halves memory and keeps float32 master weights."""
     exporter: str | None = Field(None, min_length=1)
     """Your module:function(chunks, hf_config), called on every rank. It returns an iterator of
     (Hugging Face name, whole tensor) and replaces the built-in weight export to the engine."""
@@ -85,8 +75,7 @@ class Megatron(Section):
     tensor_model_parallel_size: int = Field(1, ge=1)
     """TP: ranks that share each layer. Saves memory and costs two all-reduces per layer."""
     pipeline_model_parallel_size: int = Field(1, ge=1)
-    """PP: number of pipeline stages. Little communication, but idle time while the pipeline
-    fills."""
+    """PP: pipeline stages. Little communication, but idle time while the pipeline fills."""
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
     """VPP: model chunks per stage (interleaved schedule). Less idle time, more messages."""
     context_parallel_size: int = Field(1, ge=1)
@@ -98,14 +87,12 @@ class Megatron(Section):
     sequence_parallel: bool = False
     """Shard norm and dropout activations over the TP ranks. Less memory, same traffic."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer implementation. auto uses Transformer Engine if there is a GPU and it is installed,
-    else local."""
+    """Layer implementation. auto: Transformer Engine where installed with a GPU, else local."""
     fp8: Literal["hybrid", "e4m3"] | None = None
     """8-bit matrix products in the layers (hybrid: E4M3 forward, E5M2 backward). Needs
     Transformer Engine and model.dtype bfloat16. null turns it off."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
-    """Scaling of fp8: per tensor, by the tensor's history, per block (H100), or per small block
-    (B200)."""
+    """Scale of fp8: per tensor, by its history, per block (H100), or per small block (B200)."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Most responses in one micro-batch. null limits only the tokens."""
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
@@ -115,18 +102,15 @@ class Megatron(Section):
     """Pack sequences without padding (THD). false pads rows to the longest, for attention that
     does not support packing. Same gradient, slower."""
     head_memory_mib: int | None = Field(None, ge=1)
-    """Most MiB for logits and their gradient; a smaller budget recomputes them in chunks. null
-    keeps all logits of a micro-batch."""
+    """Most MiB for logits and their gradient; less recomputes them in chunks. null: no limit."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Fields of Megatron-Core's TransformerConfig, DistributedDataParallelConfig and
-    OptimizerConfig, such as {moe_permute_fusion: true}. Checked by name and type; fields that this
-    package or another setting owns are refused."""
+    """Fields of Megatron-Core's TransformerConfig, OptimizerConfig and
+    DistributedDataParallelConfig, such as {moe_permute_fusion: true}. Fields that another setting
+    owns are refused."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Activations to recompute in backward: selective (core attention) or full (layers). null
-    recomputes none."""
+    """Activations to recompute: selective (core attention), full (layers) or null (none)."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full recomputation: uniform (units of layers) or block (the first layers of each
-    stage)."""
+    """With full recomputation: uniform (units of layers) or block (first layers of each stage)."""
     recompute_num_layers: int | None = Field(None, ge=1)
     """With full recomputation: layers per unit (uniform) or per stage (block)."""
     offload: tuple[Literal["optimizer", "gradients", "weights"], ...] = Field((), strict=False)
@@ -171,8 +155,7 @@ class Optimizer(Section):
     adam_eps: float = Field(1e-8, gt=0)
     """Added to the denominator of Adam's update."""
     spike_factor: float | None = Field(None, gt=1)
-    """Skip an update whose gradient norm exceeds this factor times the median of the last 50.
-    null skips none."""
+    """Skip updates whose gradient norm exceeds this times the median of the last 50. null: none."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm (L2). 0 turns clipping off."""
     use_distributed_optimizer: bool = True
@@ -211,8 +194,7 @@ class Algorithm(Section):
     """Entropy quantiles inside a response at which its tokens are grouped, ascending, between 0 and
     1; [0.8] groups the top 20%. ESPO's segments; other objectives only report the groups."""
     ratio: Literal["segment", "segment_times_token"] = "segment"
-    """ESPO, GSPO: the segment's ratio, or that times the token's (Eq. 9 to the letter; clips
-    more)."""
+    """ESPO, GSPO: ratio of the segment, or times the token's (Eq. 9 to the letter; clips more)."""
     clip_floor: float = Field(0.0, ge=0)
     """ESPO: smallest clip range of a group, so that groups of low entropy can change."""
     clip_low: float | None = Field(None, ge=0)
@@ -339,9 +321,7 @@ class Config(Section):
         for path, source in self.sources.items():
             is_file = not source.prompts.startswith("reasoning_gym:")
             if "reasoning_gym" in self.reward.weights and is_file:
-                expected = (
-                    f'math_verify or "module:function" with {path}.prompts "{source.prompts}"'
-                )
+                expected = f'math_verify or module:function with {path}.prompts "{source.prompts}"'
                 key = "reward.terms" if self.reward.terms else "reward.function"
                 yield expect(key, expected, "reasoning_gym")
         for name in self.reward.terms:

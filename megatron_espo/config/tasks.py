@@ -6,13 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_espo.config.rules import (
-    LOWEST_TEMPERATURE,
-    Problems,
-    Section,
-    check_function,
-    expect,
-)
+from megatron_espo.config.rules import LOWEST_TEMPERATURE, Problems, Section, check_function, expect
 
 FUNCTIONS = ("auto", "reasoning_gym", "math_verify")
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -43,8 +37,7 @@ class Data(Section):
     """Training prompts."""
 
     prompts: str | None = Field(None, min_length=1)
-    """reasoning_gym:<task>, or a *.jsonl or *.parquet file, relative to the current directory.
-    Required without mixture."""
+    """reasoning_gym:<task>, or a *.jsonl or *.parquet file. Required without mixture."""
     mixture: dict[str, Source] = Field(default_factory=dict)
     """Several sources by name, instead of prompts, task_args, columns and pass_rate, such as
     {math: {prompts: math.parquet, weight: 0.7}, code: {prompts: code.jsonl, weight: 0.3}}. Every
@@ -56,12 +49,10 @@ class Data(Section):
     field b of column a. id and metadata for the reward function may be added. Other columns are not
     read. Empty: prompt, answer and id, and all other columns as metadata."""
     pass_rate: tuple[float, ...] = Field((), strict=False)
-    """[low, high]: skip prompts whose column pass_rate, the share of correct responses of an
-    earlier model, lies outside. Prompts with null are kept. columns may name another column. Empty:
-    the column is metadata."""
+    """[low, high]: skip prompts whose column pass_rate (share of correct responses of an earlier
+    model; null is kept) lies outside. columns may rename it. Empty: the column is metadata."""
     skip_solved: int = Field(0, ge=0)
-    """Skip a prompt in its next this many epochs after all its responses had a reward of at least
-    1. 0 turns it off."""
+    """Epochs to skip a prompt after all its responses had a reward of at least 1. 0: none."""
     raw: bool = False
     """Prompts are text that the model reads as it is, without the chat template."""
     template_args: dict[str, Any] = Field(default_factory=dict)
@@ -114,8 +105,7 @@ class Eval(Section):
     samples: int = Field(4, ge=1)
     """Responses per prompt: the k of avg@k and the largest k of pass@k."""
     temperature: float | None = Field(None, ge=0)
-    """Sampling temperature. 0 is greedy, with samples 1. null uses rollout.temperature.
-    rollout.top_p and rollout.top_k apply too."""
+    """Temperature, with rollout.top_p and top_k. 0: greedy, with samples 1. null: rollout's."""
 
     def problems(self) -> Problems:
         if self.prompts is not None:
@@ -157,14 +147,11 @@ class Reward(Section):
     home) and leave no process behind, where the kernel allows it. false for a function that
     calls a server."""
     environment: tuple[str, ...] = Field((), strict=False)
-    """Environment variables that workers see, such as the key of a server. All others are
-    hidden."""
+    """Environment variables that workers see, such as a server's key. All others are hidden."""
     max_failed: float = Field(0.5, ge=0, le=1)
-    """The run ends when a larger share of a step's responses gets no reward (no advantage, no
-    gradient)."""
+    """The run ends when a larger share of a step's responses gets no reward (no gradient)."""
     overlong_buffer_tokens: int | None = Field(None, ge=1)
-    """DAPO's soft overlong penalty: over this many tokens before the length limit the reward
-    falls by up to 1."""
+    """DAPO's soft overlong penalty falls to -1 over this many tokens before the length limit."""
     workers: int = Field(2, ge=1)
     """Worker processes per node and function. Each uses one CPU core."""
 

@@ -33,7 +33,7 @@ for _tag, _pattern, _first in (
     )
 
 
-class YamlError(ValueError):
+class YamlError(Exception):
     """Invalid YAML.
 
     Attributes:
@@ -65,8 +65,6 @@ def parse(text: str) -> tuple[Any, dict[Path, int]]:
         if duplicates:
             raise YamlError(duplicates)
         return loader.construct_document(node), lines
-    except YamlError:
-        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = f"not valid YAML: {error.problem or error.context}"

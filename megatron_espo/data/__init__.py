@@ -2,5 +2,3 @@
 
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
-
-__all__ = ["PromptStream", "Tokenizer", "load_tokenizer"]

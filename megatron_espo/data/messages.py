@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 # Text with messages in it: JSON, or what Python or numpy prints.
@@ -14,19 +15,12 @@ def as_messages(prompt: Any) -> Any:
     """``{role, content}`` messages from JSON text, from one message, from ``{from, value}`` or from
     text parts. Anything else is returned unchanged.
     """
-    if isinstance(prompt, str) and prompt.lstrip()[:1] in ("[", "{") and is_written(prompt):
-        try:
+    if isinstance(prompt, str) and re.match(WRITTEN, prompt):
+        with suppress(ValueError):
             prompt = json.loads(prompt)
-        except ValueError:
-            return prompt
     if isinstance(prompt, dict):
         prompt = [prompt]
     return [_message(item) for item in prompt] if isinstance(prompt, list) else prompt
-
-
-def is_written(text: str) -> bool:
-    """Whether ``text`` has the form of messages rather than of a question."""
-    return re.match(WRITTEN, text) is not None
 
 
 def _message(message: Any) -> Any:
@@ -47,7 +41,7 @@ def _message(message: Any) -> Any:
 def find_problem(prompt: Any) -> str | None:
     """What is wrong with a prompt that is text or messages; ``None``: nothing."""
     if isinstance(prompt, str):
-        if is_written(prompt):
+        if re.match(WRITTEN, prompt):
             return f"expected messages as a list or as JSON, got their text {prompt[:60]!r}"
         return None if prompt.strip() else "expected text, got an empty one"
     if not isinstance(prompt, list) or not prompt:

@@ -239,12 +239,19 @@ def _micro_batches(
     return batches
 
 
-def _sampling_mask(sequences: Sequence[TrainSequence]) -> Tensor | None:
-    known = [s.trained(s.sampling_mask) for s in sequences if s.sampling_mask is not None]
+def _all_or_none(name: str, sequences: Sequence[TrainSequence]) -> list[Any]:
+    """The attribute of every sequence; empty if none has it."""
+    known = [value for s in sequences if (value := getattr(s, name)) is not None]
     if known and len(known) < len(sequences):
-        expected = "expected sampling_mask of all sequences or of none"
-        raise ValueError(f"pack: {expected}, got those of {len(known)} of {len(sequences)}")
-    mask = SamplingMask.concatenate(known)
+        got = f"those of {len(known)} of {len(sequences)}"
+        raise ValueError(f"pack: expected {name} of all sequences or of none, got {got}")
+    return known
+
+
+def _sampling_mask(sequences: Sequence[TrainSequence]) -> Tensor | None:
+    masks = _all_or_none("sampling_mask", sequences)
+    trained = [s.trained(mask) for s, mask in zip(sequences, masks, strict=False)]
+    mask = SamplingMask.concatenate(trained)
     if mask is None:
         return None
     rows = np.arange(len(mask), dtype=np.int32).repeat(mask.counts)
@@ -353,15 +360,9 @@ def _routed_experts(groups: list[PrefixGroup], boundaries: list[int], rows: int)
 
     A shared prompt gets the experts of its first response.
     """
-    experts = [sequence.routed_experts for group in groups for sequence in group]
-    given = [each for each in experts if each is not None]
+    given = _all_or_none("routed_experts", [sequence for group in groups for sequence in group])
     if not given:
         return None
-    if len(given) < len(experts):
-        raise ValueError(
-            "pack: expected routed_experts of all sequences or of none, "
-            f"got those of {len(given)} of {len(experts)}"
-        )
     found = torch.full((rows, *given[0].shape[1:]), -1, dtype=torch.int16)
     chosen = iter(given)
     for group, start in zip(groups, boundaries, strict=False):

@@ -204,16 +204,29 @@ class PromptStream:
             source.load_state_dict(state[name])
 
     def _make_prompt(self, source: _Epochs, row: Row) -> Prompt:
-        prompt = self._with_system_prompt(row.prompt)
-        token_ids = tuple(self._encode(prompt))
-        self._check_ids(row.where, token_ids)
+        prompt, token_ids = self._encode(row)
         text, rest = self._tokenizer.render(prompt), (row.metadata, source.name)
-        return Prompt(source.id_of(row), text, row.answer, token_ids, *rest)
+        return Prompt(source.id_of(row), text, row.answer, tuple(token_ids), *rest)
 
-    def _encode(self, prompt: str | Messages) -> list[int]:
+    def _encode(self, row: Row) -> tuple[str | Messages, list[int]]:
+        """The prompt of a row with the system prompt, and its token ids.
+
+        Raises:
+            InputError: it cannot be rendered, or has no or unknown ids.
+        """
+        prompt = self._with_system_prompt(row.prompt)
         if self._data.raw and isinstance(prompt, str):  # it has its own special tokens
-            return self._tokenizer.encode(prompt)
-        return self._tokenizer.encode_prompt(prompt)
+            token_ids = self._tokenizer.encode(prompt)
+        else:
+            token_ids = self._tokenizer.encode_prompt(prompt)
+        size = self._tokenizer.vocab_size
+        if not token_ids or max(token_ids) >= size:
+            got = f"id {max(token_ids)}" if token_ids else "none"
+            raise InputError(
+                f"{row.where}: expected token ids below {size}, the model's vocab_size, got {got}; "
+                "is the tokenizer another model's?"
+            )
+        return prompt, token_ids
 
     def _with_system_prompt(self, prompt: str | Messages) -> str | Messages:
         system = self._data.system_prompt
@@ -222,9 +235,7 @@ class PromptStream:
                 return f"{system}\n\n{prompt}" if system else prompt
             prompt = [{"role": "user", "content": prompt}]
         elif self._data.raw:
-            raise InputError(
-                "prompt: expected text with data.raw, got messages; set data.raw to false"
-            )
+            raise InputError("prompt: expected text with data.raw, got messages; set it to false")
         if system and prompt[0]["role"] == "system":
             raise InputError(
                 "prompt begins with a system message and data.system_prompt is set; remove one "
@@ -237,8 +248,7 @@ class PromptStream:
         self._check_not_rendered(source.rows, problems)
         for row in self._rows_to_tokenize(source.rows, limit):
             try:
-                token_ids = self._encode(self._with_system_prompt(row.prompt))
-                self._check_ids(row.where, token_ids)
+                _, token_ids = self._encode(row)
             except InputError as error:
                 problems.add(row.where, str(error).removeprefix(f"{row.where}: "))
                 continue
@@ -293,15 +303,6 @@ class PromptStream:
                 rows[index.as_py()].where,
                 f"prompt: expected text without the chat template, got {opening.strip()!r} in it; "
                 "set data.raw to true for prompts that are rendered already",
-            )
-
-    def _check_ids(self, where: str, token_ids: Sequence[int]) -> None:
-        size = self._tokenizer.vocab_size
-        if not token_ids or max(token_ids) >= size:
-            got = f"id {max(token_ids)}" if token_ids else "none"
-            raise InputError(
-                f"{where}: expected token ids below {size}, the model's vocab_size, got {got}; is "
-                "the tokenizer another model's?"
             )
 
 

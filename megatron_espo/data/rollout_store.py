@@ -3,15 +3,15 @@
 A run continues from them, or trains from them again (``run.replay``).
 """
 
+import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -96,8 +96,8 @@ class RolloutLog:
         partial = path.with_name(path.name + ".partial")
         with zipfile.ZipFile(partial, "w") as archive:
             archive.writestr(_JSON, json.dumps(content))
-            with archive.open(_TEXTS, "w", force_zip64=True) as member:
-                _write_pieces(member, (text.encode(*_ENCODING) for text in texts))
+            with _open(archive, _TEXTS) as member:
+                member.writelines(text.encode(*_ENCODING) for text in texts)
             for name, arrays in columns.items():
                 _write_array(archive, name, arrays)
         make_durable(partial)
@@ -152,32 +152,26 @@ class RolloutLog:
         return self.folder / f"step_{step:06d}.npz"
 
 
+def _open(archive: zipfile.ZipFile, name: str) -> io.BufferedWriter:
+    """A new member of the archive, which is written in pieces of a few MiB.
+
+    Each write waits for the interpreter lock twice, so many small ones would take long while
+    another thread runs.
+    """
+    member: Any = archive.open(name, "w", force_zip64=True)
+    return io.BufferedWriter(member, _PIECE_BYTES)
+
+
 def _write_array(archive: zipfile.ZipFile, name: str, arrays: list[np.ndarray]) -> None:
     """Write the concatenation of ``arrays`` as a ``.npy`` member, without building it in memory:
     experts may take gigabytes.
     """
     shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
     header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape}
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+    with _open(archive, f"{name}.npy") as member:
         np.lib.format.write_array_header_1_0(member, header)
-        flat = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
-        _write_pieces(member, flat)
-
-
-def _write_pieces(member: IO[bytes], buffers: Iterable[Any]) -> None:
-    """Write ``buffers`` in pieces of a few MiB.
-
-    Each write waits for the interpreter lock twice, so many small ones would take long while
-    another thread runs.
-    """
-    pending, size = [], 0
-    for buffer in buffers:
-        pending.append(buffer)
-        size += len(buffer)
-        if size >= _PIECE_BYTES:
-            member.write(b"".join(pending))
-            pending, size = [], 0
-    member.write(b"".join(pending))
+        for array in arrays:
+            member.write(np.ascontiguousarray(array).data)
 
 
 def _split(text: str, lengths: list[int]) -> list[str]:

@@ -1,8 +1,8 @@
 """The rollouts of one step, as arrays for the rollout log, and their outline for all ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -120,31 +120,27 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
         Prompt(**entry, token_ids=tuple(ids.tolist()))
         for entry, ids in zip(content["prompts"], token_ids, strict=True)
     ]
-    names = ("prompt_ids", "turns", *_RESPONSE_FIELDS)
-    lengths = [arrays.get(f"{name}_lengths", arrays["response_lengths"]) for name in names]
-    fields = [_split(arrays[name], n) for name, n in zip(names, lengths, strict=True)]
-    experts: Any = [None] * len(content["parts"])
+    columns: dict[str, Iterable[Any]] = {"text": content["texts"]}
+    for i, name in enumerate(("finish_reason", "reward", "rewards")):
+        columns[name] = [part[i] for part in content["parts"]]
+    for name in ("prompt_ids", "turns", *_RESPONSE_FIELDS):
+        lengths = arrays.get(f"{name}_lengths", arrays["response_lengths"])
+        columns[name] = _split(arrays[name], lengths)
     if "routed_experts" in arrays:
         rows = _split(arrays["routed_experts"], arrays["routed_experts_lengths"])
-        experts = (part if len(part) else None for part in rows)
-    masks: Any = [None] * len(content["parts"])
+        columns["routed_experts"] = (part if len(part) else None for part in rows)
     if "mask_ids" in arrays:
         ids = _split(arrays["mask_ids"], arrays["mask_ids_lengths"])
         kept = _split(arrays["mask_counts"], arrays["response_lengths"])
-        masks = (m if len(m.ids) else None for m in map(SamplingMask, ids, kept))
-    columns = (content["parts"], content["texts"], zip(*fields, strict=True), experts, masks)
-    parts = zip(*columns, strict=True)
+        masks = map(SamplingMask, ids, kept)
+        columns["sampling_mask"] = (mask if len(mask.ids) else None for mask in masks)
+    values = zip(*columns.values(), strict=True)
+    parts = (dict(zip(columns, each, strict=True)) for each in values)
     num_parts = iter(content["num_parts"])
 
     def next_trajectory(prompt: Prompt) -> Trajectory:
-        found = []
-        for _ in range(next(num_parts)):
-            (finish_reason, reward, rewards), text, values, rows, mask = next(parts)
-            rest = {"text": text, "reward": reward, "rewards": rewards, "routed_experts": rows}
-            rest["sampling_mask"] = mask
-            per_part = dict(zip(names, values, strict=True))
-            found.append(Trajectory(prompt, **per_part, finish_reason=finish_reason, **rest))
-        *earlier, last = found
+        found = islice(parts, next(num_parts))
+        *earlier, last = [Trajectory(prompt, **attributes) for attributes in found]
         return replace(last, earlier=tuple(earlier)) if earlier else last
 
     sizes = zip(prompts, content["group_sizes"], strict=True)

@@ -3,17 +3,17 @@
 import json
 import logging
 import math
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from tqdm import tqdm
 
 from megatron_espo.config.tasks import Source
 from megatron_espo.data.messages import WRITTEN, as_messages, describe, find_problem, shorten
@@ -23,7 +23,6 @@ from megatron_espo.errors import InputError
 REASONING_GYM = "reasoning_gym:"
 MAX_REPORTED = 10
 _CHUNK_ROWS = 65_536
-_PROGRESS_FROM_BYTES = 32 << 20
 
 _CHOOSE_COLUMNS = "convert the column, or name only the columns that you need in data.columns"
 
@@ -165,19 +164,17 @@ def read_rows(source: Source, seed: int) -> Rows:
 def _read_file(
     path: Path, needed: tuple[str, ...], columns: tuple[tuple[str, str], ...], *_: int
 ) -> Rows:
-    problems = Problems()
     wanted = dict(zip(needed, needed, strict=True)) | dict(columns) if columns else {}
     is_jsonl = path.suffix == ".jsonl"
     where = f"{path}:{{number}}" if is_jsonl else f"{path}:row {{number}}"
-    builder = _Builder(where, needed, wanted, problems)
-    batches = _jsonl_batches if is_jsonl else _parquet_batches
-    chunks = [_TABLE.empty_table(), *batches(path, builder)]
-    problems.raise_if_any(str(path))
-    rows = Rows(pa.concat_tables(chunks), where, f"{path.stem}:{{number}}")
+    reader = _Reader(path, where, needed, wanted)
+    chunks = reader.read_jsonl() if is_jsonl else reader.read_parquet()
+    table = pa.concat_tables([_TABLE.empty_table(), *chunks])
+    rows = Rows(table, where, f"{path.stem}:{{number}}")
+    _check_ids(rows, reader.problems)
+    reader.problems.raise_if_any(str(path))
     if not rows:
         raise InputError(f"{path}: expected at least one row, found none")
-    _check_ids(rows, problems)
-    problems.raise_if_any(str(path))
     repeated = len(rows) - pc.count_distinct(rows.table["prompt"]).as_py()
     if repeated:
         counts = (f"{repeated:,}", f"{len(rows):,}")
@@ -193,93 +190,94 @@ _TABLE = pa.schema({
 })  # fmt: skip
 
 
-@dataclass
-class _Builder:
-    """Makes chunks of :data:`_TABLE` from records; adds mistakes to ``problems``."""
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a file as chunks of :data:`_TABLE`, and collects the mistakes in its rows.
 
+    Attributes:
+        where: format of :attr:`Row.where`.
+        needed: columns that every row has.
+        wanted: paths of the columns to read, by name; empty: all columns.
+    """
+
+    path: Path
     where: str
     needed: Sequence[str]
     wanted: Mapping[str, str]
-    problems: Problems
-    values: list[tuple[Any, ...]] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
 
-    def add(self, number: int, record: Any) -> None:
-        """Check one record, and take it if it is right."""
+    def read_jsonl(self) -> Iterator[pa.Table]:
+        records = self._json_records()
+        while chunk := list(islice(records, _CHUNK_ROWS)):
+            yield self._table(chunk)
+
+    def _json_records(self) -> Iterator[tuple[int, Any]]:
+        with self.path.open("rb") as file:
+            for number, line in enumerate(self._progress(file), start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:
+                    what = f"expected one JSON object in UTF-8, got {shorten(line)} ({error})"
+                    self.problems.add(self.where.format(number=number), what)
+                else:
+                    yield number, record
+
+    def read_parquet(self) -> Iterator[pa.Table]:
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            with ParquetFile(self.path) as file:
+                columns = self._stored_columns(file.schema_arrow)
+                if self.problems.count:
+                    return
+                number, batches = 0, file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns)
+                for batch in self._progress(batches, -(-file.metadata.num_rows // _CHUNK_ROWS)):
+                    chunk = _fast_table(batch, self, number)
+                    if chunk is None:
+                        chunk = self._table(enumerate(batch.to_pylist(), number + 1))
+                    yield chunk
+                    number += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{self.path}: expected a Parquet file, got an unreadable one ({error}); write it "
+                "again"
+            ) from error
+
+    def _stored_columns(self, schema: pa.Schema) -> list[str] | None:
+        """The columns of a Parquet file to read; ``None``: all."""
+        needed = list(self.wanted.values()) or self.needed
+        if any(name.partition(".")[0] not in schema.names for name in needed):
+            raise MissingColumns(
+                f"{self.path}: expected the columns {' and '.join(needed)}, got "
+                f"{', '.join(schema.names)}; name them in data.columns, such as "
+                "{prompt: question, answer: reward_model.ground_truth}"
+            )
+        columns = [_stored(path, schema) for path in self.wanted.values()] or None
+        for column in schema:
+            if (columns is None or column.name in columns) and not _fits_json(column.type):
+                what = f"{column.name}: expected values that JSON can hold, got {column.type}"
+                self.problems.add(str(self.path), f"{what}; {_CHOOSE_COLUMNS}")
+        return columns
+
+    def _progress(self, parts: Iterable[Any], total: int | None = None) -> Iterable[Any]:
+        """Show a bar on a terminal, for a file that takes more than a second."""
+        name = f"reading {self.path.name}"
+        return tqdm(parts, name, total, disable=None, leave=False, delay=1)
+
+    def _table(self, records: Iterable[tuple[int, Any]]) -> pa.Table:
+        """The chunk of the correct records."""
+        rows = (self._check(number, record) for number, record in records)
+        return pa.Table.from_pylist([row for row in rows if row], schema=_TABLE)
+
+    def _check(self, number: int, record: Any) -> dict[str, Any] | None:
+        """The row of a record; ``None``: it has mistakes."""
         if isinstance(record, dict) and self.wanted:
             record = {name: _field(record, path) for name, path in self.wanted.items()}
             record = {name: value for name, value in record.items() if value is not _ABSENT}
-        where = self.where.format(number=number)
-        row = _check_record(where, record, self.needed, self.problems)
-        if row is not None:
-            self.values.append((number, *row))
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def flush(self) -> pa.Table:
-        """The chunk of all records since the last call."""
-        columns = zip(*self.values, strict=True) if self.values else [()] * len(_TABLE)
-        arrays = [pa.array(list(c), f.type) for c, f in zip(columns, _TABLE, strict=True)]
-        self.values = []
-        return pa.Table.from_arrays(arrays, schema=_TABLE)
-
-
-def _jsonl_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
-    problems = builder.problems
-    with _progress(path, path.stat().st_size) as advance, path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number % 4096 == 0:
-                advance(file.tell())
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                what = f"expected one JSON object in UTF-8, got {shorten(line)} ({error})"
-                problems.add(f"{path}:{number}", what)
-                continue
-            builder.add(number, record)
-            if len(builder) == _CHUNK_ROWS:
-                yield builder.flush()
-    yield builder.flush()
-
-
-def _parquet_batches(path: Path, builder: _Builder) -> Iterator[pa.Table]:
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file, _progress(path, file.metadata.num_rows) as advance:
-            schema = file.schema_arrow
-            needed = list(builder.wanted.values()) or builder.needed
-            if any(name.partition(".")[0] not in schema.names for name in needed):
-                raise MissingColumns(
-                    f"{path}: expected the columns {' and '.join(needed)}, got "
-                    f"{', '.join(schema.names)}; name them in data.columns, such as "
-                    "{prompt: question, answer: reward_model.ground_truth}"
-                )
-            columns = [_stored(path, schema) for path in builder.wanted.values()] or None
-            for field in schema:
-                if not (columns is None or field.name in columns) or _fits_json(field.type):
-                    continue
-                what = f"{field.name}: expected values that JSON can hold, got {field.type}"
-                builder.problems.add(str(path), f"{what}; {_CHOOSE_COLUMNS}")
-            if builder.problems.count:
-                return
-            number = 0
-            for batch in file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns):
-                fast = _fast_table(batch, builder, number)
-                if fast is not None:
-                    yield fast
-                else:
-                    for index, record in enumerate(batch.to_pylist(), start=number + 1):
-                        builder.add(index, record)
-                    yield builder.flush()
-                number += len(batch)
-                advance(number)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: expected a Parquet file, got an unreadable one ({error}); write it again"
-        ) from error
+        row = _check_record(self.where.format(number=number), record, self.needed, self.problems)
+        return row and row | {"number": number}
 
 
 def _stored(path: str, schema: pa.Schema) -> str:
@@ -288,10 +286,10 @@ def _stored(path: str, schema: pa.Schema) -> str:
     return first if path not in schema.names and _is_text(schema.field(first).type) else path
 
 
-def _fast_table(batch: pa.RecordBatch, builder: _Builder, before: int) -> pa.Table | None:
+def _fast_table(batch: pa.RecordBatch, reader: _Reader, before: int) -> pa.Table | None:
     """The chunk of correct rows with the needed columns only; ``None``: look at each row."""
-    names = builder.wanted or {name: name for name in batch.schema.names}
-    if set(names) - set(builder.needed):
+    names = reader.wanted or {name: name for name in batch.schema.names}
+    if set(names) - set(reader.needed):
         return None
     prompt, answer = (_nested(batch, names[name]) for name in ("prompt", "answer"))
     if prompt is None or answer is None or prompt.null_count or answer.null_count:
@@ -311,7 +309,7 @@ def _fast_table(batch: pa.RecordBatch, builder: _Builder, before: int) -> pa.Tab
     if not is_chat and pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
         return None
     rate = pa.nulls(size, pa.float64())
-    if "pass_rate" in builder.needed:
+    if "pass_rate" in reader.needed:
         rate = _nested(batch, names["pass_rate"])
         if rate is None or not (pa.types.is_floating(rate.type) or pa.types.is_integer(rate.type)):
             return None
@@ -349,12 +347,14 @@ def _message_parts(messages: pa.Array) -> tuple[pa.Array, pa.Array] | None:
 
 
 def _fits_json(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _fits_json(kind.storage_type)
     if isinstance(kind, pa.DictionaryType):
         return _fits_json(kind.value_type)
-    names = "binary large_binary fixed_size_binary binary_view temporal decimal".split()
-    if any(getattr(pa.types, f"is_{name}")(kind) for name in names):
-        return False
-    return all(_fits_json(kind.field(i).type) for i in range(kind.num_fields))
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    plain = "null boolean integer floating string large_string string_view".split()
+    is_plain = any(getattr(pa.types, f"is_{name}")(kind) for name in plain)
+    return all(map(_fits_json, inner)) if inner else is_plain
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -396,8 +396,8 @@ def _field(record: Mapping[str, Any], path: str) -> Any:
 
 def _check_record(
     where: str, record: Any, needed: Sequence[str], problems: Problems
-) -> tuple[Any, ...] | None:
-    """The columns of a record from ``id`` on; ``None``: it has mistakes."""
+) -> dict[str, Any] | None:
+    """The columns of a record, without ``number``; ``None``: it has mistakes."""
     if not isinstance(record, dict):
         problems.add(where, f"expected an object with prompt and answer, got {describe(record)}")
         return None
@@ -423,10 +423,9 @@ def _check_record(
     rate = record.get("pass_rate") if "pass_rate" in needed else None
     if rate is not None and not (type(rate) in (int, float) and 0 <= rate <= 1):
         problems.add(where, f"pass_rate: expected 0 to 1, or null, got {describe(rate)}")
-    metadata = {n: value for n, value in record.items() if n != "id" and n not in needed}
-    encoded = _encode_metadata(where, metadata, problems) if metadata else None
     if problems.count > before:
         return None
+    metadata = {n: value for n, value in record.items() if n != "id" and n not in needed}
     is_chat, kind = not isinstance(prompt, str), ""
     if is_chat:
         # Parquet gives every message the fields of all; templates ask whether a field exists.
@@ -439,23 +438,8 @@ def _check_record(
     except UnicodeEncodeError as error:
         problems.add(where, f"expected valid Unicode, got a lone surrogate ({error})")
         return None
-    return identifier, prompt, is_chat, None, kind, answer, encoded, rate
-
-
-def _encode_metadata(where: str, metadata: Mapping[str, Any], problems: Problems) -> str | None:
-    try:
-        return json.dumps(metadata)
-    except (TypeError, ValueError):
-        for name, value in metadata.items():
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError):
-                problems.add(
-                    where,
-                    f"{name}: expected a value that JSON can hold, got {describe(value)}; "
-                    f"{_CHOOSE_COLUMNS}",
-                )
-        return None
+    row = {"id": identifier, "prompt": prompt, "is_chat": is_chat, "kind": kind, "answer": answer}
+    return row | {"metadata": json.dumps(metadata) if metadata else None, "pass_rate": rate}
 
 
 def _check_ids(rows: Rows, problems: Problems) -> None:
@@ -477,9 +461,8 @@ def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
     entries = generate_entries(task, task_args)
     # Some tasks have no single right answer and leave it None; their verifier reads the entry.
     answers = ["" if entry["answer"] is None else str(entry["answer"]) for entry in entries]
-    rest = {"is_chat": False, "kind": ""}
     rows = [
-        {"number": i, "prompt": entry["question"], "answer": answer, **rest}
+        {"number": i, "prompt": entry["question"], "answer": answer, "is_chat": False, "kind": ""}
         for i, (entry, answer) in enumerate(zip(entries, answers, strict=True))
     ]
     table = pa.Table.from_pylist(rows, schema=_TABLE)
@@ -488,17 +471,3 @@ def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
         for entry in entries
     ]
     return Rows(table, f"{REASONING_GYM}{task}[{{number}}]", f"{task}-{{number}}", metadata)
-
-
-@contextmanager
-def _progress(path: Path, total: int) -> Iterator[Any]:
-    """A progress bar on a terminal, for a large file; yields ``advance(done)``."""
-    if not sys.stderr.isatty() or os.path.getsize(path) < _PROGRESS_FROM_BYTES:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"reading {path.name}", total=total)
-        yield lambda done: bar.update(task, completed=done)

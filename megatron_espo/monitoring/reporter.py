@@ -42,11 +42,7 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        runtime: Runtime,
-        tokenizer: Tokenizer | None,
+        self, config: Config, spec: ModelSpec, runtime: Runtime, tokenizer: Tokenizer | None
     ) -> None:
         if config.run.wandb and importlib.util.find_spec("wandb") is None:
             raise InputError(
@@ -162,11 +158,9 @@ class Reporter:
             found["throughput/trained_tokens_per_s"] = trained_tokens / train_s
             if peak and not isinstance(self._spec, ExternalSpec):
                 samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
-                parts = [
-                    part for sample, advantage in samples if advantage for part in sample.parts
-                ]
-                trained = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
-                flops = training_flops(self._spec, trained) * self.config.algorithm.num_epochs
+                parts = (part for sample, trained in samples if trained for part in sample.parts)
+                lengths = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
+                flops = training_flops(self._spec, lengths) * self.config.algorithm.num_epochs
                 found["throughput/mfu"] = flops / (train_s * peak * dist.get_world_size())
         return found
 

@@ -3,5 +3,3 @@
 from megatron_espo.numerics.head import linear_logprob_entropy
 from megatron_espo.numerics.logits import vocab_parallel_logprob_entropy
 from megatron_espo.numerics.plan import HeadPlan, plan_head
-
-__all__ = ["HeadPlan", "linear_logprob_entropy", "plan_head", "vocab_parallel_logprob_entropy"]

@@ -2,5 +2,3 @@
 
 from megatron_espo.rewards.functions import RewardFunction
 from megatron_espo.rewards.pool import RewardPool
-
-__all__ = ["RewardFunction", "RewardPool"]

@@ -18,11 +18,10 @@ from megatron_espo.megatron.checkpoint import Save, check_differences, read_stat
 _NAME = re.compile(r"step_(\d{6,})")
 # Settings that must not change when a run continues. The others (learning rate, layout, number of
 # steps, paths) may change.
-_SAMPLING = "prompts_per_step group_size temperature top_p top_k max_response_tokens"
 FINGERPRINT = {
     "algorithm": None,  # all settings of the section
     "data": ["task_args", "system_prompt", "shuffle"],
-    "rollout": _SAMPLING.split(),
+    "rollout": "prompts_per_step group_size temperature top_p top_k max_response_tokens".split(),
     "run": ["seed"],
 }
 TOKENIZER_FILES = "tokenizer.json tokenizer_config.json added_tokens.json vocab.json merges.txt"
@@ -41,7 +40,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     }
     path = Path(config.model.tokenizer or config.model.path)
     found = [file for pattern in TOKENIZER_PATTERNS for file in path.glob(pattern)]
-    for file in [path] if path.is_file() else sorted(file for file in found if file.is_file()):
+    for file in sorted(file for file in found if file.is_file()):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         settings[f"tokenizer file {file.name}"] = digest
     return settings

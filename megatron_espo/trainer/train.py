@@ -25,7 +25,7 @@ from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.distributed.stop_request import Stopped, StopRequest
 from megatron_espo.megatron.actor import Actor
 from megatron_espo.models.spec import ModelSpec
-from megatron_espo.monitoring.profiler import StepProfiler
+from megatron_espo.monitoring.profiler import profiled
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.monitoring.report import draw_learning_curve, write_summary
 from megatron_espo.monitoring.reporter import Reporter
@@ -52,12 +52,9 @@ def train(config: Config) -> None:
     check_router(config, spec)
     sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
     runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
-    with (
-        reported(config, runtime) as heartbeat,
-        Run(config, spec, runtime, heartbeat) as run,
-    ):
+    with reported(config, runtime) as heartbeat, Run(config, spec, runtime, heartbeat) as run:
         for step in range(run.step + 1, config.run.steps + 1):
-            with run.profiler.step(step):
+            with profiled(config.run, runtime.role, step):
                 began = time.perf_counter()
                 # prompts -> rollouts -> rewards
                 groups = run.rollouts.collect(step, run.phases, run.colocation.recover)
@@ -89,11 +86,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        runtime: Runtime,
-        heartbeat: Callable[..., None],
+        self, config: Config, spec: ModelSpec, runtime: Runtime, heartbeat: Callable[..., None]
     ) -> None:
         self.config, self.runtime, folder = config, runtime, Path(config.run.dir)
         self.stop = StopRequest(folder, config.run.max_seconds)
@@ -137,7 +130,6 @@ class Run:
             text = config.model_dump_json(indent=2) + "\n"
             folder.joinpath("config.json").write_text(text, encoding="utf-8")
         self.reporter.open(after_step=self.step)
-        self.profiler = StepProfiler(folder, runtime.role, config.run.profile_steps)
         # A full garbage collection takes as long as the host work of a step: it does not visit the
         # modules and the model again.
         gc.freeze()
@@ -250,9 +242,7 @@ def advantages_of(groups: ScoredGroups, config: Config) -> tuple[torch.Tensor, t
     rewards, buffer = groups.rewards, config.reward.overlong_buffer_tokens
     if buffer is not None:
         rewards = rewards + overlong_penalty(
-            groups.lengths(),
-            max_tokens=config.rollout.max_response_tokens,
-            buffer_tokens=buffer,
+            groups.lengths(), max_tokens=config.rollout.max_response_tokens, buffer_tokens=buffer
         )
     advantages = group_advantages(rewards, config.algorithm.advantage)
     if not (scale := config.algorithm.zero_variance_scale):
@@ -285,9 +275,7 @@ def train_sequences(
         ValueError: a part without sampled tokens.
     """
     logged_sample, values = logged_sample or {}, advantages.tolist()
-    signs = (
-        (torch.zeros_like(advantages) if zero_variance is None else zero_variance).int().tolist()
-    )
+    signs = None if zero_variance is None else zero_variance.int().tolist()
     return [
         [
             TrainSequence(
@@ -300,7 +288,7 @@ def train_sequences(
                 logged_sample=logged_sample.get((i, j)) if part is sample else None,
                 routed_experts=part.routed_experts,
                 sampling_mask=part.sampling_mask,
-                zero_variance=signs[i][j],
+                zero_variance=signs[i][j] if signs else 0,
             )
             for j, sample in enumerate(rollouts)
             for part in sample.parts

@@ -2,5 +2,3 @@
 
 from megatron_espo.weights.hf_io import load_hf_weights, save_hf
 from megatron_espo.weights.source import WeightGatherer
-
-__all__ = ["WeightGatherer", "load_hf_weights", "save_hf"]

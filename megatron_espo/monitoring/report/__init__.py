@@ -2,5 +2,3 @@
 
 from megatron_espo.monitoring.report.charts import draw_learning_curve
 from megatron_espo.monitoring.report.runs import write_summary
-
-__all__ = ["draw_learning_curve", "write_summary"]
