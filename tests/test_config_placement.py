@@ -230,6 +230,7 @@ def test_an_incomplete_model_folder_is_refused(tmp_path, monkeypatch):
     assert check_model(config) == HF
     (folder / "tokenizer.json").rename(folder / "spm.model")
     assert "expected tokenizer files in" in message()
+    check_model(load(tmp_path, monkeypatch, GOOD, ["model.tokenizer=model/spm.model"]))
 
 
 @pytest.mark.parametrize(

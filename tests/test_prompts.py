@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
+import mistral_common
 import numpy as np
 import pyarrow
 import pytest
@@ -26,10 +27,12 @@ from megatron_espo.errors import InputError
 from megatron_espo.rewards.answers import MathJudge
 from tests.test_tokenizer import write_hf_tokenizer
 
+MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return load_tokenizer(write_hf_tokenizer(tmp_path_factory.mktemp("plain"), None))
+def plain():
+    return load_tokenizer(MISTRAL)
 
 
 @pytest.fixture(scope="module")

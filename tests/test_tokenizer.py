@@ -1,13 +1,17 @@
-"""The tokenizer against transformers: a byte-level BPE trained here."""
+"""Tokenizers against the libraries: a SentencePiece model, and a byte-level BPE trained here."""
 
 import json
+import shutil
 from pathlib import Path
 
+import mistral_common
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from megatron_espo.data import load_tokenizer
 from megatron_espo.errors import InputError
 
+MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -35,6 +39,35 @@ def write_hf_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
     fast.chat_template = template
     fast.save_pretrained(folder)
     return folder
+
+
+def test_sentencepiece_file_matches_the_library():
+    reference = SentencePieceProcessor(model_file=str(MISTRAL))
+    tokenizer = load_tokenizer(MISTRAL)
+    text = "What is 12 + 30? Ünïcode 数学"
+    assert tokenizer.encode_prompt(text) == [reference.bos_id(), *reference.encode(text)]
+    assert tokenizer.decode([*tokenizer.encode_prompt(text), reference.eos_id()]) == text
+    assert (
+        tokenizer.eos_ids == {2}
+        and tokenizer.vocab_size == 32000
+        and tokenizer.render(text) == text
+    )
+    with pytest.raises(InputError, match="need a chat template"):
+        tokenizer.encode_prompt([{"role": "user", "content": text}])
+
+
+def test_sentencepiece_folder_with_model_configs(tmp_path):
+    shutil.copy(MISTRAL, tmp_path / "tokenizer.model")
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 32064, "eos_token_id": 5}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_ids == {2, 7, 9} and tokenizer.vocab_size == 32064
+    assert (
+        tokenizer.decode([*tokenizer.encode_prompt("four"), 32063]) == "four"
+    )  # a column without a piece
+    shutil.copy(MISTRAL, tmp_path / "other.model")
+    with pytest.raises(InputError, match="exactly one.*other.model, tokenizer.model"):
+        load_tokenizer(tmp_path)
 
 
 def test_hugging_face_chat_and_text(tmp_path):
@@ -85,9 +118,13 @@ def test_errors_of_a_template_are_input_errors(tmp_path):
 
 
 def test_missing_and_broken_files(tmp_path):
-    for folder in ("openai-community/gpt2", tmp_path):
-        with pytest.raises(InputError, match=f"expected files in {folder} that transformers"):
-            load_tokenizer(folder)
+    with pytest.raises(InputError, match="openai-community/gpt2: expected one of tokenizer.json"):
+        load_tokenizer("openai-community/gpt2")
+    with pytest.raises(InputError, match="tokenizer.json.*got none"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    with pytest.raises(InputError, match="broken.model is not a readable SentencePiece"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="that transformers can load, got"):
         load_tokenizer(tmp_path)

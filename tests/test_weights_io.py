@@ -143,6 +143,10 @@ def test_the_export_has_the_tokenizer_of_the_run(tmp_path, source_dir):
     assert (out / "generation_config.json").read_text() == generation
     assert (out / "tokenizer.json").read_text() == '{"other": 1}'
     assert (out / "chat_template.jinja").is_file()
+    (tmp_path / "spm.model").write_bytes(b"model")
+    write_folder(METADATA, iter(STREAM), out, *options, tokenizer=str(tmp_path / "spm.model"))
+    assert (out / "tokenizer.model").read_bytes() == b"model"
+    assert not (out / "tokenizer.json").exists()
 
 
 def test_an_interrupted_export_keeps_the_earlier_one(tmp_path, source_dir):

@@ -39,9 +39,11 @@ def problems(model: str, tokenizer: str | None) -> Problems:
         yield "model.path", f'expected config.json in "{folder}", found none; {NO_HUB}'
     yield from (("model.path", message) for message in weight_problems(folder))
     source = Path(tokenizer or model)
+    if source.is_file() and source.suffix == ".model":
+        return
     if not any(all((source / name).is_file() for name in names) for names in TOKENIZER_FILES):
         files = " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
-        advice = "set model.tokenizer to a folder with them"
+        advice = "set model.tokenizer to a folder with them or to a SentencePiece *.model file"
         key = "model.tokenizer" if tokenizer else "model.path"
         yield key, f'expected tokenizer files in "{source}" ({files}), found none; {advice}'
 

@@ -53,7 +53,7 @@ class Model(Section):
     """Local Hugging Face model folder (config.json, *.safetensors, tokenizer), relative to the
     current directory. Nothing is downloaded."""
     tokenizer: str | None = Field(None, min_length=1)
-    """Folder of the tokenizer. null uses model.path."""
+    """Tokenizer folder or SentencePiece *.model file. null uses model.path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of training and engine. bfloat16 halves memory and keeps float32 master weights."""
     exporter: str | None = Field(None, min_length=1)

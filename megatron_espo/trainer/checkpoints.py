@@ -40,7 +40,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     }
     path = Path(config.model.tokenizer or config.model.path)
     found = [file for pattern in TOKENIZER_PATTERNS for file in path.glob(pattern)]
-    for file in sorted(file for file in found if file.is_file()):
+    for file in [path] if path.is_file() else sorted(file for file in found if file.is_file()):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         settings[f"tokenizer file {file.name}"] = digest
     return settings

@@ -95,7 +95,7 @@ def save_hf(
 
     Rank 0 writes files of at most ``max_file_bytes`` (a single tensor may exceed it) and keeps one
     file in host memory. Configuration and tokenizer are copied from ``source_dir``; the tokenizer
-    from ``tokenizer`` if it is given.
+    from ``tokenizer`` (a folder or a SentencePiece file) if it is given.
 
     Collectives: those of :class:`WeightGatherer`; then one broadcast over all ranks, so that a
     failed write raises on every rank.

@@ -39,7 +39,7 @@ def write_folder(
     Args:
         metadata: what the stream yields, in order.
         source_dir: folder with configuration (its dtype becomes ``dtype``) and tokenizer to copy.
-        tokenizer: folder of the tokenizer, if it is not ``source_dir``.
+        tokenizer: folder or SentencePiece file of the tokenizer, if it is not ``source_dir``.
         max_file_bytes: limit of a weight file and of host memory; a single tensor may exceed it.
 
     Raises:
@@ -115,6 +115,8 @@ def _copy_metadata_files(
     for file in found:
         if file.is_file():
             shutil.copyfile(file, target / file.name)
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, target / "tokenizer.model")
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
