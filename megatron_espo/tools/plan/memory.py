@@ -79,24 +79,6 @@ def plan_pipeline(
     return Pipeline(stages, chunks, largest, expected, count, bubble)
 
 
-@dataclass(frozen=True)
-class StageParameters:
-    """Elements of one pipeline stage.
-
-    Attributes:
-        layers: decoder layers.
-        whole: elements of the checkpoint's tensors that this stage owns (the first stage owns a
-            tied embedding).
-        per_gpu: elements on each GPU of the stage: its shards, whole norms, the padding of the
-            vocabulary.
-    """
-
-    stage: int
-    layers: int
-    whole: int
-    per_gpu: int
-
-
 def total_parameters(groups: Groups) -> int:
     """Elements of the whole checkpoint, from the naming tables alone."""
     return sum(_elements(mapping) for group in groups for mapping in group)
@@ -104,21 +86,6 @@ def total_parameters(groups: Groups) -> int:
 
 def _elements(mapping: ParamMapping) -> int:
     return sum(prod(shape) for _, shape in mapping.huggingface)
-
-
-def count_parameters(ranks: Sequence[BuiltRank], groups: Groups) -> list[StageParameters]:
-    """Count each stage's parameters."""
-    stages: list[StageParameters] = []
-    seen: set[str] = set()
-    for stage in sorted({rank.stage for rank in ranks}):
-        own = [rank for rank in ranks if rank.stage == stage]
-        new = {held.mapping.huggingface[0][0]: held.mapping for rank in own for held in rank.held}
-        whole = sum(_elements(mapping) for name, mapping in new.items() if name not in seen)
-        seen |= new.keys()
-        layers = {held.group for held in own[0].held} - {0, len(groups) - 1}
-        per_gpu = max(rank.parameters for rank in own)
-        stages.append(StageParameters(stage, len(layers), whole, per_gpu))
-    return stages
 
 
 @dataclass(frozen=True)
@@ -192,6 +159,7 @@ class StageMemory:
     """One GPU of a pipeline stage, in bytes.
 
     Attributes:
+        parameters: elements: shards, whole norms, the padding of the vocabulary.
         weights, gradients, main_weights, adam: held between steps; read off the built model and
             optimizer.
         activations: kept for backward by all micro-batches in flight.
@@ -205,6 +173,7 @@ class StageMemory:
     """
 
     stage: int
+    parameters: int
     in_flight: int
     weights: int
     gradients: int
@@ -261,6 +230,7 @@ def plan_memory(
     phases["rollouts"] = (left - away["weights"], awake)
     return StageMemory(
         stage=rank.stage,
+        parameters=rank.parameters,
         in_flight=in_flight,
         weights=rank.parameter_bytes,
         gradients=rank.gradient_bytes,

@@ -21,8 +21,6 @@ from megatron_espo.tools.plan.memory import (
     Engine,
     Pipeline,
     StageMemory,
-    StageParameters,
-    count_parameters,
     plan_engine,
     plan_memory,
     plan_pipeline,
@@ -74,7 +72,6 @@ class Plan:
     data_parallel_size: int
     gpu_memory: int
     total_parameters: int
-    parameters: list[StageParameters]
     memory: list[StageMemory]
     pipeline: Pipeline
     engine: Engine
@@ -101,13 +98,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists, derived values included."""
-        data = asdict(self) | {"fits": self.fits}
-        data["transfer"]["seconds"] = self.transfer.seconds
-        return data
+        return asdict(self) | {"fits": self.fits}
 
 
 # The part of a plan that depends only on the layout and the number of ranks.
-Built = tuple[list[BuiltRank], list[StageParameters], Transfer]
+Built = tuple[list[BuiltRank], Transfer]
 
 
 class Builder:
@@ -138,7 +133,7 @@ class Builder:
             transfer = plan_transfer(
                 ranks, self.spec.groups, itemsize, transport, stage_ranks, sources, links, copies
             )
-            self._built[key] = ranks, count_parameters(ranks, self.spec.groups), transfer
+            self._built[key] = ranks, transfer
         return self._built[key]
 
     def engine(self, config: Config) -> Engine:
@@ -192,7 +187,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
     world_size = gpus or _smallest_world(config)
     data_parallel_size = check_world_size(config, world_size)
     stage_ranks = world_size // megatron.pipeline_model_parallel_size
-    ranks, parameters, transfer = build(config, world_size)
+    ranks, transfer = build(config, world_size)
     engine = build.engine(config)
     pipeline = plan_pipeline(config, spec, data_parallel_size, machine.expected_tokens)
     owners = engine_owners(engine.number, world_size) if engine.shares_gpus else ()
@@ -216,7 +211,6 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
         data_parallel_size=data_parallel_size,
         gpu_memory=machine.gpu_memory,
         total_parameters=total_parameters(spec.groups),
-        parameters=parameters,
         memory=memory,
         pipeline=pipeline,
         engine=engine,

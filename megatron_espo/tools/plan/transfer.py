@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 from megatron_espo.megatron.meta import BuiltRank, ParamShard
 from megatron_espo.models.layouts import ShardLayout
@@ -23,18 +22,13 @@ class GroupPlan:
             largest collective.
     """
 
-    name: str
-    stage: int
     tensors: int
     gathered_bytes: int
     peak_bytes: int
 
 
-class Shards(NamedTuple):
-    """The shapes of a rank's parameters of which ``size`` ranks have one shard each."""
-
-    size: int
-    shapes: tuple[tuple[int, ...], ...]
+# A number of ranks, and the shapes of a rank's parameters of which so many ranks have a shard each.
+Shards = tuple[int, list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Transfer:
         sender: which rank hands the tensors to the engine.
         gather_s, pipeline_s, engine_s: estimated seconds inside stages or nodes, between them, and
             into the engine.
-        overlap_s: seconds in which ``pipeline_s`` and ``gather_s`` overlap.
+        seconds: of one update, in which ``pipeline_s`` and ``gather_s`` overlap.
         received: for each stage the bytes that a GPU (its first) receives over the network, and
             inside its node.
         peak_bytes: largest extra memory of a rank, on the model's device.
@@ -72,16 +66,11 @@ class Transfer:
     gather_s: float
     pipeline_s: float
     engine_s: float
-    overlap_s: float
+    seconds: float
     received: list[list[int]]
     peak_bytes: int
     file_bytes: int
-    groups: tuple[GroupPlan, ...]
-
-    @property
-    def seconds(self) -> float:
-        """Estimated seconds of one update."""
-        return self.gather_s + self.pipeline_s + self.engine_s - self.overlap_s
+    groups: list[GroupPlan]
 
 
 def plan_transfer(
@@ -118,23 +107,15 @@ def plan_transfer(
     plans: list[GroupPlan] = []
     last_tensor = 0
     room = gather_bytes(groups, itemsize) // itemsize
-    for index, mappings in enumerate(groups):
+    for mappings in groups:
         holders = [shards[mapping.huggingface[0][0]] for mapping in mappings]
         stage = min(stage for stage, _ in holders[0])
         owned = [next(held for at, held in found if at == stage) for found in holders]
         shapes = [shape for mapping in mappings for _, shape in mapping.huggingface]
         size = sum(map(prod, shapes)) * itemsize
-        gathers = [part for part in _shards(owned) if part.size > 1 or stages > 1]
+        gathers = [part for part in _shards(owned) if part[0] > 1 or stages > 1]
         buffers = traffic.add(gathers, stage, room)
-        plans.append(
-            GroupPlan(
-                name=_group_name(index, mappings),
-                stage=stage,
-                tensors=len(shapes),
-                gathered_bytes=size,
-                peak_bytes=last_tensor + size + buffers,
-            )
-        )
+        plans.append(GroupPlan(len(shapes), size, last_tensor + size + buffers))
         last_tensor = 0 if transport == "files" else prod(shapes[-1]) * itemsize
     sizes = [group.gathered_bytes for group in plans]
     total, is_ipc = sum(sizes), transport == "ipc"
@@ -149,12 +130,12 @@ def plan_transfer(
         gather_s=traffic.gather_s,
         pipeline_s=traffic.send_s,
         engine_s=engine_s,
-        overlap_s=traffic.gather_s + traffic.send_s - traffic.seconds,
+        seconds=traffic.seconds + engine_s,
         received=traffic.received,
         peak_bytes=max(group.peak_bytes for group in plans),
         # The groups use two files alternately.
         file_bytes=max(sizes[::2]) + max(sizes[1::2]) if transport == "files" else 0,
-        groups=tuple(plans),
+        groups=plans,
     )
 
 
@@ -220,24 +201,13 @@ class Traffic:
 def _shards(held: Sequence[ParamShard]) -> list[Shards]:
     """A group's parameters: those that each rank has whole, dense shards, experts."""
     whole: list[tuple[int, ...]] = []
-    found = []
+    found: list[Shards] = []
     for is_expert in (False, True):
         kind = [shard for shard in held if shard.is_expert == is_expert]
         size = len({rank for shard in kind for rank in shard.sharing})
-        split = []
-        for shard in kind:
-            if size == 1 or shard.mapping.layout is ShardLayout.REPLICATED:
-                whole.append(shard.shape)
-            else:
-                split.append(shard)
+        split = [s for s in kind if size > 1 and s.mapping.layout is not ShardLayout.REPLICATED]
+        whole += [s.shape for s in kind if size == 1 or s.mapping.layout is ShardLayout.REPLICATED]
         # Of the experts only those of the first rank.
-        if shapes := tuple(shard.shape for shard in split if shard.sharing == split[0].sharing):
-            found.append(Shards(size, shapes))
-    return [Shards(1, tuple(whole)), *found] if whole else found
-
-
-def _group_name(index: int, mappings: Sequence[ParamMapping]) -> str:
-    if index == 0:
-        return "embedding"
-    name = mappings[0].huggingface[0][0].split(".")
-    return ".".join(name[:3]) if name[1] == "layers" else "head"
+        if shapes := [shard.shape for shard in split if shard.sharing == split[0].sharing]:
+            found.append((size, shapes))
+    return [(1, whole), *found] if whole else found
