@@ -36,20 +36,9 @@ class EngineError(RuntimeError):
         super().__init__(message)
         self.phase, self.final = phase, final
 
-    def __reduce__(self) -> tuple:
-        return EngineError, (str(self), self.phase, self.final)
 
-
-class HttpStatusError(EngineError):
-    """A server answered with another status than 200.
-
-    Attributes:
-        status: HTTP status code.
-    """
-
-    def __init__(self, path: str, status: int, text: str) -> None:
-        super().__init__(f"{path}: {status} {text}")
-        self.status = status
+class WrongKeyError(EngineError):
+    """A server has another key (HTTP status 401)."""
 
 
 class State(StrEnum):
