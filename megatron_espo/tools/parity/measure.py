@@ -25,21 +25,15 @@ class Difference:
 
     Attributes:
         loss, grad_norm: of this layout; Megatron clips by this norm.
-        loss_error, norm_error: relative to the reference's loss and to the norm of all its tensors.
-        worst: largest relative difference of a tensor, |gradient - reference| / |reference| (L2).
-        tensor: that tensor's Hugging Face name.
+        worst: largest relative difference of the loss, of the norm of all tensors, or of a tensor,
+            |gradient - reference| / |reference| (L2). NaN is the largest.
+        tensor: that tensor's Hugging Face name, ``loss`` or ``grad norm``.
     """
 
     loss: float
     grad_norm: float
-    loss_error: float
-    norm_error: float
     worst: float
     tensor: str
-
-    def within(self, tolerance: float) -> bool:
-        """Whether loss, norm and every tensor agree (NaN does not)."""
-        return all(error <= tolerance for error in (self.loss_error, self.norm_error, self.worst))
 
 
 class Model:
@@ -52,7 +46,7 @@ class Model:
 
     def __init__(self, config: Config, spec: ModelSpec) -> None:
         self.config, self.vocab_size = config, spec.vocab_size
-        sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
+        sizes = distributed_runtime.parallel_sizes(config.megatron)
         self.runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
         groups = self.runtime.groups
         chunks = build_chunks(config, spec, self.runtime)
@@ -113,7 +107,7 @@ def compare(
     model: Model, loss: float, norm: float, objective: str, folder: Path
 ) -> Difference | None:
     """Compare the gradient that ``model`` holds; the result on rank 0, None on other ranks."""
-    errors, reference = {}, None
+    errors, reference = dict[str, float](), None
     if model.runtime.is_main:
         reference = torch.load(folder / f"{objective}.pt", mmap=True)
     for name, tensor in model.gradients():
@@ -123,16 +117,10 @@ def compare(
     if reference is None:
         return None
     assert not reference["gradients"], f"not compared: {list(reference['gradients'])}"
-    # NaN is the worst value.
+    errors["loss"] = _relative(abs(loss - reference["loss"]), abs(reference["loss"]))
+    errors["grad norm"] = _relative(abs(norm - reference["grad_norm"]), reference["grad_norm"])
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
-    return Difference(
-        loss=loss,
-        grad_norm=norm,
-        loss_error=_relative(abs(loss - reference["loss"]), abs(reference["loss"])),
-        norm_error=_relative(abs(norm - reference["grad_norm"]), reference["grad_norm"]),
-        worst=errors[worst],
-        tensor=worst,
-    )
+    return Difference(loss, norm, errors[worst], worst)
 
 
 def _gradient(parameter: Any) -> torch.Tensor:
