@@ -26,7 +26,7 @@ from megatron_espo.tools.plan.memory import (
     plan_pipeline,
     total_parameters,
 )
-from megatron_espo.tools.plan.transfer import Links, Transfer, plan_transfer
+from megatron_espo.tools.plan.transfer import Links, Transfer, plan_transfer, replica_ranks
 
 Changes = dict[str, Any]
 RECOMPUTE = {
@@ -118,20 +118,15 @@ class Builder:
 
     def __call__(self, config: Config, world_size: int) -> Built:
         """Build, or return what was built for an equal layout."""
-        transport, hosts = self._transport(config), bool(config.rollout.hosts)
-        sharded = config.optimizer.use_distributed_optimizer
+        rollout, transport = config.rollout, self._transport(config)
         sizes = tuple(parallel_sizes(config.megatron).values())
-        stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
-        is_on_all = needs_all_replicas(transport, config.rollout.engines)
-        sources = stage_ranks if is_on_all else _replica(config)
-        key = (sizes, config.model.dtype, sharded, transport, hosts, sources, world_size)
+        sharded = config.optimizer.use_distributed_optimizer
+        sends = transport, bool(rollout.hosts), needs_all_replicas(transport, rollout.engines)
+        key = (sizes, config.model.dtype, sharded, sends, world_size)
         if key not in self._built:
             ranks = list(build_ranks(config, self.spec, world_size))
-            # ``files`` writes to the shared folder, and the engine's node reads from it.
-            copies = 0 if not hosts else 2 if transport == "files" else 1
-            itemsize, links = _itemsize(config), self.machine.links
             transfer = plan_transfer(
-                ranks, self.spec.groups, itemsize, transport, stage_ranks, sources, links, copies
+                ranks, config, self.spec.groups, transport, world_size, self.machine.links
             )
             self._built[key] = ranks, transfer
         return self._built[key]
@@ -141,8 +136,8 @@ class Builder:
         rollout, transport = config.rollout, self._transport(config)
         has_own = rollout.hosts or rollout.visible_devices is not None or not self.machine.on_gpu
         shares = transport == "ipc" or (transport == "files" and not has_own)
-        itemsize, memory = _itemsize(config), self.machine.gpu_memory
-        return plan_engine(config, self.spec, itemsize, shares, memory)
+        itemsize = getattr(torch, config.model.dtype).itemsize
+        return plan_engine(config, self.spec, itemsize, shares, self.machine.gpu_memory)
 
     def _transport(self, config: Config) -> str:
         if config.rollout.transport != "auto":
@@ -152,23 +147,11 @@ class Builder:
         return "nccl" if config.rollout.hosts else "ipc"
 
 
-def _itemsize(config: Config) -> int:
-    """Bytes of a weight in the engine."""
-    return getattr(torch, config.model.dtype).itemsize
-
-
 def _smallest_world(config: Config) -> int:
     """The fewest ranks of the layout."""
     m = config.megatron
     ranks = m.tensor_model_parallel_size * m.context_parallel_size
-    return m.pipeline_model_parallel_size * lcm(ranks, _replica(config))
-
-
-def _replica(config: Config) -> int:
-    """Ranks of a stage that have one replica of its dense part and of its experts."""
-    m = config.megatron
-    expert_tp = m.expert_tensor_parallel_size or m.tensor_model_parallel_size
-    return lcm(m.tensor_model_parallel_size, expert_tp * m.expert_model_parallel_size)
+    return m.pipeline_model_parallel_size * lcm(ranks, replica_ranks(config))
 
 
 def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:

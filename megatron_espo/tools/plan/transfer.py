@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 
+import torch
+
+from megatron_espo.config import Config
 from megatron_espo.megatron.meta import BuiltRank, ParamShard
 from megatron_espo.models.layouts import ShardLayout
 from megatron_espo.models.mapping import ParamMapping
+from megatron_espo.rollout.transport import needs_all_replicas
 from megatron_espo.weights.exchange import Routes
 from megatron_espo.weights.source import batches, gather_bytes
 
@@ -75,26 +79,24 @@ class Transfer:
 
 def plan_transfer(
     ranks: Sequence[BuiltRank],
+    config: Config,
     groups: Sequence[Sequence[ParamMapping]],
-    itemsize: int,
     transport: str,
-    stage_ranks: int,
-    sources: int,
+    world_size: int,
     links: Links,
-    copies_to_nodes: int = 0,
 ) -> Transfer:
     """Follow ``WeightGatherer`` group by group.
 
     Args:
         ranks: from ``build_ranks``.
         groups: from ``ModelSpec.groups``.
-        itemsize: bytes of an element that the engine receives.
         transport: ``files``, ``ipc`` or ``nccl``.
-        stage_ranks: ranks of a pipeline stage.
-        sources: how many of them gather (see ``WeightGatherer.participates``).
-        copies_to_nodes: how often an engine's owner sends all bytes to another node, where the
-            engine is; 0: the engine is on the owner's node.
     """
+    rollout, itemsize = config.rollout, getattr(torch, config.model.dtype).itemsize
+    stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
+    # The ranks of a stage that gather; see ``WeightGatherer.participates``.
+    sends_all = needs_all_replicas(transport, rollout.engines)
+    sources = stage_ranks if sends_all else replica_ranks(config)
     # First Hugging Face name of each parameter -> its shards, with their stages.
     shards: dict[str, list[tuple[int, ParamShard]]] = {}
     for rank in ranks:
@@ -121,8 +123,8 @@ def plan_transfer(
     total, is_ipc = sum(sizes), transport == "ipc"
     # With ipc each worker of the engine reads the memory of its own GPU; nothing crosses a link.
     engine_s = 0.0 if is_ipc else total / links.gpu
-    if copies_to_nodes:
-        engine_s = copies_to_nodes * total / links.network
+    if rollout.hosts:  # ``files`` writes to the shared folder, and the engine's node reads from it
+        engine_s = (2 if transport == "files" else 1) * total / links.network
     return Transfer(
         transport=transport,
         sender="the trainer's rank on the same GPU" if is_ipc else "rank 0",
@@ -137,6 +139,13 @@ def plan_transfer(
         file_bytes=max(sizes[::2]) + max(sizes[1::2]) if transport == "files" else 0,
         groups=plans,
     )
+
+
+def replica_ranks(config: Config) -> int:
+    """Ranks of a stage that have one replica of its dense part and of its experts."""
+    m = config.megatron
+    expert_tp = m.expert_tensor_parallel_size or m.tensor_model_parallel_size
+    return lcm(m.tensor_model_parallel_size, expert_tp * m.expert_model_parallel_size)
 
 
 class Traffic:
