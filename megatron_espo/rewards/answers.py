@@ -307,13 +307,8 @@ class MathJudge:
         if text is None:
             return False
         if (marked := marked_answer(text)) is not None:
-            if self._equals(expected, marked):
-                return True
-            several = _last_boxes(text)
-            if several is not None and self._equals(expected, several):
-                return True
-            stated = _stated(marked)
-            return stated is not None and self._equals(expected, stated)
+            forms = (marked, _last_boxes(text), _stated(marked))
+            return any(form is not None and self._equals(expected, form) for form in forms)
         text = _STATED_ELSEWHERE.sub(" The answer is ", plain_symbols(text))
         if self._equals(expected, _stated(text) or text):
             return True

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from megatron_espo.distributed.collectives import on_rank_0
 from megatron_espo.errors import InputError
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 
@@ -154,7 +155,7 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.Trainer
         from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo
 
         ray.init(address="auto", namespace=_RAY_NAMESPACE, ignore_reinit_error=True)
-        (workers,) = _from_rank_0(workers)
+        workers = on_rank_0(lambda: workers)
         return ShardedRDTTrainerInitInfo(
             rank=rank,
             num_consumers=workers,
@@ -176,7 +177,7 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.Trainer
     # All meet on rank 0's machine. A host may not be able to resolve MASTER_ADDR.
     if not on_hosts:
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    address, port, workers = _from_rank_0(address, port, workers)
+    address, port, workers = on_rank_0(lambda: (address, port, workers))
     ranks = dist.get_world_size()
     return M2NTrainerInitInfo(
         rank=rank,
@@ -185,12 +186,6 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.Trainer
         world_size=ranks + workers,
         num_trainer_ranks=ranks,
     )
-
-
-def _from_rank_0(*values: Any) -> list[Any]:
-    box = list(values)
-    dist.broadcast_object_list(box, src=0)
-    return box
 
 
 def send_weights(

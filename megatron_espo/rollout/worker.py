@@ -1,7 +1,6 @@
 """This project's methods of vLLM's workers (``worker_extension_cls``)."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -135,11 +134,12 @@ class RoutedExpertsRecord:
 
         Removes the request from the record. ``None``: the request or some tokens are unknown.
         """
-        name = _internal_name(request_id, self._finished)
+        # vLLM's internal name is the request id and a random suffix.
+        names = [*self._finished, *self._runner.requests]
+        name = next((name for name in names if name.rpartition("-")[0] == request_id), None)
         if name is None:
-            name = _internal_name(request_id, self._runner.requests)
-            if name is None:
-                return None
+            return None
+        if name not in self._finished:
             self._keep(name)
         rows = self._finished.pop(name)
         return rows[:count] if len(rows) >= count else None
@@ -153,8 +153,3 @@ class RoutedExpertsRecord:
         self._finished[name] = self._rows[slots]
         while len(self._finished) > _MAX_FINISHED:  # clients that disconnected never take theirs
             self._finished.popitem(last=False)
-
-
-def _internal_name(request_id: str, names: Iterable[str]) -> str | None:
-    """vLLM's internal name of a request: the request id and a random suffix."""
-    return next((name for name in names if name.rpartition("-")[0] == request_id), None)
