@@ -23,6 +23,7 @@ _REMOVED = {
     "environment.retries": "a failed trajectory is started once more",
     "eval.max_response_tokens": "use rollout.max_response_tokens, which limits evaluations too",
     "eval.top_p": "evaluations use rollout.top_p",
+    "judge.cache": "equal requests of a run are sent once",
     "optimizer.lr_decay_iters": "the learning rate decays over all optimizer steps of the run",
     "optimizer.spike_window": "optimizer.spike_factor compares with the last 50 gradient norms",
     "reward.overlap": "rewards are computed while other responses are sampled",
