@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -101,7 +102,10 @@ class HttpClient:
             content = await response.read()
             if response.status != 200:
                 kind = WrongKeyError if response.status == 401 else EngineError
-                raise kind(f"{path}: {response.status} {_error_text(content)}")
+                text = content.decode(errors="replace")
+                with suppress(ValueError, LookupError, TypeError):
+                    text = json.loads(text)["error"]["message"]  # of vLLM's own routes
+                raise kind(f"{path}: {response.status} {text}")
             return content, response.headers
 
     async def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -156,12 +160,3 @@ def call_once(
             await client.close()
 
     return asyncio.run(call())
-
-
-def _error_text(content: bytes) -> str:
-    """The message in an error's JSON content; otherwise the first 500 bytes."""
-    try:
-        error = json.loads(content)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return content[:500].decode(errors="replace")
