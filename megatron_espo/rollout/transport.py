@@ -70,19 +70,13 @@ def check_placement(name: str, visible_devices: str | None, environment: Mapping
         visible_devices: ``rollout.visible_devices``; ``None``: the engine shares the trainer's.
         environment: of this rank. LOCAL_WORLD_SIZE and CUDA_VISIBLE_DEVICES give its GPUs.
     """
-    where = TRANSPORTS[name]
-    used = set(_trainer_devices(environment)) & set((visible_devices or "").split(","))
-    if where == _OWN and visible_devices is None:
-        got = "null (the trainer's); name GPUs that no trainer rank uses"
-    elif where == _OWN and used:
-        got = f"{visible_devices!r}, of which a trainer rank uses {', '.join(sorted(used))}"
-    elif where == _SHARED and visible_devices is not None and not used:
-        got = f"{visible_devices!r}, which no trainer rank uses; use nccl, or leave it null"
-    else:
-        return
-    raise InputError(
-        f"rollout.visible_devices: transport {name} needs the engine on {where}, got {got}."
-    )
+    where, trainer = TRANSPORTS[name], _trainer_devices(environment)
+    shares = visible_devices is None or not set(trainer).isdisjoint(visible_devices.split(","))
+    if where == (_OWN if shares else _SHARED):
+        raise InputError(
+            f"rollout.visible_devices: transport {name} needs the engine on {where} (the trainer "
+            f"has GPUs {','.join(trainer)}), got {visible_devices or 'null (the same GPUs)'}"
+        )
 
 
 def engine_devices(
