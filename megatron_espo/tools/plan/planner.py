@@ -26,7 +26,7 @@ from megatron_espo.tools.plan.memory import (
     plan_pipeline,
     total_parameters,
 )
-from megatron_espo.tools.plan.transfer import Links, Transfer, plan_transfer, replica_ranks
+from megatron_espo.tools.plan.transfer import Machine, Transfer, plan_transfer, replica_ranks
 
 Changes = dict[str, Any]
 RECOMPUTE = {
@@ -35,26 +35,6 @@ RECOMPUTE = {
     "megatron.recompute_num_layers": 1,
 }
 OFFLOAD = {"rollout.sleep": True, "megatron.offload": ["optimizer", "gradients"]}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The GPUs of a run.
-
-    Attributes:
-        gpu_memory: usable bytes of one GPU.
-        links: speeds for the estimate of the weight update.
-        expected_tokens: mean tokens of a prompt with its response; None: half of
-            ``rollout.max_response_tokens``.
-        on_gpu: false for a run without GPUs (tests compare such runs with the plan).
-        host_link: bytes a second and direction between a GPU and host memory.
-    """
-
-    gpu_memory: int
-    links: Links
-    expected_tokens: int | None = None
-    on_gpu: bool = True
-    host_link: float = 50e9
 
 
 @dataclass(frozen=True)
@@ -126,7 +106,7 @@ class Builder:
         if key not in self._built:
             ranks = list(build_ranks(config, self.spec, world_size))
             transfer = plan_transfer(
-                ranks, config, self.spec.groups, transport, world_size, self.machine.links
+                ranks, config, self.spec.groups, transport, world_size, self.machine
             )
             self._built[key] = ranks, transfer
         return self._built[key]
@@ -199,7 +179,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
         engine=engine,
         transfer=transfer,
         in_phases=config.rollout.sleep or bool(megatron.offload),
-        host_bytes=offloaded * min(world_size, machine.links.gpus_per_node),
+        host_bytes=offloaded * min(world_size, machine.gpus_per_node),
         offload_s=2 * offloaded / machine.host_link,
         problems=[*_memory_problems(memory, machine.gpu_memory), *engine.problems()],
     )
@@ -221,7 +201,7 @@ def find_fix(config: Config, build: Builder, plan: Plan, gpus: int | None) -> st
     other, until it fits.
     """
     best, changes = plan, Changes()
-    for change in _usual_changes(config, plan, build.machine.links.gpus_per_node, gpus):
+    for change in _usual_changes(config, plan, build.machine.gpus_per_node, gpus):
         changed = _changed_plan(config, build, changes | change, gpus)
         if changed and changed.excess < best.excess:
             best, changes = changed, changes | change

@@ -36,17 +36,31 @@ Shards = tuple[int, list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Links:
-    """Bytes a second and direction inside a node of ``gpus_per_node``, and between nodes."""
+class Machine:
+    """The GPUs of a run.
 
-    gpu: float
+    Attributes:
+        gpu_memory: usable bytes of one GPU.
+        node_link, network, host_link: bytes a second and direction of a GPU inside a node, between
+            nodes, and to host memory.
+        gpus_per_node: GPUs of a node.
+        expected_tokens: mean tokens of a prompt with its response; None: half of
+            ``rollout.max_response_tokens``.
+        on_gpu: false for a run without GPUs (tests compare such runs with the plan).
+    """
+
+    gpu_memory: int
+    node_link: float
     network: float
     gpus_per_node: int
+    host_link: float
+    expected_tokens: int | None = None
+    on_gpu: bool = True
 
-    def between(self, ranks: Sequence[int]) -> float:
+    def link(self, ranks: Sequence[int]) -> float:
         """The slowest link that a collective over ``ranks`` crosses."""
         nodes = {rank // self.gpus_per_node for rank in ranks}
-        return self.gpu if len(nodes) == 1 else self.network
+        return self.node_link if len(nodes) == 1 else self.network
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ def plan_transfer(
     groups: Sequence[Sequence[ParamMapping]],
     transport: str,
     world_size: int,
-    links: Links,
+    machine: Machine,
 ) -> Transfer:
     """Follow ``WeightGatherer`` group by group.
 
@@ -104,8 +118,8 @@ def plan_transfer(
             shards.setdefault(held.mapping.huggingface[0][0], []).append((rank.stage, held))
     stages = max(rank.stage for rank in ranks) + 1
     takes_part = [at * stage_ranks + i for at in range(stages) for i in range(sources)]
-    routes = Routes.of([rank // links.gpus_per_node for rank in takes_part], sources)
-    traffic = Traffic(routes, links, takes_part, itemsize)
+    routes = Routes.of([rank // machine.gpus_per_node for rank in takes_part], sources)
+    traffic = Traffic(routes, machine, takes_part, itemsize)
     plans: list[GroupPlan] = []
     last_tensor = 0
     room = gather_bytes(groups, itemsize) // itemsize
@@ -122,9 +136,9 @@ def plan_transfer(
     sizes = [group.gathered_bytes for group in plans]
     total, is_ipc = sum(sizes), transport == "ipc"
     # With ipc each worker of the engine reads the memory of its own GPU; nothing crosses a link.
-    engine_s = 0.0 if is_ipc else total / links.gpu
+    engine_s = 0.0 if is_ipc else total / machine.node_link
     if rollout.hosts:  # ``files`` writes to the shared folder, and the engine's node reads from it
-        engine_s = (2 if transport == "files" else 1) * total / links.network
+        engine_s = (2 if transport == "files" else 1) * total / machine.network
     return Transfer(
         transport=transport,
         sender="the trainer's rank on the same GPU" if is_ipc else "rank 0",
@@ -161,8 +175,10 @@ class Traffic:
             its node.
     """
 
-    def __init__(self, routes: Routes, links: Links, ranks: Sequence[int], itemsize: int) -> None:
-        self._routes, self._links, self._ranks, self._itemsize = routes, links, ranks, itemsize
+    def __init__(
+        self, routes: Routes, machine: Machine, ranks: Sequence[int], itemsize: int
+    ) -> None:
+        self._routes, self._machine, self._ranks, self._itemsize = routes, machine, ranks, itemsize
         self.send_s = self.gather_s = self.seconds = 0.0
         self.received = [[0, 0] for _ in range(0, routes.ranks, routes.stage)]
 
@@ -192,7 +208,7 @@ class Traffic:
 
     def _seconds(self, size: int, members: range) -> float:
         ranks = [self._ranks[member] for member in members]
-        return size / self._links.between(ranks) if len(ranks) > 1 else 0.0
+        return size / self._machine.link(ranks) if len(ranks) > 1 else 0.0
 
     def _senders(self, rank: int, owner: int, size: int, each: int) -> Iterator[tuple[int, int]]:
         """Yield (sender, bytes) of what ``rank`` receives of one batch."""
@@ -204,7 +220,7 @@ class Traffic:
         yield from ((other, each) for other in routes.gather(rank, size) if other != rank)
 
     def _node(self, rank: int) -> int:
-        return self._ranks[rank] // self._links.gpus_per_node
+        return self._ranks[rank] // self._machine.gpus_per_node
 
 
 def _shards(held: Sequence[ParamShard]) -> list[Shards]:
