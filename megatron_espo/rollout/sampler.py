@@ -50,8 +50,7 @@ class Group:
         return len({reward for reward in rewards if reward == reward}) > 1
 
     def cancel(self) -> None:
-        futures: list[Future[Any]] = [*self.futures, *self.scores.values()]
-        for future in futures:
+        for future in (*self.futures, *self.scores.values()):
             future.cancel()
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from vllm import SamplingParams
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.platforms import current_platform
@@ -149,9 +149,7 @@ async def _routed_experts(engine: Any, output: Any, request_id: str, count: int)
     if output.routed_experts is not None:
         return output.routed_experts
     found = (await engine.collective_rpc("take_routed_experts", args=(request_id, count)))[0]
-    if found is None:
-        return np.empty((0, 0, 0))
-    return np.frombuffer(found["data"], found["dtype"]).reshape(found["shape"])
+    return np.empty((0, 0, 0)) if found is None else load(found)["experts"]
 
 
 async def call_worker(method: str, request: Request) -> Response:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers import vocab_parallel_embedding as vocab
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
@@ -58,12 +59,10 @@ class WorkerExtension:
         if self.rank == 0:  # the routers of all tensor-parallel workers make the same choices
             self._routed_experts = RoutedExpertsRecord(self.model_runner)
 
-    def take_routed_experts(self, request_id: str, count: int) -> dict[str, Any] | None:
-        """See ``RoutedExpertsRecord.take``; as dtype, shape and bytes, from the first worker."""
+    def take_routed_experts(self, request_id: str, count: int) -> bytes | None:
+        """See ``RoutedExpertsRecord.take``; in safetensors format, from the first worker."""
         rows = self._routed_experts.take(request_id, count) if self.rank == 0 else None
-        if rows is None:
-            return None
-        return {"dtype": rows.dtype.str, "shape": list(rows.shape), "data": rows.tobytes()}
+        return None if rows is None else save({"experts": rows})
 
     def record_sampling_masks(self) -> None:
         """See ``vllm_patches.record_sampling_masks``."""

@@ -191,13 +191,13 @@ def limits_row() -> Row:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     found = f"ulimit -n {files}, -l {'unlimited' if locked < 0 else locked // 1024}"
+    state, advice = WORKS, ""
     if 0 <= files < MIN_FILES:
+        state = BROKEN
         advice = "a run of many ranks needs ulimit -n 65536 (in Slurm: LimitNOFILE of slurmd)"
-        return Row("limits", BROKEN, found, advice)
-    advice = ""
-    if locked >= 0 and os.path.exists("/dev/infiniband"):
+    elif locked >= 0 and os.path.exists("/dev/infiniband"):
         advice = "InfiniBand cannot register memory: ulimit -l unlimited, or LimitMEMLOCK of slurmd"
-    return Row("limits", WORKS, found, advice)
+    return Row("limits", state, found, advice)
 
 
 def host_name_row(name: str) -> Row:
