@@ -16,13 +16,8 @@ if TYPE_CHECKING:
 
 _OWN, _SHARED = "GPUs of its own", "the trainer's GPU"
 # Name -> where the engine runs.
-TRANSPORTS = {
-    "files": "any machine",
-    "ipc": _SHARED,
-    "nccl": _OWN,
-    "nccl_m2n": _OWN,
-    "sharded_rdt": _OWN,
-}
+TRANSPORTS = {"files": "any machine", "ipc": _SHARED}
+TRANSPORTS |= dict.fromkeys(("nccl", "nccl_m2n", "sharded_rdt"), _OWN)
 # Every trainer rank sends its copy or shard. With the other transports rank 0 sends everything.
 ON_ALL_RANKS = ("ipc", "nccl_m2n", "sharded_rdt")
 _RAY_NAMESPACE = "megatron_espo"

@@ -1,6 +1,5 @@
 """Loss and gradient of the recorded batch in one layout, compared with the one-rank reference."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,9 @@ class Model:
     Args:
         config: ``model`` and ``megatron`` are used.
         spec: the model.
+
+    Attributes:
+        gradients: Hugging Face names, with whole gradients on the ranks that gather them.
     """
 
     def __init__(self, config: Config, spec: ModelSpec) -> None:
@@ -52,7 +54,7 @@ class Model:
         chunks = build_chunks(config, spec, self.runtime)
         self.train_engine = TrainEngine(chunks, groups, Optimizer(), 1)
         chunks = self.train_engine.chunks
-        self._gradients = WeightGatherer(chunks, spec, groups, dtype=torch.float32, read=_gradient)
+        self.gradients = WeightGatherer(chunks, spec, groups, dtype=torch.float32, read=_gradient)
 
     def score(self, sequences: list[TrainSequence]) -> tuple[list[list[float]], list[list[float]]]:
         """Log-probs and entropies of each sequence, on one rank."""
@@ -70,10 +72,6 @@ class Model:
         norm = self.train_engine.grad_norm()
         self.train_engine.gather_gradients()
         return reduce_metrics_everywhere(reports, self.runtime.groups.dp_cp)["loss/policy"], norm
-
-    def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Hugging Face names, with whole gradients on the ranks that gather them."""
-        return iter(self._gradients)
 
     def _pack(self, sequences: list[TrainSequence], megatron: Megatron) -> list:
         tokens = sum(sequence.num_trained for sequence in sequences)
@@ -95,9 +93,7 @@ def write_reference(
     """Write loss, norm and gradients of the one-rank model."""
     for objective in objectives:
         loss, _ = model.backward(sequences, model.config.megatron, objective)
-        gradients = {
-            name: tensor.clone() for name, tensor in model.gradients() if tensor is not None
-        }
+        gradients = {name: tensor.clone() for name, tensor in model.gradients if tensor is not None}
         norm = torch.stack([tensor.double().norm() for tensor in gradients.values()]).norm()
         reference = {"loss": loss, "grad_norm": float(norm), "gradients": gradients}
         torch.save(reference, folder / f"{objective}.pt")
@@ -110,7 +106,7 @@ def compare(
     errors, reference = dict[str, float](), None
     if model.runtime.is_main:
         reference = torch.load(folder / f"{objective}.pt", mmap=True)
-    for name, tensor in model.gradients():
+    for name, tensor in model.gradients:
         if reference and tensor is not None:
             wanted, found = reference["gradients"].pop(name).double(), tensor.cpu().double()
             errors[name] = _relative(float((found - wanted).norm()), float(wanted.norm()))

@@ -79,15 +79,6 @@ def plan_pipeline(
     return Pipeline(stages, chunks, largest, expected, count, bubble)
 
 
-def total_parameters(groups: Groups) -> int:
-    """Elements of the whole checkpoint, from the naming tables alone."""
-    return sum(_elements(mapping) for group in groups for mapping in group)
-
-
-def _elements(mapping: ParamMapping) -> int:
-    return sum(prod(shape) for _, shape in mapping.huggingface)
-
-
 @dataclass(frozen=True)
 class Engine:
     """One vLLM engine, per GPU; all engines are alike.
@@ -137,7 +128,7 @@ def plan_engine(
     rollout, gpus = config.rollout, config.rollout.tensor_parallel_size
     weights = 0
     for mapping in (mapping for group in spec.groups for mapping in group):
-        size = _elements(mapping) * itemsize
+        size = sum(prod(shape) for _, shape in mapping.huggingface) * itemsize
         weights += size if mapping.layout is ShardLayout.REPLICATED else -(-size // gpus)
     per_token = spec.num_hidden_layers * spec.cache_columns(gpus) * itemsize
     budget = int(rollout.gpu_memory_utilization * gpu_memory)
@@ -208,7 +199,7 @@ def plan_memory(
     kept, working = map(max, zip((0, 0), *chunks, strict=True))
     is_last = rank.stage == pipeline.stages - 1
     if not is_last:  # the stage's output is kept until its gradient arrives
-        kept += model.stage_output()
+        kept += int(model.hidden_bytes * model.tokens / model.sp)
     if not model.fused:  # a linear's gradient is a tensor before DDP's buffer takes it
         working += max(prod(shard.shape) for shard in decoder) * model.itemsize
     head, in_flight = model.head() if is_last else 0, pipeline.in_flight(rank.stage)
@@ -265,10 +256,6 @@ class Activations:
         self.hidden_bytes = spec.hidden_size * self.itemsize
         auto = m.transformer_impl == "auto"
         self.fused = on_gpu if auto else m.transformer_impl == "transformer_engine"
-
-    def stage_output(self) -> int:
-        """Bytes of a stage's output."""
-        return int(self.hidden_bytes * self.tokens / self.sp)
 
     def chunk(self, layers: Groups) -> tuple[int, int]:
         """Bytes of one micro-batch in one model chunk under the configured recomputation.

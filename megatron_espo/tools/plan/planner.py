@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import lcm
+from math import lcm, prod
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +24,6 @@ from megatron_espo.tools.plan.memory import (
     plan_engine,
     plan_memory,
     plan_pipeline,
-    total_parameters,
 )
 from megatron_espo.tools.plan.transfer import Machine, Transfer, plan_transfer, replica_ranks
 
@@ -173,7 +172,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
         world_size=world_size,
         data_parallel_size=data_parallel_size,
         gpu_memory=machine.gpu_memory,
-        total_parameters=total_parameters(spec.groups),
+        total_parameters=sum(map(prod, spec.tensor_shapes.values())),
         memory=memory,
         pipeline=pipeline,
         engine=engine,

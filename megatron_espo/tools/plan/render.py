@@ -4,17 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from textwrap import fill
 
+from megatron_espo.distributed.runtime import PARALLEL_SIZES
 from megatron_espo.tools.plan.memory import GB
 from megatron_espo.tools.plan.planner import Plan
 
 WIDTH = 100
-LAYOUT = {
-    "TP": "tensor_model_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "VPP": "virtual_pipeline_model_parallel_size",
-    "CP": "context_parallel_size",
-    "EP": "expert_model_parallel_size",
-}
+LAYOUT = dict(zip(("TP", "PP", "VPP", "CP", "EP", "ETP"), PARALLEL_SIZES, strict=True))
 MEMORY = (
     "stage", "weights", "grads", "main", "Adam", "in flight", "activ.", "work", "sync", "engine",
     "total",
