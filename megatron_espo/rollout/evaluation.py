@@ -267,11 +267,8 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
         runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits, length)
         evaluation = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
         loop.run(pool.close())
-    record = evaluation.record(
-        model=model,
-        prompts_from=config.eval.prompts or config.data.prompts,
-        sampling=evaluator.sampling.as_json(),
-    )
+    prompts, sampling = config.eval.prompts or config.data.prompts, evaluator.sampling.as_json()
+    record = evaluation.record(model=model, prompts_from=prompts, sampling=sampling)
     path = Path(out or Path(run_dir, "eval.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     content = record | {"seconds": round(phases.seconds["eval"], 1)}

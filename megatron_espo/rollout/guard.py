@@ -22,7 +22,6 @@ CONTROL_ROUTES = _WEIGHT_CHANGES | _WEIGHT_USES | {
     "/finish_weight_update", "/init_weight_transfer_engine", "/pause", "/reset_prefix_cache",
     "/wake_up", f"{PREFIX}/info", f"{PREFIX}/lease",
 }  # fmt: skip
-_WORKER = f"{PREFIX}/worker/"
 
 
 class Weights(StrEnum):
@@ -93,7 +92,7 @@ class Guard:
         if not hmac.compare_digest(given, self._expected):
             return error_response("expected the run's key", 401)
         path = scope["path"]
-        is_control = path in CONTROL_ROUTES or path.startswith(_WORKER)
+        is_control = path in CONTROL_ROUTES or path.startswith(f"{PREFIX}/worker/")
         if path in _WEIGHT_USES and STATE.weights == Weights.UNUSABLE:
             return error_response("the weights are unusable; finish an update first", 409)
         if path in _WEIGHT_CHANGES:

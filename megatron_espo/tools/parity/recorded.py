@@ -36,6 +36,7 @@ SIZES = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+# Small models with grouped queries, experts, and a vocabulary of 11 x 47 that needs padding.
 MODELS: dict[str, ModelSpec] = {
     "dense": read_spec(SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
     "moe": read_spec(
@@ -50,7 +51,6 @@ MODELS: dict[str, ModelSpec] = {
         }
     ),
 }
-"""Small models with grouped queries, experts, and a vocabulary of 11 x 47 that needs padding."""
 
 
 def write_model(folder: Path, spec: ModelSpec) -> None:

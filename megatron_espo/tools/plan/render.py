@@ -120,7 +120,8 @@ def _notes(plan: Plan) -> str:
 
 def _sync(plan: Plan) -> str:
     t = plan.transfer
-    (network, node), overlap = max(t.received), t.gather_s + t.pipeline_s + t.engine_s - t.seconds
+    network, node = max(t.received)
+    overlap = t.gather_s + t.pipeline_s + t.engine_s - t.seconds
     return (
         f"Sync (estimate): {t.seconds:.2f} s for {_gb(t.bytes)} GB = across stages "
         f"{t.pipeline_s:.2f} + gathers {t.gather_s:.2f} - overlap {overlap:.2f}\n"
