@@ -45,9 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_espo.tools.plan.planner import Builder, Machine, find_fix, make_plan
     from megatron_espo.tools.plan.render import render
 
-    link, network, host = (
-        gbit * 1e9 / 8 for gbit in (args.link_gbps, args.network_gbps, args.host_gbps)
-    )
+    gbps = (args.link_gbps, args.network_gbps, args.host_gbps)
+    link, network, host = (speed * 1e9 / 8 for speed in gbps)
     gpu_memory, tokens = int(args.gpu_memory * 1e9), args.expected_tokens
     build = Builder(spec, Machine(gpu_memory, link, network, args.gpus_per_node, host, tokens))
     plan = make_plan(config, build, args.gpus)

@@ -182,7 +182,7 @@ class StageMemory:
 
 def plan_memory(
     rank: BuiltRank, config: Any, spec: ModelSpec, pipeline: Pipeline,
-    *, on_gpu: bool, sync: int, engine: Engine | None,
+    on_gpu: bool, sync: int, engine: Engine | None,
 ) -> StageMemory:  # fmt: skip
     """Memory of one GPU of the stage of ``rank``.
 

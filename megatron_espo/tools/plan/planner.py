@@ -159,12 +159,8 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
     for rank in ranks:
         if rank.rank % stage_ranks == 0:
             alone = shared.isdisjoint(range(rank.rank, rank.rank + stage_ranks))
-            memory.append(
-                plan_memory(
-                    rank, config, spec, pipeline,
-                    on_gpu=machine.on_gpu, sync=sync, engine=None if alone else engine,
-                )
-            )  # fmt: skip
+            own = None if alone else engine
+            memory.append(plan_memory(rank, config, spec, pipeline, machine.on_gpu, sync, own))
     offloaded = max(stage.host for stage in memory)
     return Plan(
         model=config.model.path,
