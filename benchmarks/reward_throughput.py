@@ -6,10 +6,11 @@ python benchmarks/reward_throughput.py [--answers 1000] [--workers 2]
 import argparse
 import os
 import time
+from contextlib import closing
 
 from megatron_espo.config import Reward
-from megatron_espo.rewards import RewardPool
 from megatron_espo.rewards.functions import load_math_verify
+from megatron_espo.rewards.pool import RewardPool
 from megatron_espo.types import Prompt
 
 # Answer, end of the response, verdict.
@@ -56,13 +57,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     items, verdicts = make_items(args.answers)
-    with RewardPool(Reward(function="math_verify", workers=args.workers, timeout_s=5)) as rewards:
+    settings = Reward(function="math_verify", workers=args.workers, timeout_s=5)
+    with closing(RewardPool(settings)) as rewards:
         start = time.perf_counter()
         rewards.start()
         ready = time.perf_counter() - start
         print(f"{args.workers} workers: first one ready after {ready:.1f} s")
         start = time.perf_counter()
-        scores = rewards.score(items)
+        scores = [future.result() for future in [rewards.submit(*item) for item in items]]
         taken = time.perf_counter() - start
         wrong = sum(score != verdict for score, verdict in zip(scores, verdicts, strict=True))
         rate = args.answers / taken
@@ -77,7 +79,7 @@ def main() -> None:
         print(f"processor time of one answer: {each:.1f} ms (load average {load:.1f})")
         for name, response in HOSTILE.items():
             start = time.perf_counter()
-            (score,) = rewards.score([(Prompt(name, "", "9", (1,)), response)])
+            score = rewards.submit(Prompt(name, "", "9", (1,)), response).result()
             end = f"score {score:g}" if score is not None else rewards.last_failure
             print(f"{name}: {time.perf_counter() - start:.1f} s, {end}")
 

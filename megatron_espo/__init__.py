@@ -16,7 +16,7 @@ _PUBLIC = {
     "group_advantages": "megatron_espo.algo",
     "make_forward_step": "megatron_espo.megatron.forward_step",
     "MegatronWeightSource": "megatron_espo.weights.vllm_source",
-    "RewardFunction": "megatron_espo.rewards",
+    "RewardFunction": "megatron_espo.rewards.functions",
     "vocab_parallel_logprob_entropy": "megatron_espo.numerics",
     "train": "megatron_espo.trainer.train",
 }

@@ -23,7 +23,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.rollout import keeper as keeper_module
 from megatron_espo.rollout import lease
 from megatron_espo.rollout import server as server_module
-from megatron_espo.rollout.engine import EngineError, HttpStatusError, Phase, Sampling
+from megatron_espo.rollout.engine import EngineError, Phase, Sampling
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread, call_once
 from megatron_espo.rollout.keeper import Keeper
 from megatron_espo.rollout.lease import LeasedServer, host_log_name, settings_text
@@ -167,7 +167,7 @@ def test_an_owner_notices_that_its_server_is_another_one(folder, without_vllm):
         key = run_key(folder)
         wait_until(lambda: answers(address, key), "a new server")
         assert call_once(address, key, f"{PREFIX}/info")["owner"] == ""
-        with pytest.raises(HttpStatusError, match="503 this server has served no weights yet"):
+        with pytest.raises(EngineError, match="503 this server has served no weights yet"):
             call_once(address, key, "/v1/completions", {})
 
 

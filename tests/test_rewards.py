@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ import pytest
 from benchmarks import reward_throughput
 from megatron_espo.config.tasks import Reward
 from megatron_espo.errors import InputError
-from megatron_espo.rewards import RewardPool
 from megatron_espo.rewards.answers import extract_answer
 from megatron_espo.rewards.functions import load_reward_function
+from megatron_espo.rewards.pool import RewardPool, wait_or_cancel
 from megatron_espo.tools.doctor import reward_isolation_row
 from megatron_espo.types import Prompt
 
@@ -94,7 +95,13 @@ def items(*responses):
 
 
 def pool(function, timeout_s=10.0, workers=2, **limits):
-    return RewardPool(Reward(function=function, timeout_s=timeout_s, workers=workers, **limits))
+    limits |= {"function": function, "timeout_s": timeout_s, "workers": workers}
+    return closing(RewardPool(Reward(**limits)))
+
+
+def score(rewards, asked, on_progress=lambda *_: None):
+    """The rewards of ``(prompt, response)`` pairs."""
+    return wait_or_cancel([rewards.submit(*item) for item in asked], on_progress)
 
 
 @pytest.fixture
@@ -202,21 +209,21 @@ def test_math_answers_and_hostile_ones():
     hangs = [(prompt("9"), "9**9**9**9"), (prompt("9"), "\\boxed{9^{9^{9^9}}}")]
     with pool("math_verify", timeout_s=8.0) as rewards:
         rewards.start()
-        assert rewards.score([asked[0], hangs[0], asked[1], hangs[1], *asked[2:]]) == [
+        assert score(rewards, [asked[0], hangs[0], asked[1], hangs[1], *asked[2:]]) == [
             scores[0], None, scores[1], None, *scores[2:],
         ]  # fmt: skip
         assert rewards.failures == {"timeout": 2}
-        assert set(rewards.score(hostile)) <= {None, 0.0}
+        assert set(score(rewards, hostile)) <= {None, 0.0}
         assert set(rewards.failures) <= {"timeout", "crash", "exception"}
-        assert rewards.score([(prompt(""), "42"), *asked[:2]]) == [None, *scores[:2]]
+        assert score(rewards, [(prompt(""), "42"), *asked[:2]]) == [None, *scores[:2]]
         assert "cannot read the answer ''" in rewards.last_failure
 
 
 def test_scores_keep_their_places(hostile):
     with pool(hostile) as rewards:
         asked = items(*(f"number {i / 7}" for i in range(100)))
-        assert rewards.score(asked) == [i / 7 for i in range(100)]
-        assert rewards.score([]) == [] and rewards.score(items("int 3")) == [3.0]
+        assert score(rewards, asked) == [i / 7 for i in range(100)]
+        assert score(rewards, []) == [] and score(rewards, items("int 3")) == [3.0]
         assert not rewards.failures
 
 
@@ -226,30 +233,30 @@ def test_hostile_verifiers_cost_only_their_item(hostile):
     bad |= dict.fromkeys(wrong, "exception") | {"hang": "timeout"}
     responses = [response for kind in bad for response in ("number 0.5", kind)]
     with pool(hostile, timeout_s=1.0) as rewards:
-        scores = rewards.score(items(*responses, "number 0.25"))
+        scores = score(rewards, items(*responses, "number 0.25"))
         assert scores == [0.5, None] * len(bad) + [0.25]
         assert rewards.failures == Counter(bad.values())
-        rewards.score(items("raise"))
+        score(rewards, items("raise"))
         assert "KeyError: 'no such unit test'" in rewards.last_failure
         assert "hostile_verifier.py" in rewards.last_failure
-        rewards.score(items("exit"))
+        score(rewards, items("exit"))
         assert "exit status 3" in rewards.last_failure
         # Extra lines never become the score of another item.
-        assert rewards.score(items("forge", "number 0.5"))[1] == 0.5
+        assert score(rewards, items("forge", "number 0.5"))[1] == 0.5
 
 
 def test_the_time_limit_is_for_one_item(hostile):
     with pool(hostile, timeout_s=1.0, workers=1) as rewards:
-        assert rewards.score(items("sleep 0.4") * 3) == [1.0] * 3
+        assert score(rewards, items("sleep 0.4") * 3) == [1.0] * 3
 
 
 def test_large_request_to_a_stopped_worker(hostile):
     """A stopped worker never reads. Writing to it must not block longer than the time limit."""
     large = (prompt(padding="x" * 1_000_000), "number 1")
     with pool(hostile, timeout_s=1.0, workers=1) as rewards:
-        assert rewards.score([large]) == [1.0]
+        assert score(rewards, [large]) == [1.0]
         os.kill(all_processes(rewards)[-1], signal.SIGSTOP)
-        assert rewards.score([large, *items("number 1")]) == [None, 1.0]
+        assert score(rewards, [large, *items("number 1")]) == [None, 1.0]
 
 
 def test_workers_persist_and_an_idle_death_costs_nothing(hostile):
@@ -259,11 +266,11 @@ def test_workers_persist_and_an_idle_death_costs_nothing(hostile):
         starter.start()
         starter.join()
         first = all_processes(rewards)
-        assert rewards.score(items("number 1") * 2) == [1.0, 1.0]
+        assert score(rewards, items("number 1") * 2) == [1.0, 1.0]
         assert all_processes(rewards) == first
         os.kill(first[-1], signal.SIGKILL)
         assert gone(first[0])
-        assert rewards.score(items("number 1")) == [1.0] and not rewards.failures
+        assert score(rewards, items("number 1")) == [1.0] and not rewards.failures
         second = all_processes(rewards)
         assert not set(first) & set(second)
     assert all(map(gone, second))
@@ -274,7 +281,7 @@ def test_nothing_that_a_verifier_started_outlives_it(hostile):
     seen = set()
     with pool(hostile, timeout_s=2.0) as rewards:
         asked = items("children 0.5", "children 300")
-        assert rewards.score(asked, lambda *_: seen.update(all_processes(rewards))) == [1.0, None]
+        assert score(rewards, asked, lambda *_: seen.update(all_processes(rewards))) == [1.0, None]
         seen.update(all_processes(rewards))
     assert len(seen) >= 2 * 3 + 4 and all(map(gone, seen))
 
@@ -283,7 +290,7 @@ def test_without_isolation_a_kill_reaches_the_process_group(hostile):
     seen = set()
     with pool(hostile, timeout_s=2.0, isolate=False) as rewards:
         asked = items("children 300")
-        assert rewards.score(asked, lambda *_: seen.update(all_processes(rewards))) == [None]
+        assert score(rewards, asked, lambda *_: seen.update(all_processes(rewards))) == [None]
     alive = [pid for pid in seen if not gone(pid, within_s=0.5)]
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
@@ -303,7 +310,7 @@ def test_an_isolated_worker_has_its_folder_and_nothing_else(hostile, tmp_path, m
         expected = dict.fromkeys(allowed, 1.0) | dict.fromkeys(refused, None)
         expected["spy secret-of-the-owner"] = 0.0
         with pool(hostile, environment=("JUDGE_KEY",)) as rewards:
-            scores = rewards.score(items(*expected))
+            scores = score(rewards, items(*expected))
             folders = [Path(worker._home.name) for worker in rewards._workers]
             assert any((folder / "of-the-home").exists() for folder in folders)
         assert dict(zip(expected, scores, strict=True)) == expected
@@ -311,7 +318,7 @@ def test_an_isolated_worker_has_its_folder_and_nothing_else(hostile, tmp_path, m
         assert not any(path.exists() for path in (*folders, tmp_path / "absolute"))
         with pool(hostile, isolate=False) as rewards:  # for a verifier that asks a server
             asked = items(f"connect {port}", "spy secret-of-the-owner-in-its-own-environment")
-            assert rewards.score(asked) == [1.0, 0.0]
+            assert score(rewards, asked) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("isolate", [pytest.param(True, marks=isolated), False])
@@ -327,11 +334,11 @@ def test_limits(hostile, isolate):
     with pool(hostile, timeout_s=2.0, memory_gib=1, isolate=isolate) as rewards:
         for response, (cause, message) in limits.items():
             before = rewards.failures[cause]
-            assert rewards.score(items(response, "number 1")) == [None, 1.0], response
+            assert score(rewards, items(response, "number 1")) == [None, 1.0], response
             assert rewards.failures[cause] == before + 1
             assert rewards.last_failure.startswith("prompt 'p': ")
             assert message in rewards.last_failure
-        assert rewards.score(items("memory 256")) == [float(256 << 20)]
+        assert score(rewards, items("memory 256")) == [float(256 << 20)]
 
 
 @isolated
@@ -341,7 +348,7 @@ def test_a_kernel_that_refuses_namespaces_is_logged_once(tmp_path):
     program = run_script(
         tmp_path,
         'import logging; logging.basicConfig(level="WARNING", stream=sys.stdout)\n'
-        'print(rewards.score([(prompt, "number 1"), (prompt, "exit"), (prompt, "number 2")]))\n',
+        'print(score("number 1", "exit", "number 2"))\n',
         ["unshare", "--user", "--map-root-user", "sh", "-c", f'{forbid} && exec "$@"', "sh"],
     )
     output = program.communicate(timeout=60)[0]
@@ -361,9 +368,9 @@ def test_progress_and_interruption(hostile):
     with pool(hostile, workers=1) as rewards:
         rewards.start()
         with pytest.raises(InterruptedError):
-            rewards.score(items("sleep 1.5", "sleep 0.5", "sleep 300"), interrupt)
+            score(rewards, items("sleep 1.5", "sleep 0.5", "sleep 300"), interrupt)
         assert calls.count((0, 3)) >= 2 and calls[-1] == (1, 3)
-        assert rewards.score(items("number 0.5")) == [0.5]
+        assert score(rewards, items("number 0.5")) == [0.5]
 
 
 def test_items_are_scored_in_the_background(hostile):
@@ -396,7 +403,7 @@ def test_function_that_cannot_be_loaded(hostile, tmp_path, function, message):
         with pytest.raises(InputError, match=message):
             rewards.start()
         with pytest.raises(InputError, match=message):
-            rewards.score(items("number 1"))
+            score(rewards, items("number 1"))
 
 
 def run_script(tmp_path: Path, body: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
@@ -408,10 +415,15 @@ import sys
 sys.path.append({str(ROOT)!r})
 print("main", flush=True)
 from megatron_espo.config.tasks import Reward
-from megatron_espo.rewards import RewardPool
+from megatron_espo.rewards.pool import RewardPool
 from megatron_espo.types import Prompt
 rewards = RewardPool(Reward(function="hostile_verifier:judge", timeout_s=60, workers=1))
 prompt = Prompt("p", "text", "1", (1,))
+
+def score(*responses):
+    futures = [rewards.submit(prompt, response) for response in responses]
+    return [future.result() for future in futures]
+
 """
     script.write_text(head + body)
     command = [*launcher, sys.executable, str(script)]
@@ -419,7 +431,7 @@ prompt = Prompt("p", "text", "1", (1,))
 
 
 def test_workers_never_run_main_nor_write_to_stdout(tmp_path):
-    program = run_script(tmp_path, 'print(rewards.score([(prompt, "print")]))\n')
+    program = run_script(tmp_path, 'print(score("print"))\n')
     assert program.communicate(timeout=60)[0] == "main\n[1.0]\n"
 
 
@@ -431,15 +443,14 @@ def test_heavy_libraries_stay_out_of_the_worker(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pool("spy:judge") as rewards:
-        assert rewards.score(items("")) == [0.0]
+        assert score(rewards, items("")) == [0.0]
 
 
 @pytest.mark.parametrize("last", ["sleep 300", "hang"])
 def test_workers_die_with_their_owner(tmp_path, last):
     program = run_script(
         tmp_path,
-        "rewards.start(); print(rewards._workers[0].process.pid, flush=True)\n"
-        f"rewards.score([(prompt, {last!r})])\n",
+        f"rewards.start(); print(rewards._workers[0].process.pid, flush=True)\nscore({last!r})\n",
     )
     assert program.stdout.readline() == "main\n"
     pid = int(program.stdout.readline())

@@ -29,7 +29,7 @@ BODY: dict[str, Any] = {
     "max_tokens": 4,
     "stream": False,
     "request_id": "a",
-    "sampling": {"max_tokens": 4, "seed": 1},
+    "sampling": {"max_tokens": 4, "seed": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
     "sampling_params": {"max_tokens": 4},
 }
 

@@ -53,7 +53,7 @@ class Runtime:
         return self.rank == 0
 
 
-def parallel_sizes(settings: Any) -> dict[str, int | None]:
+def parallel_sizes(settings: Any) -> dict[str, Any]:
     """Return ``PARALLEL_SIZES`` of the configuration's ``megatron`` section, for `initialize`."""
     return {name: getattr(settings, name) for name in PARALLEL_SIZES}
 

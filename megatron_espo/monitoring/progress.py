@@ -25,10 +25,13 @@ class Phases:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, step: int, steps: int) -> Iterator[OnProgress]:
+    def phase(
+        self, name: str, step: int, steps: int, check: Callable[[], None] = lambda: None
+    ) -> Iterator[OnProgress]:
         """Time a phase and add its seconds to ``seconds[name]``.
 
-        Yields ``on_progress(finished, total)``.
+        Yields ``on_progress(finished, total)``, which calls ``check`` first; an exception of
+        ``check`` ends the phase.
         """
         start = time.perf_counter()
         self._heartbeat(name, step)
@@ -38,6 +41,7 @@ class Phases:
             with tqdm(desc=f"step {step}/{steps} {name}", disable=hidden, leave=False) as bar:
 
                 def on_progress(finished: int, total: int) -> None:
+                    check()
                     self._heartbeat()
                     bar.total = total
                     bar.update(finished - bar.n)

@@ -93,25 +93,21 @@ def extract_answer(response: str, gold: str, prompt: str = "") -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    """Content of the last ``<answer>`` tag, or of the last box; ``None``: neither exists."""
-    if tags := _ANSWER.findall(text):
-        inner = tags[-1].strip()
-        boxed = last_boxed(inner)
-        return inner if boxed is None else boxed
-    return last_boxed(text)
+    """Content of the last ``<answer>`` tag, or of the last box; ``None``: neither exists.
 
-
-def last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed``, ``\\fbox`` or ``\\framebox`` whose brace closes.
-
-    If no brace closes: the last box, to the end of its line.
+    The content of a tag is the content of its last box, if it has one.
     """
-    boxes = _boxes(text)
-    return boxes[-1][2] if boxes else None
+    tags = _ANSWER.findall(text)
+    inner = tags[-1].strip() if tags else None
+    boxes = _boxes(text if inner is None else inner)
+    return boxes[-1][2] if boxes else inner
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """(first, end, content) of each box. The last one may be open if all are."""
+    """(first, end, content) of each ``\\boxed``, ``\\fbox`` or ``\\framebox`` whose brace closes.
+
+    If no brace closes: the last box, to the end of its line.
+    """
     found, starts = [], [(match.start(), match.end()) for match in _BOX.finditer(text)]
     for first, start in starts:
         if text[start] != "{":  # \boxed5, \boxed\frac12
@@ -311,13 +307,8 @@ class MathJudge:
         if text is None:
             return False
         if (marked := marked_answer(text)) is not None:
-            if self._equals(expected, marked):
-                return True
-            several = _last_boxes(text)
-            if several is not None and self._equals(expected, several):
-                return True
-            stated = _stated(marked)
-            return stated is not None and self._equals(expected, stated)
+            forms = (marked, _last_boxes(text), _stated(marked))
+            return any(form is not None and self._equals(expected, form) for form in forms)
         text = _STATED_ELSEWHERE.sub(" The answer is ", plain_symbols(text))
         if self._equals(expected, _stated(text) or text):
             return True

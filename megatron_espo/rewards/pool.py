@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def wait_all(futures: Sequence[Future], on_progress: Callable[[int, int], None])
         wait(futures, timeout=0.25)
 
 
-class RewardPool(AbstractContextManager):
+class RewardPool:
     """Scores responses in persistent worker processes, which start on first use.
 
     A worker is a fresh interpreter in its own session, with few environment variables and with a
@@ -100,14 +100,6 @@ class RewardPool(AbstractContextManager):
         """
         return self._threads.submit(self._score, prompt, response)
 
-    def score(
-        self,
-        items: Sequence[tuple[Prompt, str]],
-        on_progress: Callable[[int, int], None] = lambda *_: None,
-    ) -> list[float | None]:
-        """Score ``(prompt, response)`` pairs; see :meth:`submit` and :func:`wait_all`."""
-        return wait_or_cancel([self.submit(*item) for item in items], on_progress)
-
     def close(self) -> None:
         """Kill the workers."""
         with self._lock:
@@ -115,9 +107,6 @@ class RewardPool(AbstractContextManager):
             self._threads.shutdown(wait=False, cancel_futures=True)
             for worker in list(self._workers):
                 worker.kill()
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _take_worker(self) -> "_Worker":
         """Return this thread's worker. Start one if there is none, or if it ended."""

@@ -52,15 +52,14 @@ def main(socket_fd: int, owner_pid: int) -> None:
         item, prompt, response = request
         try:
             score = function(prompt, response)
-            if not (isinstance(score, numbers.Real) and math.isfinite(score)):
+            if isinstance(score, numbers.Real) and math.isfinite(score):
+                result: dict[str, object] = {"score": float(score)}
+            else:
                 got = f"{type(score).__name__} {score!r:.60}"
-                reply(item=item, failure=f"expected a finite number, got {got}")
-                continue
-            score = float(score)
+                result = {"failure": f"expected a finite number, got {got}"}
         except BaseException as error:  # also SystemExit: the verifier has not scored the response
-            reply(item=item, failure=_describe(error))
-            continue
-        reply(item=item, score=score)
+            result = {"failure": _describe(error)}
+        reply(item=item, **result)
 
 
 def _receive(requests: IO[bytes]) -> Any:

@@ -1,11 +1,13 @@
 """States, errors, requests and replies of rollout engines. Does not import vLLM."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
+from megatron_espo.config import Rollout
 from megatron_espo.types import SamplingMask
 
 
@@ -36,20 +38,9 @@ class EngineError(RuntimeError):
         super().__init__(message)
         self.phase, self.final = phase, final
 
-    def __reduce__(self) -> tuple:
-        return EngineError, (str(self), self.phase, self.final)
 
-
-class HttpStatusError(EngineError):
-    """A server answered with another status than 200.
-
-    Attributes:
-        status: HTTP status code.
-    """
-
-    def __init__(self, path: str, status: int, text: str) -> None:
-        super().__init__(f"{path}: {status} {text}")
-        self.status = status
+class WrongKeyError(EngineError):
+    """A server has another key (HTTP status 401)."""
 
 
 class State(StrEnum):
@@ -85,6 +76,12 @@ class Sampling:
     slot: int = 0
     routed_experts: bool = False
 
+    @classmethod
+    def of(cls, rollout: Rollout, eos_ids: Iterable[int]) -> "Sampling":
+        """How a run samples; ``eos_ids`` end a response."""
+        limits = {name: getattr(rollout, name) for name in ("temperature", "top_p", "top_k")}
+        return cls(rollout.max_response_tokens, stop_token_ids=tuple(sorted(eos_ids)), **limits)
+
     def as_json(self) -> dict[str, Any]:
         """vLLM's ``SamplingParams`` as its JSON API expects them."""
         names = ("max_tokens", "seed", "temperature", "top_p", "top_k", "stop_token_ids")
@@ -112,3 +109,7 @@ class Generation:
     finish_reason: str
     routed_experts: np.ndarray | None = None
     sampling_mask: SamplingMask | None = None
+
+
+# Fields of ``Generation`` with one value for each token.
+TOKEN_FIELDS = ("token_ids", "logprobs", "versions")

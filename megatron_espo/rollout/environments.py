@@ -160,22 +160,18 @@ class TrajectoryBuilder:
         self._tokens += [(int(token), False, 0.0, -1) for token in token_ids]
         self._masks.append(SamplingMask.empty(len(token_ids)))
 
-    def set_context(self, token_ids: Sequence[int]) -> bool:
+    def set_context(self, token_ids: Sequence[int]) -> None:
         """Continue from a client's history. Tokens after the known ones are an observation.
 
-        Returns:
-            Whether the trajectory was split, because the history does not begin with the sampled
-            tokens.
+        The trajectory is split if the history does not begin with the known tokens.
         """
         known, given = self.context, [int(token) for token in token_ids]
         if given[: len(known)] == known:
             self.add_observation(given[len(known) :])
-            return False
-        split = bool(self._turns)
-        if split:
-            self._earlier.append(self._part("", "stop"))
-        self._begin(given)
-        return split
+        else:
+            if self._turns:
+                self._earlier.append(self._part("", "stop"))
+            self._begin(given)
 
     def build(
         self,

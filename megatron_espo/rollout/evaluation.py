@@ -21,7 +21,6 @@ from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import EnginePool, request_seeds
 from megatron_espo.rollout.runner import EnvironmentRunner, load_environment
-from megatron_espo.rollout.sampler import checked
 from megatron_espo.rollout.scorer import Scorer
 from megatron_espo.rollout.server import EngineConfig
 from megatron_espo.rollout.transport import engine_devices, resolve_transport
@@ -205,15 +204,11 @@ class Evaluator:
         )
         self.prompts = stream.take(min(len(stream), settings.max_prompts or len(stream)))
         self._samples, self._seed = settings.samples, config.run.seed
-        temperature = rollout.temperature if settings.temperature is None else settings.temperature
-        self.sampling = Sampling(
-            max_tokens=rollout.max_response_tokens,
-            temperature=temperature,
-            # The engine returns the kept ids of every request: without limits the vocabulary.
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop_token_ids=tuple(sorted(tokenizer.eos_ids)),
-        )
+        # With the limits of the run, because the engine returns the kept ids of every request:
+        # without limits the vocabulary.
+        self.sampling = Sampling.of(rollout, tokenizer.eos_ids)
+        if settings.temperature is not None:
+            self.sampling = replace(self.sampling, temperature=settings.temperature)
 
     def run(
         self,
@@ -230,14 +225,13 @@ class Evaluator:
             check: called several times a second; an exception ends the evaluation.
         """
         seeds = request_seeds(self.prompts, self._samples, self._seed)
-        with phases.phase("eval", step, steps) as on_progress:
-            poll = checked(check, on_progress)
+        with phases.phase("eval", step, steps, check) as on_progress:
             futures = []
             for i, (prompt, own) in enumerate(zip(self.prompts, seeds, strict=True)):
                 for j, seed in enumerate(own):
                     sampling = replace(self.sampling, seed=seed, slot=i)
                     futures.append(runner.start(prompt, f"eval{step}.{i}.{j}", sampling))
-            samples = scorer.score(wait_or_cancel(futures, poll), poll)
+            samples = scorer.score(wait_or_cancel(futures, on_progress), on_progress)
         starts = range(0, len(samples), self._samples)
         return Evaluation([samples[start : start + self._samples] for start in starts])
 
@@ -273,11 +267,8 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
         runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits, length)
         evaluation = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
         loop.run(pool.close())
-    record = evaluation.record(
-        model=model,
-        prompts_from=config.eval.prompts or config.data.prompts,
-        sampling=evaluator.sampling.as_json(),
-    )
+    prompts, sampling = config.eval.prompts or config.data.prompts, evaluator.sampling.as_json()
+    record = evaluation.record(model=model, prompts_from=prompts, sampling=sampling)
     path = Path(out or Path(run_dir, "eval.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     content = record | {"seconds": round(phases.seconds["eval"], 1)}

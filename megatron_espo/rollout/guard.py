@@ -6,21 +6,10 @@ import os
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from megatron_espo.rollout.server import KEY_FILE_VARIABLE, PREFIX, read_key
 
-# POST routes that return nothing computed from weights, except ``canary``. All other POST routes
-# wait for served weights.
-CONTROL_ROUTES = frozenset({
-    "/abort_requests", "/collective_rpc", "/detokenize", "/finish_weight_update",
-    "/inference/v1/abort_requests", "/init_weight_transfer_engine", "/is_scaling_elastic_ep",
-    "/pause", "/ping", "/release_kv_cache_memory", "/reset_encoder_cache", "/reset_mm_cache",
-    "/reset_prefix_cache", "/resume", "/scale_elastic_ep", "/shutdown_weight_transfer_engine",
-    "/sleep", "/start_draft_weight_update", "/start_weight_update", "/tokenize",
-    "/update_weight_version", "/update_weights", "/wake_up", "/weight_checker",
-    f"{PREFIX}/canary", f"{PREFIX}/info", f"{PREFIX}/lease", f"{PREFIX}/serve",
-})  # fmt: skip
 # Routes that change weights in place; the weights are unusable until an update is finished.
 _WEIGHT_CHANGES = frozenset({
     "/collective_rpc", "/sleep", "/start_draft_weight_update", "/start_weight_update",
@@ -28,7 +17,11 @@ _WEIGHT_CHANGES = frozenset({
 })  # fmt: skip
 # Routes that need the weights of a finished update.
 _WEIGHT_USES = frozenset({"/resume", f"{PREFIX}/canary", f"{PREFIX}/serve"})
-_WORKER = f"{PREFIX}/worker/"
+# The POST routes that owners and keepers call. All other POST routes wait for served weights.
+CONTROL_ROUTES = _WEIGHT_CHANGES | _WEIGHT_USES | {
+    "/finish_weight_update", "/init_weight_transfer_engine", "/pause", "/reset_prefix_cache",
+    "/wake_up", f"{PREFIX}/info", f"{PREFIX}/lease",
+}  # fmt: skip
 
 
 class Weights(StrEnum):
@@ -99,7 +92,7 @@ class Guard:
         if not hmac.compare_digest(given, self._expected):
             return error_response("expected the run's key", 401)
         path = scope["path"]
-        is_control = path in CONTROL_ROUTES or path.startswith(_WORKER)
+        is_control = path in CONTROL_ROUTES or path.startswith(f"{PREFIX}/worker/")
         if path in _WEIGHT_USES and STATE.weights == Weights.UNUSABLE:
             return error_response("the weights are unusable; finish an update first", 409)
         if path in _WEIGHT_CHANGES:
@@ -115,5 +108,5 @@ class Guard:
 
 
 def error_response(text: str, status: int) -> Response:
-    """The answer to a request that failed, in JSON."""
-    return JSONResponse({"error": text}, status)
+    """The answer to a request that failed."""
+    return PlainTextResponse(text, status)

@@ -6,13 +6,14 @@ import socket
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
 import numpy as np
 from safetensors.numpy import load
 
-from megatron_espo.rollout.engine import EngineError, Generation, HttpStatusError, Sampling
+from megatron_espo.rollout.engine import EngineError, Generation, Sampling, WrongKeyError
 from megatron_espo.rollout.server import PREFIX
 from megatron_espo.types import SamplingMask
 
@@ -70,17 +71,13 @@ class HttpClient:
         self._session: aiohttp.ClientSession | None = None
 
     def _open_session(self) -> aiohttp.ClientSession:
-        connector: aiohttp.BaseConnector
+        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": _IDLE_SECONDS}
         if self.address.startswith("unix:"):
-            base = "http://engine"
-            connector = aiohttp.UnixConnector(
-                self.address.removeprefix("unix:"), limit=0, keepalive_timeout=_IDLE_SECONDS
-            )
+            base, path = "http://engine", self.address.removeprefix("unix:")
+            connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, **options)
         else:
             base = f"http://{self.address}"
-            connector = aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=_IDLE_SECONDS, socket_factory=self._make_socket
-            )
+            connector = aiohttp.TCPConnector(**options, socket_factory=self._make_socket)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
         headers = {"Authorization": f"Bearer {self._key}"}
         return aiohttp.ClientSession(base, connector=connector, headers=headers, timeout=timeout)
@@ -104,15 +101,19 @@ class HttpClient:
         async with self._session.post(path, json=body) as response:
             content = await response.read()
             if response.status != 200:
-                raise HttpStatusError(path, response.status, _error_text(content))
+                kind = WrongKeyError if response.status == 401 else EngineError
+                text = content.decode(errors="replace")
+                with suppress(ValueError, LookupError, TypeError):
+                    text = json.loads(text)["error"]["message"]  # of vLLM's own routes
+                raise kind(f"{path}: {response.status} {text}")
             return content, response.headers
 
     async def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """POST a JSON body and return the JSON content of the answer.
 
         Raises:
-            HttpStatusError: the status is not 200.
-            EngineError: the content is not JSON.
+            WrongKeyError: the server has another key.
+            EngineError: another status than 200, or the content is not JSON.
             aiohttp.ClientError, OSError: no answer (``NO_ANSWER``).
         """
         content, _ = await self._post(path, body)
@@ -122,11 +123,7 @@ class HttpClient:
             raise EngineError(f"{path}: expected JSON, got {content[:50]!r}") from None
 
     async def generate(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        sampling: Sampling,
-        canary: bool = False,
+        self, request_id: str, token_ids: Sequence[int], sampling: Sampling, canary: bool = False
     ) -> Generation:
         """Sample one response. Raises as :meth:`call`; EngineError for a non-finite log-prob."""
         body = {
@@ -163,12 +160,3 @@ def call_once(
             await client.close()
 
     return asyncio.run(call())
-
-
-def _error_text(content: bytes) -> str:
-    """The message in an error's JSON content; otherwise the first 500 bytes."""
-    try:
-        error = json.loads(content)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return content[:500].decode(errors="replace")

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, Response
 from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.files import write_durably
 from megatron_espo.rollout import server
-from megatron_espo.rollout.engine import EngineError, HttpStatusError, Phase
+from megatron_espo.rollout.engine import EngineError, Phase, WrongKeyError
 from megatron_espo.rollout.guard import STATE, error_response
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
 from megatron_espo.rollout.server import PREFIX, EngineConfig, package_versions, run_key
@@ -171,13 +171,12 @@ class LeasedServer:
                 except (EngineError, *NO_ANSWER) as error:
                     errors[address] = error
             # A machine that answers or refuses a connection runs. Its server may be starting.
-            within = f" within {config.start_timeout_s:g} s (rollout.timeout_s)"
-            limit = config.start_timeout_s
+            limit, setting = config.start_timeout_s, "rollout.timeout_s"
             if all(map(_is_silent, errors.values())):
-                within = f" within {config.host_timeout_s:g} s (rollout.host_timeout_s)"
-                limit = config.host_timeout_s
-            elif all(map(_is_wrong_key, errors.values())):
-                within, limit = "", 0.0
+                limit, setting = config.host_timeout_s, "rollout.host_timeout_s"
+            elif all(isinstance(error, WrongKeyError) for error in errors.values()):
+                limit = 0.0
+            within = f" within {limit:g} s ({setting})" if limit else ""
             reasons = "; ".join(f"{host}: {self._reason(host, e)}" for host, e in errors.items())
             if time.monotonic() - began > limit:
                 message = f"start: none of rollout.hosts gave a rollout engine{within}: {reasons}"
@@ -218,7 +217,7 @@ class LeasedServer:
 
     def _reason(self, address: str, error: Exception) -> str:
         folder = Path(self._config.folder)
-        if _is_wrong_key(error):
+        if isinstance(error, WrongKeyError):
             key = server.run_key_file(folder)
             return f"it has another key than {key}; start its keeper for the folder of this run"
         if isinstance(error, EngineError):
@@ -232,7 +231,3 @@ class LeasedServer:
 def _is_silent(error: Exception) -> bool:
     is_answer = isinstance(error, EngineError)
     return not is_answer and getattr(error, "errno", None) != errno.ECONNREFUSED
-
-
-def _is_wrong_key(error: Exception) -> bool:
-    return isinstance(error, HttpStatusError) and error.status == 401

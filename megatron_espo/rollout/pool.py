@@ -6,10 +6,12 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from megatron_espo.rollout.engine import EngineError, Generation, Sampling
+from megatron_espo.rollout.engine import TOKEN_FIELDS, EngineError, Generation, Sampling
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient
 from megatron_espo.rollout.server import PREFIX, run_key
 from megatron_espo.types import Prompt, SamplingMask
@@ -134,11 +136,8 @@ def concatenate(first: Generation | None, rest: Generation) -> Generation:
     experts = rest.routed_experts
     if first.routed_experts is not None and experts is not None:
         experts = np.concatenate([first.routed_experts, experts[len(first.routed_experts) :]])
-    return Generation(
-        np.concatenate([first.token_ids, rest.token_ids]),
-        np.concatenate([first.logprobs, rest.logprobs]),
-        np.concatenate([first.versions, rest.versions]),
-        rest.finish_reason,
-        experts,
-        SamplingMask.concatenate([first.sampling_mask, rest.sampling_mask]),
-    )
+    mask = SamplingMask.concatenate([first.sampling_mask, rest.sampling_mask])
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(first, name), getattr(rest, name)]) for name in TOKEN_FIELDS
+    }
+    return replace(rest, **joined, routed_experts=experts, sampling_mask=mask)

@@ -12,7 +12,7 @@ import torch
 from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.scored_groups import ScoredGroups
-from megatron_espo.monitoring.progress import OnProgress, Phases
+from megatron_espo.monitoring.progress import Phases
 from megatron_espo.rewards.pool import wait_all
 from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.pool import request_seeds
@@ -50,8 +50,7 @@ class Group:
         return len({reward for reward in rewards if reward == reward}) > 1
 
     def cancel(self) -> None:
-        futures: list[Future[Any]] = [*self.futures, *self.scores.values()]
-        for future in futures:
+        for future in (*self.futures, *self.scores.values()):
             future.cancel()
 
 
@@ -100,13 +99,7 @@ class Sampler:
         rollout = config.rollout
         self._config, self._rollout, self._steps = config, rollout, config.run.steps
         self._stream, self._runner, self._scorer, self._check = stream, runner, scorer, check
-        self._sampling = Sampling(
-            max_tokens=rollout.max_response_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop_token_ids=tuple(sorted(eos_ids)),
-        )
+        self._sampling = Sampling.of(rollout, eos_ids)
         self._pending: list[Group] = []
         self._news: queue.SimpleQueue[tuple[Group, int, Future]] = queue.SimpleQueue()
         self._slots = 0
@@ -203,15 +196,13 @@ class Sampler:
 
     def _take(self, count: int, step: int, phases: Phases) -> list[Group]:
         """Wait for ``count`` scored prompts and remove them from those in flight."""
-        with phases.phase("rollout", step, self._steps) as on_progress:
+        with phases.phase("rollout", step, self._steps, self._check) as on_progress:
             while (chosen := self._choose(count, step)) is None:
                 self._receive()
-                self._check()
                 done = sum(len(group.trajectories) for group in self._pending)
                 on_progress(done, sum(len(group.seeds) for group in self._pending))
-        with phases.phase("reward", step, self._steps) as on_progress:
-            futures = [future for group in chosen for future in group.scores.values()]
-            wait_all(futures, checked(self._check, on_progress))
+        with phases.phase("reward", step, self._steps, self._check) as on_progress:
+            wait_all([score for group in chosen for score in group.scores.values()], on_progress)
         for group in chosen:
             for i, future in group.scores.items():
                 group.trajectories[i] = future.result()
@@ -251,13 +242,3 @@ class Sampler:
             if sum(group.start_step <= last_start for group in chosen) < must:
                 return None
         return [group for group in self._pending if group in chosen]
-
-
-def checked(check: Callable[[], None], on_progress: OnProgress) -> OnProgress:
-    """Call ``check`` before every ``on_progress``."""
-
-    def poll(finished: int, total: int) -> None:
-        check()
-        on_progress(finished, total)
-
-    return poll

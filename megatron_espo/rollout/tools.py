@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_espo.rewards import sandbox
-from megatron_espo.rollout.engine import Generation
+from megatron_espo.rollout.engine import TOKEN_FIELDS, Generation
 from megatron_espo.rollout.environments import Policy, TrajectoryBuilder
 from megatron_espo.types import Prompt, Trajectory
 
 MAX_EXPRESSION_CHARS = 200
 MAX_DIGITS = 100
 
-Number = int | float
 _NAMES = {"Add": "add", "Sub": "sub", "Mult": "mul", "Div": "truediv"}
 _NAMES |= {"FloorDiv": "floordiv", "Mod": "mod", "Pow": "pow"}
 OPERATORS = {getattr(ast, node): getattr(operator, name) for node, name in _NAMES.items()}
@@ -34,7 +33,7 @@ class ToolError(Exception):
     """The tool cannot answer a call. The model reads the message."""
 
 
-def calculate(expression: str) -> Number:
+def calculate(expression: str) -> float:
     """Compute ``+ - * / // % **`` over numbers, without executing code.
 
     Raises:
@@ -52,7 +51,7 @@ def calculate(expression: str) -> Number:
         raise ToolError("the number is too large") from None
 
 
-def _value(node: ast.AST) -> Number:
+def _value(node: ast.AST) -> float:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             found = value
@@ -229,12 +228,7 @@ class ToolEnvironment:
         length = bisect_left(range(len(ids)), True, key=lambda count: bool(search(count)))
         match, experts, mask = search(length), found.routed_experts, found.sampling_mask
         assert match is not None
-        kept = replace(
-            found,
-            token_ids=found.token_ids[:length],
-            logprobs=found.logprobs[:length],
-            versions=found.versions[:length],
-            routed_experts=None if experts is None else experts[: length - len(ids) or None],
-            sampling_mask=None if mask is None else mask[:length],
-        )
-        return kept, match[1]
+        kept: dict[str, Any] = {name: getattr(found, name)[:length] for name in TOKEN_FIELDS}
+        experts = None if experts is None else experts[: length - len(ids) or None]
+        mask = None if mask is None else mask[:length]
+        return replace(found, **kept, routed_experts=experts, sampling_mask=mask), match[1]

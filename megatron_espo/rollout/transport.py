@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from megatron_espo.distributed.collectives import on_rank_0
 from megatron_espo.errors import InputError
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 
@@ -15,13 +16,8 @@ if TYPE_CHECKING:
 
 _OWN, _SHARED = "GPUs of its own", "the trainer's GPU"
 # Name -> where the engine runs.
-TRANSPORTS = {
-    "files": "any machine",
-    "ipc": _SHARED,
-    "nccl": _OWN,
-    "nccl_m2n": _OWN,
-    "sharded_rdt": _OWN,
-}
+TRANSPORTS = {"files": "any machine", "ipc": _SHARED}
+TRANSPORTS |= dict.fromkeys(("nccl", "nccl_m2n", "sharded_rdt"), _OWN)
 # Every trainer rank sends its copy or shard. With the other transports rank 0 sends everything.
 ON_ALL_RANKS = ("ipc", "nccl_m2n", "sharded_rdt")
 _RAY_NAMESPACE = "megatron_espo"
@@ -69,19 +65,13 @@ def check_placement(name: str, visible_devices: str | None, environment: Mapping
         visible_devices: ``rollout.visible_devices``; ``None``: the engine shares the trainer's.
         environment: of this rank. LOCAL_WORLD_SIZE and CUDA_VISIBLE_DEVICES give its GPUs.
     """
-    where = TRANSPORTS[name]
-    used = set(_trainer_devices(environment)) & set((visible_devices or "").split(","))
-    if where == _OWN and visible_devices is None:
-        got = "null (the trainer's); name GPUs that no trainer rank uses"
-    elif where == _OWN and used:
-        got = f"{visible_devices!r}, of which a trainer rank uses {', '.join(sorted(used))}"
-    elif where == _SHARED and visible_devices is not None and not used:
-        got = f"{visible_devices!r}, which no trainer rank uses; use nccl, or leave it null"
-    else:
-        return
-    raise InputError(
-        f"rollout.visible_devices: transport {name} needs the engine on {where}, got {got}."
-    )
+    where, trainer = TRANSPORTS[name], _trainer_devices(environment)
+    shares = visible_devices is None or not set(trainer).isdisjoint(visible_devices.split(","))
+    if where == (_OWN if shares else _SHARED):
+        raise InputError(
+            f"rollout.visible_devices: transport {name} needs the engine on {where} (the trainer "
+            f"has GPUs {','.join(trainer)}), got {visible_devices or 'null (the same GPUs)'}"
+        )
 
 
 def engine_devices(
@@ -154,7 +144,7 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.Trainer
         from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo
 
         ray.init(address="auto", namespace=_RAY_NAMESPACE, ignore_reinit_error=True)
-        (workers,) = _from_rank_0(workers)
+        workers = on_rank_0(lambda: workers)
         return ShardedRDTTrainerInitInfo(
             rank=rank,
             num_consumers=workers,
@@ -176,7 +166,7 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.Trainer
     # All meet on rank 0's machine. A host may not be able to resolve MASTER_ADDR.
     if not on_hosts:
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    address, port, workers = _from_rank_0(address, port, workers)
+    address, port, workers = on_rank_0(lambda: (address, port, workers))
     ranks = dist.get_world_size()
     return M2NTrainerInitInfo(
         rank=rank,
@@ -185,12 +175,6 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.Trainer
         world_size=ranks + workers,
         num_trainer_ranks=ranks,
     )
-
-
-def _from_rank_0(*values: Any) -> list[Any]:
-    box = list(values)
-    dist.broadcast_object_list(box, src=0)
-    return box
 
 
 def send_weights(

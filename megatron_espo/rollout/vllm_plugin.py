@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from vllm import SamplingParams
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.platforms import current_platform
@@ -46,13 +46,8 @@ class Routes:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        own = {
-            "/generate": generate,
-            "/canary": generate,
-            "/worker/{method}": call_worker,
-            "/serve": serve,
-        }
-        for path, handler in (own | lease.ROUTES).items():
+        own = {"/generate": generate, "/canary": generate, "/serve": serve}
+        for path, handler in (own | lease.ROUTES | {"/worker/{method}": call_worker}).items():
             app.add_api_route(PREFIX + path, handler, methods=["POST"], response_model=None)
 
     async def init_state(self, engine_client: Any, app_state: Any, args: Namespace) -> None:
@@ -94,13 +89,8 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
         sampling |= {"temperature": 1.0, "top_k": 1}  # vLLM refuses temperature 0 beside masks
     elif has_masks and sampling["top_k"] <= 0:
         sampling["top_k"] = engine.model_config.get_vocab_size()  # vLLM refuses 0 beside masks
-    params = SamplingParams(
-        **sampling,
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    sampling |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
+    params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
     prompt, final = {"prompt_token_ids": body["token_ids"]}, cast(Any, None)
     async for final in engine.generate(prompt, params, body["request_id"]):  # noqa: B007
         pass
@@ -124,9 +114,8 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
             layers = state.espo_expert_layers or slice(None)
             arrays["routed_experts"] = np.ascontiguousarray(experts[:count, layers])
         elif output.finish_reason != "abort":
-            return error_response(
-                f"expected the experts of {count} tokens, got {len(experts)}", 500
-            )
+            found = f"expected the experts of {count} tokens, got {len(experts)}"
+            return error_response(found, 500)
     if has_masks and truncates:
         kept = output.sampling_mask.token_ids if output.sampling_mask is not None else []
         if len(kept) != len(output.token_ids):
@@ -134,11 +123,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
             return error_response(f"{found}, got {len(kept)}", 500)
         arrays["mask_ids"] = np.fromiter(chain.from_iterable(kept), np.int32)
         arrays["mask_counts"] = np.array([len(ids) for ids in kept], np.int32)
-    return Response(
-        save(arrays),
-        media_type="application/octet-stream",
-        headers={"x-finish-reason": output.finish_reason or "stop"},
-    )
+    return Response(save(arrays), headers={"x-finish-reason": output.finish_reason or "stop"})
 
 
 async def _routed_experts(engine: Any, output: Any, request_id: str, count: int) -> np.ndarray:
@@ -149,9 +134,7 @@ async def _routed_experts(engine: Any, output: Any, request_id: str, count: int)
     if output.routed_experts is not None:
         return output.routed_experts
     found = (await engine.collective_rpc("take_routed_experts", args=(request_id, count)))[0]
-    if found is None:
-        return np.empty((0, 0, 0))
-    return np.frombuffer(found["data"], found["dtype"]).reshape(found["shape"])
+    return np.empty((0, 0, 0)) if found is None else load(found)["experts"]
 
 
 async def call_worker(method: str, request: Request) -> Response:

@@ -1,11 +1,11 @@
 """This project's methods of vLLM's workers (``worker_extension_cls``)."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers import vocab_parallel_embedding as vocab
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
@@ -59,12 +59,10 @@ class WorkerExtension:
         if self.rank == 0:  # the routers of all tensor-parallel workers make the same choices
             self._routed_experts = RoutedExpertsRecord(self.model_runner)
 
-    def take_routed_experts(self, request_id: str, count: int) -> dict[str, Any] | None:
-        """See ``RoutedExpertsRecord.take``; as dtype, shape and bytes, from the first worker."""
+    def take_routed_experts(self, request_id: str, count: int) -> bytes | None:
+        """See ``RoutedExpertsRecord.take``; in safetensors format, from the first worker."""
         rows = self._routed_experts.take(request_id, count) if self.rank == 0 else None
-        if rows is None:
-            return None
-        return {"dtype": rows.dtype.str, "shape": list(rows.shape), "data": rows.tobytes()}
+        return None if rows is None else save({"experts": rows})
 
     def record_sampling_masks(self) -> None:
         """See ``vllm_patches.record_sampling_masks``."""
@@ -135,11 +133,12 @@ class RoutedExpertsRecord:
 
         Removes the request from the record. ``None``: the request or some tokens are unknown.
         """
-        name = _internal_name(request_id, self._finished)
+        # vLLM's internal name is the request id and a random suffix.
+        names = [*self._finished, *self._runner.requests]
+        name = next((name for name in names if name.rpartition("-")[0] == request_id), None)
         if name is None:
-            name = _internal_name(request_id, self._runner.requests)
-            if name is None:
-                return None
+            return None
+        if name not in self._finished:
             self._keep(name)
         rows = self._finished.pop(name)
         return rows[:count] if len(rows) >= count else None
@@ -153,8 +152,3 @@ class RoutedExpertsRecord:
         self._finished[name] = self._rows[slots]
         while len(self._finished) > _MAX_FINISHED:  # clients that disconnected never take theirs
             self._finished.popitem(last=False)
-
-
-def _internal_name(request_id: str, names: Iterable[str]) -> str | None:
-    """vLLM's internal name of a request: the request id and a random suffix."""
-    return next((name for name in names if name.rpartition("-")[0] == request_id), None)

@@ -58,7 +58,6 @@ def megatron_to_hf(config: Config, checkpoint: str | Path, out: str | Path) -> N
 @contextmanager
 def _model(config: Config, spec: ModelSpec) -> Iterator[tuple[list, Any]]:
     """The model's chunks and the process groups, in the layout of ``config.megatron``."""
-    sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
-    runtime = distributed_runtime.initialize(**sizes)
+    runtime = distributed_runtime.initialize(**distributed_runtime.parallel_sizes(config.megatron))
     yield build_configured(config, spec, runtime.groups), runtime.groups
     distributed_runtime.shutdown()

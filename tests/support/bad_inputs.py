@@ -189,9 +189,9 @@ def read_prompts(bad: Bad) -> None:
 
 
 def start_rewards(bad: Bad) -> None:
-    from megatron_espo.rewards import RewardPool
+    from megatron_espo.rewards.pool import RewardPool
 
-    with RewardPool(load_config("run.yaml", bad.overrides).reward) as rewards:
+    with contextlib.closing(RewardPool(load_config("run.yaml", bad.overrides).reward)) as rewards:
         rewards.start()
 
 

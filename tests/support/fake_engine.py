@@ -144,8 +144,8 @@ class FakePhases(Phases):
         self._source = source
 
     @contextmanager
-    def phase(self, name, step, steps):
-        with super().phase(name, step, steps) as on_progress:
+    def phase(self, name, step, steps, *check):
+        with super().phase(name, step, steps, *check) as on_progress:
             if name != "rollout":
                 yield on_progress
                 return

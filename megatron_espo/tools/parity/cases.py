@@ -47,13 +47,11 @@ _ALL = (
 )
 LAYOUTS = {layout.name: layout for layout in _ALL}
 
+# Settings of the ``megatron`` section: responses in a padded micro-batch, or packed responses.
 MICRO_BATCHES: dict[str, dict[str, Any]] = {
-    "1": {"micro_batch_size": 1, "packed": False},
-    "2": {"micro_batch_size": 2, "packed": False},
-    "4": {"micro_batch_size": 4, "packed": False},
-    "packed": {"max_tokens_per_micro_batch": 96},
+    str(size): {"micro_batch_size": size, "packed": False} for size in (1, 2, 4)
 }
-"""Settings of the ``megatron`` section: responses in a padded micro-batch, or packed responses."""
+MICRO_BATCHES["packed"] = {"max_tokens_per_micro_batch": 96}
 
 # ``--short`` has each kind of parallelism, of micro-batch and of segment once.
 SHORT_LAYOUTS = ("tp2 sp", "pp2 vpp2", "cp2", "dp2", "ep2")

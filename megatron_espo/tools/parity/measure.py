@@ -1,6 +1,5 @@
 """Loss and gradient of the recorded batch in one layout, compared with the one-rank reference."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,15 @@ class Difference:
 
     Attributes:
         loss, grad_norm: of this layout; Megatron clips by this norm.
-        loss_error, norm_error: relative to the reference's loss and to the norm of all its tensors.
-        worst: largest relative difference of a tensor, |gradient - reference| / |reference| (L2).
-        tensor: that tensor's Hugging Face name.
+        worst: largest relative difference of the loss, of the norm of all tensors, or of a tensor,
+            |gradient - reference| / |reference| (L2). NaN is the largest.
+        tensor: that tensor's Hugging Face name, ``loss`` or ``grad norm``.
     """
 
     loss: float
     grad_norm: float
-    loss_error: float
-    norm_error: float
     worst: float
     tensor: str
-
-    def within(self, tolerance: float) -> bool:
-        """Whether loss, norm and every tensor agree (NaN does not)."""
-        return all(error <= tolerance for error in (self.loss_error, self.norm_error, self.worst))
 
 
 class Model:
@@ -48,17 +41,20 @@ class Model:
     Args:
         config: ``model`` and ``megatron`` are used.
         spec: the model.
+
+    Attributes:
+        gradients: Hugging Face names, with whole gradients on the ranks that gather them.
     """
 
     def __init__(self, config: Config, spec: ModelSpec) -> None:
         self.config, self.vocab_size = config, spec.vocab_size
-        sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
+        sizes = distributed_runtime.parallel_sizes(config.megatron)
         self.runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
         groups = self.runtime.groups
         chunks = build_chunks(config, spec, self.runtime)
         self.train_engine = TrainEngine(chunks, groups, Optimizer(), 1)
         chunks = self.train_engine.chunks
-        self._gradients = WeightGatherer(chunks, spec, groups, dtype=torch.float32, read=_gradient)
+        self.gradients = WeightGatherer(chunks, spec, groups, dtype=torch.float32, read=_gradient)
 
     def score(self, sequences: list[TrainSequence]) -> tuple[list[list[float]], list[list[float]]]:
         """Log-probs and entropies of each sequence, on one rank."""
@@ -76,10 +72,6 @@ class Model:
         norm = self.train_engine.grad_norm()
         self.train_engine.gather_gradients()
         return reduce_metrics_everywhere(reports, self.runtime.groups.dp_cp)["loss/policy"], norm
-
-    def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Hugging Face names, with whole gradients on the ranks that gather them."""
-        return iter(self._gradients)
 
     def _pack(self, sequences: list[TrainSequence], megatron: Megatron) -> list:
         tokens = sum(sequence.num_trained for sequence in sequences)
@@ -101,9 +93,7 @@ def write_reference(
     """Write loss, norm and gradients of the one-rank model."""
     for objective in objectives:
         loss, _ = model.backward(sequences, model.config.megatron, objective)
-        gradients = {
-            name: tensor.clone() for name, tensor in model.gradients() if tensor is not None
-        }
+        gradients = {name: tensor.clone() for name, tensor in model.gradients if tensor is not None}
         norm = torch.stack([tensor.double().norm() for tensor in gradients.values()]).norm()
         reference = {"loss": loss, "grad_norm": float(norm), "gradients": gradients}
         torch.save(reference, folder / f"{objective}.pt")
@@ -113,26 +103,20 @@ def compare(
     model: Model, loss: float, norm: float, objective: str, folder: Path
 ) -> Difference | None:
     """Compare the gradient that ``model`` holds; the result on rank 0, None on other ranks."""
-    errors, reference = {}, None
+    errors, reference = dict[str, float](), None
     if model.runtime.is_main:
         reference = torch.load(folder / f"{objective}.pt", mmap=True)
-    for name, tensor in model.gradients():
+    for name, tensor in model.gradients:
         if reference and tensor is not None:
             wanted, found = reference["gradients"].pop(name).double(), tensor.cpu().double()
             errors[name] = _relative(float((found - wanted).norm()), float(wanted.norm()))
     if reference is None:
         return None
     assert not reference["gradients"], f"not compared: {list(reference['gradients'])}"
-    # NaN is the worst value.
+    errors["loss"] = _relative(abs(loss - reference["loss"]), abs(reference["loss"]))
+    errors["grad norm"] = _relative(abs(norm - reference["grad_norm"]), reference["grad_norm"])
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
-    return Difference(
-        loss=loss,
-        grad_norm=norm,
-        loss_error=_relative(abs(loss - reference["loss"]), abs(reference["loss"])),
-        norm_error=_relative(abs(norm - reference["grad_norm"]), reference["grad_norm"]),
-        worst=errors[worst],
-        tensor=worst,
-    )
+    return Difference(loss, norm, errors[worst], worst)
 
 
 def _gradient(parameter: Any) -> torch.Tensor:

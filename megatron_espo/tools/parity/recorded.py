@@ -36,6 +36,7 @@ SIZES = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+# Small models with grouped queries, experts, and a vocabulary of 11 x 47 that needs padding.
 MODELS: dict[str, ModelSpec] = {
     "dense": read_spec(SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
     "moe": read_spec(
@@ -50,7 +51,6 @@ MODELS: dict[str, ModelSpec] = {
         }
     ),
 }
-"""Small models with grouped queries, experts, and a vocabulary of 11 x 47 that needs padding."""
 
 
 def write_model(folder: Path, spec: ModelSpec) -> None:
@@ -108,16 +108,11 @@ def _on_edge(
 ) -> bool:
     """Whether a shift of all log-probs by ``MARGIN`` changes the clipped tokens of an objective."""
     lengths = torch.tensor([len(new)])
+    counts = {"vocab_size": vocab_size, "num_responses": 1, "num_tokens": len(new)}
     old_logprob, advantages = torch.tensor(old), torch.full((len(new),), advantage)
     for name in OBJECTIVES:
         objective = load_objective(Algorithm(objective=name))
-        segments = objective.segment_tokens(
-            torch.tensor(entropy),
-            lengths,
-            vocab_size=vocab_size,
-            num_responses=1,
-            num_tokens=len(new),
-        )
+        segments = objective.segment_tokens(torch.tensor(entropy), lengths, **counts)
         lower, upper = (
             objective.loss(LossInputs(logprob.clamp(max=0), old_logprob, advantages, segments))
             for logprob in (torch.tensor(new) - MARGIN, torch.tensor(new) + MARGIN)

@@ -16,15 +16,9 @@ NUMBERS: tuple[tuple[str, type, float | None, str], ...] = (
     ("gpu-memory", float, 80, "of one GPU, in GB of 10^9 bytes (%(default)g)"),
     ("link-gbps", float, 3600, "Gbit/s and direction inside a node (%(default)g: NVLink 4)"),
     ("network-gbps", float, 400, "Gbit/s for each GPU between nodes (%(default)g: InfiniBand NDR)"),
-    (
-        "host-gbps", float, 400,
-        "Gbit/s and direction between GPU and host (%(default)g: PCIe 5 x16; NVLink-C2C: 3600)",
-    ),
-    (
-        "expected-tokens", int, None,
-        "mean tokens of a prompt with its response; default: half of rollout.max_response_tokens",
-    ),
-)  # fmt: skip
+    ("host-gbps", float, 400, "Gbit/s and direction to the host (%(default)g: PCIe 5 x16)"),
+    ("expected-tokens", int, None, "of prompt and response; default: max_response_tokens / 2"),
+)
 
 
 def add_options(option: Callable[..., Any]) -> None:
@@ -48,16 +42,13 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     spec = check_model(config, read_model(config))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # use no GPU, even where there is one
-    from megatron_espo.tools.plan.planner import Builder, Links, Machine, find_fix, make_plan
+    from megatron_espo.tools.plan.planner import Builder, Machine, find_fix, make_plan
     from megatron_espo.tools.plan.render import render
 
-    link, network, host = (
-        gbit * 1e9 / 8 for gbit in (args.link_gbps, args.network_gbps, args.host_gbps)
-    )
-    links = Links(link, network, args.gpus_per_node)
-    gpu_memory = int(args.gpu_memory * 1e9)
-    machine = Machine(gpu_memory, links, args.expected_tokens, host_link=host)
-    build = Builder(spec, machine)
+    gbps = (args.link_gbps, args.network_gbps, args.host_gbps)
+    link, network, host = (speed * 1e9 / 8 for speed in gbps)
+    gpu_memory, tokens = int(args.gpu_memory * 1e9), args.expected_tokens
+    build = Builder(spec, Machine(gpu_memory, link, network, args.gpus_per_node, host, tokens))
     plan = make_plan(config, build, args.gpus)
     fix = None if plan.fits else find_fix(config, build, plan, args.gpus)
     if args.json:

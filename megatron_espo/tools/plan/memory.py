@@ -80,48 +80,6 @@ def plan_pipeline(
 
 
 @dataclass(frozen=True)
-class StageParameters:
-    """Elements of one pipeline stage.
-
-    Attributes:
-        layers: decoder layers.
-        whole: elements of the checkpoint's tensors that this stage owns (the first stage owns a
-            tied embedding).
-        per_gpu: elements on each GPU of the stage: its shards, whole norms, the padding of the
-            vocabulary.
-    """
-
-    stage: int
-    layers: int
-    whole: int
-    per_gpu: int
-
-
-def total_parameters(groups: Groups) -> int:
-    """Elements of the whole checkpoint, from the naming tables alone."""
-    return sum(_elements(mapping) for group in groups for mapping in group)
-
-
-def _elements(mapping: ParamMapping) -> int:
-    return sum(prod(shape) for _, shape in mapping.huggingface)
-
-
-def count_parameters(ranks: Sequence[BuiltRank], groups: Groups) -> list[StageParameters]:
-    """Count each stage's parameters."""
-    stages: list[StageParameters] = []
-    seen: set[str] = set()
-    for stage in sorted({rank.stage for rank in ranks}):
-        own = [rank for rank in ranks if rank.stage == stage]
-        new = {held.mapping.huggingface[0][0]: held.mapping for rank in own for held in rank.held}
-        whole = sum(_elements(mapping) for name, mapping in new.items() if name not in seen)
-        seen |= new.keys()
-        layers = {held.group for held in own[0].held} - {0, len(groups) - 1}
-        per_gpu = max(rank.parameters for rank in own)
-        stages.append(StageParameters(stage, len(layers), whole, per_gpu))
-    return stages
-
-
-@dataclass(frozen=True)
 class Engine:
     """One vLLM engine, per GPU; all engines are alike.
 
@@ -170,7 +128,7 @@ def plan_engine(
     rollout, gpus = config.rollout, config.rollout.tensor_parallel_size
     weights = 0
     for mapping in (mapping for group in spec.groups for mapping in group):
-        size = _elements(mapping) * itemsize
+        size = sum(prod(shape) for _, shape in mapping.huggingface) * itemsize
         weights += size if mapping.layout is ShardLayout.REPLICATED else -(-size // gpus)
     per_token = spec.num_hidden_layers * spec.cache_columns(gpus) * itemsize
     budget = int(rollout.gpu_memory_utilization * gpu_memory)
@@ -192,6 +150,7 @@ class StageMemory:
     """One GPU of a pipeline stage, in bytes.
 
     Attributes:
+        parameters: elements: shards, whole norms, the padding of the vocabulary.
         weights, gradients, main_weights, adam: held between steps; read off the built model and
             optimizer.
         activations: kept for backward by all micro-batches in flight.
@@ -205,6 +164,7 @@ class StageMemory:
     """
 
     stage: int
+    parameters: int
     in_flight: int
     weights: int
     gradients: int
@@ -222,7 +182,7 @@ class StageMemory:
 
 def plan_memory(
     rank: BuiltRank, config: Any, spec: ModelSpec, pipeline: Pipeline,
-    *, on_gpu: bool, sync: int, engine: Engine | None,
+    on_gpu: bool, sync: int, engine: Engine | None,
 ) -> StageMemory:  # fmt: skip
     """Memory of one GPU of the stage of ``rank``.
 
@@ -239,7 +199,7 @@ def plan_memory(
     kept, working = map(max, zip((0, 0), *chunks, strict=True))
     is_last = rank.stage == pipeline.stages - 1
     if not is_last:  # the stage's output is kept until its gradient arrives
-        kept += model.stage_output()
+        kept += int(model.hidden_bytes * model.tokens / model.sp)
     if not model.fused:  # a linear's gradient is a tensor before DDP's buffer takes it
         working += max(prod(shard.shape) for shard in decoder) * model.itemsize
     head, in_flight = model.head() if is_last else 0, pipeline.in_flight(rank.stage)
@@ -261,6 +221,7 @@ def plan_memory(
     phases["rollouts"] = (left - away["weights"], awake)
     return StageMemory(
         stage=rank.stage,
+        parameters=rank.parameters,
         in_flight=in_flight,
         weights=rank.parameter_bytes,
         gradients=rank.gradient_bytes,
@@ -295,10 +256,6 @@ class Activations:
         self.hidden_bytes = spec.hidden_size * self.itemsize
         auto = m.transformer_impl == "auto"
         self.fused = on_gpu if auto else m.transformer_impl == "transformer_engine"
-
-    def stage_output(self) -> int:
-        """Bytes of a stage's output."""
-        return int(self.hidden_bytes * self.tokens / self.sp)
 
     def chunk(self, layers: Groups) -> tuple[int, int]:
         """Bytes of one micro-batch in one model chunk under the configured recomputation.

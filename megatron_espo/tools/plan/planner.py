@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import lcm
+from math import lcm, prod
 from statistics import fmean
 from typing import Any
 
@@ -21,14 +21,11 @@ from megatron_espo.tools.plan.memory import (
     Engine,
     Pipeline,
     StageMemory,
-    StageParameters,
-    count_parameters,
     plan_engine,
     plan_memory,
     plan_pipeline,
-    total_parameters,
 )
-from megatron_espo.tools.plan.transfer import Links, Transfer, plan_transfer
+from megatron_espo.tools.plan.transfer import Machine, Transfer, plan_transfer, replica_ranks
 
 Changes = dict[str, Any]
 RECOMPUTE = {
@@ -37,26 +34,6 @@ RECOMPUTE = {
     "megatron.recompute_num_layers": 1,
 }
 OFFLOAD = {"rollout.sleep": True, "megatron.offload": ["optimizer", "gradients"]}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The GPUs of a run.
-
-    Attributes:
-        gpu_memory: usable bytes of one GPU.
-        links: speeds for the estimate of the weight update.
-        expected_tokens: mean tokens of a prompt with its response; None: half of
-            ``rollout.max_response_tokens``.
-        on_gpu: false for a run without GPUs (tests compare such runs with the plan).
-        host_link: bytes a second and direction between a GPU and host memory.
-    """
-
-    gpu_memory: int
-    links: Links
-    expected_tokens: int | None = None
-    on_gpu: bool = True
-    host_link: float = 50e9
 
 
 @dataclass(frozen=True)
@@ -74,7 +51,6 @@ class Plan:
     data_parallel_size: int
     gpu_memory: int
     total_parameters: int
-    parameters: list[StageParameters]
     memory: list[StageMemory]
     pipeline: Pipeline
     engine: Engine
@@ -101,13 +77,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists, derived values included."""
-        data = asdict(self) | {"fits": self.fits}
-        data["transfer"]["seconds"] = self.transfer.seconds
-        return data
+        return asdict(self) | {"fits": self.fits}
 
 
 # The part of a plan that depends only on the layout and the number of ranks.
-Built = tuple[list[BuiltRank], list[StageParameters], Transfer]
+Built = tuple[list[BuiltRank], Transfer]
 
 
 class Builder:
@@ -123,22 +97,17 @@ class Builder:
 
     def __call__(self, config: Config, world_size: int) -> Built:
         """Build, or return what was built for an equal layout."""
-        transport, hosts = self._transport(config), bool(config.rollout.hosts)
-        sharded = config.optimizer.use_distributed_optimizer
+        rollout, transport = config.rollout, self._transport(config)
         sizes = tuple(parallel_sizes(config.megatron).values())
-        stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
-        is_on_all = needs_all_replicas(transport, config.rollout.engines)
-        sources = stage_ranks if is_on_all else _replica(config)
-        key = (sizes, config.model.dtype, sharded, transport, hosts, sources, world_size)
+        sharded = config.optimizer.use_distributed_optimizer
+        sends = transport, bool(rollout.hosts), needs_all_replicas(transport, rollout.engines)
+        key = (sizes, config.model.dtype, sharded, sends, world_size)
         if key not in self._built:
             ranks = list(build_ranks(config, self.spec, world_size))
-            # ``files`` writes to the shared folder, and the engine's node reads from it.
-            copies = 0 if not hosts else 2 if transport == "files" else 1
-            itemsize, links = _itemsize(config), self.machine.links
             transfer = plan_transfer(
-                ranks, self.spec.groups, itemsize, transport, stage_ranks, sources, links, copies
+                ranks, config, self.spec.groups, transport, world_size, self.machine
             )
-            self._built[key] = ranks, count_parameters(ranks, self.spec.groups), transfer
+            self._built[key] = ranks, transfer
         return self._built[key]
 
     def engine(self, config: Config) -> Engine:
@@ -146,8 +115,8 @@ class Builder:
         rollout, transport = config.rollout, self._transport(config)
         has_own = rollout.hosts or rollout.visible_devices is not None or not self.machine.on_gpu
         shares = transport == "ipc" or (transport == "files" and not has_own)
-        itemsize, memory = _itemsize(config), self.machine.gpu_memory
-        return plan_engine(config, self.spec, itemsize, shares, memory)
+        itemsize = getattr(torch, config.model.dtype).itemsize
+        return plan_engine(config, self.spec, itemsize, shares, self.machine.gpu_memory)
 
     def _transport(self, config: Config) -> str:
         if config.rollout.transport != "auto":
@@ -157,23 +126,11 @@ class Builder:
         return "nccl" if config.rollout.hosts else "ipc"
 
 
-def _itemsize(config: Config) -> int:
-    """Bytes of a weight in the engine."""
-    return getattr(torch, config.model.dtype).itemsize
-
-
 def _smallest_world(config: Config) -> int:
     """The fewest ranks of the layout."""
     m = config.megatron
     ranks = m.tensor_model_parallel_size * m.context_parallel_size
-    return m.pipeline_model_parallel_size * lcm(ranks, _replica(config))
-
-
-def _replica(config: Config) -> int:
-    """Ranks of a stage that have one replica of its dense part and of its experts."""
-    m = config.megatron
-    expert_tp = m.expert_tensor_parallel_size or m.tensor_model_parallel_size
-    return lcm(m.tensor_model_parallel_size, expert_tp * m.expert_model_parallel_size)
+    return m.pipeline_model_parallel_size * lcm(ranks, replica_ranks(config))
 
 
 def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
@@ -192,7 +149,7 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
     world_size = gpus or _smallest_world(config)
     data_parallel_size = check_world_size(config, world_size)
     stage_ranks = world_size // megatron.pipeline_model_parallel_size
-    ranks, parameters, transfer = build(config, world_size)
+    ranks, transfer = build(config, world_size)
     engine = build.engine(config)
     pipeline = plan_pipeline(config, spec, data_parallel_size, machine.expected_tokens)
     owners = engine_owners(engine.number, world_size) if engine.shares_gpus else ()
@@ -202,12 +159,8 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
     for rank in ranks:
         if rank.rank % stage_ranks == 0:
             alone = shared.isdisjoint(range(rank.rank, rank.rank + stage_ranks))
-            memory.append(
-                plan_memory(
-                    rank, config, spec, pipeline,
-                    on_gpu=machine.on_gpu, sync=sync, engine=None if alone else engine,
-                )
-            )  # fmt: skip
+            own = None if alone else engine
+            memory.append(plan_memory(rank, config, spec, pipeline, machine.on_gpu, sync, own))
     offloaded = max(stage.host for stage in memory)
     return Plan(
         model=config.model.path,
@@ -215,14 +168,13 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
         world_size=world_size,
         data_parallel_size=data_parallel_size,
         gpu_memory=machine.gpu_memory,
-        total_parameters=total_parameters(spec.groups),
-        parameters=parameters,
+        total_parameters=sum(map(prod, spec.tensor_shapes.values())),
         memory=memory,
         pipeline=pipeline,
         engine=engine,
         transfer=transfer,
         in_phases=config.rollout.sleep or bool(megatron.offload),
-        host_bytes=offloaded * min(world_size, machine.links.gpus_per_node),
+        host_bytes=offloaded * min(world_size, machine.gpus_per_node),
         offload_s=2 * offloaded / machine.host_link,
         problems=[*_memory_problems(memory, machine.gpu_memory), *engine.problems()],
     )
@@ -244,7 +196,7 @@ def find_fix(config: Config, build: Builder, plan: Plan, gpus: int | None) -> st
     other, until it fits.
     """
     best, changes = plan, Changes()
-    for change in _usual_changes(config, plan, build.machine.links.gpus_per_node, gpus):
+    for change in _usual_changes(config, plan, build.machine.gpus_per_node, gpus):
         changed = _changed_plan(config, build, changes | change, gpus)
         if changed and changed.excess < best.excess:
             best, changes = changed, changes | change

@@ -4,29 +4,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from textwrap import fill
 
+from megatron_espo.distributed.runtime import PARALLEL_SIZES
 from megatron_espo.tools.plan.memory import GB
 from megatron_espo.tools.plan.planner import Plan
 
 WIDTH = 100
-LAYOUT = {
-    "TP": "tensor_model_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "VPP": "virtual_pipeline_model_parallel_size",
-    "CP": "context_parallel_size",
-    "EP": "expert_model_parallel_size",
-}
-PARAMETERS = ("stage", "layers", "of the model", "on each GPU, with padding")
+LAYOUT = dict(zip(("TP", "PP", "VPP", "CP", "EP", "ETP"), PARALLEL_SIZES, strict=True))
 MEMORY = (
     "stage", "weights", "grads", "main", "Adam", "in flight", "activ.", "work", "sync", "engine",
     "total",
 )  # fmt: skip
-TRANSFER = ("group", "stage", "tensors", "GB", "peak extra GB")
 
 
 def render(plan: Plan, fix: str | None) -> str:
     """The plan as text; the last line is the verdict."""
     worst, stages = plan.worst, plan.memory
-    parameters = [(s.stage, s.layers, f"{s.whole:,}", f"{s.per_gpu:,}") for s in plan.parameters]
     memory = [
         (
             s.stage, *map(_gb, (s.weights, s.gradients, s.main_weights, s.adam)), s.in_flight,
@@ -34,18 +26,11 @@ def render(plan: Plan, fix: str | None) -> str:
         )
         for s in stages
     ]  # fmt: skip
-    groups = [
-        (g.name, g.stage, g.tensors, f"{g.gathered_bytes / GB:.2f}", f"{g.peak_bytes / GB:.2f}")
-        for g in plan.transfer.groups
-    ]
-    tensors = sum(group.tensors for group in plan.transfer.groups)
     parts = [
         _head(plan),
-        _table("Parameters by pipeline stage", PARAMETERS, parameters),
         _table("Memory of one GPU, by pipeline stage (GB = 10^9 bytes)", MEMORY, memory),
         *_phases(plan),
         _notes(plan),
-        _table(f"Weights into the engine: {tensors:,} tensors", TRANSFER, groups),
         _sync(plan),
         *(f"problem: {problem}" for problem in plan.problems),
     ]
@@ -84,9 +69,11 @@ def _head(plan: Plan) -> str:
     layout = plan.layout
     sizes = {short: layout[name] for short, name in LAYOUT.items() if (layout[name] or 1) > 1}
     sizes["DP"] = plan.data_parallel_size
+    each = max(stage.parameters for stage in plan.memory)
     return (
         f"{plan.model}: {plan.total_parameters:,} parameters on {plan.world_size} GPUs "
         f"({', '.join(f'{short} {size}' for short, size in sizes.items())})\n"
+        f"at most {each:,} parameters on each GPU\n"
         f"recomputation {layout['recompute_granularity'] or 'none'}, sequence parallel "
         f"{'on' if layout['sequence_parallel'] else 'off'}, "
         f"micro-batches of at most {plan.pipeline.tokens:,} tokens\n"
@@ -134,9 +121,10 @@ def _notes(plan: Plan) -> str:
 def _sync(plan: Plan) -> str:
     t = plan.transfer
     network, node = max(t.received)
+    overlap = t.gather_s + t.pipeline_s + t.engine_s - t.seconds
     return (
         f"Sync (estimate): {t.seconds:.2f} s for {_gb(t.bytes)} GB = across stages "
-        f"{t.pipeline_s:.2f} + gathers {t.gather_s:.2f} - overlap {t.overlap_s:.2f}\n"
+        f"{t.pipeline_s:.2f} + gathers {t.gather_s:.2f} - overlap {overlap:.2f}\n"
         f"+ into the engine {t.engine_s:.2f}. Each part: bytes / link; a batch is gathered while "
         "the next one is sent.\n"
         f"A GPU receives {_gb(network)} GB over the network and {_gb(node)} GB inside its node.\n"
