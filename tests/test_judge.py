@@ -208,17 +208,27 @@ def test_a_thousand_requests_to_a_server_that_misbehaves(served, tmp_path, caplo
     causes = [record.args[-1] for record in caplog.records if record.name == judge_module.__name__]
     assert Counter(causes) == Counter(set(causes)) and {"timeout", "no_score"} <= set(causes)
 
+    known = [i for i, reward in enumerate(expected) if reward is not None]
+    before = server.requests
+    with scorer(loop, config) as rewards:  # another run with the same cache
+        rewards.start()
+        again = rewards.score([asked[i] for i in known], lambda *_: None)
+        metrics = rewards.pop_metrics()
+    assert server.requests == before + 1  # that of the start
+    assert rewards_of(again) == [found[i].reward for i in known]
+    assert metrics["judge/cache_hits"] == len(known) and metrics["judge/requests"] == 1
 
-def test_equal_requests_are_sent_once(served, tmp_path):
+
+def test_equal_requests_are_sent_once_and_a_broken_cache_costs_only_requests(served, tmp_path):
     loop, server, url = served
     with scorer(loop, settings(tmp_path, url)) as rewards:
         rewards.start()
         found = rewards.score([trajectory("good|4")] * 8, lambda *_: None)
         assert rewards_of(found) == [0.4] * 8 and len(server.arrivals["good|4"]) == 1
         assert rewards.pop_metrics()["judge/cache_hits"] == 7
+        rewards._judge._cache.close()
         assert rewards_of(rewards.score([trajectory("good|4")], lambda *_: None)) == [0.4]
-        assert rewards.pop_metrics()["judge/cache_hits"] == 1
-        assert len(server.arrivals["good|4"]) == 1
+        assert len(server.arrivals["good|4"]) == 2
 
 
 def test_the_prompt_is_filled_in_one_pass(served, tmp_path, monkeypatch):
@@ -307,7 +317,7 @@ def test_failures_above_the_rate_end_the_run(tmp_path):
     ],
 )
 def test_the_last_score_counts(tmp_path, reply, score):
-    assert JudgeClient(settings(tmp_path).judge)._read(reply) == score
+    assert JudgeClient(settings(tmp_path).judge, str(tmp_path))._read(reply) == score
 
 
 def test_a_judge_that_refuses_ends_the_run_at_the_start(served, tmp_path, monkeypatch, caplog):
@@ -322,6 +332,9 @@ def test_a_judge_that_refuses_ends_the_run_at_the_start(served, tmp_path, monkey
         ) as e:
             rewards.start()
     assert "Bearer ***" in str(e.value) and "secret-key" not in str(e.value) + caplog.text
+    (tmp_path / "cache").write_text("not a data base" * 100)
+    with pytest.raises(InputError, match="judge.cache: .*SQLite"):
+        Scorer(settings(tmp_path, cache=str(tmp_path / "cache")), FakeTokenizer(), loop)
 
 
 HEAD = """\

@@ -196,6 +196,8 @@ class Judge(Section):
     """Most requests at the same time."""
     requests_per_minute: float | None = Field(None, gt=0)
     """Most requests in a minute, evenly spaced. null: no limit."""
+    cache: str | None = Field(None, min_length=1)
+    """SQLite file of the replies. Several runs may share it. null: judge.sqlite in run.dir."""
 
     def template(self, name: str) -> str:
         """Return the text of a template. OSError, ValueError: its file cannot be read."""

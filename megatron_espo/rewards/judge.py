@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import sqlite3
 from contextlib import suppress
 from typing import Any
 
@@ -39,22 +40,33 @@ class JudgeClient:
 
     Args:
         config: the ``judge`` section of the configuration.
+        folder: of the cache, if the configuration names no file.
 
     Attributes:
         counts: of requests and of their outcomes; see ``docs/metrics.md``.
         last_failure: message of the latest response without a score.
+
+    Raises:
+        InputError: the cache is not usable.
     """
 
-    def __init__(self, config: Judge) -> None:
+    def __init__(self, config: Judge, folder: str) -> None:
         self._config, self._pattern = config, re.compile(config.pattern)
         self._key = os.environ.get(config.key or "", "").strip()
         self._templates = {name: config.template(name) for name in config.prompts}
         self._slots, self._next_start = asyncio.Semaphore(config.max_concurrent), 0.0
         self._session: Any = None  # opened by start
-        self._running: dict[bytes, asyncio.Task[float | None]] = {}
-        self._scores: dict[bytes, float] = {}
+        self._running: dict[str, asyncio.Task[float | None]] = {}
         self.counts: collections.Counter[str] = collections.Counter()
         self.last_failure, self._warned = "", set[str]()
+        path = config.cache or os.path.join(folder, "judge.sqlite")
+        try:
+            self._cache = sqlite3.connect(path, 1.0, isolation_level=None, check_same_thread=False)
+            self._cache.execute("PRAGMA synchronous = OFF")  # a lost entry costs one request
+            self._cache.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply)")
+        except sqlite3.Error as error:
+            expected = f"expected a writable SQLite file, got {path!r} ({error})"
+            raise InputError(f"judge.cache: {expected}") from None
 
     async def start(self) -> None:
         """Open the session and send one request.
@@ -86,7 +98,7 @@ class JudgeClient:
         return {f"judge/{name}": float(counts[name]) for name in (*_COUNTS, *counts)}
 
     async def score(self, name: str, prompt: Prompt, response: str) -> float | None:
-        """Score one response. Equal requests of a process are sent once.
+        """Score one response. Equal requests at the same time are sent once.
 
         Args:
             name: of the template.
@@ -99,12 +111,10 @@ class JudgeClient:
         # In one pass: braces in the response are text.
         text = re.sub(r"{(\w+)}", lambda m: str(values.get(m[1], m[0])), self._templates[name])
         body = self._body(text)
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
-        if key in self._scores or key in self._running:
+        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        if task := self._running.get(key):
             self.counts["cache_hits"] += 1
-        if key in self._scores:
-            return self._scores[key]
-        if (task := self._running.get(key)) is None:
+        else:
             task = self._running[key] = asyncio.ensure_future(self._score_once(key, body))
             task.add_done_callback(lambda _: self._running.pop(key))
         return await asyncio.shield(task)
@@ -113,12 +123,25 @@ class JudgeClient:
         messages = [{"role": "user", "content": text}]
         return {"model": self._config.model, "messages": messages} | self._config.sampling
 
-    async def _score_once(self, key: bytes, body: dict[str, Any]) -> float | None:
+    async def _score_once(self, key: str, body: dict[str, Any]) -> float | None:
+        row = await asyncio.to_thread(self._query, "SELECT reply FROM replies WHERE key = ?", key)
+        if row and (score := self._read(row[0])) is not None:
+            self.counts["cache_hits"] += 1
+            return score
         async with self._slots:
             reply = await self._ask(body)
-        if reply is not None and (score := self._read(reply)) is not None:
-            self._scores[key] = score
-        return self._scores.get(key)
+        if reply is None:
+            return None
+        await asyncio.to_thread(self._query, "REPLACE INTO replies VALUES (?, ?)", key, reply)
+        return self._read(reply)
+
+    def _query(self, statement: str, *values: str) -> Any:
+        """The first row, if any. A broken cache costs requests, not the run."""
+        try:
+            return self._cache.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            self._warn("cache", f"judge.cache: {error}")
+            return None
 
     def _read(self, reply: str) -> float | None:
         """The score in a reply, after the judge's reasoning."""

@@ -29,7 +29,7 @@ class Scorer:
         functions = [name for name in self._weights if name not in judge.prompts]
         self._judge = None
         if len(functions) < len(self._weights):
-            self._judge = JudgeClient(judge)
+            self._judge = JudgeClient(judge, config.run.dir)
         settings = [config.reward.model_copy(update={"function": name}) for name in functions]
         self._pools = dict(zip(functions, map(RewardPool, settings), strict=True))
 
