@@ -16,13 +16,14 @@ from megatron_espo.distributed.monitored_barrier import MonitoredBarrier, RankLo
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.models.spec import ExternalSpec, ModelSpec
+from megatron_espo.plugins import load_object
 from megatron_espo.rollout import transport
 from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.engine import EngineError, Phase, State
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from megatron_espo.types import Prompt
 from megatron_espo.weights import verification
-from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
+from megatron_espo.weights.exporter import ExportedWeightSource
 from megatron_espo.weights.verification import TOLERANCE, CanarySample, canary_gap, wrong_tensors
 from megatron_espo.weights.vllm_source import GatherError, MegatronWeightSource, ObservedSource
 
@@ -108,9 +109,9 @@ class WeightSync:
 
     def _make_source(self, config: Config, spec: ModelSpec, runtime: Runtime) -> Any:
         dtype, chunks = getattr(torch, self._dtype), self._actor.chunks
-        if config.model.exporter:
-            export = load_exporter(config.model.exporter, chunks, spec.hf_config)
-            return ExportedWeightSource(export, dtype)
+        if name := config.model.exporter:
+            export = load_object("model.exporter", name, "module:function")
+            return ExportedWeightSource(partial(export, chunks, spec.hf_config), dtype)
         if isinstance(spec, ExternalSpec):
             return ExportedWeightSource(partial(spec.export, chunks, config.model.path), dtype)
         return MegatronWeightSource(
