@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_espo.config.model_folder import OWN_HEAD, tensor_problems
+from megatron_espo.distributed.collectives import first_not_none
 from megatron_espo.errors import InputError
 from megatron_espo.models.layouts import shard_into
 from megatron_espo.models.spec import ExternalSpec, ModelSpec
@@ -97,30 +98,27 @@ def save_hf(
     file in host memory. Configuration and tokenizer are copied from ``source_dir``; the tokenizer
     from ``tokenizer`` (a folder or a SentencePiece file) if it is given.
 
-    Collectives: those of :class:`WeightGatherer`; then one broadcast over all ranks, so that a
-    failed write raises on every rank.
+    Collectives: those of :class:`WeightGatherer`; then one gather over all ranks, so that a failed
+    write raises on every rank.
 
     Raises:
         InputError: ``out_dir`` exists and is not an earlier export.
-        RuntimeError: rank 0 could not write.
+        OSError, SafetensorError: rank 0 could not write.
     """
     source: ExportedWeightSource | WeightGatherer
     if isinstance(spec, ExternalSpec):
         source = ExportedWeightSource(partial(spec.export, chunks, str(source_dir)), dtype)
     else:
         source = WeightGatherer(chunks, spec, pg_collection, dtype=dtype)
-    metadata, stream, failure = source.metadata(), iter(source), None
+    metadata, stream = source.metadata(), iter(source)
+    failure: Exception | None = None
     if dist.get_rank() == 0:
-        out, source_folder = Path(out_dir), Path(source_dir)
+        paths = Path(out_dir), Path(source_dir)
         try:
-            write_folder(metadata, stream, out, source_folder, dtype, max_file_bytes, tokenizer)
+            write_folder(metadata, stream, *paths, dtype, max_file_bytes, tokenizer)
         except (OSError, ValueError, SafetensorError) as error:
             failure = error
     for _ in stream:  # every rank takes part in all gathers, even if rank 0 failed to write
         pass
-    message = [failure and f"{type(failure).__name__}: {failure}"]
-    dist.broadcast_object_list(message, src=0)
-    if failure is not None:
+    if failure := first_not_none(failure):
         raise failure
-    if message[0] is not None:
-        raise RuntimeError(f"rank 0 could not write {out_dir}: {message[0]}")
