@@ -1,26 +1,55 @@
 """Load a Hugging Face folder into a Megatron model, and export a model to such a folder."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from megatron_espo.config.model_folder import OWN_HEAD, tensor_problems
+from megatron_espo.config.model_folder import (
+    OWN_HEAD,
+    stored_tensors,
+    tensor_problems,
+    weight_problems,
+)
 from megatron_espo.distributed.collectives import first_not_none
 from megatron_espo.errors import InputError
 from megatron_espo.models.layouts import shard_into
 from megatron_espo.models.spec import ExternalSpec, ModelSpec
 from megatron_espo.weights.binding import ShardRanks, bind
 from megatron_espo.weights.exporter import ExportedWeightSource
-from megatron_espo.weights.hf_reader import CheckpointFolder
 from megatron_espo.weights.hf_writer import write_folder
 from megatron_espo.weights.source import WeightGatherer
 
 _ROWS = 4096  # of the vocabulary, read at a time
+
+
+class CheckpointFolder:
+    """The tensors of ``model.safetensors``, or of the files in ``model.safetensors.index.json``.
+
+    Only headers are read until a slice is indexed; then only the bytes of that slice.
+
+    Attributes:
+        names: the names of all tensors.
+
+    Raises:
+        InputError: no weights, or an unreadable file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        for problem in weight_problems(self.path):
+            raise InputError(problem)
+        self._file_of, _ = stored_tensors(self.path)
+        self._open = lru_cache(None)(lambda file: safe_open(file, framework="pt"))
+        self.names = frozenset(self._file_of)
+
+    def get_slice(self, name: str) -> Any:
+        """Return safetensors' lazy slice of a tensor."""
+        return self._open(self._file_of[name]).get_slice(name)
 
 
 def open_checkpoint(spec: ModelSpec, path: str | Path) -> CheckpointFolder:
