@@ -6,7 +6,6 @@ before its checksum was compared with the manifest.
 """
 
 import hashlib
-import inspect
 import json
 import os
 import queue
@@ -98,9 +97,8 @@ def save_checkpoint(
 
     on_rank_0(begin)
     form = optimizer and optimizer_form(chunks[0].config, spec)
-    # From 0.19 on, Megatron-Core prefers another package's writer if it is installed.
+    # Megatron-Core prefers another package's writer if it is installed.
     options = {"async_sharded_save": True, "async_strategy": "mcore"}
-    known = inspect.signature(dist_checkpointing.save).parameters.keys()
     try:
         patches.keep_checkpoint_results_in_process()
         # Without the wrapper the first of several data-parallel ranks would write everything.
@@ -108,7 +106,6 @@ def save_checkpoint(
         tensors = _sharded_state(chunks, optimizer, form, is_loading=False)
         data = (getattr(value, "data", None) for value in nested_values(tensors))
         in_use = {x.untyped_storage().data_ptr() for x in data if isinstance(x, torch.Tensor)}
-        options = {name: value for name, value in options.items() if name in known}
         request = dist_checkpointing.save(tensors, str(partial), strategy, **options)
         if state is not None:
             save_rng(partial)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron_espo.config import Config, Megatron
 from megatron_espo.distributed.runtime import PARALLEL_SIZES
 from megatron_espo.errors import InputError
+from megatron_espo.megatron import attention
 from megatron_espo.megatron.overrides import check_overrides
 from megatron_espo.models.spec import ExternalSpec, ModelSpec
 
@@ -144,8 +145,6 @@ def build_model(
     """
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_espo.megatron.attention import SharedPrefixRotary, add_post_norms
-
     te = use_transformer_engine(megatron.transformer_impl)
     if megatron.fp8 and not te:
         raise InputError(
@@ -178,9 +177,9 @@ def build_model(
         if spec.experts and spec.experts.is_biased:
             _freeze_expert_bias(chunk)
         if spec.post_norms:
-            add_post_norms(chunk.decoder.layers, block.layer_norm)
+            attention.add_post_norms(chunk.decoder.layers, block.layer_norm)
         if not te and not spec.is_latent:
-            chunk.rotary_pos_emb = SharedPrefixRotary(chunk.rotary_pos_emb)
+            chunk.rotary_pos_emb = attention.SharedPrefixRotary(chunk.rotary_pos_emb)
         chunks.append(chunk.cuda())
     return chunks
 
@@ -220,20 +219,15 @@ def layer_spec(spec: ModelSpec, config: Any, te: bool, vp_stage: int | None, gro
         vp_stage=vp_stage,
         pp_rank=groups.pp.rank(),
     )
-    if not te:
-        from megatron_espo.megatron.attention import PackedDotProductAttention, RMSNorm
-
-        block.layer_norm = RMSNorm
-        for layer in block.layer_specs:
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            attention = layer.submodules.self_attention.submodules
-            attention.core_attention = PackedDotProductAttention
-            if config.qk_layernorm:
-                attention.q_layernorm = attention.k_layernorm = RMSNorm
-    for layer in block.layer_specs:
+    norm = block.layer_norm = block.layer_norm if te else attention.RMSNorm
+    for layer in block.layer_specs if not te else ():
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+        parts = layer.submodules.self_attention.submodules
+        parts.core_attention = attention.PackedDotProductAttention
+        if config.qk_layernorm:
+            parts.q_layernorm = parts.k_layernorm = norm
+    for layer in block.layer_specs:  # one object may stand for several layers
         if spec.is_latent:
-            from megatron_espo.megatron.attention import use_latent_attention
-
-            use_latent_attention(layer, block.layer_norm)
+            attention.use_latent_attention(layer, norm)
         spec.change_layer(layer)
     return block
