@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from megatron_espo.distributed import runtime
+
 
 class Patch(NamedTuple):
     """A patch of this module.
@@ -199,8 +201,9 @@ def _boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
 
 @_patch("megatron.core.parallel_state", 'backend="gloo"')
 @contextmanager
-def fake_process_groups(rank: int, world_size: int) -> Iterator[None]:
-    """Initialize torch's ``fake`` process groups, whose collectives return at once.
+def fake_process_groups(rank: int, world_size: int, sizes: dict[str, Any]) -> Iterator[Any]:
+    """Yield Megatron's process groups as ``rank`` of ``world_size`` sees them, with parallel
+    ``sizes``. They are torch's ``fake`` groups, whose collectives return at once.
 
     Megatron asks for gloo groups, which would connect to other ranks, and its optimizer gathers
     objects, which fake groups cannot. Here every group is fake, and every rank has the same object.
@@ -221,4 +224,7 @@ def fake_process_groups(rank: int, world_size: int) -> Iterator[None]:
         mock.patch.object(parallel_state, "create_group", create_group),
         mock.patch.object(dist, "all_gather_object", all_gather_object),
     ):
-        yield
+        try:
+            yield runtime.initialize(**sizes).groups
+        finally:
+            runtime.shutdown()
