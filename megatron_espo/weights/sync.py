@@ -88,13 +88,11 @@ class WeightSync:
     ) -> None:
         rollout = self._config = config.rollout
         self._rank = runtime.rank
-        on_hosts = bool(rollout.hosts)
-        devices = rollout.visible_devices
+        on_hosts, devices = bool(rollout.hosts), rollout.visible_devices
         self._name = transport.resolve_transport(rollout.transport, devices, on_hosts)
         self._dtype, quantization = config.model.dtype, rollout.quantization
-        self._tolerance = TOLERANCE[
-            verification.bits(quantization) if quantization else self._dtype
-        ]
+        precision = verification.bits(quantization) if quantization else self._dtype
+        self._tolerance = TOLERANCE[precision]
         self._actor, self._engine = actor, engine
         self._canary, self._on_served = list(canary), on_served
         calls = _ENGINE_CALLS * rollout.timeout_s
