@@ -59,24 +59,21 @@ class TrainEngine:
 
         self.config: Any = chunks[0].config
         self.groups = groups
-        is_distributed, has_cuda = settings.use_distributed_optimizer, torch.cuda.is_available()
+        is_sharded, has_cuda = settings.use_distributed_optimizer, torch.cuda.is_available()
         chosen = check_overrides(overrides or {}, {})
         # NCCL reduces gradients while backward runs. gloo has no streams to overlap.
         overlap = chosen.ddp.get("overlap_grad_reduce", has_cuda)
         ddp_settings = {
-            "use_distributed_optimizer": is_distributed,
+            "use_distributed_optimizer": is_sharded,
             "grad_reduce_in_fp32": True,
             "overlap_grad_reduce": overlap,
             # Weights are gathered during the next step's forward. After the last step they are read
             # at once: there is nothing to overlap.
-            "overlap_param_gather": overlap
-            and has_cuda
-            and is_distributed
-            and updates_per_step > 1,
+            "overlap_param_gather": overlap and has_cuda and is_sharded and updates_per_step > 1,
         }
         ddp_config = distributed.DistributedDataParallelConfig(**ddp_settings | dict(chosen.ddp))
         overlap = ddp_config.overlap_grad_reduce
-        if ddp_config.overlap_param_gather and not (is_distributed and overlap):
+        if ddp_config.overlap_param_gather and not (is_sharded and overlap):
             raise InputError(
                 "megatron.overrides.overlap_param_gather: expected false without "
                 "optimizer.use_distributed_optimizer and overlap_grad_reduce, got true"
