@@ -146,14 +146,12 @@ class TrainEngine:
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        iterators = [_ticking(micro_batches, tick) for _ in self.chunks]
         # The shape of the tensors between pipeline stages. Without a pipeline it is not used.
         rows, length = map(max, zip(*(batch.tokens.shape for batch in micro_batches), strict=True))
-        is_single = len(self.chunks) == 1
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iterators[0] if is_single else iterators,
-            model=self.chunks[0] if is_single else self.chunks,
+            data_iterator=[_ticking(micro_batches, tick) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=length * self.groups.cp.size(),
             micro_batch_size=rows,
