@@ -7,13 +7,13 @@ import torch
 
 from megatron_espo.errors import InputError
 from megatron_espo.models.mapping import EXPERT_BIAS
-from megatron_espo.weights.source import ParameterMetadata
+from megatron_espo.weights.source import ParameterMetadata, TensorStream
 
 # Yields (Hugging Face name, whole tensor). Each call starts a new pass.
 Export = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
-class ExportedWeightSource:
+class ExportedWeightSource(TensorStream):
     """An exporter with the methods of vLLM's ``WeightSource`` (without importing vLLM).
 
     A user's function (``model.exporter``) is called on every rank at once, with the model chunks
@@ -60,10 +60,6 @@ class ExportedWeightSource:
                     )
                 tensors.append(tensor.detach().to(self._dtype_of(name)))
             yield names, tensors
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for names, tensors in self.iter_groups():
-            yield from zip(names, tensors, strict=True)
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(EXPERT_BIAS) else self._dtype

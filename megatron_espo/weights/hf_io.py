@@ -105,8 +105,8 @@ def load_hf_weights(
     ranks = ShardRanks.of(pg_collection)
     bound = [item for group in bind(chunks, spec.groups, ranks) for item in group]
     folder = open_checkpoint(spec, path)
-    slices = [[folder.get_slice(name) for name, _ in m.huggingface] for m, _ in bound]
-    for (mapping, parameter), sources in zip(bound, slices, strict=True):
+    for mapping, parameter in bound:
+        sources = [folder.get_slice(name) for name, _ in mapping.huggingface]
         shard = ranks.shard(mapping)
         shard_into(parameter, sources, mapping.layout, *shard, mapping.query_groups)
 
