@@ -15,13 +15,7 @@ import torch.distributed as dist
 
 from megatron_espo.algo import load_objective
 from megatron_espo.config import Config, Megatron
-from megatron_espo.data.packing import (
-    MicroBatch,
-    PackingSpec,
-    TrainSequence,
-    batch_totals,
-    pack,
-)
+from megatron_espo.data.packing import MicroBatch, PackingSpec, TrainSequence, batch_totals, pack
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.megatron import consistency
@@ -104,11 +98,7 @@ class Actor:
     """
 
     def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        runtime: Runtime,
-        record: Recorder | None = None,
+        self, config: Config, spec: ModelSpec, runtime: Runtime, record: Recorder | None = None
     ) -> None:
         self.config, self.spec, self.groups = config, spec, runtime.groups
         algorithm = config.algorithm
@@ -316,10 +306,7 @@ class Actor:
         return [by_index[i] for i in range(len(responses))]
 
     def _compare_ranks(
-        self,
-        groups: Groups,
-        mini_batches: Sequence[list[MicroBatch]],
-        shares: dict[str, int],
+        self, groups: Groups, mini_batches: Sequence[list[MicroBatch]], shares: dict[str, int]
     ) -> None:
         """Raise RankMismatch on every rank if ranks have different data or weights. Collective."""
         if dist.get_world_size() == 1:

@@ -97,11 +97,7 @@ def run_arguments(
 
 
 def build_model(
-    spec: ModelSpec,
-    megatron: Megatron,
-    groups: Any,
-    *,
-    dtype: torch.dtype = torch.float32,
+    spec: ModelSpec, megatron: Megatron, groups: Any, *, dtype: torch.dtype = torch.float32
 ) -> list[torch.nn.Module]:
     """Build this rank's chunks of Megatron's ``GPTModel``, with uninitialised weights.
 

@@ -79,10 +79,7 @@ def _check_tied_head(folder: CheckpointFolder, vocab_size: int) -> None:
 
 @torch.no_grad()
 def load_hf_weights(
-    chunks: Sequence[torch.nn.Module],
-    spec: ModelSpec,
-    path: str | Path,
-    pg_collection: Any,
+    chunks: Sequence[torch.nn.Module], spec: ModelSpec, path: str | Path, pg_collection: Any
 ) -> None:
     """Read a Hugging Face folder into this rank's model chunks, in place. Zero collectives.
 
