@@ -198,7 +198,8 @@ class ModelSpec:
 
     def attention_rules(self) -> tuple[ParamRule, ...]:
         """Rules of the QKV projection, with its bias and norms."""
-        return (rules.QKV_WEIGHT,)
+        has_bias = self.has_bias_option and self.hf_config.get("attention_bias")
+        return (rules.QKV_WEIGHT, rules.QKV_BIAS) if has_bias else (rules.QKV_WEIGHT,)
 
     def layer_rules(self, layer: int) -> tuple[ParamRule, ...]:
         """Rules of a decoder layer, counted from 0."""
