@@ -106,15 +106,9 @@ class Actor:
         # A wrong objective fails before the model loads.
         load_objective(algorithm, max_response_tokens=config.rollout.max_response_tokens)
         self.chunks = build_chunks(config, spec, runtime)
-        total_steps = config.run.steps * self.updates_per_step
-        self.train_engine = TrainEngine(
-            self.chunks,
-            self.groups,
-            config.optimizer,
-            total_steps,
-            config.megatron.overrides,
-            self.updates_per_step,
-        )
+        total_steps, overrides = config.run.steps * self.updates_per_step, config.megatron.overrides
+        options = (config.optimizer, total_steps, overrides, self.updates_per_step)
+        self.train_engine = TrainEngine(self.chunks, self.groups, *options)
         self.offloader = Offloader(self.train_engine, config.megatron.offload)
         self._experts = spec.experts
         self._router_replay = None

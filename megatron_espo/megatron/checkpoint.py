@@ -196,8 +196,7 @@ class Save:
             if buckets:
                 results = {i: result for i, (result, _) in enumerate(written)}
                 self._request.async_fn_args[2].put(results)
-            names = (name for _, name, _ in buckets)
-            self._checksums = dict(zip(names, (digest for _, digest in written), strict=True))
+            self._checksums = dict(file for _, file in written)
         except BaseException as error:
             self._error = _not_written(self._partial, error)
         finally:
@@ -206,8 +205,8 @@ class Save:
                 tensors.clear()  # frees the host memory
 
 
-def _write_file(bucket: Any) -> tuple[list[Any], str]:
-    """Write one file with fsync, by Megatron's writer; return its results and SHA-256."""
+def _write_file(bucket: Any) -> tuple[list[Any], tuple[str, str]]:
+    """Write one file with fsync, by Megatron's writer; return its results, name and SHA-256."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     hashing, results, counts = _Hashing(), queue.SimpleQueue[Any](), queue.Queue[int]()
@@ -216,7 +215,7 @@ def _write_file(bucket: Any) -> tuple[list[Any], str]:
     _, written = results.get()
     if isinstance(written, Exception):
         raise written
-    return written, hashing.digest.hexdigest()
+    return written, (bucket[1], hashing.digest.hexdigest())
 
 
 class _Hashing(_StorageWriterTransforms):

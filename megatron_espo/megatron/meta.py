@@ -29,14 +29,12 @@ class ParamShard:
         mapping: its Hugging Face tensors.
         shape: of this rank's shard.
         sharing: global ranks that hold its shards, in tensor-parallel order.
-        is_expert: whether only some of a stage's ranks have it (expert parallelism).
     """
 
     group: int
     mapping: ParamMapping
     shape: tuple[int, ...]
     sharing: tuple[int, ...]
-    is_expert: bool
 
 
 @dataclass(frozen=True)
@@ -139,4 +137,4 @@ def _held(chunks: list[torch.nn.Module], spec: ModelSpec, groups: Any) -> Iterat
             is_expert = mapping.expert is not None
             sharing = dist.get_process_group_ranks(groups.expt_tp if is_expert else groups.tp)
             shape = tuple(parameter.shape)
-            yield ParamShard(index, mapping, shape, tuple(sharing), is_expert)
+            yield ParamShard(index, mapping, shape, tuple(sharing))

@@ -222,7 +222,7 @@ def _shards(held: Sequence[ParamShard]) -> list[Shards]:
     whole: list[tuple[int, ...]] = []
     found = []
     for is_expert in (False, True):
-        kind = [shard for shard in held if shard.is_expert == is_expert]
+        kind = [shard for shard in held if (shard.mapping.expert is not None) == is_expert]
         size = len({rank for shard in kind for rank in shard.sharing})
         split = []
         for shard in kind:
