@@ -314,14 +314,12 @@ def read_state(path: str | Path) -> dict[str, Any]:
 def model_identity(spec: ModelSpec) -> dict[str, Any]:
     """Return what distinguishes models, independent of the transformers version."""
     experts = spec.experts
+    names = ("num_hidden_layers", "num_attention_heads", "rms_norm_eps", "tie_word_embeddings")
     return {
         "experts": experts and {**vars(experts), "layers": list(experts.layers)},
         "architecture": spec.architecture,
-        "num_hidden_layers": spec.num_hidden_layers,
-        "num_attention_heads": spec.num_attention_heads,
-        "rms_norm_eps": spec.rms_norm_eps,
+        **{name: getattr(spec, name) for name in names},
         "attention_bias": bool(spec.hf_config.get("attention_bias")),
-        "tie_word_embeddings": spec.tie_word_embeddings,
         **spec.sizes,
         **spec.rope.model_arguments(),
         **spec.rope.yarn,
