@@ -265,7 +265,7 @@ def test_values_of_other_tokens_change_nothing():
 
 def test_logits_of_other_tokens_have_no_gradient():
     """The gradient at hidden states is zero exactly in rows that predict no trained token."""
-    from megatron_espo.megatron.head import LogProbEntropyHead
+    from megatron_espo.megatron.forward_step import score_tokens
 
     groups = make_groups(4, [(3, 0), (2, 1)])
     sequences = [
@@ -276,9 +276,7 @@ def test_logits_of_other_tokens_have_no_gradient():
     totals = batch_totals(sequences, num_responses=9, num_response_tokens=99)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        head = LogProbEntropyHead(
-            dist.group.WORLD, temperature=0.7, vocab_size=1000, entropy_grad=True
-        )
+        options = {"group": dist.group.WORLD, "temperature": 0.7, "vocab_size": 1000}
         for layout in ({}, {"padded": True}, {"share_prompts": True}):
             (batch,) = pack(sequences, totals, PackingSpec(9999, 0, 1, **layout))
             batch = batch.to(torch.device("cpu"))
@@ -286,8 +284,12 @@ def test_logits_of_other_tokens_have_no_gradient():
             hidden = torch.randn(*batch.tokens.t().shape, 8, generator=draw).requires_grad_()
             weight = torch.randn(1000, 8, generator=draw)
             layer = SimpleNamespace(sequence_parallel=False)
-            output = head(
-                hidden_states=hidden, output_layer=layer, output_weight=weight, context=batch
+            output = score_tokens(
+                options | {"entropy_grad": True},
+                hidden_states=hidden,
+                output_layer=layer,
+                output_weight=weight,
+                context=batch,
             )
             output.square().sum().backward()
             rows = hidden.grad.flatten(0, 1).abs().sum(1)

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_espo.errors import InputError
-from megatron_espo.weights.hf_io import open_checkpoint
-from megatron_espo.weights.hf_reader import CheckpointFolder
+from megatron_espo.weights.hf_io import CheckpointFolder, open_checkpoint
 from megatron_espo.weights.hf_writer import write_folder
 from megatron_espo.weights.source import ParameterMetadata
 from tests.support.weights_models import load_spec, save_model

@@ -43,8 +43,7 @@ class Runtime:
     @property
     def role(self) -> str:
         """Name of this rank with its place in the layout, such as ``rank3_dp0_pp1_cp0_tp1``."""
-        groups = {name: getattr(self.groups, name) for name in ("dp", "pp", "cp", "tp")}
-        places = [f"{name}{group.rank()}" for name, group in groups.items()]
+        places = [f"{n}{getattr(self.groups, n).rank()}" for n in ("dp", "pp", "cp", "tp")]
         return "_".join([f"rank{self.rank}", *places])
 
     @property

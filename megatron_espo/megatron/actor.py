@@ -15,13 +15,7 @@ import torch.distributed as dist
 
 from megatron_espo.algo import load_objective
 from megatron_espo.config import Config, Megatron
-from megatron_espo.data.packing import (
-    MicroBatch,
-    PackingSpec,
-    TrainSequence,
-    batch_totals,
-    pack,
-)
+from megatron_espo.data.packing import MicroBatch, PackingSpec, TrainSequence, batch_totals, pack
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.megatron import consistency
@@ -104,11 +98,7 @@ class Actor:
     """
 
     def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        runtime: Runtime,
-        record: Recorder | None = None,
+        self, config: Config, spec: ModelSpec, runtime: Runtime, record: Recorder | None = None
     ) -> None:
         self.config, self.spec, self.groups = config, spec, runtime.groups
         algorithm = config.algorithm
@@ -116,15 +106,9 @@ class Actor:
         # A wrong objective fails before the model loads.
         load_objective(algorithm, max_response_tokens=config.rollout.max_response_tokens)
         self.chunks = build_chunks(config, spec, runtime)
-        total_steps = config.run.steps * self.updates_per_step
-        self.train_engine = TrainEngine(
-            self.chunks,
-            self.groups,
-            config.optimizer,
-            total_steps,
-            config.megatron.overrides,
-            self.updates_per_step,
-        )
+        total_steps, overrides = config.run.steps * self.updates_per_step, config.megatron.overrides
+        options = (config.optimizer, total_steps, overrides, self.updates_per_step)
+        self.train_engine = TrainEngine(self.chunks, self.groups, *options)
         self.offloader = Offloader(self.train_engine, config.megatron.offload)
         self._experts = spec.experts
         self._router_replay = None
@@ -316,10 +300,7 @@ class Actor:
         return [by_index[i] for i in range(len(responses))]
 
     def _compare_ranks(
-        self,
-        groups: Groups,
-        mini_batches: Sequence[list[MicroBatch]],
-        shares: dict[str, int],
+        self, groups: Groups, mini_batches: Sequence[list[MicroBatch]], shares: dict[str, int]
     ) -> None:
         """Raise RankMismatch on every rank if ranks have different data or weights. Collective."""
         if dist.get_world_size() == 1:

@@ -6,7 +6,6 @@ before its checksum was compared with the manifest.
 """
 
 import hashlib
-import inspect
 import json
 import os
 import queue
@@ -98,9 +97,8 @@ def save_checkpoint(
 
     on_rank_0(begin)
     form = optimizer and optimizer_form(chunks[0].config, spec)
-    # From 0.19 on, Megatron-Core prefers another package's writer if it is installed.
+    # Megatron-Core prefers another package's writer if it is installed.
     options = {"async_sharded_save": True, "async_strategy": "mcore"}
-    known = inspect.signature(dist_checkpointing.save).parameters.keys()
     try:
         patches.keep_checkpoint_results_in_process()
         # Without the wrapper the first of several data-parallel ranks would write everything.
@@ -108,7 +106,6 @@ def save_checkpoint(
         tensors = _sharded_state(chunks, optimizer, form, is_loading=False)
         data = (getattr(value, "data", None) for value in nested_values(tensors))
         in_use = {x.untyped_storage().data_ptr() for x in data if isinstance(x, torch.Tensor)}
-        options = {name: value for name, value in options.items() if name in known}
         request = dist_checkpointing.save(tensors, str(partial), strategy, **options)
         if state is not None:
             save_rng(partial)
@@ -199,8 +196,7 @@ class Save:
             if buckets:
                 results = {i: result for i, (result, _) in enumerate(written)}
                 self._request.async_fn_args[2].put(results)
-            names = (name for _, name, _ in buckets)
-            self._checksums = dict(zip(names, (digest for _, digest in written), strict=True))
+            self._checksums = dict(file for _, file in written)
         except BaseException as error:
             self._error = _not_written(self._partial, error)
         finally:
@@ -209,8 +205,8 @@ class Save:
                 tensors.clear()  # frees the host memory
 
 
-def _write_file(bucket: Any) -> tuple[list[Any], str]:
-    """Write one file with fsync, by Megatron's writer; return its results and SHA-256."""
+def _write_file(bucket: Any) -> tuple[list[Any], tuple[str, str]]:
+    """Write one file with fsync, by Megatron's writer; return its results, name and SHA-256."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     hashing, results, counts = _Hashing(), queue.SimpleQueue[Any](), queue.Queue[int]()
@@ -219,7 +215,7 @@ def _write_file(bucket: Any) -> tuple[list[Any], str]:
     _, written = results.get()
     if isinstance(written, Exception):
         raise written
-    return written, hashing.digest.hexdigest()
+    return written, (bucket[1], hashing.digest.hexdigest())
 
 
 class _Hashing(_StorageWriterTransforms):
@@ -318,14 +314,12 @@ def read_state(path: str | Path) -> dict[str, Any]:
 def model_identity(spec: ModelSpec) -> dict[str, Any]:
     """Return what distinguishes models, independent of the transformers version."""
     experts = spec.experts
+    names = ("num_hidden_layers", "num_attention_heads", "rms_norm_eps", "tie_word_embeddings")
     return {
         "experts": experts and {**vars(experts), "layers": list(experts.layers)},
         "architecture": spec.architecture,
-        "num_hidden_layers": spec.num_hidden_layers,
-        "num_attention_heads": spec.num_attention_heads,
-        "rms_norm_eps": spec.rms_norm_eps,
+        **{name: getattr(spec, name) for name in names},
         "attention_bias": bool(spec.hf_config.get("attention_bias")),
-        "tie_word_embeddings": spec.tie_word_embeddings,
         **spec.sizes,
         **spec.rope.model_arguments(),
         **spec.rope.yarn,

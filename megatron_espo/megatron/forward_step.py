@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -12,9 +12,9 @@ from torch import Tensor
 from megatron_espo.algo import load_objective
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.megatron.attention import SharedPrefixSeqParams
-from megatron_espo.megatron.head import LogProbEntropyHead
 from megatron_espo.megatron.loss import PolicyLoss, Recorder
 from megatron_espo.megatron.router_replay import RouterReplay
+from megatron_espo.numerics import linear_logprob_entropy
 
 if TYPE_CHECKING:
     from megatron_espo.config import Algorithm
@@ -57,13 +57,14 @@ def make_forward_step(
         InputError: an unknown objective, or settings that it does not have.
     """
     objective = load_objective(algorithm, max_response_tokens=max_response_tokens)
-    head = LogProbEntropyHead(
-        groups.tp,
-        temperature,
-        vocab_size,
-        entropy_grad=bool(algorithm.entropy_coef) or objective.uses_entropy,
-        budget_bytes=head_budget_bytes,
-    )
+    options = {
+        "group": groups.tp,
+        "temperature": temperature,
+        "vocab_size": vocab_size,
+        "entropy_grad": bool(algorithm.entropy_coef) or objective.uses_entropy,
+        "budget_bytes": head_budget_bytes,
+    }
+    head = partial(score_tokens, options)
     loss = PolicyLoss(objective, algorithm, groups.cp, vocab_size, record)
 
     def forward_step(data_iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
@@ -82,6 +83,41 @@ def make_forward_step(
         return output, partial(loss, batch)
 
     return forward_step
+
+
+def score_tokens(
+    options: dict[str, Any],
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    context: MicroBatch,
+    **_: Any,
+) -> Tensor:
+    """Log-probs and entropies as ``[2, trained_tokens]`` float32: an ``output_processor`` of
+    ``GPTModel``.
+
+    Only the positions that predict a trained token are multiplied with the output weight. The
+    collectives are those of :func:`megatron_espo.numerics.linear_logprob_entropy`.
+
+    Args:
+        options: further arguments of ``linear_logprob_entropy``.
+        hidden_states: ``[length, rows, hidden]``; with sequence parallelism ``[length/tp, ...]``.
+        output_layer: holds the weight, unless ``output_weight`` (a tied embedding) is given.
+        context: the micro-batch.
+    """
+    scored = linear_logprob_entropy(
+        hidden_states.flatten(0, 1),
+        output_layer.weight if output_weight is None else output_weight,
+        context.targets,
+        positions=context.logit_positions,
+        sampling_mask=context.sampling_mask,
+        sequence_parallel=output_layer.sequence_parallel,
+        # A bfloat16 logit of 20 is off by up to 0.06 nats; the engine's head is float32 too.
+        float32_logits=True,
+        **options,
+    )
+    return torch.stack(scored)
 
 
 def _sequence_parameters(batch: MicroBatch) -> PackedSeqParams | None:

@@ -66,12 +66,9 @@ class PolicyLoss:
         old_entropy = entropy.detach() if batch.old_entropy is None else batch.old_entropy
         segments, advantage = self._segment_tokens(batch, old_entropy)
         factor, per_token = self._rollout_correction(segments, old_logprob, batch.rollout_logprob)
-        corrected = (
-            segments if factor is None else replace(segments, weight=segments.weight * factor)
-        )
-        inputs = LossInputs(
-            logprob, old_logprob, advantage, corrected, entropy, self._sum_over_ranks
-        )
+        weight = segments.weight if factor is None else segments.weight * factor
+        corrected, total = replace(segments, weight=weight), self._sum_over_ranks
+        inputs = LossInputs(logprob, old_logprob, advantage, corrected, entropy, total)
         result = self.objective.loss(inputs)
         penalty = logprob.new_zeros(())
         if batch.reference_logprob is not None:

@@ -5,7 +5,6 @@ groups (collectives that return at once). A plan reads sizes from the result.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_espo.config import Config
 from megatron_espo.distributed import cpu, runtime
+from megatron_espo.megatron.patches import fake_process_groups
 from megatron_espo.models.mapping import ParamMapping
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.binding import ShardRanks, bind
@@ -29,14 +29,12 @@ class ParamShard:
         mapping: its Hugging Face tensors.
         shape: of this rank's shard.
         sharing: global ranks that hold its shards, in tensor-parallel order.
-        is_expert: whether only some of a stage's ranks have it (expert parallelism).
     """
 
     group: int
     mapping: ParamMapping
     shape: tuple[int, ...]
     sharing: tuple[int, ...]
-    is_expert: bool
 
 
 @dataclass(frozen=True)
@@ -77,18 +75,6 @@ class _OnMeta(TorchFunctionMode):
         return result.replace("meta.", "") if is_name else result
 
 
-@contextmanager
-def _fake_world(rank: int, world_size: int, sizes: dict[str, Any]) -> Iterator[Any]:
-    """Yield Megatron's process groups as ``rank`` of ``world_size`` sees them."""
-    from megatron_espo.megatron.patches import fake_process_groups
-
-    with fake_process_groups(rank, world_size):
-        try:
-            yield runtime.initialize(**sizes).groups
-        finally:
-            runtime.shutdown()
-
-
 def build_ranks(config: Config, spec: ModelSpec, world_size: int) -> Iterator[BuiltRank]:
     """Build the first rank of every pipeline stage, and the first of each share of its experts.
 
@@ -105,14 +91,14 @@ def build_ranks(config: Config, spec: ModelSpec, world_size: int) -> Iterator[Bu
     sizes = runtime.parallel_sizes(config.megatron)
     stage_ranks = world_size // config.megatron.pipeline_model_parallel_size
     for first in range(0, world_size, stage_ranks):
-        with _fake_world(first, world_size, sizes) as groups:
+        with fake_process_groups(first, world_size, sizes) as groups:
             chunks, built = _build(config, spec, groups)
             shared_by = groups.expt_tp.size()
         yield built
         for share in range(1, config.megatron.expert_model_parallel_size):
             # Megatron counts each rank's experts from 0, so the chunks are the same on the other
             # ranks. Ranks that share an expert are consecutive.
-            with _fake_world(first + share * shared_by, world_size, sizes) as groups:
+            with fake_process_groups(first + share * shared_by, world_size, sizes) as groups:
                 held = tuple(_held(chunks, spec, groups))
                 yield replace(built, rank=dist.get_rank(), held=held)
 
@@ -151,4 +137,4 @@ def _held(chunks: list[torch.nn.Module], spec: ModelSpec, groups: Any) -> Iterat
             is_expert = mapping.expert is not None
             sharing = dist.get_process_group_ranks(groups.expt_tp if is_expert else groups.tp)
             shape = tuple(parameter.shape)
-            yield ParamShard(index, mapping, shape, tuple(sharing), is_expert)
+            yield ParamShard(index, mapping, shape, tuple(sharing))

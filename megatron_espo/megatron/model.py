@@ -1,7 +1,6 @@
 """Build Megatron-Core's ``GPTModel`` of a ``ModelSpec``."""
 
 import importlib.util
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from megatron_espo.config import Config, Megatron
 from megatron_espo.distributed.runtime import PARALLEL_SIZES
 from megatron_espo.errors import InputError
+from megatron_espo.megatron import attention
 from megatron_espo.megatron.overrides import check_overrides
 from megatron_espo.models.spec import ExternalSpec, ModelSpec
 
@@ -24,22 +24,8 @@ _SHARED_SETTINGS = (
     "fp8_recipe",
 )
 
-
-# Arguments with a default here that ``megatron.overrides`` may change.
-_TUNABLE = (
-    "overlap_p2p_comm",
-    "batch_p2p_comm",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "gradient_accumulation_fusion",
-    "masked_softmax_fusion",
-    "persist_layer_norm",
-    "moe_grouped_gemm",
-    "moe_permute_fusion",
-    "apply_rope_fusion",
-    "moe_router_dtype",
-    "moe_token_dispatcher_type",
-)
+# Arguments of experts that ``megatron.overrides`` may change.
+_TUNABLE = ("moe_router_dtype", "moe_token_dispatcher_type")
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
@@ -53,48 +39,31 @@ def transformer_config(spec: ModelSpec, megatron: Megatron, dtype: torch.dtype) 
     """Return Megatron's ``TransformerConfig`` of a model."""
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    arguments = spec.transformer_arguments() | run_arguments(megatron, dtype)
-    arguments["activation_func"] = F.silu
+    arguments = spec.transformer_arguments() | {"activation_func": F.silu}
     if spec.experts:  # 8-bit matrix products need multiples of 16 tokens an expert
         arguments["moe_router_padding_for_quantization"] = bool(megatron.fp8)
     # Transformer Engine's kernel ignores YaRN's factor of the attention, and latent attention.
-    unfused = bool(spec.rope.yarn) or spec.is_latent
-    if unfused:
+    if spec.rope.yarn or spec.is_latent:
         arguments["apply_rope_fusion"] = False
-    tunable = set(_TUNABLE) - ({"apply_rope_fusion"} if unfused else set())
     kind = MLATransformerConfig if spec.is_latent else TransformerConfig
-    config = kind(**with_overrides(arguments, megatron, tunable))
+    config = kind(**run_arguments(arguments, megatron, dtype))
     for name, value in spec.rope.yarn.items():  # GPTModel reads them, and no argument sets them
         setattr(config, name, value)
     return config
 
 
-def with_overrides(
-    arguments: dict[str, Any], megatron: Megatron, tunable: Collection[str] = _TUNABLE
+def run_arguments(
+    arguments: dict[str, Any], megatron: Megatron, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Add the layout of the ``megatron`` section, and its overrides.
-
-    Args:
-        arguments: of ``TransformerConfig``.
-        tunable: names of ``arguments`` that an override may change.
+    """Add the run's settings to the model's arguments of ``TransformerConfig``, and the overrides.
 
     Raises:
-        InputError: an override of another argument, or of no field.
+        InputError: an override of one of ``arguments`` or of a setting, or of no field.
     """
-    shared = {name: getattr(megatron, name) for name in _SHARED_SETTINGS}
-    fixed = {name: "config.json and the other settings give it" for name in arguments}
-    fixed |= {name: f"set megatron.{name}" for name in shared}
-    fixed = {name: reason for name, reason in fixed.items() if name not in tunable}
-    chosen = check_overrides(megatron.overrides, fixed).transformer
-    return arguments | shared | dict(chosen)
-
-
-def run_arguments(megatron: Megatron, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments of ``TransformerConfig`` that do not depend on the model."""
     te = use_transformer_engine(megatron.transformer_impl)
     has_te = bool(importlib.util.find_spec("transformer_engine"))  # not on a machine that plans
     is_interleaved = megatron.virtual_pipeline_model_parallel_size is not None
-    return dict(
+    defaults = dict(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -119,14 +88,16 @@ def run_arguments(megatron: Megatron, dtype: torch.dtype) -> dict[str, Any]:
         moe_permute_fusion=te and has_te,
         apply_rope_fusion=te and has_te,
     )
+    shared = {name: getattr(megatron, name) for name in _SHARED_SETTINGS}
+    given = arguments.keys() - set(_TUNABLE)
+    fixed = dict.fromkeys(given, "config.json and the other settings give it")
+    fixed |= {name: f"set megatron.{name}" for name in shared}
+    chosen = check_overrides(megatron.overrides, fixed).transformer
+    return defaults | arguments | shared | dict(chosen)
 
 
 def build_model(
-    spec: ModelSpec,
-    megatron: Megatron,
-    groups: Any,
-    *,
-    dtype: torch.dtype = torch.float32,
+    spec: ModelSpec, megatron: Megatron, groups: Any, *, dtype: torch.dtype = torch.float32
 ) -> list[torch.nn.Module]:
     """Build this rank's chunks of Megatron's ``GPTModel``, with uninitialised weights.
 
@@ -143,8 +114,6 @@ def build_model(
         InputError: ``megatron.fp8`` without Transformer Engine.
     """
     from megatron.core.models.gpt import GPTModel
-
-    from megatron_espo.megatron.attention import SharedPrefixRotary, add_post_norms
 
     te = use_transformer_engine(megatron.transformer_impl)
     if megatron.fp8 and not te:
@@ -178,9 +147,9 @@ def build_model(
         if spec.experts and spec.experts.is_biased:
             _freeze_expert_bias(chunk)
         if spec.post_norms:
-            add_post_norms(chunk.decoder.layers, block.layer_norm)
+            attention.add_post_norms(chunk.decoder.layers, block.layer_norm)
         if not te and not spec.is_latent:
-            chunk.rotary_pos_emb = SharedPrefixRotary(chunk.rotary_pos_emb)
+            chunk.rotary_pos_emb = attention.SharedPrefixRotary(chunk.rotary_pos_emb)
         chunks.append(chunk.cuda())
     return chunks
 
@@ -204,7 +173,7 @@ def build_configured(config: Config, spec: ModelSpec, groups: Any) -> list:
     """Call :func:`build_model` with a run's configuration, or the model's own builder."""
     dtype = getattr(torch, config.model.dtype)
     if isinstance(spec, ExternalSpec):
-        arguments = with_overrides(run_arguments(config.megatron, dtype), config.megatron)
+        arguments = run_arguments({}, config.megatron, dtype)
         return spec.build(config.model.path, arguments, groups)
     return build_model(spec, config.megatron, groups, dtype=dtype)
 
@@ -220,20 +189,15 @@ def layer_spec(spec: ModelSpec, config: Any, te: bool, vp_stage: int | None, gro
         vp_stage=vp_stage,
         pp_rank=groups.pp.rank(),
     )
-    if not te:
-        from megatron_espo.megatron.attention import PackedDotProductAttention, RMSNorm
-
-        block.layer_norm = RMSNorm
-        for layer in block.layer_specs:
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            attention = layer.submodules.self_attention.submodules
-            attention.core_attention = PackedDotProductAttention
-            if config.qk_layernorm:
-                attention.q_layernorm = attention.k_layernorm = RMSNorm
-    for layer in block.layer_specs:
+    norm = block.layer_norm = block.layer_norm if te else attention.RMSNorm
+    for layer in block.layer_specs if not te else ():
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+        parts = layer.submodules.self_attention.submodules
+        parts.core_attention = attention.PackedDotProductAttention
+        if config.qk_layernorm:
+            parts.q_layernorm = parts.k_layernorm = norm
+    for layer in block.layer_specs:  # one object may stand for several layers
         if spec.is_latent:
-            from megatron_espo.megatron.attention import use_latent_attention
-
-            use_latent_attention(layer, block.layer_norm)
+            attention.use_latent_attention(layer, norm)
         spec.change_layer(layer)
     return block

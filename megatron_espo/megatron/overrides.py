@@ -36,6 +36,8 @@ FIXED = {
     "fp4_param": "the weight update reads weights in model.dtype",
     "fp8_param": "the weight update reads weights in model.dtype",
     "init_model_with_meta_device": "weights are loaded from a model folder",
+    "use_cpu_initialization": "weights are loaded from a model folder",
+    "perform_initialization": "weights are loaded from a model folder",
     "variable_seq_lengths": "micro-batches of a pipeline have one shape",
     "optimizer": "checkpoints hold Adam's states",
     "grad_norm_skip_threshold": "optimizer.spike_factor skips such steps and reports them",

@@ -1,57 +1,24 @@
-"""Run-time changes to Megatron-Core and torch. ``distributed/cpu.py`` has those for a CPU.
+"""Run-time changes to Megatron-Core 0.19. ``distributed/cpu.py`` has those for a CPU.
 
-A function's docstring gives the reason. Its entry in ``PATCHES`` names the releases that it is for,
-and checks whether the installed release still needs it.
+A function's docstring gives the reason. ``tests/test_patches.py`` checks that the installed release
+still needs each of them.
 """
 
 import functools
-import importlib
-import inspect
 import math
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-
-class Patch(NamedTuple):
-    """A patch of this module.
-
-    Attributes:
-        name: the function that applies it.
-        version: releases that it was written for.
-        module, source: the patch is needed while the module's source contains this text.
-    """
-
-    name: str
-    version: str
-    module: str
-    source: str
-
-    def is_needed(self) -> bool:
-        """Whether the installed release still has the code that the patch changes."""
-        return self.source in inspect.getsource(importlib.import_module(self.module))
+from megatron_espo.distributed import runtime
 
 
-PATCHES: list[Patch] = []
-
-
-def _patch(module: str, source: str, version: str = "Megatron-Core 0.19") -> Callable:
-    """Register the decorated function in ``PATCHES``."""
-
-    def register(function: Callable) -> Callable:
-        PATCHES.append(Patch(function.__name__, version, module, source))
-        return function
-
-    return register
-
-
-@_patch("megatron.core.dist_checkpointing.strategies.filesystem_async", "ctx.Manager().Queue()")
 def keep_checkpoint_results_in_process() -> None:
     """Collect the results of checkpoint writers in a queue of this process.
 
@@ -69,7 +36,6 @@ def optimizer_parts(optimizer: Any) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-@_patch("megatron.core.optimizer.distrib_optimizer", "dst_tensors[key].copy_(tensors[key])")
 def prepare_adam_for_loading(optimizer: Any) -> None:
     """Give torch's Adam its state before Megatron loads into it, and keep its step counts.
 
@@ -91,7 +57,6 @@ def _set_states(part: Any, parameter: torch.nn.Parameter, tensors: dict[str, tor
     type(part)._set_main_param_and_optimizer_states(part, parameter, tensors | {"step": step})
 
 
-@_patch("megatron.core.optimizer.distrib_optimizer", 's["step"] = step\n')
 def separate_adam_steps(optimizer: Any) -> None:
     """Give every parameter its own step count after loading.
 
@@ -103,9 +68,6 @@ def separate_adam_steps(optimizer: Any) -> None:
                 state["step"] = state["step"].clone()
 
 
-@_patch(
-    "megatron.core.optimizer.distrib_optimizer", "return_on_all_ranks=return_on_all_ranks or is_lo"
-)
 def save_optimizer_shards(optimizer: Any) -> None:
     """Let every data-parallel rank save its own shard of the state in ``fully_reshardable`` format.
 
@@ -197,10 +159,10 @@ def _boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
             start = index * row + end
 
 
-@_patch("megatron.core.parallel_state", 'backend="gloo"')
 @contextmanager
-def fake_process_groups(rank: int, world_size: int) -> Iterator[None]:
-    """Initialize torch's ``fake`` process groups, whose collectives return at once.
+def fake_process_groups(rank: int, world_size: int, sizes: dict[str, Any]) -> Iterator[Any]:
+    """Yield Megatron's process groups as ``rank`` of ``world_size`` sees them, with parallel
+    ``sizes``. They are torch's ``fake`` groups, whose collectives return at once.
 
     Megatron asks for gloo groups, which would connect to other ranks, and its optimizer gathers
     objects, which fake groups cannot. Here every group is fake, and every rank has the same object.
@@ -221,4 +183,7 @@ def fake_process_groups(rank: int, world_size: int) -> Iterator[None]:
         mock.patch.object(parallel_state, "create_group", create_group),
         mock.patch.object(dist, "all_gather_object", all_gather_object),
     ):
-        yield
+        try:
+            yield runtime.initialize(**sizes).groups
+        finally:
+            runtime.shutdown()

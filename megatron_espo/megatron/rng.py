@@ -17,16 +17,14 @@ def save_rng(folder: Path) -> None:
     """Write the states of torch, the device, Megatron's tracker, Python and NumPy durably."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    numpy: Any = np.random.get_state()
-    tracker = get_cuda_rng_tracker().get_states()
     states = {
-        "torch": _encode(torch.get_rng_state()),
-        "device": _encode(torch.cuda.get_rng_state()),
-        "tracker": {name: _encode(state) for name, state in tracker.items()},
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
         "python": random.getstate(),
-        "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
+        "numpy": np.random.get_state(),
     }
-    write_durably(_file(folder, dist.get_rank()), json.dumps(states) + "\n")
+    write_durably(_file(folder, dist.get_rank()), json.dumps(states, default=_encode) + "\n")
 
 
 def load_rng(folder: Path) -> bool:
@@ -48,7 +46,9 @@ def load_rng(folder: Path) -> bool:
     return True
 
 
-def _encode(state: torch.Tensor) -> str:
+def _encode(state: torch.Tensor | np.ndarray) -> Any:
+    if isinstance(state, np.ndarray):
+        return state.tolist()
     return base64.b64encode(state.cpu().numpy().tobytes()).decode()
 
 

@@ -14,14 +14,12 @@ from megatron_espo.distributed.checksum import array_checksum
 from megatron_espo.distributed.collectives import control_device
 from megatron_espo.types import SamplingMask
 
-Checksums = dict[str, int]
-
 
 def scatter_sequences(
     sequences: Sequence[TrainSequence],
     groups: Any,
     share_prompts: bool,
-    checksums: Checksums,
+    checksums: dict[str, int],
     masks: bool = False,
 ) -> list[TrainSequence]:
     """Send ids and log-probs from rank 0 to the data-parallel replica that trains each sequence.

@@ -59,34 +59,28 @@ class TrainEngine:
 
         self.config: Any = chunks[0].config
         self.groups = groups
-        is_distributed, ddp = (
-            settings.use_distributed_optimizer,
-            distributed.DistributedDataParallel,
-        )
+        is_sharded, has_cuda = settings.use_distributed_optimizer, torch.cuda.is_available()
         chosen = check_overrides(overrides or {}, {})
         # NCCL reduces gradients while backward runs. gloo has no streams to overlap.
-        overlap = chosen.ddp.get("overlap_grad_reduce", torch.cuda.is_available())
+        overlap = chosen.ddp.get("overlap_grad_reduce", has_cuda)
         ddp_settings = {
-            "use_distributed_optimizer": is_distributed,
+            "use_distributed_optimizer": is_sharded,
             "grad_reduce_in_fp32": True,
             "overlap_grad_reduce": overlap,
             # Weights are gathered during the next step's forward. After the last step they are read
             # at once: there is nothing to overlap.
-            "overlap_param_gather": overlap
-            and torch.cuda.is_available()
-            and is_distributed
-            and updates_per_step > 1,
+            "overlap_param_gather": overlap and has_cuda and is_sharded and updates_per_step > 1,
         }
         ddp_config = distributed.DistributedDataParallelConfig(**ddp_settings | dict(chosen.ddp))
-        if ddp_config.overlap_param_gather and not (
-            is_distributed and ddp_config.overlap_grad_reduce
-        ):
+        overlap = ddp_config.overlap_grad_reduce
+        if ddp_config.overlap_param_gather and not (is_sharded and overlap):
             raise InputError(
                 "megatron.overrides.overlap_param_gather: expected false without "
                 "optimizer.use_distributed_optimizer and overlap_grad_reduce, got true"
             )
+        ddp = distributed.DistributedDataParallel
         self.chunks = [ddp(self.config, ddp_config, c, pg_collection=groups) for c in chunks]
-        if ddp_config.overlap_grad_reduce:
+        if overlap:
             # The schedule reduces gradients in the backward of the last micro-batch only.
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -152,14 +146,12 @@ class TrainEngine:
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        iterators = [_ticking(micro_batches, tick) for _ in self.chunks]
         # The shape of the tensors between pipeline stages. Without a pipeline it is not used.
         rows, length = map(max, zip(*(batch.tokens.shape for batch in micro_batches), strict=True))
-        is_single = len(self.chunks) == 1
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iterators[0] if is_single else iterators,
-            model=self.chunks[0] if is_single else self.chunks,
+            data_iterator=[_ticking(micro_batches, tick) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=length * self.groups.cp.size(),
             micro_batch_size=rows,

@@ -76,14 +76,10 @@ class DeepseekV3(SharedExpertsModel):
         rope = hf.get("rope_parameters") or hf["rope_scaling"]
         growth, all_dim = 0.1 * math.log(rope["factor"]), rope.get("mscale_all_dim") or 0.0
         attention = growth * yarn["yarn_mscale"] + 1
-        return found | {
-            "rotary_scaling_factor": yarn["yarn_rotary_scaling_factor"],
-            "original_max_position_embeddings": yarn["yarn_original_max_position_embeddings"],
-            "beta_fast": yarn["yarn_beta_fast"],
-            "beta_slow": yarn["yarn_beta_slow"],
-            "mscale": (attention * (growth * all_dim + 1) - 1) / growth,
-            "mscale_all_dim": all_dim,
-        }
+        mscale = (attention * (growth * all_dim + 1) - 1) / growth
+        same = "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"
+        found |= {name: yarn[f"yarn_{name}"] for name in same}
+        return found | {"mscale": mscale, "mscale_all_dim": all_dim}
 
     @cached_property
     def sizes(self) -> dict[str, int]:

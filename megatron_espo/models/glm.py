@@ -14,10 +14,6 @@ class Glm(ModelSpec):
     partial_rotary = has_bias_option = True
     dense_mlp = (rules.FUSED_GATE_UP, rules.DOWN)
 
-    def attention_rules(self) -> tuple[rules.ParamRule, ...]:
-        has_bias = self.hf_config["attention_bias"]
-        return (rules.QKV_WEIGHT, rules.QKV_BIAS) if has_bias else (rules.QKV_WEIGHT,)
-
     def transformer_arguments(self) -> dict[str, Any]:
         return super().transformer_arguments() | {"rotary_interleaved": True}
 
@@ -39,6 +35,5 @@ class Glm4Moe(SharedExpertsModel):
     partial_rotary = has_bias_option = True
 
     def attention_rules(self) -> tuple[rules.ParamRule, ...]:
-        bias = (rules.QKV_BIAS,) if self.hf_config["attention_bias"] else ()
         norms = (rules.Q_NORM, rules.K_NORM) if self.hf_config["use_qk_norm"] else ()
-        return (rules.QKV_WEIGHT, *bias, *norms)
+        return (*super().attention_rules(), *norms)

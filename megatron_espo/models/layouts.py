@@ -117,11 +117,10 @@ def local_shape(
     if layout is ShardLayout.VOCAB and padded_vocab is not None:
         assert padded_vocab >= shape[0], (padded_vocab, shape)
         shape[0] = padded_vocab
-    cut = [s[layout.dim] for s in shapes] if layout is ShardLayout.GATED else [shape[layout.dim]]
-    if layout is ShardLayout.FUSED_GATED:
-        cut = [shape[0] // 2]
-    if any(extent % tp_size for extent in cut):
-        size = f"{layout.value} weights of {cut[0]} features"
+    is_gated = layout in (ShardLayout.GATED, ShardLayout.FUSED_GATED)  # gate, and as many rows
+    features = shape[layout.dim] // (2 if is_gated else 1)
+    if features % tp_size:
+        size = f"{layout.value} weights of {features} features"
         raise InputError(f"{size} do not divide by {tp_size} ranks")
     shape[layout.dim] //= tp_size
     return tuple(shape)

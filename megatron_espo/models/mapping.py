@@ -67,117 +67,68 @@ def make_rule(layout: ShardLayout, megatron: str, huggingface: dict[str, str]) -
 REPLICATED, ROW, VOCAB = ShardLayout.REPLICATED, ShardLayout.ROW, ShardLayout.VOCAB
 QKV, GATED = ShardLayout.QKV, ShardLayout.GATED
 
-# Transformer Engine uses the second name: it fuses the norm into the next linear layer.
-INPUT_NORM = make_rule(
-    REPLICATED,
-    "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight",
-    {"input_layernorm.weight": "hidden"},
-)
-MLP_NORM = make_rule(
-    REPLICATED,
-    "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight",
-    {"post_attention_layernorm.weight": "hidden"},
-)
-QKV_WEIGHT = make_rule(
-    QKV,
-    "self_attention.linear_qkv.weight",
-    {
-        "self_attn.q_proj.weight": "query hidden",
-        "self_attn.k_proj.weight": "key hidden",
-        "self_attn.v_proj.weight": "key hidden",
-    },
-)
-QKV_BIAS = make_rule(
-    QKV,
-    "self_attention.linear_qkv.bias",
-    {
-        "self_attn.q_proj.bias": "query",
-        "self_attn.k_proj.bias": "key",
-        "self_attn.v_proj.bias": "key",
-    },
-)
-Q_NORM, K_NORM = (
-    make_rule(
-        REPLICATED,
-        f"self_attention.{x}_layernorm.weight",
-        {f"self_attn.{x}_norm.weight": "head_dim"},
+
+def _norm(megatron: str, huggingface: str, size: str = "hidden") -> ParamRule:
+    return make_rule(REPLICATED, megatron, {f"{huggingface}.weight": size})
+
+
+def _qkv(kind: str, columns: str = "") -> ParamRule:
+    rows = {"q": "query", "k": "key", "v": "key"}
+    theirs = {f"self_attn.{x}_proj.{kind}": f"{size} {columns}" for x, size in rows.items()}
+    return make_rule(QKV, f"self_attention.linear_qkv.{kind}", theirs)
+
+
+def _gated_mlp(megatron: str, huggingface: str, size: str) -> tuple[ParamRule, ParamRule]:
+    """Rules of gate and up projection, and of the down projection, with ``size`` features."""
+    up = {f"{huggingface}.{name}_proj.weight": f"{size} hidden" for name in ("gate", "up")}
+    down = {f"{huggingface}.down_proj.weight": f"hidden {size}"}
+    return (
+        make_rule(GATED, megatron.format("linear_fc1"), up),
+        make_rule(ROW, megatron.format("linear_fc2"), down),
     )
-    for x in "qk"
+
+
+# Transformer Engine uses the second name: it fuses the norm into the next linear layer.
+INPUT_NORM = _norm(
+    "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight", "input_layernorm"
 )
+MLP_NORM = _norm(
+    "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm"
+)
+# Norms of what a layer's attention and feed-forward add to the residual (sandwich norms).
+ATTENTION_POST_NORM = _norm(
+    "self_attention.linear_proj.post_layernorm.weight", "post_self_attn_layernorm"
+)
+MLP_POST_NORM = _norm("mlp.linear_fc2.post_layernorm.weight", "post_mlp_layernorm")
+FINAL_NORM = _norm("decoder.final_layernorm.weight", "model.norm")
+
+QKV_WEIGHT, QKV_BIAS = _qkv("weight", "hidden"), _qkv("bias")
+Q_NORM = _norm("self_attention.q_layernorm.weight", "self_attn.q_norm", "head_dim")
+K_NORM = _norm("self_attention.k_layernorm.weight", "self_attn.k_norm", "head_dim")
 ATTENTION_OUTPUT = make_rule(
     ROW, "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden query"}
 )
-GATE_UP = make_rule(
-    GATED,
-    "mlp.linear_fc1.weight",
-    {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"},
-)
-DOWN = make_rule(ROW, "mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"})
 
-# Norms of what a layer's attention and feed-forward add to the residual (sandwich norms).
-ATTENTION_POST_NORM, MLP_POST_NORM = (
-    make_rule(REPLICATED, f"{linear}.post_layernorm.weight", {f"{name}.weight": "hidden"})
-    for linear, name in (
-        ("self_attention.linear_proj", "post_self_attn_layernorm"),
-        ("mlp.linear_fc2", "post_mlp_layernorm"),
-    )
-)
+GATE_UP, DOWN = _gated_mlp("mlp.{}.weight", "mlp", "ffn")
 FUSED_GATE_UP = make_rule(
-    ShardLayout.FUSED_GATED,
-    "mlp.linear_fc1.weight",
-    {"mlp.gate_up_proj.weight": "gate_up hidden"},
+    ShardLayout.FUSED_GATED, "mlp.linear_fc1.weight", {"mlp.gate_up_proj.weight": "gate_up hidden"}
 )
-
+SHARED_MLP = _gated_mlp("mlp.shared_experts.{}.weight", "mlp.shared_experts", "shared_ffn")
 ROUTER = make_rule(REPLICATED, "mlp.router.weight", {"mlp.gate.weight": "experts hidden"})
 # The grouped matrix product uses the second name: all experts of a rank are in one module.
 _EXPERT = "mlp.experts.local_experts.{{expert}}.{0}.weight mlp.experts.{0}.weight{{expert}}"
-EXPERT_GATE_UP = make_rule(
-    GATED,
-    _EXPERT.format("linear_fc1"),
-    {
-        "mlp.experts.{expert}.gate_proj.weight": "expert_ffn hidden",
-        "mlp.experts.{expert}.up_proj.weight": "expert_ffn hidden",
-    },
-)
-EXPERT_DOWN = make_rule(
-    ROW,
-    _EXPERT.format("linear_fc2"),
-    {"mlp.experts.{expert}.down_proj.weight": "hidden expert_ffn"},
-)
-
-EXPERT_MLP = (ROUTER, EXPERT_GATE_UP, EXPERT_DOWN)
+EXPERT_MLP = (ROUTER, *_gated_mlp(_EXPERT, "mlp.experts.{expert}", "expert_ffn"))
 # Added to the routers' scores to choose experts. Rounded to bfloat16 it would choose others.
 EXPERT_BIAS = "e_score_correction_bias"
 ROUTER_BIAS = replace(
     make_rule(REPLICATED, "mlp.router.expert_bias", {f"mlp.gate.{EXPERT_BIAS}": "experts"}),
     is_float32=True,
 )
-SHARED_MLP = (
-    make_rule(
-        GATED,
-        "mlp.shared_experts.linear_fc1.weight",
-        {
-            "mlp.shared_experts.gate_proj.weight": "shared_ffn hidden",
-            "mlp.shared_experts.up_proj.weight": "shared_ffn hidden",
-        },
-    ),
-    make_rule(
-        ROW,
-        "mlp.shared_experts.linear_fc2.weight",
-        {"mlp.shared_experts.down_proj.weight": "hidden shared_ffn"},
-    ),
-)
 
-EMBEDDING = make_rule(
-    VOCAB, "embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"}
-)
+_EMBED_TOKENS = {"model.embed_tokens.weight": "vocab hidden"}
+EMBEDDING = make_rule(VOCAB, "embedding.word_embeddings.weight", _EMBED_TOKENS)
 # With tied embeddings the last pipeline stage holds a copy of the embedding under the second name.
 TIED_EMBEDDING = make_rule(
-    VOCAB,
-    "embedding.word_embeddings.weight output_layer.weight",
-    {"model.embed_tokens.weight": "vocab hidden"},
-)
-FINAL_NORM = make_rule(
-    REPLICATED, "decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}
+    VOCAB, "embedding.word_embeddings.weight output_layer.weight", _EMBED_TOKENS
 )
 OUTPUT = make_rule(VOCAB, "output_layer.weight", {"lm_head.weight": "vocab hidden"})

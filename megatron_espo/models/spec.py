@@ -198,7 +198,8 @@ class ModelSpec:
 
     def attention_rules(self) -> tuple[ParamRule, ...]:
         """Rules of the QKV projection, with its bias and norms."""
-        return (rules.QKV_WEIGHT,)
+        has_bias = self.has_bias_option and self.hf_config.get("attention_bias")
+        return (rules.QKV_WEIGHT, rules.QKV_BIAS) if has_bias else (rules.QKV_WEIGHT,)
 
     def layer_rules(self, layer: int) -> tuple[ParamRule, ...]:
         """Rules of a decoder layer, counted from 0."""
@@ -237,7 +238,7 @@ class ModelSpec:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Sizes, in elements, of the symbols that the rules use."""
-        return {
+        sizes = {
             "hidden": self.hidden_size,
             "query": self.num_attention_heads * self.head_dim,
             "value": self.num_attention_heads * self.head_dim,
@@ -245,11 +246,10 @@ class ModelSpec:
             "head_dim": self.head_dim,
             "ffn": self.intermediate_size,
             "vocab": self.vocab_size,
-        } | (
-            {"experts": e.count, "expert_ffn": e.ffn, "shared_ffn": e.shared_ffn}
-            if (e := self.experts)
-            else {}
-        )
+        }
+        if e := self.experts:
+            sizes |= {"experts": e.count, "expert_ffn": e.ffn, "shared_ffn": e.shared_ffn}
+        return sizes
 
     @cached_property
     def groups(self) -> list[list[ParamMapping]]:

@@ -60,7 +60,14 @@ class Shard:
         temperature: float,
         path: Path,
     ) -> None:
-        self.group, self.scale, self.path = group, 1.0 / temperature, path
+        self.group, self.scale = group, 1.0 / temperature
+        is_compiled = path == "compiled"
+        self._statistics: Callable = partial(torch_path.statistics, compiled=is_compiled)
+        self._gradient: Callable = partial(torch_path.gradient, compiled=is_compiled)
+        if path == "triton":
+            from megatron_espo.numerics import triton_path
+
+            self._statistics, self._gradient = triton_path.statistics, triton_path.gradient
         self._first = 0 if group is None else group.rank() * width
         true = width if vocab_size is None else vocab_size - self._first
         self.columns = min(max(true, 0), width)
@@ -80,12 +87,7 @@ class Shard:
             ``(m, a, b, y)`` as ``[tokens, 4]``, float32 (float64 for float64 logits), and with
             ``store`` the maxima ``[tokens, tiles]``.
         """
-        run: Callable = partial(torch_path.statistics, compiled=self.path == "compiled")
-        if self.path == "triton":
-            from megatron_espo.numerics import triton_path
-
-            run = triton_path.statistics
-        sums, tile_max = run(logits, self.columns, self.scale, store)
+        sums, tile_max = self._statistics(logits, self.columns, self.scale, store)
         local = targets - self._first
         here = (local >= 0) & (local < self.columns)
         index = local.clamp(0, logits.shape[1] - 1).unsqueeze(1)
@@ -110,13 +112,8 @@ class Shard:
             terms: ``[tokens, 5]`` of :func:`~megatron_espo.numerics.statistics.gradient_terms`.
             entropy: whether the entropy has a gradient.
         """
-        run: Callable = partial(torch_path.gradient, compiled=self.path == "compiled")
-        if self.path == "triton":
-            from megatron_espo.numerics import triton_path
-
-            run = triton_path.gradient
         local = targets - self._first
-        run(source, out, self.columns, local, terms, self.scale, entropy, tile_max)
+        self._gradient(source, out, self.columns, local, terms, self.scale, entropy, tile_max)
 
     def local_columns(self, cells: Tensor) -> Tensor:
         """Of ``cells [2, n]`` (row, global token id) those of this shard, as row and column."""

@@ -1,45 +1,24 @@
 """Stream the weights of a user's own exporter (``model.exporter``)."""
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any
 
 import torch
 
 from megatron_espo.errors import InputError
 from megatron_espo.models.mapping import EXPERT_BIAS
-from megatron_espo.weights.source import ParameterMetadata
+from megatron_espo.weights.source import ParameterMetadata, TensorStream
 
 # Yields (Hugging Face name, whole tensor). Each call starts a new pass.
 Export = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
-def load_exporter(
-    name: str, chunks: Sequence[torch.nn.Module], hf_config: dict[str, Any]
-) -> Export:
-    """Import ``module:function`` and bind it to this rank's model.
-
-    ``function(chunks, hf_config)`` is called on every rank at once. It returns an iterator of
-    (Hugging Face name, whole tensor), the same on all ranks, such as Megatron-Bridge's
-    ``bridge.export_hf_weights(chunks)``.
-
-    Raises:
-        InputError: no such function. Exceptions of the import pass through.
-    """
-    module_name, _, attribute = name.partition(":")
-    function = getattr(importlib.import_module(module_name), attribute, None)
-    if not callable(function):
-        raise InputError(
-            f"model.exporter: expected module:function, got {name!r}; {module_name} has no such "
-            "function"
-        )
-    return partial(function, chunks, hf_config)
-
-
-class ExportedWeightSource:
+class ExportedWeightSource(TensorStream):
     """An exporter with the methods of vLLM's ``WeightSource`` (without importing vLLM).
+
+    A user's function (``model.exporter``) is called on every rank at once, with the model chunks
+    and the content of ``config.json``. It returns an iterator of (Hugging Face name, whole tensor),
+    the same on all ranks, such as Megatron-Bridge's ``bridge.export_hf_weights(chunks)``.
 
     The constructor runs one pass on all ranks for names and shapes, and sends nothing.
 
@@ -47,8 +26,6 @@ class ExportedWeightSource:
         export: see ``Export``; all ranks iterate it together.
         dtype: dtype of the stream; a bias of a router is float32.
     """
-
-    participates = True
 
     def __init__(self, export: Export, dtype: torch.dtype) -> None:
         self._export, self._dtype = export, dtype
@@ -83,10 +60,6 @@ class ExportedWeightSource:
                     )
                 tensors.append(tensor.detach().to(self._dtype_of(name)))
             yield names, tensors
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for names, tensors in self.iter_groups():
-            yield from zip(names, tensors, strict=True)
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(EXPERT_BIAS) else self._dtype

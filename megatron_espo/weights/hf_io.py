@@ -1,25 +1,55 @@
 """Load a Hugging Face folder into a Megatron model, and export a model to such a folder."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from megatron_espo.config.model_folder import OWN_HEAD, tensor_problems
+from megatron_espo.config.model_folder import (
+    OWN_HEAD,
+    stored_tensors,
+    tensor_problems,
+    weight_problems,
+)
+from megatron_espo.distributed.collectives import first_not_none
 from megatron_espo.errors import InputError
 from megatron_espo.models.layouts import shard_into
 from megatron_espo.models.spec import ExternalSpec, ModelSpec
 from megatron_espo.weights.binding import ShardRanks, bind
 from megatron_espo.weights.exporter import ExportedWeightSource
-from megatron_espo.weights.hf_reader import CheckpointFolder
 from megatron_espo.weights.hf_writer import write_folder
 from megatron_espo.weights.source import WeightGatherer
 
 _ROWS = 4096  # of the vocabulary, read at a time
+
+
+class CheckpointFolder:
+    """The tensors of ``model.safetensors``, or of the files in ``model.safetensors.index.json``.
+
+    Only headers are read until a slice is indexed; then only the bytes of that slice.
+
+    Attributes:
+        names: the names of all tensors.
+
+    Raises:
+        InputError: no weights, or an unreadable file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        for problem in weight_problems(self.path):
+            raise InputError(problem)
+        self._file_of, _ = stored_tensors(self.path)
+        self._open = lru_cache(None)(lambda file: safe_open(file, framework="pt"))
+        self.names = frozenset(self._file_of)
+
+    def get_slice(self, name: str) -> Any:
+        """Return safetensors' lazy slice of a tensor."""
+        return self._open(self._file_of[name]).get_slice(name)
 
 
 def open_checkpoint(spec: ModelSpec, path: str | Path) -> CheckpointFolder:
@@ -49,10 +79,7 @@ def _check_tied_head(folder: CheckpointFolder, vocab_size: int) -> None:
 
 @torch.no_grad()
 def load_hf_weights(
-    chunks: Sequence[torch.nn.Module],
-    spec: ModelSpec,
-    path: str | Path,
-    pg_collection: Any,
+    chunks: Sequence[torch.nn.Module], spec: ModelSpec, path: str | Path, pg_collection: Any
 ) -> None:
     """Read a Hugging Face folder into this rank's model chunks, in place. Zero collectives.
 
@@ -75,8 +102,8 @@ def load_hf_weights(
     ranks = ShardRanks.of(pg_collection)
     bound = [item for group in bind(chunks, spec.groups, ranks) for item in group]
     folder = open_checkpoint(spec, path)
-    slices = [[folder.get_slice(name) for name, _ in m.huggingface] for m, _ in bound]
-    for (mapping, parameter), sources in zip(bound, slices, strict=True):
+    for mapping, parameter in bound:
+        sources = [folder.get_slice(name) for name, _ in mapping.huggingface]
         shard = ranks.shard(mapping)
         shard_into(parameter, sources, mapping.layout, *shard, mapping.query_groups)
 
@@ -97,30 +124,27 @@ def save_hf(
     file in host memory. Configuration and tokenizer are copied from ``source_dir``; the tokenizer
     from ``tokenizer`` (a folder or a SentencePiece file) if it is given.
 
-    Collectives: those of :class:`WeightGatherer`; then one broadcast over all ranks, so that a
-    failed write raises on every rank.
+    Collectives: those of :class:`WeightGatherer`; then one gather over all ranks, so that a failed
+    write raises on every rank.
 
     Raises:
         InputError: ``out_dir`` exists and is not an earlier export.
-        RuntimeError: rank 0 could not write.
+        OSError, SafetensorError: rank 0 could not write.
     """
     source: ExportedWeightSource | WeightGatherer
     if isinstance(spec, ExternalSpec):
         source = ExportedWeightSource(partial(spec.export, chunks, str(source_dir)), dtype)
     else:
         source = WeightGatherer(chunks, spec, pg_collection, dtype=dtype)
-    metadata, stream, failure = source.metadata(), iter(source), None
+    metadata, stream = source.metadata(), iter(source)
+    failure: Exception | None = None
     if dist.get_rank() == 0:
-        out, source_folder = Path(out_dir), Path(source_dir)
+        paths = Path(out_dir), Path(source_dir)
         try:
-            write_folder(metadata, stream, out, source_folder, dtype, max_file_bytes, tokenizer)
+            write_folder(metadata, stream, *paths, dtype, max_file_bytes, tokenizer)
         except (OSError, ValueError, SafetensorError) as error:
             failure = error
     for _ in stream:  # every rank takes part in all gathers, even if rank 0 failed to write
         pass
-    message = [failure and f"{type(failure).__name__}: {failure}"]
-    dist.broadcast_object_list(message, src=0)
-    if failure is not None:
+    if failure := first_not_none(failure):
         raise failure
-    if message[0] is not None:
-        raise RuntimeError(f"rank 0 could not write {out_dir}: {message[0]}")

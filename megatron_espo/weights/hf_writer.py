@@ -52,23 +52,16 @@ def write_folder(
             f"{out_dir}: expected nothing or an earlier export, got something else; choose another "
             "folder"
         )
-    partial = out_dir.with_name(out_dir.name + ".partial")
+    partial, old = (out_dir.with_name(out_dir.name + end) for end in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_partial(
-            metadata,
-            stream,
-            partial,
-            source_dir,
-            dtype,
-            max_file_bytes,
-            Path(tokenizer or source_dir),
-        )
+        _copy_metadata_files(source_dir, Path(tokenizer or source_dir), partial, dtype)
+        _write_tensors(metadata, stream, partial, max_file_bytes)
+        make_durable(*partial.iterdir(), partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    old = out_dir.with_name(out_dir.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out_dir.exists():
         out_dir.rename(old)
@@ -76,16 +69,12 @@ def write_folder(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_partial(
+def _write_tensors(
     metadata: list[ParameterMetadata],
     stream: Iterator[tuple[str, Any]],
-    partial: Path,
-    source_dir: Path,
-    dtype: torch.dtype,
+    folder: Path,
     max_file_bytes: int,
-    tokenizer: Path,
 ) -> None:
-    _copy_metadata_files(source_dir, tokenizer, partial, dtype)
     split = split_state_dict_into_shards_factory(
         {item.name: item for item in metadata},
         get_storage_size=lambda item: torch.Size(item.shape).numel() * item.dtype.itemsize,
@@ -97,14 +86,13 @@ def _write_partial(
         file = split.tensor_to_filename[name]
         pending[file][name] = tensor.to("cpu", copy=True)
         if len(pending[file]) == len(split.filename_to_tensors[file]):
-            save_file(pending.pop(file), partial / file, metadata={"format": "pt"})
+            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
             # safetensors makes files that only their owner can read.
-            (partial / file).chmod((partial / "config.json").stat().st_mode)
+            (folder / file).chmod((folder / "config.json").stat().st_mode)
     assert not pending, pending.keys()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    make_durable(*partial.iterdir(), partial)
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_metadata_files(

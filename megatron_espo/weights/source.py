@@ -33,7 +33,20 @@ class ParameterMetadata:
     shape: tuple[int, ...]
 
 
-class WeightGatherer:
+class TensorStream:
+    """A source of groups of tensors that also yields single tensors."""
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[Any]]]:
+        """Yield (names, tensors) for each group."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for names, tensors in self.iter_groups():
+            yield from zip(names, tensors, strict=True)
+            del tensors  # free them before the next group is gathered
+
+
+class WeightGatherer(TensorStream):
     """The model's weights, one tensor after the other, gathered from the ranks that hold them.
 
     It has the methods of ``vllm.distributed.weight_transfer.base.WeightSource`` without importing
@@ -136,11 +149,6 @@ class WeightGatherer:
             except RuntimeError as error:
                 error.add_note(f"while rank {dist.get_rank()} gathered the layer of {names[0]!r}")
                 raise
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for names, tensors in self.iter_groups():
-            yield from zip(names, tensors, strict=True)
-            del tensors  # free them before the next group is gathered
 
     def _yielded(self) -> list[int]:
         """Return the indices of the groups that this rank yields."""

@@ -16,13 +16,14 @@ from megatron_espo.distributed.monitored_barrier import MonitoredBarrier, RankLo
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.models.spec import ExternalSpec, ModelSpec
+from megatron_espo.plugins import load_object
 from megatron_espo.rollout import transport
 from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.engine import EngineError, Phase, State
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from megatron_espo.types import Prompt
 from megatron_espo.weights import verification
-from megatron_espo.weights.exporter import ExportedWeightSource, load_exporter
+from megatron_espo.weights.exporter import ExportedWeightSource
 from megatron_espo.weights.verification import TOLERANCE, CanarySample, canary_gap, wrong_tensors
 from megatron_espo.weights.vllm_source import GatherError, MegatronWeightSource, ObservedSource
 
@@ -87,13 +88,11 @@ class WeightSync:
     ) -> None:
         rollout = self._config = config.rollout
         self._rank = runtime.rank
-        on_hosts = bool(rollout.hosts)
-        devices = rollout.visible_devices
+        on_hosts, devices = bool(rollout.hosts), rollout.visible_devices
         self._name = transport.resolve_transport(rollout.transport, devices, on_hosts)
         self._dtype, quantization = config.model.dtype, rollout.quantization
-        self._tolerance = TOLERANCE[
-            verification.bits(quantization) if quantization else self._dtype
-        ]
+        precision = verification.bits(quantization) if quantization else self._dtype
+        self._tolerance = TOLERANCE[precision]
         self._actor, self._engine = actor, engine
         self._canary, self._on_served = list(canary), on_served
         calls = _ENGINE_CALLS * rollout.timeout_s
@@ -108,9 +107,9 @@ class WeightSync:
 
     def _make_source(self, config: Config, spec: ModelSpec, runtime: Runtime) -> Any:
         dtype, chunks = getattr(torch, self._dtype), self._actor.chunks
-        if config.model.exporter:
-            export = load_exporter(config.model.exporter, chunks, spec.hf_config)
-            return ExportedWeightSource(export, dtype)
+        if name := config.model.exporter:
+            export = load_object("model.exporter", name, "module:function")
+            return ExportedWeightSource(partial(export, chunks, spec.hf_config), dtype)
         if isinstance(spec, ExternalSpec):
             return ExportedWeightSource(partial(spec.export, chunks, config.model.path), dtype)
         return MegatronWeightSource(
@@ -143,9 +142,9 @@ class WeightSync:
             try:
                 self._connect()
                 self._transfer(version, metrics)
-                self._on_all_ranks("finish", self._resume)
+                self._on_engines("finish", self._resume)
                 self._check_canary(metrics)
-                self._on_all_ranks("finish", self._serve)
+                self._on_engines("finish", lambda engine: engine.serve())
             except _Failure as failure:
                 self.disconnect()
                 if failure.is_input_error:
@@ -170,12 +169,12 @@ class WeightSync:
         ones.
         """
 
-        def sleep() -> None:
-            if self._engine is not None and self._engine.state != State.DEAD:
-                self._engine.sleep()
+        def sleep(engine: VLLMEngine) -> None:
+            if engine.state != State.DEAD:
+                engine.sleep()
 
         try:
-            self._on_all_ranks("sleep", sleep)
+            self._on_engines("sleep", sleep)
         except _Failure as failure:
             self._warn(f"{failure}\nthe next weight update restarts the rollout engine")
             self.disconnect()
@@ -199,9 +198,7 @@ class WeightSync:
         shapes = [(meta.name, tuple(meta.shape)) for meta in self._source.metadata()]
         engine, sleeps = self._engine, self._config.sleep
 
-        def start() -> None:
-            if engine is None:
-                return
+        def start(engine: VLLMEngine) -> None:
             check_names(shapes, engine.config.model)  # before the engine's slow start
             if engine.state == State.DEAD:
                 engine.start()
@@ -216,17 +213,17 @@ class WeightSync:
             if engine is not None and not sleeps:
                 engine.fill_nan(shapes)
 
-        def wake() -> None:
-            if engine is not None and engine.state == State.ASLEEP:
+        def wake(engine: VLLMEngine) -> None:
+            if engine.state == State.ASLEEP:
                 engine.wake(shapes)
 
         if self._transport is None:
             # A starting engine takes its whole share of the device's memory.
             with self._actor.offloader.without("weights"):
-                self._on_all_ranks("connect", start)
+                self._on_engines("connect", start)
             self._on_all_ranks("connect", connect)
         if sleeps:
-            self._on_all_ranks("wake", wake)
+            self._on_engines("wake", wake)
 
     def _transfer(self, version: int, metrics: dict[str, float]) -> None:
         """Send the weights. If it is due, compare the engine's weights with those sent."""
@@ -279,16 +276,11 @@ class WeightSync:
         names = "sync/quantization_error_max", "sync/unquantized", "sync/unaudited"
         return dict(zip(names, (largest, len(high), unaudited), strict=True))
 
-    def _resume(self) -> None:
+    def _resume(self, engine: VLLMEngine) -> None:
         """Let the engine generate again. It refuses requests until it serves."""
-        if self._engine is not None:
-            if self._config.sleep:
-                self._engine.wake_caches()
-            self._engine.resume()
-
-    def _serve(self) -> None:
-        if self._engine is not None:
-            self._engine.serve()
+        if self._config.sleep:
+            engine.wake_caches()
+        engine.resume()
 
     def _check_canary(self, metrics: dict[str, float]) -> None:
         """Compare log-probs of new greedy tokens with the trainer's forward pass."""
@@ -327,6 +319,11 @@ class WeightSync:
         if engine is not None:
             metrics["mismatch/canary"] = float(largest)
             metrics["time/canary_s"] = time.perf_counter() - began
+
+    def _on_engines(self, phase: str, action: Callable[[VLLMEngine], None]) -> None:
+        """Run ``action`` on the ranks with an engine. Collective as :meth:`_on_all_ranks`."""
+        engine = self._engine
+        self._on_all_ranks(phase, lambda: None if engine is None else action(engine))
 
     def _on_all_ranks(self, phase: str, action: Callable[[], None]) -> None:
         """Run ``action`` on this rank; raise the first rank's :class:`_Failure` on every rank.

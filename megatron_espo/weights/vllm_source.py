@@ -12,7 +12,7 @@ from vllm.distributed.weight_transfer.m2n_source import M2NWeightSource
 
 from megatron_espo.distributed.checksum import tensor_checksum, tensor_sketch
 from megatron_espo.distributed.monitored_barrier import RankLostError
-from megatron_espo.weights.source import WeightGatherer
+from megatron_espo.weights.source import TensorStream, WeightGatherer
 
 
 class MegatronWeightSource(WeightGatherer, WeightSource):  # type: ignore[misc]
@@ -27,7 +27,7 @@ class GatherError(RuntimeError):
     """The trainer failed to gather the weights. The message names the layer."""
 
 
-class ObservedSource(M2NWeightSource):
+class ObservedSource(TensorStream, M2NWeightSource):  # type: ignore[misc]
     """Records position, checksums and time of another source's stream. Tensors are not changed.
 
     For ``nccl_m2n`` every tensor counts as replicated: each trainer rank gathers the whole model.
@@ -73,10 +73,6 @@ class ObservedSource(M2NWeightSource):
         self.current, self.seconds = None, 0.0
         self._iterator = self._observed()
         return self._iterator
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for names, tensors in self.iter_groups():
-            yield from zip(names, tensors, strict=True)
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:

@@ -228,7 +228,7 @@ def _shards(held: Sequence[ParamShard]) -> list[Shards]:
     whole: list[tuple[int, ...]] = []
     found: list[Shards] = []
     for is_expert in (False, True):
-        kind = [shard for shard in held if shard.is_expert == is_expert]
+        kind = [shard for shard in held if (shard.mapping.expert is not None) == is_expert]
         size = len({rank for shard in kind for rank in shard.sharing})
         split = [s for s in kind if size > 1 and s.mapping.layout is not ShardLayout.REPLICATED]
         whole += [s.shape for s in kind if size == 1 or s.mapping.layout is ShardLayout.REPLICATED]
