@@ -77,9 +77,9 @@ def install() -> None:
     phase, ticking, backward = Phases.phase, optimizer._ticking, optimizer.TrainEngine.backward
 
     @contextmanager
-    def phase_with_fault(self, name, step, steps):
+    def phase_with_fault(self, name, step, steps, *check):
         global _step
-        with phase(self, name, step, steps) as on_progress:
+        with phase(self, name, step, steps, *check) as on_progress:
             _step = step
             inject(name)
             yield on_progress
