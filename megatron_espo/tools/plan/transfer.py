@@ -20,12 +20,14 @@ class GroupPlan:
     """Tensors that are gathered and sent together: the embedding, one decoder layer, or the head.
 
     Attributes:
+        stage: the pipeline stage that owns them.
         gathered_bytes: bytes of the whole tensors.
         peak_bytes: extra memory on a rank of the owning stage: the whole tensors, the last tensor
             of the previous group (vLLM's own transports still hold it), and the buffers of the
             largest collective.
     """
 
+    stage: int
     tensors: int
     gathered_bytes: int
     peak_bytes: int
@@ -131,7 +133,7 @@ def plan_transfer(
         size = sum(map(prod, shapes)) * itemsize
         gathers = [part for part in _shards(owned) if part[0] > 1 or stages > 1]
         buffers = traffic.add(gathers, stage, room)
-        plans.append(GroupPlan(len(shapes), size, last_tensor + size + buffers))
+        plans.append(GroupPlan(stage, len(shapes), size, last_tensor + size + buffers))
         last_tensor = 0 if transport == "files" else prod(shapes[-1]) * itemsize
     sizes = [group.gathered_bytes for group in plans]
     total, is_ipc = sum(sizes), transport == "ipc"
