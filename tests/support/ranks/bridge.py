@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_espo.config import load_config
 from megatron_espo.config.checks import read_model
+from megatron_espo.megatron.attention import SharedPrefixRotary
 from megatron_espo.megatron.model import build_configured, layer_spec
 from megatron_espo.models.bridge import MegatronBridge
 from megatron_espo.weights import WeightGatherer, load_hf_weights, save_hf
@@ -33,6 +34,7 @@ class Provider(TransformerConfig):
     should_pad_vocab: bool = False
     make_vocab_size_divisible_by: int = 128
     rotary_base: float = 10000.0
+    activation_func: Any = torch.nn.functional.silu
     _pg_collection: Any = None
     finalized: bool = False
 
@@ -47,7 +49,7 @@ class Provider(TransformerConfig):
         assert self.finalized and pre_process is None and post_process is None
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
         rank, size = self._pg_collection.pp.rank(), self._pg_collection.pp.size()
-        return GPTModel(
+        model = GPTModel(
             config=self,
             transformer_layer_spec=layer_spec(
                 self.spec, self, False, vp_stage, self._pg_collection
@@ -62,6 +64,9 @@ class Provider(TransformerConfig):
             pg_collection=self._pg_collection,
             vp_stage=vp_stage,
         )
+        # Without Transformer Engine prompts are shared, as in the built-in families.
+        model.rotary_pos_emb = SharedPrefixRotary(model.rotary_pos_emb)
+        return model
 
 
 class AutoBridge:
