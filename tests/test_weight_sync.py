@@ -131,7 +131,7 @@ def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(tmp_path, f
 
 
 def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
-    found = run_ranks(2, "tests.support.ranks.sync:faults", folder=folder)
+    found = run_ranks(2, "tests.support.ranks.sync:faults", folder=folder, timeout=480)
     served = r"are not served as they were sent: model\.embed_tokens\.weight, .*\(and \d+ more\)"
     expected = {
         "nothing loaded at start": "weights of version 0: rank 0, phase verify: "
