@@ -115,7 +115,7 @@ def test_wrong_arguments_are_refused():
     for change, message in (
         ({"level": "tokens"}, "level: expected one of token, sequence, geometric, got 'tokens'"),
         ({"cap": 0.0}, "cap: expected a positive number"),
-        ({"floor": 3.0}, "cap: expected a positive number from the floor 3.0 on, got 2.0"),
+        ({"floor": 3.0}, "cap: expected a positive number >= the floor 3.0, got 2.0"),
         ({"cap": math.nan}, "cap: expected a positive number"),
         ({"old_logprob": old[:1]}, "old_logprob: expected shape"),
         ({"rollout_logprob": rollout[:, None]}, "rollout_logprob: expected shape"),

@@ -95,9 +95,8 @@ def test_hugging_face_chat_and_text(tmp_path):
 def test_eos_and_vocab_come_from_the_model_folder(tmp_path):
     folder, model = write_hf_tokenizer(tmp_path / "tokenizer"), tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(
-        json.dumps({"text_config": {"vocab_size": 512, "eos_token_id": 3}})
-    )
+    config = {"eos_token_id": None, "text_config": {"vocab_size": 512, "eos_token_id": 3}}
+    (model / "config.json").write_text(json.dumps(config))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 4}))
     tokenizer = load_tokenizer(folder, model_path=model)
     assert tokenizer.eos_ids == {2, 4} and tokenizer.vocab_size == 512

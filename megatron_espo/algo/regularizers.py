@@ -44,7 +44,7 @@ def rollout_correction(
             shape or device is not that of ``segments``.
     """
     if not 0 <= floor <= cap or not cap > 0:
-        raise ValueError(f"cap: expected a positive number from the floor {floor} on, got {cap}")
+        raise ValueError(f"cap: expected a positive number >= the floor {floor}, got {cap}")
     ratio = _rollout_ratio(old_logprob, rollout_logprob, segments, level, sum_over_ranks)
     return ratio.clamp(floor, cap)
 

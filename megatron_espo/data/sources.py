@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -212,8 +213,9 @@ class _Reader:
             yield self._table(chunk)
 
     def _json_records(self) -> Iterator[tuple[int, Any]]:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(self._progress(file), start=1):
+        with self.path.open("rb") as file, self._progress(os.path.getsize(self.path)) as bar:
+            for number, line in enumerate(file, start=1):
+                bar.update(len(line))
                 if not line.strip():
                     continue
                 try:
@@ -233,12 +235,14 @@ class _Reader:
                 if self.problems.count:
                     return
                 number, batches = 0, file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns)
-                for batch in self._progress(batches, -(-file.metadata.num_rows // _CHUNK_ROWS)):
-                    chunk = _fast_table(batch, self, number)
-                    if chunk is None:
-                        chunk = self._table(enumerate(batch.to_pylist(), number + 1))
-                    yield chunk
-                    number += len(batch)
+                with self._progress(file.metadata.num_rows) as bar:
+                    for batch in batches:
+                        chunk = _fast_table(batch, self, number)
+                        if chunk is None:
+                            chunk = self._table(enumerate(batch.to_pylist(), number + 1))
+                        yield chunk
+                        number += len(batch)
+                        bar.update(len(batch))
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{self.path}: expected a Parquet file, got an unreadable one ({error}); write it "
@@ -261,10 +265,10 @@ class _Reader:
                 self.problems.add(str(self.path), f"{what}; {_CHOOSE_COLUMNS}")
         return columns
 
-    def _progress(self, parts: Iterable[Any], total: int | None = None) -> Iterable[Any]:
+    def _progress(self, total: int) -> tqdm:
         """Show a bar on a terminal, for a file that takes more than a second."""
         name = f"reading {self.path.name}"
-        return tqdm(parts, name, total, disable=None, leave=False, delay=1)
+        return tqdm(None, name, total, disable=None, leave=False, delay=1, unit_scale=True)
 
     def _table(self, records: Iterable[tuple[int, Any]]) -> pa.Table:
         """The chunk of the correct records."""

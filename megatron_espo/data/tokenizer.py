@@ -175,7 +175,9 @@ def load_tokenizer(
     folder = Path(model_path or (path if path.is_dir() else path.parent))
     files = [folder / "generation_config.json", folder / "config.json"]
     generation, config = (read_object(file) if file.is_file() else {} for file in files)
-    config = (config.get("text_config") or {}) | config  # multimodal models nest the text model's
+    # Multimodal models nest the text model's values.
+    own = {name: value for name, value in config.items() if value is not None}
+    config = (config.get("text_config") or {}) | own
     vocab_size = config.get("vocab_size")
     # Like transformers and vLLM: config.json counts if generation_config.json names no token.
     eos_ids = _declared_eos(generation, files[0]) or _declared_eos(config, files[1])

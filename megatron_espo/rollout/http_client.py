@@ -102,9 +102,9 @@ class HttpClient:
             content = await response.read()
             if response.status != 200:
                 kind = WrongKeyError if response.status == 401 else EngineError
-                text = content.decode(errors="replace")
+                text = content[:500].decode(errors="replace")
                 with suppress(ValueError, LookupError, TypeError):
-                    text = json.loads(text)["error"]["message"]  # of vLLM's own routes
+                    text = json.loads(content)["error"]["message"]  # of vLLM's own routes
                 raise kind(f"{path}: {response.status} {text}")
             return content, response.headers
 
