@@ -173,6 +173,7 @@ def convert(nproc: int, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_convert_command_round_trip(work, tmp_path):
     """Two ranks write, one rank reads; existing files are refused and kept."""
     (work / "untied" / "tokenizer.json").write_text("{}")

@@ -105,6 +105,7 @@ def test_a_run_learns_and_writes_all_files(folder, run):
     assert not any(before[name].equal(after[name]) for name in before), "a tensor was not trained"
 
 
+@pytest.mark.slow
 def test_colocation_gives_the_same_run(folder, run):
     """The engine sleeps during training, and trainer state is on the host during sampling.
 

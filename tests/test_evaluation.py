@@ -152,6 +152,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_engine_serves_the_weights_of_the_folder(folder, capsys):
     """Greedy responses of ``megatron-espo eval`` equal those of transformers."""
     import torch

@@ -34,7 +34,7 @@ def two_ranks():
     return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+@pytest.mark.parametrize("ranks", ["one_rank", pytest.param("two_ranks", marks=pytest.mark.slow)])
 def test_reward_rises(ranks, request):
     """By much more than the noise of one step, about 0.5 / sqrt(1024 tokens) = 0.016."""
     rewards = [reward for reward, _ in request.getfixturevalue(ranks)]

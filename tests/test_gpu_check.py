@@ -71,10 +71,8 @@ def test_later_engines_run_without_graphs_if_the_first_one_fails():
     assert "pytest" in steps.send(False).command and not plan.eager
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("stage", ["a", *(pytest.param(s, marks=SLOW) for s in "bcde")])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", "abcde")
 def test_stages_at_tiny_size(tmp_path, monkeypatch, stage):
     words = ["gpu_check", "--stages", stage, "--out", str(tmp_path), "--tiny"]
     monkeypatch.setattr(sys, "argv", words)

@@ -25,6 +25,7 @@ def run(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow
 def test_short_matrix_agrees():
     done = run("--short", "--ranks", "2")
     rows = [line for line in done.stdout.splitlines() if line.startswith(("dense", "moe"))]

@@ -90,6 +90,7 @@ def test_episodes(python):
     assert isinstance(raising, VerifiersError) and "pop from empty list" in str(raising)
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_an_error_and_is_replaced(python):
     async def lose():
         environment = make_environment(python)

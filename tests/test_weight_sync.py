@@ -130,6 +130,7 @@ def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(tmp_path, f
     assert answer["processes"] >= 3 and answer["left"] == []
 
 
+@pytest.mark.slow
 def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
     found = run_ranks(2, "tests.support.ranks.sync:faults", folder=folder, timeout=480)
     served = r"are not served as they were sent: model\.embed_tokens\.weight, .*\(and \d+ more\)"

@@ -95,6 +95,7 @@ def test_same_command_continues_after(runs, undisturbed, chain):
     runs.assert_same_end(chain, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_its_thread_writes_leaves_the_previous_checkpoint(runs, undisturbed):
     done = runs.train("written", fault="write:1:4:kill")
     assert done.returncode != 0, done.stdout + done.stderr
@@ -239,6 +240,7 @@ def test_damage_is_reported_with_alternatives(runs, saved, damage):
     assert runs.status(saved)["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_by_name_gives_the_same_end(runs, saved, undisturbed):
     flip(shard(runs, saved))
     done = runs.train(saved, "run.resume=step_000004", "run.checkpoint_every=5")
@@ -248,13 +250,18 @@ def test_an_older_checkpoint_by_name_gives_the_same_end(runs, saved, undisturbed
     assert kept == ["latest", "step_000005", "step_000006"]
 
 
+OTHER_RUNS = {
+    "algorithm.alpha=0.05": "algorithm.alpha 0.05 (checkpoint: 0.02)",
+    "data.system_prompt=Hm": "data.system_prompt Hm (checkpoint: None)",
+    "run.resume=step_000005": "run.resume: expected the name of a checkpoint in",
+}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("algorithm.alpha=0.05", "algorithm.alpha 0.05 (checkpoint: 0.02)"),
         ("run.seed=9", "run.seed 9 (checkpoint: 1)"),
-        ("data.system_prompt=Hm", "data.system_prompt Hm (checkpoint: None)"),
-        ("run.resume=step_000005", "run.resume: expected the name of a checkpoint in"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_RUNS.items()),
     ],
 )
 def test_another_runs_checkpoint_raises(runs, saved, override, message):
@@ -275,6 +282,7 @@ def test_a_checkpoint_of_an_earlier_release_raises(runs, tmp_path):
         checkpoints.find()
 
 
+@pytest.mark.slow
 def test_another_tokenizer_raises(runs, saved, tmp_path):
     for file in (runs.folder / "model").glob("*token*"):
         shutil.copy(file, tmp_path)
