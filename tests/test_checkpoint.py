@@ -170,7 +170,7 @@ def convert(nproc: int, *arguments) -> subprocess.CompletedProcess:
     )
     command = [sys.executable, *launcher, "-m", "megatron_espo", "convert", *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=720)
 
 
 @pytest.mark.slow

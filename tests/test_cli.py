@@ -72,7 +72,7 @@ def run(folder, *command, **environment):
         env.pop(name, None)
     command = [sys.executable, *command]
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=60, errors="replace"
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=180, errors="replace"
     )
 
 

@@ -124,7 +124,7 @@ def test_the_site_builds(tmp_path):
     site = tmp_path / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", site]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=360)
     assert done.returncode == 0, done.stdout + done.stderr
     algorithm = (site / "algorithm.html").read_text()
     assert algorithm.count("<math") > 30 and "$$" not in algorithm
@@ -263,5 +263,5 @@ def test_python_snippets_run():
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", program]
     env = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=360)
     assert "ran to the end" in done.stdout, done.stderr

@@ -30,7 +30,7 @@ def run_training(
     module = ["-m", "tests.faults.inject", "train"]
     command = [*torchrun(nproc), *module, str(folder / "run.yaml"), *overrides]
     env = environment(fault)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 
 
 def load_weights(folder) -> dict:
@@ -115,7 +115,7 @@ def test_colocation_gives_the_same_run(folder, run):
     seen = run_ranks(
         2,
         "tests.support.ranks.turns:train_watched",
-        timeout=400,
+        timeout=900,
         file=str(folder / "run.yaml"),
         overrides=overrides,
     )

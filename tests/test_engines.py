@@ -102,7 +102,7 @@ def start(folder: Path, run: str, *overrides: str) -> subprocess.Popen:
 
 def train(folder: Path, run: str, *overrides: str) -> str:
     process = start(folder, run, *overrides)
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output
 
@@ -159,7 +159,7 @@ def test_a_killed_engine_of_another_rank_restarts(folder, of_one_engine):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
     os.kill(engine_pid(folder / "killed" / "engine-rank1.log"), signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert "restarting the rollout engine" in output
     assert recorded(folder, "killed") == of_one_engine

@@ -331,7 +331,7 @@ def test_python_runs_and_the_event_loop_goes_on():
     found, slowest = asyncio.run(several())
     for trajectory, expected in zip(found, calls.values(), strict=True):
         assert f"<result>{expected}" in trajectory.text
-    assert slowest < 2.0
+    assert slowest < 10.0
 
 
 def test_python_is_killed_with_a_cancelled_rollout(tmp_path):

@@ -17,7 +17,7 @@ def run(*launcher: str) -> list[tuple[float, float]]:
     """Run the script; return (reward, gradient norm) of each step."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, SCRIPT]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=720)
     assert done.returncode == 0, done.stderr[-4000:]
     steps = LINE.findall(done.stdout)
     assert [int(step) for step, _, _ in steps] == list(range(1, 21)), done.stdout

@@ -44,7 +44,7 @@ def test_a_step_that_fails_or_hangs_ends_no_other_step(one_stage, tmp_path, caps
     failed = {name for name, row in rows.items() if not row["outcome"].startswith(("ok", "skip"))}
     assert failed == {"broken", "hangs", "silent"}
     assert rows["broken"]["outcome"].endswith("ValueError: why")
-    assert rows["hangs"]["seconds"] < 10
+    assert rows["hangs"]["seconds"] < 30
     assert rows["lacks"]["outcome"] == "skipped: no_such_module not installed"
     assert rows["works"]["outcome"] == "ok"
     assert rows["works"]["values"] == [["rate tokens in s of H100", [2000.5, 1e-3]]]

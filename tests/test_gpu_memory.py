@@ -29,7 +29,7 @@ def test_offloading_frees_gpu_memory(tmp_path):
     module = "tests.support.ranks.offload"
     code = f"from {module} import check_gpu_memory; check_gpu_memory({str(tmp_path)!r})"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

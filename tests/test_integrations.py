@@ -447,7 +447,7 @@ def run_in(package: str, script: str, folder: Path, *also: str) -> dict:
     model = save_tiny_model(folder / "model")
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [python, ROOT / "tests" / "support" / script, model, out]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=270)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=810)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(out)
 

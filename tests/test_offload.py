@@ -30,7 +30,7 @@ def answers(tmp_path_factory) -> dict[str, dict]:
     found = run_ranks(
         2,
         "tests.support.ranks.offload:check_all",
-        timeout=600,
+        timeout=900,
         folders=folders,
         cases=list(CASES.values()),
     )

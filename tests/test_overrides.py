@@ -49,6 +49,6 @@ def test_weights_are_complete_after_a_step_that_overlaps_their_all_gather(tmp_pa
         save_model(name, tmp_path / name)
     folders = {"folder": str(tmp_path / "qwen3"), "expert_folder": str(tmp_path / "qwen3_moe")}
     dense, experts, trained = run_ranks(
-        2, "tests.support.ranks.resume:check_param_gather", timeout=600, **folders
+        2, "tests.support.ranks.resume:check_param_gather", timeout=900, **folders
     )
     assert dense == experts == 0.0 and trained > 1e-3

@@ -22,7 +22,7 @@ PARITY = ["-m", "megatron_espo", "parity"]
 def run(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
     command = [sys.executable, *(torchrun if ranks else []), *PARITY, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_two_nodes_pass_and_leave_no_files(tmp_path):
         command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
         command += ["-m", "megatron_espo", "doctor", "--cluster", "--folder", str(tmp_path)]
         nodes.append(subprocess.Popen(command, cwd=ROOT, env=env, **options))
-    texts = [node.communicate(timeout=200)[0] for node in nodes]
+    texts = [node.communicate(timeout=600)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     lines = texts[0].splitlines()
     assert [line.split(" ... ")[0] for line in lines if " ... " in line] == list(preflight.CHECKS)

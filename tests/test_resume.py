@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("ranks", "name"), CASES)
 def test_continued_equals_uninterrupted_bit_for_bit(folder, tmp_path, ranks, name):
     answers = run_ranks(
-        ranks, "tests.support.ranks.resume:check_continues", timeout=600,
+        ranks, "tests.support.ranks.resume:check_continues", timeout=900,
         folder=str(folder / name), out=str(tmp_path), cases=list(CASES[ranks, name].values()),
     )  # fmt: skip
     for case, answer in zip(CASES[ranks, name], answers, strict=True):

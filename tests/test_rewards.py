@@ -351,7 +351,7 @@ def test_a_kernel_that_refuses_namespaces_is_logged_once(tmp_path):
         'print(score("number 1", "exit", "number 2"))\n',
         ["unshare", "--user", "--map-root-user", "sh", "-c", f'{forbid} && exec "$@"', "sh"],
     )
-    output = program.communicate(timeout=60)[0]
+    output = program.communicate(timeout=180)[0]
     warning = "limited, but not isolated (user namespaces: No space left on device)"
     assert output.count(warning) == 1 and "[1.0, None, 2.0]" in output
 
@@ -432,7 +432,7 @@ def score(*responses):
 
 def test_workers_never_run_main_nor_write_to_stdout(tmp_path):
     program = run_script(tmp_path, 'print(score("print"))\n')
-    assert program.communicate(timeout=60)[0] == "main\n[1.0]\n"
+    assert program.communicate(timeout=180)[0] == "main\n[1.0]\n"
 
 
 def test_heavy_libraries_stay_out_of_the_worker(tmp_path, monkeypatch):

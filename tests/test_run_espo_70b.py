@@ -53,7 +53,7 @@ def launch(tmp_path):
     def run(*args: str, **env: str) -> subprocess.CompletedProcess:
         keep = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
         command = ["bash", SCRIPT, *args]
-        return subprocess.run(command, env=keep | env, capture_output=True, text=True, timeout=30)
+        return subprocess.run(command, env=keep | env, capture_output=True, text=True, timeout=90)
 
     return run
 
@@ -100,7 +100,7 @@ def test_python_half_chooses_the_settings(tmp_path, ranks, args, config):
     path = f"{tmp_path}{os.pathsep}{ROOT}"
     env = os.environ | {"WORLD_SIZE": str(ranks), "PYTHONPATH": path}
     command = [sys.executable, SCRIPT, *args]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     command, chosen, *overrides = eval(done.stdout)
     assert (command, Path(chosen).name) == ("train", config), done.stderr
     assert overrides == [arg for arg in args if arg.startswith("run.")]
@@ -113,7 +113,7 @@ def test_torchrun_without_flags_starts_all_ranks(launch, tmp_path):
     torchrun = '#!/bin/sh\nprintf "%s\\n" "$@" "${RANK-none}" "${MASTER_ADDR-none}"\n'
     (tmp_path / "torchrun").write_text(torchrun)
     command = [sys.executable, SCRIPT, "run.steps=3"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     place = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
     assert done.stdout.splitlines()[:5] == place, done.stderr
     assert done.stdout.splitlines()[6:] == ["run.steps=3", "none", "none"]

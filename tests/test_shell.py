@@ -22,7 +22,7 @@ def test_scripts_pass_shellcheck():
         found = (ROOT / folder).rglob("*")
         scripts += sorted(str(p.relative_to(ROOT)) for p in found if p.suffix in (".sh", ".sbatch"))
     command = [SHELLCHECK, "-x", *scripts]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout
 
 

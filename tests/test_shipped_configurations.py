@@ -57,7 +57,7 @@ def plans(tmp_path_factory) -> dict[str, dict]:
         out = ["--gpus", str(gpus_of(path)), "--json", str(folder / f"{path.stem}.json")]
         commands.append(["plan", str(path), f"model.path={model}", *out])
     command = [sys.executable, "-c", PLAN_ALL, json.dumps(commands)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=840)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return {path.stem: json.loads((folder / f"{path.stem}.json").read_text()) for path in CONFIGS}
 

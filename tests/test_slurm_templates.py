@@ -66,7 +66,7 @@ def calls(tmp_path) -> list[str]:
 
 def test_preflight_then_training_in_the_jobs_folder(start, tmp_path):
     job = start(COLOCATED, "run.steps=5")
-    text, _ = job.communicate(timeout=60)
+    text, _ = job.communicate(timeout=180)
     run = tmp_path / "run"
     one_each = "--kill-on-bad-exit=1 --ntasks-per-node=1 bash examples/run_espo_70b.sh"
     assert calls(tmp_path) == [
@@ -78,7 +78,7 @@ def test_preflight_then_training_in_the_jobs_folder(start, tmp_path):
 
 def test_nothing_is_trained_on_nodes_that_fail_the_preflight(start, tmp_path):
     job = start(COLOCATED, PREFLIGHT="1")
-    job.communicate(timeout=60)
+    job.communicate(timeout=180)
     assert job.returncode == 1 and len(calls(tmp_path)) == 1
 
 
@@ -98,7 +98,7 @@ def test_requeued_only_after_the_signal_and_if_the_run_saved(
     elif ends == "requeue":
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "STOP").touch()
-    text, _ = job.communicate(timeout=60)
+    text, _ = job.communicate(timeout=180)
     assert ("requeue 7" in calls(tmp_path)) == requeued, text
     assert job.returncode == (-signal.SIGTERM if requeued else code)
 
@@ -106,14 +106,14 @@ def test_requeued_only_after_the_signal_and_if_the_run_saved(
 def test_containers_wrap_the_command(start, tmp_path):
     for container, image in {"pyxis": "/i.sqsh", "apptainer": "/i.sif"}.items():
         env = {"CONTAINER": container, "IMAGE": image, "MOUNTS": "/models:/models"}
-        start(COLOCATED, **env).communicate(timeout=60)
+        start(COLOCATED, **env).communicate(timeout=180)
     pyxis, _, apptainer, _ = calls(tmp_path)
     mounts = f"--container-mounts={ROOT}:{ROOT},/models:/models bash"
     assert f"--container-image=/i.sqsh --container-workdir={ROOT} {mounts}" in pyxis
     command = f"--bind {ROOT},/models:/models --pwd {ROOT} /i.sif bash examples/run_espo_70b.sh"
     assert f"apptainer exec --nv {command}" in apptainer
     job = start(COLOCATED, CONTAINER="pyxis")
-    assert "CONTAINER=pyxis needs IMAGE" in job.communicate(timeout=60)[0] and job.returncode != 0
+    assert "CONTAINER=pyxis needs IMAGE" in job.communicate(timeout=180)[0] and job.returncode != 0
 
 
 def keepers_end(tmp_path) -> bool:
@@ -123,7 +123,7 @@ def keepers_end(tmp_path) -> bool:
 
 def test_keepers_run_on_the_last_nodes_and_the_trainer_on_the_others(start, tmp_path):
     job = start(DISAGGREGATED, "--model", "qwen2.5_72b", ENGINE_NODES="2", SPARE_NODES="1")
-    text, _ = job.communicate(timeout=60)
+    text, _ = job.communicate(timeout=180)
     assert job.returncode == 0 and "engines: gpu04 gpu05 (1 spare); trainer: gpu03" in text
     run, common = tmp_path / "run", "--kill-on-bad-exit=1 --ntasks-per-node=1"
     script, one = "bash examples/run_espo_70b.sh", f"{common} --nodes=1 --ntasks=1"
@@ -145,7 +145,7 @@ def test_keepers_run_on_the_last_nodes_and_the_trainer_on_the_others(start, tmp_
 def test_engines_of_a_heterogeneous_job_use_its_second_component(start, tmp_path):
     env = {"CONTAINER": "apptainer", "IMAGE": "/i.sif"}
     job = start(DISAGGREGATED, SLURM_JOB_NODELIST_HET_GROUP_1="engines[1-2]", **env)
-    text, _ = job.communicate(timeout=60)
+    text, _ = job.communicate(timeout=180)
     assert job.returncode == 0
     assert "engines: big01 big02 (0 spare); trainer: gpu03 gpu04 gpu05" in text
     keepers = [call for call in calls(tmp_path) if "megatron_espo serve" in call]
@@ -157,7 +157,7 @@ def test_engines_of_a_heterogeneous_job_use_its_second_component(start, tmp_path
 
 def test_the_trainer_needs_a_node(start, tmp_path):
     job = start(DISAGGREGATED, ENGINE_NODES="3")
-    text, _ = job.communicate(timeout=60)
+    text, _ = job.communicate(timeout=180)
     assert job.returncode == 2
     assert "ENGINE_NODES: expected less than the job's 3 nodes, got 3" in text
 

@@ -51,7 +51,7 @@ def board(tmp_path_factory):
     command = [*torchrun(2), "-m", "megatron_espo", "train", "examples/quickstart.yaml"]
     command += [f"run.dir={folder}", *EVERYTHING]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     with Board(folder) as board:

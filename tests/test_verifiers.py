@@ -43,7 +43,7 @@ def python() -> str:
             subprocess.run(command, check=True, capture_output=True)
         if subprocess.run([found, "-c", check], capture_output=True).returncode:
             install = [found, "-m", "pip", "install", "-q", f"verifiers=={VERSION}"]
-            subprocess.run(install, check=True, capture_output=True, timeout=600)
+            subprocess.run(install, check=True, capture_output=True, timeout=900)
     except (OSError, subprocess.SubprocessError) as error:
         pytest.skip(f"verifiers {VERSION}: {error}; set {VARIABLE} to a Python that has it")
     return str(found)

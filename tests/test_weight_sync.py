@@ -84,7 +84,7 @@ def test_syncs_are_verified_and_a_killed_engine_comes_back(untied):
 
 @pytest.mark.slow
 def test_engines_that_fail_asleep_or_on_waking_come_back(folder):
-    metrics = run_ranks(2, "tests.support.ranks.turns:sleep_and_fail", folder=folder, timeout=400)
+    metrics = run_ranks(2, "tests.support.ranks.turns:sleep_and_fail", folder=folder, timeout=900)
     assert [m["sync/restarts"] for m in metrics] == [0, 0, 2, 0]
     # Every new process of the engine is verified.
     assert [m.get("sync/verified_tensors") for m in metrics] == [20, None, 20, 20]
@@ -132,7 +132,7 @@ def test_two_workers_serve_what_a_fresh_engine_loads_from_the_export(tmp_path, f
 
 @pytest.mark.slow
 def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
-    found = run_ranks(2, "tests.support.ranks.sync:faults", folder=folder, timeout=480)
+    found = run_ranks(2, "tests.support.ranks.sync:faults", folder=folder, timeout=900)
     served = r"are not served as they were sent: model\.embed_tokens\.weight, .*\(and \d+ more\)"
     expected = {
         "nothing loaded at start": "weights of version 0: rank 0, phase verify: "
@@ -173,12 +173,12 @@ def test_engine_dies_with_a_rank_that_is_killed_inside_a_sync(folder, tmp_path):
             "tests.support.ranks.sync:die_midway",
             folder=folder,
             pid_file=str(tmp_path / "pid"),
-            timeout=120,
+            timeout=360,
         )
-    assert time.monotonic() - began < 90  # shorter than a collective's timeout
+    assert time.monotonic() - began < 300  # shorter than a collective's timeout
     engine, processes = map(int, (tmp_path / "pid").read_text().split())
     assert processes >= 3  # the engine and its two workers
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while living_in_group(engine):
         assert time.monotonic() < deadline, "a process of the engine outlived its owner"
         time.sleep(0.1)
@@ -193,14 +193,14 @@ def test_a_rank_that_hangs_inside_a_sync_is_named_in_time(folder, tmp_path, rank
             folder=folder,
             rank=rank,
             out=str(tmp_path / "out"),
-            timeout=150,
+            timeout=450,
         )
     message, seconds = json.loads((tmp_path / "out").read_text())
     assert re.match(
         rf"WeightSyncError: weights: phase transfer: rank {rank} .* for the weights of model\.",
         message,
     ), message
-    assert limit <= seconds < limit + 6
+    assert limit <= seconds < limit + 30
 
 
 # -- pure functions -----------------------------------------------------------------------

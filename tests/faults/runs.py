@@ -84,7 +84,7 @@ class Runs:
         """Run one launch to its end."""
         command = self.command(run, *overrides, ranks=ranks, module="tests.faults.inject")
         done = subprocess.run(
-            command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=580
+            command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=900
         )
         self.assert_no_orphans(run)
         return done

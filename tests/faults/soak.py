@@ -70,7 +70,7 @@ def _from_outside(runs: Runs, run: str, kind: str, step: int) -> str:
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
         ).stdout.split()
         subprocess.run(["kill", "-KILL", children[-1]])
-    process.wait(timeout=200)
+    process.wait(timeout=600)
     runs.assert_no_orphans(run)
     return str(runs.status(run)["why"])
 

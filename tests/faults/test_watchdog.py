@@ -48,7 +48,7 @@ def start(folder, *bodies: str) -> list[subprocess.Popen]:
 
 def end(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
     """Return the exit codes and all output."""
-    output = "".join(process.communicate(timeout=60)[1] for process in processes)
+    output = "".join(process.communicate(timeout=180)[1] for process in processes)
     return [process.returncode for process in processes], output
 
 

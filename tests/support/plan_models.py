@@ -127,6 +127,6 @@ def plan_on_cpu(
     """The plan of a run on one rank without a GPU."""
     arguments = json.dumps([settings(folder, hf_config, **sections), hf_config, expected_tokens])
     command = [sys.executable, "-c", CPU_PLAN, arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=360)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
