@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from megatron_espo.config import Data
 from megatron_espo.config.tasks import Source
-from megatron_espo.data import PromptStream, load_tokenizer
+from megatron_espo.data import PromptStream, load_tokenizer, sources
 from megatron_espo.data.reasoning_gym_task import create_task, generate_entries
 from megatron_espo.data.sources import read_rows
 from megatron_espo.errors import InputError
@@ -221,6 +221,42 @@ def test_bad_row_raises(tmp_path, row, message):
     )
     with pytest.raises(InputError, match=f"^{tmp_path}/p.jsonl:3: .*{message}"):
         read(source)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": "a", "answer": 1}\r\n{"prompt": "b", "answer": -0}',
+        '\ufeff{"prompt": "a", "answer": "1", "answer": "2"}',
+        '{"prompt": "a", "answer": "1"}\n\n{"prompt": "b", "answer": "2"}',
+        '{"prompt": "a", "answer": "1"} {"prompt": "b", "answer": "2"}\n\n',
+        '{"prompt": "a",\n"answer": "1"}',
+        '{"prompt": "2024-01-01", "answer": "2024-01-01"}',
+        '{"prompt": "a", "answer": 12345678901234567890123}',
+        '{"prompt": "a", "answer": 1e5}',
+        '{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": "x"}',
+        '{"prompt": "\\ud83d\\ude00\\u0000", "answer": "\\u00e9"}',
+        '{"prompt": "\u3000", "answer": "1"}',
+        '{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2", "level": 3}',
+        '{"prompt": [{"role": "user", "content": "a", "name": null}], "answer": "1"}',
+        '{"prompt": "a", "answer": "1"} // comment',
+        '{"prompt": "a", "answer": "\x01"}',
+    ],
+)
+def test_arrow_and_python_read_the_same_jsonl(tmp_path, monkeypatch, text):
+    def outcome(name):
+        (tmp_path / name / "p.jsonl").parent.mkdir()
+        (tmp_path / name / "p.jsonl").write_text(text)
+        monkeypatch.chdir(tmp_path / name)
+        try:
+            return list(read(Path("p.jsonl")))
+        except InputError as error:
+            return str(error)
+
+    arrow = outcome("arrow")
+    monkeypatch.setattr(sources, "_json_batch", lambda lines: None)
+    sources._read_file.cache_clear()
+    assert arrow == outcome("python")
 
 
 USER = [{"role": "user", "content": "1 + 1?"}]

@@ -1,5 +1,6 @@
 """Prompt sources: JSONL, Parquet and reasoning-gym tasks, held as Arrow columns."""
 
+import codecs
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow.json import read_json
 from tqdm import tqdm
 
 from megatron_espo.config.tasks import Source
@@ -208,23 +210,28 @@ class _Reader:
     problems: Problems = field(default_factory=Problems)
 
     def read_jsonl(self) -> Iterator[pa.Table]:
-        records = self._json_records()
-        while chunk := list(islice(records, _CHUNK_ROWS)):
-            yield self._table(chunk)
-
-    def _json_records(self) -> Iterator[tuple[int, Any]]:
+        number = 1
         with self.path.open("rb") as file, self._progress(os.path.getsize(self.path)) as bar:
-            for number, line in enumerate(file, start=1):
-                bar.update(len(line))
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (ValueError, RecursionError) as error:
-                    what = f"expected one JSON object in UTF-8, got {shorten(line)} ({error})"
-                    self.problems.add(self.where.format(number=number), what)
-                else:
-                    yield number, record
+            while lines := list(islice(file, _CHUNK_ROWS)):
+                if number == 1:
+                    lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+                batch = _json_batch(lines)
+                chunk = batch and _fast_table(batch, self, number - 1)
+                yield chunk or self._table(self._json_records(lines, number))
+                number += len(lines)
+                bar.update(sum(map(len, lines)))
+
+    def _json_records(self, lines: Iterable[bytes], start: int) -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(lines, start):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                what = f"expected one JSON object in UTF-8, got {shorten(line)} ({error})"
+                self.problems.add(self.where.format(number=number), what)
+            else:
+                yield number, record
 
     def read_parquet(self) -> Iterator[pa.Table]:
         from pyarrow.parquet import ParquetFile
@@ -284,6 +291,18 @@ class _Reader:
         return row and row | {"number": number}
 
 
+def _json_batch(lines: Sequence[bytes]) -> pa.RecordBatch | None:
+    """One row for each line; ``None``: Arrow reads these lines in another way than Python."""
+    text = b"".join(lines)
+    try:
+        text.decode()
+        table = read_json(pa.BufferReader(text))
+        (batch,) = table.combine_chunks().to_batches()
+    except (ValueError, pa.ArrowException):
+        return None
+    return batch if len(batch) == len(lines) and not any(map(bytes.isspace, lines)) else None
+
+
 def _stored(path: str, schema: pa.Schema) -> str:
     """The column to read for ``path``: the whole column if it holds JSON text."""
     first = path.partition(".")[0]
@@ -293,7 +312,7 @@ def _stored(path: str, schema: pa.Schema) -> str:
 def _fast_table(batch: pa.RecordBatch, reader: _Reader, before: int) -> pa.Table | None:
     """The chunk of correct rows with the needed columns only; ``None``: look at each row."""
     names = reader.wanted or {name: name for name in batch.schema.names}
-    if set(names) - set(reader.needed):
+    if set(names) != set(reader.needed):
         return None
     prompt, answer = (_nested(batch, names[name]) for name in ("prompt", "answer"))
     if prompt is None or answer is None or prompt.null_count or answer.null_count:
@@ -308,7 +327,7 @@ def _fast_table(batch: pa.RecordBatch, reader: _Reader, before: int) -> pa.Table
         if parts is None:
             return None
         kind, prompt = parts
-    if not pc.all(pc.match_substring_regex(prompt, r"\S\s*$" if is_chat else r"\S")).as_py():
+    if pc.any(pc.equal(pc.utf8_trim_whitespace(prompt), "")).as_py():
         return None
     if not is_chat and pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
         return None
