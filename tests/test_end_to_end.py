@@ -12,8 +12,8 @@ import yaml
 import megatron_espo
 from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.files import read_jsonl
-from tests.faults.runs import environment, torchrun
-from tests.support.distributed import ROOT, run_ranks
+from tests.faults.runs import environment
+from tests.support.distributed import run_command, run_ranks
 from tests.support.same_run import TURNS, assert_same_run
 from tests.support.tiny import save_tiny_model
 
@@ -27,10 +27,8 @@ def run_training(
     folder, *overrides: str, nproc: int = 2, fault: str = ""
 ) -> subprocess.CompletedProcess:
     """``megatron-espo train`` under torchrun with the configuration in ``folder``."""
-    module = ["-m", "tests.faults.inject", "train"]
-    command = [*torchrun(nproc), *module, str(folder / "run.yaml"), *overrides]
-    env = environment(fault)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    arguments = ["train", str(folder / "run.yaml"), *overrides]
+    return run_command(nproc, *arguments, environment=environment(fault))
 
 
 def load_weights(folder) -> dict:

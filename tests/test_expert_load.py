@@ -8,7 +8,11 @@ from tests.test_step import save_model
 
 @pytest.mark.parametrize(
     "ranks, sizes",
-    [(1, {}), (2, {"expert_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2})],
+    [
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        (2, {"expert_model_parallel_size": 2}),
+        pytest.param(2, {"pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_expert_load_equals_transformers(tmp_path, ranks, sizes):
     save_model("qwen3_moe", str(tmp_path), tie_word_embeddings=True)

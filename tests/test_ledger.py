@@ -26,6 +26,10 @@ WAYS = {
     "stale, few in flight": {"max_staleness": 2, "over_sampling_prompts": 2},
     "stale, resampling": {"max_staleness": 1, "max_resampling_rounds": 2},
 }
+QUICK = ("synchronous", "stale, resampling")
+every_way = pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=() if way in QUICK else pytest.mark.slow) for way in WAYS]
+)
 
 
 class Killed(BaseException):
@@ -144,7 +148,7 @@ def run_to_the_end(
     return history, process.ledger, process.checkpoint()["rollouts"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 def test_every_prompt_is_counted_once_after_failures(tmp_path, way):
     calm = SimpleNamespace(choice=lambda faults: None)
     ends = [run_to_the_end(tmp_path / "calm", WAYS[way], calm)]
@@ -170,7 +174,7 @@ def test_every_prompt_is_counted_once_after_failures(tmp_path, way):
             assert (history, ledger, state) == ends[0], number
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 def test_rows_of_mixed_and_filtered_sources_are_counted_once(tmp_path, way):
     calm, is_sync = SimpleNamespace(choice=lambda faults: None), "stale" not in way
     ends = [run_to_the_end(tmp_path / "calm", WAYS[way], calm, mixed=True)]

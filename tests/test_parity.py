@@ -14,14 +14,14 @@ from megatron_espo.tools.parity.recorded import (
     make_sequences,
     save_sequences,
 )
-from tests.support.distributed import ROOT
-
-PARITY = ["-m", "megatron_espo", "parity"]
+from tests.support.distributed import ROOT, run_command
 
 
 def run(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
-    command = [sys.executable, *(torchrun if ranks else []), *PARITY, *arguments]
+    """The command, which starts ranks itself with ``--ranks``, or on ``ranks`` ranks."""
+    if ranks:
+        return run_command(ranks, "parity", *arguments)
+    command = [sys.executable, "-m", "megatron_espo", "parity", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 

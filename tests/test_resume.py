@@ -28,7 +28,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("ranks", "name"), CASES)
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [pytest.param(*c, marks=() if c == (2, "tied") else pytest.mark.slow) for c in CASES],
+)
 def test_continued_equals_uninterrupted_bit_for_bit(folder, tmp_path, ranks, name):
     answers = run_ranks(
         ranks, "tests.support.ranks.resume:check_continues", timeout=900,
@@ -76,7 +79,9 @@ def test_tied_pipelines_continue_in_their_own_layout_only(folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("ranks", "sizes"), [(1, {}), (2, PP2)])
+@pytest.mark.parametrize(
+    ("ranks", "sizes"), [pytest.param(1, {}, marks=pytest.mark.slow), (2, PP2)]
+)
 def test_the_first_update_needs_no_scores(folder, ranks, sizes):
     """The policy of the first update is the old policy. A second epoch trains the same again."""
     for epochs, passes in ((1, 1), (2, 2)):

@@ -207,7 +207,7 @@ def test_math_answers_and_hostile_ones():
     asked, scores = reward_throughput.make_items(50)
     hostile = [(prompt("9"), response) for response in reward_throughput.HOSTILE.values()]
     hangs = [(prompt("9"), "9**9**9**9"), (prompt("9"), "\\boxed{9^{9^{9^9}}}")]
-    with pool("math_verify", timeout_s=8.0) as rewards:
+    with pool("math_verify", timeout_s=4.0) as rewards:
         rewards.start()
         assert score(rewards, [asked[0], hangs[0], asked[1], hangs[1], *asked[2:]]) == [
             scores[0], None, scores[1], None, *scores[2:],

@@ -191,7 +191,9 @@ def scatter_in_layouts(layouts: list) -> list[list[dict]]:
     [
         (1, [({}, True), ({}, True, True)]),
         (2, [({}, True), (TP2, False), (PP2, True), ({}, True, True)]),
-        (4, [({}, False), (TP2, True, True), (CP2, False, True)]),
+        pytest.param(
+            4, [({}, False), (TP2, True, True), (CP2, False, True)], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_every_rank_receives_its_share_and_packs_what_it_packed_from_everything(ranks, layouts):

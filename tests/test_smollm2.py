@@ -22,7 +22,7 @@ def smollm2() -> Path:
     return folder
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_logits_equal_transformers(smollm2, nproc):
     answer = run_ranks(
         nproc, "tests.support.ranks.smollm2:logit_difference", folder=str(smollm2), pipeline=nproc

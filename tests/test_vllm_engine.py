@@ -258,6 +258,7 @@ class Forgetful(ModuleSource):
             yield [names[i] for i in kept], [tensors[i] for i in kept]
 
 
+@pytest.mark.slow
 def test_the_error_names_missing_weights(engine, folder):
     message = r"1 weights did not reach worker 0: model\.layers\.1\.self_attn\.k_proj"
     with pytest.raises(EngineError, match=message) as caught:

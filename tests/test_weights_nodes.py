@@ -21,7 +21,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["dense", "experts", pytest.param("eight", marks=pytest.mark.slow)]
+)
 def test_every_rank_gets_the_exact_weights_with_the_bytes_of_the_plan(tmp_path, case):
     family, ranks, layouts = CASES[case]
     save_model(family, tmp_path)

@@ -236,15 +236,16 @@ class ServerProcess:
 
     def __init__(self, config: EngineConfig, is_cpu: bool) -> None:
         self.log_path = config.log_path
-        self._socket_folder: str | None = None
+        # Only this user can read it (mode 700). vLLM's processes talk through sockets in it.
+        self._folder = tempfile.mkdtemp(prefix="espo_")
         if config.listen:
             self.address, (host, port) = config.listen, parse_address(config.listen)
             arguments = ["--host", host, "--port", str(port)]
         else:
-            self._socket_folder = tempfile.mkdtemp(prefix="megatron_espo_")  # mode 700
-            path = f"{self._socket_folder}/engine.sock"
+            path = f"{self._folder}/engine.sock"
             self.address, arguments = f"unix:{path}", ["--uds", path]
-        environment = server_environment(config, is_cpu) | {OWNER_VARIABLE: str(os.getpid())}
+        own = {OWNER_VARIABLE: str(os.getpid()), "VLLM_RPC_BASE_PATH": self._folder}
+        environment = server_environment(config, is_cpu) | own
         with open(config.log_path, "ab") as log:
             self._process = subprocess.Popen(
                 server_command(config, arguments, is_cpu),
@@ -265,12 +266,11 @@ class ServerProcess:
         return self._process.returncode
 
     def kill(self) -> None:
-        """Kill the server and its workers, and remove its socket. Safe to call twice."""
+        """Kill the server and its workers, and remove its sockets. Safe to call twice."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait(_CLOSE_SECONDS)
-        if self._socket_folder:
-            shutil.rmtree(self._socket_folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def wait(self, seconds: float) -> None:
         """Wait for the end of the server, at most ``seconds``."""

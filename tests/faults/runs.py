@@ -18,7 +18,7 @@ from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.types import Prompt, Trajectory
 from tests.faults.inject import VARIABLE
-from tests.support.distributed import ROOT
+from tests.support.distributed import ROOT, run_command
 from tests.support.tiny import WORDS, save_tiny_model, write_tiny_run
 
 
@@ -79,9 +79,17 @@ class Runs:
         return [*torchrun(ranks), "-m", module, "train", str(file), f"run.dir={folder}", *overrides]
 
     def train(
-        self, run: str, *overrides: str, ranks: int = 2, fault: str | None = None
+        self,
+        run: str,
+        *overrides: str,
+        ranks: int = 2,
+        fault: str | None = None,
+        forked: bool = False,
     ) -> subprocess.CompletedProcess:
-        """Run one launch to its end."""
+        """Run one launch to its end. ``forked``: by ``run_command``, which is faster."""
+        if forked:
+            options = ["train", str(self.folder / "run.yaml"), f"run.dir={self.folder / run}"]
+            return run_command(ranks, *options, *overrides, environment=environment(fault))
         command = self.command(run, *overrides, ranks=ranks, module="tests.faults.inject")
         done = subprocess.run(
             command, cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=900

@@ -178,7 +178,9 @@ def test_bad_gradients_are_skipped_and_their_batches_saved(runs):
 
 
 def test_a_log_prob_gap_stops_the_run_before_the_checkpoint(runs):
-    done = runs.train("gap", "rollout.log_prob_gap_stop=0.5", "run.checkpoint_every=1", ranks=1)
+    done = runs.train(
+        "gap", "rollout.log_prob_gap_stop=0.5", "run.checkpoint_every=1", ranks=1, forked=True
+    )
     assert done.returncode != 0 and re.search(
         r"step 1, .*log-prob gap \S+ nats, above rollout.log_prob_gap_stop = 0.5", done.stderr
     ), done.stderr
@@ -234,7 +236,7 @@ QUICK = ("flipped byte", "empty tracker")
 def test_damage_is_reported_with_alternatives(runs, saved, damage):
     break_it, message = DAMAGE[damage]
     break_it(shard(runs, saved))
-    refused = runs.train(saved, "run.steps=7")
+    refused = runs.train(saved, "run.steps=7", forked=True)
     assert refused.returncode != 0 and message in refused.stderr, refused.stderr
     assert "set run.resume to one of: step_000004" in refused.stderr
     assert runs.status(saved)["state"] == "failed"
@@ -243,7 +245,7 @@ def test_damage_is_reported_with_alternatives(runs, saved, damage):
 @pytest.mark.slow
 def test_an_older_checkpoint_by_name_gives_the_same_end(runs, saved, undisturbed):
     flip(shard(runs, saved))
-    done = runs.train(saved, "run.resume=step_000004", "run.checkpoint_every=5")
+    done = runs.train(saved, "run.resume=step_000004", "run.checkpoint_every=5", forked=True)
     assert done.returncode == 0, done.stdout + done.stderr
     runs.assert_same_end(saved, undisturbed)
     kept = sorted(p.name for p in (runs.folder / saved / "checkpoints").iterdir())
@@ -265,7 +267,7 @@ OTHER_RUNS = {
     ],
 )
 def test_another_runs_checkpoint_raises(runs, saved, override, message):
-    refused = runs.train(saved, "run.steps=7", override, ranks=1)
+    refused = runs.train(saved, "run.steps=7", override, ranks=1, forked=True)
     assert refused.returncode != 0 and message in refused.stderr, refused.stderr
 
 
@@ -288,7 +290,7 @@ def test_another_tokenizer_raises(runs, saved, tmp_path):
         shutil.copy(file, tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text(file.read_text().replace("answer", "Answer"))
-    refused = runs.train(saved, "run.steps=7", f"model.tokenizer={tmp_path}", ranks=1)
+    refused = runs.train(saved, "run.steps=7", f"model.tokenizer={tmp_path}", ranks=1, forked=True)
     assert refused.returncode != 0 and re.search(
         r"another run's checkpoint: tokenizer file tokenizer.json \w{16} \(checkpoint: \w{16}\);",
         refused.stderr,
@@ -296,7 +298,7 @@ def test_another_tokenizer_raises(runs, saved, tmp_path):
 
 
 def test_a_finished_run_says_so(runs, saved):
-    done = runs.train(saved)
+    done = runs.train(saved, forked=True)
     assert (
         done.returncode == 0
         and "nothing to train: step 6 of 6 is done; raise run.steps to continue" in done.stdout
@@ -305,7 +307,7 @@ def test_a_finished_run_says_so(runs, saved):
 
 @pytest.mark.slow
 def test_another_data_parallel_size_goes_on(runs, saved, undisturbed):
-    done = runs.train(saved, "run.resume=step_000004", ranks=1)
+    done = runs.train(saved, "run.resume=step_000004", ranks=1, forked=True)
     assert done.returncode == 0, done.stdout + done.stderr
     final = runs.weights(saved)
     assert all(

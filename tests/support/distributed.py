@@ -29,9 +29,42 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_ranks(nproc: int, target: str, timeout: float = 240, **kwargs: Any) -> Any:
     """Call ``target`` (``module:function``) on ``nproc`` ranks; return rank 0's result."""
     with tempfile.TemporaryDirectory() as folder:
-        result, log = Path(folder, "result.json"), Path(folder, "log")
-        function = (target, kwargs, str(result))
-        place = {"nproc": nproc, "log": str(log), "environment": dict(os.environ)}
+        result = Path(folder, "result.json")
+        outcome, output = _fork(nproc, [target, kwargs, str(result)], timeout, dict(os.environ))
+        assert outcome == 0, f"{target} on {nproc} ranks failed\n{output[-6000:]}"
+        return json.loads(result.read_text())
+
+
+def run_command(
+    nproc: int, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 900
+) -> subprocess.CompletedProcess:
+    """``torchrun ... -m tests.faults.inject ARGUMENTS`` without the time of the imports.
+
+    Returns:
+        The launcher's exit code (0 or 1), and all output both as stdout and as stderr.
+    """
+    target = "tests.support.distributed:main"
+    function = [target, {"arguments": arguments}, None]
+    outcome, output = _fork(nproc, function, timeout, environment or dict(os.environ))
+    return subprocess.CompletedProcess(arguments, outcome, output, output)
+
+
+def main(arguments: list[str]) -> None:
+    """The command on a forked rank."""
+    from megatron_espo.cli import main
+    from tests.faults import inject
+
+    inject.install()
+    sys.exit(main(arguments))
+
+
+def _fork(
+    nproc: int, function: list, timeout: float, environment: dict[str, str]
+) -> tuple[int, str]:
+    """The launcher's exit code and the ranks' output."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        place = {"nproc": nproc, "log": str(log), "environment": environment}
         server = _server()
         print(
             json.dumps({"function": function, "place": place, "timeout": timeout}),
@@ -39,12 +72,11 @@ def run_ranks(nproc: int, target: str, timeout: float = 240, **kwargs: Any) -> A
             flush=True,
         )
         outcome = json.loads(server.stdout.readline())
-        output = log.read_text(errors="replace")[-6000:]
-        assert outcome is not None, (
-            f"{target} on {nproc} ranks: not finished after {timeout} s\n{output}"
-        )
-        assert outcome == 0, f"{target} on {nproc} ranks failed\n{output}"
-        return json.loads(result.read_text())
+        output = log.read_text(errors="replace")
+    assert outcome is not None, (
+        f"{function[0]} on {nproc} ranks: not finished after {timeout} s\n{output[-6000:]}"
+    )
+    return outcome, output
 
 
 @cache
@@ -115,15 +147,18 @@ def _launch(function: list, nproc: int, log: str, environment: dict[str, str]) -
         os._exit(status)
 
 
-def _rank(target: str, kwargs: dict, file: str) -> None:
-    """Initialize gloo, call the function, write rank 0's result."""
+def _rank(target: str, kwargs: dict, file: str | None) -> None:
+    """Initialize gloo, call the function, write rank 0's result. ``None``: call the function."""
     import torch
 
     torch.set_num_threads(1)
+    module, name = target.split(":")
+    function = getattr(importlib.import_module(module), name)
+    if file is None:
+        return function(**kwargs)
     try:
         torch.distributed.init_process_group("gloo")
-        module, function = target.split(":")
-        result = getattr(importlib.import_module(module), function)(**kwargs)
+        result = function(**kwargs)
         if torch.distributed.get_rank() == 0:
             Path(file).write_text(json.dumps(result))
         torch.distributed.barrier()
