@@ -240,6 +240,7 @@ def test_bad_row_raises(tmp_path, row, message):
         '{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2", "level": 3}',
         '{"prompt": [{"role": "user", "content": "a", "name": null}], "answer": "1"}',
         '{"prompt": "a", "answer": "1"} // comment',
+        '{"prompt": "a"}',
         '{"prompt": "a", "answer": "\x01"}',
     ],
 )

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from megatron_espo.errors import InputError
 
 REASONING_GYM = "reasoning_gym:"
 MAX_REPORTED = 10
-_CHUNK_ROWS = 65_536
+_CHUNK_ROWS, _CHUNK_BYTES = 65_536, 16 << 20  # of Parquet, of JSONL
 
 _CHOOSE_COLUMNS = "convert the column, or name only the columns that you need in data.columns"
 
@@ -212,7 +211,7 @@ class _Reader:
     def read_jsonl(self) -> Iterator[pa.Table]:
         number = 1
         with self.path.open("rb") as file, self._progress(os.path.getsize(self.path)) as bar:
-            while lines := list(islice(file, _CHUNK_ROWS)):
+            while lines := file.readlines(_CHUNK_BYTES):
                 if number == 1:
                     lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
                 batch = _json_batch(lines)

@@ -43,13 +43,13 @@ def run_command(
     Returns:
         The launcher's exit code (0 or 1), and all output both as stdout and as stderr.
     """
-    target = "tests.support.distributed:main"
+    target = "tests.support.distributed:command"
     function = [target, {"arguments": arguments}, None]
     outcome, output = _fork(nproc, function, timeout, environment or dict(os.environ))
     return subprocess.CompletedProcess(arguments, outcome, output, output)
 
 
-def main(arguments: list[str]) -> None:
+def command(arguments: list[str]) -> None:
     """The command on a forked rank."""
     from megatron_espo.cli import main
     from tests.faults import inject
