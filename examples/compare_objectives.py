@@ -1,14 +1,18 @@
-"""A study on CPU cores: six objectives, two tasks, three seeds, ablations of ESPO, older rollouts.
+"""A study of six objectives over hundreds of steps, on two CPU cores.
 
-    source tools/env.sh && python tools/prepare_smollm2.py models/SmolLM2-135M-Instruct
+    source tools/env.sh
     python examples/compare_objectives.py --page docs/study.md
-    python examples/compare_objectives.py run.steps=4 --tasks sums --variants espo grpo --seeds 1 \\
-        --out runs/small
+    python examples/compare_objectives.py --objectives espo --seeds 2 --steps 60 --out runs/small
 
-Every run trains the quick start's model with the same prompts, rollouts, optimizer steps and seeds.
-With `algorithm.num_mini_batches=4`, three of four updates are off-policy, so clipping matters. One
-run goes on each core at the same time. A finished run is not repeated. An interrupted run is
-repeated from its beginning. A failed run does not stop the others; the next call repeats it.
+It makes a small model that adds numbers (``study_sums.py``) and then trains it in three phases:
+
+1. tuning: each objective with three learning rates and one seed. The best rate on validation
+   prompts is chosen.
+2. final: each objective at its rate, with other seeds. Accuracy is measured on test prompts.
+3. ablation: changes of one ESPO setting, at ESPO's rate and with the final seeds.
+
+All runs have the same rollouts and optimizer steps. One run goes on each core at the same time. A
+finished run is not repeated. A failed or interrupted run starts again with the next call.
 """
 
 import argparse
@@ -18,121 +22,137 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).parent))
-from compare_report import write_results
+import study_sums
+from compare_report import EVERY, Run, choose_rates, read_run, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = [
-    "run.steps=10", "run.save_hf=false", "run.checkpoint_every=null", "run.samples_per_step=0",
-    "algorithm.num_mini_batches=4",
-    "rollout.canary_prompts=0", "rollout.verify_every=0",
-    "eval.samples=1", "eval.temperature=0",
-]  # fmt: skip
-TASKS = {"sums": "reasoning_gym:chain_sum", "products": "reasoning_gym:products"}
-TASK_ARGS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
-OBJECTIVES = {
-    name: [f"algorithm.objective={name}"]
-    for name in ("espo", "gspo", "grpo", "dapo", "cispo", "gmpo")
+OBJECTIVES = ("espo", "gspo", "grpo", "dapo", "cispo", "gmpo")
+RATES = (1e-5, 3e-5, 1e-4)
+TUNING_SEED, FINAL_SEEDS, STEPS = 1, (2, 3, 4), 300
+# The fixed range is about the mean of Eq. 8 here: 0.02 x 0.07 nats / ln 17.
+ABLATIONS: dict[str, dict] = {
+    "espo-one-group": {"quantiles": []},
+    "espo-fixed-clip": {"alpha": 1e-9, "clip_floor": 5e-4},
+    "espo-rho-0.1": {"quantiles": [0.9]},
+    "espo-rho-0.4": {"quantiles": [0.6]},
+    "espo-alpha-0.005": {"alpha": 0.005},
+    "espo-alpha-0.1": {"alpha": 0.1},
+    "espo-updates-2": {"num_mini_batches": 2},
+    "espo-updates-8": {"num_mini_batches": 8},
 }
-# On the first task. The fixed clip range is about the mean that Eq. 8 gives this model:
-# 1.1 nats x 0.02 / ln 49152.
-ABLATIONS = {
-    "espo-fixed-clip": ["algorithm.alpha=1e-9", "algorithm.clip_floor=0.002"],
-    "espo-one-group": ["algorithm.quantiles=[]"],
-    "espo-rho-0.1": ["algorithm.quantiles=[0.9]"],
-    "espo-rho-0.4": ["algorithm.quantiles=[0.6]"],
-    "espo-alpha-0.01": ["algorithm.alpha=0.01"],
-    "espo-alpha-0.05": ["algorithm.alpha=0.05"],
-}
-# ESPO on rollouts of older weights, also on the first task.
-ASYNCHRONOUS = {
-    "espo-one-step-off": ["rollout.max_staleness=1", "algorithm.rollout_correction=token"],
-    "espo-partial": [
-        "rollout.max_staleness=2",
-        "rollout.over_sampling_prompts=8",
-        "algorithm.rollout_correction=token",
-    ],
-}
-VARIANTS = OBJECTIVES | ABLATIONS | ASYNCHRONOUS
 
 
 @dataclass(frozen=True)
 class Job:
     """One run of the study."""
 
-    task: str
+    phase: str
     variant: str
+    rate: float
     seed: int
-    folder: Path
-    settings: tuple[str, ...]
+    steps: int
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"{self.phase}-{self.variant}-{self.rate:g}-{self.seed}"
+
+    def settings(self) -> dict:
+        """Return the configuration of the run."""
+        task = self.out / "sums"
+        split = "validation" if self.phase == "tuning" else "test"
+        objective = self.variant.partition("-")[0]
+        return {
+            "run": {
+                "dir": str(self.folder), "steps": self.steps, "seed": self.seed,
+                "checkpoint_every": None, "save_hf": False, "samples_per_step": 0,
+            },
+            "model": {"path": str(task), "dtype": "float32"},
+            "megatron": {"max_tokens_per_micro_batch": 8192},
+            "optimizer": {"lr": self.rate},
+            "algorithm": {
+                "objective": objective, "num_mini_batches": 4, **ABLATIONS.get(self.variant, {}),
+            },
+            "rollout": {
+                "prompts_per_step": 16, "group_size": 8,
+                "max_response_tokens": study_sums.RESPONSE_TOKENS, "max_model_len": 64,
+                "canary_prompts": 0, "verify_every": 0,
+                "engine_args": {"kv_cache_memory_bytes": 2**28, "max_num_seqs": 256},
+            },
+            "data": {"prompts": str(task / "train.jsonl"), "raw": True},
+            "reward": {"function": "examples.study_sums:correct", "workers": 1},
+            "eval": {"prompts": str(task / f"{split}.jsonl"), "every": EVERY, "samples": 1},
+        }  # fmt: skip
 
     def finished(self) -> bool:
         """Whether the run is complete. SystemExit: it was made with other settings."""
         # A run that is stopped in its last step has a summary but no evaluation.
         if not all((self.folder / name).is_file() for name in ("summary.json", "eval.jsonl")):
             return False
-        made_with = json.loads((self.folder / "settings.json").read_text())
-        if made_with != list(self.settings):
-            changed = sorted(set(made_with) ^ set(self.settings))
-            changes = ", ".join(changed)
+        if yaml.safe_load(self.file(".yaml").read_text()) != self.settings():
             sys.exit(
-                f"{self.folder}: made with other settings ({changes}); change --out or remove it"
+                f"{self.file('.yaml')}: not the settings of this call; change --out or remove it"
             )
         return True
 
     def start(self, core: int) -> subprocess.Popen:
         """Start the run from its beginning on one core."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        (self.folder / "settings.json").write_text(json.dumps(self.settings))
-        command = [
-            "taskset",
-            "--cpu-list",
-            str(core),
-            sys.executable,
-            "-m",
-            "megatron_espo",
-            "train",
-        ]
-        command += ["examples/quickstart.yaml", f"run.dir={self.folder}", *self.settings]
+        self.file(".yaml").write_text(yaml.safe_dump(self.settings(), sort_keys=False))
+        command = ["taskset", "--cpu-list", str(core), sys.executable, "-m", "megatron_espo"]
         defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment = defaults | os.environ | {"OMP_NUM_THREADS": "1"}
-        with (self.folder / "train.log").open("w") as log:
+        with self.file(".log").open("w") as log:
             return subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+                [*command, "train", str(self.file(".yaml"))],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def result(self) -> Run:
+        return read_run(self.phase, self.variant, self.rate, self.seed, self.folder)
+
+    def file(self, suffix: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}{suffix}")
 
 
-def plan(args: argparse.Namespace) -> Iterator[Job]:
-    """Yield all runs, seed by seed: an interrupted study has every variant of the first seed."""
-    for seed, task, variant in product(args.seeds, args.tasks, VARIANTS):
-        is_first_task = task == next(iter(TASKS))
-        if variant in args.variants and (variant in OBJECTIVES or is_first_task):
-            data = [
-                f"data.prompts={TASKS[task]}",
-                f"data.task_args={{{TASK_ARGS}}}",
-                f"run.seed={seed}",
-                f"eval.prompts={TASKS[task]}",
-                f"eval.task_args={{{TASK_ARGS}, seed: 12345, size: 64}}",
-                "eval.every=1000",
-            ]
-            folder = (args.out / f"{task}-{variant}-{seed}").absolute()
-            settings = COMMON + data + VARIANTS[variant] + args.overrides
-            yield Job(task, variant, seed, folder, tuple(settings))
+def tuning(args: argparse.Namespace) -> list[Job]:
+    """Return the runs of the first phase."""
+    steps = args.steps // 3
+    return [
+        Job("tuning", objective, rate, TUNING_SEED, steps, args.out)
+        for rate in RATES
+        for objective in args.objectives
+    ]
 
 
-def run_all(jobs: list[Job], cores: list[int]) -> list[Job]:
+def final(args: argparse.Namespace, rates: dict[str, float]) -> list[Job]:
+    """Return the runs of the second and third phase, seed by seed."""
+    objectives, ablations = [], []
+    for seed in args.seeds:
+        for objective in args.objectives:
+            job = Job("final", objective, rates[objective], seed, args.steps, args.out)
+            objectives.append(job)
+        if "espo" in args.objectives:
+            espo = Job("ablation", "espo", rates["espo"], seed, args.steps // 3, args.out)
+            ablations += [replace(espo, variant=variant) for variant in ABLATIONS]
+    return objectives + ablations
+
+
+def run_all(jobs: list[Job], cores: list[int], report: Callable[[], object]) -> list[Job]:
     """Run the unfinished jobs, one on each core at a time. Return the failed jobs."""
     waiting = [job for job in jobs if not job.finished()]
-    done = len(jobs) - len(waiting)
-    print(f"{done} of {len(jobs)} runs are finished; {len(cores)} cores run the others", flush=True)
+    print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished", flush=True)
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
     failed, done, began = [], 0, time.monotonic()
+    steps = sum(job.steps for job in waiting)
     try:
         while waiting or running:
             for core in cores:
@@ -141,14 +161,15 @@ def run_all(jobs: list[Job], cores: list[int]) -> list[Job]:
                     running[core] = (job, job.start(core), time.monotonic())
             time.sleep(0.5)
             for core, (job, process, started) in list(running.items()):
-                if not ended(process, job.folder):
+                if process.poll() is None:
                     continue
                 del running[core]
-                done += 1
+                done += job.steps
                 failed += [job] if process.returncode else []
-                left = (time.monotonic() - began) / done * (len(waiting) + len(running))
-                result, seconds = outcome(job, process.returncode), time.monotonic() - started
-                print(f"{result}, {seconds:.0f} s; about {left / 60:.0f} min left", flush=True)
+                left = (time.monotonic() - began) / done * (steps - done) / 60
+                took = time.monotonic() - started
+                print(f"{outcome(job)}, {took:.0f} s; about {left:.0f} min left", flush=True)
+                report()
     finally:
         for _, process, _ in running.values():
             process.terminate()
@@ -156,52 +177,48 @@ def run_all(jobs: list[Job], cores: list[int]) -> list[Job]:
     return failed
 
 
-def ended(process: subprocess.Popen, folder: Path) -> bool:
-    """Whether the run has ended. Writes its processor time, engine and verifiers included.
-
-    Other work on the machine changes the processor time less than the elapsed time.
-    """
-    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-    if not pid:
-        return False
-    process.returncode = os.waitstatus_to_exitcode(status)
-    (folder / "processor_seconds.json").write_text(json.dumps(usage.ru_utime + usage.ru_stime))
-    return True
-
-
-def outcome(job: Job, returncode: int) -> str:
-    name = f"{job.task} {job.variant} seed {job.seed}"
-    if returncode:
-        return f"{name}: FAILED, see {job.folder / 'train.log'}"
-    summary = json.loads((job.folder / "summary.json").read_text())
-    return f"{name}: reward {summary['reward_first3']:.3f} -> {summary['reward_last3']:.3f}"
+def outcome(job: Job) -> str:
+    if not job.finished():
+        return f"{job.folder.name}: FAILED, see {job.file('.log')}"
+    return f"{job.folder.name}: accuracy {job.result().last('accuracy'):.3f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(FINAL_SEEDS))
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a final run; others: a third")
+    parser.add_argument("--out", type=lambda path: Path(path).absolute(), default="runs/study")
     parser.add_argument(
-        "--page",
-        type=Path,
-        help="Markdown file; the part between its result marks is replaced",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings of every run; before the options",
+        "--page", type=Path, help="Markdown file; the part between its marks is replaced"
     )
     args = parser.parse_args()
-    jobs = list(plan(args))
-    failed = run_all(jobs, sorted(os.sched_getaffinity(0)))
-    runs = [(job.task, job.variant, job.seed, job.folder) for job in jobs if job.finished()]
-    if runs:
-        print(write_results(runs, args.out, args.page, " ".join(["python", *sys.argv])))
+    if TUNING_SEED in args.seeds:
+        parser.error(f"--seeds: {TUNING_SEED} is the seed of the tuning")
+    if args.steps % (3 * EVERY):
+        parser.error(f"--steps: expected a multiple of {3 * EVERY}, got {args.steps}")
+    began, start = time.monotonic(), datetime.now()
+    args.out.mkdir(parents=True, exist_ok=True)
+    study_sums.prepare(args.out / "sums")
+    cores = sorted(os.sched_getaffinity(0))
+    jobs = tuning(args)
+
+    def report() -> str:
+        """Write the results so far."""
+        record = args.out / "sittings.json"
+        sittings = json.loads(record.read_text()) if record.exists() else {}
+        sittings[start.isoformat(" ", "minutes")] = time.monotonic() - began
+        record.write_text(json.dumps(sittings))
+        runs = [job.result() for job in jobs if job.finished()]
+        return write_results(runs, sittings, args.page or args.out / "study.md")
+
+    failed = run_all(jobs, cores, report)
+    if not failed:
+        jobs += final(args, choose_rates([job.result() for job in jobs]))
+        failed = run_all(jobs, cores, report)
+    print(report())
     sys.exit(f"{len(failed)} runs failed; the same command tries them again" if failed else 0)
 
 

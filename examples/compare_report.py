@@ -1,271 +1,323 @@
-"""Writes the table, pictures and page of ``compare_objectives.py``."""
+"""Writes the tables, pictures and page of ``compare_objectives.py``."""
 
-import datetime
-import json
+import csv
 import math
-import os
-import platform
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from megatron_espo.files import read_jsonl
 
-BEGIN, END = (
-    "<!-- results: written by examples/compare_objectives.py -->",
-    "<!-- end of results -->",
-)
-LAST = 3  # steps that count as the end of a run
-OLDER = {"espo-one-step-off", "espo-partial"}  # variants on rollouts of older weights
+BEGIN = "<!-- results: written by examples/compare_objectives.py -->"
+END = "<!-- end of results -->"
+EVERY = 20  # steps from one evaluation to the next, and of one mean
+GOAL = 0.8  # accuracy of the column "steps to"
+COLUMNS: dict[str, Callable[[dict[str, float]], float]] = {
+    "accuracy": lambda line: line.get("eval/avg@1", math.nan),
+    "reward": lambda line: line["reward/mean"],
+    "entropy": lambda line: line.get("policy/entropy", math.nan),
+    "clipped": lambda line: line.get("policy/clipped", math.nan),
+    "with_gradient": lambda line: 1 - line.get("policy/no_gradient", math.nan),
+}
 PANELS = {
-    "reward/mean": "Reward",
-    "policy/entropy": "Entropy of trained tokens (nats)",
-    "policy/clipped": "Share outside the clip range",
+    "accuracy": "Accuracy on test prompts",
+    "entropy": "Entropy of trained tokens (nats)",
+    "clipped": "Share outside the clip range",
     "with_gradient": "Share with a gradient",
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """The metrics of a finished run."""
+    """A finished run: means over :data:`EVERY` steps of each of :data:`COLUMNS`."""
 
-    task: str
+    phase: str
     variant: str
+    rate: float
     seed: int
-    lines: list[dict[str, float]]
+    curves: dict[str, list[float]]
 
-    def curve(self, name: str) -> list[float]:
-        """Return one metric over the steps; NaN where a step trained nothing."""
-        if name == "with_gradient":
-            return [1 - line.get("policy/no_gradient", math.nan) for line in self.lines]
-        return [line.get(name, math.nan) for line in self.lines]
+    def last(self, name: str, steps: int | None = None) -> float:
+        """Return the mean of the :data:`EVERY` steps up to ``steps`` (the end)."""
+        return self.curves[name][(steps // EVERY if steps else 0) - 1]
 
-    def mean(self, name: str, last: int = 0) -> float:
-        return nanmean(self.curve(name)[-last:])
+    def mean(self, name: str, steps: int | None = None) -> float:
+        """Return the mean over the first ``steps`` (all)."""
+        return nanmean(self.curves[name][: steps // EVERY if steps else None])
+
+    def steps_to_goal(self) -> float:
+        """Return the step of the first evaluation with an accuracy of :data:`GOAL`."""
+        reached = (i for i, a in enumerate(self.curves["accuracy"], 1) if a >= GOAL)
+        return next(reached, math.inf) * EVERY
+
+    def collapsed(self) -> bool:
+        """Whether the accuracy ends below half of its highest value."""
+        return self.last("accuracy") < max(self.curves["accuracy"]) / 2
 
 
-def nanmean(values: list[float]) -> float:
+def nanmean(values: Iterable[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return fmean(known) if known else math.nan
 
 
-NUMBERS: dict[str, Callable[[Run], float]] = {
-    "held-out, greedy": lambda run: run.mean("eval/avg@1"),
-    f"reward, last {LAST}": lambda run: run.mean("reward/mean", LAST),
-    "reward, all": lambda run: run.mean("reward/mean"),
-    f"entropy, last {LAST}": lambda run: run.mean("policy/entropy", LAST),
-    "outside clip range": lambda run: run.mean("policy/clipped"),
-    "with a gradient": lambda run: run.mean("with_gradient"),
-}
+def read_run(phase: str, variant: str, rate: float, seed: int, folder: Path) -> Run:
+    """Read a run from its folder."""
+    lines = read_jsonl(folder / "metrics.jsonl")
+    parts = [lines[i : i + EVERY] for i in range(0, len(lines), EVERY)]
+    curves = {
+        name: [nanmean(map(value, part)) for part in parts] for name, value in COLUMNS.items()
+    }
+    return Run(phase, variant, rate, seed, curves)
 
 
-def write_results(
-    found: list[tuple[str, str, int, Path]], out: Path, page: Path | None, command: str
-) -> str:
-    """Write the pictures and the results.
+def write_csv(runs: list[Run], path: Path) -> None:
+    """Write a row for each run and mean."""
+    with path.open("w", newline="") as stream:
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerow(["phase", "variant", "rate", "seed", "step", *COLUMNS])
+        for run in runs:
+            for i, values in enumerate(zip(*run.curves.values(), strict=True), 1):
+                numbers = [f"{value:.5g}" for value in values]
+                rows.writerow([run.phase, run.variant, run.rate, run.seed, i * EVERY, *numbers])
+
+
+def read_csv(path: Path) -> list[Run]:
+    """Read what :func:`write_csv` wrote."""
+    found: dict[tuple, dict[str, list[float]]] = {}
+    with path.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            key = row["phase"], row["variant"], float(row["rate"]), int(row["seed"])
+            curves = found.setdefault(key, {name: [] for name in COLUMNS})
+            for name, values in curves.items():
+                values.append(float(row[name]))
+    return [Run(*key, curves) for key, curves in found.items()]
+
+
+def choose_rates(runs: list[Run]) -> dict[str, float]:
+    """Map each objective to its learning rate: the highest accuracy over the last two evaluations.
 
     Args:
-        found: task, variant, seed and folder of each run.
-        out: folder for both if there is no page.
-        page: Markdown file for the results; the pictures go to its folder.
-        command: for the page.
+        runs: runs of all phases; those of the tuning count.
+    """
+    return {v: max(some, key=tuning_accuracy).rate for v, some in groups(runs, "tuning").items()}
+
+
+def tuning_accuracy(run: Run) -> float:
+    return nanmean(run.curves["accuracy"][-2:])
+
+
+def write_results(runs: list[Run], sittings: dict[str, float], page: Path) -> str:
+    """Write ``page``, its pictures and ``study.csv`` beside it.
+
+    Args:
+        runs: the finished runs.
+        sittings: seconds of each call of the study, by its start.
+        page: Markdown file; the part between the marks is replaced.
 
     Returns:
         Text to print.
     """
-    runs = [
-        Run(task, variant, seed, read_jsonl(Path(folder, "metrics.jsonl")))
-        for task, variant, seed, folder in found
-    ]
-    folder = page.parent if page else out
-    pictures = draw_all(runs, folder)
-    size, price = f"{len(runs)} runs of {len(runs[0].lines)} steps", cost([f for *_, f in found])
-    text = [
-        f"`{command}` on {datetime.date.today()}: {size}. {price}\n",
-        table(runs),
-        "Means over seeds, in brackets the lowest and the highest. Shares are of the tokens of "
-        "responses that have an advantage.\n",
-        claims(runs),
-        correlations(objectives_of(runs)),
-        *(f"![{caption}]({path.name})\n" for caption, path in pictures.items()),
-    ]
-    body = "\n".join(text)
-    target = page or out / "study.md"
-    old = page.read_text() if page else f"# Study\n\n{BEGIN}\n{END}\n"
+    write_csv(runs, page.with_name("study.csv"))
+    text = f"{cost(runs, sittings)}\n\n{results(runs)}"
+    old = page.read_text() if page.exists() else f"# Study\n\n{BEGIN}\n{END}\n"
     before, rest = old.split(BEGIN)
-    target.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{rest.split(END)[1]}")
-    written = f"written: {target} and {len(pictures)} pictures beside it"
-    return f"{table(runs)}\n{claims(runs)}\n{written}"
+    pictures = "".join(f"\n![{title}]({name})\n" for name, title in draw(runs, page.parent).items())
+    page.write_text(f"{before}{BEGIN}\n\n{text}{pictures}\n{END}{rest.split(END)[1]}")
+    return f"{text}\nwritten: {page}"
 
 
-def cost(folders: list[Path]) -> str:
-    """Describe the time of the runs. On idle cores, the processor time is the elapsed time."""
-    wall = [json.loads((folder / "summary.json").read_text())["seconds"] for folder in folders]
-    processor = [json.loads((folder / "processor_seconds.json").read_text()) for folder in folders]
-    cores = len(os.sched_getaffinity(0))
-    return (
-        f"{cores} cores ({platform.machine()}); a run took {fmean(wall):.0f} s, of which "
-        f"{fmean(processor):.0f} s of processor time, all together "
-        f"{sum(processor) / cores / 3600:.1f} hours of each core."
+def cost(runs: list[Run], sittings: dict[str, float]) -> str:
+    steps = sum(EVERY * len(run.curves["reward"]) for run in runs)
+    hours = ", ".join(
+        f"{seconds / 3600:.2f} hours from {start}" for start, seconds in sittings.items()
     )
+    return f"{len(runs)} runs, {steps:,} steps. Elapsed time: {hours}."
 
 
-def grouped(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Map task and variant to the runs of all seeds, in the order of the plan."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.task, run.variant), []).append(run)
-    return dict(sorted(groups.items(), key=lambda item: item[0][0], reverse=True))
-
-
-def table(runs: list[Run]) -> str:
-    """Format a row for each task and variant."""
-    rows = [
-        f"| task | variant | seeds | {' | '.join(NUMBERS)} |",
-        "|---" * (len(NUMBERS) + 3) + "|",
+def results(runs: list[Run]) -> str:
+    """Return the tables as Markdown."""
+    final, ablations = (groups(runs, phase) for phase in ("final", "ablation"))
+    parts = [
+        "**Tuning.** Accuracy on validation prompts, mean of the last two evaluations.\n",
+        tuning_table(runs),
+        "**Objectives.** Accuracy on test prompts after the last step. Means over seeds, in "
+        "brackets the lowest and the highest. ± is the 95% interval of the mean over seeds (t). "
+        f"Reward and entropy are those of the last {EVERY} steps. Shares are of the trained "
+        "tokens, over all steps. A collapse ends below half of the highest accuracy.\n",
+        table(final),
+        differences(final, groups(runs, "final").get("espo", [])),
+        "Rank correlation of entropy and clipped share inside a run, from the second mean on "
+        f"(Figure 5), mean over seeds: {correlations(final)}.\n",
     ]
-    for (task, variant), seeds in grouped(runs).items():
-        cells = [spread([number(run) for run in seeds]) for number in NUMBERS.values()]
-        rows.append(f"| {task} | {variant} | {len(seeds)} | {' | '.join(cells)} |")
+    if ablations:
+        steps = EVERY * len(next(iter(ablations.values()))[0].curves["reward"])
+        espo = [cut(run, steps) for run in final["espo"]]
+        parts += [
+            f"**Ablations.** The same numbers after {steps} steps.\n",
+            table({"espo": espo} | ablations),
+            differences(ablations, espo),
+        ]
+    return "\n".join(parts)
+
+
+def groups(runs: list[Run], phase: str) -> dict[str, list[Run]]:
+    """Map each variant of a phase to its runs."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.phase == phase:
+            found.setdefault(run.variant, []).append(run)
+    return found
+
+
+def cut(run: Run, steps: int) -> Run:
+    """Return the first ``steps`` of a run."""
+    return replace(run, curves={k: v[: steps // EVERY] for k, v in run.curves.items()})
+
+
+def tuning_table(runs: list[Run]) -> str:
+    """Format a row for each objective, a column for each learning rate, the chosen one bold."""
+    tuned = groups(runs, "tuning")
+    rates = sorted({run.rate for run in runs if run.phase == "tuning"})
+    chosen = choose_rates(runs)
+    rows = [f"| objective | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    rows.append("|---" * (len(rates) + 1) + "|")
+    for variant, some in tuned.items():
+        by_rate = {run.rate: f"{tuning_accuracy(run):.3f}" for run in some}
+        by_rate[chosen[variant]] = f"**{by_rate[chosen[variant]]}**"
+        cells = [by_rate.get(rate, "") for rate in rates]
+        rows.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def table(variants: dict[str, list[Run]]) -> str:
+    """Format a row for each variant."""
+    columns = [
+        "variant", "rate", "seeds", "accuracy", "reward", "entropy", "outside clip range",
+        "with a gradient", f"steps to {GOAL:g}", "collapses",
+    ]  # fmt: skip
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for variant, runs in variants.items():
+        accuracy = [run.last("accuracy") for run in runs]
+        goal = [run.steps_to_goal() for run in runs]
+        cells = [
+            variant,
+            f"{runs[0].rate:g}",
+            str(len(runs)),
+            f"{spread(accuracy)}{interval(accuracy)}",
+            spread([run.last("reward") for run in runs]),
+            spread([run.last("entropy") for run in runs]),
+            spread([run.mean("clipped") for run in runs]),
+            spread([run.mean("with_gradient") for run in runs]),
+            ", ".join("never" if math.isinf(steps) else f"{steps:.0f}" for steps in sorted(goal)),
+            str(sum(run.collapsed() for run in runs)),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
 def spread(values: list[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    interval = f" ({min(known):.2f}–{max(known):.2f})" if len(known) > 1 else ""
-    return f"{nanmean(known):.2f}{interval}"
+    return f"{nanmean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
-def claims(runs: list[Run]) -> str:
-    """Count the pairs of runs (same task and seed) that agree with the paper's claims."""
-    of = {(run.task, run.seed, run.variant): run for run in runs}
-    last, others = f", last {LAST}", ["gspo", "grpo", "dapo", "cispo", "gmpo"]
-    ablations = sorted({run.variant for run in runs if run.variant.startswith("espo-")})
-    pairs = [
-        ("ESPO ends with a higher reward than", f"reward{last}", others),
-        ("ESPO ends with a higher entropy than", f"entropy{last}", others),
-        (
-            "more tokens outside the clip range under ESPO than under (Figure 4)",
-            "outside clip range",
-            others,
-        ),
-        ("ESPO as it is ends with a higher reward than", f"reward{last}", ablations),
+def interval(values: list[float]) -> str:
+    """Return half of the 95% interval of the mean of normal values, as text."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return ""
+    half = t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return f" ± {half:.3f}"
+
+
+def differences(variants: dict[str, list[Run]], espo: list[Run]) -> str:
+    """Compare ESPO with the other variants, seed by seed."""
+    of_seed = {run.seed: run for run in espo}
+    rows = [
+        "| ESPO minus | accuracy | seeds with ESPO ahead | entropy | outside clip range |",
+        "|---|---|---|---|---|",
     ]
-    rows = ["| | than | pairs in which it was so | mean difference |", "|---|---|---|---|"]
-    for claim, name, variants in pairs:
-        number = NUMBERS[name]
-        for other in variants:
-            keys = [(task, seed) for task, seed, variant in of if variant == other]
-            both = [(of[*key, "espo"], of[*key, other]) for key in keys if (*key, "espo") in of]
-            gaps = [number(espo) - number(run) for espo, run in both]
-            if gaps := [gap for gap in gaps if not math.isnan(gap)]:
-                share = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
-                rows.append(f"| {claim} | {other} | {share} | {nanmean(gaps):+.3f} |")
+    for variant, runs in variants.items():
+        if variant == "espo":
+            continue
+        both = [(of_seed[run.seed], run) for run in runs if run.seed in of_seed]
+        if not both:
+            continue
+        gaps = [mine.last("accuracy") - other.last("accuracy") for mine, other in both]
+        entropy = nanmean(mine.last("entropy") - other.last("entropy") for mine, other in both)
+        clipped = nanmean(mine.mean("clipped") - other.mean("clipped") for mine, other in both)
+        ahead = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
+        accuracy = f"{nanmean(gaps):+.3f}{interval(gaps)}"
+        rows.append(f"| {variant} | {accuracy} | {ahead} | {entropy:+.3f} | {clipped:+.3f} |")
     return "\n".join(rows) + "\n"
 
 
-def objectives_of(runs: list[Run]) -> list[Run]:
-    """Return the runs without ablations and older rollouts."""
-    return [run for run in runs if "-" not in run.variant]
+def correlations(variants: dict[str, list[Run]]) -> str:
+    """Correlate entropy and clipped share.
 
-
-def correlations(runs: list[Run]) -> str:
-    """Correlate the points of :func:`draw_clipping`, without the first step.
-
-    In the first step, all runs have the entropy of the same model.
+    The first mean is left out: all runs begin with the entropy of the same model.
     """
     from scipy.stats import spearmanr
 
-    points: dict[str, list[tuple[float, float]]] = {}
-    for run in runs:
-        points.setdefault(run.variant, []).extend(
-            zip(run.curve("policy/entropy")[1:], run.curve("policy/clipped")[1:], strict=True)
-        )
-    found = [
-        f"{name} {spearmanr(pairs, nan_policy='omit').statistic:+.2f}"
-        for name, pairs in points.items()
-    ]
-    title = (
-        "Rank correlation of entropy and clipped share over steps, from the second on (Figure 5)"
-    )
-    return f"{title}: {', '.join(found)}.\n"
+    found = []
+    for variant, runs in variants.items():
+        ranks = [spearmanr(r.curves["entropy"][1:], r.curves["clipped"][1:]) for r in runs]
+        found.append(f"{variant} {nanmean(float(rank.statistic) for rank in ranks):+.2f}")
+    return ", ".join(found)
 
 
-def draw_all(runs: list[Run], folder: Path) -> dict[str, Path]:
-    """Draw all pictures. Return the file of each caption."""
-    folder.mkdir(parents=True, exist_ok=True)
-    objectives = objectives_of(runs)
-    ablations = [run for run in runs if run.variant.startswith("espo") and run.variant not in OLDER]
-    older = [run for run in runs if run.variant in OLDER | {"espo"}]
+def draw(runs: list[Run], folder: Path) -> dict[str, str]:
+    """Draw the pictures. Return the title of each file."""
+    final, ablations = groups(runs, "final"), groups(runs, "ablation")
     pictures = {}
-    for task in dict.fromkeys(run.task for run in runs):
-        mine = {variant: seeds for (t, variant), seeds in grouped(objectives).items() if t == task}
-        caption = f"Objectives on {task}: mean over seeds, bands from the lowest to the highest"
-        pictures[caption] = draw_curves(mine, folder / f"study-{task}.png")
-    caption = (
-        "Clipped share by objective, as in the paper's Figure 4; entropy against clipped share, "
-        "as in its Figure 5"
-    )
-    pictures[caption] = draw_clipping(objectives, folder / "study-clipping.png")
-    for caption, some, name in (
-        ("Ablations of ESPO", ablations, "ablations"),
-        ("ESPO on older rollouts", older, "older"),
-    ):
-        if len({run.variant for run in some}) > 1:
-            groups = grouped(some).items()
-            mine = {variant: seeds for (t, variant), seeds in groups if t == runs[0].task}
-            pictures[caption] = draw_curves(mine, folder / f"study-{name}.png")
+    if final:
+        pictures["study-objectives.png"] = "Six objectives: means over seeds; bands: all seeds"
+        draw_curves(final, folder / "study-objectives.png")
+        pictures["study-clipping.png"] = (
+            "Clipped share by objective (Figure 4) and against entropy (Figure 5)"
+        )
+        draw_clipping(final, folder / "study-clipping.png")
+    if ablations:
+        pictures["study-ablations.png"] = "Ablations of ESPO"
+        steps = EVERY * len(next(iter(ablations.values()))[0].curves["reward"])
+        espo = {"espo": [cut(run, steps) for run in final["espo"]]}
+        draw_curves(espo | ablations, folder / "study-ablations.png")
     return pictures
 
 
-def draw_curves(variants: dict[str, list[Run]], path: Path) -> Path:
+def draw_curves(variants: dict[str, list[Run]], path: Path) -> None:
     """Draw each of :data:`PANELS`: mean over seeds, and a band from the lowest to the highest."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    figure = Figure(figsize=(16, 4), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for variant, seeds in variants.items():
-            columns = [
-                [v for v in column if not math.isnan(v)] or [math.nan]
-                for column in zip(*(run.curve(name) for run in seeds), strict=False)
-            ]
-            steps = range(1, len(columns) + 1)
-            (line,) = axes.plot(
-                steps, [fmean(column) for column in columns], label=variant, linewidth=1.5
-            )
-            low, high = list(map(min, columns)), list(map(max, columns))
-            axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-        axes.set(title=title, xlabel="step", ylim=(0, None))
-        axes.locator_params(axis="x", integer=True)
+        for variant, runs in variants.items():
+            points = list(zip(*(run.curves[name] for run in runs), strict=False))
+            steps = range(EVERY, EVERY * len(points) + 1, EVERY)
+            (line,) = axes.plot(steps, list(map(nanmean, points)), label=variant, linewidth=1.5)
+            low, high = list(map(min, points)), list(map(max, points))
+            axes.fill_between(steps, low, high, alpha=0.12, color=line.get_color())
+        axes.set(title=title, xlabel="step")
     figure.axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    return path
+    figure.savefig(path, dpi=100)
 
 
-def draw_clipping(runs: list[Run], path: Path) -> Path:
-    """Draw the clipped share of each variant, and entropy against clipped share of each step."""
+def draw_clipping(variants: dict[str, list[Run]], path: Path) -> None:
+    """Draw the clipped share of each variant, and against the entropy at every mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     bars, points = figure.subplots(1, 2)
-    for place, variant in enumerate(dict.fromkeys(run.variant for run in runs)):
-        mine = [run for run in runs if run.variant == variant]
-        shares = [run.mean("policy/clipped") for run in mine]
+    for place, (variant, runs) in enumerate(variants.items()):
+        shares = [run.mean("clipped") for run in runs]
         bars.bar(place, nanmean(shares), color=f"C{place}", alpha=0.6)
         bars.plot([place] * len(shares), shares, "k.", markersize=4)
-        entropies, clipped = (
-            [v for run in mine for v in run.curve(name)]
-            for name in ("policy/entropy", "policy/clipped")
-        )
-        points.plot(entropies, clipped, ".", color=f"C{place}", label=variant, markersize=5)
-    bars.set(title="Share of tokens outside the clip range", xticks=range(place + 1))
-    bars.set_xticklabels(dict.fromkeys(run.variant for run in runs))
-    points.set(
-        title="Each step of each run",
-        xlabel="entropy of trained tokens (nats)",
-        ylabel="share outside the clip range",
-    )
+        entropy, clipped = ([v for r in runs for v in r.curves[k]] for k in ("entropy", "clipped"))
+        points.plot(entropy, clipped, ".", color=f"C{place}", label=variant, markersize=5)
+    bars.set(title="Share of tokens outside the clip range", xticks=range(len(variants)))
+    bars.set_xticklabels(variants)
+    title = f"Means over {EVERY} steps of each run"
+    points.set(title=title, xlabel="entropy (nats)", ylabel="share outside the clip range")
+    points.set(yscale="log")
     points.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    return path
+    figure.savefig(path, dpi=100)
