@@ -37,17 +37,20 @@ ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = ("espo", "gspo", "grpo", "dapo", "cispo", "gmpo")
 RATES = (1e-5, 3e-5, 1e-4)
 TUNING_SEED, FINAL_SEEDS, STEPS = 1, (2, 3, 4), 300
-# The fixed range is about the mean of Eq. 8 here: 0.02 x 0.07 nats / ln 17.
-ABLATIONS: dict[str, dict] = {
-    "espo-one-group": {"quantiles": []},
-    "espo-fixed-clip": {"alpha": 1e-9, "clip_floor": 5e-4},
-    "espo-rho-0.1": {"quantiles": [0.9]},
-    "espo-rho-0.4": {"quantiles": [0.6]},
-    "espo-alpha-0.005": {"alpha": 0.005},
-    "espo-alpha-0.1": {"alpha": 0.1},
-    "espo-updates-2": {"num_mini_batches": 2},
-    "espo-updates-8": {"num_mini_batches": 8},
-}
+# Settings by section. The fixed range is about the mean of Eq. 8 here: 0.02 x 0.07 nats / ln 17.
+ABLATIONS: dict[str, dict[str, dict]] = {
+    "espo-one-group": {"algorithm": {"quantiles": []}},
+    "espo-fixed-clip": {"algorithm": {"alpha": 1e-9, "clip_floor": 5e-4}},
+    "espo-rho-0.1": {"algorithm": {"quantiles": [0.9]}},
+    "espo-rho-0.4": {"algorithm": {"quantiles": [0.6]}},
+    "espo-alpha-0.005": {"algorithm": {"alpha": 0.005}},
+    "espo-alpha-0.1": {"algorithm": {"alpha": 0.1}},
+    "espo-updates-2": {"algorithm": {"num_mini_batches": 2}},
+    "espo-updates-8": {"algorithm": {"num_mini_batches": 8}},
+    "espo-one-step-off": {
+        "algorithm": {"rollout_correction": "token"}, "rollout": {"max_staleness": 1},
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,14 @@ class Job:
         """Return the configuration of the run."""
         task = self.out / "sums"
         split = "validation" if self.phase == "tuning" else "test"
-        objective = self.variant.partition("-")[0]
+        changes = ABLATIONS.get(self.variant, {})
+        objective = {"objective": self.variant.partition("-")[0], "num_mini_batches": 4}
+        rollout = {
+            "prompts_per_step": 16, "group_size": 8,
+            "max_response_tokens": study_sums.RESPONSE_TOKENS, "max_model_len": 64,
+            "canary_prompts": 0, "verify_every": 0,
+            "engine_args": {"kv_cache_memory_bytes": 2**28, "max_num_seqs": 256},
+        }  # fmt: skip
         return {
             "run": {
                 "dir": str(self.folder), "steps": self.steps, "seed": self.seed,
@@ -78,15 +88,8 @@ class Job:
             "model": {"path": str(task), "dtype": "float32"},
             "megatron": {"max_tokens_per_micro_batch": 8192},
             "optimizer": {"lr": self.rate},
-            "algorithm": {
-                "objective": objective, "num_mini_batches": 4, **ABLATIONS.get(self.variant, {}),
-            },
-            "rollout": {
-                "prompts_per_step": 16, "group_size": 8,
-                "max_response_tokens": study_sums.RESPONSE_TOKENS, "max_model_len": 64,
-                "canary_prompts": 0, "verify_every": 0,
-                "engine_args": {"kv_cache_memory_bytes": 2**28, "max_num_seqs": 256},
-            },
+            "algorithm": objective | changes.get("algorithm", {}),
+            "rollout": rollout | changes.get("rollout", {}),
             "data": {"prompts": str(task / "train.jsonl"), "raw": True},
             "reward": {"function": "examples.study_sums:correct", "workers": 1},
             "eval": {"prompts": str(task / f"{split}.jsonl"), "every": EVERY, "samples": 1},

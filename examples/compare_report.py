@@ -155,7 +155,7 @@ def results(runs: list[Run]) -> str:
         espo = [cut(run, steps) for run in final["espo"]]
         parts += [
             f"**Ablations.** The same numbers after {steps} steps.\n",
-            table({"espo": espo} | ablations),
+            table({"espo": espo} | ablations, with_goal=False),
             differences(ablations, espo),
         ]
     return "\n".join(parts)
@@ -190,11 +190,11 @@ def tuning_table(runs: list[Run]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def table(variants: dict[str, list[Run]]) -> str:
-    """Format a row for each variant."""
+def table(variants: dict[str, list[Run]], with_goal: bool = True) -> str:
+    """Format a row for each variant. ``with_goal``: with the steps to :data:`GOAL`."""
     columns = [
         "variant", "rate", "seeds", "accuracy", "reward", "entropy", "outside clip range",
-        "with a gradient", f"steps to {GOAL:g}", "collapses",
+        "with a gradient", "collapses", *([f"steps to {GOAL:g}"] if with_goal else []),
     ]  # fmt: skip
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for variant, runs in variants.items():
@@ -209,9 +209,11 @@ def table(variants: dict[str, list[Run]]) -> str:
             spread([run.last("entropy") for run in runs]),
             spread([run.mean("clipped") for run in runs]),
             spread([run.mean("with_gradient") for run in runs]),
-            ", ".join("never" if math.isinf(steps) else f"{steps:.0f}" for steps in sorted(goal)),
             str(sum(run.collapsed() for run in runs)),
         ]
+        if with_goal:
+            steps = ("never" if math.isinf(step) else f"{step:.0f}" for step in sorted(goal))
+            cells.append(", ".join(steps))
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 

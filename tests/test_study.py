@@ -38,7 +38,7 @@ def test_runs_of_a_phase_differ_only_in_what_is_compared(tmp_path):
         split = "validation" if job.phase == "tuning" else "test"
         assert configs[-1].eval.prompts == str(tmp_path / "sums" / f"{split}.jsonl")
     varied = {"algorithm": True, "optimizer": {"lr"}, "eval": {"prompts"}}
-    varied["run"] = {"dir", "seed", "steps"}
+    varied |= {"run": {"dir", "seed", "steps"}, "rollout": {"max_staleness"}}
     assert len({config.model_dump_json(exclude=varied) for config in configs}) == 1
     objectives = [c for c in configs if c.run.steps == 300]
     assert {c.algorithm.objective for c in objectives} == set(study.OBJECTIVES)
@@ -93,8 +93,8 @@ def test_tables_equal_a_count_by_hand():
     # Half of the 95% interval of two values: 12.706 x 0.1414 / sqrt(2).
     text = report.table(report.groups(RUNS, "final"))
     assert "| espo | 1e-05 | 2 | 0.800 (0.700–0.900) ± 1.271 |" in text
-    assert text.splitlines()[2].endswith("| 40, never | 0 |")
-    assert text.splitlines()[3].endswith("| 20, 40 | 1 |")  # 0.4 < 0.9 / 2
+    assert text.splitlines()[2].endswith("| 0 | 40, never |")
+    assert text.splitlines()[3].endswith("| 1 | 20, 40 |")  # 0.4 < 0.9 / 2
     of = report.groups(RUNS, "final")
     assert "| grpo | +0.200 ± 3.812 | 1 of 2 | +0.000 |" in report.differences(of, of["espo"])
     assert "| espo-one-group | +0.400 | 1 of 1 |" in report.results(RUNS)
