@@ -41,6 +41,7 @@ def test_reward_rises(ranks, request):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
 
 
+@pytest.mark.slow
 def test_first_step_does_not_depend_on_tensor_parallelism(one_rank, two_ranks):
     assert one_rank[0][0] == two_ranks[0][0]
     assert one_rank[0][1] == pytest.approx(two_ranks[0][1], rel=1e-4)

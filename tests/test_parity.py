@@ -38,8 +38,8 @@ def test_short_matrix_agrees():
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
-    done = run("--short", "--folder", str(folder), "--layout", "tp2", "--ranks", "2")
-    assert done.returncode == 0, done.stderr
+    done = run("--short", "--folder", str(folder), "--layout", "tp2", ranks=2)
+    assert done.returncode == 0, done.stdout
     return folder
 
 

@@ -15,13 +15,9 @@ PENALTY = {"rollout_correction": "token", "kl_coef": 0.5, "entropy_coef": 0.3}
 ROWS = {"packing": PADDED, "max_tokens": 40}
 # On two ranks. SLOW_CASES run on two and on four.
 CASES = {name: sizes for name, (ranks, sizes) in MOE_LAYOUTS.items() if ranks == 2} | {
-    "dp2, all in one micro-batch": {"max_tokens": 1000},
     "dp2, padded": ROWS,
     "several turns, cp2": {"masked": True, CP: 2},
-    "several turns, tp2, padded": {"masked": True} | SEQUENCE | ROWS,
-    "dp2, recomputed": RECOMPUTED,
     "pp2 vpp2, recomputed": {PP: 2, VPP: 2} | RECOMPUTED,
-    "pp2, one layer recomputed": {PP: 2} | RECOMPUTED | {"recompute_method": "block"},
     "dense layers, pp2": {"folder": "mixed", PP: 2},
     "off-policy, pp2": {"old_folder": "old", PP: 2},
     "biased routers, ep2": {"folder": "glm4_moe", EP: 2},
@@ -29,6 +25,10 @@ CASES = {name: sizes for name, (ranks, sizes) in MOE_LAYOUTS.items() if ranks ==
 }
 SLOW_CASES = {
     "dp2": {},
+    "dp2, all in one micro-batch": {"max_tokens": 1000},
+    "several turns, tp2, padded": {"masked": True} | SEQUENCE | ROWS,
+    "dp2, recomputed": RECOMPUTED,
+    "pp2, one layer recomputed": {PP: 2} | RECOMPUTED | {"recompute_method": "block"},
     "dp2, one sequence each": {"max_tokens": 1},
     "dp2, prompts not shared": {"packing": {"share_prompts": False}},
     "cp2, padded": {CP: 2} | ROWS,

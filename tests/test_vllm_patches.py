@@ -1,5 +1,6 @@
 """The installed vLLM needs every patch in ``vllm_patches``. If a test fails, delete its patch."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
 from vllm.triton_utils import HAS_TRITON
 
 
@@ -85,3 +87,9 @@ def test_sampling_masks_are_needed():
     config = SimpleNamespace(model_config=model, use_v2_model_runner=False)
     with pytest.raises(ValueError, match="requires Model Runner V2"):
         VllmConfig._verify_sampling_replay_config(config)
+
+
+def test_fork_engine_is_needed():
+    """vLLM's CPU platform leaves no choice of the start method."""
+    setting = 'os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"'
+    assert setting in inspect.getsource(CpuPlatform.check_and_update_config)

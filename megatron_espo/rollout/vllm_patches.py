@@ -3,10 +3,13 @@
 ``tests/test_vllm_patches.py`` checks that the installed vLLM still needs each patch.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_espo.rewards import sandbox
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> None:
@@ -120,3 +123,20 @@ def record_sampling_masks(runner: Any) -> None:
         return output
 
     sampler.forward, runner.sample_tokens = sample_and_record, sample_and_add
+
+
+def fork_engine() -> None:
+    """Fork the engine from the API server on a CPU, so that it does not import vLLM again.
+
+    vLLM 0.32. Its CPU platform starts a new interpreter, which takes 15 seconds for the imports.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_fork(vllm_config: Any) -> None:
+        check(vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_fork)  # type: ignore
+    os.register_at_fork(after_in_child=sandbox.die_with_parent)

@@ -36,6 +36,7 @@ def register() -> None:
         server.die_with_parent()
         if current_platform.is_cpu():
             vllm_patches.allow_sampling_masks()
+            vllm_patches.fork_engine()
     register_transports()
 
 

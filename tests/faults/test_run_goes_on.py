@@ -147,7 +147,7 @@ def test_stop_request_saves_and_the_same_command_continues(runs, undisturbed, ho
     assert status["state"] == "requeue" and status["why"], (status, output)
     saved = (folder / "checkpoints" / "latest").read_text().strip()
     assert saved < f"step_{STEPS:06d}", "the run was not stopped"
-    done = runs.train(run)
+    done = runs.train(run, forked=True)
     assert done.returncode == 0 and f"from {folder / 'checkpoints' / saved}" in done.stdout, (
         done.stdout + done.stderr
     )

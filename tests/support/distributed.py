@@ -5,8 +5,8 @@
 The function gets the keyword arguments on every rank. Rank 0's result is returned. Arguments and
 result are sent as JSON. An exception on any rank fails the caller with the ranks' output.
 
-Launcher and ranks are forked from a process that has imported torch and Megatron-Core, because the
-imports take longer than most functions. That process runs no test code itself.
+Launcher and ranks are forked from a process that has imported the package with torch, Megatron-Core
+and vLLM, because the imports take longer than most functions. That process runs no test code itself.
 """
 
 import contextlib
@@ -94,8 +94,8 @@ def _server() -> subprocess.Popen:
 def serve() -> None:
     """Fork a launcher for each line of the input; print its exit status, ``null`` on a timeout."""
     for module in (
-        "megatron_espo.megatron.actor",
-        "megatron_espo.weights.source",
+        "megatron_espo.trainer.train",
+        "megatron_espo.trainer.colocation",
         "torch.distributed.launcher.api",
     ):
         importlib.import_module(module)
