@@ -19,7 +19,7 @@ from megatron_espo.data.packing import MicroBatch, PackingSpec, TrainSequence, b
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.megatron import consistency
-from megatron_espo.megatron.checkpoint import Save, load_checkpoint, save_checkpoint
+from megatron_espo.megatron.checkpoint import Save, load_checkpoint, save_checkpoint, save_strategy
 from megatron_espo.megatron.expert_load import ExpertLoad
 from megatron_espo.megatron.forward_step import make_forward_step
 from megatron_espo.megatron.guards import oom_hint
@@ -126,6 +126,7 @@ class Actor:
             router_replay=self._router_replay,
         )
         self.skipped_in_a_row = self._updates = 0
+        self._save_strategy = save_strategy()
         self._expert_load = ExpertLoad(self.chunks, spec)
         self.reference = ReferencePolicy(self.chunks) if algorithm.kl_coef else None
 
@@ -231,8 +232,8 @@ class Actor:
             "skipped_in_a_row": self.skipped_in_a_row,
             "grad_norms": list(engine.spikes.norms),
         }
-        parts = (self.chunks, self.spec, out)
-        return save_checkpoint(*parts, optimizer=engine.optimizer, state=state)
+        options = {"optimizer": engine.optimizer, "state": state, "strategy": self._save_strategy}
+        return save_checkpoint(self.chunks, self.spec, out, **options)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Load what :meth:`save` wrote in any layout, and return the ``state``. Collective."""

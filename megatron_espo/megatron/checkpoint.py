@@ -58,6 +58,19 @@ def check_existing(out: str | Path) -> None:
         )
 
 
+def save_strategy() -> Any:
+    """Return Megatron's way to save. It plans the first two saves; the plan serves all others."""
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelSaveStrategyWrapper,
+    )
+
+    strategy = get_default_save_sharded_strategy()
+    strategy.use_cached_ckpt_structure = True
+    # Without the wrapper the first of several data-parallel ranks would write everything.
+    return FullyParallelSaveStrategyWrapper(strategy, do_cache_distribution=True)
+
+
 def save_checkpoint(
     chunks: Sequence[Any],
     spec: ModelSpec,
@@ -65,6 +78,7 @@ def save_checkpoint(
     *,
     optimizer: Any = None,
     state: dict[str, Any] | None = None,
+    strategy: Any = None,
 ) -> "Save":
     """Copy this rank's part to the host and start to write it into ``<out>.partial``.
 
@@ -75,6 +89,7 @@ def save_checkpoint(
         chunks: this rank's model chunks, not wrapped in DDP.
         optimizer: Megatron's optimizer, to store its state too.
         state: further JSON values of the run; rank 0's are written, and the random number states.
+        strategy: of :func:`save_strategy`, for several saves of the same model and optimizer.
 
     Raises:
         InputError: ``out`` exists; nothing is written.
@@ -82,10 +97,6 @@ def save_checkpoint(
     """
     from megatron.core import __version__, dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-        FullyParallelSaveStrategyWrapper,
-    )
 
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
@@ -101,8 +112,7 @@ def save_checkpoint(
     options = {"async_sharded_save": True, "async_strategy": "mcore"}
     try:
         patches.keep_checkpoint_results_in_process()
-        # Without the wrapper the first of several data-parallel ranks would write everything.
-        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
+        strategy = strategy or save_strategy()
         tensors = _sharded_state(chunks, optimizer, form, is_loading=False)
         data = (getattr(value, "data", None) for value in nested_values(tensors))
         in_use = {x.untyped_storage().data_ptr() for x in data if isinstance(x, torch.Tensor)}

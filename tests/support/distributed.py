@@ -5,8 +5,9 @@
 The function gets the keyword arguments on every rank. Rank 0's result is returned. Arguments and
 result are sent as JSON. An exception on any rank fails the caller with the ranks' output.
 
-Launcher and ranks are forked from a process that has imported the package with torch, Megatron-Core
-and vLLM, because the imports take longer than most functions. That process runs no test code itself.
+Launcher and ranks are forked from a process that has imported the package with torch,
+Megatron-Core and vLLM, because the imports take longer than most functions. That process runs no
+test code itself.
 """
 
 import contextlib

@@ -78,10 +78,12 @@ def train(folder: str, first: int, last: int, dtype: str, sizes: dict, load=None
     actor, spec, place = make_actor(folder, dtype, sizes)
     if load:
         assert actor.load(load) == {"step": first - 1, "note": "ü"}
-    metrics = [
-        actor.update(make_groups(step, spec.vocab_size), lambda done, total: None)
-        for step in range(first, last + 1)
-    ]
+    metrics = []
+    for step in range(first, last + 1):
+        metrics.append(actor.update(make_groups(step, spec.vocab_size), lambda done, total: None))
+        for number in range(2 if save and step == first else 0):
+            # The third save takes the plan of the second.
+            actor.save(f"{save}.{number}", {}).finish()
     if save:
         actor.save(save, {"step": last, "note": "ü"}).finish()
     return weights(actor, spec, place), metrics
