@@ -149,7 +149,7 @@ def final(args: argparse.Namespace, rates: dict[str, float]) -> list[Job]:
     return objectives + ablations
 
 
-def run_all(jobs: list[Job], cores: list[int], report: Callable[[], object]) -> list[Job]:
+def run_all(jobs: list[Job], cores: list[int], report: Callable[[], None]) -> list[Job]:
     """Run the unfinished jobs, one on each core at a time. Return the failed jobs."""
     waiting = [job for job in jobs if not job.finished()]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished", flush=True)
@@ -208,20 +208,25 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     jobs = tuning(args)
 
-    def report() -> str:
+    record = args.out / "sittings.json"
+
+    def results() -> str:
         """Write the results so far."""
-        record = args.out / "sittings.json"
+        runs = [job.result() for job in jobs if job.finished()]
+        sittings = json.loads(record.read_text())
+        return write_results(runs, sittings, args.page or args.out / "study.md")
+
+    def report() -> None:
         sittings = json.loads(record.read_text()) if record.exists() else {}
         sittings[start.isoformat(" ", "minutes")] = time.monotonic() - began
         record.write_text(json.dumps(sittings))
-        runs = [job.result() for job in jobs if job.finished()]
-        return write_results(runs, sittings, args.page or args.out / "study.md")
+        results()
 
     failed = run_all(jobs, cores, report)
     if not failed:
         jobs += final(args, choose_rates([job.result() for job in jobs]))
         failed = run_all(jobs, cores, report)
-    print(report())
+    print(results())
     sys.exit(f"{len(failed)} runs failed; the same command tries them again" if failed else 0)
 
 

@@ -118,7 +118,9 @@ def write_results(runs: list[Run], sittings: dict[str, float], page: Path) -> st
     Returns:
         Text to print.
     """
-    write_csv(runs, page.with_name("study.csv"))
+    record = page.with_name("study.csv")
+    write_csv(runs, record)
+    runs = read_csv(record)  # the page follows from the record, to the last digit
     text = f"{cost(runs, sittings)}\n\n{results(runs)}"
     old = page.read_text() if page.exists() else f"# Study\n\n{BEGIN}\n{END}\n"
     before, rest = old.split(BEGIN)
@@ -193,7 +195,7 @@ def tuning_table(runs: list[Run]) -> str:
 def table(variants: dict[str, list[Run]], with_goal: bool = True) -> str:
     """Format a row for each variant. ``with_goal``: with the steps to :data:`GOAL`."""
     columns = [
-        "variant", "rate", "seeds", "accuracy", "reward", "entropy", "outside clip range",
+        "variant", "seeds", "accuracy", "reward", "entropy", "outside clip range",
         "with a gradient", "collapses", *([f"steps to {GOAL:g}"] if with_goal else []),
     ]  # fmt: skip
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -202,13 +204,12 @@ def table(variants: dict[str, list[Run]], with_goal: bool = True) -> str:
         goal = [run.steps_to_goal() for run in runs]
         cells = [
             variant,
-            f"{runs[0].rate:g}",
             str(len(runs)),
             f"{spread(accuracy)}{interval(accuracy)}",
             spread([run.last("reward") for run in runs]),
             spread([run.last("entropy") for run in runs]),
-            spread([run.mean("clipped") for run in runs]),
-            spread([run.mean("with_gradient") for run in runs]),
+            f"{nanmean(run.mean('clipped') for run in runs):.3f}",
+            f"{nanmean(run.mean('with_gradient') for run in runs):.3f}",
             str(sum(run.collapsed() for run in runs)),
         ]
         if with_goal:
@@ -235,10 +236,7 @@ def interval(values: list[float]) -> str:
 def differences(variants: dict[str, list[Run]], espo: list[Run]) -> str:
     """Compare ESPO with the other variants, seed by seed."""
     of_seed = {run.seed: run for run in espo}
-    rows = [
-        "| ESPO minus | accuracy | seeds with ESPO ahead | entropy | outside clip range |",
-        "|---|---|---|---|---|",
-    ]
+    rows = ["| ESPO minus | accuracy | seeds with ESPO ahead |", "|---|---|---|"]
     for variant, runs in variants.items():
         if variant == "espo":
             continue
@@ -246,11 +244,8 @@ def differences(variants: dict[str, list[Run]], espo: list[Run]) -> str:
         if not both:
             continue
         gaps = [mine.last("accuracy") - other.last("accuracy") for mine, other in both]
-        entropy = nanmean(mine.last("entropy") - other.last("entropy") for mine, other in both)
-        clipped = nanmean(mine.mean("clipped") - other.mean("clipped") for mine, other in both)
         ahead = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
-        accuracy = f"{nanmean(gaps):+.3f}{interval(gaps)}"
-        rows.append(f"| {variant} | {accuracy} | {ahead} | {entropy:+.3f} | {clipped:+.3f} |")
+        rows.append(f"| {variant} | {nanmean(gaps):+.3f}{interval(gaps)} | {ahead} |")
     return "\n".join(rows) + "\n"
 
 

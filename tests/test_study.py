@@ -92,11 +92,11 @@ def test_tables_equal_a_count_by_hand():
     assert "| espo | **0.300** | 0.250 |" in report.tuning_table(RUNS)
     # Half of the 95% interval of two values: 12.706 x 0.1414 / sqrt(2).
     text = report.table(report.groups(RUNS, "final"))
-    assert "| espo | 1e-05 | 2 | 0.800 (0.700–0.900) ± 1.271 |" in text
+    assert "| espo | 2 | 0.800 (0.700–0.900) ± 1.271 |" in text
     assert text.splitlines()[2].endswith("| 0 | 40, never |")
     assert text.splitlines()[3].endswith("| 1 | 20, 40 |")  # 0.4 < 0.9 / 2
     of = report.groups(RUNS, "final")
-    assert "| grpo | +0.200 ± 3.812 | 1 of 2 | +0.000 |" in report.differences(of, of["espo"])
+    assert "| grpo | +0.200 ± 3.812 | 1 of 2 |" in report.differences(of, of["espo"])
     assert "| espo-one-group | +0.400 | 1 of 1 |" in report.results(RUNS)
 
 
@@ -126,3 +126,17 @@ def test_the_page_keeps_the_text_around_the_results(tmp_path):
         assert "old" not in text and text.count("0.50 hours from 2026-01-01 10:00") == 1
         assert report.results(report.read_csv(tmp_path / "study.csv")) in text
     assert len(list(tmp_path.glob("study-*.png"))) == 3
+
+
+def test_the_published_page_follows_from_its_record():
+    """The tables are those of ``study.csv``. Rates come from seeds that the other runs lack."""
+    runs = report.read_csv(ROOT / "docs" / "study.csv")
+    assert report.results(runs) in (ROOT / "docs" / "study.md").read_text()
+    assert {run.phase for run in runs} == {"tuning", "final", "ablation"}
+    rates = report.choose_rates(runs)
+    assert rates.keys() == set(study.OBJECTIVES)
+    for run in runs:
+        assert (run.seed == study.TUNING_SEED) == (run.phase == "tuning")
+        if run.phase != "tuning":
+            assert run.rate == rates[run.variant.partition("-")[0]]
+            assert len(run.curves["reward"]) * EVERY == (300 if run.phase == "final" else 100)
