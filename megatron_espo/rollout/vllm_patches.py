@@ -128,7 +128,7 @@ def record_sampling_masks(runner: Any) -> None:
 def fork_engine() -> None:
     """Fork the engine from the API server on a CPU, so that it does not import vLLM again.
 
-    vLLM 0.32. Its CPU platform starts a new interpreter, which takes 15 seconds for the imports.
+    vLLM 0.32. Its CPU platform always starts a new interpreter.
     """
     from vllm.platforms.cpu import CpuPlatform
 
