@@ -154,11 +154,10 @@ def results(runs: list[Run]) -> str:
     ]
     if ablations:
         steps = EVERY * len(next(iter(ablations.values()))[0].curves["reward"])
-        espo = [cut(run, steps) for run in final["espo"]]
         parts += [
             f"**Ablations.** The same numbers after {steps} steps.\n",
-            table({"espo": espo} | ablations, with_goal=False),
-            differences(ablations, espo),
+            table(start_of_espo(final, steps) | ablations, with_goal=False),
+            differences(ablations, start_of_espo(final, steps).get("espo", [])),
         ]
     return "\n".join(parts)
 
@@ -172,9 +171,13 @@ def groups(runs: list[Run], phase: str) -> dict[str, list[Run]]:
     return found
 
 
-def cut(run: Run, steps: int) -> Run:
-    """Return the first ``steps`` of a run."""
-    return replace(run, curves={k: v[: steps // EVERY] for k, v in run.curves.items()})
+def start_of_espo(final: dict[str, list[Run]], steps: int) -> dict[str, list[Run]]:
+    """Return the first ``steps`` of the final runs of ESPO that are finished."""
+    runs = [
+        replace(run, curves={k: v[: steps // EVERY] for k, v in run.curves.items()})
+        for run in final.get("espo", [])
+    ]
+    return {"espo": runs} if runs else {}
 
 
 def tuning_table(runs: list[Run]) -> str:
@@ -277,8 +280,7 @@ def draw(runs: list[Run], folder: Path) -> dict[str, str]:
     if ablations:
         pictures["study-ablations.png"] = "Ablations of ESPO"
         steps = EVERY * len(next(iter(ablations.values()))[0].curves["reward"])
-        espo = {"espo": [cut(run, steps) for run in final["espo"]]}
-        draw_curves(espo | ablations, folder / "study-ablations.png")
+        draw_curves(start_of_espo(final, steps) | ablations, folder / "study-ablations.png")
     return pictures
 
 

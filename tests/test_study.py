@@ -128,6 +128,12 @@ def test_the_page_keeps_the_text_around_the_results(tmp_path):
     assert len(list(tmp_path.glob("study-*.png"))) == 3
 
 
+@pytest.mark.parametrize("phases", [["tuning"], ["tuning", "ablation"], ["tuning", "final"]])
+def test_a_study_that_is_not_finished_has_a_page(tmp_path, phases):
+    runs = [run for run in RUNS if run.phase in phases]
+    assert "| espo | **0.300**" in report.write_results(runs, {}, tmp_path / "page.md")
+
+
 def test_the_published_page_follows_from_its_record():
     """The tables are those of ``study.csv``. Rates come from seeds that the other runs lack."""
     runs = report.read_csv(ROOT / "docs" / "study.csv")
