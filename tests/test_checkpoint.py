@@ -1,7 +1,11 @@
 """Megatron checkpoints load bit for bit in any layout; other or damaged files are refused."""
 
+import contextlib
+import errno
+import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +87,41 @@ def test_a_save_that_fails_in_the_background_is_an_error_on_every_rank(work, tmp
     expected = "rank 1 could not write its part: [Errno 28] No space left on device"
     assert all(expected in error for error in errors), errors
     assert not (tmp_path / "out").exists()
+
+
+def refuse(number: int):
+    def call(*args):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("without", ["nothing", "open", "pwrite"])
+def test_files_are_equal_with_and_without_direct_io(tmp_path, monkeypatch, without):
+    """Items of all lengths, with headers between them; the digest is the file's."""
+    if without != "nothing":
+        monkeypatch.setattr(checkpoint.os, without, refuse(errno.EINVAL))
+    chance, path, expected = random.Random(1), tmp_path / "file", b""
+    sizes = [0, 1, 4095, 4096, 1 << 18, (1 << 18) + 1, 4 << 20, (4 << 20) + 1, 9_000_001]
+    with contextlib.closing(checkpoint._Hashing(str(path))) as hashing, path.open("wb") as file:
+        for size in sizes * 2:
+            stream, _ = hashing.transform_save_stream(None, file)
+            for part in (chance.randbytes(chance.randrange(2000)), chance.randbytes(size)):
+                assert stream.write(memoryview(part)) == len(part)
+                expected += part
+            stream.close()
+            assert file.tell() == len(expected)
+    assert path.read_bytes() == expected
+    assert hashing.digest.hexdigest() == hashlib.sha256(expected).hexdigest()
+
+
+def test_a_full_disk_is_an_error_of_direct_io(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.os, "pwrite", refuse(errno.ENOSPC))
+    path = tmp_path / "file"
+    with contextlib.closing(checkpoint._Hashing(str(path))) as hashing, path.open("wb") as file:
+        stream, _ = hashing.transform_save_stream(None, file)
+        with pytest.raises(OSError, match="No space left"):
+            stream.write(memoryview(bytes(1 << 20)))
 
 
 def test_padding_rows_without_values_are_zero(work):

@@ -275,7 +275,7 @@ def test_router_replay_of_a_bfloat16_engine(folder):
     )
     # The first step has the same weights and tokens.
     for gap in ("mismatch/logprob_gap_mean", "mismatch/logprob_gap_max"):
-        assert lines["alone"][0][gap] > 3 * lines["again"][0][gap] > 0, (
+        assert lines["alone"][0][gap] > 1.5 * lines["again"][0][gap] > 0, (
             lines["alone"][0],
             lines["again"][0],
         )

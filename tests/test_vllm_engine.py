@@ -301,9 +301,10 @@ def test_an_engine_serves_after_nan_and_after_sleep_and_a_nan_is_an_error(engine
 
 @pytest.mark.slow
 def test_a_wrong_shape_is_an_error_before_and_during_the_load(engine, folder, tmp_path):
-    changes = {"max_position_embeddings": LENGTH, "intermediate_size": 160}
-    model = perturbed(save_tiny_model(tmp_path / "wide", **changes), 1)
-    message = r"up_proj\.weight: shape \(160, 64\), expected \(128, 64\)"
+    """vLLM itself loads a part of a larger tensor, so only the comparison before refuses that."""
+    changes = {"max_position_embeddings": LENGTH, "intermediate_size": 96}
+    model = perturbed(save_tiny_model(tmp_path / "narrow", **changes), 1)
+    message = r"up_proj\.weight: shape \(96, 64\), expected \(128, 64\)"
     with pytest.raises(InputError, match=message):
         check_names([(name, tuple(p.shape)) for name, p in model.named_parameters()], folder)
     transport = FileTrainerWeightTransferEngine.trainer_init(
@@ -476,4 +477,5 @@ def test_a_server_and_its_workers_end_with_their_killed_owner(folder, tmp_path, 
     assert len(living_in_group(group)) >= (3 if workers == 2 else 1)
     owner.kill()
     owner.wait()
-    wait_until(lambda: not living_in_group(group), "the server ends", 20)
+    # A server that has just started imports vLLM before it notices.
+    wait_until(lambda: not living_in_group(group), "the server ends", 90)

@@ -155,8 +155,8 @@ def test_exporters_are_checked_before_anything_is_sent(folder):
         found["transposed"],
     )
     assert (
-        "1.mlp.up_proj.weight: missing" in found["renamed"]
-        and "1.mlp.upper_proj.weight: unknown" in found["renamed"]
+        "1.mlp.up_proj.weight: shape missing" in found["renamed"]
+        and "1.mlp.upper_proj.weight: shape (128, 64), expected no tensor" in found["renamed"]
     )
     assert "phase gather" in found["fickle"] and "as in its first pass" in found["fickle"]
     assert (

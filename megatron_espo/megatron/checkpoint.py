@@ -5,8 +5,11 @@ other. Its ``.metadata`` is a pickle, which runs code when it is opened: nothing
 before its checksum was compared with the manifest.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
+import mmap
 import os
 import queue
 import re
@@ -38,8 +41,9 @@ MANIFEST_NAME = "megatron_espo.json"
 STATE_NAME = "state.json"
 VERSION = 1
 _CHECKSUM_THREADS = 4
+_BLOCK = 4096  # direct I/O starts and ends at a multiple of it in the file
+_LEAST_DIRECT = 256 << 10  # bytes; fewer are written through the page cache
 _CHUNK = 4 << 20  # bytes that are hashed and then written, while they are in the cache
-_WRITEBACK = 32 << 20  # bytes after which the disk starts to write them
 _WRITER = re.compile(r"(?:__|rng_)(\d+)")  # the rank that wrote a file; rank 0 wrote the others
 _LAYOUT = (
     "tensor_model_parallel_size",
@@ -219,9 +223,10 @@ def _write_file(bucket: Any) -> tuple[list[Any], tuple[str, str]]:
     """Write one file with fsync, by Megatron's writer; return its results, name and SHA-256."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    hashing, results, counts = _Hashing(), queue.SimpleQueue[Any](), queue.Queue[int]()
+    results, counts = queue.SimpleQueue[Any](), queue.Queue[int]()
     counts.put(0)
-    FileSystemWriterAsync.write_preloaded_data([hashing], 0, bucket, results, counts, True)
+    with contextlib.closing(_Hashing(bucket[0])) as hashing:
+        FileSystemWriterAsync.write_preloaded_data([hashing], 0, bucket, results, counts, True)
     _, written = results.get()
     if isinstance(written, Exception):
         raise written
@@ -229,30 +234,60 @@ def _write_file(bucket: Any) -> tuple[list[Any], tuple[str, str]]:
 
 
 class _Hashing(_StorageWriterTransforms):
-    """Computes SHA-256 of what is written to a file, while the disk writes what came before."""
+    """Computes SHA-256 of what is written to a file, and writes long tensors by direct I/O.
 
-    def __init__(self) -> None:
+    Copies in the page cache would cost more CPU time than all other work of a save, and displace
+    what the host keeps there. File systems without direct I/O get usual writes.
+    """
+
+    def __init__(self, path: str) -> None:
         super().__init__()
         self.digest = hashlib.sha256()
-        self._started = 0  # bytes that the disk writes or has written
+        self._buffer = mmap.mmap(-1, _CHUNK)  # starts at a page, as direct I/O needs it
+        try:
+            self._direct = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        except OSError:
+            self._direct = None
+
+    def close(self) -> None:
+        self._buffer.close()
+        if self._direct is not None:
+            os.close(self._direct)
 
     def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
         def write(data: Any) -> int:
             view = memoryview(data).cast("B")
-            for start in range(0, len(view), _CHUNK):
-                self.digest.update(view[start : start + _CHUNK])
-                raw_stream.write(view[start : start + _CHUNK])
-                if (new := raw_stream.tell() - self._started) >= _WRITEBACK:
-                    # Linux starts to write the range to disk. Without this call it may start at
-                    # the fsync only.
-                    dont_need = os.POSIX_FADV_DONTNEED
-                    os.posix_fadvise(raw_stream.fileno(), self._started, new, dont_need)
-                    self._started += new
+            done = 0
+            while done < len(view):
+                # First to the end of a block of the file, then whole blocks, then the rest.
+                rest = len(view) - done
+                size = -raw_stream.tell() % _BLOCK or rest // _BLOCK * _BLOCK or rest
+                part = view[done : done + min(size, _CHUNK)]
+                self.digest.update(part)
+                if len(part) < _LEAST_DIRECT or not self._write_directly(part, raw_stream):
+                    raw_stream.write(part)
+                done += len(part)
             return len(view)
 
         stream, descriptors = super().transform_save_stream(write_item, raw_stream)
         stream.write = write  # type: ignore[method-assign]
         return stream, descriptors
+
+    def _write_directly(self, blocks: memoryview, stream: Any) -> bool:
+        """Write at the stream's position and move it; False if the file system refuses."""
+        if self._direct is None:
+            return False
+        with memoryview(self._buffer)[: len(blocks)] as aligned:
+            aligned[:] = blocks
+            try:
+                is_whole = os.pwrite(self._direct, aligned, stream.tell()) == len(blocks)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                is_whole = False  # larger blocks
+        if is_whole:
+            stream.seek(len(blocks), os.SEEK_CUR)
+        return is_whole
 
 
 def load_checkpoint(

@@ -16,7 +16,7 @@ def runs(tmp_path_factory) -> Runs:
 @pytest.fixture(scope="session")
 def undisturbed(runs):
     """Its final weights."""
-    done = runs.train("undisturbed", forked=True)
+    done = runs.train("undisturbed")
     assert done.returncode == 0, done.stdout + done.stderr
     assert runs.status("undisturbed")["state"] == "done"
     kept = sorted(p.name for p in (runs.folder / "undisturbed" / "checkpoints").iterdir())

@@ -9,7 +9,7 @@ Commas separate several faults. :func:`install` replaces functions of the packag
   ranks compare their weights; ``serve``: before an engine serves new weights;
 * ``save``: before a save starts; ``write``: in its thread, when a file of this rank has some of its
   bytes; ``rename``: before the folder gets its name, and ``latest``: before ``latest`` is written.
-  Except for the last step, these two happen in a later step than the save.
+  These two happen in the step of the save or later: the first time from the given step on.
 
 Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``term`` (SIGTERM), ``loop`` (endless), ``raise``
 (RuntimeError), ``full`` (OSError: no space left), ``oom`` (MemoryError), ``engine`` (SIGKILL to the
@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 VARIABLE = "MEGATRON_ESPO_FAULT"
+LATE_POINTS = ("rename", "latest")
 SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
 _step = 0
 
@@ -38,13 +39,19 @@ def inject(point: str, step: int | None = None) -> str | None:
 
     Returns its action, which the caller may have to perform.
     """
-    faults = os.environ.get(VARIABLE, "").split(",")
-    here = f"{point}:{os.environ.get('RANK', '0')}:{_step if step is None else step}:"
-    found = next((fault for fault in faults if fault.startswith(here)), None)
+    faults = list(filter(None, os.environ.get(VARIABLE, "").split(",")))
+    rank, now = os.environ.get("RANK", "0"), _step if step is None else step
+
+    def is_here(fault: str) -> bool:
+        at, of_rank, at_step, _ = fault.split(":")
+        late = now - int(at_step)
+        return (at, of_rank) == (point, rank) and (late == 0 or late > 0 and point in LATE_POINTS)
+
+    found = next(filter(is_here, faults), None)
     if found is None:
         return None
     os.environ[VARIABLE] = ",".join(fault for fault in faults if fault != found)
-    action = found.removeprefix(here)
+    action = found.rpartition(":")[2]
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
     elif action == "engine":

@@ -84,10 +84,10 @@ class Runs:
         *overrides: str,
         ranks: int = 2,
         fault: str | None = None,
-        forked: bool = False,
+        by_torchrun: bool = False,
     ) -> subprocess.CompletedProcess:
-        """Run one launch to its end. ``forked``: by ``run_command``, which is faster."""
-        if forked:
+        """Run one launch to its end, by ``run_command``; ``by_torchrun``: as a user starts it."""
+        if not by_torchrun:
             options = ["train", str(self.folder / "run.yaml"), f"run.dir={self.folder / run}"]
             return run_command(ranks, *options, *overrides, environment=environment(fault))
         command = self.command(run, *overrides, ranks=ranks, module="tests.faults.inject")

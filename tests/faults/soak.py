@@ -36,15 +36,15 @@ def disturb(runs: Runs, run: str, number: int, seed: int) -> str:
     """
     draw, first = random.Random(f"{seed}-{number}"), number * FAULT_EVERY + 1
     first = max(first, len(read_jsonl(runs.folder / run / "metrics.jsonl")) + 1)
-    step, rank = first + draw.randrange(FAULT_EVERY), draw.randrange(2)
+    step, rank = min(first + draw.randrange(FAULT_EVERY), runs.steps), draw.randrange(2)
     kind = draw.choice((*INJECTED, *ON_RANK_0, *FROM_OUTSIDE))
     if kind in FROM_OUTSIDE:
         return f"{kind} after step {step}: {_from_outside(runs, run, kind, step)}"
     point, action = kind.split(":")
     if point in AT_A_CHECKPOINT:
-        step = -(-step // EVERY) * EVERY
+        step = min(-(-step // EVERY), runs.steps // EVERY) * EVERY
     fault = f"{point}:{0 if kind in ON_RANK_0 else rank}:{step}:{action}"
-    done = runs.train(run, fault=fault)
+    done = runs.train(run, fault=fault, by_torchrun=True)
     stopped = action == "term"
     assert (done.returncode == 0) == stopped, (fault, done.stdout, done.stderr)
     status = runs.status(run)

@@ -37,14 +37,14 @@ def stuck(rank: int, step: int, reason: str) -> str:
     return rf"rank {rank} \(.*\) stands still: step {step}, phase train, \d+ s .*{reason}"
 
 
-CONTINUES = ": .*the same command continues"
+CONTINUES, STARTS_AGAIN = ": .*the same command continues", ": .*the same command starts again"
 STOPPED_PROCESS, NO_COLLECTIVE = "its process does not run", "inside no collective"
 OOM = r"out of memory in the layers: lower megatron.max_tokens_per_micro_batch \(16384\)"
 FLIPPED = "RankMismatch: .*weight of .*: expected the same .* on rank 0; .* on rank 1;"
 FULL = "No space left on device"
 # Regular expression of the terminal's output, and the state in status.json.
 FAULTS = {
-    "backward:1:1:kill": (died(1, 1) + CONTINUES, FAILED),
+    "backward:1:1:kill": (died(1, 1) + STARTS_AGAIN, FAILED),
     "backward:1:5:kill": (died(1, 5) + CONTINUES, FAILED),
     "backward:0:4:kill": (died(0, 4) + CONTINUES, FAILED),
     "backward:1:3:freeze": (stuck(1, 3, STOPPED_PROCESS), FAILED),
@@ -80,7 +80,7 @@ def test_same_command_continues_after(runs, undisturbed, chain):
     assert set(" ".join(CHAINS.values()).split()) == FAULTS.keys()
     for fault in CHAINS[chain].split():
         line, state = FAULTS[fault]
-        done = runs.train(chain, fault=fault)
+        done = runs.train(chain, fault=fault, by_torchrun=chain == "killed")
         assert (done.returncode != 0) == (state == FAILED), (fault, done.stdout + done.stderr)
         assert re.search(line, done.stdout + done.stderr), (fault, done.stdout + done.stderr)
         status = runs.status(chain)
@@ -97,7 +97,7 @@ def test_same_command_continues_after(runs, undisturbed, chain):
 
 @pytest.mark.slow
 def test_a_rank_killed_while_its_thread_writes_leaves_the_previous_checkpoint(runs, undisturbed):
-    done = runs.train("written", fault="write:1:4:kill")
+    done = runs.train("written", fault="write:1:4:kill", by_torchrun=True)
     assert done.returncode != 0, done.stdout + done.stderr
     folder = runs.folder / "written" / "checkpoints"
     assert (folder / "latest").read_text() == "step_000002\n"
@@ -147,7 +147,7 @@ def test_stop_request_saves_and_the_same_command_continues(runs, undisturbed, ho
     assert status["state"] == "requeue" and status["why"], (status, output)
     saved = (folder / "checkpoints" / "latest").read_text().strip()
     assert saved < f"step_{STEPS:06d}", "the run was not stopped"
-    done = runs.train(run, forked=True)
+    done = runs.train(run)
     assert done.returncode == 0 and f"from {folder / 'checkpoints' / saved}" in done.stdout, (
         done.stdout + done.stderr
     )
@@ -178,9 +178,7 @@ def test_bad_gradients_are_skipped_and_their_batches_saved(runs):
 
 
 def test_a_log_prob_gap_stops_the_run_before_the_checkpoint(runs):
-    done = runs.train(
-        "gap", "rollout.log_prob_gap_stop=0.5", "run.checkpoint_every=1", ranks=1, forked=True
-    )
+    done = runs.train("gap", "rollout.log_prob_gap_stop=0.5", "run.checkpoint_every=1", ranks=1)
     assert done.returncode != 0 and re.search(
         r"step 1, .*log-prob gap \S+ nats, above rollout.log_prob_gap_stop = 0.5", done.stderr
     ), done.stderr
@@ -236,7 +234,7 @@ QUICK = ("flipped byte", "empty tracker")
 def test_damage_is_reported_with_alternatives(runs, saved, damage):
     break_it, message = DAMAGE[damage]
     break_it(shard(runs, saved))
-    refused = runs.train(saved, "run.steps=7", forked=True)
+    refused = runs.train(saved, "run.steps=7")
     assert refused.returncode != 0 and message in refused.stderr, refused.stderr
     assert "set run.resume to one of: step_000004" in refused.stderr
     assert runs.status(saved)["state"] == "failed"
@@ -245,7 +243,7 @@ def test_damage_is_reported_with_alternatives(runs, saved, damage):
 @pytest.mark.slow
 def test_an_older_checkpoint_by_name_gives_the_same_end(runs, saved, undisturbed):
     flip(shard(runs, saved))
-    done = runs.train(saved, "run.resume=step_000004", "run.checkpoint_every=5", forked=True)
+    done = runs.train(saved, "run.resume=step_000004", "run.checkpoint_every=5")
     assert done.returncode == 0, done.stdout + done.stderr
     runs.assert_same_end(saved, undisturbed)
     kept = sorted(p.name for p in (runs.folder / saved / "checkpoints").iterdir())
@@ -267,7 +265,7 @@ OTHER_RUNS = {
     ],
 )
 def test_another_runs_checkpoint_raises(runs, saved, override, message):
-    refused = runs.train(saved, "run.steps=7", override, ranks=1, forked=True)
+    refused = runs.train(saved, "run.steps=7", override, ranks=1)
     assert refused.returncode != 0 and message in refused.stderr, refused.stderr
 
 
@@ -290,7 +288,7 @@ def test_another_tokenizer_raises(runs, saved, tmp_path):
         shutil.copy(file, tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text(file.read_text().replace("answer", "Answer"))
-    refused = runs.train(saved, "run.steps=7", f"model.tokenizer={tmp_path}", ranks=1, forked=True)
+    refused = runs.train(saved, "run.steps=7", f"model.tokenizer={tmp_path}", ranks=1)
     assert refused.returncode != 0 and re.search(
         r"another run's checkpoint: tokenizer file tokenizer.json \w{16} \(checkpoint: \w{16}\);",
         refused.stderr,
@@ -298,7 +296,7 @@ def test_another_tokenizer_raises(runs, saved, tmp_path):
 
 
 def test_a_finished_run_says_so(runs, saved):
-    done = runs.train(saved, forked=True)
+    done = runs.train(saved)
     assert (
         done.returncode == 0
         and "nothing to train: step 6 of 6 is done; raise run.steps to continue" in done.stdout
@@ -307,7 +305,7 @@ def test_a_finished_run_says_so(runs, saved):
 
 @pytest.mark.slow
 def test_another_data_parallel_size_goes_on(runs, saved, undisturbed):
-    done = runs.train(saved, "run.resume=step_000004", ranks=1, forked=True)
+    done = runs.train(saved, "run.resume=step_000004", ranks=1)
     assert done.returncode == 0, done.stdout + done.stderr
     final = runs.weights(saved)
     assert all(
