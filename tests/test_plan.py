@@ -156,12 +156,13 @@ def test_memory_of_the_transfer_equals_a_measured_transfer(tmp_path):
     )
     assert plan, text
     target = "tests.support.ranks.weights:stream_peak"
-    real = run_ranks(4, target, folder=str(tmp_path), sizes=TP2_PP2)["peak"]
+    options = {"sizes": TP2_PP2, "holds_last": True}
+    real = run_ranks(4, target, folder=str(tmp_path), **options)["peak"]
     transfer = plan["transfer"]
     assert transfer["sender"] == "rank 0"
     # gloo, unlike NCCL, gathers into its own memory first, and its threads free it late.
     buffer = max(group["gathered_bytes"] for group in transfer["groups"]) / 16
-    assert transfer["peak_bytes"] <= real <= transfer["peak_bytes"] + 4 * buffer
+    assert transfer["peak_bytes"] <= real <= transfer["peak_bytes"] + 8 * buffer
 
 
 def simulate_1f1b(stages: int, n: int) -> tuple[float, list[int]]:

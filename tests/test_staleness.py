@@ -273,9 +273,8 @@ def assert_whole(runs: Runs, name: str) -> None:
     # 24 trained and 8 in flight are the first 32 of a stream that repeats its 9 rows.
     assert trained.total() == PROMPTS * RUN_STEPS and pending.total() == PROMPTS * STALENESS
     assert sorted((trained + pending).values()) == [3] * 4 + [4] * 5
-    assert (
-        recorded[-1].after["stream"]["epoch"] == 3 and recorded[-1].after["stream"]["position"] == 5
-    )
+    (stream,) = recorded[-1].after["stream"].values()
+    assert stream["epoch"] == 3 and stream["position"] == 5
     expected = {"dispatched": 32, "trained": 24, "dropped_equal": 0, "in_flight": 8}
     assert {key: lines[-1][f"ledger/{key}"] for key in expected} == expected
 

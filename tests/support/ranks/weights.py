@@ -171,8 +171,11 @@ def check_held_names(chunks, spec, groups) -> None:
         assert set().union(*parts) == names
 
 
-def stream_peak(folder: str, sizes: dict[str, Any]) -> dict[str, int]:
-    """Return the peak bytes beyond the model on any rank, and the bytes of the largest group."""
+def stream_peak(folder: str, sizes: dict[str, Any], holds_last: bool = False) -> dict[str, int]:
+    """Return the peak bytes beyond the model on any rank, and the bytes of the largest group.
+
+    ``holds_last``: as vLLM's transports, keep each tensor until the next one is there.
+    """
     from tests.support.ranks.plan import Allocated
 
     groups = start(sizes)
@@ -186,8 +189,11 @@ def stream_peak(folder: str, sizes: dict[str, Any]) -> dict[str, int]:
     ):  # gloo's threads may let go of a buffer late, which is not the stream's doing
         dist.barrier()
         with Allocated() as extra:
+            last = None
             for _, tensor in source:
+                last = tensor if holds_last else None
                 del tensor
+            del last
         passes.append(extra.peak)
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, min(passes))
