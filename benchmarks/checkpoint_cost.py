@@ -6,9 +6,9 @@ compared with a plain write of the same bytes with fsync.
 First come pairs of training steps; the second of each pair starts a save, as the training loop does
 it, and completes the save if its files are written at the end of the step.
 
-Each round saves through ``Actor.save`` (weights, Adam's moments, checksums, fsync, rename) and then
-writes files of the same sizes by plain ``write`` and ``fsync``, every rank a part of each. FOLDER
-should be on the disk that a run would use.
+Each round saves through ``Actor.save`` (weights, Adam's moments, checksums, fsync, rename), then
+writes files of the same sizes by plain ``write`` and ``fsync``, every rank a part of each, and then
+loads. FOLDER should be on the disk that a run would use.
 """
 
 import argparse
@@ -120,9 +120,9 @@ def main() -> None:
         out, plain = args.folder / str(number), args.folder / "plain"
         times["save"].append(collective_seconds(lambda out=out: actor.save(out, {}).finish()))
         sizes = [file.stat().st_size for file in sorted(out.iterdir())]
-        times["load"].append(collective_seconds(lambda out=out: actor.load(out)))
         work = lambda sizes=sizes, plain=plain: write_plainly(sizes, plain, source)  # noqa: E731
         times["plain"].append(collective_seconds(work))
+        times["load"].append(collective_seconds(lambda out=out: actor.load(out)))
         if dist.get_rank() == 0:
             shutil.rmtree(out)
             shutil.rmtree(plain)
