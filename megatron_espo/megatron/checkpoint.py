@@ -244,10 +244,9 @@ class _Hashing(_StorageWriterTransforms):
         super().__init__()
         self.digest = hashlib.sha256()
         self._buffer = mmap.mmap(-1, _CHUNK)  # starts at a page, as direct I/O needs it
-        try:
+        self._direct: int | None = None
+        with contextlib.suppress(OSError):
             self._direct = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-        except OSError:
-            self._direct = None
 
     def close(self) -> None:
         self._buffer.close()
