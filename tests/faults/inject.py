@@ -11,10 +11,10 @@ Commas separate several faults. :func:`install` replaces functions of the packag
   bytes; ``rename``: before the folder gets its name, and ``latest``: before ``latest`` is written.
   These two happen in the step of the save or later: the first time from the given step on.
 
-Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``term`` (SIGTERM), ``loop`` (endless), ``raise``
-(RuntimeError), ``full`` (OSError: no space left), ``oom`` (MemoryError), ``engine`` (SIGKILL to the
-API process of this rank's engine), ``nan`` and ``spike`` of a gradient, ``flip`` of a bit of a
-weight. Each fault happens once in a process.
+Actions: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``term`` (SIGTERM), ``loop`` (endless), ``slow``
+(5 s), ``raise`` (RuntimeError), ``full`` (OSError: no space left), ``oom`` (MemoryError),
+``engine`` (SIGKILL to the API process of this rank's engine), ``nan`` and ``spike`` of a gradient,
+``flip`` of a bit of a weight. Each fault happens once in a process.
 """
 
 import errno
@@ -60,6 +60,8 @@ def inject(point: str, step: int | None = None) -> str | None:
     elif action == "loop":
         while True:
             time.sleep(0.01)
+    elif action == "slow":
+        time.sleep(5)
     elif action == "raise":
         raise RuntimeError(f"injected at {point}, step {_step}")
     elif action == "full":

@@ -120,12 +120,14 @@ WAYS = [
 
 @pytest.mark.parametrize("how", WAYS)
 def test_stop_request_saves_and_the_same_command_continues(runs, undisturbed, how):
-    run, overrides = how.replace(" ", "-"), ["run.max_seconds=1"] if how == "wall clock" else []
+    run, overrides, fault = how.replace(" ", "-"), [], None
+    if how == "wall clock":
+        overrides, fault = ["run.max_seconds=4"], "backward:0:2:slow"
     folder = runs.folder / run
     process = subprocess.Popen(
-        runs.command(run, *overrides),
+        runs.command(run, *overrides, module="tests.faults.inject"),
         cwd=ROOT,
-        env=environment(),
+        env=environment(fault),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
