@@ -10,6 +10,7 @@ import os
 import random
 import re
 import sqlite3
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -60,6 +61,7 @@ class JudgeClient:
         self.counts: collections.Counter[str] = collections.Counter()
         self.last_failure, self._warned = "", set[str]()
         path = config.cache or os.path.join(folder, "judge.sqlite")
+        self._cache_lock = threading.Lock()  # threads must not share a running statement
         try:
             self._cache = sqlite3.connect(path, 1.0, isolation_level=None, check_same_thread=False)
             self._cache.execute("PRAGMA synchronous = OFF")  # a lost entry costs one request
@@ -138,7 +140,8 @@ class JudgeClient:
     def _query(self, statement: str, *values: str) -> Any:
         """The first row, if any. A broken cache costs requests, not the run."""
         try:
-            return self._cache.execute(statement, values).fetchone()
+            with self._cache_lock:
+                return self._cache.execute(statement, values).fetchone()
         except sqlite3.Error as error:
             self._warn("cache", f"judge.cache: {error}")
             return None
