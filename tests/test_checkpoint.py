@@ -115,7 +115,26 @@ def test_files_are_equal_with_and_without_direct_io(tmp_path, monkeypatch, witho
     assert hashing.digest.hexdigest() == hashlib.sha256(expected).hexdigest()
 
 
+def test_direct_io_writes_whole_blocks(tmp_path, monkeypatch):
+    written, pwrite = [], os.pwrite
+
+    def record(file, data, offset) -> int:
+        written.append((len(data), offset))
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr(checkpoint.os, "O_DIRECT", 0)  # for file systems without it
+    monkeypatch.setattr(checkpoint.os, "pwrite", record)
+    path = tmp_path / "file"
+    with contextlib.closing(checkpoint._Hashing(str(path))) as hashing, path.open("wb") as file:
+        stream, _ = hashing.transform_save_stream(None, file)
+        for size in (5, 9_000_001, 7, 1 << 20):
+            stream.write(memoryview(bytes(size)))
+    assert sum(size for size, _ in written) > 9_900_000
+    assert all(size % 4096 == offset % 4096 == 0 for size, offset in written)
+
+
 def test_a_full_disk_is_an_error_of_direct_io(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.os, "O_DIRECT", 0)
     monkeypatch.setattr(checkpoint.os, "pwrite", refuse(errno.ENOSPC))
     path = tmp_path / "file"
     with contextlib.closing(checkpoint._Hashing(str(path))) as hashing, path.open("wb") as file:

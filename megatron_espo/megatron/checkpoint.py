@@ -282,14 +282,14 @@ class _Hashing(_StorageWriterTransforms):
         with memoryview(self._buffer)[: len(blocks)] as aligned:
             aligned[:] = blocks
             try:
-                is_whole = os.pwrite(self._direct, aligned, stream.tell()) == len(blocks)
+                if os.pwrite(self._direct, aligned, stream.tell()) < len(blocks):
+                    return False
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno != errno.EINVAL:  # larger blocks
                     raise
-                is_whole = False  # larger blocks
-        if is_whole:
-            stream.seek(len(blocks), os.SEEK_CUR)
-        return is_whole
+                return False
+        stream.seek(len(blocks), os.SEEK_CUR)
+        return True
 
 
 def load_checkpoint(
