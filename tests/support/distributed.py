@@ -11,6 +11,7 @@ test code itself.
 """
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -74,6 +75,9 @@ def _fork(
         )
         outcome = json.loads(server.stdout.readline())
         output = log.read_text(errors="replace")
+        if outcome is None:
+            for file in sorted(Path(folder).glob("log.stacks*")):
+                output += f"\n{file.suffix}: {file.read_text()[:1000]}"
     assert outcome is not None, (
         f"{function[0]} on {nproc} ranks: not finished after {timeout} s\n{output[-6000:]}"
     )
@@ -115,6 +119,8 @@ def _outcome(pid: int, deadline: float) -> int | None:
             if ended:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.02)
+        os.killpg(pid, signal.SIGUSR1)  # launcher and ranks write their stacks
+        time.sleep(1.0)
         return None
     finally:
         # The launcher leads its own process group. Kill what is left of it.
@@ -131,7 +137,8 @@ def _launch(function: list, nproc: int, log: str, environment: dict[str, str]) -
     for stream in (1, 2):
         os.dup2(file, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(environment, OMP_NUM_THREADS="1")
+    os.environ.update(environment, OMP_NUM_THREADS="1", TEST_STACKS=f"{log}.stacks")
+    faulthandler.register(signal.SIGUSR1, open(f"{log}.stacks", "w"))
     config = LaunchConfig(
         1, 1, nproc, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1", start_method="fork", max_restarts=0, monitor_interval=0.1,
@@ -153,6 +160,8 @@ def _rank(target: str, kwargs: dict, file: str | None) -> None:
     import torch
 
     torch.set_num_threads(1)
+    stacks = open(f"{os.environ['TEST_STACKS']}.rank{os.environ['RANK']}", "w")  # never closed
+    faulthandler.register(signal.SIGUSR1, stacks)
     module, name = target.split(":")
     function = getattr(importlib.import_module(module), name)
     if file is None:
