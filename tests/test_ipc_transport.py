@@ -20,7 +20,6 @@ from megatron_espo.rollout.ipc_transport import (
     encode_handle,
 )
 from megatron_espo.rollout.server import EngineConfig
-from megatron_espo.rollout.transport import register_transports
 
 # Arguments of rebuild_cuda_tensor, in torch's order.
 ARGUMENTS = (
@@ -93,7 +92,6 @@ def test_pickles_are_not_read(monkeypatch):
 
 
 def test_vllm_finds_both_sides():
-    register_transports()
     backends = [EngineConfig("", "", "", name).backend for name in ("ipc", "nccl")]
     assert backends == [ipc_transport.BACKEND, "nccl"]
     assert ipc_transport.BACKEND == IPCJsonTrainerInitInfo.backend

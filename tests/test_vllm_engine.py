@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.base import ModuleSource
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import server as server_module
 from megatron_espo.rollout.check_names import check_names
-from megatron_espo.rollout.engine import EngineError, Phase, Sampling, State
+from megatron_espo.rollout.engine import EngineError, Sampling
 from megatron_espo.rollout.file_transport import (
     FileTrainerInitInfo,
     FileTrainerWeightTransferEngine,
@@ -76,7 +76,7 @@ def running(folder, tmp_path_factory):
 @pytest.fixture
 def engine(running):
     """The module's engine; restarted if a test killed it. Its weights may be served or not."""
-    if running.state == State.DEAD:
+    if running.state == "dead":
         running.start()
         running.wait_ready()
     return running
@@ -125,7 +125,6 @@ def assert_logprobs(found, expected: torch.Tensor, atol: float = 1e-4) -> None:
 
 
 def test_a_new_engine_serves_nothing(engine):
-    assert engine.state == State.STALE
     with pytest.raises(EngineError, match="503 this server has served no weights yet"):
         sample(engine, PROMPTS[:1])
 
@@ -163,14 +162,12 @@ def test_requests_wait_for_served_weights_and_get_those_of_transformers(engine, 
     send_weights(connect(engine, model), engine, 3)
     early = loop.submit(request_tokens(engine, PROMPTS[:2]))
     engine.resume()
-    assert engine.state == State.ARRIVED
     (canary,) = engine.canary(PROMPTS[:1], 4)
     assert_logprobs(canary, reference_logprobs(model, PROMPTS[0], canary.token_ids.tolist()))
     time.sleep(0.5)
     assert not early.done()
     engine.serve()
     assert {int(v) for (found,) in early.result(20) for v in found.versions} == {3}
-    assert engine.state == State.READY
     assert_serves(engine, model, PROMPTS)
     coarse = perturbed(folder, 4, torch.bfloat16)
     update(engine, coarse, 4)
@@ -263,23 +260,22 @@ def test_the_error_names_missing_weights(engine, folder):
     message = r"1 weights did not reach worker 0: model\.layers\.1\.self_attn\.k_proj"
     with pytest.raises(EngineError, match=message) as caught:
         send_weights(connect(engine, Forgetful(perturbed(folder, 14))), engine, 14)
-    assert caught.value.phase == Phase.TRANSFER
-    assert engine.state == State.DEAD
+    assert caught.value.phase == "transfer"
+    assert engine.state == "dead"
     for call in (engine.resume, engine.wake_caches, engine.wait_ready):
         with pytest.raises(EngineError):
             call()
 
 
 def test_an_engine_serves_after_nan_and_after_sleep_and_a_nan_is_an_error(engine, folder):
-    if engine.state == State.STALE:
-        engine.fill_nan(shapes(folder))
+    engine.fill_nan(shapes(folder))
     model = perturbed(folder, 10)
     update(engine, model, 10)
     assert_serves(engine, model, PROMPTS)
     engine.sleep()
-    assert engine.state == State.ASLEEP
+    assert engine.state == "asleep"
     engine.wake(shapes(folder))
-    assert engine.state == State.STALE
+    assert engine.state == "running"
     model = perturbed(folder, 11)
     send_weights(connect(engine, model), engine, 11)
     engine.wake_caches()
@@ -291,12 +287,12 @@ def test_an_engine_serves_after_nan_and_after_sleep_and_a_nan_is_an_error(engine
     update(engine, model, 12)
     with pytest.raises(EngineError, match="not finite") as caught:
         sample(engine, PROMPTS[:1])
-    assert caught.value.phase == Phase.ROLLOUT
+    assert caught.value.phase == "rollout"
     send_weights(connect(engine, model), engine, 13)
     engine.resume()
     with pytest.raises(EngineError, match="not finite") as caught:
         engine.canary(PROMPTS[:1], 4)
-    assert caught.value.phase == Phase.CANARY and engine.state == State.DEAD
+    assert caught.value.phase == "canary" and engine.state == "dead"
 
 
 @pytest.mark.slow
@@ -312,7 +308,7 @@ def test_a_wrong_shape_is_an_error_before_and_during_the_load(engine, folder, tm
     )
     with pytest.raises(EngineError) as caught:
         send_weights(transport, engine, 1)
-    assert caught.value.phase == Phase.LOAD and engine.state == State.DEAD
+    assert caught.value.phase == "load" and engine.state == "dead"
 
 
 @pytest.mark.slow
@@ -343,12 +339,12 @@ def test_a_worker_that_dies_or_stops_is_an_error_in_time(folder, tmp_path, loop,
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", limit + 5)
         object.__setattr__(engine.config, "timeout_s", limit)
         with pytest.raises(EngineError) as caught:
-            engine._worker("ping", phase=Phase.ROLLOUT)
-        assert caught.value.phase == Phase.ROLLOUT and engine.state == State.DEAD
+            engine._worker("ping", phase="rollout")
+        assert caught.value.phase == "rollout" and engine.state == "dead"
         assert time.monotonic() - began < 3 * limit + 20 and not held.done()
+        object.__setattr__(engine.config, "timeout_s", 300.0)
         engine.start()
         engine.wait_ready()
-        object.__setattr__(engine.config, "timeout_s", 60.0)
         update(engine, model, 20)
         loop.run(pool.connect([engine.address]), 5)
         assert set(held.result(30).versions) == {20} and pool.failure is None
@@ -375,7 +371,7 @@ def test_an_error_at_the_start_shows_the_log_and_code_in_the_folder_never_runs(t
     with pytest.raises(EngineError, match="NoSuchModel") as caught:
         with running_engine(engine_config(model, tmp_path)):
             pass
-    assert caught.value.phase == Phase.START and not (tmp_path / "ran").exists()
+    assert caught.value.phase == "start" and not (tmp_path / "ran").exists()
 
 
 # -- processes without a model -------------------------------------------------------------------
@@ -402,7 +398,7 @@ def test_half_an_update_ends_the_engine(light, folder):
     group = light.pid
     with pytest.raises(KeyError):
         send_weights(connect(light, Interrupted(perturbed(folder, 16))), light, 16)
-    assert light.state == State.DEAD
+    assert light.state == "dead"
     wait_until(lambda: not living_in_group(group), "the server ends", 10)
 
 
@@ -411,8 +407,8 @@ def test_a_killed_server_is_an_error_at_once(light):
     os.kill(group, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match="has died") as caught:
-        light._worker("ping", phase=Phase.ROLLOUT)
-    assert caught.value.phase == Phase.ROLLOUT and light.state == State.DEAD
+        light._worker("ping", phase="rollout")
+    assert caught.value.phase == "rollout" and light.state == "dead"
     assert time.monotonic() - began < 20
 
 
@@ -424,7 +420,7 @@ def test_a_stopped_server_is_an_error_within_its_time_limit(light):
     began = time.monotonic()
     with pytest.raises(EngineError, match="no answer for 1 s") as caught:
         light.start_weight_update()
-    assert caught.value.phase == Phase.TRANSFER and light.state == State.DEAD
+    assert caught.value.phase == "transfer" and light.state == "dead"
     assert time.monotonic() - began < 20
     wait_until(lambda: not living_in_group(group), "the stopped server ends")
 
@@ -436,7 +432,7 @@ def test_a_server_that_dies_while_it_starts(folder, tmp_path, loop):
     began = time.monotonic()
     with pytest.raises(EngineError, match="has died") as caught:
         engine.wait_ready()
-    assert caught.value.phase == Phase.START and engine.state == State.DEAD
+    assert caught.value.phase == "start" and engine.state == "dead"
     assert time.monotonic() - began < 20
 
 

@@ -4,10 +4,7 @@ import json
 import signal
 import socket
 import time
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from megatron_espo.distributed.addresses import DEFAULT_PORT, parse_address, show_address
 from megatron_espo.errors import InputError
@@ -58,22 +55,6 @@ def main(folder: str, listen: str | None, idle_s: float) -> int:
     return Keeper(path, address, idle_s).run()
 
 
-def read_settings(text: str, folder: Path, address: str) -> EngineConfig:
-    """The settings of the server at ``address`` from the content of ``engine.json``.
-
-    Raises:
-        InputError: the content does not fit this version of the package.
-    """
-    try:
-        config = EngineConfig(**json.loads(text), folder=str(folder))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{folder / SETTINGS_FILE}: expected engine settings of this package's version, "
-            f"got {error}"
-        ) from None
-    return replace(config, listen=address, log_name=host_log_name(address))
-
-
 class Keeper:
     """Starts a server when ``engine.json`` exists; restarts it when it ends or the file changes.
 
@@ -88,6 +69,7 @@ class Keeper:
 
     def __init__(self, folder: Path, address: str, idle_s: float) -> None:
         self._folder, self._address, self._idle_s = folder, address, idle_s
+        self._log = folder / host_log_name(address)
         self._status, self._heartbeat = folder / "status.json", folder / "heartbeats" / "rank0.json"
         self._seen_status = _content(self._status)  # of an earlier job of the run
         self._seen_heartbeat = _content(self._heartbeat)
@@ -138,8 +120,7 @@ class Keeper:
             self._stop()
             self._pause = 0.0 if self._last_answer else min(_MAX_PAUSE_SECONDS, longer)
             self._start_at = now + self._pause
-            log = self._folder / host_log_name(self._address)
-            restart = f"the next one starts in {self._pause:g} s; see {log}"
+            restart = f"the next one starts in {self._pause:g} s; see {self._log}"
             _log(f"the server ended with exit code {code}; {restart}")
         if self._server is not None:
             self._check(self._server)
@@ -150,10 +131,21 @@ class Keeper:
         self.end = self.end or (code, reason)
 
     def _start(self, settings: str) -> None:
-        config = read_settings(settings, self._folder, self._address)
+        try:
+            config = EngineConfig(
+                **json.loads(settings),
+                folder=str(self._folder),
+                listen=self._address,
+                log_name=self._log.name,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{self._folder / SETTINGS_FILE}: expected engine settings of this package's "
+                f"version, got {error}"
+            ) from None
         self._settings, self._last_answer = settings, 0.0
         self._host_timeout_s = config.host_timeout_s
-        self._server = ServerProcess(config, not torch.cuda.is_available())
+        self._server = ServerProcess(config)
         _log(f"started a server (process {self._server.pid})")
 
     def _check(self, process: ServerProcess) -> None:

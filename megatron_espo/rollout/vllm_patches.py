@@ -12,8 +12,8 @@ import torch
 from megatron_espo.rewards import sandbox
 
 
-def forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Remove the kernels of expert layers before a reload, so vLLM builds them again.
+def start_reload(model: torch.nn.Module) -> None:
+    """Start vLLM's reload of all weights. On a CPU, remove the kernels of expert layers before.
 
     vLLM 0.32. On a CPU vLLM packs the weights of experts only when it builds the kernel. In a
     reload the existing kernel would use the new weights as if they were packed.
@@ -21,21 +21,27 @@ def forget_expert_kernels(model: torch.nn.Module) -> None:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod,
     )
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+    from vllm.platforms import current_platform
 
-    for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
-        if isinstance(method, UnquantizedFusedMoEMethod):
-            method.moe_kernel = None
+    if current_platform.is_cpu():
+        for layer in model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
+    initialize_layerwise_reload(model)
 
 
-def repack_tied_head(model: torch.nn.Module, model_config: Any) -> None:
-    """Pack the weight of a tied output layer again after a reload.
+def finish_reload(model: torch.nn.Module, model_config: Any) -> None:
+    """Finish vLLM's reload, and pack the weight of a tied output layer again.
 
     vLLM 0.32. A tied output layer shares the embedding's weight, and on a CPU computes with a
     packed copy. vLLM's reload packs only layers that received tensors, so the copy would be old.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+    finalize_layerwise_reload(model, model_config)
     if model_config.hf_text_config.tie_word_embeddings:
         for layer in model.modules():
             if isinstance(layer, ParallelLMHead):

@@ -207,6 +207,7 @@ def update(engine, model, version: int, send: bool = True):
     from megatron_espo.rollout.transport import make_trainer_transport, send_weights
 
     source = ModuleSource(model)
+    engine.wait_ready()
     transport = make_trainer_transport("files", engine=engine, source=source, rank=0)
     engine.fill_nan([(meta.name, tuple(meta.shape)) for meta in source.metadata()])
     if send:
