@@ -75,7 +75,7 @@ def test_a_pool_of_two_gives_the_tokens_of_one_also_when_an_engine_is_killed(fol
         seconds = time.monotonic() - began
         running = submit(loop, pool, 300)
         time.sleep(seconds / 2)
-        os.kill(second.pid, signal.SIGKILL)
+        os.kill(second._server.pid, signal.SIGKILL)
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", 10)
         assert not all(future.done() for future in running)
         loop.run(pool.connect([first.address]))

@@ -122,7 +122,7 @@ def test_one_owner_at_a_time_and_a_released_server_ends(folder, without_vllm, ou
     address = free_address()
     with stepping(Keeper(folder, address, 600)) as keeper:
         owner = search(engine_config(folder, address))
-        assert owner.address == address and owner.is_alive and owner.pid is None
+        assert owner.address == address and owner.is_alive
         pid = keeper._server.pid
         changes = {"log_name": "engine-rank1.log", "timeout_s": 0.5}
         second = search(engine_config(folder, address, **changes))
@@ -321,12 +321,12 @@ def test_a_server_is_started_and_restarted(folder, fake):
     assert config.listen == "10.0.0.5:7700" and config.folder == str(folder)
     assert config.log_name == "engine-10.0.0.5-7700.log"
     assert config.visible_devices is None and config.hosts == ()
-    # The pauses before restarts of a server that never answers grow.
-    for pause in (1, 2, 4, 8, 16, 32, 60, 60):
+    # A server that never answered restarts after a pause.
+    for _ in range(3):
         servers[-1].end(1)
         count = len(servers)
         keeper.step()
-        clock[0] += pause - 0.5
+        clock[0] += 9.5
         keeper.step()
         assert len(servers) == count
         clock[0] += 1
@@ -496,6 +496,7 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
         address,
         timeout_s=200.0,
         tensor_parallel_size=2,
+        transport="",
         load_weights=True,
         engine_args={"kv_cache_memory_bytes": 1 << 26},
     )
@@ -503,7 +504,7 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
         engine = VLLMEngine(config, loop)
         engine.start()
         engine.wait_ready()
-        assert engine.address == address and engine.state == "running" and engine.pid is None
+        assert engine.address == address and engine.state == "running"
         first = server_pid(process.output())
         assert len(living_in_group(first)) > 1, "it has workers"
         client, stranger = HttpClient(address, run_key(folder)), HttpClient(address, "0" * 64)
@@ -546,7 +547,9 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
 def test_a_keeper_ends_on_a_signal_and_when_the_run_is_over(folder):
     """While vLLM's server starts."""
     save_tiny_model(folder.parent / "model")
-    (folder / "engine.json").write_text(settings_text(engine_config(folder, load_weights=True)))
+    (folder / "engine.json").write_text(
+        settings_text(engine_config(folder, transport="", load_weights=True))
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         with serving(folder, free_address()) as process:
             wait_until(lambda: "started a server" in process.output(), "a server")

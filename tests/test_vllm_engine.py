@@ -145,7 +145,7 @@ def test_every_path_requires_the_key_and_nothing_listens_on_the_network(engine):
     assert asyncio.run(statuses()) == {401}
     inodes = {
         os.readlink(fd).removeprefix("socket:[").rstrip("]")
-        for pid in living_in_group(engine.pid)
+        for pid in living_in_group(engine._server.pid)
         for fd in Path(f"/proc/{pid}/fd").iterdir()
     }
     assert inodes
@@ -353,7 +353,7 @@ def test_a_worker_that_dies_or_stops_is_an_error_in_time(folder, tmp_path, loop,
 
 def worker_pids(engine: VLLMEngine) -> list[int]:
     """Processes of a server other than its API process."""
-    processes = [pid for pid in living_in_group(engine.pid) if pid != engine.pid]
+    processes = [pid for pid in living_in_group(engine._server.pid) if pid != engine._server.pid]
     command = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes}
     return [pid for pid in processes if b"resource_tracker" not in command[pid]]
 
@@ -395,7 +395,7 @@ class Interrupted(ModuleSource):
 
 def test_half_an_update_ends_the_engine(light, folder):
     """Its layers would reject another update."""
-    group = light.pid
+    group = light._server.pid
     with pytest.raises(KeyError):
         send_weights(connect(light, Interrupted(perturbed(folder, 16))), light, 16)
     assert light.state == "dead"
@@ -403,7 +403,7 @@ def test_half_an_update_ends_the_engine(light, folder):
 
 
 def test_a_killed_server_is_an_error_at_once(light):
-    group = light.pid
+    group = light._server.pid
     os.kill(group, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match="has died") as caught:
@@ -415,7 +415,7 @@ def test_a_killed_server_is_an_error_at_once(light):
 def test_a_stopped_server_is_an_error_within_its_time_limit(light):
     """SIGSTOP: the connection stays open, and no answer comes."""
     object.__setattr__(light.config, "timeout_s", 1.0)
-    group = light.pid
+    group = light._server.pid
     os.kill(group, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(EngineError, match="no answer for 1 s") as caught:
@@ -428,7 +428,7 @@ def test_a_stopped_server_is_an_error_within_its_time_limit(light):
 def test_a_server_that_dies_while_it_starts(folder, tmp_path, loop):
     engine = VLLMEngine(engine_config(folder, tmp_path), loop)
     engine.start()
-    os.kill(engine.pid, signal.SIGKILL)
+    os.kill(engine._server.pid, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match="has died") as caught:
         engine.wait_ready()
@@ -451,7 +451,7 @@ engine = VLLMEngine(config, LoopThread())
 engine.start()
 if workers != 1:
     engine.wait_ready()
-print(engine.pid, flush=True)
+print(engine._server.pid, flush=True)
 time.sleep(600)
 """
 

@@ -118,7 +118,19 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
         items = zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
-        weights = [self._read(mapping, buffer, *item) for item in items]
+        weights = []
+        for position, offset, checksum in items:
+            meta = self._metas[position]
+            if position in self._arrived:
+                raise ValueError(f"transfer: weight {meta.name!r} arrived twice in one update.")
+            self._arrived.add(position)
+            damaged = f"transfer: weight {meta.name!r} arrived damaged"
+            stop = offset + prod(meta.shape) * meta.dtype.itemsize
+            if stop > len(mapping):
+                raise ValueError(f"{damaged}: the file has {len(mapping)} of {stop} bytes.")
+            if (found := byte_sum(memoryview(mapping), offset, stop - offset)) != checksum:
+                raise ValueError(f"{damaged}: checksum {found:016x}, sent {checksum:016x}.")
+            weights.append((meta.name, buffer[offset:stop].view(meta.dtype).view(meta.shape)))
         load: Any = self.model.load_weights
         try:
             with disable_mtp_completeness_check():
@@ -127,21 +139,6 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
             what = f"{weights[0][0]} ... {weights[-1][0]}: {type(error).__name__}: {error}"
             raise RuntimeError(f"vLLM could not load {what}") from error
         vllm_patches.clone_pending_weights(self.model, buffer)
-
-    def _read(
-        self, mapping: mmap.mmap, buffer: torch.Tensor, position: int, offset: int, checksum: int
-    ) -> tuple[str, torch.Tensor]:
-        meta = self._metas[position]
-        if position in self._arrived:
-            raise ValueError(f"transfer: weight {meta.name!r} arrived twice in one update.")
-        self._arrived.add(position)
-        damaged = f"transfer: weight {meta.name!r} arrived damaged"
-        stop = offset + prod(meta.shape) * meta.dtype.itemsize
-        if stop > len(mapping):
-            raise ValueError(f"{damaged}: the file has {len(mapping)} of {stop} bytes.")
-        if (found := byte_sum(memoryview(mapping), offset, stop - offset)) != checksum:
-            raise ValueError(f"{damaged}: checksum {found:016x}, sent {checksum:016x}.")
-        return meta.name, buffer[offset:stop].view(meta.dtype).view(meta.shape)
 
     def missing_weights(self) -> list[str]:
         """Announced names that have not arrived in this update."""

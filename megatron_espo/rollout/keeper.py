@@ -17,7 +17,7 @@ from megatron_espo.rollout.server import EngineConfig, ServerProcess, run_key
 
 IDLE_EXIT_CODE = 1
 _TICK_SECONDS = 1.0
-_MAX_PAUSE_SECONDS = 60.0
+_PAUSE_SECONDS = 10.0  # after the end of a server that never answered
 
 
 def main(folder: str, listen: str | None, idle_s: float) -> int:
@@ -77,7 +77,7 @@ class Keeper:
         self._settings = ""  # content of engine.json with which the server runs
         self._host_timeout_s = 0.0
         self._last_answer = 0.0  # 0: the server has not answered yet
-        self._pause, self._start_at = 0.0, 0.0
+        self._start_at = 0.0
         self._last_sign = time.monotonic()  # of the run
         self.end: tuple[int, str] | None = None
 
@@ -116,11 +116,10 @@ class Keeper:
             self._start_at = now
             _log(f"{SETTINGS_FILE} has changed; the server restarts")
         elif self._server is not None and not self._server.is_alive:
-            code, longer = self._server.returncode, max(1.0, 2 * self._pause)
+            code, pause = self._server.returncode, 0.0 if self._last_answer else _PAUSE_SECONDS
             self._stop()
-            self._pause = 0.0 if self._last_answer else min(_MAX_PAUSE_SECONDS, longer)
-            self._start_at = now + self._pause
-            restart = f"the next one starts in {self._pause:g} s; see {self._log}"
+            self._start_at = now + pause
+            restart = f"the next one starts in {pause:g} s; see {self._log}"
             _log(f"the server ended with exit code {code}; {restart}")
         if self._server is not None:
             self._check(self._server)

@@ -116,13 +116,13 @@ class LeasedServer:
         address: ``host:port``; empty until a host is taken.
         is_alive: False when the lease is lost.
         lost: why the server cannot be used when ``is_alive`` is false.
-        pid, returncode: ``None``.
+        returncode: ``None``.
 
     Raises:
         InputError: other users may read the run's key.
     """
 
-    pid = returncode = None
+    returncode = None
     lost = "is out of reach (it has lost its lease; rollout.host_timeout_s)"
 
     def __init__(self, config: EngineConfig, hosts: list[str]) -> None:

@@ -47,16 +47,35 @@ def read_back_checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     packed = getattr(model, "packed_modules_mapping", {})
     found: dict[str, int] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, linear.LinearBase | vocab.VocabParallelEmbedding):
-            _add_matrix(found, name, layer, packed, dtype)
-            bias = getattr(layer, EXPERT_BIAS, None)
-            if bias is not None and get_tensor_model_parallel_rank() == 0:  # it is sent in float32
-                found[f"{name}.{EXPERT_BIAS}"] = checksum.tensor_checksum(bias.float())
-        elif get_tensor_model_parallel_rank() == 0:  # experts have three dimensions
-            for key, parameter in layer.named_parameters(recurse=False):
-                if parameter.numel() and parameter.dim() <= 2:
-                    found[f"{name}.{key}"] = checksum.tensor_checksum(parameter.to(dtype))
+        for tensor, part in _checksums(name, layer, packed, dtype):
+            found[tensor] = (found.get(tensor, 0) + part) % 2**64
     return found
+
+
+def _checksums(
+    name: str, layer: Any, packed: dict, dtype: torch.dtype
+) -> Iterator[tuple[str, int]]:
+    """(tensor, checksum of a part of it) of a layer, without parts that another rank counts."""
+    is_first = get_tensor_model_parallel_rank() == 0
+    if not isinstance(layer, linear.LinearBase | vocab.VocabParallelEmbedding):
+        for key, parameter in layer.named_parameters(recurse=False):
+            if is_first and parameter.numel() and parameter.dim() <= 2:  # experts have three
+                yield f"{name}.{key}", checksum.tensor_checksum(parameter.to(dtype))
+        return
+    places, column = list(_places(name, layer, packed)), _first_column(layer)
+    if places and not _is_quantized(getattr(layer, "weight", None)):
+        for first, block in _column_blocks(layer):
+            for tensor, rows, row in places:
+                part = checksum.tensor_checksum(block[rows].to(dtype), row, column + first)
+                yield f"{tensor}.weight", part
+    bias = getattr(layer, "bias", None)
+    # Every rank of a row-parallel layer holds the whole bias; the first one counts it.
+    if isinstance(bias, Tensor) and column == 0:
+        for tensor, rows, row in places:
+            yield f"{tensor}.bias", checksum.tensor_checksum(bias[rows].to(dtype), row)
+    expert_bias = getattr(layer, EXPERT_BIAS, None)
+    if expert_bias is not None and is_first:  # it is sent in float32
+        yield f"{name}.{EXPERT_BIAS}", checksum.tensor_checksum(expert_bias.float())
 
 
 @torch.no_grad()
@@ -146,25 +165,6 @@ def dequantize(weight: Tensor, scale: Tensor | None, block: list[int] | None) ->
     rows, columns = block or map(math.ceil, (len(weight) / len(scale), weight.shape[1]))
     scale = scale.repeat_interleave(rows, 0)[: len(weight)]
     return weight.float() * scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]
-
-
-def _add_matrix(
-    found: dict[str, int], name: str, layer: Any, packed: dict, dtype: torch.dtype
-) -> None:
-    places, column = list(_places(name, layer, packed)), _first_column(layer)
-
-    def add(kind: str, values: Tensor, first_column: int) -> None:
-        for tensor, rows, row in places:
-            part = checksum.tensor_checksum(values[rows].to(dtype), row, first_column)
-            found[f"{tensor}.{kind}"] = (found.get(f"{tensor}.{kind}", 0) + part) % 2**64
-
-    if places and not _is_quantized(getattr(layer, "weight", None)):
-        for first, block in _column_blocks(layer):
-            add("weight", block, column + first)
-    bias = getattr(layer, "bias", None)
-    # Every rank of a row-parallel layer holds the whole bias; the first one counts it.
-    if isinstance(bias, Tensor) and column == 0:
-        add("bias", bias, 0)
 
 
 def _places(name: str, layer: Any, packed: dict) -> Iterator[tuple[str, slice, int]]:

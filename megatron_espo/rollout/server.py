@@ -47,7 +47,7 @@ class EngineConfig:
         folder: of the run; holds the key and the logs.
         log_name: file in ``folder`` for vLLM's output.
         dtype: ``float32`` or ``bfloat16``.
-        transport: see ``rollout.transport``, except auto; not used with ``load_weights``.
+        transport: ``rollout.transport``, except auto; empty: the weights are not updated.
         max_model_len: limit of prompt and response tokens together; ``None``: the model's context.
         seed: of the engine. Every request has its own seed.
         tensor_parallel_size: GPUs (or CPU processes) of this engine.
@@ -100,13 +100,6 @@ class EngineConfig:
         """The settings that all engines of a run share."""
         return {name: value for name, value in asdict(self).items() if name not in _LOCAL_FIELDS}
 
-    @property
-    def backend(self) -> str | None:
-        """vLLM's name of the weight transport; ``None`` with ``load_weights``."""
-        if self.load_weights:
-            return None
-        return "ipc_json" if self.transport == "ipc" else self.transport
-
 
 def server_command(config: EngineConfig, address: list[str]) -> list[str]:
     """The command line of vLLM's server.
@@ -114,6 +107,7 @@ def server_command(config: EngineConfig, address: list[str]) -> list[str]:
     Args:
         address: ``["--uds", path]`` or ``["--host", host, "--port", port]``.
     """
+    backend = "ipc_json" if config.transport == "ipc" else config.transport
     arguments: dict[str, Any] = {
         "model": config.model,
         "dtype": config.dtype,
@@ -124,7 +118,7 @@ def server_command(config: EngineConfig, address: list[str]) -> list[str]:
         "tensor-parallel-size": config.tensor_parallel_size,
         "load-format": "auto" if config.load_weights else "dummy",
         "return-sampling-mask": config.sampling_masks or None,
-        "weight-transfer-config": {"backend": config.backend} if config.backend else None,
+        "weight-transfer-config": {"backend": backend} if backend else None,
         "served-model-name": "policy",
         "enable-prefix-caching": True,
         "skip-tokenizer-init": True,
@@ -198,6 +192,7 @@ def server_environment(config: EngineConfig) -> dict[str, str]:
     for name, (value, separator) in lists.items():
         environment[name] = separator.join(filter(None, [value, environment.get(name)]))
     environment |= _ENVIRONMENT | {
+        OWNER_VARIABLE: str(os.getpid()),
         FOLDER_VARIABLE: os.path.abspath(config.folder),
         SETTINGS_VARIABLE: json.dumps(config.shared),
     }
@@ -238,8 +233,7 @@ class ServerProcess:
         else:
             path = f"{self._folder}/engine.sock"
             self.address, arguments = f"unix:{path}", ["--uds", path]
-        own = {OWNER_VARIABLE: str(os.getpid()), "VLLM_RPC_BASE_PATH": self._folder}
-        environment = server_environment(config) | own
+        environment = server_environment(config) | {"VLLM_RPC_BASE_PATH": self._folder}
         with open(config.log_path, "ab") as log:
             self._process = subprocess.Popen(
                 server_command(config, arguments),

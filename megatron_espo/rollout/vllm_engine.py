@@ -45,11 +45,6 @@ class VLLMEngine:
         """``unix:<path>`` or ``host:port`` of the server; empty without a server."""
         return self._server.address if self._server is not None else ""
 
-    @property
-    def pid(self) -> int | None:
-        """Process id of the API server, which leads a process group; ``None`` on other machines."""
-        return self._server.pid if self._server is not None else None
-
     # -- lifetime --------------------------------------------------------------------------------
 
     def start(self) -> None:

@@ -4,7 +4,6 @@
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,16 +63,16 @@ def clone_pending_weights(model: torch.nn.Module, buffer: torch.Tensor) -> None:
                     bound.arguments[name] = value.clone()
 
 
-def record_routed_experts(runner: Any, capturer: Any, on_finish: Callable[[str], None]) -> None:
-    """Send the routers' choices to ``capturer``; report requests before vLLM drops their state.
+def record_routed_experts(runner: Any, record: Any) -> None:
+    """Send the routers' choices to ``record``; report requests before vLLM drops their state.
 
     vLLM 0.32. ``enable_return_routed_experts`` works only with vLLM's second model runner, which
     needs Triton. CPU builds have no Triton.
 
     Args:
         runner: vLLM's first model runner.
-        capturer: its ``capture(layer_id, topk_ids)`` is called in every forward pass.
-        on_finish: called with the internal name of each finished request.
+        record: its ``capture(layer_id, topk_ids)`` is called in every forward pass, and its
+            ``keep(name)`` with the internal name of each finished request.
     """
     from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
         bind_routed_experts_capturer,
@@ -83,11 +82,11 @@ def record_routed_experts(runner: Any, capturer: Any, on_finish: Callable[[str],
 
     def report_and_update(scheduled: Any) -> Any:
         for name in scheduled.finished_req_ids:
-            on_finish(name)
+            record.keep(name)
         return update_states(scheduled)
 
     runner._update_states = report_and_update
-    bind_routed_experts_capturer(runner.get_model(), capturer)
+    bind_routed_experts_capturer(runner.get_model(), record)
 
 
 def allow_sampling_masks() -> None:

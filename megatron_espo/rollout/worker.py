@@ -115,7 +115,7 @@ class RoutedExpertsRecord:
         shape = slots, model.get_total_num_hidden_layers(), model.get_num_experts_per_tok()
         self._rows = np.zeros(shape, np.uint8 if model.get_num_experts() <= 256 else np.uint16)
         self._finished: OrderedDict[str, np.ndarray] = OrderedDict()
-        vllm_patches.record_routed_experts(runner, self, self._keep)
+        vllm_patches.record_routed_experts(runner, self)
 
     def capture(self, layer_id: int, topk_ids: torch.Tensor) -> None:
         """Store a router's ``[tokens, top_k]`` choices. Called in every forward pass."""
@@ -131,10 +131,10 @@ class RoutedExpertsRecord:
         # vLLM's internal name is the request id and a random suffix.
         names = [*self._finished, *self._runner.requests]
         name = next((name for name in names if name.rpartition("-")[0] == request_id), "")
-        self._keep(name)
+        self.keep(name)
         return self._finished.pop(name, self._rows[:0])
 
-    def _keep(self, name: str) -> None:
+    def keep(self, name: str) -> None:
         """Copy a running request's rows before vLLM reuses its slots."""
         if name not in self._runner.requests:
             return

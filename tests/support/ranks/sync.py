@@ -112,7 +112,7 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
         change(actor, 1.1)
     if kill:
         if engine is not None:
-            os.kill(engine.pid, signal.SIGKILL)
+            os.kill(engine._server.pid, signal.SIGKILL)
             try:
                 engine._worker("ping", phase="rollout")
             except EngineError as error:
@@ -151,7 +151,7 @@ def arm_killer(engine) -> None:
     def update_weights(info):
         calls.append(info)
         if len(calls) == 2:
-            os.kill(engine.pid, signal.SIGKILL)
+            os.kill(engine._server.pid, signal.SIGKILL)
         deliver(info)
 
     engine.update_weights = update_weights
@@ -254,7 +254,7 @@ def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
     if engine is None:
         return {}
     found = [generation for (generation,) in sample(engine, PROMPT_IDS, seed=3)]
-    group, processes = engine.pid, len(living_in_group(engine.pid))
+    group, processes = engine._server.pid, len(living_in_group(engine._server.pid))
     engine.close()
     deadline = time.monotonic() + 10
     while living_in_group(group) and time.monotonic() < deadline:
@@ -331,7 +331,9 @@ def die_midway(folder: str, pid_file: str) -> None:
     _, engine, sync = start(folder, tensor=2, tensor_parallel_size=2)
     sync.push(0)
     if engine is not None:
-        Path(pid_file).write_text(f"{engine.pid} {len(living_in_group(engine.pid))}")
+        Path(pid_file).write_text(
+            f"{engine._server.pid} {len(living_in_group(engine._server.pid))}"
+        )
         deliver, calls = engine.update_weights, []
 
         def update_weights(info):
