@@ -62,7 +62,7 @@ def _checksums(
             if is_first and parameter.numel() and parameter.dim() <= 2:  # experts have three
                 yield f"{name}.{key}", checksum.tensor_checksum(parameter.to(dtype))
         return
-    places, column = list(_places(name, layer, packed)), _first_column(layer)
+    places, column = list(_places(name, layer, packed)), _columns(layer).start
     if places and not _is_quantized(getattr(layer, "weight", None)):
         for first, block in _column_blocks(layer):
             for tensor, rows, row in places:
@@ -107,7 +107,8 @@ def read_back_sketches(
             weight, kind = getattr(layer, "weight", None), dtype
             if weight is not None and not _is_quantized(weight):
                 kind = weight.dtype  # the output layer and routers may be float32
-            signs = checksum.column_signs(_first_column(layer), _columns(layer), device)
+            columns = _columns(layer)
+            signs = checksum.column_signs(columns.start, len(columns), device)
             signs = signs.T.to(kind).contiguous()
             if _is_lookup(layer):
                 products = nn.functional.linear(signs, cast(Tensor, weight)).T
@@ -191,20 +192,18 @@ def _places(name: str, layer: Any, packed: dict) -> Iterator[tuple[str, slice, i
         start += size
 
 
-def _first_column(layer: Any) -> int:
-    is_row_parallel = isinstance(layer, linear.RowParallelLinear)
-    return layer.tp_rank * layer.input_size_per_partition if is_row_parallel else 0
-
-
 def _is_lookup(layer: Any) -> bool:
     is_head = isinstance(layer, vocab.ParallelLMHead)
     return isinstance(layer, vocab.VocabParallelEmbedding) and not is_head
 
 
-def _columns(layer: Any) -> int:
+def _columns(layer: Any) -> range:
+    """The columns of the whole tensor that this rank's layer holds."""
     if isinstance(layer, vocab.VocabParallelEmbedding):
-        return layer.embedding_dim
-    return getattr(layer, "input_size_per_partition", layer.input_size)
+        return range(layer.embedding_dim)
+    count = getattr(layer, "input_size_per_partition", layer.input_size)
+    first = layer.tp_rank * count if isinstance(layer, linear.RowParallelLinear) else 0
+    return range(first, first + count)
 
 
 def _column_blocks(layer: Any) -> Iterator[tuple[int, Tensor]]:
@@ -212,9 +211,8 @@ def _column_blocks(layer: Any) -> Iterator[tuple[int, Tensor]]:
     if _is_lookup(layer) or not hasattr(layer, "cpu_linear"):
         yield 0, layer.weight
         return
-    columns = _columns(layer)
-    for first in range(0, columns, _PROBE_COLUMNS):
-        count = min(_PROBE_COLUMNS, columns - first)
-        unit = torch.zeros(count, columns, dtype=layer.weight.dtype)
-        unit[torch.arange(count), torch.arange(first, first + count)] = 1
+    count = len(_columns(layer))
+    for first in range(0, count, _PROBE_COLUMNS):
+        places = torch.arange(first, min(first + _PROBE_COLUMNS, count))
+        unit = nn.functional.one_hot(places, count).to(layer.weight.dtype)
         yield first, layer.quant_method.apply(layer, unit).T

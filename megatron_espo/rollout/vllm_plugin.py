@@ -57,9 +57,9 @@ class Routes:
         app_state.espo_settings = settings = json.loads(os.environ[server.SETTINGS_VARIABLE])
         if args.load_format != "dummy":
             STATE.serve(version=0)
-        for what in ("routed_experts", "sampling_masks"):
-            if settings[what] and current_platform.is_cpu():  # on a GPU vLLM records them itself
-                await engine_client.collective_rpc(f"record_{what}")
+        if current_platform.is_cpu():  # on a GPU vLLM records them itself
+            wanted = settings["routed_experts"], settings["sampling_masks"]
+            await engine_client.collective_rpc("start_records", args=wanted)
         app_state.espo_lease = asyncio.create_task(lease.LEASE.watch())
 
 

@@ -48,20 +48,18 @@ class WorkerExtension:
         model = self.model_runner.get_model()
         return read_back_sketches(model, self.model_config.dtype, self.device)
 
-    def record_routed_experts(self) -> None:
-        """Start recording the experts of each token."""
-        if self.rank == 0:  # the routers of all tensor-parallel workers make the same choices
+    def start_records(self, routed_experts: bool, sampling_masks: bool) -> None:
+        """Start recording the experts of each token, and the ids that top-k and top-p kept."""
+        if routed_experts and self.rank == 0:  # the other workers' routers make the same choices
             self._routed_experts = RoutedExpertsRecord(self.model_runner)
+        if sampling_masks:
+            vllm_patches.record_sampling_masks(self.model_runner)
 
     def take_routed_experts(self, request_id: str) -> bytes | None:
         """See ``RoutedExpertsRecord.take``; in safetensors format, from the first worker."""
         if self.rank > 0:
             return None
         return save({"experts": self._routed_experts.take(request_id)})
-
-    def record_sampling_masks(self) -> None:
-        """See ``vllm_patches.record_sampling_masks``."""
-        vllm_patches.record_sampling_masks(self.model_runner)
 
     def missing_weights(self) -> list[str]:
         """What the current update lacks: tensors if the transport knows them, else layers.
