@@ -311,7 +311,7 @@ def start_and_sample():
 start_and_sample()
 try:
     while True:
-        engine._worker("ping", phase="rollout")
+        engine._worker("ping")
         time.sleep(0.2)
 except EngineError as error:
     print("lost:", str(error).splitlines()[0], flush=True)

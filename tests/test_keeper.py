@@ -514,7 +514,7 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
         with pytest.raises(EngineError, match="401 expected the run's key"):
             loop.run(stranger.generate("a", [1, 4, 5], Sampling(4, seed=1)), 60)
         time.sleep(SECONDS + 2)  # the lease is renewed
-        engine._worker("ping", phase="rollout")
+        engine._worker("ping")
         engine.close()
         wait_until(lambda: not living_in_group(first), "the released server ends", 10)
         killed = subprocess.Popen(
@@ -536,7 +536,7 @@ def test_a_keeper_of_vllm_serves_one_owner_after_the_other(folder):
         process.kill()
         wait_until(lambda: not living_in_group(third), "the server of a killed keeper ends", 10)
         with pytest.raises(EngineError, match=f"the rollout engine on {address} is out of reach"):
-            engine._worker("ping", phase="rollout")
+            engine._worker("ping")
         assert engine.state == "dead" and not Path(folder, "engine.log").exists()
     for opened in (client, stranger):
         loop.run(opened.close(), 5)

@@ -258,11 +258,10 @@ class Forgetful(ModuleSource):
 @pytest.mark.slow
 def test_the_error_names_missing_weights(engine, folder):
     message = r"1 weights did not reach worker 0: model\.layers\.1\.self_attn\.k_proj"
-    with pytest.raises(EngineError, match=message) as caught:
+    with pytest.raises(EngineError, match=message):
         send_weights(connect(engine, Forgetful(perturbed(folder, 14))), engine, 14)
-    assert caught.value.phase == "transfer"
     assert engine.state == "dead"
-    for call in (engine.resume, engine.wake_caches, engine.wait_ready):
+    for call in (engine.resume, engine.wake_caches):
         with pytest.raises(EngineError):
             call()
 
@@ -285,14 +284,13 @@ def test_an_engine_serves_after_nan_and_after_sleep_and_a_nan_is_an_error(engine
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     update(engine, model, 12)
-    with pytest.raises(EngineError, match="not finite") as caught:
+    with pytest.raises(EngineError, match="not finite"):
         sample(engine, PROMPTS[:1])
-    assert caught.value.phase == "rollout"
     send_weights(connect(engine, model), engine, 13)
     engine.resume()
-    with pytest.raises(EngineError, match="not finite") as caught:
+    with pytest.raises(EngineError, match="not finite"):
         engine.canary(PROMPTS[:1], 4)
-    assert caught.value.phase == "canary" and engine.state == "dead"
+    assert engine.state == "dead"
 
 
 @pytest.mark.slow
@@ -306,9 +304,9 @@ def test_a_wrong_shape_is_an_error_before_and_during_the_load(engine, folder, tm
     transport = FileTrainerWeightTransferEngine.trainer_init(
         FileTrainerInitInfo(rank=0), client=engine, source=ModuleSource(model)
     )
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(EngineError, match="failed: /update_weights"):
         send_weights(transport, engine, 1)
-    assert caught.value.phase == "load" and engine.state == "dead"
+    assert engine.state == "dead"
 
 
 @pytest.mark.slow
@@ -338,9 +336,9 @@ def test_a_worker_that_dies_or_stops_is_an_error_in_time(folder, tmp_path, loop,
         began = time.monotonic()
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", limit + 5)
         object.__setattr__(engine.config, "timeout_s", limit)
-        with pytest.raises(EngineError) as caught:
-            engine._worker("ping", phase="rollout")
-        assert caught.value.phase == "rollout" and engine.state == "dead"
+        with pytest.raises(EngineError):
+            engine._worker("ping")
+        assert engine.state == "dead"
         assert time.monotonic() - began < 3 * limit + 20 and not held.done()
         object.__setattr__(engine.config, "timeout_s", 300.0)
         engine.start()
@@ -368,10 +366,10 @@ def test_an_error_at_the_start_shows_the_log_and_code_in_the_folder_never_runs(t
     )
     touch = f"from pathlib import Path; Path({str(tmp_path / 'ran')!r}).touch()"
     (model / "code.py").write_text(touch)
-    with pytest.raises(EngineError, match="NoSuchModel") as caught:
+    with pytest.raises(EngineError, match="NoSuchModel"):
         with running_engine(engine_config(model, tmp_path)):
             pass
-    assert caught.value.phase == "start" and not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 # -- processes without a model -------------------------------------------------------------------
@@ -406,9 +404,9 @@ def test_a_killed_server_is_an_error_at_once(light):
     group = light._server.pid
     os.kill(group, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(EngineError, match="has died") as caught:
-        light._worker("ping", phase="rollout")
-    assert caught.value.phase == "rollout" and light.state == "dead"
+    with pytest.raises(EngineError, match="has died"):
+        light._worker("ping")
+    assert light.state == "dead"
     assert time.monotonic() - began < 20
 
 
@@ -418,9 +416,9 @@ def test_a_stopped_server_is_an_error_within_its_time_limit(light):
     group = light._server.pid
     os.kill(group, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(EngineError, match="no answer for 1 s") as caught:
+    with pytest.raises(EngineError, match="no answer for 1 s"):
         light.start_weight_update()
-    assert caught.value.phase == "transfer" and light.state == "dead"
+    assert light.state == "dead"
     assert time.monotonic() - began < 20
     wait_until(lambda: not living_in_group(group), "the stopped server ends")
 
@@ -430,9 +428,9 @@ def test_a_server_that_dies_while_it_starts(folder, tmp_path, loop):
     engine.start()
     os.kill(engine._server.pid, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(EngineError, match="has died") as caught:
+    with pytest.raises(EngineError, match="has died"):
         engine.wait_ready()
-    assert caught.value.phase == "start" and engine.state == "dead"
+    assert engine.state == "dead"
     assert time.monotonic() - began < 20
 
 

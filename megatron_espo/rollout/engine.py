@@ -9,10 +9,6 @@ import numpy as np
 from megatron_espo.config import Rollout
 from megatron_espo.types import SamplingMask
 
-# The part of an engine's work in which an error occurred.
-Phase = Literal[
-    "start", "connect", "rollout", "sleep", "wake", "transfer", "load", "finish", "verify", "canary"
-]
 # "running": the server's model is built. "asleep": its GPU memory is released.
 State = Literal["dead", "starting", "running", "asleep"]
 
@@ -21,13 +17,12 @@ class EngineError(RuntimeError):
     """An engine died, hung or refused a call, or its state does not allow the call.
 
     Attributes:
-        phase: the part of the work in which the error occurred.
         final: a retry would fail in the same way.
     """
 
-    def __init__(self, message: str, phase: Phase = "rollout", final: bool = False) -> None:
+    def __init__(self, message: str, final: bool = False) -> None:
         super().__init__(message)
-        self.phase, self.final = phase, final
+        self.final = final
 
 
 class WrongKeyError(EngineError):

@@ -175,7 +175,7 @@ class LeasedServer:
             reasons = "; ".join(f"{host}: {self._reason(host, e)}" for host, e in errors.items())
             if time.monotonic() - began > limit:
                 message = f"start: none of rollout.hosts gave a rollout engine{within}: {reasons}"
-                raise EngineError(message, "start", final=True)
+                raise EngineError(message, final=True)
             if attempt == 0:
                 logger.warning("no host for the rollout engine yet%s: %s", within, reasons)
             time.sleep(_RETRY_SECONDS)
@@ -189,7 +189,7 @@ class LeasedServer:
             if found.get(name) != value
         )
         if differences:
-            raise EngineError(differences, "start")
+            raise EngineError(differences)
         self._renewed = time.monotonic()
         self._call(address, "/lease", self._lease | {"renew": False})
         self.address = address

@@ -199,8 +199,6 @@ class WeightSync:
 
         def start(engine: VLLMEngine) -> None:
             check_names(shapes, engine.config.model)  # before the engine's slow start
-            if engine.state == "dead":
-                engine.start()
             engine.wait_ready()
             if sleeps and engine.state == "running":
                 engine.sleep()  # its caches are not needed before the canary
@@ -245,7 +243,7 @@ class WeightSync:
             if sent is not None:
                 served = engine.read_back_checksums(self._dtype)
                 if wrong := wrong_tensors(sent, served):
-                    raise EngineError(wrong, "verify")
+                    raise EngineError(wrong)
                 metrics["sync/verified_tensors"] = len(served.keys() & sent.keys())
             if sketches is not None:
                 metrics.update(self._audit_quantization(engine, version, sketches))
@@ -264,7 +262,7 @@ class WeightSync:
         table = engine.config.log_path.with_suffix(".quantization.jsonl")
         table.write_text("".join(lines))
         if wrong:
-            raise EngineError(wrong, "verify", final=True)
+            raise EngineError(wrong, final=True)
         errors = [row.error for row in rows if row.quantized and row.error is not None]
         high = [row.name for row in rows if row.error is not None and not row.quantized]
         if self._pushes == 0:
@@ -311,7 +309,7 @@ class WeightSync:
                 largest.fill_(gap)
                 if not gap <= self._tolerance:
                     what = f"mean |engine - trainer| log-prob gap {gap:.4g} nats"
-                    raise EngineError(f"{what}, above {self._tolerance:g}; {worst}", "canary")
+                    raise EngineError(f"{what}, above {self._tolerance:g}; {worst}")
 
         self._on_all_ranks("canary", compare)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -338,12 +336,12 @@ class WeightSync:
             # The other ranks wait inside the failed gather, so no collective can reach them.
             raise WeightSyncError(f"weights: rank {self._rank}, phase gather, {error}") from error
         except EngineError as error:
-            own = _Failure(self._rank, error.phase, str(error), final=error.final)
+            own = _Failure(self._rank, phase, str(error), final=error.final)
         except InputError as error:
             own = _Failure(self._rank, phase, str(error), final=True, is_input_error=True)
         except Exception as error:
             own = _Failure(self._rank, phase, f"{type(error).__name__}: {error}", final=True)
-        if own is not None and own.phase in ("transfer", "load"):
+        if own is not None and phase == "transfer":
             own.detail += f"\nThe group of {self._source.current} was gathered last."
         try:
             self._barrier.wait("the end of this phase")

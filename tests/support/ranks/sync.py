@@ -114,7 +114,7 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
         if engine is not None:
             os.kill(engine._server.pid, signal.SIGKILL)
             try:
-                engine._worker("ping", phase="rollout")
+                engine._worker("ping")
             except EngineError as error:
                 assert "has died" in str(error), error
             assert engine.state == "dead"
