@@ -89,11 +89,7 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         """
         for path in init_info.paths:
             open(path, "rb").close()
-        self._paths = init_info.paths
-        self._metas = [
-            base.ParamMeta(name, getattr(torch, dtype), tuple(shape))
-            for name, dtype, shape in init_info.weights
-        ]
+        self._info = init_info
 
     def start_weight_update(self) -> None:
         self._arrived: set[int] = set()
@@ -114,23 +110,24 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         """
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-        with open(self._paths[update_info.file], "rb") as file:
+        with open(self._info.paths[update_info.file], "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
         items = zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
         weights = []
         for position, offset, checksum in items:
-            meta = self._metas[position]
+            name, dtype_name, shape = self._info.weights[position]
+            dtype = getattr(torch, dtype_name)
             if position in self._arrived:
-                raise ValueError(f"transfer: weight {meta.name!r} arrived twice in one update.")
+                raise ValueError(f"transfer: weight {name!r} arrived twice in one update.")
             self._arrived.add(position)
-            damaged = f"transfer: weight {meta.name!r} arrived damaged"
-            stop = offset + prod(meta.shape) * meta.dtype.itemsize
+            damaged = f"transfer: weight {name!r} arrived damaged"
+            stop = offset + prod(shape) * dtype.itemsize
             if stop > len(mapping):
                 raise ValueError(f"{damaged}: the file has {len(mapping)} of {stop} bytes.")
             if (found := byte_sum(memoryview(mapping), offset, stop - offset)) != checksum:
                 raise ValueError(f"{damaged}: checksum {found:016x}, sent {checksum:016x}.")
-            weights.append((meta.name, buffer[offset:stop].view(meta.dtype).view(meta.shape)))
+            weights.append((name, buffer[offset:stop].view(dtype).view(shape)))
         load: Any = self.model.load_weights
         try:
             with disable_mtp_completeness_check():
@@ -142,7 +139,8 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
 
     def missing_weights(self) -> list[str]:
         """Announced names that have not arrived in this update."""
-        return [meta.name for i, meta in enumerate(self._metas) if i not in self._arrived]
+        names = [name for name, _, _ in self._info.weights]
+        return [name for i, name in enumerate(names) if i not in self._arrived]
 
     def finish_weight_update(self) -> None:
         """Repack what vLLM serves. ``VLLMEngine`` asks for missing weights before."""

@@ -9,11 +9,10 @@ from pathlib import Path
 from megatron_espo.distributed.addresses import DEFAULT_PORT, parse_address, show_address
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_json
-from megatron_espo.rollout import server
 from megatron_espo.rollout.engine import EngineError
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
 from megatron_espo.rollout.lease import SETTINGS_FILE, host_log_name
-from megatron_espo.rollout.server import EngineConfig, ServerProcess, run_key
+from megatron_espo.rollout.server import PREFIX, EngineConfig, ServerProcess, run_key
 
 IDLE_EXIT_CODE = 1
 _TICK_SECONDS = 1.0
@@ -150,7 +149,7 @@ class Keeper:
     def _check(self, process: ServerProcess) -> None:
         """Note whether the server has an owner. Kill a server that stopped answering."""
         try:
-            info = call_once(self._address, run_key(self._folder), f"{server.PREFIX}/info")
+            info = call_once(self._address, run_key(self._folder), f"{PREFIX}/info")
         except (EngineError, *NO_ANSWER):
             silent = time.monotonic() - self._last_answer
             if self._last_answer and silent > self._host_timeout_s:
