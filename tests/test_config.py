@@ -375,7 +375,7 @@ def test_other_engine_arguments_reach_the_command_line(tmp_path, monkeypatch):
     ]
     args = load(tmp_path, monkeypatch, GOOD, overrides).rollout.engine_args
     engine = EngineConfig("model", str(tmp_path), "float32", "files", engine_args=args)
-    command = server_command(engine, ["--uds", "socket"], is_cpu=True)
+    command = server_command(engine, ["--uds", "socket"])
     assert command.count("--kv-cache-memory-bytes") == 1, "it replaces this project's value"
     assert command[command.index("--kv-cache-memory-bytes") + 1] == "268435456"
     assert command[command.index("--compilation-config") + 1] == '{"level": 0}'

@@ -12,11 +12,13 @@ import torch
 pytest.importorskip("vllm")
 from safetensors.torch import load_file, save_file
 
+from megatron_espo.config import Rollout
 from megatron_espo.errors import InputError
+from megatron_espo.rollout import transport
 from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.pool import request_seeds
 from megatron_espo.rollout.server import server_environment
-from megatron_espo.rollout.transport import _init_info, check_placement, resolve_transport
+from megatron_espo.rollout.transport import _init_info, resolve_transport
 from megatron_espo.types import Prompt
 from tests.support.distributed import ROOT
 from tests.support.real_engine import engine_config
@@ -61,21 +63,27 @@ def test_all_shards_are_read(tmp_path):
 
 def test_transport_names_and_placement(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_transport("auto") == "files"
+
+    def resolve(name: str, **settings) -> str:
+        return resolve_transport(Rollout(transport=name, **settings))
+
+    hosts = ("10.0.0.5:7700",)
+    assert resolve("auto") == "files"
     with pytest.raises(InputError, match="'ipc' needs a GPU"):
-        resolve_transport("ipc")
-    assert resolve_transport("auto", on_hosts=True) == "files"
+        resolve("ipc")
+    assert resolve("auto", hosts=hosts) == "files"
     with pytest.raises(InputError, match="'nccl' needs a GPU and none is available; use files"):
-        resolve_transport("nccl", on_hosts=True)
+        resolve("nccl", hosts=hosts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert {resolve_transport(name, on_hosts=True) for name in ("auto", "nccl")} == {"nccl"}
-    assert resolve_transport("files", on_hosts=True) == resolve_transport("files") == "files"
-    assert resolve_transport("auto") == "ipc" and resolve_transport("auto", "6,7") == "nccl"
+    assert {resolve(name, hosts=hosts) for name in ("auto", "nccl")} == {"nccl"}
+    assert resolve("files", hosts=hosts) == resolve("files") == "files"
+    assert resolve("auto") == "ipc" and resolve("auto", visible_devices="6,7") == "nccl"
 
 
-def test_nccl_meets_where_the_engine_reaches_its_owner():
-    config = SimpleNamespace(tensor_parallel_size=4, hosts=())
-    engine = SimpleNamespace(own_address="10.9.8.7", config=config)
+def test_nccl_meets_where_the_engine_reaches_its_owner(monkeypatch, folder, tmp_path):
+    monkeypatch.setattr(transport, "address_towards", {"10.0.0.5": "10.9.8.7"}.get)
+    config = engine_config(folder, tmp_path, tensor_parallel_size=4, hosts=("10.0.0.5:7700",))
+    engine = SimpleNamespace(address="10.0.0.5:7700", config=config)
     info = _init_info("nccl", engine, rank=32)  # the owner of a second engine
     assert info.master_address == "10.9.8.7" and 0 < info.master_port < 65536
     assert info.world_size == 5 and info.is_sender
@@ -93,10 +101,12 @@ def test_nccl_meets_where_the_engine_reaches_its_owner():
         ("files", None, None),
     ],
 )
-def test_engine_on_the_wrong_gpus(name, devices, message):
-    environment = {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "2,3,6,7"}
+def test_engine_on_the_wrong_gpus(name, devices, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
     with nullcontext() if message is None else pytest.raises(InputError, match=message):
-        check_placement(name, devices, environment)
+        assert resolve_transport(Rollout(transport=name, visible_devices=devices)) == name
 
 
 def test_seeds_depend_on_prompt_and_position_only():
@@ -115,12 +125,13 @@ def test_server_environment_lacks_what_the_launcher_sets(monkeypatch, folder, tm
     monkeypatch.setenv("OMP_NUM_THREADS", "77")
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     config = engine_config(folder, tmp_path, visible_devices="3")
-    environment = server_environment(config, True)
+    environment = server_environment(config)
     assert not torchrun & set(environment)
     assert environment["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
-    assert "OMP_NUM_THREADS" not in server_environment(config, False)
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
     assert environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "OMP_NUM_THREADS" not in server_environment(config)
 
 
 def test_vllm_is_not_imported_early():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-from megatron_espo.config import load_config
+from megatron_espo.config import Rollout, load_config
 from megatron_espo.config.checks import check_world_size
 from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.errors import InputError
@@ -75,7 +75,7 @@ def test_a_pool_of_two_gives_the_tokens_of_one_also_when_an_engine_is_killed(fol
         seconds = time.monotonic() - began
         running = submit(loop, pool, 300)
         time.sleep(seconds / 2)
-        os.kill(second.pid, signal.SIGKILL)
+        os.kill(second._server.pid, signal.SIGKILL)
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", 10)
         assert not all(future.done() for future in running)
         loop.run(pool.connect([first.address]))
@@ -183,10 +183,12 @@ def test_engines_must_fit_the_ranks(folder, overrides, world_size, message):
 
 def test_engines_of_one_machine_take_their_owners_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    machine = {"LOCAL_WORLD_SIZE": "8", "RANK": "12"}
-    assert engine_devices(None, 4, 4, machine | {"LOCAL_RANK": "4"}) == "4,5,6,7"
-    assert engine_devices(None, 1, 4, machine | {"LOCAL_RANK": "0"}) is None
-    assert engine_devices("6,7", 4, 2, machine | {"LOCAL_RANK": "0"}) == "6,7"
+    for name, value in {"LOCAL_WORLD_SIZE": "8", "RANK": "12", "LOCAL_RANK": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert engine_devices(Rollout(engines=4, tensor_parallel_size=4)) == "4,5,6,7"
+    assert engine_devices(Rollout(tensor_parallel_size=4)) is None
+    assert engine_devices(Rollout(engines=4, visible_devices="6,7")) == "6,7"
 
 
 def test_an_idle_connection_is_not_used_again(tmp_path, monkeypatch):

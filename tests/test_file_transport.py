@@ -15,6 +15,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
 from megatron_espo.rollout.file_transport import FileTrainerInitInfo, FileWeightTransferEngine
+from megatron_espo.weights.vllm_source import ObservedSource
 
 BOTH = pytest.mark.parametrize("shared", [False, True], ids=["memory", "folder"])
 
@@ -90,7 +91,7 @@ def connect(folder, source, *models, rank=0):
         record_metadata_for_reloading(model)
         workers.append(FileWeightTransferEngine(None, vllm_config, torch.device("cpu"), model))
     client = JsonClient(workers) if rank == 0 else None
-    init_info = FileTrainerInitInfo(rank=rank, folder=str(folder), name="engine-rank2")
+    init_info = FileTrainerInitInfo(rank=rank, prefix=folder and f"{folder}/engine-rank2")
     return WeightTransferTrainerFactory.trainer_init(
         init_info, client=client, source=source
     ), client
@@ -228,8 +229,9 @@ def test_a_wrong_source_is_an_error_after_all_ranks_are_through(
     announced = [(name, p.detach()) for name, p in Net(seed=1).named_parameters()]
     yielded = [(name, replacement if name == "layers.1.weight" else t) for name, t in announced]
     source = ListSource(announced, yielded)
-    transport, client = connect(tmp_path if shared else "", source, Net(seed=2))
-    with pytest.raises(ValueError, match=f"'layers.1.weight' {message}"):
+    observed = ObservedSource(source, 1)
+    transport, client = connect(tmp_path if shared else "", observed, Net(seed=2))
+    with pytest.raises(ValueError, match=f"'layers.1.weight' {message}"), observed.one_pass():
         transport.send_weights()
     assert source.taken == len(announced)  # the other ranks are inside its collectives
     assert "finish" not in client.calls

@@ -55,7 +55,7 @@ def test_a_sleeping_engine_frees_gpu_memory(tmp_path):
         transport="ipc",
         sleep=True,
         gpu_memory_utilization=share,
-        start_timeout_s=600,
+        timeout_s=600,
         engine_args={},
     )
     with running_engine(config) as engine:

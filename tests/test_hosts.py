@@ -292,7 +292,7 @@ def test_an_engine_host_that_is_cut_off_without_a_spare_is_one_error_in_time(hos
 # Samples, asks for health until the host is lost, and samples on the next host.
 OWNER = """
 import time
-from megatron_espo.rollout.engine import EngineError, Phase, Sampling
+from megatron_espo.rollout.engine import EngineError, Sampling
 from megatron_espo.rollout.http_client import HttpClient, LoopThread
 from megatron_espo.rollout.server import EngineConfig, run_key
 from megatron_espo.rollout.vllm_engine import VLLMEngine
@@ -311,7 +311,7 @@ def start_and_sample():
 start_and_sample()
 try:
     while True:
-        engine._worker("ping", phase=Phase.ROLLOUT)
+        engine._worker("ping")
         time.sleep(0.2)
 except EngineError as error:
     print("lost:", str(error).splitlines()[0], flush=True)
@@ -331,7 +331,7 @@ def test_owner_and_server_both_notice_a_cut(three_hosts, tmp_path):
         load_weights=True,
         hosts=addresses,
         host_timeout_s=float(HOST_S),
-        start_timeout_s=200.0,
+        timeout_s=200.0,
     )
     serve = [sys.executable, "-m", "megatron_espo", "serve", str(run), "--listen"]
     keepers = [

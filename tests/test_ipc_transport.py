@@ -19,8 +19,7 @@ from megatron_espo.rollout.ipc_transport import (
     IPCJsonWeightTransferEngine,
     encode_handle,
 )
-from megatron_espo.rollout.server import EngineConfig
-from megatron_espo.rollout.transport import register_transports
+from megatron_espo.rollout.server import EngineConfig, server_command
 
 # Arguments of rebuild_cuda_tensor, in torch's order.
 ARGUMENTS = (
@@ -93,9 +92,10 @@ def test_pickles_are_not_read(monkeypatch):
 
 
 def test_vllm_finds_both_sides():
-    register_transports()
-    backends = [EngineConfig("", "", "", name).backend for name in ("ipc", "nccl")]
-    assert backends == [ipc_transport.BACKEND, "nccl"]
+    for transport, backend in (("ipc", ipc_transport.BACKEND), ("nccl", "nccl")):
+        command = server_command(EngineConfig("", "", "", transport), [])
+        found = command[command.index("--weight-transfer-config") + 1]
+        assert json.loads(found) == {"backend": backend}
     assert ipc_transport.BACKEND == IPCJsonTrainerInitInfo.backend
     assert WeightTransferEngineFactory._registry["ipc_json"]() is IPCJsonWeightTransferEngine
     trainer = WeightTransferTrainerFactory._registry["ipc_json"]()

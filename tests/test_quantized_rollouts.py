@@ -58,7 +58,7 @@ def test_unsupported_combinations_are_refused(tmp_path, overrides, message):
     ("given", "argument"), [("fp8", "fp8_per_channel"), ("mxfp8", "mxfp8"), (None, None)]
 )
 def test_the_quantization_reaches_the_command_line(given, argument):
-    command = server_command(engine_config("m", "f", quantization=given), [], is_cpu=True)
+    command = server_command(engine_config("m", "f", quantization=given), [])
     found = command[command.index("--quantization") + 1] if argument else None
     assert found == argument and ("--quantization" in command) == bool(argument)
 

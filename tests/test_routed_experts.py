@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
-from megatron_espo.rollout.engine import EngineError, Generation, Phase
+from megatron_espo.rollout.engine import EngineError, Generation
 from megatron_espo.rollout.pool import concatenate
 from megatron_espo.rollout.server import run_key
 from megatron_espo.types import Prompt, Trajectory
@@ -175,10 +175,9 @@ def test_vllms_own_record_on_a_gpu(model, tmp_path):
 def test_an_engine_whose_model_has_no_routers_does_not_start(tmp_path):
     dense = save_tiny_model(tmp_path / "dense")
     config = engine_config(dense, tmp_path, load_weights=True, routed_experts=True)
-    with pytest.raises(EngineError, match="No supported MoE router found") as caught:
+    with pytest.raises(EngineError, match="No supported MoE router found"):
         with running_engine(config):
             pass
-    assert caught.value.phase == Phase.START
 
 
 def make_groups(with_experts: bool) -> ScoredGroups:

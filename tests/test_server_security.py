@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from megatron_espo.rollout import guard
 from megatron_espo.rollout.guard import CONTROL_ROUTES, Guard
-from megatron_espo.rollout.server import PREFIX, ServerProcess, log_tail, run_key, run_key_file
+from megatron_espo.rollout.server import PREFIX, ServerProcess, log_tail, run_key
 from tests.support.real_engine import engine_config, wait_until
 from tests.support.tiny import save_tiny_model
 
@@ -46,7 +46,7 @@ class Server:
         self.key = run_key(folder / "run")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # the log lists every route
-            self.process = ServerProcess(self.config, is_cpu=True)
+            self.process = ServerProcess(self.config)
         self.socket = self.process.address.removeprefix("unix:")
         wait_until(lambda: self._answers() or not self.process.is_alive, "the server starts", 200)
         assert self.process.is_alive, log_tail(self.config.log_path)
@@ -169,13 +169,13 @@ def test_no_route_returns_tokens_of_nan(server):
 @pytest.mark.slow
 def test_the_socket_is_its_users_alone(server):
     assert stat.S_IMODE(os.stat(Path(server.socket).parent).st_mode) == 0o700
-    assert stat.S_IMODE(os.stat(run_key_file(server.config.folder)).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(Path(server.config.folder, "engine.key")).st_mode) == 0o600
 
 
 @pytest.fixture
 def guarded(tmp_path, monkeypatch):
     """A function that sends a path to a guard with new state; returns the status and the state."""
-    monkeypatch.setenv("MEGATRON_ESPO_KEY_FILE", str(run_key_file(tmp_path)))
+    monkeypatch.setenv("MEGATRON_ESPO_RUN_FOLDER", str(tmp_path))
     monkeypatch.setattr(guard, "STATE", guard.WeightState())
     headers = [(b"authorization", f"Bearer {run_key(tmp_path)}".encode())]
 
@@ -204,14 +204,14 @@ def test_a_server_that_served_no_weights_refuses(guarded):
 def test_routes_that_change_weights_make_them_unusable(guarded):
     changes = ("/start_weight_update", "/update_weights", "/sleep", "/collective_rpc")
     for path in (*changes, f"{PREFIX}/worker/fill_nan"):
-        guard.STATE.set(guard.Weights.SERVING)
-        assert guarded(path) == 200 and guard.STATE.weights == guard.Weights.UNUSABLE, path
+        guard.STATE.serve(1)
+        assert guarded(path) == 200 and guard.STATE.weights == "unusable", path
         assert {guarded(path) for path in ("/resume", f"{PREFIX}/serve")} == {409}
     assert guarded("/finish_weight_update") == 200
-    assert guard.STATE.weights == guard.Weights.ARRIVED and guarded("/resume") == 200
+    assert guard.STATE.weights == "arrived" and guarded("/resume") == 200
 
 
-def test_a_guard_needs_a_key_file(monkeypatch):
-    monkeypatch.delenv("MEGATRON_ESPO_KEY_FILE", raising=False)
-    with pytest.raises(RuntimeError, match="MEGATRON_ESPO_KEY_FILE: expected the path"):
+def test_a_guard_needs_a_key(monkeypatch):
+    monkeypatch.delenv("MEGATRON_ESPO_RUN_FOLDER", raising=False)
+    with pytest.raises(KeyError, match="MEGATRON_ESPO_RUN_FOLDER"):
         Guard(None)

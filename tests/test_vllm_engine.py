@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.base import ModuleSource
 from megatron_espo.errors import InputError
 from megatron_espo.rollout import server as server_module
 from megatron_espo.rollout.check_names import check_names
-from megatron_espo.rollout.engine import EngineError, Phase, Sampling, State
+from megatron_espo.rollout.engine import EngineError, Sampling
 from megatron_espo.rollout.file_transport import (
     FileTrainerInitInfo,
     FileTrainerWeightTransferEngine,
@@ -76,7 +76,7 @@ def running(folder, tmp_path_factory):
 @pytest.fixture
 def engine(running):
     """The module's engine; restarted if a test killed it. Its weights may be served or not."""
-    if running.state == State.DEAD:
+    if running.state == "dead":
         running.start()
         running.wait_ready()
     return running
@@ -125,7 +125,6 @@ def assert_logprobs(found, expected: torch.Tensor, atol: float = 1e-4) -> None:
 
 
 def test_a_new_engine_serves_nothing(engine):
-    assert engine.state == State.STALE
     with pytest.raises(EngineError, match="503 this server has served no weights yet"):
         sample(engine, PROMPTS[:1])
 
@@ -146,7 +145,7 @@ def test_every_path_requires_the_key_and_nothing_listens_on_the_network(engine):
     assert asyncio.run(statuses()) == {401}
     inodes = {
         os.readlink(fd).removeprefix("socket:[").rstrip("]")
-        for pid in living_in_group(engine.pid)
+        for pid in living_in_group(engine._server.pid)
         for fd in Path(f"/proc/{pid}/fd").iterdir()
     }
     assert inodes
@@ -163,14 +162,12 @@ def test_requests_wait_for_served_weights_and_get_those_of_transformers(engine, 
     send_weights(connect(engine, model), engine, 3)
     early = loop.submit(request_tokens(engine, PROMPTS[:2]))
     engine.resume()
-    assert engine.state == State.ARRIVED
     (canary,) = engine.canary(PROMPTS[:1], 4)
     assert_logprobs(canary, reference_logprobs(model, PROMPTS[0], canary.token_ids.tolist()))
     time.sleep(0.5)
     assert not early.done()
     engine.serve()
     assert {int(v) for (found,) in early.result(20) for v in found.versions} == {3}
-    assert engine.state == State.READY
     assert_serves(engine, model, PROMPTS)
     coarse = perturbed(folder, 4, torch.bfloat16)
     update(engine, coarse, 4)
@@ -261,25 +258,23 @@ class Forgetful(ModuleSource):
 @pytest.mark.slow
 def test_the_error_names_missing_weights(engine, folder):
     message = r"1 weights did not reach worker 0: model\.layers\.1\.self_attn\.k_proj"
-    with pytest.raises(EngineError, match=message) as caught:
+    with pytest.raises(EngineError, match=message):
         send_weights(connect(engine, Forgetful(perturbed(folder, 14))), engine, 14)
-    assert caught.value.phase == Phase.TRANSFER
-    assert engine.state == State.DEAD
-    for call in (engine.resume, engine.wake_caches, engine.wait_ready):
+    assert engine.state == "dead"
+    for call in (engine.resume, engine.wake_caches):
         with pytest.raises(EngineError):
             call()
 
 
 def test_an_engine_serves_after_nan_and_after_sleep_and_a_nan_is_an_error(engine, folder):
-    if engine.state == State.STALE:
-        engine.fill_nan(shapes(folder))
+    engine.fill_nan(shapes(folder))
     model = perturbed(folder, 10)
     update(engine, model, 10)
     assert_serves(engine, model, PROMPTS)
     engine.sleep()
-    assert engine.state == State.ASLEEP
+    assert engine.state == "asleep"
     engine.wake(shapes(folder))
-    assert engine.state == State.STALE
+    assert engine.state == "running"
     model = perturbed(folder, 11)
     send_weights(connect(engine, model), engine, 11)
     engine.wake_caches()
@@ -289,14 +284,13 @@ def test_an_engine_serves_after_nan_and_after_sleep_and_a_nan_is_an_error(engine
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     update(engine, model, 12)
-    with pytest.raises(EngineError, match="not finite") as caught:
+    with pytest.raises(EngineError, match="not finite"):
         sample(engine, PROMPTS[:1])
-    assert caught.value.phase == Phase.ROLLOUT
     send_weights(connect(engine, model), engine, 13)
     engine.resume()
-    with pytest.raises(EngineError, match="not finite") as caught:
+    with pytest.raises(EngineError, match="not finite"):
         engine.canary(PROMPTS[:1], 4)
-    assert caught.value.phase == Phase.CANARY and engine.state == State.DEAD
+    assert engine.state == "dead"
 
 
 @pytest.mark.slow
@@ -310,9 +304,9 @@ def test_a_wrong_shape_is_an_error_before_and_during_the_load(engine, folder, tm
     transport = FileTrainerWeightTransferEngine.trainer_init(
         FileTrainerInitInfo(rank=0), client=engine, source=ModuleSource(model)
     )
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(EngineError, match="failed: /update_weights"):
         send_weights(transport, engine, 1)
-    assert caught.value.phase == Phase.LOAD and engine.state == State.DEAD
+    assert engine.state == "dead"
 
 
 @pytest.mark.slow
@@ -342,13 +336,13 @@ def test_a_worker_that_dies_or_stops_is_an_error_in_time(folder, tmp_path, loop,
         began = time.monotonic()
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", limit + 5)
         object.__setattr__(engine.config, "timeout_s", limit)
-        with pytest.raises(EngineError) as caught:
-            engine._worker("ping", phase=Phase.ROLLOUT)
-        assert caught.value.phase == Phase.ROLLOUT and engine.state == State.DEAD
+        with pytest.raises(EngineError):
+            engine._worker("ping")
+        assert engine.state == "dead"
         assert time.monotonic() - began < 3 * limit + 20 and not held.done()
+        object.__setattr__(engine.config, "timeout_s", 300.0)
         engine.start()
         engine.wait_ready()
-        object.__setattr__(engine.config, "timeout_s", 60.0)
         update(engine, model, 20)
         loop.run(pool.connect([engine.address]), 5)
         assert set(held.result(30).versions) == {20} and pool.failure is None
@@ -357,7 +351,7 @@ def test_a_worker_that_dies_or_stops_is_an_error_in_time(folder, tmp_path, loop,
 
 def worker_pids(engine: VLLMEngine) -> list[int]:
     """Processes of a server other than its API process."""
-    processes = [pid for pid in living_in_group(engine.pid) if pid != engine.pid]
+    processes = [pid for pid in living_in_group(engine._server.pid) if pid != engine._server.pid]
     command = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes}
     return [pid for pid in processes if b"resource_tracker" not in command[pid]]
 
@@ -372,10 +366,10 @@ def test_an_error_at_the_start_shows_the_log_and_code_in_the_folder_never_runs(t
     )
     touch = f"from pathlib import Path; Path({str(tmp_path / 'ran')!r}).touch()"
     (model / "code.py").write_text(touch)
-    with pytest.raises(EngineError, match="NoSuchModel") as caught:
+    with pytest.raises(EngineError, match="NoSuchModel"):
         with running_engine(engine_config(model, tmp_path)):
             pass
-    assert caught.value.phase == Phase.START and not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 # -- processes without a model -------------------------------------------------------------------
@@ -399,32 +393,32 @@ class Interrupted(ModuleSource):
 
 def test_half_an_update_ends_the_engine(light, folder):
     """Its layers would reject another update."""
-    group = light.pid
+    group = light._server.pid
     with pytest.raises(KeyError):
         send_weights(connect(light, Interrupted(perturbed(folder, 16))), light, 16)
-    assert light.state == State.DEAD
+    assert light.state == "dead"
     wait_until(lambda: not living_in_group(group), "the server ends", 10)
 
 
 def test_a_killed_server_is_an_error_at_once(light):
-    group = light.pid
+    group = light._server.pid
     os.kill(group, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(EngineError, match="has died") as caught:
-        light._worker("ping", phase=Phase.ROLLOUT)
-    assert caught.value.phase == Phase.ROLLOUT and light.state == State.DEAD
+    with pytest.raises(EngineError, match="has died"):
+        light._worker("ping")
+    assert light.state == "dead"
     assert time.monotonic() - began < 20
 
 
 def test_a_stopped_server_is_an_error_within_its_time_limit(light):
     """SIGSTOP: the connection stays open, and no answer comes."""
     object.__setattr__(light.config, "timeout_s", 1.0)
-    group = light.pid
+    group = light._server.pid
     os.kill(group, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(EngineError, match="no answer for 1 s") as caught:
+    with pytest.raises(EngineError, match="no answer for 1 s"):
         light.start_weight_update()
-    assert caught.value.phase == Phase.TRANSFER and light.state == State.DEAD
+    assert light.state == "dead"
     assert time.monotonic() - began < 20
     wait_until(lambda: not living_in_group(group), "the stopped server ends")
 
@@ -432,11 +426,11 @@ def test_a_stopped_server_is_an_error_within_its_time_limit(light):
 def test_a_server_that_dies_while_it_starts(folder, tmp_path, loop):
     engine = VLLMEngine(engine_config(folder, tmp_path), loop)
     engine.start()
-    os.kill(engine.pid, signal.SIGKILL)
+    os.kill(engine._server.pid, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(EngineError, match="has died") as caught:
+    with pytest.raises(EngineError, match="has died"):
         engine.wait_ready()
-    assert caught.value.phase == Phase.START and engine.state == State.DEAD
+    assert engine.state == "dead"
     assert time.monotonic() - began < 20
 
 
@@ -455,7 +449,7 @@ engine = VLLMEngine(config, LoopThread())
 engine.start()
 if workers != 1:
     engine.wait_ready()
-print(engine.pid, flush=True)
+print(engine._server.pid, flush=True)
 time.sleep(600)
 """
 

@@ -45,7 +45,7 @@ def reloading_layer() -> torch.nn.Module:
     return layer
 
 
-def test_forget_expert_kernels_is_needed():
+def test_start_reload_is_needed():
     """vLLM does not pack the weights of an expert layer that has a kernel."""
     packed = []
     method = object.__new__(UnquantizedFusedMoEMethod)
@@ -59,7 +59,7 @@ def test_forget_expert_kernels_is_needed():
     assert not packed
 
 
-def test_repack_tied_head_is_needed():
+def test_finish_reload_is_needed():
     """vLLM does not pack the weight of a layer that received no tensors."""
     layer = reloading_layer()
     finalize_layerwise_reload(layer, None)

@@ -140,7 +140,7 @@ def test_failed_syncs_say_version_rank_phase_and_tensor(folder):
         "nothing loaded later": "weights of version 2: rank 0, phase canary: "
         r"mean \|engine - trainer\| log-prob gap \S+ nats, above 0\.001; "
         r"prompt 'row-\d', token \d \(id \d+\): engine -\S+, trainer -",
-        "damaged": r"weights of version 4: rank 0, phase load: load: the rollout engine failed: "
+        "damaged": r"weights of version 4: rank 0, phase transfer: the rollout engine failed: "
         r".*weight 'model\.layers\.1\.self_attn\.k_proj\.weight' arrived damaged: checksum",
     }
     for fault, pattern in expected.items():

@@ -2,57 +2,31 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_espo.config import Rollout
 from megatron_espo.types import SamplingMask
 
-
-class Phase(StrEnum):
-    """The part of an engine's work in which an error occurred."""
-
-    START = "start"
-    CONNECT = "connect"
-    ROLLOUT = "rollout"
-    SLEEP = "sleep"
-    WAKE = "wake"
-    TRANSFER = "transfer"
-    LOAD = "load"
-    FINISH = "finish"
-    VERIFY = "verify"
-    CANARY = "canary"
+# "running": the server's model is built. "asleep": its GPU memory is released.
+State = Literal["dead", "starting", "running", "asleep"]
 
 
 class EngineError(RuntimeError):
     """An engine died, hung or refused a call, or its state does not allow the call.
 
     Attributes:
-        phase: the part of the work in which the error occurred.
         final: a retry would fail in the same way.
     """
 
-    def __init__(self, message: str, phase: Phase = Phase.ROLLOUT, final: bool = False) -> None:
+    def __init__(self, message: str, final: bool = False) -> None:
         super().__init__(message)
-        self.phase, self.final = phase, final
+        self.final = final
 
 
 class WrongKeyError(EngineError):
     """A server has another key (HTTP status 401)."""
-
-
-class State(StrEnum):
-    """State of an engine. Only a ``ready`` engine serves rollouts."""
-
-    STARTING = "starting"  # vLLM builds the model
-    STALE = "stale"  # running, with weights that must not be served
-    UPDATING = "updating"  # weights arrive
-    ARRIVED = "arrived"  # weights are checked
-    READY = "ready"
-    ASLEEP = "asleep"  # GPU memory is released; ``stale`` after waking
-    DEAD = "dead"  # no process
 
 
 @dataclass(frozen=True)

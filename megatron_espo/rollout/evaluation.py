@@ -141,10 +141,7 @@ def engine_config(
         listen: address of its server; ``None``: chosen by the server.
     """
     rollout, rank = config.rollout, int(os.environ.get("RANK", "0"))
-    hosts, visible = () if load_weights else rollout.hosts, rollout.visible_devices
-    transport = "" if load_weights else resolve_transport(rollout.transport, visible, bool(hosts))
-    sizes = rollout.engines, rollout.tensor_parallel_size
-    devices = None if hosts else engine_devices(visible, *sizes, os.environ)
+    hosts = () if load_weights else rollout.hosts
     # Each rank with an engine begins with another host.
     first = rank * rollout.engines // int(os.environ.get("WORLD_SIZE", "1"))
     # A keeper on another machine may run in another folder.
@@ -154,15 +151,14 @@ def engine_config(
         folder=resolve(config.run.dir),
         log_name=f"engine-rank{rank}.log" if rank else "engine.log",
         dtype=config.model.dtype,
-        transport=transport,
+        transport="" if load_weights else resolve_transport(rollout),
         max_model_len=max_model_len,
         temperature=rollout.temperature,
         seed=config.run.seed,
         tensor_parallel_size=rollout.tensor_parallel_size,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         timeout_s=rollout.timeout_s,
-        start_timeout_s=rollout.timeout_s,
-        visible_devices=devices,
+        visible_devices=None if hosts else engine_devices(rollout),
         hosts=hosts[first:] + hosts[:first],
         host_timeout_s=rollout.host_timeout_s,
         listen=listen,

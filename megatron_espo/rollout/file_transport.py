@@ -14,6 +14,7 @@ All init and update infos consist of JSON types. Importing this module registers
 vLLM's factories.
 """
 
+import itertools
 import mmap
 import os
 from collections.abc import Iterable
@@ -40,14 +41,13 @@ class FileTrainerInitInfo(base.TrainerInitInfo):
     """Trainer side: rank 0 sends, all ranks iterate the source.
 
     Attributes:
-        folder: directory that trainer and workers share under one path; empty: memory files.
-        name: prefix of the file names; engines that share a folder need different names.
+        prefix: path that the names of the files begin with, in a folder that trainer and workers
+            share under one path; another one for each engine. Empty: memory files.
     """
 
     backend: ClassVar[str] = BACKEND
 
-    folder: str = ""
-    name: str = "engine"
+    prefix: str = ""
 
 
 @dataclass
@@ -89,19 +89,11 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         """
         for path in init_info.paths:
             open(path, "rb").close()
-        self._paths = init_info.paths
-        self._metas = [
-            base.ParamMeta(name, getattr(torch, dtype), tuple(shape))
-            for name, dtype, shape in init_info.weights
-        ]
+        self._info = init_info
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         self._arrived: set[int] = set()
-        if self.device.type == "cpu":
-            vllm_patches.forget_expert_kernels(self.model)
-        initialize_layerwise_reload(self.model)
+        vllm_patches.start_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # vLLM's method synchronizes the accelerator, which raises where there is none.
@@ -118,11 +110,24 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
         """
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-        with open(self._paths[update_info.file], "rb") as file:
+        with open(self._info.paths[update_info.file], "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
         items = zip(update_info.positions, update_info.offsets, update_info.checksums, strict=True)
-        weights = [self._read(mapping, buffer, *item) for item in items]
+        weights = []
+        for position, offset, checksum in items:
+            name, dtype_name, shape = self._info.weights[position]
+            dtype = getattr(torch, dtype_name)
+            if position in self._arrived:
+                raise ValueError(f"transfer: weight {name!r} arrived twice in one update.")
+            self._arrived.add(position)
+            damaged = f"transfer: weight {name!r} arrived damaged"
+            stop = offset + prod(shape) * dtype.itemsize
+            if stop > len(mapping):
+                raise ValueError(f"{damaged}: the file has {len(mapping)} of {stop} bytes.")
+            if (found := byte_sum(memoryview(mapping), offset, stop - offset)) != checksum:
+                raise ValueError(f"{damaged}: checksum {found:016x}, sent {checksum:016x}.")
+            weights.append((name, buffer[offset:stop].view(dtype).view(shape)))
         load: Any = self.model.load_weights
         try:
             with disable_mtp_completeness_check():
@@ -132,31 +137,14 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
             raise RuntimeError(f"vLLM could not load {what}") from error
         vllm_patches.clone_pending_weights(self.model, buffer)
 
-    def _read(
-        self, mapping: mmap.mmap, buffer: torch.Tensor, position: int, offset: int, checksum: int
-    ) -> tuple[str, torch.Tensor]:
-        meta = self._metas[position]
-        if position in self._arrived:
-            raise ValueError(f"transfer: weight {meta.name!r} arrived twice in one update.")
-        self._arrived.add(position)
-        damaged = f"transfer: weight {meta.name!r} arrived damaged"
-        stop = offset + prod(meta.shape) * meta.dtype.itemsize
-        if stop > len(mapping):
-            raise ValueError(f"{damaged}: the file has {len(mapping)} of {stop} bytes.")
-        if (found := byte_sum(memoryview(mapping), offset, stop - offset)) != checksum:
-            raise ValueError(f"{damaged}: checksum {found:016x}, sent {checksum:016x}.")
-        return meta.name, buffer[offset:stop].view(meta.dtype).view(meta.shape)
-
     def missing_weights(self) -> list[str]:
         """Announced names that have not arrived in this update."""
-        return [meta.name for i, meta in enumerate(self._metas) if i not in self._arrived]
+        names = [name for name, _, _ in self._info.weights]
+        return [name for i, name in enumerate(names) if i not in self._arrived]
 
     def finish_weight_update(self) -> None:
         """Repack what vLLM serves. ``VLLMEngine`` asks for missing weights before."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-        vllm_patches.repack_tied_head(self.model, self.model_config)
+        vllm_patches.finish_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Nothing to release: each mapping goes with the last tensor that views it."""
@@ -178,19 +166,17 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
         assert source is not None
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         if engine.is_sender:
-            engine._open(init_info, source.metadata())
+            engine._open(init_info.prefix, source.metadata())
         return engine
 
-    def _open(self, init_info: FileTrainerInitInfo, metas: list[base.ParamMeta]) -> None:
+    def _open(self, prefix: str, metas: list[base.ParamMeta]) -> None:
         self._metas = {meta.name: (i, meta) for i, meta in enumerate(metas)}
         self._paths: list[str] = []
         self._resources = ExitStack()
-        folder = Path(init_info.folder)
-        if init_info.folder:
-            folder.mkdir(parents=True, exist_ok=True)
         for i in range(_FILES):
-            if init_info.folder:
-                path = folder / f"{init_info.name}-{i}"
+            if prefix:
+                path = Path(f"{prefix}-{i}")
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)  # a killed run leaves its files
                 path.touch(mode=0o600)
                 self._resources.callback(path.unlink, missing_ok=True)
@@ -207,32 +193,24 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
     def send_weights(self) -> None:
         """One weight update: start, one message per group, finish.
 
-        Raises:
-            Exception: the engine's or the writer's error, after the source is exhausted, because
-                the other ranks are inside its collectives.
+        After an error the source is not exhausted (``ObservedSource.one_pass``).
         """
         assert self.source is not None
         if not self.is_sender:
             for _ in self.source.iter_groups():
                 pass
             return
+        files = itertools.cycle(range(_FILES))
         pending = self._executor.submit(self.client.start_weight_update)
-        error: BaseException | None = None
-        index = -1  # not enumerate(), which would keep the last group's tensors
         for names, tensors in self.source.iter_groups():
-            index += 1
             # The workers have loaded the group before the last one, so its file is free.
             try:
-                if error is None:
-                    info = self._write(index % _FILES, names, tensors)
-            except Exception as problem:
-                error = problem
-            del tensors  # the next gather needs the memory
-            error = pending.exception() or error
-            if error is None:
-                pending = self._executor.submit(self.client.update_weights, asdict(info))
-        if error := error or pending.exception():
-            raise error
+                info = self._write(next(files), names, tensors)
+            finally:
+                del tensors  # the next gather needs the memory
+                pending.result()
+            pending = self._executor.submit(self.client.update_weights, asdict(info))
+        pending.result()
         self.client.finish_weight_update()
 
     def _write(

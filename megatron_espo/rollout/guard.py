@@ -4,11 +4,11 @@ import asyncio
 import hmac
 import os
 from collections.abc import Awaitable, Callable
-from enum import StrEnum
+from typing import Literal
 
 from starlette.responses import PlainTextResponse, Response
 
-from megatron_espo.rollout.server import KEY_FILE_VARIABLE, PREFIX, read_key
+from megatron_espo.rollout.server import FOLDER_VARIABLE, PREFIX, run_key
 
 # Routes that change weights in place; the weights are unusable until an update is finished.
 _WEIGHT_CHANGES = frozenset({
@@ -24,27 +24,27 @@ CONTROL_ROUTES = _WEIGHT_CHANGES | _WEIGHT_USES | {
 }  # fmt: skip
 
 
-class Weights(StrEnum):
-    """State of a server's weights. Only ``serving`` answers requests for tokens."""
-
-    UNUSABLE = "unusable"  # random, NaN, asleep, or partly updated
-    ARRIVED = "arrived"  # updated and not yet checked
-    SERVING = "serving"
-
-
 class WeightState:
-    """State and policy version of the weights; version -1: no weights were served yet."""
+    """State and policy version of a server's weights.
+
+    Attributes:
+        weights: ``unusable`` (random, NaN, asleep, or partly updated), ``arrived`` (updated and not
+            yet checked) or ``serving``, the only state that answers requests for tokens.
+        version: of the weights that were served last; -1: none were served yet.
+        serving: set while the weights are served.
+    """
 
     def __init__(self) -> None:
-        self.weights, self.version = Weights.UNUSABLE, -1
+        self.weights, self.version = "unusable", -1
         self.serving = asyncio.Event()
 
-    def set(self, weights: Weights) -> None:
+    def set(self, weights: Literal["unusable", "arrived"]) -> None:
         self.weights = weights
-        if weights == Weights.SERVING:
-            self.serving.set()
-        else:
-            self.serving.clear()
+        self.serving.clear()
+
+    def serve(self, version: int) -> None:
+        self.weights, self.version = "serving", version
+        self.serving.set()
 
 
 STATE = WeightState()
@@ -59,16 +59,11 @@ class Guard:
       random, NaN or partly updated. A server that never served weights answers 503, because it
       replaces another server whose clients must notice.
     * ``/resume``, the canary and ``serve`` answer 409 while the weights are unusable.
-
-    Raises:
-        RuntimeError: at start, ``MEGATRON_ESPO_KEY_FILE`` is not set.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
-        if not os.environ.get(KEY_FILE_VARIABLE):
-            raise RuntimeError(f"{KEY_FILE_VARIABLE}: expected the path of the run's key, got none")
-        self._expected = f"Bearer {read_key(os.environ[KEY_FILE_VARIABLE])}".encode()
+        self._expected = f"Bearer {run_key(os.environ[FOLDER_VARIABLE])}".encode()
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] == "lifespan":
@@ -80,7 +75,7 @@ class Guard:
 
         async def send_and_observe(message: dict) -> None:
             if message["type"] == "http.response.start" and message["status"] == 200:
-                STATE.set(Weights.ARRIVED)
+                STATE.set("arrived")
             await send(message)
 
         is_finish = scope["path"] == "/finish_weight_update"
@@ -90,23 +85,18 @@ class Guard:
         """The answer to a request that the server must not get. Waits for served weights."""
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if not hmac.compare_digest(given, self._expected):
-            return error_response("expected the run's key", 401)
+            return PlainTextResponse("expected the run's key", 401)
         path = scope["path"]
         is_control = path in CONTROL_ROUTES or path.startswith(f"{PREFIX}/worker/")
-        if path in _WEIGHT_USES and STATE.weights == Weights.UNUSABLE:
-            return error_response("the weights are unusable; finish an update first", 409)
+        if path in _WEIGHT_USES and STATE.weights == "unusable":
+            return PlainTextResponse("the weights are unusable; finish an update first", 409)
         if path in _WEIGHT_CHANGES:
-            STATE.set(Weights.UNUSABLE)
+            STATE.set("unusable")
         elif scope["method"] == "POST" and not is_control:
             if STATE.version < 0:
-                return error_response("this server has served no weights yet", 503)
+                return PlainTextResponse("this server has served no weights yet", 503)
             # It waits itself after it read the body. Data that nobody reads would end a connection
             # that has TCP_USER_TIMEOUT.
             if path != f"{PREFIX}/generate":
                 await STATE.serving.wait()
         return None
-
-
-def error_response(text: str, status: int) -> Response:
-    """The answer to a request that failed."""
-    return PlainTextResponse(text, status)

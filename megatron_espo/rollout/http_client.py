@@ -128,7 +128,7 @@ class HttpClient:
         """Sample one response. Raises as :meth:`call`; EngineError for a non-finite log-prob."""
         body = {
             "request_id": request_id,
-            "token_ids": np.asarray(token_ids).tolist(),
+            "token_ids": list(token_ids),
             "sampling": sampling.as_json(),
             "routed_experts": sampling.routed_experts,
         }

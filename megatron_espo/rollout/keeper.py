@@ -4,23 +4,19 @@ import json
 import signal
 import socket
 import time
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from megatron_espo.distributed.addresses import DEFAULT_PORT, parse_address, show_address
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_json
-from megatron_espo.rollout import server
 from megatron_espo.rollout.engine import EngineError
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
 from megatron_espo.rollout.lease import SETTINGS_FILE, host_log_name
-from megatron_espo.rollout.server import EngineConfig, ServerProcess, run_key
+from megatron_espo.rollout.server import PREFIX, EngineConfig, ServerProcess, run_key
 
 IDLE_EXIT_CODE = 1
 _TICK_SECONDS = 1.0
-_MAX_PAUSE_SECONDS = 60.0
+_PAUSE_SECONDS = 10.0  # after the end of a server that never answered
 
 
 def main(folder: str, listen: str | None, idle_s: float) -> int:
@@ -58,22 +54,6 @@ def main(folder: str, listen: str | None, idle_s: float) -> int:
     return Keeper(path, address, idle_s).run()
 
 
-def read_settings(text: str, folder: Path, address: str) -> EngineConfig:
-    """The settings of the server at ``address`` from the content of ``engine.json``.
-
-    Raises:
-        InputError: the content does not fit this version of the package.
-    """
-    try:
-        config = EngineConfig(**json.loads(text), folder=str(folder))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{folder / SETTINGS_FILE}: expected engine settings of this package's version, "
-            f"got {error}"
-        ) from None
-    return replace(config, listen=address, log_name=host_log_name(address))
-
-
 class Keeper:
     """Starts a server when ``engine.json`` exists; restarts it when it ends or the file changes.
 
@@ -88,6 +68,7 @@ class Keeper:
 
     def __init__(self, folder: Path, address: str, idle_s: float) -> None:
         self._folder, self._address, self._idle_s = folder, address, idle_s
+        self._log = folder / host_log_name(address)
         self._status, self._heartbeat = folder / "status.json", folder / "heartbeats" / "rank0.json"
         self._seen_status = _content(self._status)  # of an earlier job of the run
         self._seen_heartbeat = _content(self._heartbeat)
@@ -95,7 +76,7 @@ class Keeper:
         self._settings = ""  # content of engine.json with which the server runs
         self._host_timeout_s = 0.0
         self._last_answer = 0.0  # 0: the server has not answered yet
-        self._pause, self._start_at = 0.0, 0.0
+        self._start_at = 0.0
         self._last_sign = time.monotonic()  # of the run
         self.end: tuple[int, str] | None = None
 
@@ -134,12 +115,10 @@ class Keeper:
             self._start_at = now
             _log(f"{SETTINGS_FILE} has changed; the server restarts")
         elif self._server is not None and not self._server.is_alive:
-            code, longer = self._server.returncode, max(1.0, 2 * self._pause)
+            code, pause = self._server.returncode, 0.0 if self._last_answer else _PAUSE_SECONDS
             self._stop()
-            self._pause = 0.0 if self._last_answer else min(_MAX_PAUSE_SECONDS, longer)
-            self._start_at = now + self._pause
-            log = self._folder / host_log_name(self._address)
-            restart = f"the next one starts in {self._pause:g} s; see {log}"
+            self._start_at = now + pause
+            restart = f"the next one starts in {pause:g} s; see {self._log}"
             _log(f"the server ended with exit code {code}; {restart}")
         if self._server is not None:
             self._check(self._server)
@@ -150,16 +129,27 @@ class Keeper:
         self.end = self.end or (code, reason)
 
     def _start(self, settings: str) -> None:
-        config = read_settings(settings, self._folder, self._address)
+        try:
+            config = EngineConfig(
+                **json.loads(settings),
+                folder=str(self._folder),
+                listen=self._address,
+                log_name=self._log.name,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{self._folder / SETTINGS_FILE}: expected engine settings of this package's "
+                f"version, got {error}"
+            ) from None
         self._settings, self._last_answer = settings, 0.0
         self._host_timeout_s = config.host_timeout_s
-        self._server = ServerProcess(config, not torch.cuda.is_available())
+        self._server = ServerProcess(config)
         _log(f"started a server (process {self._server.pid})")
 
     def _check(self, process: ServerProcess) -> None:
         """Note whether the server has an owner. Kill a server that stopped answering."""
         try:
-            info = call_once(self._address, run_key(self._folder), f"{server.PREFIX}/info")
+            info = call_once(self._address, run_key(self._folder), f"{PREFIX}/info")
         except (EngineError, *NO_ANSWER):
             silent = time.monotonic() - self._last_answer
             if self._last_answer and silent > self._host_timeout_s:

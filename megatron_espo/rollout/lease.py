@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.files import write_durably
 from megatron_espo.rollout import server
-from megatron_espo.rollout.engine import EngineError, Phase, WrongKeyError
-from megatron_espo.rollout.guard import STATE, error_response
+from megatron_espo.rollout.engine import EngineError, WrongKeyError
+from megatron_espo.rollout.guard import STATE
 from megatron_espo.rollout.http_client import NO_ANSWER, call_once
 from megatron_espo.rollout.server import PREFIX, EngineConfig, package_versions, run_key
 
@@ -79,7 +79,7 @@ async def set_lease(request: Request) -> Response:
     """
     body = await request.json()
     if LEASE.owner != body["owner"] and (LEASE.owner or body["renew"]):
-        return error_response(f"owned by {LEASE.owner or 'nobody'}", 409)
+        return PlainTextResponse(f"owned by {LEASE.owner or 'nobody'}", 409)
     # A renewal that arrives after the end of the lease must not renew it.
     LEASE.owner = body["owner"] if body["seconds"] else "an owner that has ended its lease"
     LEASE.end = time.monotonic() + body["seconds"]
@@ -116,13 +116,13 @@ class LeasedServer:
         address: ``host:port``; empty until a host is taken.
         is_alive: False when the lease is lost.
         lost: why the server cannot be used when ``is_alive`` is false.
-        pid, returncode: ``None``.
+        returncode: ``None``.
 
     Raises:
         InputError: other users may read the run's key.
     """
 
-    pid = returncode = None
+    returncode = None
     lost = "is out of reach (it has lost its lease; rollout.host_timeout_s)"
 
     def __init__(self, config: EngineConfig, hosts: list[str]) -> None:
@@ -134,11 +134,6 @@ class LeasedServer:
         path, text = Path(config.folder, SETTINGS_FILE), settings_text(config)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_durably(path, text)
-
-    @property
-    def log_path(self) -> Path:
-        name = host_log_name(self.address) if self.address else self._config.log_name
-        return Path(self._config.folder, name)
 
     def wait(self, seconds: float) -> None:
         """Return at once: the end of a process on another machine is not visible."""
@@ -171,7 +166,7 @@ class LeasedServer:
                 except (EngineError, *NO_ANSWER) as error:
                     errors[address] = error
             # A machine that answers or refuses a connection runs. Its server may be starting.
-            limit, setting = config.start_timeout_s, "rollout.timeout_s"
+            limit, setting = config.timeout_s, "rollout.timeout_s"
             if all(map(_is_silent, errors.values())):
                 limit, setting = config.host_timeout_s, "rollout.host_timeout_s"
             elif all(isinstance(error, WrongKeyError) for error in errors.values()):
@@ -180,7 +175,7 @@ class LeasedServer:
             reasons = "; ".join(f"{host}: {self._reason(host, e)}" for host, e in errors.items())
             if time.monotonic() - began > limit:
                 message = f"start: none of rollout.hosts gave a rollout engine{within}: {reasons}"
-                raise EngineError(message, Phase.START, final=True)
+                raise EngineError(message, final=True)
             if attempt == 0:
                 logger.warning("no host for the rollout engine yet%s: %s", within, reasons)
             time.sleep(_RETRY_SECONDS)
@@ -194,10 +189,11 @@ class LeasedServer:
             if found.get(name) != value
         )
         if differences:
-            raise EngineError(differences, Phase.START)
+            raise EngineError(differences)
         self._renewed = time.monotonic()
         self._call(address, "/lease", self._lease | {"renew": False})
         self.address = address
+        self.log_path = Path(self._config.folder, host_log_name(address))
         self._hosts.remove(address)
         self._hosts.append(address)
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
@@ -218,7 +214,7 @@ class LeasedServer:
     def _reason(self, address: str, error: Exception) -> str:
         folder = Path(self._config.folder)
         if isinstance(error, WrongKeyError):
-            key = server.run_key_file(folder)
+            key = folder / server.KEY_FILE
             return f"it has another key than {key}; start its keeper for the folder of this run"
         if isinstance(error, EngineError):
             return str(error)

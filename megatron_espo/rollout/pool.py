@@ -51,8 +51,8 @@ class EnginePool:
         if self.failure is not None or known != list(addresses):
             for client in self._clients:
                 await client.close()
-            rest = (self._key, self._host_timeout_s)
-            self._clients = [HttpClient(address, *rest) for address in addresses]
+            limit = self._host_timeout_s
+            self._clients = [HttpClient(address, self._key, limit) for address in addresses]
         self.failure, self._last_reply = None, time.monotonic()
         self._connected.set()
         if self._watcher is None:

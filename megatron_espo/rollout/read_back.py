@@ -47,16 +47,35 @@ def read_back_checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     packed = getattr(model, "packed_modules_mapping", {})
     found: dict[str, int] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, linear.LinearBase | vocab.VocabParallelEmbedding):
-            _add_matrix(found, name, layer, packed, dtype)
-            bias = getattr(layer, EXPERT_BIAS, None)
-            if bias is not None and get_tensor_model_parallel_rank() == 0:  # it is sent in float32
-                found[f"{name}.{EXPERT_BIAS}"] = checksum.tensor_checksum(bias.float())
-        elif get_tensor_model_parallel_rank() == 0:  # experts have three dimensions
-            for key, parameter in layer.named_parameters(recurse=False):
-                if parameter.numel() and parameter.dim() <= 2:
-                    found[f"{name}.{key}"] = checksum.tensor_checksum(parameter.to(dtype))
+        for tensor, part in _checksums(name, layer, packed, dtype):
+            found[tensor] = (found.get(tensor, 0) + part) % 2**64
     return found
+
+
+def _checksums(
+    name: str, layer: Any, packed: dict, dtype: torch.dtype
+) -> Iterator[tuple[str, int]]:
+    """(tensor, checksum of a part of it) of a layer, without parts that another rank counts."""
+    is_first = get_tensor_model_parallel_rank() == 0
+    if not isinstance(layer, linear.LinearBase | vocab.VocabParallelEmbedding):
+        for key, parameter in layer.named_parameters(recurse=False):
+            if is_first and parameter.numel() and parameter.dim() <= 2:  # experts have three
+                yield f"{name}.{key}", checksum.tensor_checksum(parameter.to(dtype))
+        return
+    places, column = list(_places(name, layer, packed)), _columns(layer).start
+    if places and not _is_quantized(getattr(layer, "weight", None)):
+        for first, block in _column_blocks(layer):
+            for tensor, rows, row in places:
+                part = checksum.tensor_checksum(block[rows].to(dtype), row, column + first)
+                yield f"{tensor}.weight", part
+    bias = getattr(layer, "bias", None)
+    # Every rank of a row-parallel layer holds the whole bias; the first one counts it.
+    if isinstance(bias, Tensor) and column == 0:
+        for tensor, rows, row in places:
+            yield f"{tensor}.bias", checksum.tensor_checksum(bias[rows].to(dtype), row)
+    expert_bias = getattr(layer, EXPERT_BIAS, None)
+    if expert_bias is not None and is_first:  # it is sent in float32
+        yield f"{name}.{EXPERT_BIAS}", checksum.tensor_checksum(expert_bias.float())
 
 
 @torch.no_grad()
@@ -88,7 +107,8 @@ def read_back_sketches(
             weight, kind = getattr(layer, "weight", None), dtype
             if weight is not None and not _is_quantized(weight):
                 kind = weight.dtype  # the output layer and routers may be float32
-            signs = checksum.column_signs(_first_column(layer), _columns(layer), device)
+            columns = _columns(layer)
+            signs = checksum.column_signs(columns.start, len(columns), device)
             signs = signs.T.to(kind).contiguous()
             if _is_lookup(layer):
                 products = nn.functional.linear(signs, cast(Tensor, weight)).T
@@ -148,25 +168,6 @@ def dequantize(weight: Tensor, scale: Tensor | None, block: list[int] | None) ->
     return weight.float() * scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]
 
 
-def _add_matrix(
-    found: dict[str, int], name: str, layer: Any, packed: dict, dtype: torch.dtype
-) -> None:
-    places, column = list(_places(name, layer, packed)), _first_column(layer)
-
-    def add(kind: str, values: Tensor, first_column: int) -> None:
-        for tensor, rows, row in places:
-            part = checksum.tensor_checksum(values[rows].to(dtype), row, first_column)
-            found[f"{tensor}.{kind}"] = (found.get(f"{tensor}.{kind}", 0) + part) % 2**64
-
-    if places and not _is_quantized(getattr(layer, "weight", None)):
-        for first, block in _column_blocks(layer):
-            add("weight", block, column + first)
-    bias = getattr(layer, "bias", None)
-    # Every rank of a row-parallel layer holds the whole bias; the first one counts it.
-    if isinstance(bias, Tensor) and column == 0:
-        add("bias", bias, 0)
-
-
 def _places(name: str, layer: Any, packed: dict) -> Iterator[tuple[str, slice, int]]:
     """(tensor, its rows in the layer's weight, its first row), without rows of other ranks."""
     if isinstance(layer, vocab.VocabParallelEmbedding):
@@ -191,20 +192,18 @@ def _places(name: str, layer: Any, packed: dict) -> Iterator[tuple[str, slice, i
         start += size
 
 
-def _first_column(layer: Any) -> int:
-    is_row_parallel = isinstance(layer, linear.RowParallelLinear)
-    return layer.tp_rank * layer.input_size_per_partition if is_row_parallel else 0
-
-
 def _is_lookup(layer: Any) -> bool:
     is_head = isinstance(layer, vocab.ParallelLMHead)
     return isinstance(layer, vocab.VocabParallelEmbedding) and not is_head
 
 
-def _columns(layer: Any) -> int:
+def _columns(layer: Any) -> range:
+    """The columns of the whole tensor that this rank's layer holds."""
     if isinstance(layer, vocab.VocabParallelEmbedding):
-        return layer.embedding_dim
-    return getattr(layer, "input_size_per_partition", layer.input_size)
+        return range(layer.embedding_dim)
+    count = getattr(layer, "input_size_per_partition", layer.input_size)
+    first = layer.tp_rank * count if isinstance(layer, linear.RowParallelLinear) else 0
+    return range(first, first + count)
 
 
 def _column_blocks(layer: Any) -> Iterator[tuple[int, Tensor]]:
@@ -212,9 +211,8 @@ def _column_blocks(layer: Any) -> Iterator[tuple[int, Tensor]]:
     if _is_lookup(layer) or not hasattr(layer, "cpu_linear"):
         yield 0, layer.weight
         return
-    columns = _columns(layer)
-    for first in range(0, columns, _PROBE_COLUMNS):
-        count = min(_PROBE_COLUMNS, columns - first)
-        unit = torch.zeros(count, columns, dtype=layer.weight.dtype)
-        unit[torch.arange(count), torch.arange(first, first + count)] = 1
+    count = len(_columns(layer))
+    for first in range(0, count, _PROBE_COLUMNS):
+        places = torch.arange(first, min(first + _PROBE_COLUMNS, count))
+        unit = nn.functional.one_hot(places, count).to(layer.weight.dtype)
         yield first, layer.quant_method.apply(layer, unit).T

@@ -15,29 +15,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_espo.distributed.addresses import parse_address
 from megatron_espo.errors import InputError
 from megatron_espo.rewards import sandbox
 
 # Environment variables that configure the plugin inside the server.
-KEY_FILE_VARIABLE = "MEGATRON_ESPO_KEY_FILE"
+FOLDER_VARIABLE = "MEGATRON_ESPO_RUN_FOLDER"
 OWNER_VARIABLE = "MEGATRON_ESPO_OWNER_PID"
 SETTINGS_VARIABLE = "MEGATRON_ESPO_SETTINGS"
-ROUTED_EXPERTS_VARIABLE = "MEGATRON_ESPO_ROUTED_EXPERTS"
-_FIRST_PROCESS_VARIABLE = "MEGATRON_ESPO_SERVER_PID"
 # Path prefix of this project's HTTP routes.
 PREFIX = "/megatron_espo"
+KEY_FILE = "engine.key"
 _CLOSE_SECONDS = 5.0
 _LOG_LINES = 20
-# Transports that vLLM's factories know under another name.
-_BACKENDS = {"ipc": "ipc_json"}
-# vLLM's fp8 is for checkpoints. Its scales per channel need no calibration and no packed layout.
-_QUANTIZATIONS = {"fp8": "fp8_per_channel"}
 
 # Fields of ``EngineConfig`` that differ between owners or hosts.
 _LOCAL_FIELDS = frozenset({
-    "folder", "log_name", "visible_devices", "hosts", "listen", "timeout_s", "start_timeout_s",
-    "temperature",
+    "folder", "log_name", "visible_devices", "hosts", "listen", "timeout_s", "temperature",
 })  # fmt: skip
 
 
@@ -51,14 +47,13 @@ class EngineConfig:
         folder: of the run; holds the key and the logs.
         log_name: file in ``folder`` for vLLM's output.
         dtype: ``float32`` or ``bfloat16``.
-        transport: name in ``transport.TRANSPORTS``; not used with ``load_weights``.
+        transport: ``rollout.transport``, except auto; empty: the weights are not updated.
         max_model_len: limit of prompt and response tokens together; ``None``: the model's context.
         seed: of the engine. Every request has its own seed.
         tensor_parallel_size: GPUs (or CPU processes) of this engine.
         gpu_memory_utilization: fraction of each GPU's memory that vLLM may take.
         temperature: of the canary.
-        timeout_s: limit of each call.
-        start_timeout_s: limit of loading vLLM and building the model.
+        timeout_s: limit of each call, and of loading vLLM and building the model.
         visible_devices: CUDA_VISIBLE_DEVICES of the server; ``None``: inherited.
         sleep: enable vLLM's sleep mode.
         routed_experts: return the experts that each token was routed to.
@@ -83,7 +78,6 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.5
     timeout_s: float = 600.0
-    start_timeout_s: float = 600.0
     temperature: float = 1.0
     visible_devices: str | None = None
     sleep: bool = False
@@ -106,58 +100,53 @@ class EngineConfig:
         """The settings that all engines of a run share."""
         return {name: value for name, value in asdict(self).items() if name not in _LOCAL_FIELDS}
 
-    @property
-    def backend(self) -> str | None:
-        """vLLM's name of the weight transport; ``None`` with ``load_weights``."""
-        return None if self.load_weights else _BACKENDS.get(self.transport, self.transport)
 
-
-_ARGUMENTS = {
-    "served-model-name": "policy",
-    "enable-prefix-caching": True,
-    "skip-tokenizer-init": True,
-    "generation-config": "vllm",
-    "logprobs-mode": "processed_logprobs",
-    # The trainer's head is float32. A bfloat16 logit of 20 is off by up to 0.06 nats.
-    "hf-overrides": {"head_dtype": "float32"},
-    "worker-extension-cls": "megatron_espo.rollout.worker.WorkerExtension",
-    "middleware": "megatron_espo.rollout.guard.Guard",
-    "enable-scale-out": True,
-    "disable-log-stats": True,
-    "disable-uvicorn-access-log": True,
-}
-_CPU_ARGUMENTS = {
-    "enforce-eager": True,
-    # vLLM restores a seeded request's random state after a prompt chunk; CPU generators cannot.
-    "enable-chunked-prefill": False,
-    "block-size": 32,  # short prompts share no block of 128 tokens, vLLM's default
-    "kv-cache-memory-bytes": 1 << 30,  # an explicit size skips vLLM's warm-up
-}
-
-
-def server_command(config: EngineConfig, address: list[str], is_cpu: bool) -> list[str]:
+def server_command(config: EngineConfig, address: list[str]) -> list[str]:
     """The command line of vLLM's server.
 
     Args:
         address: ``["--uds", path]`` or ``["--host", host, "--port", port]``.
     """
-    gpu = {
-        "gpu-memory-utilization": config.gpu_memory_utilization,
-        "enable-sleep-mode": config.sleep,
-        "enable-return-routed-experts": config.routed_experts or None,
-    }
+    backend = "ipc_json" if config.transport == "ipc" else config.transport
     arguments: dict[str, Any] = {
         "model": config.model,
         "dtype": config.dtype,
-        "quantization": _QUANTIZATIONS.get(config.quantization or "", config.quantization),
+        # vLLM's fp8 is for checkpoints. Its scales per channel need no calibration.
+        "quantization": "fp8_per_channel" if config.quantization == "fp8" else config.quantization,
         "seed": config.seed,
         "max-model-len": config.max_model_len,
         "tensor-parallel-size": config.tensor_parallel_size,
         "load-format": "auto" if config.load_weights else "dummy",
         "return-sampling-mask": config.sampling_masks or None,
-        "weight-transfer-config": {"backend": config.backend} if config.backend else None,
+        "weight-transfer-config": {"backend": backend} if backend else None,
+        "served-model-name": "policy",
+        "enable-prefix-caching": True,
+        "skip-tokenizer-init": True,
+        "generation-config": "vllm",
+        "logprobs-mode": "processed_logprobs",
+        # The trainer's head is float32. A bfloat16 logit of 20 is off by up to 0.06 nats.
+        "hf-overrides": {"head_dtype": "float32"},
+        "worker-extension-cls": "megatron_espo.rollout.worker.WorkerExtension",
+        "middleware": "megatron_espo.rollout.guard.Guard",
+        "enable-scale-out": True,
+        "disable-log-stats": True,
+        "disable-uvicorn-access-log": True,
     }
-    arguments |= _ARGUMENTS | (_CPU_ARGUMENTS if is_cpu else gpu)
+    if torch.cuda.is_available():
+        arguments |= {
+            "gpu-memory-utilization": config.gpu_memory_utilization,
+            "enable-sleep-mode": config.sleep,
+            "enable-return-routed-experts": config.routed_experts or None,
+        }
+    else:
+        arguments |= {
+            "enforce-eager": True,
+            # vLLM restores a seeded request's random state after a prompt chunk; CPU generators
+            # cannot.
+            "enable-chunked-prefill": False,
+            "block-size": 32,  # short prompts share no block of 128 tokens, vLLM's default
+            "kv-cache-memory-bytes": 1 << 30,  # an explicit size skips vLLM's warm-up
+        }
     arguments |= {name.replace("_", "-"): value for name, value in config.engine_args.items()}
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *address]
     for name, value in arguments.items():
@@ -192,7 +181,7 @@ _CPU_ENVIRONMENT = {
 }
 
 
-def server_environment(config: EngineConfig, is_cpu: bool) -> dict[str, str]:
+def server_environment(config: EngineConfig) -> dict[str, str]:
     """This process's environment without torchrun's variables, plus the server's variables."""
     environment = {
         name: value
@@ -203,14 +192,13 @@ def server_environment(config: EngineConfig, is_cpu: bool) -> dict[str, str]:
     for name, (value, separator) in lists.items():
         environment[name] = separator.join(filter(None, [value, environment.get(name)]))
     environment |= _ENVIRONMENT | {
-        KEY_FILE_VARIABLE: str(run_key_file(config.folder)),
+        OWNER_VARIABLE: str(os.getpid()),
+        FOLDER_VARIABLE: os.path.abspath(config.folder),
         SETTINGS_VARIABLE: json.dumps(config.shared),
     }
-    if is_cpu:
+    if not torch.cuda.is_available():
         threads = max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel_size)
         environment |= _CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
-        if config.routed_experts:
-            environment[ROUTED_EXPERTS_VARIABLE] = "1"
     if config.visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = config.visible_devices
     return environment
@@ -234,7 +222,8 @@ class ServerProcess:
 
     lost = "has died"
 
-    def __init__(self, config: EngineConfig, is_cpu: bool) -> None:
+    def __init__(self, config: EngineConfig) -> None:
+        run_key(config.folder)  # creates it
         self.log_path = config.log_path
         # Only this user can read it (mode 700). vLLM's processes talk through sockets in it.
         self._folder = tempfile.mkdtemp(prefix="espo_")
@@ -244,11 +233,10 @@ class ServerProcess:
         else:
             path = f"{self._folder}/engine.sock"
             self.address, arguments = f"unix:{path}", ["--uds", path]
-        own = {OWNER_VARIABLE: str(os.getpid()), "VLLM_RPC_BASE_PATH": self._folder}
-        environment = server_environment(config, is_cpu) | own
+        environment = server_environment(config) | {"VLLM_RPC_BASE_PATH": self._folder}
         with open(config.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                server_command(config, arguments, is_cpu),
+                server_command(config, arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -279,18 +267,15 @@ class ServerProcess:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends.
+    """Have the kernel kill this process of a server when its parent ends.
 
-    Applies to all processes that the API server starts. Applies to the API server itself only if
-    ``MEGATRON_ESPO_OWNER_PID`` names its parent; it then ignores Ctrl-C, which is for the trainer.
+    The API server, which leads a session, ignores Ctrl-C, which is for the trainer.
     """
-    own = str(os.getpid())
-    # Children inherit the variable, so it names the API server.
-    if os.environ.setdefault(_FIRST_PROCESS_VARIABLE, own) != own:
-        sandbox.die_with_parent()
-    elif owner := os.environ.get(OWNER_VARIABLE):
+    if os.getsid(0) == os.getpid():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sandbox.die_with_parent(int(owner))
+        sandbox.die_with_parent(int(os.environ[OWNER_VARIABLE]))
+    else:
+        sandbox.die_with_parent()
 
 
 def log_tail(path: Path) -> str:
@@ -300,9 +285,13 @@ def log_tail(path: Path) -> str:
     return "\n".join(path.read_text("utf-8", "replace").splitlines()[-_LOG_LINES:])
 
 
-def run_key_file(folder: str | Path) -> Path:
-    """Key file of the run in ``folder`` (mode 600). The first caller of all hosts creates it."""
-    path = Path(folder, "engine.key").absolute()
+def run_key(folder: str | Path) -> str:
+    """The key of the run in ``folder``. The first caller of all hosts creates its file (mode 600).
+
+    Raises:
+        InputError: other users may read the file.
+    """
+    path = Path(folder, KEY_FILE).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:
@@ -311,27 +300,13 @@ def run_key_file(folder: str | Path) -> Path:
             os.fsync(file.fileno())
             with suppress(FileExistsError):  # another host was faster
                 os.link(file.name, path)
-    return path
-
-
-def run_key(folder: str | Path) -> str:
-    """The key of the run in ``folder``. Raises as :func:`read_key`."""
-    return read_key(run_key_file(folder))
-
-
-def read_key(path: str | Path) -> str:
-    """The key in ``path``.
-
-    Raises:
-        InputError: other users may read the file.
-    """
-    mode = stat.S_IMODE(os.stat(path).st_mode)
+    mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise InputError(
             f"{path}: expected a key that only its user can read (mode 600), got mode {mode:o}; "
             "remove it, and find out who else read it"
         )
-    return Path(path).read_text()
+    return path.read_text()
 
 
 def package_versions() -> dict[str, str]:

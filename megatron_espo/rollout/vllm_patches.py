@@ -4,7 +4,6 @@
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ import torch
 from megatron_espo.rewards import sandbox
 
 
-def forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Remove the kernels of expert layers before a reload, so vLLM builds them again.
+def start_reload(model: torch.nn.Module) -> None:
+    """Start vLLM's reload of all weights. On a CPU, remove the kernels of expert layers before.
 
     vLLM 0.32. On a CPU vLLM packs the weights of experts only when it builds the kernel. In a
     reload the existing kernel would use the new weights as if they were packed.
@@ -21,21 +20,27 @@ def forget_expert_kernels(model: torch.nn.Module) -> None:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod,
     )
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+    from vllm.platforms import current_platform
 
-    for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
-        if isinstance(method, UnquantizedFusedMoEMethod):
-            method.moe_kernel = None
+    if current_platform.is_cpu():
+        for layer in model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
+    initialize_layerwise_reload(model)
 
 
-def repack_tied_head(model: torch.nn.Module, model_config: Any) -> None:
-    """Pack the weight of a tied output layer again after a reload.
+def finish_reload(model: torch.nn.Module, model_config: Any) -> None:
+    """Finish vLLM's reload, and pack the weight of a tied output layer again.
 
     vLLM 0.32. A tied output layer shares the embedding's weight, and on a CPU computes with a
     packed copy. vLLM's reload packs only layers that received tensors, so the copy would be old.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+    finalize_layerwise_reload(model, model_config)
     if model_config.hf_text_config.tie_word_embeddings:
         for layer in model.modules():
             if isinstance(layer, ParallelLMHead):
@@ -58,16 +63,16 @@ def clone_pending_weights(model: torch.nn.Module, buffer: torch.Tensor) -> None:
                     bound.arguments[name] = value.clone()
 
 
-def record_routed_experts(runner: Any, capturer: Any, on_finish: Callable[[str], None]) -> None:
-    """Send the routers' choices to ``capturer``; report requests before vLLM drops their state.
+def record_routed_experts(runner: Any, record: Any) -> None:
+    """Send the routers' choices to ``record``; report requests before vLLM drops their state.
 
     vLLM 0.32. ``enable_return_routed_experts`` works only with vLLM's second model runner, which
     needs Triton. CPU builds have no Triton.
 
     Args:
         runner: vLLM's first model runner.
-        capturer: its ``capture(layer_id, topk_ids)`` is called in every forward pass.
-        on_finish: called with the internal name of each finished request.
+        record: its ``capture(layer_id, topk_ids)`` is called in every forward pass, and its
+            ``keep(name)`` with the internal name of each finished request.
     """
     from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
         bind_routed_experts_capturer,
@@ -77,11 +82,11 @@ def record_routed_experts(runner: Any, capturer: Any, on_finish: Callable[[str],
 
     def report_and_update(scheduled: Any) -> Any:
         for name in scheduled.finished_req_ids:
-            on_finish(name)
+            record.keep(name)
         return update_states(scheduled)
 
     runner._update_states = report_and_update
-    bind_routed_experts_capturer(runner.get_model(), capturer)
+    bind_routed_experts_capturer(runner.get_model(), record)
 
 
 def allow_sampling_masks() -> None:

@@ -13,31 +13,32 @@ from typing import Any, cast
 
 import numpy as np
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from safetensors.numpy import load, save
 from vllm import SamplingParams
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+import megatron_espo.rollout.file_transport
+import megatron_espo.rollout.ipc_transport  # noqa: F401  both register on import
 from megatron_espo.rollout import lease, server, vllm_patches
-from megatron_espo.rollout.guard import STATE, Weights, error_response
+from megatron_espo.rollout.guard import STATE
 from megatron_espo.rollout.server import PREFIX
-from megatron_espo.rollout.transport import register_transports
 
 # Methods of ``worker.WorkerExtension`` with a route ``/megatron_espo/worker/<method>``.
-_READ_BACK = ("read_back_checksums", "read_back_sketches")
-WORKER_METHODS = ("ping", "fill_nan", "missing_weights", *_READ_BACK)
+WORKER_METHODS = (
+    "ping", "fill_nan", "missing_weights", "read_back_checksums", "read_back_sketches"
+)  # fmt: skip
 
 
 def register() -> None:
     """vLLM's hook in each of its processes (``vllm.general_plugins``)."""
-    if os.environ.get(server.KEY_FILE_VARIABLE):  # unset in a trainer that imports vLLM
+    if os.environ.get(server.FOLDER_VARIABLE):  # unset in a trainer that imports vLLM
         server.die_with_parent()
         if current_platform.is_cpu():
             vllm_patches.allow_sampling_masks()
             vllm_patches.fork_engine()
-    register_transports()
 
 
 class Routes:
@@ -53,16 +54,12 @@ class Routes:
 
     async def init_state(self, engine_client: Any, app_state: Any, args: Namespace) -> None:
         app_state.espo_engine = engine_client
-        settings = json.loads(os.environ[server.SETTINGS_VARIABLE])
-        app_state.espo_expert_layers = settings["expert_layers"]
-        app_state.espo_sampling_masks = settings["sampling_masks"]
+        app_state.espo_settings = settings = json.loads(os.environ[server.SETTINGS_VARIABLE])
         if args.load_format != "dummy":
-            STATE.version = 0
-            STATE.set(Weights.SERVING)
-        if os.environ.get(server.ROUTED_EXPERTS_VARIABLE):
-            await engine_client.collective_rpc("record_routed_experts")
-        if settings["sampling_masks"] and current_platform.is_cpu():
-            await engine_client.collective_rpc("record_sampling_masks")
+            STATE.serve(version=0)
+        if current_platform.is_cpu():  # on a GPU vLLM records them itself
+            wanted = settings["routed_experts"], settings["sampling_masks"]
+            await engine_client.collective_rpc("start_records", args=wanted)
         app_state.espo_lease = asyncio.create_task(lease.LEASE.watch())
 
 
@@ -79,8 +76,8 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     ``mask_counts`` (of ``types.SamplingMask``) if the engine records them. The header
     ``x-finish-reason`` is vLLM's finish reason.
     """
-    state = raw_request.app.state
-    engine, has_masks = state.espo_engine, state.espo_sampling_masks
+    engine, settings = raw_request.app.state.espo_engine, raw_request.app.state.espo_settings
+    has_masks = settings["sampling_masks"]
     is_canary = raw_request.scope["path"] == f"{PREFIX}/canary"
     if not is_canary:
         await STATE.serving.wait()
@@ -97,7 +94,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
         pass
     output = final.outputs[0]
     if output.finish_reason == "error":
-        return error_response("vLLM failed at this request", 500)
+        return PlainTextResponse("vLLM failed at this request", 500)
     if not is_canary:
         await STATE.serving.wait()
     versions = np.full(len(output.token_ids), -1, np.int32)
@@ -110,50 +107,44 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     }
     if body.get("routed_experts"):
         count = len(final.prompt_token_ids) + len(output.token_ids) - 1
-        experts = await _routed_experts(engine, output, body["request_id"], count)
+        experts = output.routed_experts
+        if experts is None:  # on a CPU they are in the worker's ``RoutedExpertsRecord``
+            answers = await engine.collective_rpc("take_routed_experts", args=(body["request_id"],))
+            experts = load(answers[0])["experts"]
         if len(experts) >= count:
-            layers = state.espo_expert_layers or slice(None)
+            layers = settings["expert_layers"] or slice(None)
             arrays["routed_experts"] = np.ascontiguousarray(experts[:count, layers])
         elif output.finish_reason != "abort":
-            found = f"expected the experts of {count} tokens, got {len(experts)}"
-            return error_response(found, 500)
+            text = f"expected the experts of {count} tokens, got {len(experts)}"
+            return PlainTextResponse(text, 500)
     if has_masks and truncates:
         kept = output.sampling_mask.token_ids if output.sampling_mask is not None else []
         if len(kept) != len(output.token_ids):
-            found = f"expected the sampling masks of {len(output.token_ids)} tokens"
-            return error_response(f"{found}, got {len(kept)}", 500)
+            count = len(output.token_ids)
+            text = f"expected the sampling masks of {count} tokens, got {len(kept)}"
+            return PlainTextResponse(text, 500)
         arrays["mask_ids"] = np.fromiter(chain.from_iterable(kept), np.int32)
         arrays["mask_counts"] = np.array([len(ids) for ids in kept], np.int32)
-    return Response(save(arrays), headers={"x-finish-reason": output.finish_reason or "stop"})
-
-
-async def _routed_experts(engine: Any, output: Any, request_id: str, count: int) -> np.ndarray:
-    """``[tokens, layers, top_k]`` experts of a finished request; empty if they are unknown.
-
-    vLLM returns them on a GPU. On a CPU they come from the worker's ``RoutedExpertsRecord``.
-    """
-    if output.routed_experts is not None:
-        return output.routed_experts
-    found = (await engine.collective_rpc("take_routed_experts", args=(request_id, count)))[0]
-    return np.empty((0, 0, 0)) if found is None else load(found)["experts"]
+    return Response(save(arrays), headers={"x-finish-reason": output.finish_reason})
 
 
 async def call_worker(method: str, request: Request) -> Response:
     """Call a worker method on all workers: ``{"args": [...], "timeout": seconds}``."""
     if method not in WORKER_METHODS:
-        return error_response(f"expected one of {', '.join(WORKER_METHODS)}, got {method!r}", 404)
+        return PlainTextResponse(
+            f"expected one of {', '.join(WORKER_METHODS)}, got {method!r}", 404
+        )
     body = await request.json()
     try:
         results = await request.app.state.espo_engine.collective_rpc(
             method, timeout=body.get("timeout"), args=tuple(body.get("args", ()))
         )
     except Exception as error:
-        return error_response(f"{type(error).__name__}: {error}", 500)
+        return PlainTextResponse(f"{type(error).__name__}: {error}", 500)
     return JSONResponse({"results": results})
 
 
 async def serve(request: Request) -> Response:
     """Serve the weights that arrived as policy version ``{"version": n}``."""
-    STATE.version = (await request.json())["version"]
-    STATE.set(Weights.SERVING)
+    STATE.serve((await request.json())["version"])
     return JSONResponse({})

@@ -14,11 +14,8 @@ from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from megatron_espo.rollout import vllm_patches
 from megatron_espo.rollout.read_back import read_back_checksums, read_back_sketches
-from megatron_espo.rollout.transport import register_transports
 
 _MAX_FINISHED = 4096  # of requests whose experts nobody took
-
-register_transports()
 
 
 class WorkerExtension:
@@ -38,12 +35,9 @@ class WorkerExtension:
         """Load NaN into every named weight in the way that an update loads weights."""
         model = self.model_runner.get_model()
         nan = torch.tensor(torch.nan, dtype=self.model_config.dtype, device=self.device)
-        if self.device.type == "cpu":
-            vllm_patches.forget_expert_kernels(model)
-        layerwise.initialize_layerwise_reload(model)
+        vllm_patches.start_reload(model)
         model.load_weights((name, nan.expand(shape)) for name, shape in shapes)
-        layerwise.finalize_layerwise_reload(model, self.model_config)
-        vllm_patches.repack_tied_head(model, self.model_config)
+        vllm_patches.finish_reload(model, self.model_config)
 
     def read_back_checksums(self, dtype: str) -> dict[str, int]:
         """See ``read_back.read_back_checksums``."""
@@ -54,19 +48,18 @@ class WorkerExtension:
         model = self.model_runner.get_model()
         return read_back_sketches(model, self.model_config.dtype, self.device)
 
-    def record_routed_experts(self) -> None:
-        """Start recording the experts of each token."""
-        if self.rank == 0:  # the routers of all tensor-parallel workers make the same choices
+    def start_records(self, routed_experts: bool, sampling_masks: bool) -> None:
+        """Start recording the experts of each token, and the ids that top-k and top-p kept."""
+        if routed_experts and self.rank == 0:  # the other workers' routers make the same choices
             self._routed_experts = RoutedExpertsRecord(self.model_runner)
+        if sampling_masks:
+            vllm_patches.record_sampling_masks(self.model_runner)
 
-    def take_routed_experts(self, request_id: str, count: int) -> bytes | None:
+    def take_routed_experts(self, request_id: str) -> bytes | None:
         """See ``RoutedExpertsRecord.take``; in safetensors format, from the first worker."""
-        rows = self._routed_experts.take(request_id, count) if self.rank == 0 else None
-        return None if rows is None else save({"experts": rows})
-
-    def record_sampling_masks(self) -> None:
-        """See ``vllm_patches.record_sampling_masks``."""
-        vllm_patches.record_sampling_masks(self.model_runner)
+        if self.rank > 0:
+            return None
+        return save({"experts": self._routed_experts.take(request_id)})
 
     def missing_weights(self) -> list[str]:
         """What the current update lacks: tensors if the transport knows them, else layers.
@@ -120,7 +113,7 @@ class RoutedExpertsRecord:
         shape = slots, model.get_total_num_hidden_layers(), model.get_num_experts_per_tok()
         self._rows = np.zeros(shape, np.uint8 if model.get_num_experts() <= 256 else np.uint16)
         self._finished: OrderedDict[str, np.ndarray] = OrderedDict()
-        vllm_patches.record_routed_experts(runner, self, self._keep)
+        vllm_patches.record_routed_experts(runner, self)
 
     def capture(self, layer_id: int, topk_ids: torch.Tensor) -> None:
         """Store a router's ``[tokens, top_k]`` choices. Called in every forward pass."""
@@ -128,23 +121,19 @@ class RoutedExpertsRecord:
         used = slots >= 0
         self._rows[slots[used], layer_id] = topk_ids.numpy()[used]
 
-    def take(self, request_id: str, count: int) -> np.ndarray | None:
-        """``[count, layers, top_k]`` experts of a request's first tokens; zeros in dense layers.
+    def take(self, request_id: str) -> np.ndarray:
+        """``[tokens, layers, top_k]`` experts of a request, and of the unused rest of its blocks.
 
-        Removes the request from the record. ``None``: the request or some tokens are unknown.
+        Zeros in dense layers; no tokens if the request is unknown. Removes the request.
         """
         # vLLM's internal name is the request id and a random suffix.
         names = [*self._finished, *self._runner.requests]
-        name = next((name for name in names if name.rpartition("-")[0] == request_id), None)
-        if name is None:
-            return None
-        if name not in self._finished:
-            self._keep(name)
-        rows = self._finished.pop(name)
-        return rows[:count] if len(rows) >= count else None
+        name = next((name for name in names if name.rpartition("-")[0] == request_id), "")
+        self.keep(name)
+        return self._finished.pop(name, self._rows[:0])
 
-    def _keep(self, name: str) -> None:
-        """Copy a request's rows before vLLM reuses its slots."""
+    def keep(self, name: str) -> None:
+        """Copy a running request's rows before vLLM reuses its slots."""
         if name not in self._runner.requests:
             return
         blocks = np.array(self._runner.requests[name].block_ids[0], dtype=np.int64)

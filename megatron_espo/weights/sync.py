@@ -19,7 +19,7 @@ from megatron_espo.models.spec import ExternalSpec, ModelSpec
 from megatron_espo.plugins import load_object
 from megatron_espo.rollout import transport
 from megatron_espo.rollout.check_names import check_names
-from megatron_espo.rollout.engine import EngineError, Phase, State
+from megatron_espo.rollout.engine import EngineError
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from megatron_espo.types import Prompt
 from megatron_espo.weights import verification
@@ -88,8 +88,7 @@ class WeightSync:
     ) -> None:
         rollout = self._config = config.rollout
         self._rank = runtime.rank
-        on_hosts, devices = bool(rollout.hosts), rollout.visible_devices
-        self._name = transport.resolve_transport(rollout.transport, devices, on_hosts)
+        self._name = transport.resolve_transport(rollout)
         self._dtype, quantization = config.model.dtype, rollout.quantization
         precision = verification.bits(quantization) if quantization else self._dtype
         self._tolerance = TOLERANCE[precision]
@@ -170,7 +169,7 @@ class WeightSync:
         """
 
         def sleep(engine: VLLMEngine) -> None:
-            if engine.state != State.DEAD:
+            if engine.state != "dead":
                 engine.sleep()
 
         try:
@@ -200,10 +199,8 @@ class WeightSync:
 
         def start(engine: VLLMEngine) -> None:
             check_names(shapes, engine.config.model)  # before the engine's slow start
-            if engine.state == State.DEAD:
-                engine.start()
             engine.wait_ready()
-            if sleeps and engine.state == State.STALE:
+            if sleeps and engine.state == "running":
                 engine.sleep()  # its caches are not needed before the canary
 
         def connect() -> None:
@@ -214,7 +211,7 @@ class WeightSync:
                 engine.fill_nan(shapes)
 
         def wake(engine: VLLMEngine) -> None:
-            if engine.state == State.ASLEEP:
+            if engine.state == "asleep":
                 engine.wake(shapes)
 
         if self._transport is None:
@@ -246,7 +243,7 @@ class WeightSync:
             if sent is not None:
                 served = engine.read_back_checksums(self._dtype)
                 if wrong := wrong_tensors(sent, served):
-                    raise EngineError(wrong, Phase.VERIFY)
+                    raise EngineError(wrong)
                 metrics["sync/verified_tensors"] = len(served.keys() & sent.keys())
             if sketches is not None:
                 metrics.update(self._audit_quantization(engine, version, sketches))
@@ -265,7 +262,7 @@ class WeightSync:
         table = engine.config.log_path.with_suffix(".quantization.jsonl")
         table.write_text("".join(lines))
         if wrong:
-            raise EngineError(wrong, Phase.VERIFY, final=True)
+            raise EngineError(wrong, final=True)
         errors = [row.error for row in rows if row.quantized and row.error is not None]
         high = [row.name for row in rows if row.error is not None and not row.quantized]
         if self._pushes == 0:
@@ -312,7 +309,7 @@ class WeightSync:
                 largest.fill_(gap)
                 if not gap <= self._tolerance:
                     what = f"mean |engine - trainer| log-prob gap {gap:.4g} nats"
-                    raise EngineError(f"{what}, above {self._tolerance:g}; {worst}", Phase.CANARY)
+                    raise EngineError(f"{what}, above {self._tolerance:g}; {worst}")
 
         self._on_all_ranks("canary", compare)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -339,12 +336,12 @@ class WeightSync:
             # The other ranks wait inside the failed gather, so no collective can reach them.
             raise WeightSyncError(f"weights: rank {self._rank}, phase gather, {error}") from error
         except EngineError as error:
-            own = _Failure(self._rank, error.phase, str(error), final=error.final)
+            own = _Failure(self._rank, phase, str(error), final=error.final)
         except InputError as error:
             own = _Failure(self._rank, phase, str(error), final=True, is_input_error=True)
         except Exception as error:
             own = _Failure(self._rank, phase, f"{type(error).__name__}: {error}", final=True)
-        if own is not None and own.phase in ("transfer", "load"):
+        if own is not None and phase == "transfer":
             own.detail += f"\nThe group of {self._source.current} was gathered last."
         try:
             self._barrier.wait("the end of this phase")

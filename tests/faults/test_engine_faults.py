@@ -207,6 +207,7 @@ def update(engine, model, version: int, send: bool = True):
     from megatron_espo.rollout.transport import make_trainer_transport, send_weights
 
     source = ModuleSource(model)
+    engine.wait_ready()
     transport = make_trainer_transport("files", engine=engine, source=source, rank=0)
     engine.fill_nan([(meta.name, tuple(meta.shape)) for meta in source.metadata()])
     if send:
@@ -312,7 +313,7 @@ def test_requests_survive_a_process_that_is_killed_or_stopped(loop, folder, mode
             loop.run(pool.connect([engine.address]))
             for reply in replies:
                 assert_sampled_from(model, reply.result(60), version)
-            victim = engine.pid if workers == 1 else workers_of(engine.pid)[-1]
+            victim = engine._server.pid if workers == 1 else workers_of(engine._server.pid)[-1]
             os.kill(victim, signal.SIGSTOP)  # so that the requests are in flight when it is killed
             replies = [
                 loop.submit(pool.generate(f"{version}-{i}", PROMPT, SAMPLING)) for i in range(3)

@@ -92,7 +92,7 @@ def engine(eager: bool = False) -> None:
         shapes = [(meta.name, tuple(meta.shape)) for meta in source.metadata()]
         gpu = {"sleep": True, "gpu_memory_utilization": 0.3, "engine_args": EAGER if eager else {}}
         config = real_engine.engine_config(
-            path, folder, transport=kind, start_timeout_s=1200.0, **(gpu if HAS_GPU else {})
+            path, folder, transport=kind, timeout_s=1200.0, **(gpu if HAS_GPU else {})
         )
         began = time.perf_counter()
         with real_engine.running_engine(config) as server:

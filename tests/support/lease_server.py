@@ -18,7 +18,7 @@ from megatron_espo.rollout.guard import Guard
 from megatron_espo.rollout.server import PREFIX, EngineConfig, die_with_parent
 
 
-def command(config: EngineConfig, address: list[str], is_cpu: bool) -> list[str]:
+def command(config: EngineConfig, address: list[str]) -> list[str]:
     """Replaces ``server.server_command``."""
     return [sys.executable, "-m", "tests.support.lease_server", *address]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_espo.rollout.engine import Generation, Phase, Sampling
+from megatron_espo.rollout.engine import Generation, Sampling
 from megatron_espo.rollout.http_client import HttpClient, LoopThread
 from megatron_espo.rollout.pool import request_seed
 from megatron_espo.rollout.server import EngineConfig, run_key
@@ -25,7 +25,7 @@ def engine_config(model: str | Path, folder: str | Path, **changes: Any) -> Engi
         "dtype": "float32",
         "transport": "files",
         "temperature": TEMPERATURE,
-        "timeout_s": 60.0,
+        "timeout_s": 300.0,
         "engine_args": {"kv_cache_memory_bytes": 1 << 27},
     }
     return EngineConfig(**options | {"model": str(model), "folder": str(folder)} | changes)
@@ -114,7 +114,7 @@ def fresh_engine(
     config = engine_config(model, folder, log_name="fresh.log", load_weights=True)
     with running_engine(config) as engine:
         found = [group[0] for group in sample(engine, prompts, **options)]
-        (sums,) = engine._worker("read_back_checksums", "float32", phase=Phase.VERIFY)
+        (sums,) = engine._worker("read_back_checksums", "float32")
         return found, sums
 
 

@@ -13,7 +13,7 @@ from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model
 from megatron_espo.distributed import runtime
 from megatron_espo.models.registry import read_spec
-from megatron_espo.rollout.engine import EngineError, Phase
+from megatron_espo.rollout.engine import EngineError
 from megatron_espo.types import Prompt
 from megatron_espo.weights.hf_io import save_hf
 from tests.support.real_engine import engine_config, living_in_group, sample
@@ -112,15 +112,15 @@ def sync_and_recover(folder: str, kill: bool, **sizes) -> dict:
         change(actor, 1.1)
     if kill:
         if engine is not None:
-            os.kill(engine.pid, signal.SIGKILL)
+            os.kill(engine._server.pid, signal.SIGKILL)
             try:
-                engine._worker("ping", phase=Phase.ROLLOUT)
+                engine._worker("ping")
             except EngineError as error:
                 assert "has died" in str(error), error
             assert engine.state == "dead"
         sync.recover()
         if engine is not None:
-            assert engine.state == "ready" and engine.next_version == 3
+            assert engine.state == "running" and engine.next_version == 3
             arm_killer(engine)
     metrics.append(sync.push(4))
     found = [group[0] for group in sample(engine, PROMPT_IDS, seed=3)] if engine is not None else []
@@ -151,7 +151,7 @@ def arm_killer(engine) -> None:
     def update_weights(info):
         calls.append(info)
         if len(calls) == 2:
-            os.kill(engine.pid, signal.SIGKILL)
+            os.kill(engine._server.pid, signal.SIGKILL)
         deliver(info)
 
     engine.update_weights = update_weights
@@ -159,7 +159,6 @@ def arm_killer(engine) -> None:
 
 def faults(folder: str) -> dict[str, str]:
     """Return the errors for a damaged tensor, and for an engine that loads nothing."""
-    from megatron_espo.rollout.engine import State
     from megatron_espo.rollout.vllm_engine import VLLMEngine
 
     class IdleTransfer(VLLMEngine):
@@ -168,9 +167,7 @@ def faults(folder: str) -> dict[str, str]:
         is_idle = False
 
         def start_weight_update(self):
-            if self.is_idle:
-                self.state = State.UPDATING
-            else:
+            if not self.is_idle:
                 super().start_weight_update()
 
         def update_weights(self, info):
@@ -178,8 +175,7 @@ def faults(folder: str) -> dict[str, str]:
 
         def finish_weight_update(self, weight_version=None):
             if not self.is_idle:
-                return super().finish_weight_update(weight_version)
-            self.state = State.ARRIVED
+                super().finish_weight_update(weight_version)
 
     def set_idle(value: bool) -> None:
         if engine is not None:
@@ -258,7 +254,7 @@ def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
     if engine is None:
         return {}
     found = [generation for (generation,) in sample(engine, PROMPT_IDS, seed=3)]
-    group, processes = engine.pid, len(living_in_group(engine.pid))
+    group, processes = engine._server.pid, len(living_in_group(engine._server.pid))
     engine.close()
     deadline = time.monotonic() + 10
     while living_in_group(group) and time.monotonic() < deadline:
@@ -335,7 +331,9 @@ def die_midway(folder: str, pid_file: str) -> None:
     _, engine, sync = start(folder, tensor=2, tensor_parallel_size=2)
     sync.push(0)
     if engine is not None:
-        Path(pid_file).write_text(f"{engine.pid} {len(living_in_group(engine.pid))}")
+        Path(pid_file).write_text(
+            f"{engine._server.pid} {len(living_in_group(engine._server.pid))}"
+        )
         deliver, calls = engine.update_weights, []
 
         def update_weights(info):

@@ -75,7 +75,7 @@ def sleep_and_fail(folder: str) -> list[dict[str, float]]:
 
     sync.sleep()
     if engine is not None:
-        os.kill(engine.pid, signal.SIGKILL)
+        os.kill(engine._server.pid, signal.SIGKILL)
         start_engine = engine.start
 
         def start_and_fail_to_wake():
@@ -84,14 +84,14 @@ def sleep_and_fail(folder: str) -> list[dict[str, float]]:
 
         def killed_on_waking(shapes):
             del engine.wake
-            os.kill(engine.pid, signal.SIGKILL)
+            os.kill(engine._server.pid, signal.SIGKILL)
             engine.wake(shapes)
 
         engine.start = start_and_fail_to_wake
     metrics.append(sync.push(2))
 
     if engine is not None:
-        os.kill(engine.pid, signal.SIGKILL)
+        os.kill(engine._server.pid, signal.SIGKILL)
     sync.sleep()
     assert engine is None or engine.state == "dead"
     sync.sleep()  # a dead engine sleeps well
