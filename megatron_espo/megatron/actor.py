@@ -27,7 +27,7 @@ from megatron_espo.megatron.loss import Recorder
 from megatron_espo.megatron.model import build_configured, use_transformer_engine
 from megatron_espo.megatron.offload import Offloader
 from megatron_espo.megatron.reference import ReferencePolicy
-from megatron_espo.megatron.router_replay import RouterReplay, scatter_routed_experts
+from megatron_espo.megatron.router_replay import RouterReplay
 from megatron_espo.megatron.scatter import scatter_sequences
 from megatron_espo.megatron.train_engine import Tick, TrainEngine
 from megatron_espo.models.spec import ModelSpec
@@ -110,9 +110,10 @@ class Actor:
         options = (config.optimizer, total_steps, overrides, self.updates_per_step)
         self.train_engine = TrainEngine(self.chunks, self.groups, *options)
         self.offloader = Offloader(self.train_engine, config.megatron.offload)
-        self._experts = spec.experts
+        # Those that the engine chooses.
+        self._experts = spec.experts if config.rollout.router_replay else None
         self._router_replay = None
-        if self._experts is not None and config.rollout.router_replay:
+        if self._experts is not None:
             self._router_replay = RouterReplay(self.chunks, self._experts, self.groups.tp)
         budget = config.megatron.head_memory_mib
         self._forward_step = make_forward_step(
@@ -265,17 +266,13 @@ class Actor:
         """
         assert "weights" not in self.offloader.offloaded
         sequences = []
-        for prompt, response, experts in responses:
-            logprobs = np.zeros(len(response), np.float32)
-            ids = (np.asarray(prompt, np.int32), np.asarray(response, np.int32))
-            sequences.append(TrainSequence(*ids, logprobs, 0.0, routed_experts=experts))
-        # The order in which ``pack`` lays out sequences that do not share prompts.
-        order = sorted(range(len(sequences)), key=lambda i: -sequences[i].num_tokens)
-        sequences = [sequences[i] for i in order]
-        lengths = [len(sequence.response_ids) for sequence in sequences]
-        totals = batch_totals(
-            sequences, num_responses=len(responses), num_response_tokens=sum(lengths)
-        )
+        for number, (prompt, response, experts) in enumerate(responses):
+            values = (prompt, response, np.zeros(len(response)), 0.0)
+            # ``pack`` changes the order; the micro-batch keeps the numbers.
+            sequence = TrainSequence(*values, logged_sample=number, routed_experts=experts)
+            sequences.append(sequence)
+        tokens = sum(sequence.num_trained for sequence in sequences)
+        totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=tokens)
         spec = replace(
             packing_spec(self.config.megatron, self.groups),
             data_parallel_rank=0,
@@ -285,7 +282,7 @@ class Actor:
             share_prompts=False,
         )
         batches = pack(sequences, totals, spec)
-        assert batches[0].lengths.tolist() == lengths
+        order, lengths = batches[0].logged_sample, batches[0].lengths.tolist()
         with self._expert_load.paused():
             scored = self.train_engine.score(self._forward_step, batches)
         box: list[Any] = [None]
@@ -321,6 +318,7 @@ class Actor:
 
         Raises:
             InputError: on rank 0, rollouts that do not match ``rollout.top_p`` and ``top_k``.
+            ValueError: on rank 0, responses without routed experts.
         """
         sequences = [sequence for group in groups for sequence in group]
         # Responses without advantage have no gradient from the objective: they count in the
@@ -328,22 +326,26 @@ class Actor:
         regularized = self.config.algorithm.kl_coef or self.config.algorithm.entropy_coef
         kept = [s for s in sequences if not s.masked and (s.advantage or regularized)]
         truncates = self.config.rollout.truncates
-        if dist.get_rank() == 0 and any((s.sampling_mask is None) is truncates for s in kept):
-            expected, got = ("masks", "none") if truncates else ("no masks", "some")
-            raise InputError(
-                f"rollouts: expected {expected} of top-p and top-k, because of rollout.top_p and "
-                f"rollout.top_k, got {got}; use the settings with which they were sampled, and "
-                "environments that keep Generation.sampling_mask"
-            )
+        if dist.get_rank() == 0:
+            if any((s.sampling_mask is None) is truncates for s in kept):
+                expected, got = ("masks", "none") if truncates else ("no masks", "some")
+                raise InputError(
+                    f"rollouts: expected {expected} of top-p and top-k, because of rollout.top_p "
+                    f"and rollout.top_k, got {got}; use the settings with which they were sampled, "
+                    "and environments that keep Generation.sampling_mask"
+                )
+            missing = sum(s.routed_experts is None for s in kept)
+            if self._experts and missing:
+                raise ValueError(
+                    "router replay: expected routed_experts of every response, got none of "
+                    f"{missing} of {len(kept)}"
+                )
         tokens = sum(sequence.num_trained for sequence in sequences)
         totals = batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens)
         spec = packing_spec(self.config.megatron, self.groups)
         if dist.get_world_size() > 1:
-            options = (spec.share_prompts, checksums, truncates)
+            options = (spec.share_prompts, checksums, truncates, self._experts)
             kept = scatter_sequences(kept, self.groups, *options)
-        if self._router_replay and self._experts:
-            share = spec.share_prompts
-            kept = scatter_routed_experts(kept, self._experts, self.groups, share)
         return pack(kept, totals, spec)
 
     def _score(self, batches: list[MicroBatch], tick: Tick, *names: str) -> list[MicroBatch]:

@@ -92,8 +92,7 @@ def run_arguments(
     given = arguments.keys() - set(_TUNABLE)
     fixed = dict.fromkeys(given, "config.json and the other settings give it")
     fixed |= {name: f"set megatron.{name}" for name in shared}
-    chosen = check_overrides(megatron.overrides, fixed).transformer
-    return defaults | arguments | shared | dict(chosen)
+    return defaults | arguments | shared | check_overrides(megatron.overrides, fixed)[0]
 
 
 def build_model(

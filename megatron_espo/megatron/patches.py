@@ -87,14 +87,11 @@ def _own_shards(
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-    megatrons = functools.partial(
-        type(part).sharded_param_state_fully_reshardable, part, model_state, is_loading, metadata
-    )
     if is_loading:
-        return megatrons()
+        original = type(part).sharded_param_state_fully_reshardable
+        return original(part, model_state, is_loading, metadata)
     entries = nested_values(extract_sharded_tensors_and_factories(model_state)[0])
     by_param = {entry.data: entry for entry in entries}
-    names = ("param", *getattr(part, "optimizer_state_keys", ("exp_avg", "exp_avg_sq")))
     buckets = [bucket for maps in part.gbuf_ranges for every in maps.values() for bucket in every]
     found: dict[int, ShardedTensor] = {}
     for bucket in buckets:
@@ -103,7 +100,7 @@ def _own_shards(
             entry = by_param[param]
             # Every data-parallel rank has other elements: none of them is a replica.
             replica = (*entry.replica_id[:2], part.distributed_optimizer_instance_id)
-            for name in names:
+            for name in ("param", *part.optimizer_state_keys):
                 shard, key = tensors[name].detach().float(), f"optimizer.state.{name}.{entry.key}"
                 whole = torch.empty(entry.data.shape, dtype=shard.dtype, device="meta")
                 changes = {"key": key, "data": whole, "replica_id": replica}
@@ -111,9 +108,8 @@ def _own_shards(
                     pieces = list(nested_values(replace(entry, **changes).build()))
                 else:
                     pieces = [replace(entry, dtype=shard.dtype, **changes)]
-                if not all(piece.data.is_contiguous() for piece in pieces):
-                    return megatrons()
                 for piece in pieces:
+                    assert piece.data.is_contiguous(), piece.key
                     begin = piece.data.storage_offset()  # of the piece in the flat parameter
                     low = max(begin, start) - begin
                     high = min(begin + piece.data.numel(), start + shard.numel()) - begin

@@ -1,7 +1,9 @@
 """Sends the tokens of a step from rank 0 to the data-parallel replicas that train them."""
 
+import math
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from megatron_espo.data.packing import TrainSequence, shard_by_tokens
 from megatron_espo.distributed.checksum import array_checksum
 from megatron_espo.distributed.collectives import control_device
+from megatron_espo.models.spec import Experts
 from megatron_espo.types import SamplingMask
 
 
@@ -21,12 +24,13 @@ def scatter_sequences(
     share_prompts: bool,
     checksums: dict[str, int],
     masks: bool = False,
+    experts: Experts | None = None,
 ) -> list[TrainSequence]:
     """Send ids and log-probs from rank 0 to the data-parallel replica that trains each sequence.
 
-    Collectives over all ranks: for each replica a message from rank 0 to its first rank, and
-    broadcasts from there over the context-, tensor- and pipeline-parallel groups. With ``masks``
-    the same once more, for the sizes of the sampling masks.
+    Collectives over all ranks: for each replica two messages (length, values) from rank 0 to its
+    first rank, and broadcasts from there over the context-, tensor- and pipeline-parallel groups.
+    With ``experts`` the same with one message for each sequence.
 
     Args:
         sequences: the same on every rank, except that ids and log-probs count on rank 0 only.
@@ -35,9 +39,10 @@ def scatter_sequences(
         checksums: gets the checksum of each replica's share, on rank 0 and on the replica; a second
             call continues the checksum of the first.
         masks: also send sampling masks, which every sequence of rank 0 has.
+        experts: of the model; also send routed experts, which every sequence of rank 0 has.
 
     Returns:
-        The sequences; those of this rank's replica have the ids and log-probs of rank 0.
+        The sequences; those of this rank's replica have the values of rank 0.
     """
     shards = shard_by_tokens(sequences, groups.dp.size(), share_prompts)
     result, is_source = list(sequences), dist.get_rank() == 0
@@ -48,25 +53,18 @@ def scatter_sequences(
         if not (is_own or is_source) or (is_own and is_source and is_alone):
             continue
         own = [sequences[number] for number in share]
-        kept = np.zeros(len(own), np.int64)  # ids of each sampling mask
-        if masks and is_source:
-            kept[:] = [len(s.sampling_mask.ids) for s in own if s.sampling_mask is not None]
-        if masks:
-            sizes = torch.from_numpy(kept).to(control_device())
-            kept = send_to_replica(sizes, owner, groups).cpu().numpy()
-        if is_source:
-            words = to_words(own)
-        else:
-            size = sum(2 * s.num_tokens - len(s.prompt_ids) for s in own) + int(kept.sum())
-            words = np.empty(size + masks * sum(len(s.response_ids) for s in own), np.int32)
+        words = to_words(own) if is_source else np.empty(0, np.int32)
+        size = send_to_replica(torch.tensor(words.size, device=control_device()), owner, groups)
+        if not is_source:
+            words = np.empty(int(size), np.int32)
         data = send_to_replica(torch.from_numpy(words).to(control_device()), owner, groups)
         words = data.cpu().numpy()
         name = f"responses of data-parallel rank {owner} (checksum)"
         checksums[name] = array_checksum(words, checksums.get(name, 0))
         if not is_source:
-            received = from_words(own, words, kept if masks else None)
-            for number, sequence in zip(share, received, strict=True):
-                result[number] = sequence
+            own = from_words(own, words, masks)
+        for number, sequence in zip(share, own, strict=True):
+            result[number] = _send_experts(sequence, experts, owner, groups)
     return result
 
 
@@ -83,14 +81,14 @@ def to_words(sequences: Sequence[TrainSequence]) -> np.ndarray:
 
 
 def from_words(
-    sequences: Sequence[TrainSequence], words: np.ndarray, kept: np.ndarray | None = None
+    sequences: Sequence[TrainSequence], words: np.ndarray, masks: bool = False
 ) -> list[TrainSequence]:
     """``sequences`` with the values of :func:`to_words`, as views of ``words``.
 
     Not checked again: rank 0 has checked them, and they have the lengths of the placeholders.
 
     Args:
-        kept: number of ids of each sampling mask; ``None``: ``words`` has no masks.
+        masks: whether ``words`` has sampling masks.
     """
     result, start = list(map(copy, sequences)), 0
 
@@ -99,17 +97,33 @@ def from_words(
         start += length
         return words[start - length : start]
 
-    for number, sequence in enumerate(result):
+    for sequence in result:
         length = len(sequence.response_ids)
         vars(sequence).update(
             prompt_ids=take(len(sequence.prompt_ids)),
             response_ids=take(length),
             rollout_logprobs=take(length).view(np.float32),
         )
-        if kept is not None:
+        if masks:
             counts = take(length)
-            vars(sequence).update(sampling_mask=SamplingMask(take(int(kept[number])), counts))
+            vars(sequence).update(sampling_mask=SamplingMask(take(int(counts.sum())), counts))
     return result
+
+
+def _send_experts(
+    sequence: TrainSequence, experts: Experts | None, owner: int, groups: Any
+) -> TrainSequence:
+    """Return ``sequence`` with the routed experts of rank 0, if there are ``experts``."""
+    if experts is None:
+        return sequence
+    shape = (sequence.num_tokens - 1, sum(experts.layers), experts.per_token)
+    dtype = np.dtype(np.uint8 if experts.count <= 256 else np.uint16)
+    data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        rows = np.ascontiguousarray(sequence.routed_experts, dtype)
+        data.numpy()[:] = rows.reshape(-1).view(np.uint8)
+    data = send_to_replica(data.to(control_device()), owner, groups)
+    return replace(sequence, routed_experts=data.cpu().numpy().view(dtype).reshape(shape))
 
 
 def send_to_replica(data: Tensor, owner: int, groups: Any) -> Tensor:

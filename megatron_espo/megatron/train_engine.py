@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.errors import InputError
 from megatron_espo.megatron.guards import SpikeGuard
-from megatron_espo.megatron.overrides import check_overrides
+from megatron_espo.megatron.overrides import OPTIMIZER_SETTINGS, check_overrides
 
 Tick = Callable[[], object]
 
@@ -60,9 +60,9 @@ class TrainEngine:
         self.config: Any = chunks[0].config
         self.groups = groups
         is_sharded, has_cuda = settings.use_distributed_optimizer, torch.cuda.is_available()
-        chosen = check_overrides(overrides or {}, {})
+        _, of_ddp, of_optimizer = check_overrides(overrides or {}, {})
         # NCCL reduces gradients while backward runs. gloo has no streams to overlap.
-        overlap = chosen.ddp.get("overlap_grad_reduce", has_cuda)
+        overlap = of_ddp.get("overlap_grad_reduce", has_cuda)
         ddp_settings = {
             "use_distributed_optimizer": is_sharded,
             "grad_reduce_in_fp32": True,
@@ -71,7 +71,7 @@ class TrainEngine:
             # at once: there is nothing to overlap.
             "overlap_param_gather": overlap and has_cuda and is_sharded and updates_per_step > 1,
         }
-        ddp_config = distributed.DistributedDataParallelConfig(**ddp_settings | dict(chosen.ddp))
+        ddp_config = distributed.DistributedDataParallelConfig(**ddp_settings | of_ddp)
         overlap = ddp_config.overlap_grad_reduce
         if ddp_config.overlap_param_gather and not (is_sharded and overlap):
             raise InputError(
@@ -84,17 +84,13 @@ class TrainEngine:
             # The schedule reduces gradients in the backward of the last micro-batch only.
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        shared = (
-            "lr", "min_lr", "weight_decay", "clip_grad", "use_distributed_optimizer",
-            "adam_beta1", "adam_beta2", "adam_eps",
-        )  # fmt: skip
         adam = OptimizerConfig(
             optimizer="adam",
             bf16=self.config.bf16,
             params_dtype=self.config.params_dtype,
-            **{name: getattr(settings, name) for name in shared}
+            **{name: getattr(settings, name) for name in OPTIMIZER_SETTINGS}
             | {"overlap_param_gather": ddp_config.overlap_param_gather}
-            | dict(chosen.optimizer),
+            | of_optimizer,
         )
         self.optimizer = get_megatron_optimizer(adam, self.chunks)
         warmup = settings.lr_warmup_iters
@@ -115,7 +111,6 @@ class TrainEngine:
             override_opt_param_scheduler=True,
         )
         self.spikes = SpikeGuard(settings.spike_factor)
-        self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = distributed.finalize_model_grads
 
     def gather_weights(self) -> None:
