@@ -100,7 +100,7 @@ def scatter_on_rank(
     def counting_recv(tensor, *args, **options):
         received["share"] += tensor.nbytes
         recv(tensor, *args, **options)
-        if flip and tensor.dim():  # the values, not their number
+        if flip and len(tensor) > 1:  # the values, not their number
             tensor.view(-1)[-1] ^= 1
 
     def counting(kind):

@@ -155,10 +155,12 @@ class Actor:
         epochs, count = self.config.algorithm.num_epochs, self.config.algorithm.num_mini_batches
         # Contiguous parts whose sizes differ by at most one.
         ends = [len(groups) * i // count for i in range(count + 1)]
-        parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
+        parts = [
+            list(itertools.chain(*groups[start:end])) for start, end in itertools.pairwise(ends)
+        ]
         shares: dict[str, int] = {}
         mini_batches = [self._pack(part, shares) for part in parts]
-        self._compare_ranks(groups, mini_batches, shares)
+        self._compare_ranks(parts, mini_batches, shares)
         unscored = 1 if epochs == 1 else 0
         passes = epochs + 1 + (self.reference is not None)
         total = passes * sum(map(len, mini_batches)) - sum(map(len, mini_batches[:unscored]))
@@ -189,7 +191,9 @@ class Actor:
             metrics |= {"time/score_s": score_s}
         return metrics | (self._router_replay.pop() if self._router_replay else {})
 
-    def _step(self, batches: list[MicroBatch], part: Groups, tick: Tick) -> dict[str, float]:
+    def _step(
+        self, batches: list[MicroBatch], responses: Sequence[TrainSequence], tick: Tick
+    ) -> dict[str, float]:
         """Take one optimizer step. If it is skipped, write its responses to a file.
 
         Raises:
@@ -204,9 +208,8 @@ class Actor:
             what = f"gradient: {result.skipped}; no step taken, batch in {path}"
             if dist.get_rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                sequences = [s for group in part for s in group]
-                responses = [replace(s, routed_experts=None, sampling_mask=None) for s in sequences]
-                text = json.dumps([asdict(s) for s in responses], default=np.ndarray.tolist)
+                bare = [replace(s, routed_experts=None, sampling_mask=None) for s in responses]
+                text = json.dumps([asdict(s) for s in bare], default=np.ndarray.tolist)
                 path.write_text(text, encoding="utf-8")
                 print(f"warning: {what}", flush=True)
             if self.skipped_in_a_row == MAX_SKIPPED:
@@ -298,20 +301,21 @@ class Actor:
         return [by_index[i] for i in range(len(responses))]
 
     def _compare_ranks(
-        self, groups: Groups, mini_batches: Sequence[list[MicroBatch]], shares: dict[str, int]
+        self, parts: Groups, mini_batches: Sequence[list[MicroBatch]], shares: dict[str, int]
     ) -> None:
         """Raise RankMismatch on every rank if ranks have different data or weights. Collective."""
         if dist.get_world_size() == 1:
             return
-        sequences = [s for group in groups for s in group]
-        batches = [batch for batches in mini_batches for batch in batches]
+        sequences, batches = itertools.chain(*parts), itertools.chain(*mini_batches)
         own = consistency.data_fingerprints(sequences, batches, self.groups)
         consistency.check_fingerprints(own | shares)
         if self._updates % CHECK_WEIGHTS_EVERY == 0:
             consistency.check_weights(self.chunks, self.groups)
         self._updates += 1
 
-    def _pack(self, groups: Groups, checksums: dict[str, int]) -> list[MicroBatch]:
+    def _pack(
+        self, sequences: Sequence[TrainSequence], checksums: dict[str, int]
+    ) -> list[MicroBatch]:
         """Return this data-parallel rank's micro-batches of one optimizer step.
 
         Collective; see :func:`scatter_sequences`.
@@ -320,7 +324,6 @@ class Actor:
             InputError: on rank 0, rollouts that do not match ``rollout.top_p`` and ``top_k``.
             ValueError: on rank 0, responses without routed experts.
         """
-        sequences = [sequence for group in groups for sequence in group]
         # Responses without advantage have no gradient from the objective: they count in the
         # denominators only.
         regularized = self.config.algorithm.kl_coef or self.config.algorithm.entropy_coef

@@ -25,9 +25,12 @@ from torch import Tensor
 
 @dataclass
 class SharedPrefixSeqParams(PackedSeqParams):
-    """Packed sequences with shared prompts; fields as in ``MicroBatch``."""
+    """Packed sequences that may share prompts; fields as in ``MicroBatch``.
 
-    prefix_groups: tuple[tuple[int, ...], ...] = ()
+    ``position_ids`` is ``None`` without shared prompts.
+    """
+
+    prefix_groups: tuple[tuple[int, ...], ...] | None = None
     position_ids: Tensor | None = None
 
 

@@ -245,9 +245,6 @@ class _Hashing(_StorageWriterTransforms):
     def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
         def write(data: Any) -> int:
             view = memoryview(data).cast("B")
-            if len(view) < _LEAST_DIRECT:
-                self.digest.update(view)
-                return raw_stream.write(view)
             done = 0
             while done < len(view):
                 # First to the end of a block of the file, then whole blocks, then the rest.

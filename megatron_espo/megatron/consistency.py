@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def _compare(everyone: Sequence[dict[str, Any]]) -> None:
 
 
 def data_fingerprints(
-    sequences: Sequence[TrainSequence], batches: Sequence[MicroBatch], groups: Any
+    sequences: Iterable[TrainSequence], batches: Iterable[MicroBatch], groups: Any
 ) -> dict[str, int]:
     """Return checksums (CRC-32) of lengths, loss masks and advantages of a step's responses, and of
     this rank's micro-batches.
@@ -85,6 +85,7 @@ def check_norms(norm: float) -> None:
         check_fingerprints({"gradient norm": norm})
 
 
+@torch.no_grad()
 def check_weights(chunks: Sequence[torch.nn.Module], groups: Any) -> None:
     """Compare the weights of which several ranks hold copies.
 
@@ -92,12 +93,6 @@ def check_weights(chunks: Sequence[torch.nn.Module], groups: Any) -> None:
     are not sharded, the first and last stage of tied embeddings. Collective as
     :func:`check_fingerprints`.
     """
-    check_fingerprints(_weight_fingerprints(chunks, groups))
-
-
-@torch.no_grad()
-def _weight_fingerprints(chunks: Sequence[torch.nn.Module], groups: Any) -> dict[str, int]:
-    """Return ``{"<name> of <ranks>": checksum}``, equal on ranks with the same key."""
     fingerprints = {}
     tensor_rank = f"tensor-parallel rank {groups.tp.rank()}"
     expert_rank = f"expert-parallel rank {groups.ep.rank()}"
@@ -113,4 +108,4 @@ def _weight_fingerprints(chunks: Sequence[torch.nn.Module], groups: Any) -> dict
             elif getattr(parameter, "tensor_model_parallel", False):
                 ranks = f"{tensor_rank}, {stage}"
             fingerprints[f"{name} of {ranks}"] = tensor_checksum(parameter)
-    return fingerprints
+    check_fingerprints(fingerprints)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,11 +16,9 @@ from megatron_espo.algo import (
     rollout_correction,
     rollout_mask,
 )
+from megatron_espo.config import Algorithm
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.monitoring.metrics import loss_metrics
-
-if TYPE_CHECKING:
-    from megatron_espo.config import Algorithm
 
 Recorder = Callable[[MicroBatch, TokenSegments], None]
 
@@ -45,7 +42,7 @@ class PolicyLoss:
     """
 
     objective: Objective
-    algorithm: "Algorithm"
+    algorithm: Algorithm
     cp_group: dist.ProcessGroup
     vocab_size: int
     record: Recorder | None = None

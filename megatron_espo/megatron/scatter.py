@@ -1,6 +1,5 @@
 """Sends the tokens of a step from rank 0 to the data-parallel replicas that train them."""
 
-import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_espo.data.packing import TrainSequence, shard_by_tokens
 from megatron_espo.distributed.checksum import array_checksum
@@ -54,17 +52,18 @@ def scatter_sequences(
             continue
         own = [sequences[number] for number in share]
         words = to_words(own) if is_source else np.empty(0, np.int32)
-        size = send_to_replica(torch.tensor(words.size, device=control_device()), owner, groups)
+        (length,) = send_to_replica(np.array([len(words)]), owner, groups)
         if not is_source:
-            words = np.empty(int(size), np.int32)
-        data = send_to_replica(torch.from_numpy(words).to(control_device()), owner, groups)
-        words = data.cpu().numpy()
+            words = np.empty(length, np.int32)
+        words = send_to_replica(words, owner, groups)
         name = f"responses of data-parallel rank {owner} (checksum)"
         checksums[name] = array_checksum(words, checksums.get(name, 0))
         if not is_source:
             own = from_words(own, words, masks)
+        if experts is not None:
+            own = [_send_experts(sequence, experts, owner, groups) for sequence in own]
         for number, sequence in zip(share, own, strict=True):
-            result[number] = _send_experts(sequence, experts, owner, groups)
+            result[number] = sequence
     return result
 
 
@@ -111,31 +110,33 @@ def from_words(
 
 
 def _send_experts(
-    sequence: TrainSequence, experts: Experts | None, owner: int, groups: Any
+    sequence: TrainSequence, experts: Experts, owner: int, groups: Any
 ) -> TrainSequence:
-    """Return ``sequence`` with the routed experts of rank 0, if there are ``experts``."""
-    if experts is None:
-        return sequence
+    """Return ``sequence`` with the routed experts of rank 0."""
     shape = (sequence.num_tokens - 1, sum(experts.layers), experts.per_token)
     dtype = np.dtype(np.uint8 if experts.count <= 256 else np.uint16)
-    data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    rows = np.empty(shape, dtype)
     if dist.get_rank() == 0:
-        rows = np.ascontiguousarray(sequence.routed_experts, dtype)
-        data.numpy()[:] = rows.reshape(-1).view(np.uint8)
-    data = send_to_replica(data.to(control_device()), owner, groups)
-    return replace(sequence, routed_experts=data.cpu().numpy().view(dtype).reshape(shape))
+        rows[:] = sequence.routed_experts
+    received = send_to_replica(rows.reshape(-1).view(np.uint8), owner, groups)
+    return replace(sequence, routed_experts=received.view(dtype).reshape(shape))
 
 
-def send_to_replica(data: Tensor, owner: int, groups: Any) -> Tensor:
-    """Send ``data`` from rank 0 to all ranks of a data-parallel replica, all of which call this."""
+def send_to_replica(values: np.ndarray, owner: int, groups: Any) -> np.ndarray:
+    """Send ``values`` from rank 0 to all ranks of a data-parallel replica, all of which call this.
+
+    Args:
+        values: of rank 0; on the other ranks an array of the same shape and dtype.
+    """
+    data = torch.from_numpy(values).to(control_device())
     replica = (groups.cp, groups.tp, groups.pp)
     if dist.get_rank() == 0 and owner > 0:
         dist.send(data, dist.get_global_rank(groups.dp, owner))
-        return data
+        return values
     if owner > 0 and all(group.rank() == 0 for group in replica):
         dist.recv(data, src=0)
     for number, group in enumerate(replica):
         # Each broadcast starts from the ranks that the earlier ones have reached.
         if all(later.rank() == 0 for later in replica[number + 1 :]):
             dist.broadcast(data, group=group, group_src=0)
-    return data
+    return data.cpu().numpy()

@@ -72,7 +72,6 @@ class TrainEngine:
             "overlap_param_gather": overlap and has_cuda and is_sharded and updates_per_step > 1,
         }
         ddp_config = distributed.DistributedDataParallelConfig(**ddp_settings | of_ddp)
-        overlap = ddp_config.overlap_grad_reduce
         if ddp_config.overlap_param_gather and not (is_sharded and overlap):
             raise InputError(
                 "megatron.overrides.overlap_param_gather: expected false without "
@@ -128,13 +127,13 @@ class TrainEngine:
         return [b for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
 
     def run(
-        self, forward_step: Callable, micro_batches: Sequence[MicroBatch], tick: Tick, **options
+        self, forward_step: Callable, micro_batches: Sequence[MicroBatch], tick: Tick, scores: bool
     ) -> list:
         """Run Megatron's schedule over ``micro_batches``. Collective over all ranks.
 
         Args:
             tick: called before each micro-batch's forward.
-            options: of Megatron's ``forward_backward_func``.
+            scores: forward only, and without the loss.
 
         Returns:
             On the last pipeline stage what the loss function reported for each micro-batch.
@@ -150,7 +149,8 @@ class TrainEngine:
             num_microbatches=len(micro_batches),
             seq_length=length * self.groups.cp.size(),
             micro_batch_size=rows,
-            **options,
+            forward_only=scores,
+            collect_non_loss_data=scores,
         )
 
     def backward(
@@ -160,7 +160,7 @@ class TrainEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self.run(forward_step, micro_batches, tick, forward_only=False)
+        return self.run(forward_step, micro_batches, tick, scores=False)
 
     def grad_norm(self) -> float:
         """After :meth:`backward`, return the global gradient norm by which Megatron clips.
@@ -217,8 +217,7 @@ class TrainEngine:
             On the last pipeline stage ``[2, response_tokens]`` log-probs and entropies of each
             micro-batch; ``[]`` elsewhere.
         """
-        options = {"forward_only": True, "collect_non_loss_data": True}
-        return self.run(forward_step, micro_batches, tick, **options)
+        return self.run(forward_step, micro_batches, tick, scores=True)
 
     def _first_bad_rank(self) -> int | None:
         """Return, on all ranks, the first rank with a non-finite gradient. One all-reduce."""
