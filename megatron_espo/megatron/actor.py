@@ -297,8 +297,7 @@ class Actor:
                 dist.all_reduce(logprob, group=self.groups.cp)
             box = [[part.tolist() for part in logprob.split(lengths)]]
         dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
-        by_index = dict(zip(order, box[0], strict=True))
-        return [by_index[i] for i in range(len(responses))]
+        return [logprobs for _, logprobs in sorted(zip(order, box[0], strict=True))]
 
     def _compare_ranks(
         self, parts: Groups, mini_batches: Sequence[list[MicroBatch]], shares: dict[str, int]

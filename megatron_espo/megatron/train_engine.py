@@ -174,11 +174,9 @@ class TrainEngine:
     def gather_gradients(self) -> None:
         """After :meth:`backward`, complete the gradient on every data-parallel rank.
 
-        The distributed optimizer reduce-scatters gradients: each rank has a shard of the sum. To
-        inspect them takes one all-gather for each of DDP's buckets.
+        The distributed optimizer, which must be in use, reduce-scatters gradients: each rank has a
+        shard of the sum. To inspect them takes one all-gather for each of DDP's buckets.
         """
-        if not self.chunks[0].ddp_config.use_distributed_optimizer:
-            return
         for chunk in self.chunks:
             for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 group = bucket_group.intra_distributed_optimizer_instance_group
