@@ -84,7 +84,6 @@ class TrainEngine:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         adam = OptimizerConfig(
-            optimizer="adam",
             bf16=self.config.bf16,
             params_dtype=self.config.params_dtype,
             **{name: getattr(settings, name) for name in OPTIMIZER_SETTINGS}
