@@ -270,7 +270,7 @@ class Actor:
         assert "weights" not in self.offloader.offloaded
         sequences = []
         for number, (prompt, response, experts) in enumerate(responses):
-            values = (prompt, response, np.zeros(len(response)), 0.0)
+            values = (np.asarray(prompt), np.asarray(response), np.zeros(len(response)), 0.0)
             # ``pack`` changes the order; the micro-batch keeps the numbers.
             sequence = TrainSequence(*values, logged_sample=number, routed_experts=experts)
             sequences.append(sequence)

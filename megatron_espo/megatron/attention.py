@@ -110,15 +110,15 @@ class PackedDotProductAttention(torch.nn.Module):
         mask_type = attn_mask_type or self.attn_mask_type
         if mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"expected a causal mask type, got {mask_type}")
-        if self.cp_group is not None and packed_seq_params is None:
+        if self.cp_group is not None:
+            if packed_seq_params is not None:
+                lengths = (packed_seq_params.cu_seqlens_q.diff() // self.cp_group.size()).tolist()
+                return self._zigzag(query, key, value, lengths)
             # Rows become sequences of a packed batch: [s, b, n, d] -> [b s, n, d].
             rows, length = query.size(1), query.size(0)
-            packed = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-            output = self._zigzag(*packed, [length] * rows)
+            q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+            output = self._zigzag(q, k, v, [length] * rows)
             return output.unflatten(0, (rows, length)).transpose(0, 1)
-        if self.cp_group is not None:
-            lengths = (packed_seq_params.cu_seqlens_q.diff() // self.cp_group.size()).tolist()
-            return self._zigzag(query, key, value, lengths)
         if packed_seq_params is None:
             # [s, b, n, d] -> [b, n, s, d]
             output = self._causal(*(t.permute(1, 2, 0, 3) for t in (query, key, value)))
