@@ -12,22 +12,24 @@ from pydantic.errors import PydanticSchemaGenerationError
 from megatron_espo.errors import InputError
 
 OPTIMIZER_SETTINGS = (
-    "lr", "min_lr", "weight_decay", "clip_grad", "use_distributed_optimizer", "adam_beta1",
-    "adam_beta2", "adam_eps",
-)  # fmt: skip
+    "lr min_lr weight_decay clip_grad use_distributed_optimizer adam_beta1 adam_beta2 adam_eps"
+).split()
 # Fields whose value follows from these keys of the run's configuration.
 FROM_SETTINGS = {name: f"optimizer.{name}" for name in OPTIMIZER_SETTINGS}
 FROM_SETTINGS |= dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype"), "model.dtype")
 # Contracts of this package, and the fields that they fix.
 CONTRACTS = {
     "the loss is a local sum, which the schedule must not scale": "calculate_per_token_loss",
-    "log-probs of engine and trainer must agree": "hidden_dropout attention_dropout "
-    "moe_input_jitter_eps use_mup",
-    "a balancing loss would move weights without an advantage": "moe_router_load_balancing_type "
-    "moe_aux_loss_coeff",
+    "log-probs of engine and trainer must agree": (
+        "hidden_dropout attention_dropout moe_input_jitter_eps use_mup"
+    ),
+    "a balancing loss would move weights without an advantage": (
+        "moe_router_load_balancing_type moe_aux_loss_coeff"
+    ),
     "a router loss would move weights without an advantage": "moe_z_loss_coeff",
-    "dropped tokens would have no gradient": "moe_expert_capacity_factor "
-    "moe_expert_rank_capacity_factor",
+    "dropped tokens would have no gradient": (
+        "moe_expert_capacity_factor moe_expert_rank_capacity_factor"
+    ),
     "routing would be random": "moe_router_force_load_balancing moe_router_force_biased",
     "prediction heads for further tokens are not trained": "mtp_num_layers",
     "the weight update reads all weights right after the optimizer step": (
@@ -35,10 +37,12 @@ CONTRACTS = {
     ),
     "weights are read from Megatron's DistributedDataParallel": "use_megatron_fsdp use_custom_fsdp",
     "the loss is already divided by the token count of the whole batch": "average_in_collective",
-    "the weight update reads weights in model.dtype": "fp8_param_gather fp4_param_gather fp4_param "
-    "fp8_param",
-    "weights are loaded from a model folder": "init_model_with_meta_device use_cpu_initialization "
-    "perform_initialization",
+    "the weight update reads weights in model.dtype": (
+        "fp8_param_gather fp4_param_gather fp4_param fp8_param"
+    ),
+    "weights are loaded from a model folder": (
+        "init_model_with_meta_device use_cpu_initialization perform_initialization"
+    ),
     "micro-batches of a pipeline have one shape": "variable_seq_lengths",
     "checkpoints hold Adam's states": "optimizer",
     "optimizer.spike_factor skips such steps and reports them": "grad_norm_skip_threshold",
