@@ -31,7 +31,7 @@ from megatron_espo.distributed.collectives import (
     on_rank_0,
 )
 from megatron_espo.errors import InputError
-from megatron_espo.files import make_durable, read_object
+from megatron_espo.files import make_durable
 from megatron_espo.megatron import patches
 from megatron_espo.megatron.rng import load_rng, save_rng
 from megatron_espo.models.spec import ModelSpec
@@ -338,7 +338,14 @@ def load_checkpoint(
 def read_state(path: str | Path) -> dict[str, Any]:
     """Return the JSON values saved with a checkpoint. InputError if the file is damaged."""
     file = Path(path, STATE_NAME)
-    return read_object(file) if file.is_file() else {}
+    return _read_json(file) if file.is_file() else {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: expected JSON, found damage ({error}); copy it again") from None
 
 
 def model_identity(spec: ModelSpec) -> dict[str, Any]:
@@ -370,7 +377,7 @@ def read_manifest(path: str | Path, spec: ModelSpec) -> dict[str, Any]:
             f"{path}: expected a checkpoint of `megatron-espo convert to-megatron` (with "
             f"{MANIFEST_NAME}), got {found}"
         )
-    manifest = read_object(file)
+    manifest = _read_json(file)
     if manifest.get("version") != VERSION:
         raise InputError(
             f"{file}: expected version {VERSION}, got {manifest.get('version')}; convert with the "
