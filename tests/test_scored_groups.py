@@ -100,7 +100,7 @@ def scatter_on_rank(
     def counting_recv(tensor, *args, **options):
         received["share"] += tensor.nbytes
         recv(tensor, *args, **options)
-        if flip:
+        if flip and len(tensor) > 1:  # the values, not their number
             tensor.view(-1)[-1] ^= 1
 
     def counting(kind):
@@ -158,13 +158,13 @@ def scatter_on_rank(
 
     def num_bytes(of: list) -> int:
         plain = sum(4 * s.num_tokens + 4 * len(s.response_ids) for s in of)
-        sizes = [4 * len(s.response_ids) + 4 * len(s.sampling_mask.ids) + 8 for s in of if masks]
+        sizes = [4 * len(s.response_ids) + 4 * len(s.sampling_mask.ids) for s in of if masks]
         return plain + sum(sizes)
 
     answer = {
         "same": len(found) == len(expected) and all(map(same_batch, found, expected)),
-        "share bytes": num_bytes(share),
-        "all bytes": num_bytes(whole),
+        "share bytes": num_bytes(share) + 8,  # its length
+        "all bytes": num_bytes(whole) + 8 * groups.dp.size(),
         "error": error,
         "replica": groups.dp.rank(),
         **received,

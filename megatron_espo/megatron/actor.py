@@ -27,7 +27,7 @@ from megatron_espo.megatron.loss import Recorder
 from megatron_espo.megatron.model import build_configured, use_transformer_engine
 from megatron_espo.megatron.offload import Offloader
 from megatron_espo.megatron.reference import ReferencePolicy
-from megatron_espo.megatron.router_replay import RouterReplay, scatter_routed_experts
+from megatron_espo.megatron.router_replay import RouterReplay
 from megatron_espo.megatron.scatter import scatter_sequences
 from megatron_espo.megatron.train_engine import Tick, TrainEngine
 from megatron_espo.models.spec import ModelSpec
@@ -110,9 +110,10 @@ class Actor:
         options = (config.optimizer, total_steps, overrides, self.updates_per_step)
         self.train_engine = TrainEngine(self.chunks, self.groups, *options)
         self.offloader = Offloader(self.train_engine, config.megatron.offload)
-        self._experts = spec.experts
+        # Those that the engine chooses.
+        self._experts = spec.experts if config.rollout.router_replay else None
         self._router_replay = None
-        if self._experts is not None and config.rollout.router_replay:
+        if self._experts is not None:
             self._router_replay = RouterReplay(self.chunks, self._experts, self.groups.tp)
         budget = config.megatron.head_memory_mib
         self._forward_step = make_forward_step(
@@ -154,10 +155,12 @@ class Actor:
         epochs, count = self.config.algorithm.num_epochs, self.config.algorithm.num_mini_batches
         # Contiguous parts whose sizes differ by at most one.
         ends = [len(groups) * i // count for i in range(count + 1)]
-        parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
+        parts = [
+            list(itertools.chain(*groups[start:end])) for start, end in itertools.pairwise(ends)
+        ]
         shares: dict[str, int] = {}
         mini_batches = [self._pack(part, shares) for part in parts]
-        self._compare_ranks(groups, mini_batches, shares)
+        self._compare_ranks(parts, mini_batches, shares)
         unscored = 1 if epochs == 1 else 0
         passes = epochs + 1 + (self.reference is not None)
         total = passes * sum(map(len, mini_batches)) - sum(map(len, mini_batches[:unscored]))
@@ -188,7 +191,9 @@ class Actor:
             metrics |= {"time/score_s": score_s}
         return metrics | (self._router_replay.pop() if self._router_replay else {})
 
-    def _step(self, batches: list[MicroBatch], part: Groups, tick: Tick) -> dict[str, float]:
+    def _step(
+        self, batches: list[MicroBatch], responses: Sequence[TrainSequence], tick: Tick
+    ) -> dict[str, float]:
         """Take one optimizer step. If it is skipped, write its responses to a file.
 
         Raises:
@@ -203,9 +208,8 @@ class Actor:
             what = f"gradient: {result.skipped}; no step taken, batch in {path}"
             if dist.get_rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                sequences = [s for group in part for s in group]
-                responses = [replace(s, routed_experts=None, sampling_mask=None) for s in sequences]
-                text = json.dumps([asdict(s) for s in responses], default=np.ndarray.tolist)
+                bare = [replace(s, routed_experts=None, sampling_mask=None) for s in responses]
+                text = json.dumps([asdict(s) for s in bare], default=np.ndarray.tolist)
                 path.write_text(text, encoding="utf-8")
                 print(f"warning: {what}", flush=True)
             if self.skipped_in_a_row == MAX_SKIPPED:
@@ -265,17 +269,13 @@ class Actor:
         """
         assert "weights" not in self.offloader.offloaded
         sequences = []
-        for prompt, response, experts in responses:
-            logprobs = np.zeros(len(response), np.float32)
-            ids = (np.asarray(prompt, np.int32), np.asarray(response, np.int32))
-            sequences.append(TrainSequence(*ids, logprobs, 0.0, routed_experts=experts))
-        # The order in which ``pack`` lays out sequences that do not share prompts.
-        order = sorted(range(len(sequences)), key=lambda i: -sequences[i].num_tokens)
-        sequences = [sequences[i] for i in order]
-        lengths = [len(sequence.response_ids) for sequence in sequences]
-        totals = batch_totals(
-            sequences, num_responses=len(responses), num_response_tokens=sum(lengths)
-        )
+        for number, (prompt, response, experts) in enumerate(responses):
+            values = (np.asarray(prompt), np.asarray(response), np.zeros(len(response)), 0.0)
+            # ``pack`` changes the order; the micro-batch keeps the numbers.
+            sequence = TrainSequence(*values, logged_sample=number, routed_experts=experts)
+            sequences.append(sequence)
+        tokens = sum(sequence.num_trained for sequence in sequences)
+        totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=tokens)
         spec = replace(
             packing_spec(self.config.megatron, self.groups),
             data_parallel_rank=0,
@@ -285,7 +285,7 @@ class Actor:
             share_prompts=False,
         )
         batches = pack(sequences, totals, spec)
-        assert batches[0].lengths.tolist() == lengths
+        order, lengths = batches[0].logged_sample, batches[0].lengths.tolist()
         with self._expert_load.paused():
             scored = self.train_engine.score(self._forward_step, batches)
         box: list[Any] = [None]
@@ -297,53 +297,57 @@ class Actor:
                 dist.all_reduce(logprob, group=self.groups.cp)
             box = [[part.tolist() for part in logprob.split(lengths)]]
         dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
-        by_index = dict(zip(order, box[0], strict=True))
-        return [by_index[i] for i in range(len(responses))]
+        return [logprobs for _, logprobs in sorted(zip(order, box[0], strict=True))]
 
     def _compare_ranks(
-        self, groups: Groups, mini_batches: Sequence[list[MicroBatch]], shares: dict[str, int]
+        self, parts: Groups, mini_batches: Sequence[list[MicroBatch]], shares: dict[str, int]
     ) -> None:
         """Raise RankMismatch on every rank if ranks have different data or weights. Collective."""
         if dist.get_world_size() == 1:
             return
-        sequences = [s for group in groups for s in group]
-        batches = [batch for batches in mini_batches for batch in batches]
+        sequences, batches = itertools.chain(*parts), itertools.chain(*mini_batches)
         own = consistency.data_fingerprints(sequences, batches, self.groups)
         consistency.check_fingerprints(own | shares)
         if self._updates % CHECK_WEIGHTS_EVERY == 0:
             consistency.check_weights(self.chunks, self.groups)
         self._updates += 1
 
-    def _pack(self, groups: Groups, checksums: dict[str, int]) -> list[MicroBatch]:
+    def _pack(
+        self, sequences: Sequence[TrainSequence], checksums: dict[str, int]
+    ) -> list[MicroBatch]:
         """Return this data-parallel rank's micro-batches of one optimizer step.
 
         Collective; see :func:`scatter_sequences`.
 
         Raises:
             InputError: on rank 0, rollouts that do not match ``rollout.top_p`` and ``top_k``.
+            ValueError: on rank 0, responses without routed experts.
         """
-        sequences = [sequence for group in groups for sequence in group]
         # Responses without advantage have no gradient from the objective: they count in the
         # denominators only.
         regularized = self.config.algorithm.kl_coef or self.config.algorithm.entropy_coef
         kept = [s for s in sequences if not s.masked and (s.advantage or regularized)]
         truncates = self.config.rollout.truncates
-        if dist.get_rank() == 0 and any((s.sampling_mask is None) is truncates for s in kept):
-            expected, got = ("masks", "none") if truncates else ("no masks", "some")
-            raise InputError(
-                f"rollouts: expected {expected} of top-p and top-k, because of rollout.top_p and "
-                f"rollout.top_k, got {got}; use the settings with which they were sampled, and "
-                "environments that keep Generation.sampling_mask"
-            )
+        if dist.get_rank() == 0:
+            if any((s.sampling_mask is None) is truncates for s in kept):
+                expected, got = ("masks", "none") if truncates else ("no masks", "some")
+                raise InputError(
+                    f"rollouts: expected {expected} of top-p and top-k, because of rollout.top_p "
+                    f"and rollout.top_k, got {got}; use the settings with which they were sampled, "
+                    "and environments that keep Generation.sampling_mask"
+                )
+            missing = sum(s.routed_experts is None for s in kept)
+            if self._experts and missing:
+                raise ValueError(
+                    "router replay: expected routed_experts of every response, got none of "
+                    f"{missing} of {len(kept)}"
+                )
         tokens = sum(sequence.num_trained for sequence in sequences)
         totals = batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens)
         spec = packing_spec(self.config.megatron, self.groups)
         if dist.get_world_size() > 1:
-            options = (spec.share_prompts, checksums, truncates)
+            options = (spec.share_prompts, checksums, truncates, self._experts)
             kept = scatter_sequences(kept, self.groups, *options)
-        if self._router_replay and self._experts:
-            share = spec.share_prompts
-            kept = scatter_routed_experts(kept, self._experts, self.groups, share)
         return pack(kept, totals, spec)
 
     def _score(self, batches: list[MicroBatch], tick: Tick, *names: str) -> list[MicroBatch]:

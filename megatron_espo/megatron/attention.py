@@ -25,9 +25,12 @@ from torch import Tensor
 
 @dataclass
 class SharedPrefixSeqParams(PackedSeqParams):
-    """Packed sequences with shared prompts; fields as in ``MicroBatch``."""
+    """Packed sequences that may share prompts; fields as in ``MicroBatch``.
 
-    prefix_groups: tuple[tuple[int, ...], ...] = ()
+    ``position_ids`` is ``None`` without shared prompts.
+    """
+
+    prefix_groups: tuple[tuple[int, ...], ...] | None = None
     position_ids: Tensor | None = None
 
 
@@ -108,7 +111,14 @@ class PackedDotProductAttention(torch.nn.Module):
         if mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"expected a causal mask type, got {mask_type}")
         if self.cp_group is not None:
-            return self._context_parallel(query, key, value, packed_seq_params)
+            if packed_seq_params is not None:
+                lengths = (packed_seq_params.cu_seqlens_q.diff() // self.cp_group.size()).tolist()
+                return self._zigzag(query, key, value, lengths)
+            # Rows become sequences of a packed batch: [s, b, n, d] -> [b s, n, d].
+            rows, length = query.size(1), query.size(0)
+            q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+            output = self._zigzag(q, k, v, [length] * rows)
+            return output.unflatten(0, (rows, length)).transpose(0, 1)
         if packed_seq_params is None:
             # [s, b, n, d] -> [b, n, s, d]
             output = self._causal(*(t.permute(1, 2, 0, 3) for t in (query, key, value)))
@@ -130,18 +140,6 @@ class PackedDotProductAttention(torch.nn.Module):
                 keys, values = torch.cat([prefix[1], k], dim=2), torch.cat([prefix[2], v], dim=2)
                 outputs.append(self._causal(q, keys, values))
         return torch.cat(outputs, dim=2)[0].transpose(0, 1).flatten(1)
-
-    def _context_parallel(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None
-    ) -> Tensor:
-        if packed is None:
-            # Rows become sequences of a packed batch: [s, b, n, d] -> [b s, n, d].
-            rows, length = query.size(1), query.size(0)
-            q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-            output = self._zigzag(q, k, v, [length] * rows)
-            return output.unflatten(0, (rows, length)).transpose(0, 1)
-        lengths = (packed.cu_seqlens_q.diff() // self.cp_group.size()).tolist()
-        return self._zigzag(query, key, value, lengths)
 
     def _zigzag(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
         """Attend from this rank's chunks ``r`` and ``2 cp - 1 - r`` of each sequence.

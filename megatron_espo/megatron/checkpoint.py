@@ -11,7 +11,6 @@ import hashlib
 import json
 import mmap
 import os
-import queue
 import re
 import shutil
 import threading
@@ -100,7 +99,6 @@ def save_checkpoint(
         OSError: this rank could not write; ``out`` does not appear.
     """
     from megatron.core import __version__, dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
@@ -118,8 +116,6 @@ def save_checkpoint(
         patches.keep_checkpoint_results_in_process()
         strategy = strategy or save_strategy()
         tensors = _sharded_state(chunks, optimizer, form, is_loading=False)
-        data = (getattr(value, "data", None) for value in nested_values(tensors))
-        in_use = {x.untyped_storage().data_ptr() for x in data if isinstance(x, torch.Tensor)}
         request = dist_checkpointing.save(tensors, str(partial), strategy, **options)
         if state is not None:
             save_rng(partial)
@@ -132,7 +128,7 @@ def save_checkpoint(
             "optimizer": form,
             "model": model_identity(spec),
         }
-        return Save(out, partial, manifest, request, in_use)
+        return Save(out, partial, manifest, request)
     except Exception as error:
         # No collective here: the other ranks wait in Megatron's, and end when this rank ends.
         raise OSError(_not_written(partial, error)) from error
@@ -155,21 +151,16 @@ class Save:
         partial: the folder to write into.
         manifest: without the checksums.
         request: of ``dist_checkpointing.save``.
-        in_use: addresses of the storages that training changes.
     """
 
-    def __init__(
-        self, out: Path, partial: Path, manifest: dict[str, Any], request: Any, in_use: set[int]
-    ) -> None:
+    def __init__(self, out: Path, partial: Path, manifest: dict[str, Any], request: Any) -> None:
         self.out, self._partial, self._manifest, self._request = out, partial, manifest, request
         self._checksums: dict[str, str] = {}
         self._error: str | None = None
         buckets = request.async_fn_args[1] if request.async_fn else []
         for _, _, (_, tensors) in buckets:
             for i, (item, tensor) in enumerate(tensors):
-                # Megatron has already copied tensors that are parts of a larger one.
-                if not tensor.is_cpu or tensor.untyped_storage().data_ptr() in in_use:
-                    tensors[i] = item, torch.empty_like(tensor, device="cpu").copy_(tensor)
+                tensors[i] = item, torch.empty_like(tensor, device="cpu").copy_(tensor)
         self._thread = threading.Thread(target=self._write, args=(buckets,), daemon=True)
         self._thread.start()
 
@@ -223,11 +214,9 @@ def _write_file(bucket: Any) -> tuple[list[Any], tuple[str, str]]:
     """Write one file with fsync, by Megatron's writer; return its results, name and SHA-256."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    results, counts = queue.SimpleQueue[Any](), queue.Queue[int]()
-    counts.put(0)
     with contextlib.closing(_Hashing(bucket[0])) as hashing:
-        FileSystemWriterAsync.write_preloaded_data([hashing], 0, bucket, results, counts, True)
-    _, written = results.get()
+        write = FileSystemWriterAsync.write_preloaded_data
+        _, written = write([hashing], 0, bucket, None, None, use_fsync=True)
     if isinstance(written, Exception):
         raise written
     return written, (bucket[1], hashing.digest.hexdigest())
@@ -256,9 +245,6 @@ class _Hashing(_StorageWriterTransforms):
     def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
         def write(data: Any) -> int:
             view = memoryview(data).cast("B")
-            if len(view) < _LEAST_DIRECT:
-                self.digest.update(view)
-                return raw_stream.write(view)
             done = 0
             while done < len(view):
                 # First to the end of a block of the file, then whole blocks, then the rest.
@@ -352,9 +338,13 @@ def load_checkpoint(
 def read_state(path: str | Path) -> dict[str, Any]:
     """Return the JSON values saved with a checkpoint. InputError if the file is damaged."""
     file = Path(path, STATE_NAME)
+    return _read_json(file) if file.is_file() else {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
         raise InputError(f"{file}: expected JSON, found damage ({error}); copy it again") from None
 
 
@@ -387,18 +377,14 @@ def read_manifest(path: str | Path, spec: ModelSpec) -> dict[str, Any]:
             f"{path}: expected a checkpoint of `megatron-espo convert to-megatron` (with "
             f"{MANIFEST_NAME}), got {found}"
         )
-    try:
-        manifest = json.loads(file.read_text())
-        version, model = manifest["version"], manifest["model"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: expected a checkpoint's manifest, got {error!r}") from None
-    if version != VERSION:
+    manifest = _read_json(file)
+    if manifest.get("version") != VERSION:
         raise InputError(
-            f"{file}: expected version {VERSION}, got {version}; convert with the megatron_espo "
-            "that wrote it"
+            f"{file}: expected version {VERSION}, got {manifest.get('version')}; convert with the "
+            "megatron_espo that wrote it"
         )
     what = f"{path}: expected a checkpoint of the model at model.path, got another model's"
-    check_differences(what, model_identity(spec), model)
+    check_differences(what, model_identity(spec), manifest.get("model", {}))
     return manifest
 
 

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from megatron_espo.data.packing import MicroBatch, TrainSequence
 from megatron_espo.distributed.checksum import array_checksum, tensor_checksum
 from megatron_espo.distributed.collectives import control_device, gather_objects, on_rank_0
 
-Fingerprints = dict[str, Any]
 _NORM_TOLERANCE = 1e-5  # relative; every rank has the norm from the same all-reduce
 
 
@@ -23,7 +22,7 @@ class RankMismatch(RuntimeError):
     """Ranks that must hold the same value hold different ones."""
 
 
-def check_fingerprints(own: Fingerprints) -> None:
+def check_fingerprints(own: dict[str, Any]) -> None:
     """Compare ``{name: value}`` over all ranks that have the name.
 
     Collectives: one gather of objects to rank 0 and one broadcast.
@@ -35,7 +34,7 @@ def check_fingerprints(own: Fingerprints) -> None:
     on_rank_0(lambda: _compare(everyone))
 
 
-def _compare(everyone: Sequence[Fingerprints]) -> None:
+def _compare(everyone: Sequence[dict[str, Any]]) -> None:
     for name in sorted(set().union(*everyone)):
         holders = defaultdict(list)
         for rank, fingerprints in enumerate(everyone):
@@ -50,14 +49,13 @@ def _compare(everyone: Sequence[Fingerprints]) -> None:
 
 
 def data_fingerprints(
-    sequences: Sequence[TrainSequence], batches: Sequence[MicroBatch], groups: Any
-) -> Fingerprints:
+    sequences: Iterable[TrainSequence], batches: Iterable[MicroBatch], groups: Any
+) -> dict[str, int]:
     """Return checksums (CRC-32) of lengths, loss masks and advantages of a step's responses, and of
     this rank's micro-batches.
 
     All ranks have the same lengths, loss masks and advantages. Ranks with the same data- and
-    context-parallel rank have the same micro-batches; without tensor and pipeline parallelism that
-    is one rank, which needs no checksum.
+    context-parallel rank have the same micro-batches.
     """
     whole = own = 0
     for s in sequences:
@@ -65,21 +63,16 @@ def data_fingerprints(
         whole = zlib.crc32(scalars.data, whole)
         if s.loss_mask is not None:
             whole = zlib.crc32(np.ascontiguousarray(s.loss_mask).data, whole)
-    step = {"the step's lengths, loss masks and advantages (checksum)": whole}
-    if groups.tp.size() * groups.pp.size() == 1:
-        return step
-    # The tensors of the micro-batches are views of a few large ones. Each of these takes one call.
-    blocks = {}
     for value in (value for batch in batches for value in vars(batch).values()):
         if isinstance(value, Tensor):
-            block = value if value._base is None else value._base
-            blocks[id(block)] = block
+            own = array_checksum(value.numpy(), own)
         else:
             own = zlib.crc32(repr(value).encode(), own)
-    for block in blocks.values():
-        own = array_checksum(block.cpu().numpy(), own)
     ranks = f"data-parallel rank {groups.dp.rank()}, context-parallel rank {groups.cp.rank()}"
-    return step | {f"micro-batches of {ranks} (checksum)": own}
+    return {
+        "the step's lengths, loss masks and advantages (checksum)": whole,
+        f"micro-batches of {ranks} (checksum)": own,
+    }
 
 
 def check_norms(norm: float) -> None:
@@ -92,27 +85,14 @@ def check_norms(norm: float) -> None:
         check_fingerprints({"gradient norm": norm})
 
 
+@torch.no_grad()
 def check_weights(chunks: Sequence[torch.nn.Module], groups: Any) -> None:
     """Compare the weights of which several ranks hold copies.
 
     Data- and context-parallel ranks hold copies of all weights, tensor-parallel ranks of those that
     are not sharded, the first and last stage of tied embeddings. Collective as
-    :func:`check_fingerprints`; a mismatch takes a second pass, which names the tensor.
+    :func:`check_fingerprints`.
     """
-    checksums = _weight_fingerprints(chunks, groups)
-    sums: dict[str, int] = defaultdict(int)
-    for name, value in checksums.items():
-        sums["weights of " + name.partition(" of ")[2]] += value
-    try:
-        check_fingerprints(dict(sums))
-    except RankMismatch:
-        check_fingerprints(checksums)
-        raise
-
-
-@torch.no_grad()
-def _weight_fingerprints(chunks: Sequence[torch.nn.Module], groups: Any) -> dict[str, int]:
-    """Return ``{"<name> of <ranks>": checksum}``, equal on ranks with the same key."""
     fingerprints = {}
     tensor_rank = f"tensor-parallel rank {groups.tp.rank()}"
     expert_rank = f"expert-parallel rank {groups.ep.rank()}"
@@ -128,4 +108,4 @@ def _weight_fingerprints(chunks: Sequence[torch.nn.Module], groups: Any) -> dict
             elif getattr(parameter, "tensor_model_parallel", False):
                 ranks = f"{tensor_rank}, {stage}"
             fingerprints[f"{name} of {ranks}"] = tensor_checksum(parameter)
-    return fingerprints
+    check_fingerprints(fingerprints)

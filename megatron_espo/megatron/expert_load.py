@@ -22,24 +22,20 @@ class ExpertLoad:
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], spec: ModelSpec) -> None:
-        self._counts: torch.Tensor | None = None
-        if spec.experts is None:
-            return
-        device = next(chunks[0].parameters()).device
-        shape = (spec.num_hidden_layers, spec.experts.count)
+        experts = spec.experts.count if spec.experts else 0
+        shape, device = (spec.num_hidden_layers, experts), torch.cuda.current_device()
         self._counts = torch.zeros(shape, device=device, dtype=torch.float64)
         for module in (module for chunk in chunks for module in chunk.modules()):
             if isinstance(module, TopKRouter):
                 module.register_forward_hook(self._count)
 
     def _count(self, router: Any, _, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        assert self._counts is not None
         self._counts[router.layer_number - 1] += output[1].sum(0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Count nothing inside: a canary's tokens are not part of a step."""
-        before = None if self._counts is None else self._counts.clone()
+        before = self._counts.clone()
         yield
         self._counts = before
 
@@ -49,7 +45,7 @@ class ExpertLoad:
         One all-reduce of ``[layers, experts]`` over all ranks. Under tensor parallelism without
         sequence parallelism ranks count the same tokens, which does not change the shares.
         """
-        if self._counts is None:
+        if not self._counts.numel():
             return {}
         counts = self._counts.clone()
         self._counts.zero_()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -10,18 +10,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_espo.algo import load_objective
+from megatron_espo.config import Algorithm
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.megatron.attention import SharedPrefixSeqParams
 from megatron_espo.megatron.loss import PolicyLoss, Recorder
 from megatron_espo.megatron.router_replay import RouterReplay
 from megatron_espo.numerics import linear_logprob_entropy
 
-if TYPE_CHECKING:
-    from megatron_espo.config import Algorithm
-
 
 def make_forward_step(
-    algorithm: "Algorithm",
+    algorithm: Algorithm,
     *,
     groups: ProcessGroupCollection,
     vocab_size: int,
@@ -69,15 +67,16 @@ def make_forward_step(
 
     def forward_step(data_iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
         batch = next(data_iterator).to(torch.device(torch.cuda.current_device()))
-        inputs = {
-            "input_ids": batch.tokens,
-            "position_ids": batch.position_ids,
-            "attention_mask": None,
-            "packed_seq_params": _sequence_parameters(batch),
-        }
         if router_replay is not None:
             router_replay.give(model, batch.routed_experts)
-        output = model(**inputs, output_processor=head, output_processor_context=batch)
+        output = model(
+            input_ids=batch.tokens,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            packed_seq_params=_sequence_parameters(batch),
+            output_processor=head,
+            output_processor_context=batch,
+        )
         if router_replay is not None:
             router_replay.follow(model, batch.routed_experts, output)
         return output, partial(loss, batch)
@@ -123,15 +122,12 @@ def score_tokens(
 def _sequence_parameters(batch: MicroBatch) -> PackedSeqParams | None:
     if batch.cu_seqlens is None:
         return None
-    boundaries = {
-        "qkv_format": "thd",
-        "cu_seqlens_q": batch.cu_seqlens,
-        "cu_seqlens_kv": batch.cu_seqlens,
-        "max_seqlen_q": batch.max_seqlen,
-        "max_seqlen_kv": batch.max_seqlen,
-    }
-    if batch.prefix_groups is None:
-        return PackedSeqParams(**boundaries)
     return SharedPrefixSeqParams(
-        **boundaries, prefix_groups=batch.prefix_groups, position_ids=batch.position_ids
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        prefix_groups=batch.prefix_groups,
+        position_ids=None if batch.prefix_groups is None else batch.position_ids,
     )

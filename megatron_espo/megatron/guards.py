@@ -1,6 +1,7 @@
 """Skip gradient spikes, and name the setting to change when memory runs out."""
 
 import statistics
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,10 +69,7 @@ def oom_hint(megatron: Any, optimizer: Any) -> Iterator[None]:
 
 def _advice(error: BaseException, megatron: Any, optimizer: Any) -> str:
     """Return the setting that matters for the code in which the allocation failed."""
-    frame, files = error.__traceback__, set()
-    while frame is not None:
-        files.add(frame.tb_frame.f_code.co_filename.replace("\\", "/"))
-        frame = frame.tb_next
+    files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
     smaller = f"lower megatron.max_tokens_per_micro_batch ({megatron.max_tokens_per_micro_batch})"
     if any("/megatron_espo/numerics/" in file for file in files):
         budget = megatron.head_memory_mib

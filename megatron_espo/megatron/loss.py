@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,11 +16,9 @@ from megatron_espo.algo import (
     rollout_correction,
     rollout_mask,
 )
+from megatron_espo.config import Algorithm
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.monitoring.metrics import loss_metrics
-
-if TYPE_CHECKING:
-    from megatron_espo.config import Algorithm
 
 Recorder = Callable[[MicroBatch, TokenSegments], None]
 
@@ -45,7 +42,7 @@ class PolicyLoss:
     """
 
     objective: Objective
-    algorithm: "Algorithm"
+    algorithm: Algorithm
     cp_group: dist.ProcessGroup
     vocab_size: int
     record: Recorder | None = None
@@ -65,8 +62,7 @@ class PolicyLoss:
         old_logprob = logprob.detach() if batch.old_logprob is None else batch.old_logprob
         old_entropy = entropy.detach() if batch.old_entropy is None else batch.old_entropy
         segments, advantage = self._segment_tokens(batch, old_entropy)
-        factor, per_token = self._rollout_correction(segments, old_logprob, batch.rollout_logprob)
-        weight = segments.weight if factor is None else segments.weight * factor
+        weight, per_token = self._corrected(segments, old_logprob, batch.rollout_logprob)
         corrected, total = replace(segments, weight=weight), self._sum_over_ranks
         inputs = LossInputs(logprob, old_logprob, advantage, corrected, entropy, total)
         result = self.objective.loss(inputs)
@@ -108,28 +104,29 @@ class PolicyLoss:
             dist.all_reduce(values, group=self.cp_group)
         return values
 
-    def _rollout_correction(
+    def _corrected(
         self, segments: TokenSegments, old_logprob: Tensor, rollout_logprob: Tensor
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Factor of the weights (``None``: weights stay) and metrics, each ``[tokens]``."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weights after the rollout correction, and metrics, each ``[tokens]``."""
         settings, tokens = self.algorithm, (old_logprob, rollout_logprob, segments)
-        factor: Tensor | None = None
+        weight = segments.weight
         report: dict[str, Tensor] = {}
         mode, cap = settings.rollout_correction, settings.rollout_correction_cap
         if mode != "off":
             floor = settings.rollout_correction_floor
-            weight = rollout_correction(
+            factor = rollout_correction(
                 *tokens,
                 level="token" if mode == "metrics" else mode,
                 cap=cap,
                 floor=floor,
                 sum_over_ranks=self._sum_over_ranks,
             )
-            report["rollout_correction/weight"] = weight
-            report["rollout_correction/limited"] = ((weight >= cap) | (weight <= floor)).float()
-            factor = None if mode == "metrics" else weight
+            report["rollout_correction/weight"] = factor
+            report["rollout_correction/limited"] = ((factor >= cap) | (factor <= floor)).float()
+            if mode != "metrics":
+                weight = weight * factor
         if settings.rollout_mask:
             kept = rollout_mask(*tokens, settings.rollout_mask, sum_over_ranks=self._sum_over_ranks)
             report["rollout_correction/masked"] = (~kept).float()
-            factor = kept.float() if factor is None else factor * kept
-        return factor, report
+            weight = weight * kept
+        return weight, report

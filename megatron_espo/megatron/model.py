@@ -92,8 +92,7 @@ def run_arguments(
     given = arguments.keys() - set(_TUNABLE)
     fixed = dict.fromkeys(given, "config.json and the other settings give it")
     fixed |= {name: f"set megatron.{name}" for name in shared}
-    chosen = check_overrides(megatron.overrides, fixed).transformer
-    return defaults | arguments | shared | dict(chosen)
+    return defaults | arguments | shared | check_overrides(megatron.overrides, fixed)[0]
 
 
 def build_model(
@@ -190,13 +189,13 @@ def layer_spec(spec: ModelSpec, config: Any, te: bool, vp_stage: int | None, gro
         pp_rank=groups.pp.rank(),
     )
     norm = block.layer_norm = block.layer_norm if te else attention.RMSNorm
-    for layer in block.layer_specs if not te else ():
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-        parts = layer.submodules.self_attention.submodules
-        parts.core_attention = attention.PackedDotProductAttention
-        if config.qk_layernorm:
-            parts.q_layernorm = parts.k_layernorm = norm
     for layer in block.layer_specs:  # one object may stand for several layers
+        if not te:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+            parts = layer.submodules.self_attention.submodules
+            parts.core_attention = attention.PackedDotProductAttention
+            if config.qk_layernorm:
+                parts.q_layernorm = parts.k_layernorm = norm
         if spec.is_latent:
             attention.use_latent_attention(layer, norm)
         spec.change_layer(layer)

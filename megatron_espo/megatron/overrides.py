@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, get_type_hints
 
 import torch
@@ -11,62 +11,55 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from megatron_espo.errors import InputError
 
-# Fields that a contract of this package fixes, and the contract.
-FIXED = {
-    "calculate_per_token_loss": "the loss is a local sum, which the schedule must not scale",
-    "hidden_dropout": "log-probs of engine and trainer must agree",
-    "attention_dropout": "log-probs of engine and trainer must agree",
-    "moe_router_load_balancing_type": "a balancing loss would move weights without an advantage",
-    "moe_aux_loss_coeff": "a balancing loss would move weights without an advantage",
-    "moe_z_loss_coeff": "a router loss would move weights without an advantage",
-    "moe_input_jitter_eps": "log-probs of engine and trainer must agree",
-    "moe_expert_capacity_factor": "dropped tokens would have no gradient",
-    "moe_expert_rank_capacity_factor": "dropped tokens would have no gradient",
-    "moe_router_force_load_balancing": "routing would be random",
-    "moe_router_force_biased": "routing would be random",
-    "use_mup": "log-probs of engine and trainer must agree",
-    "mtp_num_layers": "prediction heads for further tokens are not trained",
-    "overlap_param_gather_with_optimizer_step": "the weight update reads all weights right after "
-    "the optimizer step",
-    "use_megatron_fsdp": "weights are read from Megatron's DistributedDataParallel",
-    "use_custom_fsdp": "weights are read from Megatron's DistributedDataParallel",
-    "average_in_collective": "the loss is already divided by the token count of the whole batch",
-    "fp8_param_gather": "the weight update reads weights in model.dtype",
-    "fp4_param_gather": "the weight update reads weights in model.dtype",
-    "fp4_param": "the weight update reads weights in model.dtype",
-    "fp8_param": "the weight update reads weights in model.dtype",
-    "init_model_with_meta_device": "weights are loaded from a model folder",
-    "use_cpu_initialization": "weights are loaded from a model folder",
-    "perform_initialization": "weights are loaded from a model folder",
-    "variable_seq_lengths": "micro-batches of a pipeline have one shape",
-    "optimizer": "checkpoints hold Adam's states",
-    "grad_norm_skip_threshold": "optimizer.spike_factor skips such steps and reports them",
-}
+OPTIMIZER_SETTINGS = (
+    "lr min_lr weight_decay clip_grad use_distributed_optimizer adam_beta1 adam_beta2 adam_eps"
+).split()
 # Fields whose value follows from these keys of the run's configuration.
-FROM_SETTINGS = {
-    "lr": "optimizer.lr", "min_lr": "optimizer.min_lr", "weight_decay": "optimizer.weight_decay",
-    "clip_grad": "optimizer.clip_grad", "adam_beta1": "optimizer.adam_beta1",
-    "adam_beta2": "optimizer.adam_beta2", "adam_eps": "optimizer.adam_eps",
-    "use_distributed_optimizer": "optimizer.use_distributed_optimizer", "bf16": "model.dtype",
-    "fp16": "model.dtype", "params_dtype": "model.dtype", "pipeline_dtype": "model.dtype",
-}  # fmt: skip
+FROM_SETTINGS = {name: f"optimizer.{name}" for name in OPTIMIZER_SETTINGS}
+FROM_SETTINGS |= dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype"), "model.dtype")
+# Contracts of this package, and the fields that they fix.
+CONTRACTS = {
+    "the loss is a local sum, which the schedule must not scale": "calculate_per_token_loss",
+    "log-probs of engine and trainer must agree": (
+        "hidden_dropout attention_dropout moe_input_jitter_eps use_mup"
+    ),
+    "a balancing loss would move weights without an advantage": (
+        "moe_router_load_balancing_type moe_aux_loss_coeff"
+    ),
+    "a router loss would move weights without an advantage": "moe_z_loss_coeff",
+    "dropped tokens would have no gradient": (
+        "moe_expert_capacity_factor moe_expert_rank_capacity_factor"
+    ),
+    "routing would be random": "moe_router_force_load_balancing moe_router_force_biased",
+    "prediction heads for further tokens are not trained": "mtp_num_layers",
+    "the weight update reads all weights right after the optimizer step": (
+        "overlap_param_gather_with_optimizer_step"
+    ),
+    "weights are read from Megatron's DistributedDataParallel": "use_megatron_fsdp use_custom_fsdp",
+    "the loss is already divided by the token count of the whole batch": "average_in_collective",
+    "the weight update reads weights in model.dtype": (
+        "fp8_param_gather fp4_param_gather fp4_param fp8_param"
+    ),
+    "weights are loaded from a model folder": (
+        "init_model_with_meta_device use_cpu_initialization perform_initialization"
+    ),
+    "micro-batches of a pipeline have one shape": "variable_seq_lengths",
+    "checkpoints hold Adam's states": "optimizer",
+    "optimizer.spike_factor skips such steps and reports them": "grad_norm_skip_threshold",
+}
+FIXED = {name: contract for contract, names in CONTRACTS.items() for name in names.split()}
 
 
-@dataclass(frozen=True)
-class Overrides:
-    """Checked overrides, by the configuration that has the field; some fields are in several."""
-
-    transformer: Mapping[str, Any]
-    ddp: Mapping[str, Any]
-    optimizer: Mapping[str, Any]
-
-
-def check_overrides(overrides: Mapping[str, Any], fixed: Mapping[str, Any]) -> Overrides:
+def check_overrides(overrides: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Check names and types of ``megatron.overrides`` against the installed Megatron-Core.
 
     Args:
         overrides: ``{field: value}``.
         fixed: further fields that may not be set, with the reason.
+
+    Returns:
+        The overrides of ``TransformerConfig``, of ``DistributedDataParallelConfig`` and of
+            ``OptimizerConfig``. Some fields are in several.
 
     Raises:
         InputError: an unknown field (the closest names are given), a value of another type, or a
@@ -95,7 +88,7 @@ def check_overrides(overrides: Mapping[str, Any], fixed: Mapping[str, Any]) -> O
         for owner, known, chosen in zip(owners, names, found, strict=True):
             if name in known:
                 chosen[name] = _checked(key, get_type_hints(owner)[name], value)
-    return Overrides(*found)
+    return found
 
 
 def _checked(key: str, hint: Any, value: Any) -> Any:

@@ -87,50 +87,44 @@ def _own_shards(
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-    megatrons = functools.partial(
-        type(part).sharded_param_state_fully_reshardable, part, model_state, is_loading, metadata
-    )
     if is_loading:
-        return megatrons()
+        original = type(part).sharded_param_state_fully_reshardable
+        return original(part, model_state, is_loading, metadata)
     entries = nested_values(extract_sharded_tensors_and_factories(model_state)[0])
     by_param = {entry.data: entry for entry in entries}
-    names = ("param", *getattr(part, "optimizer_state_keys", ("exp_avg", "exp_avg_sq")))
-    buckets = [bucket for maps in part.gbuf_ranges for every in maps.values() for bucket in every]
     found: dict[int, ShardedTensor] = {}
-    for bucket in buckets:
-        for param, ranges in bucket["param_map"].items():
-            tensors, start = part._get_main_param_and_optimizer_states(param), ranges["param"].start
-            entry = by_param[param]
-            # Every data-parallel rank has other elements: none of them is a replica.
-            replica = (*entry.replica_id[:2], part.distributed_optimizer_instance_id)
-            for name in names:
-                shard, key = tensors[name].detach().float(), f"optimizer.state.{name}.{entry.key}"
-                whole = torch.empty(entry.data.shape, dtype=shard.dtype, device="meta")
-                changes = {"key": key, "data": whole, "replica_id": replica}
-                if isinstance(entry, ShardedTensorFactory):
-                    pieces = list(nested_values(replace(entry, **changes).build()))
-                else:
-                    pieces = [replace(entry, dtype=shard.dtype, **changes)]
-                if not all(piece.data.is_contiguous() for piece in pieces):
-                    return megatrons()
-                for piece in pieces:
-                    begin = piece.data.storage_offset()  # of the piece in the flat parameter
-                    low = max(begin, start) - begin
-                    high = min(begin + piece.data.numel(), start + shard.numel()) - begin
-                    shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
-                    for offset, size in _boxes(low, high, shape) if low < high else ():
-                        count = math.prod(size)
-                        data = shard.flatten()[begin + low - start :][:count].view(size)
-                        low += count
-                        place = map(sum, zip(piece.global_offset, offset, strict=True))
-                        found[len(found)] = replace(
-                            piece,
-                            data=data,
-                            local_shape=size,
-                            global_offset=tuple(place),
-                            axis_fragmentations=None,
-                            prepend_axis_num=0,
-                        )
+    for param in part.model_param_gbuf_map:
+        tensors, entry = part._get_main_param_and_optimizer_states(param), by_param[param]
+        start = part._get_model_param_range_map(param)["param"].start
+        # Every data-parallel rank has other elements: none of them is a replica.
+        replica = (*entry.replica_id[:2], part.distributed_optimizer_instance_id)
+        for name in ("param", *part.optimizer_state_keys):
+            shard, key = tensors[name].detach().float(), f"optimizer.state.{name}.{entry.key}"
+            whole = torch.empty(entry.data.shape, dtype=shard.dtype, device="meta")
+            changes = {"key": key, "data": whole, "replica_id": replica}
+            if isinstance(entry, ShardedTensorFactory):
+                pieces = list(nested_values(replace(entry, **changes).build()))
+            else:
+                pieces = [replace(entry, dtype=shard.dtype, **changes)]
+            for piece in pieces:
+                assert piece.data.is_contiguous(), piece.key
+                begin = piece.data.storage_offset()  # of the piece in the flat parameter
+                low = max(begin, start) - begin
+                high = min(begin + piece.data.numel(), start + shard.numel()) - begin
+                shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
+                for offset, size in _boxes(low, high, shape) if low < high else ():
+                    count = math.prod(size)
+                    data = shard.flatten()[begin + low - start :][:count].view(size)
+                    low += count
+                    place = map(sum, zip(piece.global_offset, offset, strict=True))
+                    found[len(found)] = replace(
+                        piece,
+                        data=data,
+                        local_shape=size,
+                        global_offset=tuple(place),
+                        axis_fragmentations=None,
+                        prepend_axis_num=0,
+                    )
     return found
 
 

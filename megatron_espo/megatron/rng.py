@@ -27,11 +27,11 @@ def save_rng(folder: Path) -> None:
     write_durably(_file(folder, dist.get_rank()), json.dumps(states, default=_encode) + "\n")
 
 
-def load_rng(folder: Path) -> bool:
-    """Restore this rank's states. Returns False, and changes nothing, for another world size."""
+def load_rng(folder: Path) -> None:
+    """Restore this rank's states. Changes nothing if another number of ranks wrote them."""
     ranks = dist.get_world_size()
     if not _file(folder, ranks - 1).is_file() or _file(folder, ranks).is_file():
-        return False
+        return
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     states: dict[str, Any] = json.loads(_file(folder, dist.get_rank()).read_text())
@@ -43,7 +43,6 @@ def load_rng(folder: Path) -> bool:
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    return True
 
 
 def _encode(state: torch.Tensor | np.ndarray) -> Any:

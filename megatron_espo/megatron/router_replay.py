@@ -1,20 +1,15 @@
-"""Make Megatron's routers take the engine's experts, and send these to the training ranks."""
+"""Make Megatron's routers take the engine's experts."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_espo.data.packing import TrainSequence, shard_by_tokens
-from megatron_espo.megatron.scatter import send_to_replica
 from megatron_espo.models.spec import Experts
 
 
@@ -102,48 +97,3 @@ class RouterReplay:
         dist.all_reduce(total)
         differ, given = total.tolist()
         return {"moe/router_mismatch": differ / given} if given else {}
-
-
-def scatter_routed_experts(
-    sequences: Sequence[TrainSequence], experts: Experts, groups: Any, share_prompts: bool
-) -> list[TrainSequence]:
-    """Send routed experts from rank 0 to the data-parallel replica that trains each sequence.
-
-    Collectives over all ranks: for each sequence a message from rank 0 to the first rank of the
-    replica, and broadcasts from there over the context-, tensor- and pipeline-parallel groups.
-
-    Args:
-        sequences: the same on every rank, except that only rank 0 has their routed experts.
-        experts: of the model.
-        groups: Megatron's ``ProcessGroupCollection``.
-        share_prompts: as for :func:`megatron_espo.data.packing.pack`.
-
-    Returns:
-        The sequences; those of this rank's replica have their routed experts.
-
-    Raises:
-        ValueError: on rank 0, sequences without routed experts.
-    """
-    is_source = dist.get_rank() == 0
-    missing = sum(sequence.routed_experts is None for sequence in sequences)
-    if is_source and missing:
-        raise ValueError(
-            "router replay: expected routed_experts of every response, got none of "
-            f"{missing} of {len(sequences)}"
-        )
-    shares = enumerate(shard_by_tokens(sequences, groups.dp.size(), share_prompts))
-    owners = {number: rank for rank, share in shares for tree in share for number in tree}
-    dtype = np.dtype(np.uint8 if experts.count <= 256 else np.uint16)
-    result = list(sequences)
-    for number, sequence in enumerate(sequences):
-        if owners[number] != groups.dp.rank() and not is_source:
-            continue
-        shape = (sequence.num_tokens - 1, sum(experts.layers), experts.per_token)
-        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        if is_source:
-            rows = np.ascontiguousarray(sequence.routed_experts, dtype)
-            data.numpy()[:] = rows.reshape(-1).view(np.uint8)
-        data = send_to_replica(data.to(torch.cuda.current_device()), owners[number], groups)
-        received = data.cpu().numpy().view(dtype).reshape(shape)
-        result[number] = replace(sequence, routed_experts=received)
-    return result

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_espo.data.packing import MicroBatch
 from megatron_espo.errors import InputError
 from megatron_espo.megatron.guards import SpikeGuard
-from megatron_espo.megatron.overrides import check_overrides
+from megatron_espo.megatron.overrides import OPTIMIZER_SETTINGS, check_overrides
 
 Tick = Callable[[], object]
 
@@ -60,9 +60,9 @@ class TrainEngine:
         self.config: Any = chunks[0].config
         self.groups = groups
         is_sharded, has_cuda = settings.use_distributed_optimizer, torch.cuda.is_available()
-        chosen = check_overrides(overrides or {}, {})
+        _, of_ddp, of_optimizer = check_overrides(overrides or {}, {})
         # NCCL reduces gradients while backward runs. gloo has no streams to overlap.
-        overlap = chosen.ddp.get("overlap_grad_reduce", has_cuda)
+        overlap = of_ddp.get("overlap_grad_reduce", has_cuda)
         ddp_settings = {
             "use_distributed_optimizer": is_sharded,
             "grad_reduce_in_fp32": True,
@@ -71,8 +71,7 @@ class TrainEngine:
             # at once: there is nothing to overlap.
             "overlap_param_gather": overlap and has_cuda and is_sharded and updates_per_step > 1,
         }
-        ddp_config = distributed.DistributedDataParallelConfig(**ddp_settings | dict(chosen.ddp))
-        overlap = ddp_config.overlap_grad_reduce
+        ddp_config = distributed.DistributedDataParallelConfig(**ddp_settings | of_ddp)
         if ddp_config.overlap_param_gather and not (is_sharded and overlap):
             raise InputError(
                 "megatron.overrides.overlap_param_gather: expected false without "
@@ -84,17 +83,12 @@ class TrainEngine:
             # The schedule reduces gradients in the backward of the last micro-batch only.
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        shared = (
-            "lr", "min_lr", "weight_decay", "clip_grad", "use_distributed_optimizer",
-            "adam_beta1", "adam_beta2", "adam_eps",
-        )  # fmt: skip
         adam = OptimizerConfig(
-            optimizer="adam",
             bf16=self.config.bf16,
             params_dtype=self.config.params_dtype,
-            **{name: getattr(settings, name) for name in shared}
+            **{name: getattr(settings, name) for name in OPTIMIZER_SETTINGS}
             | {"overlap_param_gather": ddp_config.overlap_param_gather}
-            | dict(chosen.optimizer),
+            | of_optimizer,
         )
         self.optimizer = get_megatron_optimizer(adam, self.chunks)
         warmup = settings.lr_warmup_iters
@@ -115,7 +109,6 @@ class TrainEngine:
             override_opt_param_scheduler=True,
         )
         self.spikes = SpikeGuard(settings.spike_factor)
-        self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = distributed.finalize_model_grads
 
     def gather_weights(self) -> None:
@@ -133,13 +126,13 @@ class TrainEngine:
         return [b for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
 
     def run(
-        self, forward_step: Callable, micro_batches: Sequence[MicroBatch], tick: Tick, **options
+        self, forward_step: Callable, micro_batches: Sequence[MicroBatch], tick: Tick, scores: bool
     ) -> list:
         """Run Megatron's schedule over ``micro_batches``. Collective over all ranks.
 
         Args:
             tick: called before each micro-batch's forward.
-            options: of Megatron's ``forward_backward_func``.
+            scores: forward only, and without the loss.
 
         Returns:
             On the last pipeline stage what the loss function reported for each micro-batch.
@@ -155,7 +148,8 @@ class TrainEngine:
             num_microbatches=len(micro_batches),
             seq_length=length * self.groups.cp.size(),
             micro_batch_size=rows,
-            **options,
+            forward_only=scores,
+            collect_non_loss_data=scores,
         )
 
     def backward(
@@ -165,7 +159,7 @@ class TrainEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self.run(forward_step, micro_batches, tick, forward_only=False)
+        return self.run(forward_step, micro_batches, tick, scores=False)
 
     def grad_norm(self) -> float:
         """After :meth:`backward`, return the global gradient norm by which Megatron clips.
@@ -179,11 +173,9 @@ class TrainEngine:
     def gather_gradients(self) -> None:
         """After :meth:`backward`, complete the gradient on every data-parallel rank.
 
-        The distributed optimizer reduce-scatters gradients: each rank has a shard of the sum. To
-        inspect them takes one all-gather for each of DDP's buckets.
+        The distributed optimizer, which must be in use, reduce-scatters gradients: each rank has a
+        shard of the sum. To inspect them takes one all-gather for each of DDP's buckets.
         """
-        if not self.chunks[0].ddp_config.use_distributed_optimizer:
-            return
         for chunk in self.chunks:
             for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 group = bucket_group.intra_distributed_optimizer_instance_group
@@ -222,8 +214,7 @@ class TrainEngine:
             On the last pipeline stage ``[2, response_tokens]`` log-probs and entropies of each
             micro-batch; ``[]`` elsewhere.
         """
-        options = {"forward_only": True, "collect_non_loss_data": True}
-        return self.run(forward_step, micro_batches, tick, **options)
+        return self.run(forward_step, micro_batches, tick, scores=True)
 
     def _first_bad_rank(self) -> int | None:
         """Return, on all ranks, the first rank with a non-finite gradient. One all-reduce."""

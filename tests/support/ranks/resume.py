@@ -206,15 +206,16 @@ def check_rng(folder: str) -> list[bool]:
     save_rng(Path(folder))
     torch.distributed.barrier()
     first = drawn()
-    assert load_rng(Path(folder))
+    load_rng(Path(folder))
     again = drawn()
     torch.distributed.barrier()
     Path(folder, "rng_00002.json").touch()
-    following = (load_rng(Path(folder)), drawn())
+    load_rng(Path(folder))
+    following = drawn()
     everyone = [None] * 2
     torch.distributed.all_gather_object(everyone, first)
     return [
         first == again,
-        following[0] is False and following[1] != first,
+        following != first,
         everyone[0][0] != everyone[1][0],
     ]

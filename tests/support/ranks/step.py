@@ -95,7 +95,8 @@ def build(
     from megatron_espo.megatron.actor import packing_spec
     from megatron_espo.megatron.forward_step import make_forward_step
     from megatron_espo.megatron.model import build_model
-    from megatron_espo.megatron.router_replay import RouterReplay, scatter_routed_experts
+    from megatron_espo.megatron.router_replay import RouterReplay
+    from megatron_espo.megatron.scatter import scatter_sequences
     from megatron_espo.megatron.train_engine import TrainEngine
     from megatron_espo.weights.hf_io import load_hf_weights
 
@@ -129,7 +130,9 @@ def build(
         if dist.get_rank() == 0:
             chosen = zip(sequences, engine_experts(batch, spec), strict=True)
             sequences = [replace(sequence, routed_experts=rows) for sequence, rows in chosen]
-        sequences = scatter_routed_experts(sequences, experts, place.groups, pack_as.share_prompts)
+        if dist.get_world_size() > 1:
+            options = (pack_as.share_prompts, {}, bool(kept), experts)
+            sequences = scatter_sequences(sequences, place.groups, *options)
     micro_batches = pack(sequences, totals, pack_as)
     step = make_forward_step(
         algorithm or Algorithm(),
