@@ -65,7 +65,7 @@ class SharedPrefixRotary(torch.nn.Module):
         return found[self._position_ids[0]]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)  # a mask of 7,000 by 9,000 tokens takes 63 MB
 def _suffix_mask(length: int, total: int, device: torch.device) -> Tensor:
     """Return the causal mask ``[length, total]`` of the last ``length`` of ``total`` tokens."""
     return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)

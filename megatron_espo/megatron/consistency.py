@@ -85,14 +85,28 @@ def check_norms(norm: float) -> None:
         check_fingerprints({"gradient norm": norm})
 
 
-@torch.no_grad()
 def check_weights(chunks: Sequence[torch.nn.Module], groups: Any) -> None:
     """Compare the weights of which several ranks hold copies.
 
     Data- and context-parallel ranks hold copies of all weights, tensor-parallel ranks of those that
     are not sharded, the first and last stage of tied embeddings. Collective as
-    :func:`check_fingerprints`.
+    :func:`check_fingerprints`. Ranks send a few sums; after a mismatch they send a checksum of each
+    tensor, so that the error names the tensor.
     """
+    checksums = _weight_fingerprints(chunks, groups)
+    sums: dict[str, int] = defaultdict(int)
+    for name, value in checksums.items():
+        sums["weights of " + name.partition(" of ")[2]] += value
+    try:
+        check_fingerprints(sums)
+    except RankMismatch:
+        check_fingerprints(checksums)
+        raise
+
+
+@torch.no_grad()
+def _weight_fingerprints(chunks: Sequence[torch.nn.Module], groups: Any) -> dict[str, int]:
+    """Return ``{"<name> of <ranks>": checksum}``, equal on ranks with the same key."""
     fingerprints = {}
     tensor_rank = f"tensor-parallel rank {groups.tp.rank()}"
     expert_rank = f"expert-parallel rank {groups.ep.rank()}"
@@ -108,4 +122,4 @@ def check_weights(chunks: Sequence[torch.nn.Module], groups: Any) -> None:
             elif getattr(parameter, "tensor_model_parallel", False):
                 ranks = f"{tensor_rank}, {stage}"
             fingerprints[f"{name} of {ranks}"] = tensor_checksum(parameter)
-    check_fingerprints(fingerprints)
+    return fingerprints
