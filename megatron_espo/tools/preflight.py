@@ -157,10 +157,8 @@ def folder_row(cluster: Cluster) -> Row:
     _gather(None)  # all ranks have looked
     shutil.rmtree(shared, ignore_errors=True)  # a folder that is not shared exists on each node
     if problem:
-        advice = "run.dir, model.path and data.prompts need a folder that all nodes share"
-        return Row(
-            "folder", BROKEN, f"{shared.parent.absolute()}: {problem}", f"{advice}; --folder"
-        )
+        advice = "run.dir, model.path and data.prompts need a folder that all nodes share; --folder"
+        return Row("folder", BROKEN, f"{shared.parent.absolute()}: {problem}", advice)
     return Row("folder", WORKS, f"{shared.parent.absolute()}: written and seen by all ranks")
 
 
@@ -185,7 +183,7 @@ CHECKS: dict[str, Callable[[Cluster], Row]] = {
     "versions": versions_row,
     "gpus": gpus_row,
     "limits": lambda cluster: limits_row(),
-    "memory": lambda cluster: shared_memory_row("/dev/shm"),
+    "memory": lambda cluster: shared_memory_row(),
     "folder": folder_row,
     # Among the ranks of each node, on all nodes at once.
     "node bandwidth": lambda cluster: bandwidth_row(cluster, cluster.peers, NODE_GBPS, NODE_ADVICE),
@@ -197,16 +195,13 @@ CHECKS: dict[str, Callable[[Cluster], Row]] = {
 
 def _time_all_reduce(group: dist.ProcessGroup, n: int, device: torch.device) -> tuple[float, bool]:
     """Bus bandwidth in GB/s, best of three after a warm-up; whether the sums are right."""
-    on_gpu, seconds = device.type == "cuda", []
-    buffer = torch.empty((64 if on_gpu else 1) * 2**20, device=device)
+    seconds = []
+    buffer = torch.empty((64 if device.type == "cuda" else 1) * 2**20, device=device)
     for _ in range(4):
-        buffer.fill_(1)
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        buffer.fill_(1)[0].item()  # waits for the GPU
         start = time.perf_counter()
         dist.all_reduce(buffer, group=group)
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        buffer[0].item()
         seconds.append(time.perf_counter() - start)
     return 2 * (n - 1) / n * buffer.nbytes / min(seconds[1:]) / 1e9, bool((buffer == n).all())
 
