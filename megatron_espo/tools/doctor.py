@@ -24,17 +24,12 @@ WORKS, MISSING, BROKEN = "works", "missing", "broken"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; training cannot run unless every ``needed`` row works."""
+    """Result of a check; training cannot run unless every ``needed`` row works."""
 
-    name: str
     state: str
     found: str = ""
     advice: str = ""
     needed: bool = False
-
-    def __str__(self) -> str:
-        text = f"{self.name:<20}{self.state:<9}{self.found}"
-        return text.rstrip() + (f"\n{'':<20}-> {self.advice}" if self.advice else "")
 
 
 @dataclass(frozen=True)
@@ -121,13 +116,20 @@ def main(timeout: float = 180.0) -> int:
         timeout: seconds for each import.
     """
     failed = []
-    checks: list[Callable[[], Row]] = [partial(run_probe, probe, timeout) for probe in PROBES]
-    checks += [shared_memory_row, reward_isolation_row, limits_row, host_name_row]
-    for check in checks:
+    checks: dict[str, Callable[[], Row]] = {
+        **{probe.name: partial(run_probe, probe, timeout) for probe in PROBES},
+        "shared memory": shared_memory_row,
+        "reward isolation": reward_isolation_row,
+        "limits": limits_row,
+        "host name": host_name_row,
+    }
+    for name, check in checks.items():
         row = check()
-        print(row, flush=True)
+        print(f"{name:<20}{row.state:<9}{row.found}".rstrip())
+        if row.advice:
+            print(f"{'':<20}-> {row.advice}")
         if row.needed and row.state != WORKS:
-            failed.append(f"{row.name} is {row.state}")
+            failed.append(f"{name} is {row.state}")
     print(f"Training cannot run here: {', '.join(failed)}." if failed else "Training can run here.")
     return int(bool(failed))
 
@@ -144,7 +146,7 @@ def run_probe(probe: Probe, timeout: float) -> Row:
         note, advice = _run_code(probe.code, timeout)
         state = BROKEN if advice else WORKS
     text = ", ".join(found)
-    return Row(probe.name, state, f"{text} ({note})" if note else text, advice, probe.needed)
+    return Row(state, f"{text} ({note})" if note else text, advice, probe.needed)
 
 
 def installed_version(distribution: str) -> str | None:
@@ -192,7 +194,7 @@ def limits_row() -> Row:
         advice = "a run of many ranks needs ulimit -n 65536 (in Slurm: LimitNOFILE of slurmd)"
     elif locked >= 0 and os.path.exists("/dev/infiniband"):
         advice = "InfiniBand cannot register memory: ulimit -l unlimited, or LimitMEMLOCK of slurmd"
-    return Row("limits", state, found, advice)
+    return Row(state, found, advice)
 
 
 def host_name_row(name: str = "") -> Row:
@@ -202,18 +204,18 @@ def host_name_row(name: str = "") -> Row:
         socket.getaddrinfo(name, None)
     except OSError:
         advice = "it has no address, and torchrun waits for one: add it to /etc/hosts, or on one "
-        return Row("host name", BROKEN, name, advice + "machine torchrun --local-addr 127.0.0.1")
-    return Row("host name", WORKS, name)
+        return Row(BROKEN, name, advice + "machine torchrun --local-addr 127.0.0.1")
+    return Row(WORKS, name)
 
 
 def shared_memory_row(folder: str = "/dev/shm") -> Row:
     """Free space of ``folder``: CPU weight updates, NCCL and vLLM use it."""
     advice = "weight updates use it: make it larger than the model (docker run --shm-size=16g)"
     if not os.path.isdir(folder):
-        return Row("shared memory", MISSING, folder, advice, needed=True)
+        return Row(MISSING, folder, advice, needed=True)
     free = shutil.disk_usage(folder).free / 2**30
     state, advice = WORKS if free >= 0.25 else BROKEN, advice if free < 2 else ""
-    return Row("shared memory", state, f"{free:.2f} GiB free", advice, needed=True)
+    return Row(state, f"{free:.2f} GiB free", advice, needed=True)
 
 
 def reward_isolation_row() -> Row:
@@ -224,6 +226,6 @@ def reward_isolation_row() -> Row:
         code = f"import sys\nsys.path.insert(0, {path!r})\nimport sandbox\n"
         note, problem = _run_code(f"{code}note = sandbox.isolate({folder!r}, 1 << 20)", 60)
     if note == "None":
-        return Row("reward isolation", WORKS, "no network, files, orphans")
+        return Row(WORKS, "no network, files, orphans")
     advice = f"{problem or note}; verifiers have only their limits: see docs/rewards.md"
-    return Row("reward isolation", MISSING, "", advice)
+    return Row(MISSING, "", advice)

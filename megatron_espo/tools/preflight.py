@@ -120,8 +120,8 @@ def versions_row(cluster: Cluster) -> Row:
     if names:
         found = (f"{name} {own.get(name)}, not {first.get(name)}," for name in names)
         advice = "use one environment or container image on all nodes"
-        return Row("versions", BROKEN, " ".join(found), advice)
-    return Row("versions", WORKS, ", ".join(f"{name} {found}" for name, found in own.items()))
+        return Row(BROKEN, " ".join(found), advice)
+    return Row(WORKS, ", ".join(f"{name} {found}" for name, found in own.items()))
 
 
 def gpus_row(cluster: Cluster) -> Row:
@@ -129,14 +129,14 @@ def gpus_row(cluster: Cluster) -> Row:
     kinds = [torch.cuda.get_device_name(i) for i in range(cluster.gpus)]
     of_ranks = _gather(kinds)
     if not any(of_ranks):
-        return Row("GPUs", WORKS, "none on any node: the run uses CPUs")
+        return Row(WORKS, "none on any node: the run uses CPUs")
     if len(kinds) < len(cluster.peers):
         found = f"{len(cluster.peers)} ranks, {len(kinds)} GPUs"
         advice = "see nvidia-smi, CUDA_VISIBLE_DEVICES and --gpus-per-node"
-        return Row("GPUs", BROKEN, found, advice)
+        return Row(BROKEN, found, advice)
     every = {kind for kinds in of_ranks for kind in kinds}
     advice = "the slowest kind limits the speed, the smallest the memory" if len(every) > 1 else ""
-    return Row("GPUs", WORKS, f"{len(of_ranks)} x {', '.join(sorted(every))}", advice)
+    return Row(WORKS, f"{len(of_ranks)} x {', '.join(sorted(every))}", advice)
 
 
 def folder_row(cluster: Cluster) -> Row:
@@ -158,8 +158,8 @@ def folder_row(cluster: Cluster) -> Row:
     shutil.rmtree(shared, ignore_errors=True)  # a folder that is not shared exists on each node
     if problem:
         advice = "run.dir, model.path and data.prompts need a folder that all nodes share; --folder"
-        return Row("folder", BROKEN, f"{shared.parent.absolute()}: {problem}", advice)
-    return Row("folder", WORKS, f"{shared.parent.absolute()}: written and seen by all ranks")
+        return Row(BROKEN, f"{shared.parent.absolute()}: {problem}", advice)
+    return Row(WORKS, f"{shared.parent.absolute()}: written and seen by all ranks")
 
 
 def bandwidth_row(cluster: Cluster, ranks: list[int], expected: float, advice: str) -> Row:
@@ -176,7 +176,7 @@ def bandwidth_row(cluster: Cluster, ranks: list[int], expected: float, advice: s
     if speed < max(speeds) / 2 and len(ranks) > 1:
         advice = advice or "this node slows all nodes down: sbatch --exclude it"
     found = f"{speed:.2f} GB/s over {backend}" if is_right else "wrong sums"
-    return Row("bandwidth", state, found, advice)
+    return Row(state, found, advice)
 
 
 CHECKS: dict[str, Callable[[Cluster], Row]] = {

@@ -4,10 +4,10 @@ import argparse
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import multiprocessing
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_espo.config import Config, Megatron, load_config
@@ -61,11 +61,7 @@ def run_ranks(args: argparse.Namespace, layouts: Sequence[cases.ParallelLayout])
         folder = Path(args.folder or tempfile.mkdtemp())
         if not list(folder.glob("*/batch.json")):
             # One rank needs a process that belongs to no other world.
-            child = get_context("spawn").Process(target=record, args=(args, folder))
-            child.start()
-            child.join()
-            if child.exitcode:
-                raise RuntimeError("parity: the reference on one rank failed, see above")
+            multiprocessing.spawn(record, (args, folder))
         print(ROW.format(*COLUMNS), flush=True)
         return folder
 
@@ -125,7 +121,7 @@ def objectives(args: argparse.Namespace) -> tuple[str, ...]:
     return cases.SHORT_OBJECTIVES if args.short else cases.OBJECTIVES
 
 
-def record(args: argparse.Namespace, folder: Path) -> None:
+def record(_: int, args: argparse.Namespace, folder: Path) -> None:
     """Write the batch and the one-rank reference of each model."""
     os.environ.pop("RANK", None)
     for name, config, spec in models(args, folder):
