@@ -92,8 +92,7 @@ def drift(
                 break
         else:
             raise AssertionError("no old policy found for a response")
-        known = {"old_logprobs": old.numpy(), "old_entropies": entropy.numpy()}
-        drifted.append(replace(sequence, **known))
+        drifted.append(replace(sequence, old_logprobs=old.numpy(), old_entropies=entropy.numpy()))
     return drifted
 
 
