@@ -279,7 +279,3 @@ def _report(error: InputError, checked: bool) -> None:
     else:
         # torchrun kills all ranks when one ends. The rank that prints must end first.
         time.sleep(_SILENT_RANK_S)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -74,7 +74,7 @@ def test_a_run_is_valid_without_the_library_which_is_named_at_the_build(tmp_path
     with pytest.raises(InputError, match="megatron-bridge"):
         spec.load([], config.model.path)
     with pytest.raises(InputError, match="model.family"):
-        plan_engine(config, spec, 4, (), None)
+        plan_engine(config, spec, True, 10**9)
 
 
 def test_the_stand_in_has_the_signatures_of_the_library():

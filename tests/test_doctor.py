@@ -31,18 +31,18 @@ def install(tmp_path, monkeypatch):
 
 
 def check(name, code) -> Row:
-    return doctor.run_probe(Probe(name, code, "get it", (name,)), 30)
+    return doctor.run_probe(Probe(name, code, "get it"), 30)
 
 
 def test_a_package_that_imports_works_with_its_version(install):
     install("tiny", "1.2", "tiny", "")
     assert check("tiny", "import tiny\nnote = 'small'") == Row(
-        "tiny", WORKS, "tiny 1.2 (small)", needed=True
+        WORKS, "tiny 1.2 (small)", needed=True
     )
 
 
 def test_a_package_that_is_absent_is_missing():
-    assert check("no-such", "import no_such") == Row("no-such", MISSING, "", "get it", needed=True)
+    assert check("no-such", "import no_such") == Row(MISSING, "", "get it", needed=True)
 
 
 def test_a_torchvision_built_for_another_torch_is_named(install):
@@ -80,7 +80,7 @@ def test_a_torchvision_built_for_another_torch_is_named(install):
 )
 def test_a_broken_package_gets_advice(install, code, advice):
     install("tiny", "1.2", "tiny", code)
-    row = doctor.run_probe(Probe("tiny", "import tiny", "get it", ("tiny",)), 2)
+    row = doctor.run_probe(Probe("tiny", "import tiny", "get it"), 2)
     assert row.state == BROKEN and advice in row.advice
 
 
@@ -144,7 +144,7 @@ def test_a_host_name_without_an_address_is_broken():
 
 @pytest.mark.parametrize("absent, code", [("apex", 0), ("torch", 1)])
 def test_the_exit_code_counts_only_needed_rows(monkeypatch, capsys, absent, code):
-    probes = [Probe(name, "", "get it", (name,), name != "apex") for name in ("torch", "apex")]
+    probes = [Probe(name, "", "get it", needed=name != "apex") for name in ("torch", "apex")]
     monkeypatch.setattr(doctor, "PROBES", probes)
     monkeypatch.setattr(doctor, "installed_version", lambda n: None if n == absent else "1.0")
     assert doctor.main(5) == code

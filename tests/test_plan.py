@@ -54,10 +54,9 @@ def per_gpu(hf, tp: int, layers: int, first: bool, last: bool) -> int:
 
 
 def check_transfer(plan, shapes) -> None:
-    """Number and bytes of the transfer's tensors."""
+    """Bytes of the transfer's tensors."""
     groups, size = plan["transfer"]["groups"], 2 * sum(s.numel() for s in shapes.values())
-    assert sum(group["tensors"] for group in groups) == len(shapes)
-    assert sum(group["gathered_bytes"] for group in groups) == plan["transfer"]["bytes"] == size
+    assert sum(bytes_ for _, bytes_ in groups) == plan["transfer"]["bytes"] == size
 
 
 @pytest.mark.parametrize(
@@ -119,16 +118,13 @@ def test_engines_on_other_machines_use_the_network_and_no_memory_of_the_trainer(
         code, text, plan = plan_command(
             tmp_path, QWEN3_SMALL, "--network-gbps", "80", megatron=TP2_PP2, rollout=rollout
         )
-        assert code == 0 and "vLLM: 1 x 2 of other machines' GPUs" in text, text
+        assert code == 0 and "vLLM: 1 x 2 of GPUs of their own" in text, text
         assert [stage["engine"] for stage in plan["memory"]] == [0, 0]
         plans[transport] = plan["transfer"]
     nccl, files = plans.values()
     assert (nccl["transport"], nccl["engine_s"]) == ("nccl", nccl["bytes"] / 10e9)
     # Once into the shared folder, once out of it.
     assert files["engine_s"] == 2 * files["bytes"] / 10e9
-    groups = [group["gathered_bytes"] for group in files["groups"]]
-    assert nccl["file_bytes"] == 0
-    assert files["file_bytes"] == max(groups[::2]) + max(groups[1::2])
 
 
 @pytest.mark.slow
@@ -159,9 +155,8 @@ def test_memory_of_the_transfer_equals_a_measured_transfer(tmp_path):
     options = {"sizes": TP2_PP2, "holds_last": True}
     real = run_ranks(4, target, folder=str(tmp_path), **options)["peak"]
     transfer = plan["transfer"]
-    assert transfer["sender"] == "rank 0"
     # gloo, unlike NCCL, gathers into its own memory first, and its threads free it late.
-    buffer = max(group["gathered_bytes"] for group in transfer["groups"]) / 16
+    buffer = max(bytes_ for _, bytes_ in transfer["groups"]) / 16
     assert transfer["peak_bytes"] <= real <= transfer["peak_bytes"] + 8 * buffer
 
 
@@ -227,7 +222,7 @@ def test_it_prints_tables_of_100_columns_and_a_verdict(tmp_path):
     layout = {"megatron": TP8_PP4 | RECOMPUTE, "rollout": {"tensor_parallel_size": 8}}
     code, text, plan = plan_command(tmp_path, LLAMA_3_70B, "--gpus", "64", **layout)
     assert code == 0 and plan["fits"] and not plan["problems"]
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines()[1:])) <= 100  # the first is the model's folder
     assert text.splitlines()[-1].startswith("fits: ")
     assert "70,553,706,496" in text and "2,270,765,056" in text
     # The estimate by hand: each of 8 GPUs receives an eighth over the network, then 7 over NVLink.
@@ -245,13 +240,13 @@ def test_the_total_is_the_worst_phase_where_parts_are_offloaded(tmp_path):
     code, text, plan = plan_command(
         tmp_path, LLAMA_3_70B, *options, megatron=megatron, rollout=rollout
     )
-    assert code == 0 and max(map(len, text.splitlines())) <= 100
+    assert code == 0 and max(map(len, text.splitlines()[1:])) <= 100
     assert "Trainer and engine in each phase of a step" in text
     first, other = plan["memory"][:2]  # only the first eight GPUs have an engine
     shared = (68 * 10**9, plan["engine"]["weight_bytes"])
     for stage, (engine, engine_weights) in ((first, shared), (other, (0, 0))):
         weights, states = stage["weights"], stage["main_weights"] + stage["adam"]
-        moment = stage["activations"] + max(stage["working"], stage["head"])
+        moment = stage["activations"] + stage["working"]
         assert stage["phases"] == {
             "training": [weights + stage["gradients"] + states + moment, 0],
             "sync": [weights + stage["sync"], engine_weights],

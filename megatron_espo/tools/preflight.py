@@ -120,8 +120,8 @@ def versions_row(cluster: Cluster) -> Row:
     if names:
         found = (f"{name} {own.get(name)}, not {first.get(name)}," for name in names)
         advice = "use one environment or container image on all nodes"
-        return Row("versions", BROKEN, " ".join(found), advice)
-    return Row("versions", WORKS, ", ".join(f"{name} {found}" for name, found in own.items()))
+        return Row(BROKEN, " ".join(found), advice)
+    return Row(WORKS, ", ".join(f"{name} {found}" for name, found in own.items()))
 
 
 def gpus_row(cluster: Cluster) -> Row:
@@ -129,14 +129,14 @@ def gpus_row(cluster: Cluster) -> Row:
     kinds = [torch.cuda.get_device_name(i) for i in range(cluster.gpus)]
     of_ranks = _gather(kinds)
     if not any(of_ranks):
-        return Row("GPUs", WORKS, "none on any node: the run uses CPUs")
+        return Row(WORKS, "none on any node: the run uses CPUs")
     if len(kinds) < len(cluster.peers):
         found = f"{len(cluster.peers)} ranks, {len(kinds)} GPUs"
         advice = "see nvidia-smi, CUDA_VISIBLE_DEVICES and --gpus-per-node"
-        return Row("GPUs", BROKEN, found, advice)
+        return Row(BROKEN, found, advice)
     every = {kind for kinds in of_ranks for kind in kinds}
     advice = "the slowest kind limits the speed, the smallest the memory" if len(every) > 1 else ""
-    return Row("GPUs", WORKS, f"{len(of_ranks)} x {', '.join(sorted(every))}", advice)
+    return Row(WORKS, f"{len(of_ranks)} x {', '.join(sorted(every))}", advice)
 
 
 def folder_row(cluster: Cluster) -> Row:
@@ -157,11 +157,9 @@ def folder_row(cluster: Cluster) -> Row:
     _gather(None)  # all ranks have looked
     shutil.rmtree(shared, ignore_errors=True)  # a folder that is not shared exists on each node
     if problem:
-        advice = "run.dir, model.path and data.prompts need a folder that all nodes share"
-        return Row(
-            "folder", BROKEN, f"{shared.parent.absolute()}: {problem}", f"{advice}; --folder"
-        )
-    return Row("folder", WORKS, f"{shared.parent.absolute()}: written and seen by all ranks")
+        advice = "run.dir, model.path and data.prompts need a folder that all nodes share; --folder"
+        return Row(BROKEN, f"{shared.parent.absolute()}: {problem}", advice)
+    return Row(WORKS, f"{shared.parent.absolute()}: written and seen by all ranks")
 
 
 def bandwidth_row(cluster: Cluster, ranks: list[int], expected: float, advice: str) -> Row:
@@ -178,14 +176,14 @@ def bandwidth_row(cluster: Cluster, ranks: list[int], expected: float, advice: s
     if speed < max(speeds) / 2 and len(ranks) > 1:
         advice = advice or "this node slows all nodes down: sbatch --exclude it"
     found = f"{speed:.2f} GB/s over {backend}" if is_right else "wrong sums"
-    return Row("bandwidth", state, found, advice)
+    return Row(state, found, advice)
 
 
 CHECKS: dict[str, Callable[[Cluster], Row]] = {
     "versions": versions_row,
     "gpus": gpus_row,
     "limits": lambda cluster: limits_row(),
-    "memory": lambda cluster: shared_memory_row("/dev/shm"),
+    "memory": lambda cluster: shared_memory_row(),
     "folder": folder_row,
     # Among the ranks of each node, on all nodes at once.
     "node bandwidth": lambda cluster: bandwidth_row(cluster, cluster.peers, NODE_GBPS, NODE_ADVICE),
@@ -197,16 +195,13 @@ CHECKS: dict[str, Callable[[Cluster], Row]] = {
 
 def _time_all_reduce(group: dist.ProcessGroup, n: int, device: torch.device) -> tuple[float, bool]:
     """Bus bandwidth in GB/s, best of three after a warm-up; whether the sums are right."""
-    on_gpu, seconds = device.type == "cuda", []
-    buffer = torch.empty((64 if on_gpu else 1) * 2**20, device=device)
+    seconds = []
+    buffer = torch.empty((64 if device.type == "cuda" else 1) * 2**20, device=device)
     for _ in range(4):
-        buffer.fill_(1)
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        buffer.fill_(1)[0].item()  # waits for the GPU
         start = time.perf_counter()
         dist.all_reduce(buffer, group=group)
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        buffer[0].item()
         seconds.append(time.perf_counter() - start)
     return 2 * (n - 1) / n * buffer.nbytes / min(seconds[1:]) / 1e9, bool((buffer == n).all())
 

@@ -110,14 +110,14 @@ def _command_process() -> subprocess.Popen:
 
 
 CPU_PLAN = """
-import json, sys
+import dataclasses, json, sys
 from megatron_espo.config import Config
 from megatron_espo.models.registry import read_spec
 from megatron_espo.tools.plan.planner import Builder, Machine, make_plan
 settings, hf_config, expected_tokens = json.loads(sys.argv[1])
-machine = Machine(10**12, 1e9, 1e9, 8, 50e9, expected_tokens, on_gpu=False)
-plan = make_plan(Config.model_validate(settings), Builder(read_spec(hf_config), machine), gpus=1)
-print(json.dumps(plan.to_json()))
+machine = Machine(10**12, 1e9, 1e9, 8, 50e9, expected_tokens)
+plan = make_plan(Config.model_validate(settings), Builder(read_spec(hf_config)), machine, gpus=1)
+print(json.dumps(dataclasses.asdict(plan)))
 """
 
 

@@ -3,14 +3,14 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
-from multiprocessing import get_context
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import multiprocessing
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_espo.config import Config, Data, Megatron, Model, Rollout, Run, load_config
+from megatron_espo.config import Config, Megatron, load_config
 from megatron_espo.config.checks import check_model
 from megatron_espo.distributed import runtime as distributed_runtime
 from megatron_espo.distributed.collectives import on_rank_0
@@ -19,10 +19,8 @@ from megatron_espo.models.registry import read_spec
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.tools.parity import cases, measure, recorded
 
-HEADER = (
-    f"{'model':<6} {'layout':<11} {'ranks':>5} {'micro-batch':>11} {'objective':>9} "
-    f"{'loss':>12} {'grad norm':>12} {'worst':>9}  tensor"
-)
+ROW = "{:<6} {:<11} {:>5} {:>11} {:>9} {:>12} {:>12} {:>9}  {}"
+COLUMNS = "model layout ranks micro-batch objective loss norm worst tensor".split()
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,16 +43,11 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or temporary
         for ranks in sizes:
+            # The host name may not resolve.
             launch = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=ranks,
-                run_id="parity",
-                rdzv_backend="c10d",
-                rdzv_endpoint="127.0.0.1:0",  # the host name may not resolve
-                local_addr="127.0.0.1",
-                max_restarts=0,
-            )
+                1, 1, ranks, run_id="parity", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+                local_addr="127.0.0.1", max_restarts=0,
+            )  # fmt: skip
             some = [layout for layout in layouts if layout.ranks == ranks]
             codes += elastic_launch(launch, run_ranks)(args, some).values()
     return int(any(codes))
@@ -68,32 +61,26 @@ def run_ranks(args: argparse.Namespace, layouts: Sequence[cases.ParallelLayout])
         folder = Path(args.folder or tempfile.mkdtemp())
         if not list(folder.glob("*/batch.json")):
             # One rank needs a process that belongs to no other world.
-            wanted = {layout.moe for layout in layouts}
-            child = get_context("spawn").Process(target=record, args=(args, folder, wanted))
-            child.start()
-            child.join()
-            if child.exitcode:
-                raise RuntimeError("parity: the reference on one rank failed, see above")
-        print(HEADER, flush=True)
+            multiprocessing.spawn(record, (args, folder))
+        print(ROW.format(*COLUMNS), flush=True)
         return folder
 
     folder = on_rank_0(prepare)
-    found: list[measure.Difference] = []
+    found: list[float] = []
     for name, config, spec in models(args, folder):
         for layout in layouts:
-            has_experts = spec.experts is not None
-            if layout.moe == has_experts and layout.fits(runtime.world_size):
+            is_possible = runtime.world_size % layout.ranks == 0
+            if is_possible and layout.has_experts == (spec.experts is not None):
                 found += run_layout(args, name, config, spec, layout, folder / name)
-    breaches = sum(not difference.worst <= args.tolerance for difference in found)  # NaN is one
+    breaches = sum(not worst <= args.tolerance for worst in found)  # NaN is one
     # Zero comparisons do not count as agreement.
     verdict = on_rank_0(lambda: breaches > 0 or not found)
     if runtime.is_main:
         outcome = f"{breaches} DIFFER" if breaches else "all agree"
-        worst = max((difference.worst for difference in found), default=0.0)
         print(
             f"{len(found)} gradients on {runtime.world_size} ranks: "
             f"{outcome if found else 'NOTHING was compared'}; worst relative difference "
-            f"{worst:.1e}, tolerance {args.tolerance:.0e}",
+            f"{max(found, default=0.0):.1e}, tolerance {args.tolerance:.0e}",
             flush=True,
         )
     distributed_runtime.shutdown()
@@ -101,63 +88,51 @@ def run_ranks(args: argparse.Namespace, layouts: Sequence[cases.ParallelLayout])
 
 
 def run_layout(
-    args: argparse.Namespace,
-    name: str,
-    config: Config,
-    spec: ModelSpec,
-    layout: cases.ParallelLayout,
-    folder: Path,
-) -> list[measure.Difference]:
-    """Print and return the differences of one layout on rank 0; ``[]`` on other ranks."""
+    args: argparse.Namespace, name: str, config: Config, spec: ModelSpec,
+    layout: cases.ParallelLayout, folder: Path,
+) -> Iterator[float]:  # fmt: skip
+    """Print the differences of one layout and yield the worst ones, on rank 0."""
     base = config.megatron.model_dump() | layout.sizes
     config = config.model_copy(update={"megatron": Megatron(**base)})
-    label = f"{name:<6} {layout.name:<11}"
     try:
         check_model(config, spec)
     except InputError as error:
         if dist.get_rank() == 0:
-            print(f"{label} skipped: {error}", flush=True)
-        return []
+            print(f"{name:<6} {layout.name:<11} skipped: {error}", flush=True)
+        return
     model = measure.Model(config, spec)
-    sequences, differences = recorded.load_sequences(folder / "batch.json"), []
+    sequences = recorded.load_sequences(folder / "batch.json")
     for micro_batch in cases.SHORT_MICRO_BATCHES if args.short else cases.MICRO_BATCHES:
         megatron = Megatron(**base | cases.MICRO_BATCHES[micro_batch])
         for objective in objectives(args):
             loss, norm = model.backward(sequences, megatron, objective)
-            found = measure.compare(model, loss, norm, objective, folder)
+            found = measure.compare(model, loss, norm, folder / f"{objective}.pt")
             if found:
-                mark = "" if found.worst <= args.tolerance else "  DIFFERS"
-                print(
-                    f"{label} {model.runtime.world_size:>5} {micro_batch:>11} {objective:>9} "
-                    f"{found.loss:>12.6g} {found.grad_norm:>12.6g} {found.worst:>9.1e}  "
-                    f"{found.tensor}{mark}",
-                    flush=True,
-                )
-                differences.append(found)
-    return differences
+                worst, tensor = found
+                mark = "" if worst <= args.tolerance else "  DIFFERS"
+                ranks, numbers = model.runtime.world_size, (f"{loss:.6g}", f"{norm:.6g}")
+                cells = (name, layout.name, ranks, micro_batch, objective, *numbers)
+                print(ROW.format(*cells, f"{worst:.1e}", tensor + mark), flush=True)
+                yield worst
 
 
-def objectives(args: argparse.Namespace) -> tuple[cases.Objective, ...]:
+def objectives(args: argparse.Namespace) -> tuple[str, ...]:
     """The compared objectives."""
     return cases.SHORT_OBJECTIVES if args.short else cases.OBJECTIVES
 
 
-def record(args: argparse.Namespace, folder: Path, wanted: set[bool]) -> None:
-    """Write the batch and the one-rank reference of each model.
-
-    Args:
-        wanted: of the tiny models: with experts, without, or both.
-    """
+def record(_: int, args: argparse.Namespace, folder: Path) -> None:
+    """Write the batch and the one-rank reference of each model."""
     os.environ.pop("RANK", None)
-    for name, spec in recorded.MODELS.items():
-        if not args.config and (spec.experts is not None) in wanted:
-            recorded.write_model(folder / name / "model", spec)
     for name, config, spec in models(args, folder):
+        if not args.config:
+            recorded.write_model(Path(config.model.path), spec)
         (folder / name).mkdir(parents=True, exist_ok=True)
-        model, vocab_size = measure.Model(config, spec), spec.vocab_size
-        sequences = recorded.make_sequences(vocab_size, spec.max_position_embeddings)
-        sequences = recorded.drift(sequences, *model.score(sequences), vocab_size)
-        measure.write_reference(model, sequences, objectives(args), folder / name)
+        model = measure.Model(config, spec)
+        sequences = recorded.make_sequences(spec.vocab_size, spec.max_position_embeddings)
+        sequences = recorded.drift(sequences, model.score(sequences), spec.vocab_size)
+        for objective in objectives(args):
+            measure.write_reference(model, sequences, objective, folder / name / f"{objective}.pt")
         recorded.save_sequences(folder / name / "batch.json", sequences)
 
 
@@ -165,9 +140,8 @@ def models(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config, Mo
     """Name, configuration (one rank, float32) and specification of each model under test."""
     if not args.config:
         return [
-            (name, _tiny_config(str(folder / name / "model")), spec)
-            for name, spec in sorted(recorded.MODELS.items())
-            if (folder / name).is_dir()
+            (name, _tiny_config(folder / name / "model"), spec)
+            for name, spec in recorded.MODELS.items()
         ]
     config = load_config(args.config, args.overrides)
     spec = check_model(config)
@@ -179,7 +153,11 @@ def models(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config, Mo
     return [("yours", config.model_copy(update={"megatron": megatron, "model": model}), spec)]
 
 
-def _tiny_config(path: str) -> Config:
-    model, megatron = Model(path=path, dtype="float32"), Megatron(transformer_impl="local")
-    rollout, data = Rollout(max_response_tokens=64), Data(prompts="reasoning_gym:none")
-    return Config(run=Run(), model=model, megatron=megatron, rollout=rollout, data=data)
+def _tiny_config(path: Path) -> Config:
+    sections = {
+        "model": {"path": str(path), "dtype": "float32"},
+        "megatron": {"transformer_impl": "local"},
+        "rollout": {"max_response_tokens": 64},
+        "data": {"prompts": "reasoning_gym:none"},
+    }
+    return Config.model_validate(sections)

@@ -1,6 +1,6 @@
 """Loss and gradient of the recorded batch in one layout, compared with the one-rank reference."""
 
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,7 @@ from megatron_espo.megatron.forward_step import make_forward_step
 from megatron_espo.megatron.train_engine import TrainEngine
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.metrics import reduce_metrics_everywhere
-from megatron_espo.tools.parity.cases import Objective
 from megatron_espo.weights.source import WeightGatherer
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One gradient compared with the reference.
-
-    Attributes:
-        loss, grad_norm: of this layout; Megatron clips by this norm.
-        worst: largest relative difference of the loss, of the norm of all tensors, or of a tensor,
-            |gradient - reference| / |reference| (L2). NaN is the largest.
-        tensor: that tensor's Hugging Face name, ``loss`` or ``grad norm``.
-    """
-
-    loss: float
-    grad_norm: float
-    worst: float
-    tensor: str
 
 
 class Model:
@@ -53,18 +35,18 @@ class Model:
         groups = self.runtime.groups
         chunks = build_chunks(config, spec, self.runtime)
         self.train_engine = TrainEngine(chunks, groups, Optimizer(), 1)
-        chunks = self.train_engine.chunks
-        self.gradients = WeightGatherer(chunks, spec, groups, dtype=torch.float32, read=_gradient)
+        self.gradients = WeightGatherer(
+            self.train_engine.chunks, spec, groups, dtype=torch.float32, read=_gradient
+        )
 
-    def score(self, sequences: list[TrainSequence]) -> tuple[list[list[float]], list[list[float]]]:
-        """Log-probs and entropies of each sequence, on one rank."""
+    def score(self, sequences: list[TrainSequence]) -> list[torch.Tensor]:
+        """``[2, response_tokens]`` log-probs and entropies of each sequence, on one rank."""
         megatron = self.config.megatron
         batches = [batch for sequence in sequences for batch in self._pack([sequence], megatron)]
-        scored = self.train_engine.score(self._forward_step("espo"), batches)
-        return [values[0].tolist() for values in scored], [values[1].tolist() for values in scored]
+        return self.train_engine.score(self._forward_step("espo"), batches)
 
     def backward(
-        self, sequences: list[TrainSequence], megatron: Megatron, objective: Objective
+        self, sequences: list[TrainSequence], megatron: Megatron, objective: str
     ) -> tuple[float, float]:
         """Compute the gradient; return the loss and Megatron's gradient norm, on every rank."""
         batches = self._pack(sequences, megatron)
@@ -78,7 +60,7 @@ class Model:
         totals = batch_totals(sequences, num_responses=len(sequences), num_response_tokens=tokens)
         return pack(sequences, totals, packing_spec(megatron, self.runtime.groups))
 
-    def _forward_step(self, objective: Objective) -> Any:
+    def _forward_step(self, objective: str) -> Any:
         return make_forward_step(
             Algorithm(objective=objective),
             groups=self.runtime.groups,
@@ -88,42 +70,46 @@ class Model:
 
 
 def write_reference(
-    model: Model, sequences: list[TrainSequence], objectives: tuple[Objective, ...], folder: Path
+    model: Model, sequences: list[TrainSequence], objective: str, file: Path
 ) -> None:
     """Write loss, norm and gradients of the one-rank model."""
-    for objective in objectives:
-        loss, _ = model.backward(sequences, model.config.megatron, objective)
-        gradients = {name: tensor.clone() for name, tensor in model.gradients if tensor is not None}
-        norm = torch.stack([tensor.double().norm() for tensor in gradients.values()]).norm()
-        reference = {"loss": loss, "grad_norm": float(norm), "gradients": gradients}
-        torch.save(reference, folder / f"{objective}.pt")
+    loss, _ = model.backward(sequences, model.config.megatron, objective)
+    gradients = dict(model.gradients)
+    norm = torch.stack([tensor.double().norm() for tensor in gradients.values()]).norm()
+    torch.save(gradients | _named(loss, float(norm)), file)
 
 
-def compare(
-    model: Model, loss: float, norm: float, objective: str, folder: Path
-) -> Difference | None:
-    """Compare the gradient that ``model`` holds; the result on rank 0, None on other ranks."""
-    errors, reference = dict[str, float](), None
-    if model.runtime.is_main:
-        reference = torch.load(folder / f"{objective}.pt", mmap=True)
-    for name, tensor in model.gradients:
-        if reference and tensor is not None:
-            wanted, found = reference["gradients"].pop(name).double(), tensor.cpu().double()
-            errors[name] = _relative(float((found - wanted).norm()), float(wanted.norm()))
-    if reference is None:
+def compare(model: Model, loss: float, norm: float, file: Path) -> tuple[float, str] | None:
+    """Compare loss, Megatron's gradient norm, and the gradients that ``model`` holds.
+
+    Returns:
+        On rank 0 the largest relative difference |value - reference| / |reference| (L2) of the
+        loss, of the norm or of a tensor; NaN is the largest. Then ``loss``, ``grad norm``, or that
+        tensor's Hugging Face name. None on other ranks.
+    """
+    is_main, errors = model.runtime.is_main, dict[str, float]()
+    wanted = torch.load(file, mmap=True) if is_main else {}
+    for name, tensor in chain(model.gradients, _named(loss, norm).items()):
+        if is_main:
+            errors[name] = _relative(tensor.cpu().double(), wanted.pop(name).double())
+    if not is_main:
         return None
-    assert not reference["gradients"], f"not compared: {list(reference['gradients'])}"
-    errors["loss"] = _relative(abs(loss - reference["loss"]), abs(reference["loss"]))
-    errors["grad norm"] = _relative(abs(norm - reference["grad_norm"]), reference["grad_norm"])
+    assert not wanted, f"not compared: {list(wanted)}"
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
-    return Difference(loss, norm, errors[worst], worst)
+    return errors[worst], worst
+
+
+def _named(loss: float, norm: float) -> dict[str, torch.Tensor]:
+    values = torch.tensor([loss, norm], dtype=torch.float64)
+    return dict(zip(("loss", "grad norm"), values, strict=True))
 
 
 def _gradient(parameter: Any) -> torch.Tensor:
     return parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
 
 
-def _relative(difference: float, size: float) -> float:
+def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    difference, size = float((found - wanted).norm()), float(wanted.norm())
     if size:
         return difference / size
     return 0.0 if difference == 0 else float("inf")

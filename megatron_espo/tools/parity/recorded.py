@@ -30,26 +30,19 @@ SIZES = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
     "vocab_size": 517,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
 }
 # Small models with grouped queries, experts, and a vocabulary of 11 x 47 that needs padding.
 MODELS: dict[str, ModelSpec] = {
-    "dense": read_spec(SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
-    "moe": read_spec(
-        SIZES
-        | {
-            "model_type": "qwen3_moe",
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 48,
-            "norm_topk_prob": True,
-        }
-    ),
+    "dense": read_spec(SIZES | {"architectures": ["Qwen3ForCausalLM"]}),
+    "moe": read_spec(SIZES | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"]}),
 }
 
 
@@ -80,42 +73,42 @@ def make_sequences(vocab_size: int, max_tokens: int) -> list[TrainSequence]:
 
 
 def drift(
-    sequences: Sequence[TrainSequence],
-    logprobs: Sequence[Sequence[float]],
-    entropies: Sequence[Sequence[float]],
-    vocab_size: int,
+    sequences: Sequence[TrainSequence], scored: Sequence[torch.Tensor], vocab_size: int
 ) -> list[TrainSequence]:
-    """Give each response old log-probs unlike the model's, with no ratio near a clip bound."""
+    """Give each response old log-probs unlike the model's, with no ratio near a clip bound.
+
+    Args:
+        scored: ``[2, response_tokens]`` log-probs and entropies of the model, for each response.
+    """
     draw = random.Random(SEED + 1)
     drifted = []
-    entropy: Any  # TrainSequence converts lists to arrays
-    old: Any
-    for i, (sequence, new, entropy) in enumerate(zip(sequences, logprobs, entropies, strict=True)):
-        entropy = [max(0.0, value) for value in entropy]
+    for sequence, values, scale in zip(sequences, scored, cycle(DRIFTS), strict=False):
+        new, entropy = values[0], values[1].clamp(min=0)
         for _ in range(1000):
-            scale, lean = DRIFTS[i % len(DRIFTS)], draw.uniform(-1, 1)
-            old = [min(-1e-6, value + scale * (lean + draw.uniform(-1, 1))) for value in new]
+            lean = draw.uniform(-1, 1)
+            moves = torch.tensor([lean + draw.uniform(-1, 1) for _ in new], dtype=torch.float64)
+            old = (new + scale * moves).clamp(max=-1e-6).float()
             if not _on_edge(new, old, entropy, sequence.advantage, vocab_size):
                 break
         else:
-            raise AssertionError(f"no old policy found for response {i}")
-        drifted.append(replace(sequence, old_logprobs=old, old_entropies=entropy))
+            raise AssertionError("no old policy found for a response")
+        drifted.append(replace(sequence, old_logprobs=old.numpy(), old_entropies=entropy.numpy()))
     return drifted
 
 
 def _on_edge(
-    new: Sequence[float], old: list[float], entropy: list[float], advantage: float, vocab_size: int
+    new: torch.Tensor, old: torch.Tensor, entropy: torch.Tensor, advantage: float, vocab_size: int
 ) -> bool:
     """Whether a shift of all log-probs by ``MARGIN`` changes the clipped tokens of an objective."""
-    lengths = torch.tensor([len(new)])
     counts = {"vocab_size": vocab_size, "num_responses": 1, "num_tokens": len(new)}
-    old_logprob, advantages = torch.tensor(old), torch.full((len(new),), advantage)
     for name in OBJECTIVES:
         objective = load_objective(Algorithm(objective=name))
-        segments = objective.segment_tokens(torch.tensor(entropy), lengths, **counts)
+        segments = objective.segment_tokens(entropy, torch.tensor([len(new)]), **counts)
         lower, upper = (
-            objective.loss(LossInputs(logprob.clamp(max=0), old_logprob, advantages, segments))
-            for logprob in (torch.tensor(new) - MARGIN, torch.tensor(new) + MARGIN)
+            objective.loss(
+                LossInputs(logprob.clamp(max=0), old, torch.full_like(old, advantage), segments)
+            )
+            for logprob in (new - MARGIN, new + MARGIN)
         )
         if not torch.equal(lower.no_gradient, upper.no_gradient):
             return True

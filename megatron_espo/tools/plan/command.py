@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,6 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name}: expected a number above 0, got {value:g}")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise InputError(f"--json: expected a file in a folder that exists, got {args.json!r}")
     from megatron_espo.config import load_config
     from megatron_espo.config.checks import check_model, read_model
 
@@ -45,14 +44,19 @@ def run(args: argparse.Namespace) -> int:
     from megatron_espo.tools.plan.planner import Builder, Machine, find_fix, make_plan
     from megatron_espo.tools.plan.render import render
 
-    gbps = (args.link_gbps, args.network_gbps, args.host_gbps)
-    link, network, host = (speed * 1e9 / 8 for speed in gbps)
-    gpu_memory, tokens = int(args.gpu_memory * 1e9), args.expected_tokens
-    build = Builder(spec, Machine(gpu_memory, link, network, args.gpus_per_node, host, tokens))
-    plan = make_plan(config, build, args.gpus)
-    fix = None if plan.fits else find_fix(config, build, plan, args.gpus)
-    if args.json:
-        text = json.dumps(plan.to_json() | {"fix": fix}) + "\n"
-        Path(args.json).write_text(text, encoding="utf-8")
+    machine = Machine(
+        gpu_memory=int(args.gpu_memory * 1e9),
+        gpus_per_node=args.gpus_per_node,
+        node_link=args.link_gbps * 1e9 / 8,
+        network=args.network_gbps * 1e9 / 8,
+        host_link=args.host_gbps * 1e9 / 8,
+        expected_tokens=args.expected_tokens,
+    )
+    build = Builder(spec)
+    plan = make_plan(config, build, machine, args.gpus)
+    fix = find_fix(args, build, machine, plan) if plan.problems else None
     print(render(plan, fix))
-    return 0 if plan.fits else 1
+    if args.json:
+        content = asdict(plan) | {"fits": not plan.problems, "fix": fix}
+        Path(args.json).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return int(bool(plan.problems))

@@ -88,7 +88,6 @@ class Engine:
         gpus: GPUs of an engine (``rollout.tensor_parallel_size``).
         shares_gpus: whether the trainer uses the same GPUs: those of the engine's owner and of the
             next ranks.
-        on_hosts: whether the engines run on other machines (``rollout.hosts``).
         budget_bytes: vLLM's memory, ``rollout.gpu_memory_utilization`` of the GPU.
         weight_bytes: the model's weights.
         kv_bytes_per_token: keys and values of one token.
@@ -99,7 +98,6 @@ class Engine:
     number: int
     gpus: int
     shares_gpus: bool
-    on_hosts: bool
     budget_bytes: int
     weight_bytes: int
     kv_bytes_per_token: int
@@ -121,12 +119,10 @@ class Engine:
             )
 
 
-def plan_engine(
-    config: Any, spec: ModelSpec, itemsize: int, shares_gpus: bool, gpu_memory: int
-) -> Engine:  # fmt: skip
+def plan_engine(config: Any, spec: ModelSpec, shares_gpus: bool, gpu_memory: int) -> Engine:
     """Shard the weights as vLLM does, norms whole; keys and values take the rest of its budget."""
     rollout, gpus = config.rollout, config.rollout.tensor_parallel_size
-    weights = 0
+    itemsize, weights = getattr(torch, config.model.dtype).itemsize, 0
     for mapping in (mapping for group in spec.groups for mapping in group):
         size = sum(prod(shape) for _, shape in mapping.huggingface) * itemsize
         weights += size if mapping.layout is ShardLayout.REPLICATED else -(-size // gpus)
@@ -136,7 +132,6 @@ def plan_engine(
         number=rollout.engines,
         gpus=gpus,
         shares_gpus=shares_gpus,
-        on_hosts=bool(rollout.hosts),
         budget_bytes=budget,
         weight_bytes=weights,
         kv_bytes_per_token=per_token,
@@ -154,8 +149,8 @@ class StageMemory:
         weights, gradients, main_weights, adam: held between steps; read off the built model and
             optimizer.
         activations: kept for backward by all micro-batches in flight.
-        working: recomputed activations and gradients of one chunk, during its backward pass.
-        head: final norm, logits and their gradient (last stage).
+        working: for a moment: recomputed activations and gradients in one chunk's backward pass, or
+            the head's norm, logits and their gradient (last stage).
         sync: extra memory while weights are gathered for the engine; no activations exist then.
         engine: memory of an engine on the same GPU.
         host: host memory for the offloaded parts; gradients are not copied.
@@ -172,7 +167,6 @@ class StageMemory:
     adam: int
     activations: int
     working: int
-    head: int
     sync: int
     engine: int
     host: int
@@ -181,28 +175,28 @@ class StageMemory:
 
 
 def plan_memory(
-    rank: BuiltRank, config: Any, spec: ModelSpec, pipeline: Pipeline,
-    on_gpu: bool, sync: int, engine: Engine | None,
+    rank: BuiltRank, config: Any, spec: ModelSpec, pipeline: Pipeline, sync: int,
+    engine: Engine | None,
 ) -> StageMemory:  # fmt: skip
     """Memory of one GPU of the stage of ``rank``.
 
     Args:
-        on_gpu: a GPU (``transformer_impl: auto`` means Transformer Engine), else a CPU.
         sync: extra bytes while weights are gathered.
         engine: the engine on the same GPU, if there is one.
     """
-    groups, model = spec.groups, Activations(config, spec, pipeline.tokens, on_gpu)
+    groups, model = spec.groups, Activations(config, spec, pipeline.tokens)
     decoder = [shard for shard in rank.held if 0 < shard.group < len(groups) - 1]
     layers = [groups[i] for i in sorted({shard.group for shard in decoder})]
     size = max(1, len(layers) // pipeline.chunks)
     chunks = [model.chunk(layers[i : i + size]) for i in range(0, len(layers), size)]
     kept, working = map(max, zip((0, 0), *chunks, strict=True))
-    is_last = rank.stage == pipeline.stages - 1
-    if not is_last:  # the stage's output is kept until its gradient arrives
-        kept += int(model.hidden_bytes * model.tokens / model.sp)
     if not model.fused:  # a linear's gradient is a tensor before DDP's buffer takes it
         working += max(prod(shard.shape) for shard in decoder) * model.itemsize
-    head, in_flight = model.head() if is_last else 0, pipeline.in_flight(rank.stage)
+    if rank.stage == pipeline.stages - 1:
+        working = max(working, model.head())
+    else:  # the stage's output is kept until its gradient arrives
+        kept += int(model.hidden_bytes * model.tokens / model.sp)
+    in_flight = pipeline.in_flight(rank.stage)
     activations = in_flight * kept
 
     states = rank.main_bytes + rank.adam_bytes
@@ -213,7 +207,7 @@ def plan_memory(
     awake, weights = (engine.budget_bytes, engine.weight_bytes) if engine else (0, 0)
     sleeps = config.rollout.sleep
     phases = {
-        "training": (held + activations + max(working, head), 0 if sleeps else awake),
+        "training": (held + activations + working, 0 if sleeps else awake),
         "sync": (left + sync, weights if sleeps else awake),
     }
     if config.rollout.canary_prompts:  # the engine decodes, and the trainer scores the same tokens
@@ -229,7 +223,6 @@ def plan_memory(
         adam=rank.adam_bytes,
         activations=activations,
         working=working,
-        head=head,
         sync=sync,
         engine=awake,
         host=away["optimizer"] + away["weights"],
@@ -243,19 +236,17 @@ class Activations:
 
     Args:
         tokens: of a micro-batch, over all its context-parallel ranks.
-        on_gpu: what ``transformer_impl: auto`` means: Transformer Engine, or Megatron's own layers.
     """
 
-    def __init__(self, config: Any, spec: ModelSpec, tokens: int, on_gpu: bool) -> None:
-        self.megatron, self.spec, self.on_gpu = config.megatron, spec, on_gpu
-        m = config.megatron
+    def __init__(self, config: Any, spec: ModelSpec, tokens: int) -> None:
+        m = self.megatron = config.megatron
+        self.spec, self.dtype = spec, getattr(torch, config.model.dtype)
         self.tp, self.cp = m.tensor_model_parallel_size, m.context_parallel_size
         self.sp = self.tp if m.sequence_parallel else 1  # shards of the states between linears
         self.tokens = -(-tokens // self.cp)
-        self.itemsize = getattr(torch, config.model.dtype).itemsize
+        self.itemsize = self.dtype.itemsize
         self.hidden_bytes = spec.hidden_size * self.itemsize
-        auto = m.transformer_impl == "auto"
-        self.fused = on_gpu if auto else m.transformer_impl == "transformer_engine"
+        self.fused = m.transformer_impl != "local"  # auto: Transformer Engine on a GPU
 
     def chunk(self, layers: Groups) -> tuple[int, int]:
         """Bytes of one micro-batch in one model chunk under the configured recomputation.
@@ -267,7 +258,7 @@ class Activations:
         working = max(gradients)
         if self.megatron.recompute_granularity != "full":
             return int(sum(full) * self.tokens), int(working * self.tokens)
-        unit = min(self.megatron.recompute_num_layers or 1, len(layers))
+        unit = min(self.megatron.recompute_num_layers, len(layers))
         unit_input = self.hidden_bytes / self.sp
         if self.megatron.recompute_method == "uniform":
             units = [full[start : start + unit] for start in range(0, len(layers), unit)]
@@ -283,10 +274,9 @@ class Activations:
         logits = plan_head(
             self.tokens,
             columns,
-            dtype={2: torch.bfloat16, 4: torch.float32}[self.itemsize],
+            dtype=self.dtype,
             budget_bytes=None if budget_mib is None else budget_mib << 20,
             float32_logits=True,
-            convert_gradient=not self.on_gpu and self.itemsize < 4,
         )
         # Scored rows, their gradient, and the gradient of all rows before and after its reduction.
         rows = 4 * self.hidden_bytes * self.tokens

@@ -1,21 +1,18 @@
 """The whole plan of a run, and settings that make a run fit that does not."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import lcm, prod
 from statistics import fmean
 from typing import Any
 
-import torch
-
-from megatron_espo.config import Config
+from megatron_espo.config import Config, load_config
 from megatron_espo.config.checks import check_model, check_world_size
 from megatron_espo.distributed.runtime import parallel_sizes
+from megatron_espo.errors import InputError
 from megatron_espo.megatron.meta import BuiltRank, build_ranks
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.rollout.server import engine_owners
-from megatron_espo.rollout.transport import needs_all_replicas
 from megatron_espo.tools.plan.memory import (
     GB,
     Engine,
@@ -27,22 +24,22 @@ from megatron_espo.tools.plan.memory import (
 )
 from megatron_espo.tools.plan.transfer import Machine, Transfer, plan_transfer, replica_ranks
 
-Changes = dict[str, Any]
+# Settings, with values as on the command line.
+Changes = dict[str, str]
 RECOMPUTE = {
     "megatron.recompute_granularity": "full",
     "megatron.recompute_method": "uniform",
-    "megatron.recompute_num_layers": 1,
+    "megatron.recompute_num_layers": "1",
 }
-OFFLOAD = {"rollout.sleep": True, "megatron.offload": ["optimizer", "gradients"]}
+OFFLOAD = {"rollout.sleep": "true", "megatron.offload": "[optimizer,gradients]"}
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run needs and transfers, in bytes, elements and seconds.
 
-    ``in_phases``: trainer or engine free memory in some phases of a step. ``host_bytes`` is the
-    memory of a node for what ``megatron.offload`` moves there, ``offload_s`` the estimated seconds
-    that a step spends on moving it.
+    ``host_bytes`` is the memory of a node for what ``megatron.offload`` moves there, ``offload_s``
+    the estimated seconds that a step spends on moving it. A run without ``problems`` fits.
     """
 
     model: str
@@ -55,15 +52,9 @@ class Plan:
     pipeline: Pipeline
     engine: Engine
     transfer: Transfer
-    in_phases: bool
     host_bytes: int
     offload_s: float
     problems: list[str]
-
-    @property
-    def fits(self) -> bool:
-        """Whether the run fits the GPUs."""
-        return not self.problems
 
     @property
     def worst(self) -> StageMemory:
@@ -75,65 +66,25 @@ class Plan:
         """Larger for a run that is further from fitting."""
         return len(self.problems), fmean(stage.total for stage in self.memory)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries and lists, derived values included."""
-        return asdict(self) | {"fits": self.fits}
-
-
-# The part of a plan that depends only on the layout and the number of ranks.
-Built = tuple[list[BuiltRank], Transfer]
-
 
 class Builder:
-    """Builds one model for one kind of machine; builds each layout once.
+    """Builds the ranks of one model; each layout once, because it takes seconds."""
 
-    Args:
-        spec: the model.
-    """
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._built: dict[tuple, list[BuiltRank]] = {}
 
-    def __init__(self, spec: ModelSpec, machine: Machine) -> None:
-        self.spec, self.machine = spec, machine
-        self._built: dict[tuple, Built] = {}
-
-    def __call__(self, config: Config, world_size: int) -> Built:
-        """Build, or return what was built for an equal layout."""
-        rollout, transport = config.rollout, self._transport(config)
+    def __call__(self, config: Config, world_size: int) -> list[BuiltRank]:
+        """Return what :func:`build_ranks` yields."""
         sizes = tuple(parallel_sizes(config.megatron).values())
         sharded = config.optimizer.use_distributed_optimizer
-        sends = transport, bool(rollout.hosts), needs_all_replicas(transport, rollout.engines)
-        key = (sizes, config.model.dtype, sharded, sends, world_size)
+        key = (*sizes, config.model.dtype, sharded, world_size)
         if key not in self._built:
-            ranks = list(build_ranks(config, self.spec, world_size))
-            transfer = plan_transfer(
-                ranks, config, self.spec.groups, transport, world_size, self.machine
-            )
-            self._built[key] = ranks, transfer
+            self._built[key] = list(build_ranks(config, self.spec, world_size))
         return self._built[key]
 
-    def engine(self, config: Config) -> Engine:
-        """vLLM's memory on one of its GPUs."""
-        rollout, transport = config.rollout, self._transport(config)
-        has_own = rollout.hosts or rollout.visible_devices is not None or not self.machine.on_gpu
-        shares = transport == "ipc" or (transport == "files" and not has_own)
-        itemsize = getattr(torch, config.model.dtype).itemsize
-        return plan_engine(config, self.spec, itemsize, shares, self.machine.gpu_memory)
 
-    def _transport(self, config: Config) -> str:
-        if config.rollout.transport != "auto":
-            return config.rollout.transport
-        if not self.machine.on_gpu:
-            return "files"
-        return "nccl" if config.rollout.hosts else "ipc"
-
-
-def _smallest_world(config: Config) -> int:
-    """The fewest ranks of the layout."""
-    m = config.megatron
-    ranks = m.tensor_model_parallel_size * m.context_parallel_size
-    return m.pipeline_model_parallel_size * lcm(ranks, replica_ranks(config))
-
-
-def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
+def make_plan(config: Config, build: Builder, machine: Machine, gpus: int | None) -> Plan:
     """Build every stage of the run on the meta device and add up. Takes seconds.
 
     It patches torch's functions (``distributed.cpu.install``), so the process must do nothing else.
@@ -144,24 +95,36 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
     Raises:
         InputError: the layout fits neither the model nor the number of GPUs.
     """
-    spec, machine, megatron = build.spec, build.machine, config.megatron
+    spec, megatron, rollout = build.spec, config.megatron, config.rollout
     check_model(config, spec)
-    world_size = gpus or _smallest_world(config)
+    stages = megatron.pipeline_model_parallel_size
+    model_ranks = megatron.tensor_model_parallel_size * megatron.context_parallel_size
+    world_size = gpus or stages * lcm(model_ranks, replica_ranks(config))
     data_parallel_size = check_world_size(config, world_size)
-    stage_ranks = world_size // megatron.pipeline_model_parallel_size
-    ranks, transfer = build(config, world_size)
-    engine = build.engine(config)
+    own_gpus = bool(rollout.hosts) or rollout.visible_devices is not None
+    transport = rollout.transport
+    if transport == "auto":
+        transport = "nccl" if own_gpus else "ipc"
+    shares_gpus = transport == "ipc" or (transport == "files" and not own_gpus)
+    ranks = build(config, world_size)
+    transfer = plan_transfer(ranks, config, spec.groups, transport, world_size, machine)
+    engine = plan_engine(config, spec, shares_gpus, machine.gpu_memory)
     pipeline = plan_pipeline(config, spec, data_parallel_size, machine.expected_tokens)
-    owners = engine_owners(engine.number, world_size) if engine.shares_gpus else ()
+    owners = engine_owners(rollout.engines, world_size) if shares_gpus else ()
     shared = {owner + i for owner in owners for i in range(engine.gpus)}
-    sync = transfer.peak_bytes + (0 if machine.on_gpu else transfer.file_bytes)
-    memory = []
+    stage_ranks, memory = world_size // stages, []
     for rank in ranks:
         if rank.rank % stage_ranks == 0:
             alone = shared.isdisjoint(range(rank.rank, rank.rank + stage_ranks))
             own = None if alone else engine
-            memory.append(plan_memory(rank, config, spec, pipeline, machine.on_gpu, sync, own))
+            memory.append(plan_memory(rank, config, spec, pipeline, transfer.peak_bytes, own))
     offloaded = max(stage.host for stage in memory)
+    too_large = (
+        f"a GPU of stage {stage.stage} needs {stage.total / GB:.1f} GB, it has "
+        f"{machine.gpu_memory / GB:.1f} GB"
+        for stage in memory
+        if stage.total > machine.gpu_memory
+    )
     return Plan(
         model=config.model.path,
         layout=megatron.model_dump(),
@@ -173,43 +136,35 @@ def make_plan(config: Config, build: Builder, gpus: int | None) -> Plan:
         pipeline=pipeline,
         engine=engine,
         transfer=transfer,
-        in_phases=config.rollout.sleep or bool(megatron.offload),
         host_bytes=offloaded * min(world_size, machine.gpus_per_node),
         offload_s=2 * offloaded / machine.host_link,
-        problems=[*_memory_problems(memory, machine.gpu_memory), *engine.problems()],
+        problems=[*too_large, *engine.problems()],
     )
 
 
-def _memory_problems(memory: list[StageMemory], gpu_memory: int) -> Iterator[str]:
-    for stage in memory:
-        if stage.total > gpu_memory:
-            phase, (trainer, engine) = max(stage.phases.items(), key=lambda item: sum(item[1]))
-            parts = f" (trainer {trainer / GB:.1f}, engine {engine / GB:.1f})" if engine else ""
-            yield (
-                f"a GPU of stage {stage.stage} needs {stage.total / GB:.1f} GB during "
-                f"{phase}{parts}, it has {gpu_memory / GB:.1f} GB"
-            )
-
-
-def find_fix(config: Config, build: Builder, plan: Plan, gpus: int | None) -> str | None:
+def find_fix(args: Any, build: Builder, machine: Machine, plan: Plan) -> str | None:
     """Changes that make the run of ``plan`` fit: those of the usual ones that help, one after the
     other, until it fits.
+
+    Args:
+        args: of the command line: ``config``, ``overrides`` and ``gpus``.
     """
-    best, changes = plan, Changes()
-    for change in _usual_changes(config, plan, build.machine.gpus_per_node, gpus):
-        changed = _changed_plan(config, build, changes | change, gpus)
-        if changed and changed.excess < best.excess:
-            best, changes = changed, changes | change
-        if best.fits:
-            memory = f"{best.worst.total / GB:.1f} GB on each of {best.world_size} GPUs"
-            return f"{_overrides(changes)}: {memory}"
+    config, best, changes = load_config(args.config, args.overrides), plan, Changes()
+    for change in _usual_changes(config, plan, machine.gpus_per_node, args.gpus):
+        tried = changes | change
+        overrides = [f"{key}={value}" for key, value in tried.items() if key != "--gpus"]
+        gpus = int(tried["--gpus"]) if "--gpus" in tried else args.gpus
+        try:
+            config = load_config(args.config, [*args.overrides, *overrides])
+            changed = make_plan(config, build, machine, gpus)
+        except InputError:  # the model, the GPUs or the engine do not allow it
+            continue
+        if changed.excess < best.excess:
+            best, changes = changed, tried
+        if not best.problems:
+            text = " ".join(f"{key}={value}" for key, value in changes.items())
+            return f"{text}: {best.worst.total / GB:.1f} GB on each of {best.world_size} GPUs"
     return None
-
-
-def _overrides(changes: Changes) -> str:
-    """The changes as arguments of the command line."""
-    text = (f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in changes.items())
-    return " ".join(text).replace('"', "")
 
 
 def _usual_changes(config: Config, plan: Plan, node: int, gpus: int | None) -> Iterator[Changes]:
@@ -217,38 +172,24 @@ def _usual_changes(config: Config, plan: Plan, node: int, gpus: int | None) -> I
     model.
     """
     m, share = config.megatron, config.rollout.gpu_memory_utilization
-    yield {"rollout.tensor_parallel_size": node}
-    yield {"optimizer.use_distributed_optimizer": True}
-    yield {"megatron.sequence_parallel": True}
+    yield {"rollout.tensor_parallel_size": str(node)}
+    yield {"optimizer.use_distributed_optimizer": "true"}
+    yield {"megatron.sequence_parallel": "true"}
     if plan.engine.shares_gpus and not config.rollout.max_staleness:
         yield OFFLOAD
     yield RECOMPUTE
     while (share := round(share - 0.1, 2)) >= 0.1:
-        yield {"rollout.gpu_memory_utilization": share}
+        yield {"rollout.gpu_memory_utilization": str(share)}
     if m.head_memory_mib is None:
-        yield {"megatron.head_memory_mib": 1024}
+        yield {"megatron.head_memory_mib": "1024"}
     tokens = m.max_tokens_per_micro_batch
     while (tokens := tokens // 2) >= max(1024, config.rollout.max_response_tokens):
-        yield {"megatron.max_tokens_per_micro_batch": tokens}
+        yield {"megatron.max_tokens_per_micro_batch": str(tokens)}
     tp = m.tensor_model_parallel_size
     while (tp := tp * 2) <= node:
-        yield {"megatron.tensor_model_parallel_size": tp, "megatron.sequence_parallel": True}
+        yield {"megatron.tensor_model_parallel_size": str(tp), "megatron.sequence_parallel": "true"}
     for times in (2, 4, 8):
-        yield {"megatron.pipeline_model_parallel_size": m.pipeline_model_parallel_size * times}
+        stages = m.pipeline_model_parallel_size * times
+        yield {"megatron.pipeline_model_parallel_size": str(stages)}
     if gpus:
-        yield {"--gpus": gpus * 2}
-
-
-def _changed_plan(
-    config: Config, build: Builder, changes: Changes, gpus: int | None
-) -> Plan | None:
-    """The plan with ``changes``; None where the model, the GPUs or the engine do not allow them."""
-    tree = config.model_dump()
-    for key, value in changes.items():
-        section, _, name = key.rpartition(".")
-        if section:
-            tree[section][name] = value
-    try:
-        return make_plan(Config.model_validate(tree), build, changes.get("--gpus", gpus))
-    except ValueError:  # an InputError, or pydantic's
-        return None
+        yield {"--gpus": str(gpus * 2)}
