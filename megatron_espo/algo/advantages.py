@@ -101,12 +101,6 @@ def overlong_penalty(lengths: Tensor, *, max_tokens: int, buffer_tokens: int) ->
 
     Returns:
         The same shape, float32, to be added to the rewards.
-
-    Raises:
-        ValueError: ``buffer_tokens`` out of range.
     """
-    if not 1 <= buffer_tokens <= max_tokens:
-        expected = f"expected 1 to max_tokens ({max_tokens}), got {buffer_tokens}"
-        raise ValueError(f"buffer_tokens: {expected}")
     beyond = (lengths - (max_tokens - buffer_tokens)).clamp(0, buffer_tokens)
     return -beyond.float() / buffer_tokens

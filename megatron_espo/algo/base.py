@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -19,8 +20,7 @@ from megatron_espo.algo.segments import (
     SumOverRanks,
     TokenSegments,
     as_float,
-    check_quantiles,
-    check_ranges,
+    check_range,
     entropy_groups,
     response_index,
     sum_by_index,
@@ -54,7 +54,7 @@ class LossInputs:
     """One micro-batch as an objective takes it; under context parallelism, this rank's tokens.
 
     Values of another dtype are converted to float32 (float64 stays float64). The checks of the
-    values synchronize a GPU once.
+    values synchronize a GPU.
 
     Attributes:
         logprob: ``[tokens]`` float32 with gradient, log π_θ(y_t) at the sampling temperature
@@ -85,11 +85,9 @@ class LossInputs:
                 values = as_float(name, values, self.segments.segment)
                 object.__setattr__(self, name, values)
         logprobs = "log-probabilities (finite, at most 0)"
-        check_ranges(
-            ("old_logprob", self.old_logprob, -math.inf, 1e-4, logprobs),
-            ("logprob", self.logprob, -math.inf, 1e-4, logprobs),
-            ("advantage", self.advantage, -math.inf, math.inf, "finite numbers"),
-        )
+        check_range("old_logprob", self.old_logprob, -math.inf, 1e-4, logprobs)
+        check_range("logprob", self.logprob, -math.inf, 1e-4, logprobs)
+        check_range("advantage", self.advantage, -math.inf, math.inf, "finite numbers")
 
     @cached_property
     def log_ratio(self) -> Tensor:
@@ -148,7 +146,9 @@ class Objective(ABC):
     uses_entropy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_quantiles(self.quantiles)
+        if not all(a < b for a, b in pairwise((0, *self.quantiles, 1))):
+            got = f"got {self.quantiles}"
+            raise ValueError(f"quantiles: expected ascending numbers inside (0, 1), {got}")
         check_name("segmentation", self.segmentation, Segmentation)
         check_name("aggregation", self.aggregation, Aggregation)
         for setting in fields(self):
@@ -213,7 +213,7 @@ class Objective(ABC):
         entropy = as_float("entropy", entropy, response)
         highest = math.log(vocab_size)
         expected = f"values in [0, ln {vocab_size} = {highest:.4f}] nats (true vocabulary)"
-        check_ranges(("entropy", entropy, -1e-3, highest + 1e-3, expected))
+        check_range("entropy", entropy, -1e-3, highest + 1e-3, expected)
         key = {
             "entropy": response * (len(self.quantiles) + 1) + group,
             "response": response,

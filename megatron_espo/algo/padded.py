@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.algo.base import LossInputs, LossOutput, Objective
-from megatron_espo.algo.segments import as_float, check_ranges
+from megatron_espo.algo.segments import as_float, check_range
 
 
 def padded_loss(
@@ -77,7 +77,7 @@ def padded_loss(
     )
     if correction is not None:
         factor = packed("correction", correction.detach(), rows=True)
-        check_ranges(("correction", factor, -math.inf, math.inf, "finite numbers"))
+        check_range("correction", factor, -math.inf, math.inf, "finite numbers")
         segments = replace(segments, weight=segments.weight * factor)
     inputs = LossInputs(
         packed("logprob", logprob),

@@ -40,11 +40,9 @@ def rollout_correction(
         ``[tokens]`` float32, detached: a factor of each token's weight.
 
     Raises:
-        ValueError: an unknown level, limits that are not ``0 <= floor <= cap``, or log-probs whose
-            shape or device is not that of ``segments``.
+        ValueError: an unknown level, or log-probs whose shape or device is not that of
+            ``segments``.
     """
-    if not 0 <= floor <= cap or not cap > 0:
-        raise ValueError(f"cap: expected a positive number >= the floor {floor}, got {cap}")
     ratio = _rollout_ratio(old_logprob, rollout_logprob, segments, level, sum_over_ranks)
     return ratio.clamp(floor, cap)
 
@@ -70,13 +68,10 @@ def rollout_mask(
         ``[tokens]`` bool, True for the tokens to keep.
 
     Raises:
-        ValueError: an unknown level, limits that are not ``0 <= low <= high``, or log-probs as in
-            :func:`rollout_correction`.
+        ValueError: as :func:`rollout_correction`.
     """
     kept = torch.ones_like(segments.segment, dtype=torch.bool)
     for level, (low, high) in limits.items():
-        if not 0 <= low <= high:
-            raise ValueError(f"limits: expected 0 <= low <= high, got {low} and {high} ({level})")
         ratio = _rollout_ratio(old_logprob, rollout_logprob, segments, level, sum_over_ranks)
         kept &= (ratio >= low) & (ratio <= high)
     return kept

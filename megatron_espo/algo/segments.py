@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,16 +71,14 @@ def entropy_groups(
     Args:
         entropy: ``[tokens]``, entropy of the old policy (nats).
         lengths: ``[responses]`` int64, tokens of each response; their sum is ``tokens``.
-        quantiles: ascending, inside (0, 1).
+        quantiles: inside (0, 1).
 
     Returns:
         ``[tokens]`` int64, 0 (lowest entropy) to ``len(quantiles)``.
 
     Raises:
-        ValueError: quantiles that are not ascending inside (0, 1), or lengths whose sum is not the
-            number of tokens.
+        ValueError: lengths whose sum is not the number of tokens.
     """
-    check_quantiles(quantiles)
     integers = lengths.dim() == 1 and not lengths.is_floating_point()
     if not integers or (lengths < 1).any() or entropy.shape != (int(lengths.sum()),):
         raise ValueError(
@@ -138,24 +135,13 @@ def as_float(name: str, values: Tensor, like: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def check_ranges(*ranges: tuple[str, Tensor, float, float, str]) -> None:
-    """Check ``(name, values, low, high, expected)``; synchronizes a GPU once.
+def check_range(name: str, values: Tensor, low: float, high: float, expected: str) -> None:
+    """Raise ValueError if one of ``values [tokens]`` is not finite or lies outside ``[low, high]``.
 
-    Raises:
-        ValueError: a value of ``values [tokens]`` is not finite or lies outside ``[low, high]``.
+    Synchronizes a GPU.
     """
-    wrong = [~x.isfinite() | (x < low) | (x > high) for _, x, low, high, _ in ranges]
-    if not torch.stack([each.any() for each in wrong]).any():
-        return
-    for (name, values, _, _, expected), each in zip(ranges, wrong, strict=True):
-        if each.any():
-            position = int(each.nonzero()[0])
-            got = f"got {values[position].item()} at token {position}"
-            raise ValueError(f"{name}: expected {expected}, {got}")
-
-
-def check_quantiles(quantiles: tuple[float, ...]) -> None:
-    """Raise ValueError unless the numbers ascend inside (0, 1)."""
-    edges = (0, *quantiles, 1)
-    if not all(a < b for a, b in pairwise(edges)):
-        raise ValueError(f"quantiles: expected ascending numbers inside (0, 1), got {quantiles}")
+    wrong = ~values.isfinite() | (values < low) | (values > high)
+    if wrong.any():
+        position = int(wrong.nonzero()[0])
+        got = f"got {values[position].item()} at token {position}"
+        raise ValueError(f"{name}: expected {expected}, {got}")

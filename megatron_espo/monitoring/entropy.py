@@ -4,7 +4,6 @@ logged samples.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,38 +15,12 @@ from megatron_espo.data.packing import MicroBatch
 BINS = 64
 
 
-@dataclass(frozen=True)
-class EntropyReport:
-    """Entropies of one step, in nats.
-
-    Attributes:
-        highest: ``ln V``, the upper end of the histogram; the lower end is 0.
-        counts: ``[groups][BINS]`` trained tokens; with several epochs each token counts once for
-            every epoch.
-        boundaries: ``[groups - 1]`` the lowest entropy above each boundary between groups, mean
-            over responses; ``None`` without responses.
-        tokens: entropies and entropy groups of each logged sample; ``None`` if it was not trained
-            (no advantage).
-    """
-
-    highest: float
-    counts: list[list[int]]
-    boundaries: list[float | None]
-    tokens: list[tuple[list[float], list[int]] | None]
-
-    def histogram(self) -> dict[str, Any]:
-        """What ``entropy.jsonl`` has of a step."""
-        return {name: vars(self)[name] for name in ("highest", "counts", "boundaries")}
-
-    def metrics(self) -> dict[str, float]:
-        """``entropy/boundary1``, ..."""
-        found = enumerate(self.boundaries, 1)
-        return {f"entropy/boundary{i}": value for i, value in found if value is not None}
+# Entropies (nats) and entropy groups of the trained tokens of a logged sample.
+TokenEntropies = tuple[list[float], list[int]]
 
 
 class EntropyRecorder:
-    """Collects the values of :class:`EntropyReport` during a step. Every rank has a recorder; only
-    ``gather`` is collective.
+    """Collects entropies during a step. Every rank has a recorder; only ``gather`` is collective.
 
     Args:
         num_groups: entropy groups of the configuration.
@@ -89,15 +62,25 @@ class EntropyRecorder:
             lowest = above.new_full((len(segments.length),), torch.inf)
             lowest = lowest.scatter_reduce(0, segments.response, above, "amin")
             found = lowest[lowest.isfinite()]
-            sums = torch.stack([found.sum(), torch.ones_like(found).sum()])
-            self._boundaries[:, boundary - 1] += sums
+            self._boundaries[0, boundary - 1] += found.sum()
+            self._boundaries[1, boundary - 1] += found.numel()
         tokens = torch.stack([entropy, (group + 1).double()]).split(batch.lengths.tolist(), dim=1)
         for number, values in zip(batch.logged_sample, tokens, strict=True):
             if number is not None:
                 self._tokens[number].copy_(values)
 
-    def gather(self) -> EntropyReport:
-        """The step's report on every rank. One all-reduce over all ranks."""
+    def gather(self) -> tuple[dict[str, Any], list[TokenEntropies | None]]:
+        """The step's entropies on every rank. One all-reduce over all ranks.
+
+        Returns:
+            What ``entropy.jsonl`` has of a step. ``highest``: ``ln V``, the upper end of the
+            histogram; the lower end is 0. ``counts``: ``[groups][BINS]`` trained tokens; with
+            several epochs each token counts once for every epoch. ``boundaries``: ``[groups - 1]``
+            the lowest entropy above each boundary between groups, mean over responses; ``None``
+            without responses.
+
+            The entropies of each logged sample; ``None`` if it was not trained (no advantage).
+        """
         dist.all_reduce(self._all)
         # One rank contributes each response, so the sum is its value. The group is 0 if no rank had
         # it.
@@ -106,9 +89,9 @@ class EntropyRecorder:
             for entropy, group in (part.cpu() for part in self._tokens)
         ]
         boundaries = self._boundaries.T.tolist()
-        return EntropyReport(
-            highest=self.highest,
-            counts=self._counts.view(-1, BINS).long().tolist(),
-            boundaries=[total / number if number else None for total, number in boundaries],
-            tokens=tokens,
-        )
+        histogram = {
+            "highest": self.highest,
+            "counts": self._counts.view(-1, BINS).long().tolist(),
+            "boundaries": [total / number if number else None for total, number in boundaries],
+        }
+        return histogram, tokens

@@ -1,7 +1,5 @@
 """One rank's columns of the vocabulary, and the collectives over tensor-parallel ranks."""
 
-import importlib.util
-import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
@@ -30,11 +28,11 @@ def choose_path(path: Path, like: Tensor, elements: int) -> Path:
         raise ValueError("path='triton' computes in float32; use path='torch' for float64 logits")
     if path != "auto":
         return path
-    if like.is_cuda and not double and importlib.util.find_spec("triton"):
+    if double:
+        return "torch"
+    if like.is_cuda:
         return "triton"
-    large = like.device.type == "cpu" and elements >= COMPILE_FROM and not double
-    has_compiler = large and any(map(shutil.which, ("c++", "g++", "clang++")))
-    return "compiled" if has_compiler else "torch"
+    return "compiled" if like.device.type == "cpu" and elements >= COMPILE_FROM else "torch"
 
 
 class Shard:

@@ -285,8 +285,6 @@ class Activations:
             columns,
             dtype={2: torch.bfloat16, 4: torch.float32}[self.itemsize],
             budget_bytes=None if budget_mib is None else budget_mib << 20,
-            float32_logits=True,
-            convert_gradient=not self.on_gpu and self.itemsize < 4,
         )
         # Scored rows, their gradient, and the gradient of all rows before and after its reduction.
         rows = 4 * self.hidden_bytes * self.tokens
