@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_espo.algo import DAPO, ESPO, GRPO, GSPO, LossInputs, entropy_groups, padded_loss
+from megatron_espo.algo import DAPO, ESPO, GRPO, GSPO, LossInputs, padded_loss
+from megatron_espo.algo.segments import entropy_groups
 from tests.support.distributed import ROOT
 from tests.support.reference import espo_loss
 from tests.support.tiny import save_tiny_model

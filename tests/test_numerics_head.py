@@ -232,7 +232,7 @@ def test_memory_follows_the_plan(tokens, dtype):
     with torch.no_grad():
         scoring = peak_bytes(lambda: linear_logprob_entropy(hidden, weight, targets, None))
     everything = plan_head(tokens, width, dtype=dtype)
-    assert scoring <= everything.forward_bytes + small + 100 * tokens
+    assert scoring <= everything.chunk_tokens * width * 4 + small + 100 * tokens
     kept = peak_bytes(lambda: train(None))
     assert tokens * width * dtype.itemsize <= kept <= everything.training_bytes + small
 
@@ -245,10 +245,7 @@ def test_plan():
     for tokens in (1, 100, 5000):
         for budget in (6 * 1000, 10**6, 2 * 10**6, 10**8):
             plan = plan_head(tokens, 1000, dtype=torch.bfloat16, budget_bytes=budget)
-            assert (
-                0 < plan.forward_bytes <= plan.training_bytes <= budget
-                and 1 <= plan.chunk_tokens <= tokens
-            )
+            assert 0 < plan.training_bytes <= budget and 1 <= plan.chunk_tokens <= tokens
     with pytest.raises(ValueError, match="6000 bytes for one token of 1000 columns"):
         plan_head(1, 1000, dtype=torch.bfloat16, budget_bytes=5999)
 
@@ -278,8 +275,6 @@ def test_sampling_mask(path, budget, dtype):
 
 def test_wrong_arguments():
     hidden, weight, targets, _ = inputs()
-    with pytest.raises(ValueError, match="of one dtype"):
-        linear_logprob_entropy(hidden.bfloat16(), weight, targets, None)
     with pytest.raises(ValueError, match="targets must be int64"):
         linear_logprob_entropy(hidden, weight, targets[:-1], None)
 

@@ -19,7 +19,6 @@ from megatron_espo.algo import (
     GMPO,
     GRPO,
     GSPO,
-    OBJECTIVES,
     SAPO,
     DrGRPO,
     LossInputs,
@@ -27,8 +26,8 @@ from megatron_espo.algo import (
     group_advantages,
     load_objective,
     padded_loss,
-    would_clip,
 )
+from megatron_espo.algo.objectives import OBJECTIVES, would_clip
 from megatron_espo.config import Algorithm, schema
 from megatron_espo.errors import InputError
 from tests.support.objective_reference import Response, Rules, expected, exponential

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.algo import OBJECTIVES, LossInputs, load_objective
+from megatron_espo.algo import LossInputs, load_objective
+from megatron_espo.algo.objectives import OBJECTIVES
 from megatron_espo.config import Algorithm
 from megatron_espo.data.packing import (
     MicroBatch,

@@ -114,9 +114,6 @@ def test_wrong_arguments_are_refused():
     old, rollout = torch.tensor([random_logprobs(1), random_logprobs(2)])
     for change, message in (
         ({"level": "tokens"}, "level: expected one of token, sequence, geometric, got 'tokens'"),
-        ({"cap": 0.0}, "cap: expected a positive number"),
-        ({"floor": 3.0}, "cap: expected a positive number >= the floor 3.0, got 2.0"),
-        ({"cap": math.nan}, "cap: expected a positive number"),
         ({"old_logprob": old[:1]}, "old_logprob: expected shape"),
         ({"rollout_logprob": rollout[:, None]}, "rollout_logprob: expected shape"),
     ):
@@ -126,9 +123,6 @@ def test_wrong_arguments_are_refused():
         }  # fmt: skip
         with pytest.raises(ValueError, match=message):
             rollout_correction(**arguments | change)
-    for limits in ({"token": [2.0, 0.5]}, {"token": [math.nan, 1.0]}, {"sequence": [-1.0, 2.0]}):
-        with pytest.raises(ValueError, match="limits: expected 0 <= low <= high, got"):
-            rollout_mask(old, rollout, segments(), limits)
     with pytest.raises(ValueError, match="level: expected one of .*, got 'tokens'"):
         rollout_mask(old, rollout, segments(), {"tokens": [0.5, 2.0]})
     with pytest.raises(ValueError, match="reference_logprob: expected shape"):
@@ -178,9 +172,3 @@ def test_overlong_penalty():
     # A response that is longer than the limit gets the whole penalty.
     found = overlong_penalty(torch.tensor([0, 8, 16, 20]), max_tokens=16, buffer_tokens=16)
     assert found.tolist() == [0.0, -0.5, -1.0, -1.0]
-
-
-@pytest.mark.parametrize("buffer_tokens", [0, -1, 17])
-def test_impossible_buffer_is_refused(buffer_tokens):
-    with pytest.raises(ValueError, match=r"buffer_tokens: expected 1 to max_tokens \(16\)"):
-        overlong_penalty(torch.tensor([3]), max_tokens=16, buffer_tokens=buffer_tokens)

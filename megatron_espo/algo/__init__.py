@@ -6,7 +6,7 @@ from megatron_espo.algo.advantages import (
     overlong_penalty,
     zero_variance_signs,
 )
-from megatron_espo.algo.base import LossInputs, LossOutput, Objective, importance_ratio
+from megatron_espo.algo.base import LossInputs, LossOutput, Objective
 from megatron_espo.algo.objectives import (
     CEGPPO,
     CISPO,
@@ -16,12 +16,10 @@ from megatron_espo.algo.objectives import (
     GMPO,
     GRPO,
     GSPO,
-    OBJECTIVES,
     SAPO,
     DrGRPO,
     load_objective,
-    would_clip,
 )
 from megatron_espo.algo.padded import padded_loss
 from megatron_espo.algo.regularizers import kl_estimate, rollout_correction, rollout_mask
-from megatron_espo.algo.segments import TokenSegments, entropy_groups
+from megatron_espo.algo.segments import TokenSegments

@@ -29,25 +29,19 @@ class _Clipped(Objective):
     """PPO's pessimistic minimum: ``min(s_t A_t, clip(s_t, 1 - low, 1 + high) A_t)`` (Eq. 9, 10).
 
     Attributes:
-        ratio: the segment's ratio, or ``segment_times_token``: Eq. 9 to the letter, for segments of
-            several tokens.
         dual_clip: bounds the surrogate of negative advantages to ``dual_clip · A``; ``None``: no
             bound.
     """
 
-    ratio: RatioForm = "segment"
     dual_clip: float | None = at_least(1, None)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_name("ratio", self.ratio, RatioForm)
+    def exponent(self, inputs: LossInputs) -> Tensor:
+        """Logarithm of each token's ratio: the segment's length-normalised one."""
+        return inputs.segment_mean(inputs.log_ratio)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         advantage, segments = inputs.advantage, inputs.segments
-        exponent = inputs.segment_mean(inputs.log_ratio)
-        if self.ratio == "segment_times_token":
-            exponent = exponent + inputs.log_ratio
-        ratio = importance_ratio(exponent, inputs.logprob)
+        ratio = importance_ratio(self.exponent(inputs), inputs.logprob)
         clipped = ratio.detach().clamp(1 - segments.low, 1 + segments.high) * advantage
         surrogate = ratio * advantage
         constant = clipped < surrogate
@@ -57,6 +51,25 @@ class _Clipped(Objective):
             below = (advantage < 0) & (surrogate < floor)
             surrogate, constant = surrogate.where(~below, floor), constant | below
         return inputs.output(surrogate, ratio, constant | (advantage == 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SegmentRatio(_Clipped):
+    """Clipped objective of long segments.
+
+    Attributes:
+        ratio: the segment's ratio, or ``segment_times_token``: Eq. 9 to the letter.
+    """
+
+    ratio: RatioForm = "segment"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name("ratio", self.ratio, RatioForm)
+
+    def exponent(self, inputs: LossInputs) -> Tensor:
+        exponent = super().exponent(inputs)
+        return exponent + inputs.log_ratio if self.ratio == "segment_times_token" else exponent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +90,7 @@ class _FixedBounds(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ESPO(_Clipped):
+class ESPO(_SegmentRatio):
     """One ratio for each entropy group of a response; the clip range follows the group's entropy.
 
     Attributes:
@@ -100,7 +113,7 @@ class ESPO(_Clipped):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GSPO(_Clipped, _FixedBounds):
+class GSPO(_SegmentRatio, _FixedBounds):
     """One ratio for each response (arXiv 2507.18071)."""
 
     clip_low: float = at_least(0, 3e-4)
@@ -266,14 +279,10 @@ def would_clip(inputs: LossInputs) -> dict[str, Tensor]:
 
     For metrics. One sum over context-parallel ranks.
     """
-    log_ratio = inputs.log_ratio
-    rules: dict[str, tuple[type[_FixedBounds], Tensor]] = {
-        "grpo": (GRPO, log_ratio),
-        "gspo": (GSPO, inputs.response_mean(log_ratio)),
-    }
+    token, response = inputs.log_ratio.expm1(), inputs.response_mean(inputs.log_ratio).expm1()
     return {
-        name: torch.logical_or(*outside(exponent.expm1(), cls.clip_low, cls.clip_high))
-        for name, (cls, exponent) in rules.items()
+        "grpo": torch.logical_or(*outside(token, GRPO.clip_low, GRPO.clip_high)),
+        "gspo": torch.logical_or(*outside(response, GSPO.clip_low, GSPO.clip_high)),
     }
 
 

@@ -4,6 +4,7 @@ logged samples.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +43,11 @@ class EntropyRecorder:
 
         ``lengths``: response tokens of each logged sample, the same on every rank.
         """
-        # float64 counts exactly. One flat tensor needs one all-reduce.
-        sizes = (self.num_groups * BINS, 2 * (self.num_groups - 1), 2 * sum(lengths))
-        self._all = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
-        self._counts, boundaries, tokens = self._all.split(sizes)
-        self._boundaries = boundaries.view(2, -1)  # sum, number of responses
-        parts = tokens.split([2 * length for length in lengths])
-        self._tokens = [part.view(2, -1) for part in parts]  # entropy, group + 1
+        # float64 counts exactly.
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
+        self._counts = zeros(self.num_groups, BINS)
+        self._boundaries = zeros(2, self.num_groups - 1)  # sum, number of responses
+        self._tokens = [zeros(2, length) for length in lengths]  # entropy, group + 1
 
     def record(self, batch: MicroBatch, segments: TokenSegments) -> None:
         """Add the entropies of one micro-batch. Zero collectives."""
@@ -56,7 +55,7 @@ class EntropyRecorder:
             return
         entropy, group = segments.entropy.double(), segments.group
         bins = (entropy / self.highest * BINS).long().clamp(0, BINS - 1)
-        self._counts.index_add_(0, group * BINS + bins, torch.ones_like(entropy))
+        self._counts.index_put_((group, bins), torch.ones_like(entropy), accumulate=True)
         for boundary in range(1, self.num_groups):
             above = entropy.where(group >= boundary, torch.inf)
             lowest = above.new_full((len(segments.length),), torch.inf)
@@ -70,7 +69,8 @@ class EntropyRecorder:
                 self._tokens[number].copy_(values)
 
     def gather(self) -> tuple[dict[str, Any], list[TokenEntropies | None]]:
-        """The step's entropies on every rank. One all-reduce over all ranks.
+        """The step's entropies on every rank. Two all-reduces over all ranks, and one for each
+        logged sample.
 
         Returns:
             What ``entropy.jsonl`` has of a step. ``highest``: ``ln V``, the upper end of the
@@ -81,7 +81,9 @@ class EntropyRecorder:
 
             The entropies of each logged sample; ``None`` if it was not trained (no advantage).
         """
-        dist.all_reduce(self._all)
+        for values in (self._counts, self._boundaries, *self._tokens):
+            if values.numel():
+                dist.all_reduce(values)
         # One rank contributes each response, so the sum is its value. The group is 0 if no rank had
         # it.
         tokens = [
@@ -91,7 +93,7 @@ class EntropyRecorder:
         boundaries = self._boundaries.T.tolist()
         histogram = {
             "highest": self.highest,
-            "counts": self._counts.view(-1, BINS).long().tolist(),
+            "counts": self._counts.long().tolist(),
             "boundaries": [total / number if number else None for total, number in boundaries],
         }
         return histogram, tokens

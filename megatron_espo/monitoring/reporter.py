@@ -97,8 +97,8 @@ class Reporter:
         metrics: dict[str, float],
         seconds: dict[str, float],
     ) -> None:
-        """Write a step's metrics and samples after training, and print one line. Collective: one
-        all-reduce.
+        """Write a step's metrics and samples after training, and print one line. Collective:
+        :meth:`EntropyRecorder.gather`.
 
         Args:
             step: counted from 1.

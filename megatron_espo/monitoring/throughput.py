@@ -1,5 +1,6 @@
 """FLOPs of training, peak FLOP/s of GPUs, memory in use, and the performance of a whole run."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -24,7 +25,6 @@ PEAK_BFLOAT16 = {
 
 _PHASES = ("rollout", "reward", "score", "train", "sync", "checkpoint")
 PARTS = {"verify", "canary"}  # phases inside another one
-_PHASE_NAMES = {"sync": "weight update"}
 
 
 def matmul_parameters(spec: ModelSpec) -> int:
@@ -90,21 +90,20 @@ def performance(
         ``generated`` and ``trained`` tokens per second of the step; ``mfu`` of the train phase.
         ``None`` for what the run did not measure (MFU on a CPU).
     """
-    seconds = dict.fromkeys(_PHASES, 0.0)
+    seconds = defaultdict(float, dict.fromkeys(_PHASES, 0.0))
     for line in [*lines, {"time/checkpoint_s": last_checkpoint_s}]:
         for key, value in line.items():
-            if key.startswith("time/"):
-                seconds[key[5:-2]] = seconds.get(key[5:-2], 0.0) + value
+            if key.startswith("time/") and key[5:-2] not in PARTS:
+                seconds[key[5:-2]] += value
     whole = seconds.pop("step", 0.0) + seconds["checkpoint"]
     seconds["train"] -= seconds["score"]
-    seconds["other"] = max(0.0, whole - sum(seconds[name] for name in seconds.keys() - PARTS))
+    seconds["other"] = max(0.0, whole - sum(seconds.values()))
     phases = {
-        _PHASE_NAMES.get(name, name): {
+        "weight update" if name == "sync" else name: {
             "seconds": value / len(lines),
             "share": value / whole if whole else 0.0,
         }
         for name, value in seconds.items()
-        if name not in PARTS
     }
 
     def mean(metric: str, phase: str) -> float | None:

@@ -2,4 +2,4 @@
 
 from megatron_espo.numerics.head import linear_logprob_entropy
 from megatron_espo.numerics.logits import vocab_parallel_logprob_entropy
-from megatron_espo.numerics.plan import HeadPlan, plan_head
+from megatron_espo.numerics.plan import plan_head

@@ -13,7 +13,7 @@ from megatron_espo.numerics.shard import (
     Path,
     Shard,
     all_gather,
-    check_arguments,
+    check_targets,
     choose_path,
     reduce_scatter,
 )
@@ -76,17 +76,11 @@ def linear_logprob_entropy(
     Raises:
         ValueError: arguments that do not fit together, or a budget below one row.
     """
-    shapes = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
-    if not shapes or hidden.dtype != weight.dtype:
-        raise ValueError(
-            "hidden must be [tokens, hidden] and weight [vocab/tp, hidden], of one dtype; got "
-            f"{hidden.dtype} {list(hidden.shape)} and {weight.dtype} {list(weight.shape)}"
-        )
     size, width = 1 if group is None else group.size(), weight.shape[0]
     tokens = hidden.shape[0] * (size if sequence_parallel else 1)
     if positions is not None:
         tokens = positions.shape[0]
-    check_arguments(targets, (tokens, width), group, temperature, vocab_size)
+    check_targets(targets, tokens)
     plan = plan_head(tokens, width, dtype=hidden.dtype, budget_bytes=budget_bytes)
     path = choose_path(path, hidden, plan.chunk_tokens * width)
     shard, kept = Shard(width, group, vocab_size, temperature, path), None
@@ -99,9 +93,9 @@ def linear_logprob_entropy(
         shard=shard,
         plan=plan,
         kept=kept,
-        sequence_parallel=sequence_parallel and size > 1,
+        sequence_parallel=sequence_parallel,
         entropy_grad=entropy_grad,
-        training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
+        training=torch.is_grad_enabled(),
     )
     return _LinearLogprobEntropy.apply(hidden, weight, targets, positions, call)
 
@@ -123,10 +117,9 @@ class _Call:
 
     def scored_rows(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
         """Hidden states of the scored tokens; with sequence parallelism one all-gather."""
-        group = self.shard.group
-        if self.sequence_parallel and group is not None:
-            gathered = hidden.new_empty(group.size() * len(hidden), hidden.shape[1])
-            all_gather(gathered, hidden.contiguous(), group)
+        if self.sequence_parallel:
+            gathered = hidden.new_empty(self.shard.size * len(hidden), hidden.shape[1])
+            all_gather(gathered, hidden.contiguous(), self.shard.group)
             hidden = gathered
         return hidden if positions is None else hidden[positions]
 
@@ -152,16 +145,16 @@ class _Call:
             The gradient of ``hidden``, the collective to wait for, and its input, which must stay
             alive until then.
         """
-        group, whole = self.shard.group, grad_rows
-        size = 1 if group is None else group.size()
+        shard, whole, handle = self.shard, grad_rows, None
         if positions is not None:
-            tokens = len(hidden) * (size if self.sequence_parallel else 1)
+            tokens = len(hidden) * (shard.size if self.sequence_parallel else 1)
             whole = grad_rows.new_zeros(tokens, hidden.shape[1])
             whole.index_put_((positions,), grad_rows, accumulate=True)
-        if self.sequence_parallel and group is not None:
+        if self.sequence_parallel:
             result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            return result, reduce_scatter(result, whole, group), whole
-        handle = dist.all_reduce(whole, group=group, async_op=True) if size > 1 else None
+            return result, reduce_scatter(result, whole, shard.group), whole
+        if shard.size > 1:
+            handle = dist.all_reduce(whole, group=shard.group, async_op=True)
         return whole, handle, whole
 
 
@@ -186,8 +179,9 @@ class _LinearLogprobEntropy(torch.autograd.Function):
             kept = None if store is None else store[part]
             logits = kept if buffer is None else buffer[: part.stop - part.start]
             call.compute_logits(rows, weight, part, logits)
-            narrow = None if same_type else kept
-            part_stats, tile_max = shard.statistics(logits, targets[part], narrow)
+            part_stats, tile_max = shard.statistics(
+                logits, targets[part], None if same_type else kept
+            )
             stats.append(part_stats)
             tile_maxima.append(tile_max)
         merged = shard.merge(torch.cat(stats))
@@ -234,17 +228,13 @@ class _LinearLogprobEntropy(torch.autograd.Function):
 
         # Rows of padding get no gradient and give none: NaN times 0 would be NaN.
         true, true_weight = slice(shard.columns), weight[: shard.columns]
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_rows = torch.empty_like(rows) if need_hidden else None
-        total = _weight_accumulator(weight) if need_weight else None
+        grad_rows = torch.empty_like(rows)
+        total = _weight_accumulator(weight) if ctx.needs_input_grad[1] else None
         grad_hidden = handle = kept_alive = None  # noqa: F841
         for part, grad_logits in logit_gradients():
-            if grad_rows is not None:
-                torch.mm(grad_logits[:, true], true_weight, out=grad_rows[part])
-                if part.stop >= len(targets):  # the last: communicate during the weight's product
-                    grad_hidden, handle, kept_alive = call.sum_over_ranks(
-                        grad_rows, hidden, positions
-                    )
+            torch.mm(grad_logits[:, true], true_weight, out=grad_rows[part])
+            if part.stop >= len(targets):  # the last: communicate during the weight's product
+                grad_hidden, handle, kept_alive = call.sum_over_ranks(grad_rows, hidden, positions)
             if total is not None:
                 _accumulate(total, grad_logits.t(), rows[part])
         if handle is not None:
@@ -259,9 +249,7 @@ def _parts(tokens: int, chunk: int) -> list[slice]:
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a @ b``; ``out`` may be float32 where ``a`` and ``b`` are narrower."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    if a.is_cuda and a.dtype != out.dtype:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -269,9 +257,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out += a @ b``, rounded once where ``out`` is float32 and ``a`` and ``b`` are narrower."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    elif a.is_cuda and out.dtype == torch.float32:
+    if a.is_cuda and a.dtype != out.dtype == torch.float32:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))

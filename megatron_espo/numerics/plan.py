@@ -21,13 +21,11 @@ class HeadPlan:
         keep_logits: keep one buffer of logits for backward; otherwise backward computes them again,
             chunk by chunk.
         chunk_tokens: tokens of a working chunk.
-        forward_bytes: peak of a forward pass without gradients (scoring).
         training_bytes: peak over forward and backward.
     """
 
     keep_logits: bool
     chunk_tokens: int
-    forward_bytes: int
     training_bytes: int
 
 
@@ -68,4 +66,4 @@ def plan_head(
         if not keep:
             chunk = min(preferred, budget_bytes // row)
     training = tokens * narrow + chunk * wide if keep else chunk * row
-    return HeadPlan(keep, chunk, chunk * (wide or narrow), training)
+    return HeadPlan(keep, chunk, training)

@@ -16,7 +16,6 @@ from megatron_espo.numerics.statistics import LOWEST, accumulation_dtype, merge
 
 BLOCK = 1024  # columns of one float32 sum in the compiled form
 _CHUNK = 1 << 16  # elements of a chunk of rows per thread: 256 KiB of float32
-_CHUNK_CUDA = 1 << 24
 
 
 def statistics(
@@ -68,8 +67,7 @@ def gradient(
 
 
 def _row_chunks(x: Tensor) -> list[slice]:
-    elements = _CHUNK_CUDA if x.is_cuda else _CHUNK * min(torch.get_num_threads(), 16)
-    rows = max(1, elements // x.shape[1])
+    rows = max(1, _CHUNK * min(torch.get_num_threads(), 16) // x.shape[1])
     return [slice(i, i + rows) for i in range(0, x.shape[0], rows)]
 
 

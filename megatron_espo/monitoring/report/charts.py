@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # no pyplot: no global state, no display
-from matplotlib.ticker import MaxNLocator
 
 from megatron_espo.monitoring.report.runs import RunData, read_runs
 
@@ -95,7 +94,7 @@ def draw_chart(axes: Axes, pattern: str, runs: Sequence[RunData]) -> None:
     """
     several = len(runs) > 1
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if pattern == _PHASES and not several:
         _stack_phases(axes, runs[0])
         return

@@ -156,11 +156,10 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
     Raises:
         InputError: no such folder, or no finished step in it.
     """
-    paths = [Path(folder) for folder in folders]
-    names = [path.resolve().name for path in paths]
+    names = [Path(folder).resolve().name for folder in folders]
     return [
-        RunData(path, name if names.count(name) == 1 else str(path))
-        for path, name in zip(paths, names, strict=True)
+        RunData(Path(folder), name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names, strict=True)
     ]
 
 
