@@ -82,13 +82,15 @@ def record_on_rank() -> dict:
     """Record one data-parallel rank's sequences. The third rank is not a logging rank."""
     objective, rank = load_objective(Algorithm(quantiles=(0.3, 0.8))), dist.get_rank()
     totals = batch_totals(sequences(), num_responses=5, num_response_tokens=sum(LENGTHS))
-    recorder = EntropyRecorder(3, VOCAB, is_logging_rank=rank < 2)
+    recorder = EntropyRecorder(3, VOCAB)
     for _ in range(2):  # the second step must not contain values of the first
         recorder.start_step([LENGTHS[1], LENGTHS[3], 4])
         for batch in pack(sequences(), totals, PackingSpec(12, rank % 2, 2)):
             sizes = {"vocab_size": VOCAB, "num_responses": 5, "num_tokens": sum(LENGTHS)}
             entropy = entropies(batch.targets)
-            recorder.record(batch, objective.segment_tokens(entropy, batch.lengths, **sizes))
+            segments = objective.segment_tokens(entropy, batch.lengths, **sizes)
+            if rank < 2:
+                recorder.record(batch, segments)
         histogram, tokens = recorder.gather()
     return histogram | {"tokens": tokens}
 
@@ -120,7 +122,7 @@ def test_every_trained_token_is_counted_once_over_ranks():
 def test_a_step_without_training_has_no_boundaries():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        histogram, tokens = EntropyRecorder(2, VOCAB, is_logging_rank=True).gather()
+        histogram, tokens = EntropyRecorder(2, VOCAB).gather()
     finally:
         dist.destroy_process_group()
     assert histogram["boundaries"] == [None] and sum(map(sum, histogram["counts"])) == 0

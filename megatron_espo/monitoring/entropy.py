@@ -26,15 +26,11 @@ class EntropyRecorder:
     Args:
         num_groups: entropy groups of the configuration.
         vocab_size: the true vocabulary.
-        is_logging_rank: whether this rank's tokens count. Tensor- and context-parallel ranks see
-            the same responses, so only one of them logs.
         device: device of the loss.
     """
 
-    def __init__(
-        self, num_groups: int, vocab_size: int, is_logging_rank: bool, device: Any = "cpu"
-    ) -> None:
-        self.num_groups, self.is_logging_rank, self.device = num_groups, is_logging_rank, device
+    def __init__(self, num_groups: int, vocab_size: int, device: Any = "cpu") -> None:
+        self.num_groups, self.device = num_groups, device
         self.highest = math.log(vocab_size)
         self.start_step([])
 
@@ -50,9 +46,10 @@ class EntropyRecorder:
         self._tokens = [zeros(2, length) for length in lengths]  # entropy, group + 1
 
     def record(self, batch: MicroBatch, segments: TokenSegments) -> None:
-        """Add the entropies of one micro-batch. Zero collectives."""
-        if not self.is_logging_rank or not segments.entropy.numel():
-            return
+        """Add the entropies of one micro-batch. Zero collectives.
+
+        Tensor- and context-parallel ranks see the same responses: call it on one of them.
+        """
         entropy, group = segments.entropy.double(), segments.group
         bins = (entropy / self.highest * BINS).long().clamp(0, BINS - 1)
         self._counts.index_put_((group, bins), torch.ones_like(entropy), accumulate=True)

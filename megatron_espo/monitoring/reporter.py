@@ -36,6 +36,10 @@ class Reporter:
         runtime: rank and process groups.
         tokenizer: decodes samples on rank 0; not used on other ranks.
 
+    Attributes:
+        record: :meth:`EntropyRecorder.record` on one of the ranks that see the same responses,
+            ``None`` on the others.
+
     Raises:
         InputError: ``run.wandb`` without the package.
     """
@@ -50,14 +54,10 @@ class Reporter:
             )
         self.config, self._spec, self._runtime = config, spec, runtime
         self._tokenizer, self._folder = tokenizer, Path(config.run.dir)
-        groups = runtime.groups
-        self._recorder = EntropyRecorder(
-            len(config.algorithm.quantiles) + 1,
-            spec.vocab_size,
-            is_logging_rank=groups.tp.rank() == 0 and groups.cp.rank() == 0,
-            device=runtime.device,
-        )
-        self.record = self._recorder.record
+        num_groups = len(config.algorithm.quantiles) + 1
+        self._recorder = EntropyRecorder(num_groups, spec.vocab_size, runtime.device)
+        records = runtime.groups.tp.rank() == 0 and runtime.groups.cp.rank() == 0
+        self.record = self._recorder.record if records else None
         self._logged: list[SampleIndex] = []
         self._board: Any = None  # on other ranks too
 

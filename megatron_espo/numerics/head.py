@@ -132,10 +132,6 @@ class _Call:
             out.fill_(-torch.inf)
             out[cells] = values
 
-    def chunk(self, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Uninitialized logits of one chunk of tokens."""
-        return rows.new_empty(min(self.plan.chunk_tokens, len(rows)), len(weight), dtype=dtype)
-
     def sum_over_ranks(
         self, grad_rows: Tensor, hidden: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, dist.Work | None, Tensor]:
@@ -173,7 +169,9 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         dtype = accumulation_dtype(rows.dtype)
         keep, same_type = call.training and plan.keep_logits, dtype == rows.dtype
         store = rows.new_empty(len(targets), len(weight)) if keep else None
-        buffer = None if keep and same_type else call.chunk(rows, weight, dtype)
+        buffer = None
+        if not (keep and same_type):
+            buffer = rows.new_empty(plan.chunk_tokens, len(weight), dtype=dtype)
         stats, tile_maxima = [], []
         for part in _parts(len(targets), plan.chunk_tokens):
             kept = None if store is None else store[part]
@@ -217,7 +215,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                     shard.gradient(x, x, targets[part], terms[part], entropy, shift)
                     yield part, x
                 return
-            buffer, dtype = call.chunk(rows, weight, rows.dtype), accumulation_dtype(rows.dtype)
+            buffer, dtype = rows.new_empty(chunk, len(weight)), accumulation_dtype(rows.dtype)
             for part in _parts(len(rows), chunk):
                 dx = buffer[: part.stop - part.start]
                 x = dx if dtype == dx.dtype else torch.empty_like(dx, dtype=dtype)

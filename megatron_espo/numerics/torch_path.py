@@ -32,7 +32,7 @@ def statistics(
         out[:, 0], out[:, 1:] = torch.finfo(dtype).min, 0.0
     elif not (compiled and _run_compiled(_blocked_statistics, x, scale, out)):
         for rows in _row_chunks(x):
-            out[rows, 0:1], out[rows, 1:2], out[rows, 2:3] = _sums(x[rows].unsqueeze(1), scale)
+            out[rows] = torch.cat(_sums(x[rows].unsqueeze(1), scale), dim=1)
     if store is None:
         return out, None
     tile_max = out[:, 0:1].clone()
@@ -71,17 +71,11 @@ def _row_chunks(x: Tensor) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, x.shape[0], rows)]
 
 
-def _shifted(x: Tensor, shift: Tensor, scale: float | Tensor) -> Tensor:
-    # In place after a conversion: in plain torch every pass over the chunk takes time.
-    s = x - shift if x.dtype == shift.dtype else x.to(shift.dtype).sub_(shift)
-    return s if isinstance(scale, float) and scale == 1.0 else s.mul_(scale)
-
-
 def _sums(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(m, a, b)``, each ``[rows, blocks]``, of ``x [rows, blocks, columns]``."""
     dtype = accumulation_dtype(x.dtype)
     m = x.amax(-1, keepdim=True).to(dtype).clamp(min=torch.finfo(dtype).min)
-    s = _shifted(x, m, scale).clamp_(min=LOWEST)
+    s = (x - m).mul_(scale).clamp_(min=LOWEST)
     e = s.exp()
     return m.squeeze(-1), e.sum(-1), s.mul_(e).sum(-1)
 
@@ -98,11 +92,11 @@ def _blocked_statistics(x: Tensor, scale: float, out: Tensor) -> None:
 
 
 def _gradient_of_logprob(x: Tensor, terms: Tensor, scale: float, out: Tensor) -> None:
-    out.copy_(_shifted(x, terms[:, 0:1], scale).exp_().mul_(terms[:, 2:3]))
+    out.copy_((x - terms[:, 0:1]).mul_(scale).exp_().mul_(terms[:, 2:3]))
 
 
 def _gradient_with_entropy(x: Tensor, terms: Tensor, scale: float, out: Tensor) -> None:
-    s = _shifted(x, terms[:, 0:1], scale).clamp_(min=LOWEST)
+    s = (x - terms[:, 0:1]).mul_(scale).clamp_(min=LOWEST)
     p = s.exp()
     out.copy_(s.sub_(terms[:, 1:2]).mul_(terms[:, 3:4]).add_(terms[:, 2:3]).mul_(p))
 
