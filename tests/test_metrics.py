@@ -240,7 +240,7 @@ def test_performance_of_a_run():
         {"time/step_s": 30.0, "time/train_s": 14.0, "time/sync_s": 1.0, "time/checkpoint_s": 2.0}
         | {rate("generated"): 200.0, rate("trained"): 90.0},
     ]
-    found = performance(lines, last_checkpoint_s=6.0)
+    found = performance(lines, checkpoint_s=6.0)
     # 40 s of steps and 8 s of checkpoints.
     assert found["step_s"] == 24.0 and found["mfu"] is None
     assert found["tokens_per_s_per_gpu"] == {"generated": 175.0, "trained": 80.0}

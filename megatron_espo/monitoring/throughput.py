@@ -75,14 +75,12 @@ def system_metrics() -> dict[str, float]:
     return found
 
 
-def performance(
-    lines: Sequence[Mapping[str, Any]], last_checkpoint_s: float = 0.0
-) -> dict[str, Any]:
+def performance(lines: Sequence[Mapping[str, Any]], checkpoint_s: float = 0.0) -> dict[str, Any]:
     """Mean seconds of a run's steps by phase, tokens per second and GPU, and MFU.
 
     Args:
         lines: ``metrics.jsonl``.
-        last_checkpoint_s: seconds of a checkpoint after the last line; a checkpoint counts in the
+        checkpoint_s: seconds of a checkpoint after the last line; a checkpoint counts in the
             next line.
 
     Returns:
@@ -91,7 +89,7 @@ def performance(
         ``None`` for what the run did not measure (MFU on a CPU).
     """
     seconds = defaultdict(float, dict.fromkeys(_PHASES, 0.0))
-    for line in [*lines, {"time/checkpoint_s": last_checkpoint_s}]:
+    for line in [*lines, {"time/checkpoint_s": checkpoint_s}]:
         for key, value in line.items():
             if key.startswith("time/") and key[5:-2] not in PARTS:
                 seconds[key[5:-2]] += value

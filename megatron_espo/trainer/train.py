@@ -226,9 +226,9 @@ class Run:
                 paths = (folder / "hf", config.model.path)
                 save_hf(*model, *paths, groups, dtype, tokenizer=config.model.tokenizer)
         if self.runtime.is_main:
-            checkpoint_s = self.phases.pop().get("checkpoint", 0.0)
+            left = self.phases.pop().get("checkpoint", 0.0)
             summary = write_summary(
-                folder, seconds=seconds, seed=config.run.seed, last_checkpoint_s=checkpoint_s
+                folder, seconds=seconds, seed=config.run.seed, checkpoint_s=left
             )
             for line in describe(summary["performance"]):
                 self._log(line)

@@ -84,7 +84,7 @@ def draw_learning_curve(folder: str | Path) -> Path:
         title, pattern = next(iter(CHARTS[heading].items()))
         draws[title] = partial(draw_chart, pattern=pattern, runs=runs)
     path = Path(folder, "learning_curve.png")
-    path.write_bytes(_picture(draws, (12, 3.8), runs[0].name))
+    path.write_bytes(_picture(draws, (12, 3.8)))
     return path
 
 
@@ -153,14 +153,11 @@ def _draw_histogram(axes: Axes, line: dict[str, Any]) -> None:
     axes.legend()
 
 
-def _picture(
-    draws: dict[str, Draw], size: tuple[float, float], heading: str = "", transparent: bool = False
-) -> bytes:
+def _picture(draws: dict[str, Draw], size: tuple[float, float], transparent: bool = False) -> bytes:
     """A PNG of charts side by side. ``size``: in inches, at 120 dots per inch."""
     png = io.BytesIO()
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(heading, parse_math=False)
         panels = figure.subplots(1, len(draws), squeeze=False)[0]
         for axes, (title, draw) in zip(panels, draws.items(), strict=True):
             axes.set_title(title, parse_math=False)

@@ -35,16 +35,16 @@ NOT_GIVEN = "–"
 
 
 def write_summary(
-    folder: str | Path, *, seconds: float, seed: int, last_checkpoint_s: float = 0.0
+    folder: str | Path, *, seconds: float, seed: int, checkpoint_s: float = 0.0
 ) -> dict[str, Any]:
     """Write ``summary.json``: mean reward of the first and last three steps, steps, seconds of the
-    run, seed, and ``performance``. For ``last_checkpoint_s`` see :func:`performance`.
+    run, seed, and ``performance``. For ``checkpoint_s`` see :func:`performance`.
     """
     lines = read_jsonl(Path(folder, "metrics.jsonl"))
     rewards = [line["reward/mean"] for line in lines]
     means = {"reward_first3": fmean(rewards[:3]), "reward_last3": fmean(rewards[-3:])}
     summary = means | {"steps": len(rewards), "seconds": round(seconds, 1), "seed": seed}
-    found = summary | {"performance": performance(lines, last_checkpoint_s)}
+    found = summary | {"performance": performance(lines, checkpoint_s)}
     Path(folder, "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -100,7 +100,7 @@ class RunData:
 
     def mean(self, metric: str) -> float:
         """Over the steps that report it; NaN without any."""
-        values = [value for value in self.series(metric)[1] if math.isfinite(value)]
+        values = self.series(metric)[1]
         return fmean(values) if values else math.nan
 
     def setting(self, section: str, key: str) -> Any:
