@@ -35,7 +35,7 @@ NOT_GIVEN = "–"
 
 
 def write_summary(
-    folder: str | Path, *, seconds: float, seed: int, checkpoint_s: float = 0.0
+    folder: str | Path, seconds: float, seed: int, checkpoint_s: float = 0.0
 ) -> dict[str, Any]:
     """Write ``summary.json``: mean reward of the first and last three steps, steps, seconds of the
     run, seed, and ``performance``. For ``checkpoint_s`` see :func:`performance`.
