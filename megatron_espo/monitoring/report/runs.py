@@ -63,6 +63,8 @@ class RunData:
         samples: lines of ``samples.jsonl`` by step, of ``SAMPLE_STEPS`` steps spread evenly.
         entropies: lines of ``entropy.jsonl``.
         engine_exceptions: last lines of tracebacks in ``engine.log``, with their number.
+        model: name of the model's folder.
+        performance: lines of text: seconds by phase, tokens per second, MFU.
 
     Raises:
         InputError: no such folder, or no finished step in it.
@@ -86,7 +88,11 @@ class RunData:
         self.status = read_json(folder / "status.json")
         self.samples = _read_samples(folder / "samples.jsonl", sorted(lines))
         self.entropies = read_jsonl(folder / "entropy.jsonl")
-        self.engine_exceptions = _exceptions(folder / "engine.log")
+        log = folder / "engine.log"
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        self.engine_exceptions = Counter(_EXCEPTION.findall(text))
+        self.model = Path(self.setting("model", "path")).name
+        self.performance = describe(self.summary.get("performance") or performance(self.lines))
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps that report ``metric``, and its values."""
@@ -108,19 +114,10 @@ class RunData:
         return self.config.get(section, {}).get(key, NOT_GIVEN)
 
     @property
-    def model(self) -> str:
-        """Name of the model's folder."""
-        return Path(self.setting("model", "path")).name
-
-    @property
     def phases(self) -> list[str]:
         """Phases of a step, without those that are part of another phase."""
         names = [name[5:-2] for name in self.names("time/.*")]
         return [name for name in names if name not in ("step", "score", *PARTS)]
-
-    def performance(self) -> list[str]:
-        """Lines of text: seconds by phase, tokens per second, MFU."""
-        return describe(self.summary.get("performance") or performance(self.lines))
 
     def problems(self) -> list[str]:
         """Problems of the run, worst first."""
@@ -176,11 +173,6 @@ def _read_samples(path: Path, steps: list[int]) -> dict[int, list[dict[str, Any]
                 if step and int(step[1]) in chosen and line.endswith("\n"):
                     chosen[int(step[1])].append(json.loads(line))
     return {step: samples for step, samples in chosen.items() if samples}
-
-
-def _exceptions(log: Path) -> Counter[str]:
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    return Counter(_EXCEPTION.findall(text))
 
 
 def _some(numbers: list[int]) -> str:
