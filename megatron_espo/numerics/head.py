@@ -167,25 +167,23 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         shard, plan = call.shard, call.plan
         rows = call.scored_rows(hidden, positions)
         dtype = accumulation_dtype(rows.dtype)
-        keep, same_type = call.training and plan.keep_logits, dtype == rows.dtype
-        store = rows.new_empty(len(targets), len(weight)) if keep else None
-        buffer = None
-        if not (keep and same_type):
-            buffer = rows.new_empty(plan.chunk_tokens, len(weight), dtype=dtype)
+        keep = call.training and plan.keep_logits
+        store = rows.new_empty(len(targets) if keep else 0, len(weight))
+        in_place = keep and dtype == rows.dtype
+        buffer = store if in_place else rows.new_empty(plan.chunk_tokens, len(weight), dtype=dtype)
         stats, tile_maxima = [], []
         for part in _parts(len(targets), plan.chunk_tokens):
-            kept = None if store is None else store[part]
-            logits = kept if buffer is None else buffer[: part.stop - part.start]
+            logits = buffer[part] if in_place else buffer[: part.stop - part.start]
             call.compute_logits(rows, weight, part, logits)
-            part_stats, tile_max = shard.statistics(
-                logits, targets[part], None if same_type else kept
-            )
+            narrow = store[part] if keep and not in_place else None
+            part_stats, tile_max = shard.statistics(logits, targets[part], narrow)
             stats.append(part_stats)
-            tile_maxima.append(tile_max)
+            if tile_max is not None:
+                tile_maxima.append(tile_max)
         merged = shard.merge(torch.cat(stats))
         ctx.save_for_backward(hidden, weight, targets, positions, *merged)
-        ctx.call, ctx.store = call, store
-        ctx.tile_max = None if same_type or not keep else torch.cat(tile_maxima)
+        ctx.call, ctx.store = call, store if keep else None
+        ctx.tile_max = torch.cat(tile_maxima) if tile_maxima else None
         ctx.set_materialize_grads(False)
         logprob, entropy = logprob_and_entropy(*merged, shard.scale)
         if not call.entropy_grad:

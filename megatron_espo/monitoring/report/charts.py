@@ -79,7 +79,8 @@ def draw_learning_curve(folder: str | Path) -> Path:
     """Draw reward, entropy by group and seconds by phase of a run into its ``learning_curve.png``;
     returns the path.
     """
-    runs, draws = read_runs([folder]), {}
+    runs = read_runs([folder])
+    draws: dict[str, Draw] = {}
     for heading in _CURVE_SECTIONS:
         title, pattern = next(iter(CHARTS[heading].items()))
         draws[title] = partial(draw_chart, pattern=pattern, runs=runs)
@@ -94,7 +95,7 @@ def draw_chart(axes: Axes, pattern: str, runs: Sequence[RunData]) -> None:
     """
     several = len(runs) > 1
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if pattern == _PHASES and not several:
         _stack_phases(axes, runs[0])
         return
