@@ -247,7 +247,7 @@ class Activations:
     """
 
     def __init__(self, config: Any, spec: ModelSpec, tokens: int, on_gpu: bool) -> None:
-        self.megatron, self.spec, self.on_gpu = config.megatron, spec, on_gpu
+        self.megatron, self.spec = config.megatron, spec
         m = config.megatron
         self.tp, self.cp = m.tensor_model_parallel_size, m.context_parallel_size
         self.sp = self.tp if m.sequence_parallel else 1  # shards of the states between linears
