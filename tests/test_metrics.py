@@ -13,7 +13,7 @@ from megatron_espo.config import Algorithm
 from megatron_espo.monitoring.metrics import (
     average_steps,
     loss_metrics,
-    reduce_metrics,
+    reduce_metrics_everywhere,
     rollout_metrics,
     step_line,
 )
@@ -96,7 +96,7 @@ def one_rank():
 def test_micro_batches_give_means_over_all_tokens(one_rank):
     # An empty one takes part too, as on a data-parallel rank with fewer sequences.
     reports = [report([3, 1, 8], seed=1), report([], seed=2), report([5, 30], seed=3)]
-    found = reduce_metrics([metrics for metrics, *_ in reports], one_rank)
+    found = reduce_metrics_everywhere([metrics for metrics, *_ in reports], one_rank)
     check(found, expected_metrics(reports))
     assert 0 < found["would_clip/grpo"] < found["would_clip/gspo"] <= 1
 
@@ -114,12 +114,12 @@ def reduce_on_ranks() -> dict[str, float]:
         [report([3, 7], seed=0), report([], seed=5)],
         [report([9], seed=1), report([4], seed=2)],
     ][dist.get_rank()]
-    return reduce_metrics([metrics for metrics, *_ in reports], dist.group.WORLD)
+    return reduce_metrics_everywhere([metrics for metrics, *_ in reports], dist.group.WORLD)
 
 
 def test_group_without_tokens_reports_nothing(one_rank):
     # One token: it is the highest group's, the others are empty.
-    found = reduce_metrics([report([1], seed=1)[0]], one_rank)
+    found = reduce_metrics_everywhere([report([1], seed=1)[0]], one_rank)
     assert not any(name.startswith(("group0/", "group1/")) for name in found)
     assert (
         found["group2/ratio_min"]
@@ -129,19 +129,15 @@ def test_group_without_tokens_reports_nothing(one_rank):
 
 
 def test_step_without_tokens_reports_its_loss_alone(one_rank):
-    assert reduce_metrics([report([], seed=1)[0]], one_rank) == {"loss/policy": 0.0}
+    assert reduce_metrics_everywhere([report([], seed=1)[0]], one_rank) == {"loss/policy": 0.0}
 
 
 def test_nan_is_shown(one_rank):
     metrics = report([2], seed=1)[0]
     names = {"loss/policy": "total/", "mismatch/logprob_gap_max": "max/"}
     metrics |= {kind + name: torch.tensor(math.nan) for name, kind in names.items()}
-    found = reduce_metrics([metrics], one_rank)
+    found = reduce_metrics_everywhere([metrics], one_rank)
     assert all(math.isnan(found[name]) for name in names)
-
-
-def test_other_pipeline_stages_report_nothing():
-    assert reduce_metrics([], None) == {}
 
 
 def test_rollout_metrics():
@@ -244,7 +240,7 @@ def test_performance_of_a_run():
         {"time/step_s": 30.0, "time/train_s": 14.0, "time/sync_s": 1.0, "time/checkpoint_s": 2.0}
         | {rate("generated"): 200.0, rate("trained"): 90.0},
     ]
-    found = performance(lines, {"checkpoint": 6.0, "export": 9.0})
+    found = performance(lines, checkpoint_s=6.0)
     # 40 s of steps and 8 s of checkpoints.
     assert found["step_s"] == 24.0 and found["mfu"] is None
     assert found["tokens_per_s_per_gpu"] == {"generated": 175.0, "trained": 80.0}

@@ -134,13 +134,15 @@ def test_a_step_is_written_everywhere(tmp_path, one_rank, capsys):
     )
 
 
+NOTHING_TRAINED = {"optimizer/grad_norm": 0.0, "train/tokens": 0.0}
+SECONDS = {"train": 0.5, "step": 1.0}
+
+
 def test_a_resumed_run_removes_later_steps(tmp_path, one_rank):
     reporter = make_reporter(tmp_path, samples_per_step=1)
     for step in (1, 2, 3):
         reporter.start_step(two_groups())
-        reporter.write(
-            step, two_groups(), torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0}
-        )
+        reporter.write(step, two_groups(), torch.zeros(2, 2), NOTHING_TRAINED, SECONDS)
     reporter.close()
     reporter.open(after_step=2)
     reporter.close()
@@ -154,7 +156,7 @@ def test_a_resumed_run_removes_later_steps(tmp_path, one_rank):
 def test_no_samples_are_written_with_samples_per_step_0(tmp_path, one_rank):
     reporter = make_reporter(tmp_path, samples_per_step=0)
     assert reporter.start_step(two_groups()) == {}
-    reporter.write(1, two_groups(), torch.zeros(2, 2), {"optimizer/grad_norm": 0.0}, {"step": 1.0})
+    reporter.write(1, two_groups(), torch.zeros(2, 2), NOTHING_TRAINED, SECONDS)
     assert json.loads((tmp_path / "entropy.jsonl").read_text())["boundaries"] == [
         None
     ]  # NaN is no JSON

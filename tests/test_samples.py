@@ -82,15 +82,17 @@ def record_on_rank() -> dict:
     """Record one data-parallel rank's sequences. The third rank is not a logging rank."""
     objective, rank = load_objective(Algorithm(quantiles=(0.3, 0.8))), dist.get_rank()
     totals = batch_totals(sequences(), num_responses=5, num_response_tokens=sum(LENGTHS))
-    recorder = EntropyRecorder(3, VOCAB, is_logging_rank=rank < 2)
+    recorder = EntropyRecorder(3, VOCAB)
     for _ in range(2):  # the second step must not contain values of the first
         recorder.start_step([LENGTHS[1], LENGTHS[3], 4])
         for batch in pack(sequences(), totals, PackingSpec(12, rank % 2, 2)):
             sizes = {"vocab_size": VOCAB, "num_responses": 5, "num_tokens": sum(LENGTHS)}
             entropy = entropies(batch.targets)
-            recorder.record(batch, objective.segment_tokens(entropy, batch.lengths, **sizes))
-        report = recorder.gather()
-    return vars(report) | {"metrics": report.metrics()}
+            segments = objective.segment_tokens(entropy, batch.lengths, **sizes)
+            if rank < 2:
+                recorder.record(batch, segments)
+        histogram, tokens = recorder.gather()
+    return histogram | {"tokens": tokens}
 
 
 def test_every_trained_token_is_counted_once_over_ranks():
@@ -114,16 +116,14 @@ def test_every_trained_token_is_counted_once_over_ranks():
             assert got_values == pytest.approx(values) and got_groups == groups
     assert found["counts"] == wanted_counts and found["tokens"][2] is None
     assert found["boundaries"] == pytest.approx([sum(lowest[b]) / 5 for b in (1, 2)])
-    assert found["metrics"] == pytest.approx(
-        {"entropy/boundary1": found["boundaries"][0], "entropy/boundary2": found["boundaries"][1]}
-    )
     assert found["highest"] == pytest.approx(math.log(VOCAB))
 
 
 def test_a_step_without_training_has_no_boundaries():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        report = EntropyRecorder(2, VOCAB, is_logging_rank=True).gather()
+        histogram, tokens = EntropyRecorder(2, VOCAB).gather()
     finally:
         dist.destroy_process_group()
-    assert report.metrics() == {} and sum(map(sum, report.counts)) == 0 and report.tokens == []
+    assert histogram["boundaries"] == [None] and sum(map(sum, histogram["counts"])) == 0
+    assert tokens == []

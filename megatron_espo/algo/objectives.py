@@ -279,14 +279,10 @@ def would_clip(inputs: LossInputs) -> dict[str, Tensor]:
 
     For metrics. One sum over context-parallel ranks.
     """
-    log_ratio = inputs.log_ratio
-    rules: dict[str, tuple[type[_FixedBounds], Tensor]] = {
-        "grpo": (GRPO, log_ratio),
-        "gspo": (GSPO, inputs.response_mean(log_ratio)),
-    }
+    token, response = inputs.log_ratio.expm1(), inputs.response_mean(inputs.log_ratio).expm1()
     return {
-        name: torch.logical_or(*outside(exponent.expm1(), cls.clip_low, cls.clip_high))
-        for name, (cls, exponent) in rules.items()
+        "grpo": torch.logical_or(*outside(token, GRPO.clip_low, GRPO.clip_high)),
+        "gspo": torch.logical_or(*outside(response, GSPO.clip_low, GSPO.clip_high)),
     }
 
 

@@ -112,8 +112,6 @@ def score_tokens(
         positions=context.logit_positions,
         sampling_mask=context.sampling_mask,
         sequence_parallel=output_layer.sequence_parallel,
-        # A bfloat16 logit of 20 is off by up to 0.06 nats; the engine's head is float32 too.
-        float32_logits=True,
         **options,
     )
     return torch.stack(scored)

@@ -1,14 +1,16 @@
 """Metrics: sums over a micro-batch, means over a step."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_espo.algo import LossInputs, LossOutput, Objective, would_clip
+from megatron_espo.algo import LossInputs, LossOutput, Objective
+from megatron_espo.algo.objectives import would_clip
 from megatron_espo.types import Trajectory
 
 # The key prefix selects the reduction: "sum/x" / "count/x" is the mean x; "total/x", "max/x" and
@@ -59,7 +61,6 @@ def loss_metrics(
     }
     over_group = {
         "entropy": segments.entropy,
-        "epsilon": segments.high,
         "ratio": result.ratio,
         "clipped_low": clipped_low.float(),
         "clipped_high": clipped_high.float(),
@@ -68,10 +69,8 @@ def loss_metrics(
     clips = segments.high.isfinite()  # Without clipping there is no epsilon to report.
     for group in range(len(objective.quantiles) + 1):
         member = segments.group == group
-        averaged |= {
-            f"group{group}/{name}": values[member & clips if name == "epsilon" else member]
-            for name, values in over_group.items()
-        }
+        averaged |= {f"group{group}/{name}": values[member] for name, values in over_group.items()}
+        averaged[f"group{group}/epsilon"] = segments.high[member & clips]
         chosen = result.ratio[member]
         metrics[f"max/group{group}/ratio_max"] = _max(chosen)
         metrics[f"min/group{group}/ratio_min"] = -_max(-chosen)
@@ -85,40 +84,26 @@ def _max(values: Tensor) -> Tensor:
     return values.max() if values.numel() else values.new_tensor(-torch.inf)
 
 
-def reduce_metrics(micro_batches: list[dict[str, Tensor]], group) -> dict[str, float]:
-    """Combine micro-batches and ranks. Three all-reduces over ``group``.
+def reduce_metrics_everywhere(micro_batches: list[dict[str, Tensor]], group) -> dict[str, float]:
+    """Combine micro-batches and ranks. Three all-reduces over ``group`` on the last pipeline stage,
+    then one broadcast over all ranks.
 
     Args:
-        micro_batches: metrics of the last pipeline stage; empty on other stages, which return
-            ``{}``.
+        micro_batches: metrics of the last pipeline stage; empty on other stages.
         group: data-parallel group (with context parallelism) of that stage.
+
+    Returns:
+        Values by name on every rank, without metrics that have no token.
     """
-    if not micro_batches:
-        return {}
     values: dict[str, float] = {}
-    for kinds, combine, operation in _COMBINE:
+    reductions = _COMBINE if micro_batches else ()
+    for kinds, combine, operation in reductions:
         names = [name for name in micro_batches[0] if name.split("/", 1)[0] in kinds]
         # float64: float32 cannot count past 2^24 tokens.
         rows = [torch.stack([batch[name] for name in names]) for batch in micro_batches]
         combined = combine(torch.stack(rows).double(), dim=0)
         dist.all_reduce(combined, op=operation, group=group)
         values |= dict(zip(names, combined.tolist(), strict=True))
-    return _means(values)
-
-
-def reduce_metrics_everywhere(micro_batches: list[dict[str, Tensor]], group) -> dict[str, float]:
-    """:func:`reduce_metrics`, then sent to the ranks of the other pipeline stages too: one
-    broadcast over all ranks.
-    """
-    box = [reduce_metrics(micro_batches, group)]
-    # Pipeline stages are the outermost dimension of Megatron's rank order: the last rank is on the
-    # last stage.
-    dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
-    return box[0]
-
-
-def _means(values: dict[str, float]) -> dict[str, float]:
-    """Values by name, without metrics that have no token."""
     means = {}
     for key, value in values.items():
         kind, name = key.split("/", 1)
@@ -127,7 +112,11 @@ def _means(values: dict[str, float]) -> dict[str, float]:
         # The maximum of no values is -inf. NaN stays visible.
         elif kind == "total" or (kind in ("max", "min") and not math.isinf(value)):
             means[name] = value
-    return means
+    box = [means]
+    # Pipeline stages are the outermost dimension of Megatron's rank order: the last rank is on the
+    # last stage.
+    dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
+    return box[0]
 
 
 def average_steps(results: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -136,7 +125,7 @@ def average_steps(results: Sequence[dict[str, float]]) -> dict[str, float]:
     """
     combine, names = {"_max": max, "_min": min}, {name: None for r in results for name in r}
     return {
-        name: combine.get(name[-4:], statistics.fmean)([r[name] for r in results if name in r])
+        name: combine.get(name[-4:], fmean)([r[name] for r in results if name in r])
         for name in names
     }
 
@@ -157,37 +146,36 @@ def rollout_metrics(
     samples = [sample for group in rollouts for sample in group]
     parts = [part for sample in samples for part in sample.parts]
     lengths = torch.tensor([float(sample.num_trained) for sample in samples])
-    ran = rewards[~rewards.isnan()]
+    failed = rewards.isnan()
+    ran, any_ran = rewards[~failed], ~failed.all(1)
     highest, lowest = rewards.nan_to_num(-torch.inf).amax(1), rewards.nan_to_num(torch.inf).amin(1)
-    any_ran = ~rewards.isnan().all(1)
     spread = float(ran.std()) if ran.numel() > 1 else 0.0
-    metrics = {
-        "reward/mean": float(ran.mean()),
+    metrics: dict[str, Any] = {
+        "reward/mean": ran.mean(),
         "reward/std": spread,
         "reward/standard_error": spread / max(1, ran.numel()) ** 0.5,
-        "reward/equal_groups": float((highest <= lowest).float().mean()),
-        "reward/solved_all": float(((lowest >= 1) & any_ran).float().mean()),
-        "reward/solved_none": float(((highest <= 0) & any_ran).float().mean()),
-        "reward/failed": float(rewards.isnan().sum()),
-        "rollout/with_advantage": float((advantages != 0).float().mean()),
-        "rollout/length_mean": float(lengths.mean()),
-        "rollout/length_max": float(lengths.max()),
-        "rollout/truncated": sum(sample.truncated for sample in samples) / len(samples),
-        "environment/failed": float(sum(sample.failed for sample in samples)),
+        "reward/equal_groups": (highest <= lowest).float().mean(),
+        "reward/solved_all": ((lowest >= 1) & any_ran).float().mean(),
+        "reward/solved_none": ((highest <= 0) & any_ran).float().mean(),
+        "reward/failed": failed.sum(),
+        "rollout/with_advantage": (advantages != 0).float().mean(),
+        "rollout/length_mean": lengths.mean(),
+        "rollout/length_max": lengths.max(),
+        "rollout/truncated": fmean(sample.truncated for sample in samples),
+        "environment/failed": sum(sample.failed for sample in samples),
         "environment/turns": sum(len(part.turns) for part in parts) / len(samples),
-        "environment/splits": float(len(parts) - len(samples)),
+        "environment/splits": len(parts) - len(samples),
     }
     sources = [group[0].prompt.source for group in rollouts]
     for name in sorted(set(sources) - {""}):
         of_source = torch.tensor([source == name for source in sources])
-        if not rewards[of_source].isnan().all():
-            metrics[f"reward/{name}"] = float(rewards[of_source].nanmean())
-        metrics[f"rollout/share_{name}"] = float(of_source.float().mean())
+        if not failed[of_source].all():
+            metrics[f"reward/{name}"] = rewards[of_source].nanmean()
+        metrics[f"rollout/share_{name}"] = of_source.float().mean()
     for name in sorted({name for sample in samples for name in sample.rewards}):
-        values = [sample.rewards[name] for sample in samples if name in sample.rewards]
         key = name if name.startswith("reward/") else f"environment/reward_{name}"
-        metrics[key] = sum(values) / len(values)
-    return metrics
+        metrics[key] = fmean(s.rewards[name] for s in samples if name in s.rewards)
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:

@@ -31,12 +31,9 @@ def profiled(run: Run, role: str, step: int) -> Iterator[None]:
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.memory._record_memory_history(max_entries=_MOST_MEMORY_EVENTS)
-    try:
-        with torch.profiler.profile() as profile:
-            yield
-        profile.export_chrome_trace(f"{path}.json.gz")
-        if has_cuda:
-            torch.cuda.memory._dump_snapshot(f"{path}_memory.pickle")
-    finally:
-        if has_cuda:
-            torch.cuda.memory._record_memory_history(enabled=None)
+    with torch.profiler.profile() as profile:
+        yield
+    profile.export_chrome_trace(f"{path}.json.gz")
+    if has_cuda:
+        torch.cuda.memory._dump_snapshot(f"{path}_memory.pickle")
+        torch.cuda.memory._record_memory_history(enabled=None)

@@ -49,12 +49,8 @@ class Phases:
                 yield on_progress
             self._heartbeat(BETWEEN, step)  # not after a failure: the error names the phase
         finally:
-            self.add({name: time.perf_counter() - start})
-
-    def add(self, seconds: dict[str, float]) -> None:
-        """Add seconds of phases that were timed elsewhere."""
-        for name, value in seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
+            taken = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + taken
 
     def pop(self) -> dict[str, float]:
         """Seconds per phase since the last call."""

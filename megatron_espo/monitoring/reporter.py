@@ -1,6 +1,5 @@
 """Logs a step: metrics, entropy histograms and samples, to files, TensorBoard and the terminal."""
 
-import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.errors import InputError
 from megatron_espo.files import keep_steps
 from megatron_espo.models.spec import ExternalSpec, ModelSpec
-from megatron_espo.monitoring.entropy import EntropyRecorder, EntropyReport
+from megatron_espo.monitoring.entropy import EntropyRecorder
 from megatron_espo.monitoring.metrics import rollout_metrics, step_line
 from megatron_espo.monitoring.report.runs import LARGE_GAP
 from megatron_espo.monitoring.samples import SampleIndex, as_markdown, choose_samples, sample_record
@@ -37,6 +36,10 @@ class Reporter:
         runtime: rank and process groups.
         tokenizer: decodes samples on rank 0; not used on other ranks.
 
+    Attributes:
+        record: :meth:`EntropyRecorder.record` on one of the ranks that see the same responses,
+            ``None`` on the others.
+
     Raises:
         InputError: ``run.wandb`` without the package.
     """
@@ -50,17 +53,12 @@ class Reporter:
                 "pip install wandb, or set it to false"
             )
         self.config, self._spec, self._runtime = config, spec, runtime
-        self._tokenizer = tokenizer
-        groups = runtime.groups
-        self._recorder = EntropyRecorder(
-            len(config.algorithm.quantiles) + 1,
-            spec.vocab_size,
-            is_logging_rank=groups.tp.rank() == 0 and groups.cp.rank() == 0,
-            device=runtime.device,
-        )
-        self.record = self._recorder.record
+        self._tokenizer, self._folder = tokenizer, Path(config.run.dir)
+        num_groups = len(config.algorithm.quantiles) + 1
+        self._recorder = EntropyRecorder(num_groups, spec.vocab_size, runtime.device)
+        records = runtime.groups.tp.rank() == 0 and runtime.groups.cp.rank() == 0
+        self.record = self._recorder.record if records else None
         self._logged: list[SampleIndex] = []
-        self._folder = Path(config.run.dir)
         self._board: Any = None  # on other ranks too
 
     def open(self, after_step: int) -> None:
@@ -74,7 +72,8 @@ class Reporter:
 
         run, settings = self.config.run, self.config.model_dump(mode="json")
         if run.wandb:
-            wandb = importlib.import_module("wandb")
+            import wandb
+
             wandb.init(name=run.dir, dir=run.dir, config=settings, sync_tensorboard=True)
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=after_step + 1)
         for name in ("metrics", "samples", "entropy", "eval"):
@@ -98,8 +97,8 @@ class Reporter:
         metrics: dict[str, float],
         seconds: dict[str, float],
     ) -> None:
-        """Write a step's metrics and samples after training, and print one line. Collective: one
-        all-reduce.
+        """Write a step's metrics and samples after training, and print one line. Collective:
+        :meth:`EntropyRecorder.gather`.
 
         Args:
             step: counted from 1.
@@ -115,22 +114,29 @@ class Reporter:
         limit = self.config.rollout.log_prob_gap_stop
         if limit is not None and not gap <= limit:
             raise LogProbGap(_gap_message(gap, f"rollout.log_prob_gap_stop = {limit:g}"))
-        entropies = self._recorder.gather()
+        histogram, entropies = self._recorder.gather()
         if self._board is None:
             return
         metrics = metrics | rollout_metrics(groups.rollouts, groups.rewards, advantages)
         metrics |= groups.metrics
-        metrics |= entropies.metrics() | {
-            "rollout/staleness": groups.staleness(step),
-            "rollout/staleness_max": float(groups.max_staleness(step)),
-        }
+        for number, boundary in enumerate(histogram["boundaries"], 1):
+            if boundary is not None:
+                metrics[f"entropy/boundary{number}"] = boundary
+        metrics["rollout/staleness"] = groups.staleness(step)
+        metrics["rollout/staleness_max"] = float(groups.max_staleness(step))
         metrics |= {f"time/{name}_s": value for name, value in seconds.items()}
         metrics |= self._throughput(groups, advantages, metrics) | system_metrics()
         self._append("metrics.jsonl", {"step": step} | metrics)
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
-        self._append("entropy.jsonl", {"step": step} | entropies.histogram())
-        self._write_samples(step, groups, advantages, entropies)
+        self._append("entropy.jsonl", {"step": step} | histogram)
+        assert self._tokenizer
+        for number, (i, j) in enumerate(self._logged):
+            values = float(groups.rewards[i, j]), float(advantages[i, j])
+            rollout, decode = groups.rollouts[i][j], self._tokenizer.decode
+            record = sample_record(step, rollout, *values, decode, entropies[number])
+            self._append("samples.jsonl", record)
+            self._board.add_text(f"samples/{number}", as_markdown(record), step)
         self._board.flush()
         print(step_line(step, self.config.run.steps, metrics), flush=True)
         # Older weights explain a gap. NaN is a gap.
@@ -145,36 +151,23 @@ class Reporter:
     def _throughput(
         self, groups: ScoredGroups, advantages: torch.Tensor, metrics: dict[str, float]
     ) -> dict[str, float]:
-        generated, trained_tokens = float(groups.lengths().sum()), metrics.get("train/tokens", 0.0)
-        rank_seconds = metrics["time/step_s"] * dist.get_world_size()
+        generated, trained = float(groups.lengths().sum()), metrics["train/tokens"]
+        ranks, train_s = dist.get_world_size(), metrics["time/train_s"]
+        step_s, peak = metrics["time/step_s"], peak_flops(self.config.model.dtype)
         found = {
-            "throughput/generated_tokens_per_s_per_gpu": generated / rank_seconds,
-            "throughput/trained_tokens_per_s_per_gpu": trained_tokens / rank_seconds,
+            "throughput/generated_tokens_per_s_per_gpu": generated / (step_s * ranks),
+            "throughput/trained_tokens_per_s_per_gpu": trained / (step_s * ranks),
+            "throughput/trained_tokens_per_s": trained / train_s,
         }
         if rollout_s := metrics.get("time/rollout_s"):
             found["throughput/response_tokens_per_s"] = generated / rollout_s
-        train_s, peak = metrics.get("time/train_s"), peak_flops(self.config.model.dtype)
-        if train_s and trained_tokens:
-            found["throughput/trained_tokens_per_s"] = trained_tokens / train_s
-            if peak and not isinstance(self._spec, ExternalSpec):
-                samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
-                parts = (part for sample, trained in samples if trained for part in sample.parts)
-                lengths = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
-                flops = training_flops(self._spec, lengths) * self.config.algorithm.num_epochs
-                found["throughput/mfu"] = flops / (train_s * peak * dist.get_world_size())
+        if peak and not isinstance(self._spec, ExternalSpec):
+            samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
+            parts = (part for sample, value in samples if value for part in sample.parts)
+            lengths = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
+            flops = training_flops(self._spec, lengths) * self.config.algorithm.num_epochs
+            found["throughput/mfu"] = flops / (train_s * peak * ranks)
         return found
-
-    def _write_samples(
-        self, step: int, groups: ScoredGroups, advantages: torch.Tensor, entropies: EntropyReport
-    ) -> None:
-        assert self._tokenizer
-        for number, index in enumerate(self._logged):
-            prompt, sample = index
-            values = float(groups.rewards[index]), float(advantages[index])
-            rollout, decode = groups.rollouts[prompt][sample], self._tokenizer.decode
-            record = sample_record(step, rollout, *values, decode, entropies.tokens[number])
-            self._append("samples.jsonl", record)
-            self._board.add_text(f"samples/{number}", as_markdown(record), step)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with open(self._folder / name, "a", encoding="utf-8") as file:

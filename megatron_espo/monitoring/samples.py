@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_espo.monitoring.entropy import TokenEntropies
 from megatron_espo.types import Trajectory
 
 SampleIndex = tuple[int, int]
@@ -39,7 +40,7 @@ def sample_record(
     reward: float,
     advantage: float,
     decode: Decode,
-    entropies: tuple[list[float], list[int]] | None = None,
+    entropies: TokenEntropies | None = None,
 ) -> dict[str, Any]:
     """One line of ``samples.jsonl``.
 

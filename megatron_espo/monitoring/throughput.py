@@ -1,5 +1,6 @@
 """FLOPs of training, peak FLOP/s of GPUs, memory in use, and the performance of a whole run."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -23,8 +24,7 @@ PEAK_BFLOAT16 = {
 }
 
 _PHASES = ("rollout", "reward", "score", "train", "sync", "checkpoint")
-_PARTS = {"verify", "canary"}  # phases inside another one
-_PHASE_NAMES = {"sync": "weight update"}
+PARTS = {"verify", "canary"}  # phases inside another one
 
 
 def matmul_parameters(spec: ModelSpec) -> int:
@@ -75,35 +75,33 @@ def system_metrics() -> dict[str, float]:
     return found
 
 
-def performance(
-    lines: Sequence[Mapping[str, Any]], after_last: Mapping[str, float] | None = None
-) -> dict[str, Any]:
+def performance(lines: Sequence[Mapping[str, Any]], checkpoint_s: float = 0.0) -> dict[str, Any]:
     """Mean seconds of a run's steps by phase, tokens per second and GPU, and MFU.
 
     Args:
         lines: ``metrics.jsonl``.
-        after_last: seconds by phase after the last line; a checkpoint counts in the next line.
+        checkpoint_s: seconds of a checkpoint after the last line; a checkpoint counts in the
+            next line.
 
     Returns:
         ``step_s``; ``phases``: seconds and share of the step by name; ``tokens_per_s_per_gpu``:
         ``generated`` and ``trained`` tokens per second of the step; ``mfu`` of the train phase.
         ``None`` for what the run did not measure (MFU on a CPU).
     """
-    seconds = dict.fromkeys(_PHASES, 0.0)
-    for line in [*lines, {"time/checkpoint_s": (after_last or {}).get("checkpoint", 0.0)}]:
+    seconds = defaultdict(float, dict.fromkeys(_PHASES, 0.0))
+    for line in [*lines, {"time/checkpoint_s": checkpoint_s}]:
         for key, value in line.items():
-            if key.startswith("time/"):
-                seconds[key[5:-2]] = seconds.get(key[5:-2], 0.0) + value
+            if key.startswith("time/") and key[5:-2] not in PARTS:
+                seconds[key[5:-2]] += value
     whole = seconds.pop("step", 0.0) + seconds["checkpoint"]
     seconds["train"] -= seconds["score"]
-    seconds["other"] = max(0.0, whole - sum(seconds[name] for name in seconds.keys() - _PARTS))
+    seconds["other"] = max(0.0, whole - sum(seconds.values()))
     phases = {
-        _PHASE_NAMES.get(name, name): {
+        "weight update" if name == "sync" else name: {
             "seconds": value / len(lines),
             "share": value / whole if whole else 0.0,
         }
         for name, value in seconds.items()
-        if name not in _PARTS
     }
 
     def mean(metric: str, phase: str) -> float | None:
@@ -112,13 +110,15 @@ def performance(
         weight = sum(line[phase] for line in found)
         return sum(line[metric] * line[phase] for line in found) / weight if weight else None
 
-    tokens = {
-        kind: mean(f"throughput/{kind}_tokens_per_s_per_gpu", "time/step_s")
-        for kind in ("generated", "trained")
+    return {
+        "step_s": whole / len(lines),
+        "phases": phases,
+        "tokens_per_s_per_gpu": {
+            kind: mean(f"throughput/{kind}_tokens_per_s_per_gpu", "time/step_s")
+            for kind in ("generated", "trained")
+        },
+        "mfu": mean("throughput/mfu", "time/train_s"),
     }
-    mfu = mean("throughput/mfu", "time/train_s")
-    rates = {"tokens_per_s_per_gpu": tokens, "mfu": mfu}
-    return {"step_s": whole / len(lines), "phases": phases, **rates}
 
 
 def describe(found: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_espo.numerics.shard import Path, Shard, check_arguments, choose_path
+from megatron_espo.numerics.shard import Path, Shard, check_targets, choose_path
 from megatron_espo.numerics.statistics import gradient_terms, logprob_and_entropy
 
 
@@ -48,9 +48,10 @@ def vocab_parallel_logprob_entropy(
     Raises:
         ValueError: shapes, dtypes or sizes that do not fit together.
     """
-    check_arguments(targets, logits.shape, group, temperature, vocab_size)
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if logits.dim() != 2 or not logits.is_floating_point():
+        got = f"{logits.dtype} {list(logits.shape)}"
+        raise ValueError(f"logits must be floating point [tokens, vocab/tp], got {got}")
+    check_targets(targets, len(logits))
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     path = choose_path(path, logits, logits.numel())

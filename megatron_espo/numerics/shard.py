@@ -1,7 +1,5 @@
 """One rank's columns of the vocabulary, and the collectives over tensor-parallel ranks."""
 
-import importlib.util
-import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
@@ -30,11 +28,11 @@ def choose_path(path: Path, like: Tensor, elements: int) -> Path:
         raise ValueError("path='triton' computes in float32; use path='torch' for float64 logits")
     if path != "auto":
         return path
-    if like.is_cuda and not double and importlib.util.find_spec("triton"):
+    if double:
+        return "torch"
+    if like.is_cuda:
         return "triton"
-    large = like.device.type == "cpu" and elements >= COMPILE_FROM and not double
-    has_compiler = large and any(map(shutil.which, ("c++", "g++", "clang++")))
-    return "compiled" if has_compiler else "torch"
+    return "compiled" if elements >= COMPILE_FROM else "torch"
 
 
 class Shard:
@@ -48,8 +46,12 @@ class Shard:
         path: implementation, from :func:`choose_path`.
 
     Attributes:
+        size: ranks of the group.
         columns: how many leading columns are true vocabulary.
         scale: 1/temperature.
+
+    Raises:
+        ValueError: a temperature or a size of the vocabulary that is impossible.
     """
 
     def __init__(
@@ -60,7 +62,13 @@ class Shard:
         temperature: float,
         path: Path,
     ) -> None:
-        self.group, self.scale = group, 1.0 / temperature
+        self.group, self.size = group, 1 if group is None else group.size()
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        total = width * self.size
+        if vocab_size is not None and not 0 < vocab_size <= total:
+            raise ValueError(f"vocab_size must lie in 1..{total} (all columns), got {vocab_size}")
+        self.scale = 1.0 / temperature
         is_compiled = path == "compiled"
         self._statistics: Callable = partial(torch_path.statistics, compiled=is_compiled)
         self._gradient: Callable = partial(torch_path.gradient, compiled=is_compiled)
@@ -123,8 +131,8 @@ class Shard:
     def merge(self, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(m, a, b, y)`` of the whole vocabulary from ``stats [tokens, 4]``: one all-gather."""
         parts = stats.unsqueeze(0)
-        if self.group is not None and self.group.size() > 1 and stats.numel():
-            parts = stats.new_empty(self.group.size(), *stats.shape)
+        if self.size > 1 and stats.numel():
+            parts = stats.new_empty(self.size, *stats.shape)
             all_gather(parts.flatten(0, 1), stats, self.group)
         m, a, b, y = parts.unbind(-1)
         return *merge(m, a, b, self.scale, dim=0), y.amax(0)
@@ -133,35 +141,20 @@ class Shard:
 # torch 2.13 renamed both collectives.
 
 
-def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
+def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
     """``out`` = every rank's ``part`` along the first dimension."""
     run = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     run(out, part, group=group)
 
 
-def reduce_scatter(out: Tensor, whole: Tensor, group: dist.ProcessGroup) -> dist.Work:
+def reduce_scatter(out: Tensor, whole: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
     """Start ``out`` = this rank's rows of the sum of every rank's ``whole``."""
     run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return run(out, whole, group=group, async_op=True)
 
 
-def check_arguments(
-    targets: Tensor,
-    shard_shape: tuple[int, ...],
-    group: dist.ProcessGroup | None,
-    temperature: float,
-    vocab_size: int | None,
-) -> None:
-    """Raise ValueError unless the arguments describe one ``[tokens, vocab/tp]`` shard."""
-    if len(shard_shape) != 2:
-        raise ValueError(
-            f"logits must be [tokens, vocab/tp], got {list(shard_shape)}; flatten them"
-        )
-    tokens, total = shard_shape[0], shard_shape[1] * (1 if group is None else group.size())
+def check_targets(targets: Tensor, tokens: int) -> None:
+    """Raise ValueError unless there is one id for each of ``tokens``."""
     if targets.shape != (tokens,) or targets.dtype != torch.int64:
         got = f"{targets.dtype} {list(targets.shape)}"
         raise ValueError(f"targets must be int64 [{tokens}], got {got}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if vocab_size is not None and not 0 < vocab_size <= total:
-        raise ValueError(f"vocab_size must lie in 1..{total} (all columns), got {vocab_size}")

@@ -16,7 +16,6 @@ from megatron_espo.numerics.statistics import LOWEST, accumulation_dtype, merge
 
 BLOCK = 1024  # columns of one float32 sum in the compiled form
 _CHUNK = 1 << 16  # elements of a chunk of rows per thread: 256 KiB of float32
-_CHUNK_CUDA = 1 << 24
 
 
 def statistics(
@@ -33,7 +32,7 @@ def statistics(
         out[:, 0], out[:, 1:] = torch.finfo(dtype).min, 0.0
     elif not (compiled and _run_compiled(_blocked_statistics, x, scale, out)):
         for rows in _row_chunks(x):
-            out[rows, 0:1], out[rows, 1:2], out[rows, 2:3] = _sums(x[rows].unsqueeze(1), scale)
+            out[rows] = torch.cat(_sums(x[rows].unsqueeze(1), scale), dim=1)
     if store is None:
         return out, None
     tile_max = out[:, 0:1].clone()
@@ -68,22 +67,15 @@ def gradient(
 
 
 def _row_chunks(x: Tensor) -> list[slice]:
-    elements = _CHUNK_CUDA if x.is_cuda else _CHUNK * min(torch.get_num_threads(), 16)
-    rows = max(1, elements // x.shape[1])
+    rows = max(1, _CHUNK * min(torch.get_num_threads(), 16) // x.shape[1])
     return [slice(i, i + rows) for i in range(0, x.shape[0], rows)]
-
-
-def _shifted(x: Tensor, shift: Tensor, scale: float | Tensor) -> Tensor:
-    # In place after a conversion: in plain torch every pass over the chunk takes time.
-    s = x - shift if x.dtype == shift.dtype else x.to(shift.dtype).sub_(shift)
-    return s if isinstance(scale, float) and scale == 1.0 else s.mul_(scale)
 
 
 def _sums(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(m, a, b)``, each ``[rows, blocks]``, of ``x [rows, blocks, columns]``."""
     dtype = accumulation_dtype(x.dtype)
     m = x.amax(-1, keepdim=True).to(dtype).clamp(min=torch.finfo(dtype).min)
-    s = _shifted(x, m, scale).clamp_(min=LOWEST)
+    s = (x - m).mul_(scale).clamp_(min=LOWEST)
     e = s.exp()
     return m.squeeze(-1), e.sum(-1), s.mul_(e).sum(-1)
 
@@ -100,11 +92,11 @@ def _blocked_statistics(x: Tensor, scale: float, out: Tensor) -> None:
 
 
 def _gradient_of_logprob(x: Tensor, terms: Tensor, scale: float, out: Tensor) -> None:
-    out.copy_(_shifted(x, terms[:, 0:1], scale).exp_().mul_(terms[:, 2:3]))
+    out.copy_((x - terms[:, 0:1]).mul_(scale).exp_().mul_(terms[:, 2:3]))
 
 
 def _gradient_with_entropy(x: Tensor, terms: Tensor, scale: float, out: Tensor) -> None:
-    s = _shifted(x, terms[:, 0:1], scale).clamp_(min=LOWEST)
+    s = (x - terms[:, 0:1]).mul_(scale).clamp_(min=LOWEST)
     p = s.exp()
     out.copy_(s.sub_(terms[:, 1:2]).mul_(terms[:, 3:4]).add_(terms[:, 2:3]).mul_(p))
 

@@ -132,7 +132,6 @@ def gradient(
     if not tokens:
         return
     tile, warps, tiles, per_program = _layout(source)
-    assert tile_max is None or tile_max.shape[1] == tiles
     _gradient_kernel[(tokens, triton.cdiv(tiles, per_program))](
         source, tile_max, out, terms.contiguous(), local_target, columns, width, source.stride(0),
         out.stride(0), tiles, per_program, scale, ENTROPY=entropy, SHIFTED=tile_max is not None,

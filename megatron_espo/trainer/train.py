@@ -226,8 +226,8 @@ class Run:
                 paths = (folder / "hf", config.model.path)
                 save_hf(*model, *paths, groups, dtype, tokenizer=config.model.tokenizer)
         if self.runtime.is_main:
-            left = self.phases.pop()
-            summary = write_summary(folder, seconds=seconds, seed=config.run.seed, after_last=left)
+            left = self.phases.pop().get("checkpoint", 0.0)
+            summary = write_summary(folder, seconds, config.run.seed, checkpoint_s=left)
             for line in describe(summary["performance"]):
                 self._log(line)
             picture = draw_learning_curve(folder)

@@ -4,8 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.resources import files
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["number"] = number
-    source = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(
+    template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(
         runs=runs,
         colors=COLORS,
         slice=slice,
@@ -86,8 +84,7 @@ def _as_text(value: Any) -> str:
 def sample_steps(run: RunData) -> list[dict[str, Any]]:
     """A run's samples by step, each token with its entropy in percent of the highest one."""
     samples = [sample for found in run.samples.values() for sample in found]
-    entropies = [e for sample in samples for e in sample["entropies"] or [] if e is not None]
-    highest = max(entropies, default=0.0) or 1.0
+    highest = max((e for sample in samples for e in sample["entropies"] or [] if e), default=1.0)
     return [
         {"step": step, "samples": [_shown(s, highest) for s in found[:SAMPLES_A_STEP]]}
         for step, found in run.samples.items()
@@ -95,23 +92,23 @@ def sample_steps(run: RunData) -> list[dict[str, Any]]:
 
 
 def _shown(sample: dict[str, Any], highest: float) -> dict[str, Any]:
-    pieces, untrained = sample["pieces"], repeat(None)
+    pieces = sample["pieces"][:SAMPLE_TOKENS]
     # Entropy and group are None for tokens that the policy did not sample and for untrained
     # responses.
+    untrained = [None] * len(pieces)
     entropies, groups = sample["entropies"] or untrained, sample["groups"] or untrained
-    top = max(filter(None, sample["groups"] or ()), default=None)
-    tokens = []
-    columns = zip(pieces[:SAMPLE_TOKENS], sample["tokens"], entropies, groups, strict=False)
-    for piece, number, entropy, group in columns:
-        trained = entropy is not None
-        tokens.append(
-            {
-                # Make tokens without text (end of sequence, part of a character) and line breaks
-                # visible.
-                "text": piece.replace("\n", "⏎\n") or "▫",
-                "title": f"{entropy:.2f} nats, group {group}" if trained else f"token {number}",
-                "heat": round(100 * entropy / highest) if trained else 0,
-                "top": trained and group == top,
-            }
+    top = max(filter(None, groups), default=None)
+    shown = [
+        {
+            # Make tokens without text (end of sequence, part of a character) and line breaks
+            # visible.
+            "text": piece.replace("\n", "⏎\n") or "▫",
+            "title": f"token {number}" if entropy is None else f"{entropy:.2f} nats, group {group}",
+            "heat": round(100 * (entropy or 0) / highest),
+            "top": group is not None and group == top,
+        }
+        for piece, number, entropy, group in zip(
+            pieces, sample["tokens"], entropies, groups, strict=False
         )
-    return sample | {"shown": tokens, "cut": len(pieces) - len(tokens)}
+    ]
+    return sample | {"shown": shown, "cut": len(sample["pieces"]) - len(shown)}

@@ -276,7 +276,6 @@ class Activations:
             columns,
             dtype=self.dtype,
             budget_bytes=None if budget_mib is None else budget_mib << 20,
-            float32_logits=True,
         )
         # Scored rows, their gradient, and the gradient of all rows before and after its reduction.
         rows = 4 * self.hidden_bytes * self.tokens
