@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from megatron_espo.config import model_folder
 from megatron_espo.config.rules import Problem, Problems, locate
-from megatron_espo.config.schema import Config, Megatron
+from megatron_espo.config.schema import Config
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_object
 from megatron_espo.models.registry import read_spec
@@ -162,7 +162,7 @@ def read_model(config: Config) -> ModelSpec:
 def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
     m, experts, layers = config.megatron, spec.experts, spec.num_hidden_layers
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
-    for key, count, what in _divided(m, spec):
+    for key, count, what in _divided(config, spec):
         if count % attrgetter(key)(config):
             yield config.expect(key, f"a divisor of the model's {count} {what}")
     if (vpp := m.virtual_pipeline_model_parallel_size) and layers % (pp * vpp):
@@ -190,9 +190,9 @@ def _layout_problems(config: Config, spec: ModelSpec) -> Problems:
         yield config.expect("megatron.head_memory_mib", expected)
 
 
-def _divided(m: Megatron, spec: ModelSpec) -> Iterator[tuple[str, int, str]]:
-    """Yield the key of a parallel size, what it divides, and the name of that."""
-    tp, experts = "megatron.tensor_model_parallel_size", spec.experts
+def _divided(config: Config, spec: ModelSpec) -> Iterator[tuple[str, int, str]]:
+    """Yield the key of a parallel size, the number that it must divide, and what that counts."""
+    m, tp, experts = config.megatron, "megatron.tensor_model_parallel_size", spec.experts
     yield tp, spec.num_attention_heads, "attention heads"
     yield "rollout.tensor_parallel_size", spec.num_attention_heads, "attention heads"
     # Megatron could replicate key-value heads; the weight update needs one owner for each.

@@ -33,12 +33,9 @@ class ParamRule:
 
     def __post_init__(self) -> None:
         if len(self.huggingface) != self.layout.num_sources:
-            names = ", ".join(name for name, _ in self.huggingface)
-            raise ValueError(
-                f"{self.megatron[0]}: expected {self.layout.num_sources} Hugging Face tensors for "
-                f"layout {self.layout.value}, got {len(self.huggingface)} ({names}); split a fused "
-                "tensor into its parts"
-            )
+            expected = f"{self.layout.num_sources} tensors for layout {self.layout.value}"
+            got = f"{len(self.huggingface)} ({self.huggingface}); split a fused tensor"
+            raise ValueError(f"{self.megatron[0]}: expected {expected}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,9 @@ class ParamMapping:
     huggingface: tuple[tuple[str, tuple[int, ...]], ...]
     layout: ShardLayout
     query_groups: int
-    expert: int | None = None
-    num_experts: int = 0
-    is_float32: bool = False
+    expert: int | None
+    num_experts: int
+    is_float32: bool
 
 
 def make_rule(layout: ShardLayout, megatron: str, huggingface: dict[str, str]) -> ParamRule:
