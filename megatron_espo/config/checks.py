@@ -147,10 +147,8 @@ def read_model(config: Config) -> ModelSpec:
     """
     path = Path(config.model.path, "config.json")
     if not path.is_file():
-        advice = (
-            f"`hf download <owner>/<name> config.json --local-dir {config.model.path}` is enough "
-            "for a plan; a run needs the whole folder"
-        )
+        command = f"hf download <owner>/<name> config.json --local-dir {config.model.path}"
+        advice = f"a plan needs only this file: `{command}`"
         fail(config, "model.path", f'expected config.json in "{path.parent}", found none; {advice}')
     try:
         return read_spec(read_object(path), config.model.family)

@@ -274,8 +274,8 @@ class Config(Section):
 
     @cached_property
     def origins(self) -> dict[str, str]:
-        """Where each given key was set, ``{"optimizer.lr": "run.yaml:7"}``; ``""`` maps to the
-        file. Not dumped."""
+        """Where each given key was set, ``{"optimizer.lr": "run.yaml:7"}``; ``""`` maps to
+        the place of defaults. Not dumped."""
         return {}
 
     @property

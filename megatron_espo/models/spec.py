@@ -48,12 +48,6 @@ class Experts:
     scale: float = 1.0
 
     @property
-    def layer_rules(self) -> tuple[ParamRule, ...]:
-        """Rules of a feed-forward with experts."""
-        bias = (rules.ROUTER_BIAS,) if self.is_biased else ()
-        return (*rules.EXPERT_MLP, *bias, *(rules.SHARED_MLP if self.shared_ffn else ()))
-
-    @property
     def indices(self) -> list[int]:
         """Indices of the layers with experts."""
         return [i for i, is_sparse in enumerate(self.layers) if is_sparse]
@@ -200,8 +194,10 @@ class ModelSpec:
 
     def layer_rules(self, layer: int) -> tuple[ParamRule, ...]:
         """Rules of a decoder layer, counted from 0."""
-        experts = self.experts
-        mlp = experts.layer_rules if experts and experts.layers[layer] else self.dense_mlp
+        mlp, experts = self.dense_mlp, self.experts
+        if experts and experts.layers[layer]:
+            bias = (rules.ROUTER_BIAS,) if experts.is_biased else ()
+            mlp = (*rules.EXPERT_MLP, *bias, *(rules.SHARED_MLP if experts.shared_ffn else ()))
         post_norms = (rules.ATTENTION_POST_NORM, rules.MLP_POST_NORM) if self.post_norms else ()
         before = (rules.INPUT_NORM, *self.attention_rules())
         return (*before, self.attention_output, rules.MLP_NORM, *mlp, *post_norms)
