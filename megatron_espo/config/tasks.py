@@ -30,7 +30,7 @@ class Source(Section):
     """As data.pass_rate."""
 
     def problems(self) -> Problems:
-        yield from _source_problems(self, self.pass_rate)
+        yield from _source_problems(self)
 
 
 class Data(Section):
@@ -74,7 +74,7 @@ class Data(Section):
         if not self.mixture:
             if self.prompts is None:
                 yield self.expect("prompts", "a source of prompts, or data.mixture")
-            yield from _source_problems(self, self.pass_rate)
+            yield from _source_problems(self)
             return
         for key in _OF_SOURCE:
             if getattr(self, key):
@@ -222,8 +222,8 @@ class Judge(Section):
             yield self.expect("min_score", f"less than max_score ({self.max_score:g})")
 
 
-def _source_problems(settings: Source | Data | Eval, rate: tuple[float, ...] = ()) -> Problems:
-    prompts = settings.prompts
+def _source_problems(settings: Source | Data | Eval) -> Problems:
+    prompts, rate = settings.prompts, getattr(settings, "pass_rate", ())
     if prompts is None:
         return
     is_task = prompts.startswith("reasoning_gym:")
