@@ -3,11 +3,12 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from megatron_espo.config import checks
-from megatron_espo.config.checks import check_paths, check_world_size, parse_model, read_model
+from megatron_espo.config.checks import check_paths, check_world_size, read_model
 from megatron_espo.errors import InputError
 from megatron_espo.models.registry import read_spec
 from megatron_espo.models.rope import Rope, read_rope
@@ -61,7 +62,12 @@ def test_each_rank_needs_a_response(tmp_path, monkeypatch):
 
 def check_model(config, hf_config=None):
     """Check the model at ``model.path``, or one with this ``config.json``; return the latter."""
-    return checks.check_model(config, hf_config and parse_model(config, hf_config)).hf_config
+    if hf_config is None:
+        return checks.check_model(config).hf_config
+    folder = Path(config.model.path)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    return checks.check_model(config, read_model(config)).hf_config
 
 
 def model_errors(config, **changes):

@@ -14,7 +14,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def shards_of(sources, layout, tp_size, query_groups=1, padded_vocab=None, dtype=torch.float32):
+def shards_of(sources, layout, tp_size, query_groups=1, padded_vocab=0, dtype=torch.float32):
     shape = local_shape(layout, [s.shape for s in sources], tp_size, padded_vocab)
     shards = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(tp_size)]
     for rank, shard in enumerate(shards):

@@ -7,7 +7,6 @@ from megatron_espo.config.schema import (
     Algorithm,
     Config,
     Data,
-    Eval,
     Judge,
     Megatron,
     Model,

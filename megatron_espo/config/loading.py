@@ -4,17 +4,17 @@ lists every mistake."""
 import difflib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_espo.config import yaml_source
 from megatron_espo.config.reference import expectation, keys_of, sections
-from megatron_espo.config.rules import show
+from megatron_espo.config.rules import Problems, locate, show
 from megatron_espo.config.schema import Config
 from megatron_espo.errors import InputError
-
-Places = dict[yaml_source.Path, str]
 
 # Settings of older releases, and what to use or what happens instead.
 _REMOVED = {
@@ -47,35 +47,36 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
             ``override 'section.key=value': ...``.
     """
     tree, places = _read(path)
-    mistakes = [mistake for override in overrides if (mistake := _apply(override, tree, places))]
+    mistakes = []
+    for override in overrides:
+        try:
+            _apply(override, tree, places)
+        except InputError as error:
+            mistakes.append(str(error))
     if mistakes:
         raise InputError("\n".join(mistakes))
+    places[""] = f"{path}:1"
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        entries = error.errors(include_url=False)
-        lines = [line for entry in entries for line in _explain(entry, path, places)]
+        found = [problem for entry in error.errors() for problem in _explain(entry)]
+        lines = [locate(places, key, message) for key, message in found]
         raise InputError("\n".join(dict.fromkeys(lines))) from None
-    config.origins[""] = str(path)
-    for key, place in places.items():
-        for depth in range(2, len(key) + 1):
-            config.origins.setdefault(".".join(map(str, key[:depth])), place)
+    config.origins.update((key, place) for key, place in places.items() if "." in key)
+    config.origins[""] = f"{path} (default)"
     return config
 
 
-def _read(path: str) -> tuple[dict[str, Any], Places]:
+def _read(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        with open(path, encoding="utf-8") as stream:
-            tree, lines = yaml_source.parse(stream.read())
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         got = f"got {error.strerror} (in {os.getcwd()})"
         raise InputError(f"{path}: expected a YAML configuration file, {got}") from None
-    except yaml_source.YamlError as error:
-        problems = [f"{path}:{line}: {message}" for line, message in error.problems]
-        raise InputError("\n".join(problems)) from None
     except UnicodeDecodeError as error:
         line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
         raise InputError(f"{path}:{line}: expected UTF-8 text, got byte {byte:#04x}") from None
+    tree, places = yaml_source.parse(text, lambda line: f"{path}:{line}")
     if tree is None:
         raise InputError(f"{path}:1: the file is empty; model.path and data.prompts are required")
     known = sections()
@@ -83,71 +84,57 @@ def _read(path: str) -> tuple[dict[str, Any], Places]:
         expected = f"a mapping of sections ({', '.join(known)})"
         raise InputError(f"{path}:1: expected {expected}, got {show(tree)}")
     # A section whose keys are all commented out reads as null.
-    tree = {k: {} if value is None and k in known else value for k, value in tree.items()}
-    return tree, {key: f"{path}:{line}" for key, line in lines.items()}
+    return {k: {} if value is None and k in known else value for k, value in tree.items()}, places
 
 
-def _apply(override: str, tree: dict[str, Any], places: Places) -> str | None:
-    """Apply one override to ``tree``. Return a message if it is wrong."""
+def _apply(override: str, tree: dict[str, Any], places: dict[str, str]) -> None:
+    """Apply one override to ``tree``. InputError if it is wrong."""
     place = f"override '{override}'"
     name, equals, text = override.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
-        return f"{place}: expected section.key=value"
+        raise InputError(f"{place}: expected section.key=value")
     if len(keys) == 1:
-        return f"{place}: expected section.key=value, got no section{_suggest([], name)}"
-    try:
-        value, _ = yaml_source.parse(text)
-    except yaml_source.YamlError as error:
-        return f"{place}: {error}"
+        got = f"got no section{_suggest([], name)}"
+        raise InputError(f"{place}: expected section.key=value, {got}")
+    value, _ = yaml_source.parse(text, lambda _: place)
     target = tree
     for depth, key in enumerate(keys[:-1], 1):
+        parent = ".".join(keys[:depth])
         inner = target.get(key)
         if inner is not None and not isinstance(inner, dict):
-            parent = ".".join(keys[:depth])
-            return f"{place}: {parent} is not a mapping, so {keys[depth]} cannot be set in it"
+            what = f"{parent} is not a mapping, so {keys[depth]} cannot be set in it"
+            raise InputError(f"{place}: {what}")
         # Copy, because a YAML alias may share the mapping with another key.
         target[key] = target = dict(inner or {})
+        if parent not in sections():  # whose other keys are set elsewhere
+            places.setdefault(parent, place)
     target[keys[-1]] = value
-    for old in [key for key in places if key[: len(keys)] == tuple(keys)]:
+    for old in [key for key in places if key.startswith((f"{name}.", f"{name}["))]:
         del places[old]
-    places[tuple(keys)] = place
-    return None
+    places[name] = place
 
 
-def _explain(entry: Any, path: str, places: Places) -> list[str]:
-    """Messages for one of pydantic's error entries."""
+def _explain(entry: Any) -> Problems:
+    """The problems in one of pydantic's error entries."""
     kind, location, value = entry["type"], entry["loc"], entry["input"]
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    name = "".join(parts).lstrip(".")
     if kind == "rules":
-        found = [((*location, *k.split(".")), message) for k, message in entry["ctx"]["problems"]]
+        for key, message in entry["ctx"]["problems"]:
+            yield f"{name}.{key}".lstrip("."), message
     elif kind == "missing":
-        found = [(location, f"required, but not given; expected {expectation(*location)}")]
+        yield name, f"required, but not given; expected {expectation(*location)}"
     elif kind == "extra_forbidden":
-        *above, name = location
-        what = f"unknown {'key' if above else 'section'}{_suggest(above, name)}"
-        instead = _REMOVED.get(_name(location))
-        found = [(location, f"removed; {instead}" if instead else what)]
+        *above, key = location
+        what = f"unknown {'key' if above else 'section'}{_suggest(above, key)}"
+        instead = _REMOVED.get(name)
+        yield name, f"removed; {instead}" if instead else what
     elif kind == "invalid_key":
-        found = [(location, "expected a name as key")]
+        yield name, "expected a name as key"
     else:
         got = f"{show(value)}{_hint(kind, value)}"
-        found = [(location, f"expected {expectation(*location)}, got {got}")]
-    return [f"{_place(key, path, places)}: {_name(key)}: {message}" for key, message in found]
-
-
-def _place(location: yaml_source.Path, path: str, places: Places) -> str:
-    """``file:line`` or the override that set ``location``, or else its nearest parent or first
-    child."""
-    for length in range(len(location), 0, -1):
-        if place := places.get(tuple(location[:length])):
-            return place
-    inside = (place for key, place in places.items() if key[: len(location)] == location)
-    return next(inside, f"{path}:1")
-
-
-def _name(location: yaml_source.Path) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return "".join(parts).lstrip(".")
+        yield name, f"expected {expectation(*location)}, got {got}"
 
 
 def _suggest(above: Sequence[Any], name: str) -> str:
@@ -161,13 +148,10 @@ def _suggest(above: Sequence[Any], name: str) -> str:
 
 
 def _hint(kind: str, value: Any) -> str:
-    if kind == "string_type":
-        is_scalar = value is not None and not isinstance(value, (dict, list))
-        return "; put it in quotes" if is_scalar else ""
-    if not isinstance(value, str):
-        return ""
-    try:
-        plain, _ = yaml_source.parse(value)
-    except yaml_source.YamlError:
-        return ""
-    return "" if isinstance(plain, str) else " (a string); drop the quotes"
+    if kind == "string_type" and isinstance(value, int | float):
+        return "; put it in quotes"
+    if isinstance(value, str):
+        with suppress(InputError):
+            plain, _ = yaml_source.parse(value, str)
+            return "" if isinstance(plain, str) else " (a string); drop the quotes"
+    return ""

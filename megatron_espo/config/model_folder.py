@@ -9,7 +9,7 @@ from typing import Any
 from megatron_espo.config.rules import Problems
 from megatron_espo.errors import InputError
 from megatron_espo.files import safetensors_header
-from megatron_espo.models.spec import ExternalSpec, ModelSpec
+from megatron_espo.models.spec import ExternalSpec, ModelSpec, is_unused
 
 # Each entry is a set of files that makes a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -54,7 +54,8 @@ def weight_problems(folder: Path) -> Iterator[str]:
         advice = "merge it into its base model (peft: merge_and_unload, then save_pretrained)"
         yield f'expected a whole model in "{folder}", found an adapter ({ADAPTER}); {advice}'
         return
-    found, index = {file.name for file in folder.glob("*.safetensors")}, folder / INDEX
+    found, wanted = {file.name for file in folder.glob("*.safetensors")}, {SINGLE}
+    index = folder / INDEX
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -75,7 +76,7 @@ def weight_problems(folder: Path) -> Iterator[str]:
         got = ", ".join(sorted(found)[:3]) or "none"
         yield f'expected {SINGLE} or {INDEX} in "{folder}", found {got}; {advice}'
         return
-    for name in sorted(found & wanted if index.is_file() else {SINGLE}):
+    for name in sorted(found & wanted):
         try:
             safetensors_header(folder / name)
         except InputError as error:
@@ -94,7 +95,7 @@ def tensor_problems(folder: Path, spec: ModelSpec) -> Iterator[str]:
         return
     shapes = spec.tensor_shapes
     file_of, entries = stored_tensors(folder)
-    config = f"{folder / 'config.json'}"
+    config = folder / "config.json"
     if missing := sorted(shapes.keys() - entries.keys()):
         whole = folder / INDEX if (folder / INDEX).is_file() else folder / SINGLE
         where = file_of.get(missing[0], whole)
@@ -103,7 +104,7 @@ def tensor_problems(folder: Path, spec: ModelSpec) -> Iterator[str]:
             f"incomplete, or {config} belongs to another model"
         )
     others = entries.keys() - shapes.keys()
-    if unknown := sorted(name for name in others if not spec.ignores(name)):
+    if unknown := sorted(name for name in others if not is_unused(spec.hf_config, name)):
         yield (
             f"{file_of[unknown[0]]}: expected no tensor {unknown[0]} for {config} ({len(unknown)} "
             "have no place in the model and would be lost); use a folder of this model only"

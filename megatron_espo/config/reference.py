@@ -70,21 +70,17 @@ def _describe(kind: dict[str, Any]) -> str:
     return f"{adjective}{name} {' and '.join(limits)}".rstrip()
 
 
-def render_reference(width: int = 100) -> str:
+def render_reference() -> str:
     """Every setting with type, default and description, as plain text."""
     blocks = ["Configuration (YAML sections; on the command line: section.key=value):"]
-    indent = " " * 6
     for section, model in described().items():
         blocks.append(f"\n{section}: {model.__doc__}")
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"default {default_text(field)}"
-            blocks.append(
-                f"  {section}.{key}  ({expectation(*section.split('.'), key)}; {default})"
-            )
-            text = field.description or ""
-            blocks.append(
-                textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
-            )
+            kind = expectation(*section.split("."), key)
+            text = textwrap.fill(field.description or "", 94)
+            blocks.append(f"  {section}.{key}  ({kind}; {default})")
+            blocks.append(textwrap.indent(text, " " * 6))
     return "\n".join(blocks)
 
 

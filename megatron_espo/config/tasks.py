@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from megatron_espo.config.rules import LOWEST_TEMPERATURE, Problems, Section, check_function, expect
+from megatron_espo.config.rollout import LOWEST_TEMPERATURE
+from megatron_espo.config.rules import Count, Items, Problems, Section, Share, Text
 
 FUNCTIONS = ("auto", "reasoning_gym", "math_verify")
-_SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _OF_SOURCE = ("prompts", "task_args", "columns", "pass_rate")
 # ``reward/<name>`` has another meaning.
 METRIC_NAMES = "mean std standard_error equal_groups solved_all solved_none failed".split()
@@ -18,44 +18,44 @@ METRIC_NAMES = "mean std standard_error equal_groups solved_all solved_none fail
 class Source(Section):
     """One source of ``data.mixture``."""
 
-    prompts: str = Field(min_length=1)
+    prompts: Text
     """As data.prompts."""
-    weight: float = Field(1.0, ge=0)
+    weight: NonNegativeFloat = 1.0
     """Share of this source in the prompts, relative to the other weights. 0: not used."""
-    task_args: dict[str, Any] = Field(default_factory=dict)
+    task_args: dict[str, Any] = {}
     """As data.task_args."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, str] = {}
     """As data.columns."""
-    pass_rate: tuple[float, ...] = Field((), strict=False)
+    pass_rate: Items[float] = ()
     """As data.pass_rate."""
 
     def problems(self) -> Problems:
-        yield from _source_problems(self.prompts, self.task_args, self.pass_rate)
+        yield from _source_problems(self)
 
 
 class Data(Section):
     """Training prompts."""
 
-    prompts: str | None = Field(None, min_length=1)
+    prompts: Text | None = None
     """reasoning_gym:<task>, or a *.jsonl or *.parquet file. Required without mixture."""
-    mixture: dict[str, Source] = Field(default_factory=dict)
+    mixture: dict[str, Source] = {}
     """Several sources by name, instead of prompts, task_args, columns and pass_rate, such as
     {math: {prompts: math.parquet, weight: 0.7}, code: {prompts: code.jsonl, weight: 0.3}}. Every
     batch has the prompts of each source by weight, and each source has its own epochs."""
-    task_args: dict[str, Any] = Field(default_factory=dict)
+    task_args: dict[str, Any] = {}
     """Arguments of the reasoning_gym task."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, str] = {}
     """Columns of the file, such as {prompt: question, answer: reward_model.ground_truth}. a.b is
     field b of column a. id and metadata for the reward function may be added. Other columns are not
     read. Empty: prompt, answer and id, and all other columns as metadata."""
-    pass_rate: tuple[float, ...] = Field((), strict=False)
+    pass_rate: Items[float] = ()
     """[low, high]: skip prompts whose column pass_rate (share of correct responses of an earlier
     model; null is kept) lies outside. columns may rename it. Empty: the column is metadata."""
-    skip_solved: int = Field(0, ge=0)
+    skip_solved: NonNegativeInt = 0
     """Epochs to skip a prompt after all its responses had a reward of at least 1. 0: none."""
     raw: bool = False
     """Prompts are text that the model reads as it is, without the chat template."""
-    template_args: dict[str, Any] = Field(default_factory=dict)
+    template_args: dict[str, Any] = {}
     """Arguments of the chat template, such as {enable_thinking: false}."""
     system_prompt: str | None = None
     """System message before every prompt. null adds none."""
@@ -72,87 +72,85 @@ class Data(Section):
 
     def problems(self) -> Problems:
         if not self.mixture:
-            if self.prompts is not None:
-                yield from _source_problems(self.prompts, self.task_args, self.pass_rate)
-            else:
-                yield expect("prompts", "a source of prompts, or data.mixture", None)
+            if self.prompts is None:
+                yield self.expect("prompts", "a source of prompts, or data.mixture")
+            yield from _source_problems(self)
             return
         for key in _OF_SOURCE:
-            if value := getattr(self, key):
-                yield expect(key, "none with data.mixture (its sources have their own)", value)
+            if getattr(self, key):
+                yield self.expect(key, "none with data.mixture (its sources have their own)")
         if not any(source.weight for source in self.mixture.values()):
-            yield expect("mixture", "a source with a weight above 0", list(self.mixture))
+            yield self.expect("mixture", "a source with a weight above 0", list(self.mixture))
         for name in self.mixture:
-            if name in METRIC_NAMES or not _SOURCE_NAME.fullmatch(name):
+            if name in METRIC_NAMES or not re.fullmatch("[A-Za-z0-9_-]+", name):
                 expected = f"letters, digits, _ and - as name, and not {', '.join(METRIC_NAMES)}"
-                yield expect(f"mixture.{name}", expected, name)
+                yield self.expect(f"mixture.{name}", expected, name)
 
 
 class Eval(Section):
     """Held-out prompts, evaluated during training and by ``megatron-espo eval``."""
 
-    prompts: str | None = Field(None, min_length=1)
+    prompts: Text | None = None
     """As data.prompts. null: no evaluation during training, and `eval` uses data.prompts. Required
     for `eval` with data.mixture."""
-    task_args: dict[str, Any] = Field(default_factory=dict)
+    task_args: dict[str, Any] = {}
     """Arguments of the reasoning_gym task. Give it another seed than data.task_args."""
     columns: dict[str, str] | None = None
     """As data.columns. null uses data.columns."""
-    max_prompts: int | None = Field(None, ge=1)
+    max_prompts: Count | None = None
     """Use only the first this many prompts. null uses all."""
-    every: int = Field(10, ge=1)
+    every: Count = 10
     """Steps between evaluations. The last step is always evaluated."""
-    samples: int = Field(4, ge=1)
+    samples: Count = 4
     """Responses per prompt: the k of avg@k and the largest k of pass@k."""
-    temperature: float | None = Field(None, ge=0)
+    temperature: NonNegativeFloat | None = None
     """Temperature, with rollout.top_p and top_k. 0: greedy, with samples 1. null: rollout's."""
 
     def problems(self) -> Problems:
-        if self.prompts is not None:
-            yield from _source_problems(self.prompts, self.task_args, ())
-        elif self.task_args:
-            yield expect("task_args", "none without eval.prompts", self.task_args)
+        yield from _source_problems(self)
+        if self.task_args and self.prompts is None:
+            yield self.expect("task_args", "none without eval.prompts")
         if self.temperature == 0 and self.samples > 1:
-            yield expect("samples", "1 with temperature 0 (greedy)", self.samples)
+            yield self.expect("samples", "1 with temperature 0 (greedy)")
         if 0 < (self.temperature or 0) < LOWEST_TEMPERATURE:
             expected = f"0 or at least {LOWEST_TEMPERATURE} (vLLM silently raises lower values)"
-            yield expect("temperature", expected, self.temperature)
+            yield self.expect("temperature", expected)
 
 
 class Environment(Section):
     """The environment that turns a prompt into a trajectory of one or several turns."""
 
-    name: str = Field("single_turn", min_length=1)
+    name: Text = "single_turn"
     """single_turn, tool, verifiers:<id>, or your module:Class."""
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = {}
     """Keyword arguments of the environment."""
-    timeout_s: float | None = Field(None, gt=0)
+    timeout_s: PositiveFloat | None = None
     """Seconds for one trajectory. It is started once more after a failure. null: no limit."""
 
 
 class Reward(Section):
     """Reward functions, called in worker processes, and how several rewards are added."""
 
-    function: str = Field("auto", min_length=1)
+    function: Text = "auto"
     """auto (depends on data.prompts), reasoning_gym, math_verify, or your module:function."""
-    terms: dict[str, float] = Field(default_factory=dict)
+    terms: dict[str, float] = {}
     """Several rewards and their weights, such as {math_verify: 1, helpful: 0.2}: names as in
     function, and names of judge.prompts. The reward is the weighted sum. Empty: function alone."""
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: PositiveFloat = 10.0
     """Seconds for one response. Then the worker is killed and the response gets no reward."""
-    memory_gib: float = Field(4.0, gt=0)
+    memory_gib: PositiveFloat = 4.0
     """Memory limit of one worker process, in GiB."""
     isolate: bool = True
     """Workers have no network, write only to a temporary folder (their working directory and
     home) and leave no process behind, where the kernel allows it. false for a function that
     calls a server."""
-    environment: tuple[str, ...] = Field((), strict=False)
+    environment: Items[str] = ()
     """Environment variables that workers see, such as a server's key. All others are hidden."""
-    max_failed: float = Field(0.5, ge=0, le=1)
+    max_failed: Share = 0.5
     """The run ends when a larger share of a step's responses gets no reward (no gradient)."""
-    overlong_buffer_tokens: int | None = Field(None, ge=1)
+    overlong_buffer_tokens: Count | None = None
     """DAPO's soft overlong penalty falls to -1 over this many tokens before the length limit."""
-    workers: int = Field(2, ge=1)
+    workers: Count = 2
     """Worker processes per node and function. Each uses one CPU core."""
 
     @property
@@ -161,11 +159,11 @@ class Reward(Section):
         return self.terms or {self.function: 1.0}
 
     def problems(self) -> Problems:
-        yield from check_function("function", self.function, *FUNCTIONS)
+        yield from self.expect_function("function", self.function, *FUNCTIONS)
         if self.terms and self.function != "auto":
-            yield expect("function", "no value with reward.terms", self.function)
+            yield self.expect("function", "no value with reward.terms")
         if len({name.rpartition(":")[2] for name in self.terms}) < len(self.terms):
-            yield expect("terms", "functions with different names", list(self.terms))
+            yield self.expect("terms", "functions with different names", list(self.terms))
 
 
 class Judge(Section):
@@ -175,12 +173,12 @@ class Judge(Section):
     """Base of its routes, such as https://api.openai.com/v1 or http://host:8000/v1 (vLLM)."""
     model: str | None = None
     """Name of the model on the server."""
-    prompts: dict[str, str] = Field(default_factory=dict)
+    prompts: dict[str, str] = {}
     """Templates by name, for reward.terms: a text with {response}, or the path of a file with one.
     {prompt}, {answer} and {column} of the metadata are replaced too."""
     key: str | None = None
     """Name of the environment variable that has the API key. null sends no key."""
-    sampling: dict[str, Any] = Field(default_factory=dict)
+    sampling: dict[str, Any] = {}
     """More fields of the request, such as {temperature: 0, max_tokens: 1024}."""
     pattern: str = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
     """Regular expression with one group, the score. The last match in the reply counts."""
@@ -188,15 +186,15 @@ class Judge(Section):
     """Score that becomes the reward 0. Lower scores too."""
     max_score: float = 10.0
     """Score that becomes the reward 1. Higher scores too."""
-    timeout_s: float = Field(60.0, gt=0)
+    timeout_s: PositiveFloat = 60.0
     """Seconds for one request."""
-    retries: int = Field(4, ge=0)
+    retries: NonNegativeInt = 4
     """More requests after 429, 5xx, no connection, no answer in time or no score in the reply."""
-    max_concurrent: int = Field(64, ge=1)
+    max_concurrent: Count = 64
     """Most requests at the same time."""
-    requests_per_minute: float | None = Field(None, gt=0)
+    requests_per_minute: PositiveFloat | None = None
     """Most requests in a minute, evenly spaced. null: no limit."""
-    cache: str | None = Field(None, min_length=1)
+    cache: Text | None = None
     """SQLite file of the replies. Several runs may share it. null: judge.sqlite in run.dir."""
 
     def template(self, name: str) -> str:
@@ -206,33 +204,34 @@ class Judge(Section):
 
     def problems(self) -> Problems:
         if self.url and not self.url.startswith(("http://", "https://")):
-            yield expect("url", "an address with http:// or https://", self.url)
+            yield self.expect("url", "an address with http:// or https://")
         for name in self.prompts:
             if name in FUNCTIONS or not name.isidentifier():
-                yield expect("prompts", "names of letters, unlike those of functions", name)
+                yield self.expect("prompts", "names of letters, unlike those of functions", name)
         if self.key is not None and not self.key.isidentifier():  # it may be the key: not shown
             yield "key", "expected the name of an environment variable, got something else"
         for name in self.sampling.keys() & {"model", "messages", "n", "stream"}:
-            yield expect("sampling", "no model, messages, n or stream", name)
+            yield self.expect("sampling", "no model, messages, n or stream", name)
         try:
             groups = re.compile(self.pattern).groups
         except re.error:
             groups = 0
         if groups != 1:
-            yield expect("pattern", "a regular expression with one group", self.pattern)
+            yield self.expect("pattern", "a regular expression with one group")
         if self.min_score >= self.max_score:
-            yield expect("min_score", f"less than max_score ({self.max_score:g})", self.min_score)
+            yield self.expect("min_score", f"less than max_score ({self.max_score:g})")
 
 
-def _source_problems(
-    prompts: str, task_args: dict[str, Any], pass_rate: tuple[float, ...]
-) -> Problems:
+def _source_problems(settings: Source | Data | Eval) -> Problems:
+    prompts, rate = settings.prompts, getattr(settings, "pass_rate", ())
+    if prompts is None:
+        return
     is_task = prompts.startswith("reasoning_gym:")
     if prompts == "reasoning_gym:" or not (is_task or prompts.endswith((".jsonl", ".parquet"))):
-        yield expect("prompts", '"reasoning_gym:<task>", a *.jsonl or a *.parquet file', prompts)
-    elif task_args and not is_task:
-        yield expect("task_args", f'none with a file of prompts ("{prompts}")', task_args)
-    if pass_rate and (len(pass_rate) != 2 or not 0 <= pass_rate[0] <= pass_rate[1] <= 1):
-        yield expect("pass_rate", "[low, high] with 0 <= low <= high <= 1", list(pass_rate))
-    elif pass_rate and is_task:
-        yield expect("pass_rate", "none with a reasoning_gym task", list(pass_rate))
+        yield settings.expect("prompts", '"reasoning_gym:<task>", a *.jsonl or a *.parquet file')
+    elif settings.task_args and not is_task:
+        yield settings.expect("task_args", f'none with a file of prompts ("{prompts}")')
+    if rate and (len(rate) != 2 or not 0 <= rate[0] <= rate[1] <= 1):
+        yield settings.expect("pass_rate", "[low, high] with 0 <= low <= high <= 1")
+    elif rate and is_task:
+        yield settings.expect("pass_rate", "none with a reasoning_gym task")

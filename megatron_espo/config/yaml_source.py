@@ -1,11 +1,12 @@
 """YAML with the line of every key, numbers such as 1e-6, and an error for duplicate keys."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
-Path = tuple[str | int, ...]
+from megatron_espo.errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
@@ -14,79 +15,64 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
 
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?",
-        "-+.0123456789",
-    ),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-    ("merge", r"<<", "<"),
+for _tag, _pattern in (
+    ("null", r"~|null|Null|NULL|"),
+    ("bool", r"true|True|TRUE|false|False|FALSE"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
+    ("merge", r"<<"),
 ):
-    # PyYAML finds resolvers by a scalar's first character; the key of the empty scalar is "".
-    _chars = [char.replace("\0", "") for char in _first]
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _chars
-    )
+    _regexp = re.compile(rf"(?:{_pattern})\Z")
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _regexp, None)
 
 
-class YamlError(Exception):
-    """Invalid YAML.
-
-    Attributes:
-        problems: ``(line, message)``, lines counted from 1.
-    """
-
-    def __init__(self, problems: list[tuple[int, str]]):
-        super().__init__("; ".join(message for _, message in problems))
-        self.problems = problems
-
-
-def parse(text: str) -> tuple[Any, dict[Path, int]]:
+def parse(text: str, place: Callable[[int], str]) -> tuple[Any, dict[str, str]]:
     """Parse one YAML document.
 
+    Args:
+        place: names a line, counted from 1.
+
     Returns:
-        The document, and the line (from 1) of each key and list item by path.
+        The document, and the place of each key and list item by its name, such as
+        ``algorithm.quantiles[0]``.
 
     Raises:
-        YamlError: the text is not valid, or a mapping has a key twice.
+        InputError: the text is not valid, or a mapping has a key twice.
     """
-    lines: dict[Path, int] = {}
-    duplicates: list[tuple[int, str]] = []
+    lines: dict[str, int] = {}
+    mistakes: list[tuple[int, str]] = []
+    document = None
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, {}
-        _locate(node, (), lines, duplicates)  # an anchor that contains itself: RecursionError
-        if duplicates:
-            raise YamlError(duplicates)
-        return loader.construct_document(node), lines
+        if node := loader.get_single_node():
+            _locate(node, "", lines, mistakes)  # an anchor that contains itself: RecursionError
+            document = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = f"not valid YAML: {error.problem or error.context}"
         message = f"{what}; a value with : # [ or {{ in it needs quotes"
-        raise YamlError([(mark.line + 1 if mark else 1, message)]) from None
+        mistakes.append((mark.line + 1 if mark else 1, message))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise YamlError([(1, f"not valid YAML: {error}")]) from None
+        mistakes.append((1, f"not valid YAML: {error}"))
+    if mistakes:
+        raise InputError("\n".join(f"{place(line)}: {message}" for line, message in mistakes))
+    return document, {name: place(line) for name, line in lines.items()}
 
 
-def _locate(node: yaml.Node, path: Path, lines: dict[Path, int], duplicates: list) -> None:
-    """Fill ``lines`` and ``duplicates``."""
+def _locate(node: yaml.Node, path: str, lines: dict[str, int], duplicates: list) -> None:
+    """Fill ``lines`` by name, and ``duplicates`` with the line and a message of each."""
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
-            lines[*path, index] = child.start_mark.line + 1
-            _locate(child, (*path, index), lines, duplicates)
+            name = f"{path}[{index}]"
+            lines[name] = child.start_mark.line + 1
+            _locate(child, name, lines, duplicates)
     elif isinstance(node, yaml.MappingNode):
         here: dict[str, int] = {}
         for key, child in node.value:
-            line, name = key.start_mark.line + 1, str(key.value)
+            line, name = key.start_mark.line + 1, f"{path}.{key.value}".lstrip(".")
             if name in here and key.tag != "tag:yaml.org,2002:merge":
-                dotted = ".".join(map(str, (*path, name)))
                 first = f"first in line {here[name]}"
-                duplicates.append((line, f"{dotted}: expected once, got it again ({first})"))
-            here[name] = lines[*path, name] = line
-            _locate(child, (*path, name), lines, duplicates)
+                duplicates.append((line, f"{name}: expected once, got it again ({first})"))
+            here[name] = lines[name] = line
+            _locate(child, name, lines, duplicates)

@@ -6,11 +6,6 @@ from typing import Any
 from megatron_espo.errors import InputError
 from megatron_espo.models.spec import Experts, ExternalSpec
 
-# Names of the same number in the configurations of different families.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_EXPERT_FFN = ("moe_intermediate_size", "intermediate_size")
-_DENSE_LAYERS = "first_k_dense_replace"
-
 
 class MegatronBridge(ExternalSpec):
     """Any causal language model of Megatron-Bridge's ``AutoBridge``.
@@ -36,17 +31,18 @@ class MegatronBridge(ExternalSpec):
 
     @classmethod
     def read_experts(cls, hf: dict[str, Any]) -> Experts | None:
-        count, ffn = (
-            next((hf[k] for k in keys if hf.get(k)), 0) for keys in (_EXPERTS, _EXPERT_FFN)
-        )
-        if not count:
+        # Families give this number different names.
+        names = "num_experts", "num_local_experts", "n_routed_experts"
+        count = next((hf[name] for name in names if hf.get(name)), None)
+        if count is None:
             return None
+        first = hf.get("first_k_dense_replace", 0)
         return Experts(
             count=count,
             per_token=hf["num_experts_per_tok"],
-            ffn=ffn,
+            ffn=hf.get("moe_intermediate_size") or hf["intermediate_size"],
             normalized=hf.get("norm_topk_prob", False),
-            layers=tuple(i >= hf.get(_DENSE_LAYERS, 0) for i in range(hf["num_hidden_layers"])),
+            layers=tuple(i >= first for i in range(hf["num_hidden_layers"])),
         )
 
     def build(self, path: str, arguments: dict[str, Any], groups: Any) -> list[Any]:

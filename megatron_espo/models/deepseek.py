@@ -17,21 +17,15 @@ def _linear(name: str, theirs: str, shape: str) -> rules.ParamRule:
     return rules.make_rule(layout, ours, {f"self_attn.{theirs}.weight": shape})
 
 
-def _norm(name: str) -> rules.ParamRule:
-    ours = f"self_attention.{name}_layernorm.weight"
-    theirs = {f"self_attn.{name}_a_layernorm.weight": f"{name}_rank"}
-    return rules.make_rule(rules.REPLICATED, ours, theirs)
-
-
 _QUERY = (_linear("q_proj", "q_proj", "query hidden"),)
 _LATENT_QUERY = (
     _linear("q_down_proj", "q_a_proj", "q_rank hidden"),
-    _norm("q"),
+    rules.make_norm("self_attention.q_layernorm.weight", "self_attn.q_a_layernorm", "q_rank"),
     _linear("q_up_proj", "q_b_proj", "query q_rank"),
 )
 _KEY_VALUE = (
     _linear("kv_down_proj", "kv_a_proj_with_mqa", "kv_down hidden"),
-    _norm("kv"),
+    rules.make_norm("self_attention.kv_layernorm.weight", "self_attn.kv_a_layernorm", "kv_rank"),
     _linear("kv_up_proj", "kv_b_proj", "kv_up kv_rank"),
 )
 
@@ -40,9 +34,6 @@ class DeepseekV3(SharedExpertsModel):
     architecture, model_type, is_latent = "DeepseekV3ForCausalLM", "deepseek_v3", True
     required = (*SharedExpertsModel.required, *_HEAD_SIZES)
     router: ClassVar[dict[str, Any]] = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-    attention_output = rules.make_rule(
-        rules.ROW, "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden value"}
-    )
 
     @classmethod
     def router_problems(cls, hf: dict[str, Any]) -> Iterator[str]:

@@ -3,8 +3,7 @@
 Pure functions on tensors without collectives. Both directions use the same plan of slices.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -45,59 +44,54 @@ class ShardLayout(Enum):
         return {ShardLayout.QKV: 3, ShardLayout.GATED: 2}.get(self, 1)
 
 
-@dataclass(frozen=True)
-class Slice:
-    """``source[start : start + length]`` is ``shard[offset : offset + length]`` of ``rank``.
-
-    Both ranges are along the sharded dimension.
-    """
-
-    source: int
-    start: int
-    rank: int
-    offset: int
-    length: int
-
-
-def plan_slices(
-    layout: ShardLayout, extents: Sequence[int], tp_size: int, query_groups: int, local_extent: int
-) -> list[Slice]:
-    """Map slices of the sources to slices of the ranks' shards.
+def _plan(
+    layout: ShardLayout,
+    extents: Sequence[int],
+    local_extent: int,
+    rank: int,
+    tp_size: int,
+    query_groups: int,
+) -> Iterator[tuple[int, int, int, int]]:
+    """Map slices of the sources to slices of a rank's shard, along ``layout.dim``.
 
     Args:
         layout: layout of the parameter.
-        extents: size of each source along ``layout.dim``.
+        extents: size of each source.
+        local_extent: size of a shard.
+        rank: tensor-parallel rank.
         tp_size: number of ranks.
         query_groups: number of key/value heads. If it does not divide by ``tp_size``, a shard ends
             inside a group, as in Megatron.
-        local_extent: size of a shard along ``layout.dim``.
+
+    Yields:
+        (index of the source, start, offset, length): ``source[start : start + length]`` is
+        ``shard[offset : offset + length]``.
     """
     if layout is ShardLayout.FUSED_GATED:
-        half, gated = extents[0] // 2, ShardLayout.GATED
-        slices = plan_slices(gated, (half, half), tp_size, query_groups, local_extent)
-        return [replace(s, source=0, start=s.source * half + s.start) for s in slices]
+        half = extents[0] // 2
+        sizes = (half, half), local_extent, rank, tp_size, query_groups
+        for source, start, offset, length in _plan(ShardLayout.GATED, *sizes):
+            yield 0, source * half + start, offset, length
+        return
     if layout is ShardLayout.REPLICATED:
-        tp_size = 1
+        rank, tp_size = 0, 1
     blocks = {ShardLayout.QKV: query_groups, ShardLayout.GATED: tp_size}.get(layout, 1)
     assert all(extent % blocks == 0 for extent in extents), (layout, extents, blocks)
-    slices, position = [], 0
+    assert sum(extents) <= tp_size * local_extent, (layout, extents, tp_size, local_extent)
+    position = 0
     for block in range(blocks):
         for source, extent in enumerate(extents):
             start, stop = block * extent // blocks, (block + 1) * extent // blocks
             while start < stop:
-                rank, offset = divmod(position, local_extent)
+                owner, offset = divmod(position, local_extent)
                 length = min(stop - start, local_extent - offset)
-                slices.append(Slice(source, start, rank, offset, length))
+                if owner == rank:
+                    yield source, start, offset, length
                 start, position = start + length, position + length
-    assert position <= tp_size * local_extent, (layout, extents, tp_size, local_extent)
-    return slices
 
 
 def local_shape(
-    layout: ShardLayout,
-    shapes: Sequence[Sequence[int]],
-    tp_size: int,
-    padded_vocab: int | None = None,
+    layout: ShardLayout, shapes: Sequence[Sequence[int]], tp_size: int, padded_vocab: int = 0
 ) -> tuple[int, ...]:
     """Shape of one rank's shard.
 
@@ -105,7 +99,7 @@ def local_shape(
         layout: layout of the parameter.
         shapes: shapes of its sources.
         tp_size: number of ranks.
-        padded_vocab: rows of the padded embedding; only for the vocab layout.
+        padded_vocab: rows of the padded embedding, for the vocab layout.
 
     Raises:
         InputError: the parameter does not divide by ``tp_size``.
@@ -114,9 +108,8 @@ def local_shape(
     shape[layout.dim] = sum(s[layout.dim] for s in shapes)
     if layout is ShardLayout.REPLICATED:
         return tuple(shape)
-    if layout is ShardLayout.VOCAB and padded_vocab is not None:
-        assert padded_vocab >= shape[0], (padded_vocab, shape)
-        shape[0] = padded_vocab
+    if layout is ShardLayout.VOCAB:
+        shape[0] = max(shape[0], padded_vocab)
     is_gated = layout in (ShardLayout.GATED, ShardLayout.FUSED_GATED)  # gate, and as many rows
     features = shape[layout.dim] // (2 if is_gated else 1)
     if features % tp_size:
@@ -148,11 +141,11 @@ def shard_into(
     extents = [shape[layout.dim] for shape in shapes]
     if layout is ShardLayout.VOCAB:
         local.zero_()
-    for piece in plan_slices(layout, extents, tp_size, query_groups, local.shape[layout.dim]):
-        if piece.rank == rank or layout is ShardLayout.REPLICATED:
-            rows = slice(piece.start, piece.start + piece.length)
-            part = sources[piece.source][(slice(None), rows) if layout.dim else rows]
-            local.narrow(layout.dim, piece.offset, piece.length).copy_(part)
+    sizes = extents, local.shape[layout.dim], rank, tp_size, query_groups
+    for source, start, offset, length in _plan(layout, *sizes):
+        rows = slice(start, start + length)
+        part = sources[source][(slice(None), rows) if layout.dim else rows]
+        local.narrow(layout.dim, offset, length).copy_(part)
 
 
 def unshard_into(
@@ -180,18 +173,17 @@ def unshard_into(
         first_row: index in the shard of the first row of ``part``.
         local_rows: rows of the shard; default: those of ``part``.
     """
-    extents = tuple(output.shape[layout.dim] for output in outputs)
+    extents = [output.shape[layout.dim] for output in outputs]
     local_extent = part.shape[1] if layout.dim else local_rows or len(part)
-    for piece in plan_slices(layout, extents, tp_size, query_groups, local_extent):
-        if piece.rank != rank and layout is not ShardLayout.REPLICATED:
-            continue
-        output = outputs[piece.source]
-        end = first_row + len(part)
+    sizes = extents, local_extent, rank, tp_size, query_groups
+    end = first_row + len(part)
+    for source, start, offset, length in _plan(layout, *sizes):
+        output = outputs[source]
         if layout.dim:
-            rows = output[first_row:end].narrow(1, piece.start, piece.length)
-            rows.copy_(part.narrow(1, piece.offset, piece.length))
+            rows = output[first_row:end].narrow(1, start, length)
+            rows.copy_(part.narrow(1, offset, length))
             continue
-        start, stop = max(piece.offset, first_row), min(piece.offset + piece.length, end)
-        if start < stop:
-            shift = piece.start - piece.offset
-            output[start + shift : stop + shift].copy_(part[start - first_row : stop - first_row])
+        first, last = max(offset, first_row), min(offset + length, end)
+        if first < last:
+            shift = start - offset
+            output[first + shift : last + shift].copy_(part[first - first_row : last - first_row])

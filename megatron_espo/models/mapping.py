@@ -33,12 +33,9 @@ class ParamRule:
 
     def __post_init__(self) -> None:
         if len(self.huggingface) != self.layout.num_sources:
-            names = ", ".join(name for name, _ in self.huggingface)
-            raise ValueError(
-                f"{self.megatron[0]}: expected {self.layout.num_sources} Hugging Face tensors for "
-                f"layout {self.layout.value}, got {len(self.huggingface)} ({names}); split a fused "
-                "tensor into its parts"
-            )
+            expected = f"{self.layout.num_sources} tensors for layout {self.layout.value}"
+            got = f"{len(self.huggingface)} ({self.huggingface}); split a fused tensor"
+            raise ValueError(f"{self.megatron[0]}: expected {expected}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,9 @@ class ParamMapping:
     huggingface: tuple[tuple[str, tuple[int, ...]], ...]
     layout: ShardLayout
     query_groups: int
-    expert: int | None = None
-    num_experts: int = 0
-    is_float32: bool = False
+    expert: int | None
+    num_experts: int
+    is_float32: bool
 
 
 def make_rule(layout: ShardLayout, megatron: str, huggingface: dict[str, str]) -> ParamRule:
@@ -65,17 +62,17 @@ def make_rule(layout: ShardLayout, megatron: str, huggingface: dict[str, str]) -
 
 
 REPLICATED, ROW, VOCAB = ShardLayout.REPLICATED, ShardLayout.ROW, ShardLayout.VOCAB
-QKV, GATED = ShardLayout.QKV, ShardLayout.GATED
 
 
-def _norm(megatron: str, huggingface: str, size: str = "hidden") -> ParamRule:
+def make_norm(megatron: str, huggingface: str, size: str = "hidden") -> ParamRule:
+    """A rule of a norm's weight of ``size`` elements, equal on every rank."""
     return make_rule(REPLICATED, megatron, {f"{huggingface}.weight": size})
 
 
 def _qkv(kind: str, columns: str = "") -> ParamRule:
     rows = {"q": "query", "k": "key", "v": "key"}
     theirs = {f"self_attn.{x}_proj.{kind}": f"{size} {columns}" for x, size in rows.items()}
-    return make_rule(QKV, f"self_attention.linear_qkv.{kind}", theirs)
+    return make_rule(ShardLayout.QKV, f"self_attention.linear_qkv.{kind}", theirs)
 
 
 def _gated_mlp(megatron: str, huggingface: str, size: str) -> tuple[ParamRule, ParamRule]:
@@ -83,30 +80,30 @@ def _gated_mlp(megatron: str, huggingface: str, size: str) -> tuple[ParamRule, P
     up = {f"{huggingface}.{name}_proj.weight": f"{size} hidden" for name in ("gate", "up")}
     down = {f"{huggingface}.down_proj.weight": f"hidden {size}"}
     return (
-        make_rule(GATED, megatron.format("linear_fc1"), up),
+        make_rule(ShardLayout.GATED, megatron.format("linear_fc1"), up),
         make_rule(ROW, megatron.format("linear_fc2"), down),
     )
 
 
 # Transformer Engine uses the second name: it fuses the norm into the next linear layer.
-INPUT_NORM = _norm(
+INPUT_NORM = make_norm(
     "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight", "input_layernorm"
 )
-MLP_NORM = _norm(
+MLP_NORM = make_norm(
     "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm"
 )
 # Norms of what a layer's attention and feed-forward add to the residual (sandwich norms).
-ATTENTION_POST_NORM = _norm(
+ATTENTION_POST_NORM = make_norm(
     "self_attention.linear_proj.post_layernorm.weight", "post_self_attn_layernorm"
 )
-MLP_POST_NORM = _norm("mlp.linear_fc2.post_layernorm.weight", "post_mlp_layernorm")
-FINAL_NORM = _norm("decoder.final_layernorm.weight", "model.norm")
+MLP_POST_NORM = make_norm("mlp.linear_fc2.post_layernorm.weight", "post_mlp_layernorm")
+FINAL_NORM = make_norm("decoder.final_layernorm.weight", "model.norm")
 
 QKV_WEIGHT, QKV_BIAS = _qkv("weight", "hidden"), _qkv("bias")
-Q_NORM = _norm("self_attention.q_layernorm.weight", "self_attn.q_norm", "head_dim")
-K_NORM = _norm("self_attention.k_layernorm.weight", "self_attn.k_norm", "head_dim")
+Q_NORM = make_norm("self_attention.q_layernorm.weight", "self_attn.q_norm", "head_dim")
+K_NORM = make_norm("self_attention.k_layernorm.weight", "self_attn.k_norm", "head_dim")
 ATTENTION_OUTPUT = make_rule(
-    ROW, "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden query"}
+    ROW, "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden value"}
 )
 
 GATE_UP, DOWN = _gated_mlp("mlp.{}.weight", "mlp", "ffn")

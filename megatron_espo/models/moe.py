@@ -35,9 +35,8 @@ class SharedExpertsModel(ModelSpec):
     @classmethod
     def router_problems(cls, hf: dict[str, Any]) -> Iterator[str]:
         """Yield what Megatron-Core's router does not compute."""
-        per_token, best, normalized = (
-            hf[key] for key in ("num_experts_per_tok", "topk_group", "norm_topk_prob")
-        )
+        per_token, best = hf["num_experts_per_tok"], hf["topk_group"]
+        normalized = hf["norm_topk_prob"]
         if cls.is_biased and (not normalized or per_token == 1):
             expected = "true, and num_experts_per_tok above 1: Megatron-Core normalizes sigmoids"
             yield f"norm_topk_prob: expected {expected}, got {normalized} and {per_token}"

@@ -69,13 +69,10 @@ def read_rope(hf_config: dict[str, Any]) -> Rope:
 def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
     """Megatron's attributes, with the defaults of transformers."""
     growth = 0.1 * math.log(rope["factor"])
-    attention, scale, scale_all = (
-        rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")
-    )
-    if attention is None:
-        attention = growth + 1
-        if scale and scale_all:
-            attention = (growth * scale + 1) / (growth * scale_all + 1)
+    attention, scale, scale_all = growth + 1, rope.get("mscale"), rope.get("mscale_all_dim")
+    if scale and scale_all:
+        attention = (growth * scale + 1) / (growth * scale_all + 1)
+    attention = rope.get("attention_factor") or attention
     return {
         "yarn_rotary_scaling_factor": float(rope["factor"]),
         "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],

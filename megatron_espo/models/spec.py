@@ -48,12 +48,6 @@ class Experts:
     scale: float = 1.0
 
     @property
-    def layer_rules(self) -> tuple[ParamRule, ...]:
-        """Rules of a feed-forward with experts."""
-        bias = (rules.ROUTER_BIAS,) if self.is_biased else ()
-        return (*rules.EXPERT_MLP, *bias, *(rules.SHARED_MLP if self.shared_ffn else ()))
-
-    @property
     def indices(self) -> list[int]:
         """Indices of the layers with experts."""
         return [i for i, is_sparse in enumerate(self.layers) if is_sparse]
@@ -169,20 +163,17 @@ class ModelSpec:
         if missing := [key for key in cls.required if not _is_size(hf.get(key))]:
             yield f"expected positive integers {', '.join(missing)}, found none"
             return
-        if (found := hf.get("model_type", cls.model_type)) != cls.model_type:
-            yield f"model_type: expected {cls.model_type} for the architecture, got {found!r}"
-        if (activation := hf.get("hidden_act", "silu")) != "silu":
-            yield f"hidden_act: expected silu, got {activation!r}"
+        for key, expected in (("model_type", cls.model_type), ("hidden_act", "silu")):
+            if (found := hf.get(key, expected)) != expected:
+                yield f"{key}: expected {expected}, got {found!r}"
         heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads")
         if groups is not None and not (_is_size(groups) and heads % groups == 0):
             expected = f"a divisor of num_attention_heads ({heads})"
             yield f"num_key_value_heads: expected {expected}, got {groups!r}"
-        head_dim = hf.get("head_dim")
-        if head_dim is None and hf["hidden_size"] % heads:
-            expected = f"it, because {heads} heads do not divide hidden_size {hf['hidden_size']}"
-            yield f"head_dim: expected {expected}, found none"
-        if head_dim is not None and not _is_size(head_dim):
-            yield f"head_dim: expected an integer above 0, got {head_dim!r}"
+        head_dim, hidden = hf.get("head_dim"), hf["hidden_size"]
+        if not _is_size(head_dim) and (head_dim is not None or hidden % heads):
+            expected = f"a positive integer, or {heads} heads that divide hidden_size {hidden}"
+            yield f"head_dim: expected {expected}, got {head_dim!r}"
         if hf.get("quantization_config"):
             yield "quantization_config: expected none; use the bfloat16 model"
         if hf.get("attention_bias") and not cls.has_bias_option:
@@ -203,8 +194,10 @@ class ModelSpec:
 
     def layer_rules(self, layer: int) -> tuple[ParamRule, ...]:
         """Rules of a decoder layer, counted from 0."""
-        experts = self.experts
-        mlp = experts.layer_rules if experts and experts.layers[layer] else self.dense_mlp
+        mlp, experts = self.dense_mlp, self.experts
+        if experts and experts.layers[layer]:
+            bias = (rules.ROUTER_BIAS,) if experts.is_biased else ()
+            mlp = (*rules.EXPERT_MLP, *bias, *(rules.SHARED_MLP if experts.shared_ffn else ()))
         post_norms = (rules.ATTENTION_POST_NORM, rules.MLP_POST_NORM) if self.post_norms else ()
         before = (rules.INPUT_NORM, *self.attention_rules())
         return (*before, self.attention_output, rules.MLP_NORM, *mlp, *post_norms)
@@ -261,15 +254,13 @@ class ModelSpec:
             [m for rule in self.layer_rules(i) for m in self._expand(rule, i)]
             for i in range(self.num_hidden_layers)
         ]
-        if self.tie_word_embeddings:
-            return [self._expand(rules.TIED_EMBEDDING), *layers, self._expand(rules.FINAL_NORM)]
-        last = self._expand(rules.FINAL_NORM) + self._expand(rules.OUTPUT)
-        return [self._expand(rules.EMBEDDING), *layers, last]
+        embedding = rules.TIED_EMBEDDING if self.tie_word_embeddings else rules.EMBEDDING
+        head = [] if self.tie_word_embeddings else self._expand(rules.OUTPUT)
+        return [self._expand(embedding), *layers, self._expand(rules.FINAL_NORM) + head]
 
     def _expand(self, rule: ParamRule, layer: int | None = None) -> list[ParamMapping]:
-        ours, theirs = "", ""
-        if layer is not None:
-            ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        ours = "" if layer is None else f"decoder.layers.{layer}."
+        theirs = "" if layer is None else f"model.layers.{layer}."
         count = self.experts.count if self.experts and "{expert}" in rule.megatron[0] else 0
         return [
             ParamMapping(
@@ -291,10 +282,6 @@ class ModelSpec:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each Hugging Face tensor of the model."""
         return {n: shape for group in self.groups for m in group for n, shape in m.huggingface}
-
-    def ignores(self, name: str) -> bool:
-        """Whether a tensor of a model folder is neither loaded nor exported."""
-        return is_unused(self.hf_config, name)
 
 
 def is_unused(hf_config: dict[str, Any], name: str) -> bool:

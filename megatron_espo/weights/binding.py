@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_espo.errors import InputError
-from megatron_espo.models.layouts import ShardLayout, local_shape
+from megatron_espo.models.layouts import local_shape
 from megatron_espo.models.mapping import ParamMapping
 
 _LAYER_NAME = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -134,10 +134,8 @@ def _check_shape(
     name: str, parameter: torch.nn.Parameter, mapping: ParamMapping, tp_size: int
 ) -> None:
     shapes = [shape for _, shape in mapping.huggingface]
-    is_vocab = mapping.layout is ShardLayout.VOCAB
-    padded_vocab = max(parameter.shape[0] * tp_size, shapes[0][0]) if is_vocab else None
     try:
-        expected = local_shape(mapping.layout, shapes, tp_size, padded_vocab)
+        expected = local_shape(mapping.layout, shapes, tp_size, parameter.shape[0] * tp_size)
     except InputError as error:
         raise InputError(f"Megatron parameter {name!r}: {error}") from None
     if tuple(parameter.shape) != expected:
