@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_espo.models.mapping import ParamMapping
+
+# Parts of tensors: the position of a tensor, and its rows.
+Rows = list[tuple[int, slice]]
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -85,14 +90,45 @@ class Routes:
         return max(self.stage, self.node)
 
 
-class Batch(NamedTuple):
-    """Blocks of ``size`` shards on their way, this rank's part, and the group that gathers them."""
+class Shards(NamedTuple):
+    """Parameters of one group of which each of ``size`` ranks has a shard.
 
+    Attributes:
+        group: the group of these ranks; None and ``size`` 1 if each rank of the stage has the
+            whole.
+        mappings: for each expert-parallel rank its parameters; one list for dense parameters.
+        shapes: of one rank's shards, equal on all ranks.
+        tensors: this rank's shards; None on other stages.
+    """
+
+    group: Any
+    size: int
+    mappings: list[list[ParamMapping]]
+    shapes: list[tuple[int, ...]]
+    tensors: list[torch.Tensor] | None
+
+
+class Batch(NamedTuple):
+    """Rows of shards on their way: this rank's part of them, and the group that gathers them."""
+
+    shards: Shards
+    rows: Rows
     shapes: list[tuple[int, ...]]
     part: torch.Tensor
     work: Any
-    size: int
     group: Any
+
+    def finish(self) -> Iterator[list[torch.Tensor]]:
+        """Yield the blocks of each shard, on every rank."""
+        gathered, size = self.part, self.shards.size
+        if self.work is not None:
+            self.work.wait()
+        if self.group is not None:
+            gathered = self.part.new_empty(self.group.size() * self.part.numel())
+            dist.all_gather_into_tensor(gathered, self.part, group=self.group)
+        by_part = gathered.view(-1, size, self.part.numel())
+        for rank in range(size):
+            yield _views(by_part[:, rank].reshape(-1), self.shapes)
 
 
 class Exchange:
@@ -125,49 +161,28 @@ class Exchange:
             self._rank = ranks.index(dist.get_rank())
             self._first_stage = routes.of_node(self._rank).start // routes.stage
 
-    def start(
-        self, shapes: list[tuple[int, ...]], blocks: list[torch.Tensor] | None, owner: int,
-        group: Any, size: int,
-    ) -> Batch:  # fmt: skip
-        """Send blocks of a shard to the other stages, without waiting on a GPU or CPU.
-
-        Args:
-            shapes: of the blocks, equal on all ranks.
-            blocks: this rank's; None on ranks of other stages than ``owner``.
-            group, size: the group whose ranks have one shard each, and their number; None and 1 if
-                each rank of the stage has the whole.
-        """
-        routes, parts = self._routes, self._routes.parts(size)
+    def start(self, shards: Shards, rows: Rows, owner: int) -> Batch:
+        """Send rows of stage ``owner`` to the other stages, without waiting on a GPU or CPU."""
+        routes, parts = self._routes, self._routes.parts(shards.size)
+        shapes = [(part.stop - part.start, *shards.shapes[i][1:]) for i, part in rows]
         each, work = -(-sum(map(prod, shapes)) // parts), None
         if self._rail is None or routes.is_source(self._rank, owner):
             whole = self._like.new_empty(parts * each)
-            if blocks is not None:
-                for view, block in zip(_views(whole, shapes), blocks, strict=True):
-                    view.copy_(block)
+            if shards.tensors is not None:
+                for view, (i, part) in zip(_views(whole, shapes), rows, strict=True):
+                    view.copy_(shards.tensors[i][part])
             if self._pipeline is not None:
                 source = dist.get_global_rank(self._pipeline, owner - self._first_stage)
                 work = dist.broadcast(whole, source, group=self._pipeline, async_op=True)
-            part = whole.chunk(parts)[self._rank % routes.node // size % parts]
+            own = whole.chunk(parts)[self._rank % routes.node // shards.size % parts]
         else:
-            part = self._like.new_empty(each)
+            own = self._like.new_empty(each)
         if self._rail is not None:
             if work is not None:
                 work.wait()
             source = dist.get_global_rank(self._rail, routes.source(owner))
-            work = dist.broadcast(part, source, group=self._rail, async_op=True)
-        return Batch(shapes, part, work, size, self._node if parts > 1 else group)
-
-    def finish(self, batch: Batch) -> Iterator[list[torch.Tensor]]:
-        """Yield the blocks of each shard, on every rank."""
-        shapes, gathered, work, size, group = batch
-        if work is not None:
-            work.wait()
-        if group is not None:
-            gathered = self._like.new_empty(group.size() * batch.part.numel())
-            dist.all_gather_into_tensor(gathered, batch.part, group=group)
-        by_part = gathered.view(-1, size, batch.part.numel())
-        for rank in range(size):
-            yield _views(by_part[:, rank].reshape(-1), shapes)
+            work = dist.broadcast(own, source, group=self._rail, async_op=True)
+        return Batch(shards, rows, shapes, own, work, self._node if parts > 1 else shards.group)
 
 
 def _own_group(members: tuple[tuple[int, ...], ...]) -> Any:

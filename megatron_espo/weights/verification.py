@@ -1,9 +1,11 @@
-"""Compare the engine's weights and log-probs with the trainer's. Standard library only."""
+"""Compare the engine's weights and log-probs with the trainer's."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 _SHOWN = 5
 # Mean |engine - trainer| log-prob gap that counts as rounding, nats a token. Measured on a 135M
@@ -29,10 +31,7 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
     """
     expected = _with_tied(sent)
     wrong = [name for name in expected if name in served and served[name] != expected[name]]
-    if not wrong:
-        return None
-    what = f"{len(wrong)} of {len(expected)} tensors are not served as they were sent"
-    return f"{what}: {_first(wrong)}"
+    return _summary("tensors", wrong, len(expected))
 
 
 def _with_tied(sent: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,12 +41,13 @@ def _with_tied(sent: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _first(items: Sequence[str]) -> str:
-    more = f" (and {len(items) - _SHOWN} more)" if len(items) > _SHOWN else ""
-    return f"{', '.join(items[:_SHOWN])}{more}"
-
-
-Sketch = Sequence[float]
+def _summary(what: str, wrong: Sequence[str], count: int) -> str | None:
+    """Describe the ``wrong`` of ``count`` tensors; None if none is."""
+    if not wrong:
+        return None
+    more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
+    first = ", ".join(wrong[:_SHOWN])
+    return f"{len(wrong)} of {count} {what} are not served as they were sent: {first}{more}"
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class AuditedTensor:
 
 
 def audit_quantization(
-    sent: Mapping[str, tuple[float, Sketch]],
-    served: Iterable[tuple[str, str, bool, Sketch]],
+    sent: Mapping[str, tuple[float, Sequence[float]]],
+    served: Iterable[tuple[str, str, bool, Sequence[float]]],
     quantization: str,
 ) -> tuple[list[AuditedTensor], str | None]:
     """Compare the matrices that the engine serves with those that were sent.
@@ -82,10 +82,9 @@ def audit_quantization(
     Returns:
         All matrices, and a description of those whose error is above the limit; None if none is.
     """
-    sketches, kinds = dict[str, Sketch](), dict[str, tuple[str, bool]]()
+    sketches, kinds = dict[str, np.ndarray](), dict[str, tuple[str, bool]]()
     for name, dtype, quantized, part in served:
-        known = sketches.get(name, [0.0] * len(part))
-        sketches[name] = [a + b for a, b in zip(known, part, strict=True)]
+        sketches[name] = sketches.get(name, 0) + np.asarray(part)
         kinds[name] = dtype, quantized
     rows, wrong = list[AuditedTensor](), list[str]()
     for name, (norm, sketch) in _with_tied(sent).items():
@@ -103,13 +102,12 @@ def audit_quantization(
             same = (n for n, s in sent.items() if _distance(own, s[1]) <= limit * s[0])
             if len(wrong) <= _SHOWN and (other := next(same, "")):
                 wrong[-1] += f" (it holds the values of {other})"
-    what = f"{len(wrong)} of {len(rows)} matrices are not served as they were sent"
-    return rows, f"{what}: {_first(wrong)}" if wrong else None
+    return rows, _summary("matrices", wrong, len(rows))
 
 
-def _distance(one: Sketch, other: Sketch) -> float:
+def _distance(one: np.ndarray, other: Sequence[float]) -> float:
     """Estimate of the norm of the difference of two tensors."""
-    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
+    return float(np.sqrt(np.mean((one - other) ** 2)))
 
 
 @dataclass(frozen=True)
