@@ -141,16 +141,14 @@ class Watchdog:
     def _judge(self) -> None:
         """If all ranks are late, choose the culprit and publish the verdict."""
         records, now = self._records(), time.monotonic()
-        for rank in range(self._world_size):
-            count = records.get(rank, {}).get("count", 0)
-            if self._seen.get(rank, (None, 0))[0] != count:
-                self._seen[rank] = (count, now)
-        silence = {rank: now - since for rank, (_, since) in self._seen.items()}
+        for rank, record in records.items():
+            if rank not in self._seen or self._seen[rank][0] != record["count"]:
+                self._seen[rank] = record["count"], now
+        silence = {rank: now - self._seen[rank][1] for rank in records}
         ages = {rank: record["age_s"] + silence[rank] for rank, record in records.items()}
         late = {rank for rank, age in ages.items() if age > self._limit_of(records[rank]["phase"])}
         suspects = {rank: record for rank, record in records.items() if record["phase"] != "ended"}
-        silent = {rank for rank, s in silence.items() if s > _SILENT_TICKS * self._tick}
-        not_running = silent & suspects.keys()
+        not_running = {rank for rank in suspects if silence[rank] > _SILENT_TICKS * self._tick}
         if len(late | not_running) == self._world_size:
             outside = {rank for rank, record in suspects.items() if not record["waits_in"]}
             culprit = max(not_running or outside or suspects, key=ages.__getitem__)

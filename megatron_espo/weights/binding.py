@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_espo.errors import InputError
-from megatron_espo.models.layouts import ShardLayout, local_shape
+from megatron_espo.models.layouts import local_shape
 from megatron_espo.models.mapping import ParamMapping
 
 _LAYER_NAME = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -61,11 +61,8 @@ class ShardRanks:
         return tuple(name.format(expert=number) for name in mapping.megatron)
 
 
-class BoundParam(NamedTuple):
-    """A parameter of this rank and its mapping."""
-
-    mapping: ParamMapping
-    parameter: torch.nn.Parameter
+# A parameter of this rank and its mapping.
+BoundParam = tuple[ParamMapping, torch.nn.Parameter]
 
 
 def bind(
@@ -103,7 +100,7 @@ def bind(
                 source = mapping.huggingface[0][0]
                 raise InputError(f"Megatron has two parameters for {source!r}; one is {name!r}")
             _check_shape(name, parameter, mapping, ranks.shard(mapping).size)
-            bound[id(mapping)] = BoundParam(mapping, parameter)
+            bound[id(mapping)] = mapping, parameter
         required.update(layer.layer_number for layer in chunk.decoder.layers)
         required.update([0] if chunk.pre_process else [])
         required.update([len(groups) - 1] if chunk.post_process else [])
@@ -134,12 +131,8 @@ def _check_shape(
     name: str, parameter: torch.nn.Parameter, mapping: ParamMapping, tp_size: int
 ) -> None:
     shapes = [shape for _, shape in mapping.huggingface]
-    is_vocab = mapping.layout is ShardLayout.VOCAB
-    padded_vocab = max(parameter.shape[0] * tp_size, shapes[0][0]) if is_vocab else None
-    try:
-        expected = local_shape(mapping.layout, shapes, tp_size, padded_vocab)
-    except InputError as error:
-        raise InputError(f"Megatron parameter {name!r}: {error}") from None
+    padded_vocab = max(parameter.shape[0] * tp_size, shapes[0][0])
+    expected = local_shape(mapping.layout, shapes, tp_size, padded_vocab)
     if tuple(parameter.shape) != expected:
         raise InputError(
             f"Megatron parameter {name!r}: config.json implies shape {expected} on each of "

@@ -1,6 +1,6 @@
 """Bring one pipeline stage's shards to all ranks. Over the network each byte enters a node once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -13,6 +13,8 @@ from megatron_espo.models.mapping import ParamMapping
 
 # Parts of tensors: the position of a tensor, and its rows.
 Rows = list[tuple[int, slice]]
+# For each shard, these parts of its tensors.
+Blocks = Iterator[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -108,29 +110,6 @@ class Shards(NamedTuple):
     tensors: list[torch.Tensor] | None
 
 
-class Batch(NamedTuple):
-    """Rows of shards on their way: this rank's part of them, and the group that gathers them."""
-
-    shards: Shards
-    rows: Rows
-    shapes: list[tuple[int, ...]]
-    part: torch.Tensor
-    work: Any
-    group: Any
-
-    def finish(self) -> Iterator[list[torch.Tensor]]:
-        """Yield the blocks of each shard, on every rank."""
-        gathered, size = self.part, self.shards.size
-        if self.work is not None:
-            self.work.wait()
-        if self.group is not None:
-            gathered = self.part.new_empty(self.group.size() * self.part.numel())
-            dist.all_gather_into_tensor(gathered, self.part, group=self.group)
-        by_part = gathered.view(-1, size, self.part.numel())
-        for rank in range(size):
-            yield _views(by_part[:, rank].reshape(-1), self.shapes)
-
-
 class Exchange:
     """The collectives of :class:`Routes`. Collective over all ranks: it may make process groups.
 
@@ -154,15 +133,20 @@ class Exchange:
                 for of in (routes.pipeline, routes.rail, routes.of_node)
             )
             is_node = [group for group in shared if group.size() == routes.node]
-            self._pipeline = _own_group(pipelines)
-            self._rail = pp if routes.stage >= routes.node else _own_group(rails)
-            self._node = is_node[0] if is_node else _own_group(nodes)
+            world = dist.group.WORLD
+            self._pipeline = _own_group(world, pipelines)
+            self._rail = pp if routes.stage >= routes.node else _own_group(world, rails)
+            self._node = is_node[0] if is_node else _own_group(world, nodes)
         if dist.get_rank() in ranks:
             self._rank = ranks.index(dist.get_rank())
             self._first_stage = routes.of_node(self._rank).start // routes.stage
 
-    def start(self, shards: Shards, rows: Rows, owner: int) -> Batch:
-        """Send rows of stage ``owner`` to the other stages, without waiting on a GPU or CPU."""
+    def start(self, shards: Shards, rows: Rows, owner: int) -> Callable[[], Blocks]:
+        """Send rows of stage ``owner`` to the other stages, without waiting on a GPU or CPU.
+
+        Returns:
+            A function that gathers them. It yields the blocks of each shard, on every rank.
+        """
         routes, parts = self._routes, self._routes.parts(shards.size)
         shapes = [(part.stop - part.start, *shards.shapes[i][1:]) for i, part in rows]
         each, work = -(-sum(map(prod, shapes)) // parts), None
@@ -182,17 +166,27 @@ class Exchange:
                 work.wait()
             source = dist.get_global_rank(self._rail, routes.source(owner))
             work = dist.broadcast(own, source, group=self._rail, async_op=True)
-        return Batch(shards, rows, shapes, own, work, self._node if parts > 1 else shards.group)
+        group = self._node if parts > 1 else shards.group
+
+        def finish() -> Blocks:
+            gathered = own
+            if work is not None:
+                work.wait()
+            if group is not None:
+                gathered = own.new_empty(group.size() * each)
+                dist.all_gather_into_tensor(gathered, own, group=group)
+            by_part = gathered.view(-1, shards.size, each)
+            for rank in range(shards.size):
+                yield _views(by_part[:, rank].reshape(-1), shapes)
+
+        return finish
 
 
-def _own_group(members: tuple[tuple[int, ...], ...]) -> Any:
+@cache  # makes groups once for each default process group: communicators take memory
+def _own_group(world: Any, members: tuple[tuple[int, ...], ...]) -> Any:
     """Return the process group of this rank's members; None if it has no others."""
-    return None if len(members[0]) == 1 else _new_groups(dist.group.WORLD, members)
-
-
-@cache
-def _new_groups(world: Any, members: tuple[tuple[int, ...], ...]) -> Any:
-    """Make groups once for each default process group: communicators take memory."""
+    if len(members[0]) == 1:
+        return None
     return dist.new_subgroups_by_enumeration(list(map(list, members)))[0]
 
 

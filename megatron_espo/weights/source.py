@@ -1,8 +1,10 @@
 """Gather Megatron's shards into a stream of whole tensors with Hugging Face names."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from socket import gethostname
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from megatron_espo.models.layouts import ShardLayout, local_shape, unshard_into
 from megatron_espo.models.mapping import ParamMapping
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.weights.binding import ShardIndex, ShardRanks, bind, unwrap
-from megatron_espo.weights.exchange import Batch, Exchange, Routes, Rows, Shards
+from megatron_espo.weights.exchange import Exchange, Routes, Rows, Shards
 
 _GATHER_BYTES = 64 << 20
 
@@ -68,10 +70,11 @@ class WeightGatherer(TensorStream):
             whole model (dense transports, in which rank 0 sends everything).
         all_replicas: every rank gathers (CUDA IPC shares each rank's own memory). Otherwise only
             the first ranks of each stage do, which together hold one replica of its dense
-            parameters and of its experts; on the other ranks iteration ends at once.
+            parameters and of its experts; the other ranks yield nothing.
         read: returns the tensor to stream for a parameter: itself, or one of its shape such as its
             ``main_grad``.
-        barrier: names a late rank before each gather on a CPU, and before the first one elsewhere.
+        barrier: of all ranks; names a late rank before each gather on a CPU, and before the first
+            one elsewhere.
 
     Collectives: the constructor runs an all-gather of objects over all ranks, and may make process
     groups; iteration as above.
@@ -99,7 +102,8 @@ class WeightGatherer(TensorStream):
         self._dtype, self._sharded = dtype, sharded
         self._groups = spec.groups
         self._limit = gather_bytes(self._groups, dtype.itemsize) // dtype.itemsize
-        self._bound = bind(chunks, self._groups, self._ranks)
+        bound = bind(chunks, self._groups, self._ranks)
+        self._parameters = dict(chain.from_iterable(bound))
         self._device = next(chunks[0].parameters()).device
         self._padded_vocab = unwrap(chunks[0]).vocab_size
         # In a stage, tensor-parallel ranks and ranks that share experts are contiguous blocks.
@@ -108,14 +112,13 @@ class WeightGatherer(TensorStream):
         self._spreads = not sharded and self._pp.size() > 1
         shared = (self._tp, self._experts)
         groups = [dist.get_process_group_ranks(group) for group in (self._pp, *shared)]
-        held = [index for index, bound in enumerate(self._bound) if bound]
+        held = [index for index, params in enumerate(bound) if params]
         place = _Place(gethostname(), groups, self._pp.rank(), held)
         everyone: list[_Place | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, place if self.participates else None)
         places = {rank: place for rank, place in enumerate(everyone) if place is not None}
         self._owners = _find_owners(places.values(), self._groups)
         routes, ranks = _find_routes(places, self._spreads), list(places)
-        self._others = ranks[1:]
         like = torch.empty(0, dtype=dtype, device=self._device)
         self._exchange = Exchange(routes, ranks, self._pp if self._spreads else None, shared, like)
 
@@ -141,9 +144,16 @@ class WeightGatherer(TensorStream):
         return [_names(self._groups[index]) for index in self._yielded()]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor | None]]]:
-        """Yield (names, whole tensors) for each group. Collective over participating ranks."""
-        for index in self._yielded() if self.participates else ():
+        """Yield (names, whole tensors) for each group. Collective over participating ranks, with a
+        barrier over all ranks.
+        """
+        every = self._device.type == "cpu" and not self._sharded
+        for position, index in enumerate(self._yielded()):
             names = _names(self._groups[index])
+            if self._barrier is not None and (every or position == 0):
+                self._barrier.wait(f"the weights of {names[0]}")
+            if not self.participates:
+                continue
             try:
                 yield names, self._gather(index)
             except RuntimeError as error:
@@ -167,9 +177,6 @@ class WeightGatherer(TensorStream):
             item.name: torch.empty(item.shape, dtype=item.dtype, device=self._device)
             for item in self._describe(self._held(index))
         }
-        every = self._device.type == "cpu" and not self._sharded
-        if self._barrier is not None and (every or index == self._yielded()[0]):
-            self._barrier.wait(f"the weights of {_names(group)[0]}", self._others)
         if self._spreads or owner == self._pp.rank():
             # A float32 tensor travels as two bfloat16 columns for each of its elements.
             self._merge(index, {name: out.view(self._dtype) for name, out in outputs.items()})
@@ -186,34 +193,37 @@ class WeightGatherer(TensorStream):
                 limit = self._limit // shards.size
                 jobs.extend((shards, rows) for rows in batches(shards.shapes, limit))
         start, owner, ahead = self._exchange.start, self._owners[index], None
-        for i, job in enumerate(jobs):
-            batch = ahead or start(*job, owner)
+        for i, (shards, rows) in enumerate(jobs):
+            finish = ahead or start(shards, rows, owner)
             # The other stages get the next batch while this one is gathered.
             ahead = start(*jobs[i + 1], owner) if i + 1 < len(jobs) else None
-            _finish(outputs, batch)
+            tp_size = shards.size // len(shards.mappings)
+            for rank, blocks in enumerate(finish()):
+                owning, shard = divmod(rank, tp_size)
+                for (position, part), block in zip(rows, blocks, strict=True):
+                    mapping, total = shards.mappings[owning][position], shards.shapes[position][0]
+                    _put(outputs, mapping, block, ShardIndex(shard, tp_size), part.start, total)
 
     def _shards(self, index: int) -> Iterator[Shards]:
-        """Yield what each rank of the owning stage has whole, of dense tensors, and of experts."""
-        own = [m for m in self._groups[index] if self._ranks.holds(m)]
+        """Yield the parameters that ranks of the owning stage have whole, and those in shards."""
+        shared: dict[Any, list[ParamMapping]] = defaultdict(list)
+        for mapping in self._groups[index]:
+            shared[self._sharing(mapping)].append(mapping)
         is_owner = self._owners[index] == self._pp.rank()
-        held = [self._local(*bound) for bound in self._bound[index] if is_owner]
-        for kind, group in enumerate((None, self._tp, self._experts)):
-            chosen = [i for i, mapping in enumerate(own) if self._kind(mapping) == kind]
-            mappings = [[own[i] for i in chosen]]
-            if kind == 2 and chosen and not self._sharded:
-                # An owner's parameters are in the group's order, like ``own``.
-                experts = [m for m in self._groups[index] if m.expert is not None]
+        for group, chosen in shared.items():
+            own = [m for m in chosen if self._ranks.holds(m)]
+            mappings = [own]
+            if group is self._experts and not self._sharded:
                 owners = range(self._ranks.ep.size)
-                mappings = [[m for m in experts if self._ranks.owner(m) == o] for o in owners]
-            shapes = [self._shape(own[i]) for i in chosen]
-            tensors = [held[i] for i in chosen] if is_owner else None
+                mappings = [[m for m in chosen if self._ranks.owner(m) == o] for o in owners]
+            shapes = [self._shape(mapping) for mapping in own]
+            tensors = [self._local(mapping) for mapping in own] if is_owner else None
             yield Shards(group, group.size() if group else 1, mappings, shapes, tensors)
 
-    def _kind(self, mapping: ParamMapping) -> int:
-        """Return 0 if each rank has the whole parameter, else 1; 2 for experts."""
-        is_expert = mapping.expert is not None
-        size = (self._experts if is_expert else self._tp).size()
-        return 0 if size == 1 or mapping.layout is ShardLayout.REPLICATED else 1 + is_expert
+    def _sharing(self, mapping: ParamMapping) -> Any:
+        """Return the group whose ranks have one shard each; None if each rank has the whole."""
+        group = self._tp if mapping.expert is None else self._experts
+        return None if group.size() == 1 or mapping.layout is ShardLayout.REPLICATED else group
 
     def _shape(self, mapping: ParamMapping) -> tuple[int, ...]:
         size = self._ranks.shard(mapping).size
@@ -225,9 +235,9 @@ class WeightGatherer(TensorStream):
     def _dtype_of(self, mapping: ParamMapping) -> torch.dtype:
         return torch.float32 if mapping.is_float32 else self._dtype
 
-    def _local(self, mapping: ParamMapping, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def _local(self, mapping: ParamMapping) -> torch.Tensor:
         """Return this rank's shard, a float32 one as elements of the stream's dtype."""
-        shard = self._read(parameter)
+        shard = self._read(self._parameters[mapping])
         return shard.view(self._dtype) if mapping.is_float32 else shard
 
 
@@ -290,17 +300,6 @@ def _put(
     """Write (rows of) a rank's shard of a parameter into its Hugging Face tensors."""
     own, heads = [outputs[name] for name, _ in mapping.huggingface], mapping.query_groups
     unshard_into(own, part, mapping.layout, *shard, heads, first_row=first_row, local_rows=rows)
-
-
-def _finish(outputs: dict[str, torch.Tensor], batch: Batch) -> None:
-    """Gather a batch, and write it into the Hugging Face tensors."""
-    shards = batch.shards
-    tp_size = shards.size // len(shards.mappings)
-    for rank, blocks in enumerate(batch.finish()):
-        owner, shard = divmod(rank, tp_size)
-        for (position, part), block in zip(batch.rows, blocks, strict=True):
-            mapping, total = shards.mappings[owner][position], shards.shapes[position][0]
-            _put(outputs, mapping, block, ShardIndex(shard, tp_size), part.start, total)
 
 
 def _find_owners(places: Iterable[_Place], groups: list[list[ParamMapping]]) -> list[int]:

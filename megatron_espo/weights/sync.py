@@ -175,7 +175,7 @@ class WeightSync:
 
     def _connect(self) -> None:
         """Start the engine if there is none, connect the transport, fill the weights with NaN."""
-        shapes = [(meta.name, tuple(meta.shape)) for meta in self._source.metadata()]
+        shapes = [(meta.name, meta.shape) for meta in self._source.metadata()]
         engine, sleeps = self._engine, self._config.sleep
 
         def start(engine: VLLMEngine) -> None:
@@ -209,8 +209,8 @@ class WeightSync:
         """Send the weights. If it is due, compare the engine's weights with those sent."""
         engine, every, source = self._engine, self._config.verify_every, self._source
         is_due = self._pushes == 0 or (every > 0 and self._pushes % every == 0)
-        source.checksums = {} if is_due and engine is not None else None
-        source.sketches = {} if self._config.quantization and engine is not None else None
+        source.checksums = {} if is_due else None
+        source.sketches = {} if self._config.quantization else None
 
         def send() -> None:
             with source.one_pass():

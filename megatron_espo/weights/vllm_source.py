@@ -97,10 +97,9 @@ class ObservedSource(TensorStream, M2NWeightSource):  # type: ignore[misc]
             raise GatherError(f"{where}: {what}") from error
 
     def _record(self, names: list[str], tensors: list[torch.Tensor]) -> None:
-        held = [(n, t) for n, t in zip(names, tensors, strict=True) if t is not None]
-        if self.checksums is not None:
-            self.checksums |= {name: tensor_checksum(tensor) for name, tensor in held}
-        for name, tensor in held:
-            if self.sketches is not None and tensor.dim() > 1:
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor is not None and self.checksums is not None:
+                self.checksums[name] = tensor_checksum(tensor)
+            if tensor is not None and tensor.dim() > 1 and self.sketches is not None:
                 norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
                 self.sketches[name] = norm, tensor_sketch(tensor).tolist()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model
 from megatron_espo.distributed import runtime
+from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
 from megatron_espo.models.registry import read_spec
 from megatron_espo.rollout.engine import EngineError, Phase
 from megatron_espo.types import Prompt
@@ -297,7 +298,7 @@ def whole(chunks, hf_config):
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_espo.weights import WeightGatherer
+    from megatron_espo.weights.source import WeightGatherer
 
     assert parallel_state.is_initialized()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -352,7 +353,7 @@ def freeze_midway(folder: str, rank: int, out: str) -> None:
     """Stop ``rank`` (SIGSTOP) in the second push; the other writes its error and the seconds."""
     actor, engine, sync = start(folder, tensor=2, canary_prompts=0)
     sync.push(0)  # with time for the engine to start
-    sync._barrier._limit = 4.0 if engine is not None else 16.0
+    sync._barrier = sync._source._inner._barrier = MonitoredBarrier(4.0, 16.0)
     pids = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     if dist.get_rank() == rank:
