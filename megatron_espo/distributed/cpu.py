@@ -7,13 +7,13 @@ change holds for the whole process, so the rollout engine runs in another proces
 :func:`install` does nothing, which is also the check that the replacements are needed.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-_mode: TorchFunctionMode | None = None
 
 
 def _is_cuda(device: Any) -> bool:
@@ -57,6 +57,7 @@ class _Stream:
         return lambda *args, **kwargs: None
 
 
+@cache
 def install() -> bool:
     """Redirect ``torch.cuda`` to the CPU in this process if there is no CUDA. Idempotent.
 
@@ -65,13 +66,10 @@ def install() -> bool:
     Returns:
         Whether the redirection is active.
     """
-    global _mode
     if torch.cuda.is_available():
         return False
-    if _mode is None:
-        _replace_functions()
-        _mode = _CudaToCpu()
-        _mode.__enter__()
+    _replace_functions()
+    _CudaToCpu().__enter__()
     return True
 
 

@@ -4,6 +4,7 @@ import contextlib
 import re
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ class MonitoredBarrier:
         lost = torch.tensor([int(found[1]) if found else 0])
         if self._rank == 0:
             here = [rank for rank in self._others if rank != lost]
-            works = [dist.isend(lost, dst=rank, group=self._alarm) for rank in here]
+            works: list[Any] = [dist.isend(lost, rank, self._alarm) for rank in here]
         else:
             works = [dist.irecv(lost, src=0, group=self._alarm)]
         deadline = time.monotonic() + _ALARM_SECONDS

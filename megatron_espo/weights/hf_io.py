@@ -88,7 +88,7 @@ def load_hf_weights(
     ranks = ShardRanks.of(pg_collection)
     bound = bind(chunks, spec.groups, ranks)
     get_slice = open_checkpoint(spec, path)
-    for mapping, parameter in chain.from_iterable(bound):
+    for mapping, parameter in bound.items():
         sources = [get_slice(name) for name, _ in mapping.huggingface]
         rank, size = ranks.shard(mapping)
         shard_into(parameter, sources, mapping.layout, rank, size, mapping.query_groups)

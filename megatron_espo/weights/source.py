@@ -2,9 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from socket import gethostname
 from typing import Any, NamedTuple
 
@@ -102,8 +101,7 @@ class WeightGatherer(TensorStream):
         self._dtype, self._sharded = dtype, sharded
         self._groups = spec.groups
         self._limit = gather_bytes(self._groups, dtype.itemsize) // dtype.itemsize
-        bound = bind(chunks, self._groups, self._ranks)
-        self._parameters = dict(chain.from_iterable(bound))
+        self._parameters = bind(chunks, self._groups, self._ranks)
         self._device = next(chunks[0].parameters()).device
         self._padded_vocab = unwrap(chunks[0]).vocab_size
         # In a stage, tensor-parallel ranks and ranks that share experts are contiguous blocks.
@@ -111,14 +109,17 @@ class WeightGatherer(TensorStream):
         self.participates = all_replicas or pg_collection.tp_dp_cp.rank() < replica
         self._spreads = not sharded and self._pp.size() > 1
         shared = (self._tp, self._experts)
-        groups = [dist.get_process_group_ranks(group) for group in (self._pp, *shared)]
-        held = [index for index, params in enumerate(bound) if params]
-        place = _Place(gethostname(), groups, self._pp.rank(), held)
+        held = [i for i, own in enumerate(self._groups) if self._parameters.keys() & set(own)]
+        place = _Place(_node(self._pp, shared), self._pp.rank(), held)
         everyone: list[_Place | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, place if self.participates else None)
         places = {rank: place for rank, place in enumerate(everyone) if place is not None}
-        self._owners = _find_owners(places.values(), self._groups)
-        routes, ranks = _find_routes(places, self._spreads), list(places)
+        self._owners = owners = _find_owners(places.values(), self._groups)
+        # Indices of the groups that this rank yields.
+        self._yielded = [i for i, o in enumerate(owners) if not sharded or o == self._pp.rank()]
+        ranks, nodes = list(places), [place.node for place in places.values()]
+        stage = len(ranks) // (self._pp.size() if self._spreads else 1)
+        routes = Routes.of(nodes if all(nodes) else [""] * len(nodes), stage)
         like = torch.empty(0, dtype=dtype, device=self._device)
         self._exchange = Exchange(routes, ranks, self._pp if self._spreads else None, shared, like)
 
@@ -137,18 +138,18 @@ class WeightGatherer(TensorStream):
         """Return the names that this rank yields with ``sharded``; None means all names."""
         if not self._sharded:
             return None
-        return {name for index in self._yielded() for name in _names(self._held(index))}
+        return {name for index in self._yielded for name in _names(self._held(index))}
 
     def groups(self) -> list[list[str]]:
         """Return the names of each group that iteration yields on this rank, in order."""
-        return [_names(self._groups[index]) for index in self._yielded()]
+        return [_names(self._groups[index]) for index in self._yielded]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor | None]]]:
         """Yield (names, whole tensors) for each group. Collective over participating ranks, with a
         barrier over all ranks.
         """
         every = self._device.type == "cpu" and not self._sharded
-        for position, index in enumerate(self._yielded()):
+        for position, index in enumerate(self._yielded):
             names = _names(self._groups[index])
             if self._barrier is not None and (every or position == 0):
                 self._barrier.wait(f"the weights of {names[0]}")
@@ -159,11 +160,6 @@ class WeightGatherer(TensorStream):
             except RuntimeError as error:
                 error.add_note(f"while rank {dist.get_rank()} gathered the layer of {names[0]!r}")
                 raise
-
-    def _yielded(self) -> list[int]:
-        """Return the indices of the groups that this rank yields."""
-        stage = self._pp.rank()
-        return [i for i, own in enumerate(self._owners) if not self._sharded or own == stage]
 
     def _held(self, index: int) -> list[ParamMapping]:
         """Return the part of a group that this rank yields."""
@@ -242,24 +238,23 @@ class WeightGatherer(TensorStream):
 
 
 class _Place(NamedTuple):
-    """A rank's node, its pipeline, tensor and expert groups, its stage, and the groups in it."""
+    """A rank's node, its pipeline stage, and the indices of the groups in it."""
 
     node: str
-    groups: list[list[int]]
     stage: int
     held: list[int]
 
 
-def _find_routes(places: Mapping[int, _Place], spreads: bool) -> Routes:
-    """Return the routes of the ranks that take part, in order."""
-    ranks, is_usual = list(places), True
-    stage = len(ranks) // (len(places[ranks[0]].groups[0]) if spreads else 1)
-    for index, place in enumerate(places.values()):
-        pipeline, *shared = place.groups
-        blocks = [ranks[index // len(group) * len(group) :][: len(group)] for group in shared]
-        is_usual &= pipeline == ranks[index % stage :: stage] and shared == blocks
-    # In another order of ranks, nodes are ignored and Megatron's groups are used.
-    return Routes.of([place.node if is_usual else "" for place in places.values()], stage)
+def _node(pp: Any, shared: Sequence[Any]) -> str:
+    """Return the host name; "" if ranks are not in Megatron's default order, to ignore nodes."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    stage = ranks // pp.size()
+    is_usual = dist.get_process_group_ranks(pp) == list(range(rank % stage, ranks, stage))
+    for group in shared:
+        first = rank // group.size() * group.size()
+        block = list(range(first, first + group.size()))
+        is_usual &= dist.get_process_group_ranks(group) == block
+    return gethostname() if is_usual else ""
 
 
 def gather_bytes(groups: Sequence[Sequence[ParamMapping]], itemsize: int) -> int:

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -239,13 +238,13 @@ class WeightSync:
         """Compare each matrix of the engine with the one that was sent; write the table."""
         served, quantization = engine.read_back_sketches(), self._config.quantization or ""
         rows, wrong = verification.audit_quantization(sent, served, quantization)
-        lines = [json.dumps({"version": version} | asdict(row)) + "\n" for row in rows]
+        lines = [json.dumps({"version": version} | row) + "\n" for row in rows]
         table = engine.config.log_path.with_suffix(".quantization.jsonl")
         table.write_text("".join(lines))
         if wrong:
             raise EngineError(wrong, Phase.VERIFY, final=True)
-        errors = [row.error for row in rows if row.quantized and row.error is not None]
-        unaudited = sum(row.error is None for row in rows)
+        errors = [row["error"] for row in rows if row["quantized"]]
+        unaudited = sum(row["error"] is None for row in rows)
         return {
             "sync/quantization_error_max": max(errors, default=0.0),
             "sync/unquantized": len(rows) - len(errors) - unaudited,
@@ -268,10 +267,8 @@ class WeightSync:
         def sample(engine: VLLMEngine) -> None:
             prompts = [prompt.token_ids[:_CANARY_PROMPT_TOKENS] for prompt in self._canary]
             tokens = min(_CANARY_TOKENS, self._config.max_response_tokens)
-            responses = engine.canary(prompts, tokens)
-            for prompt, ids, r in zip(self._canary, prompts, responses, strict=True):
-                response, logprobs = tuple(r.token_ids.tolist()), tuple(r.logprobs.tolist())
-                own.append(CanarySample(prompt.id, ids, response, logprobs, r.routed_experts))
+            names = [prompt.id for prompt in self._canary]
+            own.extend(map(CanarySample, names, prompts, engine.canary(prompts, tokens)))
 
         self._on_engines("canary", sample)
         everyone = collectives.gather_objects(own)
@@ -301,7 +298,7 @@ class WeightSync:
 
         Collectives: ``MonitoredBarrier.wait`` and :func:`collectives.first_not_none`.
         """
-        failure: EngineError | InputError | None = None
+        failure: Exception | None = None
         try:
             action()
         except RankLostError as error:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_espo.rollout.engine import Generation
+
 _SHOWN = 5
 # Mean |engine - trainer| log-prob gap that counts as rounding, nats a token. Measured on a 135M
 # model: 1e-5 in float32, 0.03 in bfloat16, 0.17 in fp8; stale weights give 0.2 and more. With fewer
@@ -50,28 +52,11 @@ def _summary(what: str, wrong: Sequence[str], count: int) -> str | None:
     return f"{len(wrong)} of {count} {what} are not served as they were sent: {first}{more}"
 
 
-@dataclass(frozen=True)
-class AuditedTensor:
-    """A matrix as the engine serves it.
-
-    Attributes:
-        name: in the checkpoint.
-        error: estimate of |served - sent| / |sent|; None: the engine cannot read it back.
-        dtype: in the engine's memory.
-        quantized: whether the dtype has fewer bits than bfloat16.
-    """
-
-    name: str
-    error: float | None = None
-    dtype: str = "unknown"
-    quantized: bool = False
-
-
 def audit_quantization(
     sent: Mapping[str, tuple[float, Sequence[float]]],
     served: Iterable[tuple[str, str, bool, Sequence[float]]],
     quantization: str,
-) -> tuple[list[AuditedTensor], str | None]:
+) -> tuple[list[dict[str, Any]], str | None]:
     """Compare the matrices that the engine serves with those that were sent.
 
     Args:
@@ -80,20 +65,24 @@ def audit_quantization(
         quantization: ``rollout.quantization``.
 
     Returns:
-        All matrices, and a description of those whose error is above the limit; None if none is.
+        For each matrix its ``name`` in the checkpoint, ``error`` (estimate of |served - sent| /
+        |sent|; None: the engine cannot read it back), ``dtype`` in the engine's memory, and whether
+        it is ``quantized`` to fewer bits than bfloat16. Then a description of those whose error is
+        above the limit; None if none is.
     """
     sketches, kinds = dict[str, np.ndarray](), dict[str, tuple[str, bool]]()
     for name, dtype, quantized, part in served:
         sketches[name] = sketches.get(name, 0) + np.asarray(part)
         kinds[name] = dtype, quantized
-    rows, wrong = list[AuditedTensor](), list[str]()
+    rows, wrong = list[dict[str, Any]](), list[str]()
     for name, (norm, sketch) in _with_tied(sent).items():
         if name not in sketches:
-            rows += [AuditedTensor(name)] if name in sent else []
+            if name in sent:
+                rows.append({"name": name, "error": None, "dtype": "unknown", "quantized": False})
             continue
         (dtype, quantized), own = kinds[name], sketches[name]
         error = _distance(own, sketch) / (norm or 1e-30)
-        rows.append(AuditedTensor(name, error, dtype, quantized))
+        rows.append({"name": name, "error": error, "dtype": dtype, "quantized": quantized})
         limit = LIMITS[bits(quantization) if quantized else "high precision"]
         if not error <= limit:
             wrong.append(
@@ -116,27 +105,24 @@ class CanarySample:
 
     Attributes:
         prompt_id: names the prompt in messages.
-        prompt_ids, response_ids: token ids.
-        logprobs: the engine's log-probs of the response, nats.
-        routed_experts: the engine's experts (``Trajectory.routed_experts``).
+        prompt_ids: token ids.
     """
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    routed_experts: Any = None
+    response: Generation
 
     @property
     def scored(self) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
         """The arguments with which the trainer scores this sample."""
-        return self.prompt_ids, self.response_ids, self.routed_experts
+        response = self.response
+        return self.prompt_ids, tuple(response.token_ids.tolist()), response.routed_experts
 
     @property
     def key(self) -> tuple:
         """A hashable form of :attr:`scored`."""
-        experts = self.routed_experts
-        return *self.scored[:2], None if experts is None else experts.tobytes()
+        prompt, response, experts = self.scored
+        return prompt, response, None if experts is None else experts.tobytes()
 
 
 def canary_gap(
@@ -149,7 +135,8 @@ def canary_gap(
     """
     gaps = []
     for sample, row in zip(samples, trained, strict=True):
-        tokens = zip(sample.response_ids, sample.logprobs, row, strict=True)
+        response = sample.response
+        tokens = zip(response.token_ids, response.logprobs.tolist(), row, strict=True)
         for position, (token, engine, trainer) in enumerate(tokens):
             where = f"prompt {sample.prompt_id!r}, token {position} (id {token})"
             text = f"{where}: engine {engine:.4f}, trainer {trainer:.4f}"
