@@ -357,14 +357,15 @@ def freeze_midway(folder: str, rank: int, out: str) -> None:
     pids = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     if dist.get_rank() == rank:
-        gather = sync._source._inner._gather
+        wait, waits = sync._barrier.wait, []
 
-        def stop(index):
-            if index == 1:
+        def stop(what):
+            waits.append(what)
+            if len(waits) == 2:  # for the second group
                 os.kill(os.getpid(), signal.SIGSTOP)
-            return gather(index)
+            wait(what)
 
-        sync._source._inner._gather = stop
+        sync._barrier.wait = stop
     began = time.monotonic()
     try:
         sync.push(1)
