@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -82,6 +83,27 @@ def update(transport, engine, version: int, sleeps: bool) -> None:
         engine.serve()
 
 
+class Timed:
+    """Another source, with the seconds that its last pass took."""
+
+    def __init__(self, inner) -> None:
+        self._inner, self.seconds = inner, 0.0
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def iter_groups(self):
+        self.seconds, groups = 0.0, self._inner.iter_groups()
+        while True:
+            began = time.perf_counter()
+            group = next(groups, None)
+            self.seconds += time.perf_counter() - began
+            if group is None:
+                return
+            yield group
+            del group  # the next gather needs the memory
+
+
 def measure(args: argparse.Namespace, world: runtime.Runtime, engine) -> None:
     from megatron_espo.config import Megatron
     from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
@@ -97,10 +119,8 @@ def measure(args: argparse.Namespace, world: runtime.Runtime, engine) -> None:
     chunks = build_model(spec, layout, world.groups, dtype=dtype)
     load_hf_weights(chunks, spec, args.model, world.groups)
     barrier = MonitoredBarrier(600, 600)
-    source = ObservedSource(
-        MegatronWeightSource(chunks, spec, world.groups, dtype=dtype, barrier=barrier),
-        world.world_size,
-    )
+    timed = Timed(MegatronWeightSource(chunks, spec, world.groups, dtype=dtype, barrier=barrier))
+    source = ObservedSource(timed, world.world_size)
     shapes = {meta.name: tuple(meta.shape) for meta in source.metadata()}
     sizes = {
         meta.name: meta.dtype.itemsize * torch.Size(meta.shape).numel()
@@ -129,7 +149,7 @@ def measure(args: argparse.Namespace, world: runtime.Runtime, engine) -> None:
         dist.barrier()
         row["sync"] = seconds(lambda v=version: update(transport, engine, v, args.sleep))
         if engine is not None:
-            row["gather"] = source.seconds
+            row["gather"] = timed.seconds
             rounds.append(row)
     if engine is not None:
         report(rounds, total, groups, extra)

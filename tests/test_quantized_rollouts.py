@@ -191,7 +191,7 @@ def audit(weights, models, monkeypatch):
     engine._worker = lambda *args, **kwargs: parts
     sent = {n: (float(w.float().norm()), tensor_sketch(w).tolist()) for n, w in weights.items()}
     rows, wrong = audit_quantization(sent, engine.read_back_sketches(), "fp8")
-    return {row.name.removeprefix(PREFIX): row for row in rows}, wrong
+    return {row["name"].removeprefix(PREFIX): SimpleNamespace(**row) for row in rows}, wrong
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -334,7 +334,7 @@ def test_a_quantized_engine_on_a_gpu_serves_the_checkpoint(tmp_path, family, qua
     with running_engine(config) as engine:
         rows, wrong = audit_quantization(sent, engine.read_back_sketches(), quantization)
     assert wrong is None
-    high = {row.name for row in rows if row.error is not None and not row.quantized}
+    high = {row["name"] for row in rows if row["error"] is not None and not row["quantized"]}
     assert all("embed" in name or "lm_head" in name or "mlp.gate." in name for name in high)
-    unread = [row.name for row in rows if row.error is None]
+    unread = [row["name"] for row in rows if row["error"] is None]
     assert all(".experts." in name for name in unread) and (unread == [] or quantization != "fp8")

@@ -5,6 +5,7 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ pytest.importorskip("vllm")
 from safetensors.torch import load_file
 
 from megatron_espo.distributed.checksum import byte_sum, tensor_checksum
+from megatron_espo.rollout.engine import Generation
 from megatron_espo.weights.verification import CanarySample, canary_gap, wrong_tensors
 from tests.support.distributed import run_ranks
 from tests.support.ranks.sync import PROMPT_IDS
@@ -248,8 +250,8 @@ def test_comparison_names_what_differs():
     assert "1 of 4 tensors are not served as they were sent: b" in wrong_tensors(sent, {"b": 5})
     assert "lm_head.weight" in wrong_tensors(sent, {"lm_head.weight": 9})
     samples = [
-        CanarySample("p", (1,), (7, 8), (-1.0, -2.0)),
-        CanarySample("q", (1,), (9,), (-3.0,)),
+        CanarySample(name, (1,), Generation(np.array(ids), np.array(logprobs), np.array([]), ""))
+        for name, ids, logprobs in (("p", [7, 8], [-1.0, -2.0]), ("q", [9], [-3.0]))
     ]
     gap, worst = canary_gap(samples, [[-1.0, -2.5], [-3.1]])
     assert (

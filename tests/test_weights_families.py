@@ -289,9 +289,9 @@ def test_middle_stage_with_transformer_engine_names_binds_by_global_layer():
     names = TRANSFORMER_ENGINE_LAYER | EXTRA["qwen2"]
     chunk = Layers(layer_shapes(spec, names, 2, 0, tp_size=2), [3])
     bound = bind([chunk], spec.groups, ShardRanks(tp=ShardIndex(0, 2)))
-    assert [len(group) for group in bound] == [0, 0, 0, 7, 0, 0]
+    assert len(bound) == 7 and bound.keys() <= set(spec.groups[3])
     held = dict(chunk.named_parameters())
-    for mapping, parameter in bound[3]:
+    for mapping, parameter in bound.items():
         names = [name.replace("layers.2.", "layers.0.") for name in mapping.megatron]
         assert any(held.get(name) is parameter for name in names)
 

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_espo.errors import InputError
-from megatron_espo.weights.hf_io import CheckpointFolder, open_checkpoint
+from megatron_espo.weights.hf_io import open_checkpoint
 from megatron_espo.weights.hf_writer import write_folder
 from megatron_espo.weights.source import ParameterMetadata
+from tests.support.ranks.weights import whole_checkpoint
 from tests.support.weights_models import load_spec, save_model
 
 
@@ -28,18 +29,16 @@ def rewrite(folder, tensors) -> None:
 def test_slices_are_those_of_the_file(llama):
     folder, spec, tensors = llama
     name = "model.layers.3.mlp.down_proj.weight"
-    assert torch.equal(
-        open_checkpoint(spec, folder).get_slice(name)[:, 12:24], tensors[name][:, 12:24]
-    )
+    assert torch.equal(open_checkpoint(spec, folder)(name)[:, 12:24], tensors[name][:, 12:24])
 
 
 def test_sharded_checkpoint_is_the_same(llama, tmp_path):
     folder, spec, tensors = llama
     save_model("llama_tied", tmp_path / "sharded", max_shard_size="20KB")
     assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
-    sharded = open_checkpoint(spec, tmp_path / "sharded")
+    get_slice = open_checkpoint(spec, tmp_path / "sharded")
     for name, tensor in tensors.items():
-        assert torch.equal(sharded.get_slice(name)[:], tensor)
+        assert torch.equal(get_slice(name)[:], tensor)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(llama):
@@ -80,16 +79,16 @@ def test_a_tied_model_with_another_head_in_its_file_is_refused(llama):
 
 
 def test_unreadable_folders_are_named(llama, tmp_path):
-    folder, _, _ = llama
+    folder, spec, _ = llama
     with pytest.raises(InputError, match="expected model.safetensors or .*save_pretrained"):
-        CheckpointFolder(tmp_path / "nowhere")
+        open_checkpoint(spec, tmp_path / "nowhere")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="bytes in .*model.safetensors, as its header says"):
-        CheckpointFolder(folder)
+        open_checkpoint(spec, folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(InputError, match="expected a JSON object with weight_map"):
-        CheckpointFolder(folder)
+        open_checkpoint(spec, folder)
 
 
 STREAM = [(f"tensor{i}", torch.full((10,), float(i))) for i in range(4)]
@@ -118,9 +117,9 @@ def test_files_are_bounded_and_complete(tmp_path, source_dir, limit, files):
     assert {p.name for p in out.iterdir() if p.suffix == ".bin" or "token" in p.name} == {
         "tokenizer.json"
     }
-    folder = CheckpointFolder(out)
-    assert folder.names == dict(STREAM).keys()
-    assert all(torch.equal(folder.get_slice(name)[:], tensor) for name, tensor in STREAM)
+    stored = whole_checkpoint(out)
+    assert stored.keys() == dict(STREAM).keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in STREAM)
 
 
 def test_weights_are_as_readable_as_the_configuration(tmp_path, source_dir):
@@ -170,4 +169,4 @@ def test_an_interrupted_export_keeps_the_earlier_one(tmp_path, source_dir):
         1 << 20,
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
-    assert torch.equal(CheckpointFolder(out).get_slice("tensor3")[:], STREAM[3][1] + 1)
+    assert torch.equal(whole_checkpoint(out)["tensor3"], STREAM[3][1] + 1)

@@ -7,15 +7,13 @@ change holds for the whole process, so the rollout engine runs in another proces
 :func:`install` does nothing, which is also the check that the replacements are needed.
 """
 
-import contextlib
-from types import SimpleNamespace
+from functools import cache
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-_mode: TorchFunctionMode | None = None
 
 
 def _is_cuda(device: Any) -> bool:
@@ -52,13 +50,14 @@ class _Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def record_event(self, *args: Any) -> "_Stream":
+    def record_event(self) -> "_Stream":
         return self
 
     def __getattr__(self, name: str):
         return lambda *args, **kwargs: None
 
 
+@cache
 def install() -> bool:
     """Redirect ``torch.cuda`` to the CPU in this process if there is no CUDA. Idempotent.
 
@@ -67,22 +66,11 @@ def install() -> bool:
     Returns:
         Whether the redirection is active.
     """
-    global _mode
     if torch.cuda.is_available():
         return False
-    if _mode is None:
-        _replace_functions()
-        _mode = _CudaToCpu()
-        _mode.__enter__()
+    _replace_functions()
+    _CudaToCpu().__enter__()
     return True
-
-
-def _returning(result: Any = None):
-    """Return a new function with a fixed result, or with the result of a new call of ``result``.
-
-    torch.compile refuses one function object under two names in ``torch.cuda``.
-    """
-    return lambda *args, **kwargs: result() if callable(result) else result
 
 
 def _to_numpy(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
@@ -113,19 +101,15 @@ def _replace_functions() -> None:
     def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    null = _returning(contextlib.nullcontext)
     replacements = {
-        "current_device": _returning(_CPU),
+        "current_device": lambda: _CPU,
+        "synchronize": lambda *args: None,
         "manual_seed": lambda seed: torch.manual_seed(seed),
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
-        "_lazy_call": lambda function, **kwargs: function(),
-        "Stream": type("Stream", (_Stream,), {}),
-        "Event": type("Event", (_Stream,), {}),
-        "nvtx": SimpleNamespace(range_push=_returning(), range_pop=_returning(), range=null),
-        **{name: _returning() for name in ("synchronize", "set_device", "empty_cache")},
-        **{name: _returning(_Stream) for name in ("current_stream", "default_stream")},
-        **{name: _returning(contextlib.nullcontext) for name in ("stream", "device")},
+        "Stream": _Stream,
+        "Event": type("Event", (_Stream,), {}),  # torch.compile refuses one object under two names
+        "current_stream": lambda *args: _Stream(),
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)

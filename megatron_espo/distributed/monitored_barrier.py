@@ -1,7 +1,8 @@
 """A barrier with a timeout that names the missing rank on every other rank."""
 
+import contextlib
+import re
 import time
-from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +17,9 @@ class RankLostError(RuntimeError):
 
 
 class MonitoredBarrier:
-    """Rank 0 detects late ranks and reports them to the others, over gloo.
+    """``torch.distributed.monitored_barrier`` in which rank 0 reports a late rank to the others.
 
-    ``torch.distributed.monitored_barrier`` names the late rank on rank 0 only, and takes all ranks.
+    torch's barrier names the late rank on rank 0 only.
 
     Args:
         timeout_s: how long rank 0 waits for another rank.
@@ -31,55 +32,34 @@ class MonitoredBarrier:
         self._rank, self._others = dist.get_rank(), range(1, dist.get_world_size())
         self._limit = timeout_s if self._rank == 0 else main_timeout_s
         # After a timeout gloo closes all connections of a group, so the alarm needs its own group.
-        limit = timedelta(seconds=max(timeout_s, main_timeout_s))
+        limit = timedelta(seconds=main_timeout_s)
         self._group, self._alarm = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
 
-    def wait(self, what: str, ranks: Collection[int] | None = None) -> None:
-        """Return once rank 0 and ``ranks`` (default: all; 0 is not listed) have called this.
+    def wait(self, what: str) -> None:
+        """Return once all ranks have called this.
 
         Raises:
-            RankLostError: on each of these ranks, if one of them is late.
+            RankLostError: on each rank, if one of them is late.
         """
-        ranks = self._others if ranks is None else ranks
-        if self._rank == 0:
-            self._finish([(rank, _receive(rank, self._group)[1]) for rank in ranks], what)
-            self._finish([(rank, _send(rank, self._group)) for rank in ranks], what)
-        elif self._rank in ranks:
-            self._finish([(0, _send(0, self._group))], what)
-            self._finish([(0, _receive(0, self._group)[1])], what)
-
-    def _finish(self, works: list[tuple[int, Any]], what: str) -> None:
-        """Wait for the messages. On a timeout rank 0 sends the number of the late rank."""
-        missing = _late(works, self._limit)
-        if not missing:
-            return
-        lost = missing[0]
-        if self._rank == 0:
-            here = [rank for rank in self._others if rank not in missing]
-            _late([(rank, _send(rank, self._alarm, lost)) for rank in here], _ALARM_SECONDS)
-        else:
-            message, work = _receive(0, self._alarm)
-            lost = lost if _late([(0, work)], _ALARM_SECONDS) else int(message)
-        raise RankLostError(
-            f"rank {lost} ended, or did not come within {self._limit:g} s, for {what}"
-        )
-
-
-def _send(to: int, group: Any, lost: int = 0) -> Any:
-    return dist.isend(torch.tensor([lost]), dst=to, group=group)
-
-
-def _receive(source: int, group: Any) -> tuple[torch.Tensor, Any]:
-    message = torch.zeros(1, dtype=torch.int64)
-    return message, dist.irecv(message, src=source, group=group)
-
-
-def _late(works: list[tuple[int, Any]], seconds: float) -> list[int]:
-    """Return the ranks whose message did not complete within ``seconds``."""
-    deadline, late = time.monotonic() + seconds, []
-    for rank, work in works:
         try:
-            work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-        except RuntimeError:  # a timeout or a closed connection
-            late.append(rank)
-    return late
+            # Ranks other than 0 wait for the group's timeout.
+            dist.monitored_barrier(self._group, timedelta(seconds=self._limit))
+        except RuntimeError as error:
+            lost = self._agree(re.search(r"Rank (\d+) failed", str(error)))
+            raise RankLostError(
+                f"rank {lost} ended, or did not come within {self._limit:g} s, for {what}"
+            ) from None
+
+    def _agree(self, found: re.Match | None) -> int:
+        """Return the lost rank that rank 0 has found; 0 if it does not answer."""
+        lost = torch.tensor([int(found[1]) if found else 0])
+        if self._rank == 0:
+            here = [rank for rank in self._others if rank != lost]
+            works: list[Any] = [dist.isend(lost, rank, self._alarm) for rank in here]
+        else:
+            works = [dist.irecv(lost, src=0, group=self._alarm)]
+        deadline = time.monotonic() + _ALARM_SECONDS
+        for work in works:
+            with contextlib.suppress(RuntimeError):  # a timeout or a closed connection
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        return int(lost)

@@ -57,15 +57,15 @@ def parallel_sizes(settings: Any) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in PARALLEL_SIZES}
 
 
-def initialize(*, seed: int = 1, timeout_s: float = 1800, **sizes: int | None) -> Runtime:
+def initialize(*, seed: int = 1, **sizes: int | None) -> Runtime:
     """Initialize distributed state from torchrun's environment. Collective over all ranks.
 
     The backend is NCCL with CUDA and gloo without. Without ``RANK`` in the environment the process
-    is the only rank. A second call replaces Megatron's process groups by those of another layout.
+    is the only rank. An incomplete collective is an error after 30 minutes. A second call replaces
+    Megatron's process groups by those of another layout.
 
     Args:
         seed: seed of Megatron's random number tracker (which adds the TP and PP rank) and of torch.
-        timeout_s: seconds after which an incomplete collective is an error.
         sizes: ``PARALLEL_SIZES`` by name; a missing size is Megatron's default.
     """
     without_cuda = cpu.install()
@@ -81,12 +81,11 @@ def initialize(*, seed: int = 1, timeout_s: float = 1800, **sizes: int | None) -
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(
             "gloo" if without_cuda else "nccl",
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(minutes=30),  # as Megatron's groups
             **({} if "RANK" in os.environ else alone),
         )
     _destroy_groups()
-    minutes = max(1, int(timeout_s // 60))
-    parallel_state.initialize_model_parallel(**sizes, distributed_timeout_minutes=minutes)
+    parallel_state.initialize_model_parallel(**sizes)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from megatron_espo.distributed.collectives import first_not_none
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
 
 class Stopped(Exception):
     """Raised on rank 0 inside a phase when the run must stop. The phase's results are dropped."""
@@ -32,7 +30,7 @@ class StopRequest:
         start = float(os.environ.get("SLURM_JOB_START_TIME") or time.time())
         self._deadline = None if max_seconds is None else start + max_seconds
         self._signal: int | None = None
-        for number in SIGNALS:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     @property

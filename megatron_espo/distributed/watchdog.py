@@ -10,9 +10,12 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil  # accelerate requires it
 
 from megatron_espo.files import read_json
 
@@ -54,7 +57,7 @@ class Watchdog:
         *,
         limit_s: float,
         slow_s: float,
-        log: Callable[[str], None] = lambda why: None,
+        log: Callable[[str], None],
     ) -> None:
         self.folder, self.rank = folder / "heartbeats", rank
         self._world_size, self._log = world_size, log
@@ -102,7 +105,9 @@ class Watchdog:
         """
         deadline = time.monotonic() + wait_s
         while True:
-            names = [_name(r) for r in self._records().values() if self._has_died(r)]
+            running = [r for r in self._records().values() if r["phase"] != "ended"]
+            here = [r for r in running if r["host"] == self._process["host"]]
+            names = [_name(r) for r in here if not _runs(r["pid"])]
             if names or time.monotonic() >= deadline:
                 return names
             time.sleep(0.05)
@@ -110,10 +115,6 @@ class Watchdog:
     def _verdict(self) -> dict[str, Any]:
         """Return the verdict of whichever rank found it; ``{}`` if there is none."""
         return read_json(self.folder / "verdict.json") or self._own_verdict
-
-    def _has_died(self, record: dict[str, Any]) -> bool:
-        is_here = record["host"] == self._process["host"]
-        return record["phase"] != "ended" and is_here and not _runs(record["pid"])
 
     def _watch(self) -> None:
         while not self._ended.wait(self._tick):
@@ -140,26 +141,26 @@ class Watchdog:
     def _judge(self) -> None:
         """If all ranks are late, choose the culprit and publish the verdict."""
         records, now = self._records(), time.monotonic()
-        for rank in range(self._world_size):
-            count = records.get(rank, {}).get("count", 0)
-            if self._seen.get(rank, (None, 0))[0] != count:
-                self._seen[rank] = (count, now)
-        silence = {rank: now - since for rank, (_, since) in self._seen.items()}
+        for rank, record in records.items():
+            if rank not in self._seen or self._seen[rank][0] != record["count"]:
+                self._seen[rank] = record["count"], now
+        silence = {rank: now - self._seen[rank][1] for rank in records}
         ages = {rank: record["age_s"] + silence[rank] for rank, record in records.items()}
         late = {rank for rank, age in ages.items() if age > self._limit_of(records[rank]["phase"])}
         suspects = {rank: record for rank, record in records.items() if record["phase"] != "ended"}
-        silent = {rank for rank, s in silence.items() if s > _SILENT_TICKS * self._tick}
-        not_running = silent & suspects.keys()
+        not_running = {rank for rank in suspects if silence[rank] > _SILENT_TICKS * self._tick}
         if len(late | not_running) == self._world_size:
             outside = {rank for rank, record in suspects.items() if not record["waits_in"]}
             culprit = max(not_running or outside or suspects, key=ages.__getitem__)
             self._publish(records[culprit], ages[culprit], bool(not_running))
 
     def _publish(self, culprit: dict[str, Any], seconds: float, frozen: bool) -> None:
-        waits_in = culprit["waits_in"]
-        how = f"waits in {waits_in}" if waits_in else "inside no collective"
         if frozen:
             how = "its process does not run"
+        elif culprit["waits_in"]:
+            how = f"waits in {culprit['waits_in']}"
+        else:
+            how = "inside no collective"
         why = (
             f"{_name(culprit)} stands still: step {culprit['step']}, phase {culprit['phase']}, "
             f"{seconds:.0f} s without progress (run.watchdog_s {self._limit:g}), {how}; stacks of "
@@ -167,10 +168,9 @@ class Watchdog:
         )
         self._own_verdict = {"why": why, "culprit": culprit, "frozen": frozen}
         with contextlib.suppress(OSError):  # with a full disk this rank ends the run alone
-            own = self.folder / f"verdict.{self.rank}"
-            own.write_text(json.dumps(self._own_verdict))
-            try:
-                os.link(own, self.folder / "verdict.json")  # atomic; only the first rank succeeds
+            try:  # only the first rank succeeds
+                with open(self.folder / "verdict.json", "x") as file:
+                    json.dump(self._own_verdict, file)
             except FileExistsError:
                 return
             self._log(why)
@@ -201,12 +201,10 @@ class Watchdog:
 
     def _waits_in(self) -> str | None:
         """Return the outermost function in which the main thread waits for other ranks."""
-        name, frame = None, sys._current_frames().get(self._main)
-        while frame is not None:
-            if frame.f_code.co_filename.endswith(_WAITING_IN):
-                name = frame.f_code.co_name
-            frame = frame.f_back
-        return name
+        frames = traceback.walk_stack(sys._current_frames()[self._main])
+        codes = [frame.f_code for frame, _ in frames]
+        names = [code.co_name for code in codes if code.co_filename.endswith(_WAITING_IN)]
+        return names[-1] if names else None
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -215,7 +213,6 @@ def _name(record: dict[str, Any]) -> str:
 
 def _runs(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return not Path("/proc").is_dir()
-    return state not in "ZX"
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False

@@ -131,10 +131,10 @@ def _build(config: Config, spec: ModelSpec, groups: Any) -> tuple[list[torch.nn.
 
 
 def _held(chunks: list[torch.nn.Module], spec: ModelSpec, groups: Any) -> Iterator[ParamShard]:
-    bound_groups = bind(chunks, spec.groups, ShardRanks.of(groups))
-    for index, bound in enumerate(bound_groups):
-        for mapping, parameter in bound:
+    bound = bind(chunks, spec.groups, ShardRanks.of(groups))
+    for index, group in enumerate(spec.groups):
+        for mapping in (mapping for mapping in group if mapping in bound):
             is_expert = mapping.expert is not None
             sharing = dist.get_process_group_ranks(groups.expt_tp if is_expert else groups.tp)
-            shape = tuple(parameter.shape)
+            shape = tuple(bound[mapping].shape)
             yield ParamShard(index, mapping, shape, tuple(sharing))

@@ -19,7 +19,7 @@ from megatron_espo.monitoring.progress import Phases
 from megatron_espo.monitoring.throughput import GIB
 from megatron_espo.rollout.engine import EngineError
 from megatron_espo.rollout.vllm_engine import VLLMEngine
-from megatron_espo.weights.sync import NoSync, WeightSync
+from megatron_espo.weights.sync import WeightSync
 
 
 class Colocation:
@@ -28,12 +28,12 @@ class Colocation:
     Args:
         config: the run's configuration.
         actor: has the trainer's state.
-        sync: updates the weights of the engines.
+        sync: updates the weights of the engines; ``None``: there are none (``run.replay``).
         phases: times ``sleep``, ``onload``, ``offload`` and ``sync``.
     """
 
     def __init__(
-        self, config: Config, actor: Actor, sync: WeightSync | NoSync, phases: Phases
+        self, config: Config, actor: Actor, sync: WeightSync | None, phases: Phases
     ) -> None:
         self._sleeps, self._steps = config.rollout.sleep, config.run.steps
         self._offloader, self._sync, self._phases = actor.offloader, sync, phases
@@ -42,7 +42,8 @@ class Colocation:
         """Put the engines to sleep and bring all trainer state to its devices."""
         if self._sleeps:
             with self._phases.phase("sleep", step, self._steps):
-                self._sync.sleep()
+                if self._sync:
+                    self._sync.sleep()
         if self._offloader.offloaded:
             with self._phases.phase("onload", step, self._steps):
                 self._offloader.to_device(*PARTS)
@@ -56,7 +57,7 @@ class Colocation:
             with self._phases.phase("offload", version, self._steps):
                 self._offloader.to_host("optimizer", "gradients")
         with self._phases.phase("sync", version, self._steps):
-            metrics = self._sync.push(version)
+            metrics = self._sync.push(version) if self._sync else {}
         if self._offloader.handles("weights"):
             with self._phases.phase("offload", version, self._steps):
                 self._offloader.to_host("weights")
@@ -67,6 +68,7 @@ class Colocation:
     def recover(self) -> None:
         """Restart failed engines and update their weights (``WeightSync.recover``)."""
         self._offloader.to_device("weights")
+        assert self._sync
         self._sync.recover()
         self._offloader.to_host("weights")
 

@@ -36,7 +36,7 @@ from megatron_espo.trainer.ledger import Ledger
 from megatron_espo.trainer.rollout_manager import RolloutManager
 from megatron_espo.trainer.status import reported
 from megatron_espo.weights.hf_io import save_hf
-from megatron_espo.weights.sync import NoSync, WeightSync
+from megatron_espo.weights.sync import WeightSync
 
 
 def train(config: Config) -> None:
@@ -116,7 +116,7 @@ class Run:
             if self.step >= steps:
                 done = f"step {self.step} of {steps} is done"
                 self._log(f"nothing to train: {done}; raise run.steps to continue")
-            sync: WeightSync | NoSync = NoSync()
+            sync = None
             if not config.run.replay:
                 parts = (config, spec, self.actor, runtime, rollouts.engine, rollouts.canary())
                 sync = WeightSync(*parts, on_served=rollouts.connect)

@@ -61,16 +61,9 @@ class ShardRanks:
         return tuple(name.format(expert=number) for name in mapping.megatron)
 
 
-class BoundParam(NamedTuple):
-    """A parameter of this rank and its mapping."""
-
-    mapping: ParamMapping
-    parameter: torch.nn.Parameter
-
-
 def bind(
     chunks: Sequence[torch.nn.Module], groups: Sequence[Sequence[ParamMapping]], ranks: ShardRanks
-) -> list[list[BoundParam]]:
+) -> dict[ParamMapping, torch.nn.Parameter]:
     """Find the mapping of every parameter of this rank's model chunks. Zero collectives.
 
     Args:
@@ -78,16 +71,13 @@ def bind(
         groups: ``ModelSpec.groups``.
         ranks: this rank's indices.
 
-    Returns:
-        One list for each group, in order; empty if this pipeline stage has nothing of the group.
-
     Raises:
         InputError: a parameter without a mapping, a mapping of an owned group without a parameter,
             or a shape that differs from the Hugging Face configuration.
     """
     held = [[mapping for mapping in group if ranks.holds(mapping)] for group in groups]
     known = {name: m for group in held for m in group for name in ranks.local_names(m)}
-    bound: dict[int, BoundParam] = {}
+    bound: dict[ParamMapping, torch.nn.Parameter] = {}
     required: set[int] = set()
     for chunk in map(unwrap, chunks):
         for local_name, parameter in chunk.named_parameters():
@@ -99,19 +89,19 @@ def bind(
                     "(a bias, a norm, experts?)"
                 )
             mapping = known[name]
-            if id(mapping) in bound:
+            if mapping in bound:
                 source = mapping.huggingface[0][0]
                 raise InputError(f"Megatron has two parameters for {source!r}; one is {name!r}")
             _check_shape(name, parameter, mapping, ranks.shard(mapping).size)
-            bound[id(mapping)] = BoundParam(mapping, parameter)
+            bound[mapping] = parameter
         required.update(layer.layer_number for layer in chunk.decoder.layers)
         required.update([0] if chunk.pre_process else [])
         required.update([len(groups) - 1] if chunk.post_process else [])
     for mapping in (mapping for index in sorted(required) for mapping in held[index]):
-        if id(mapping) not in bound:
+        if mapping not in bound:
             names, source = " / ".join(ranks.local_names(mapping)), mapping.huggingface[0][0]
             raise InputError(f"the Megatron model lacks {names}, which holds {source!r}")
-    return [[bound[id(mapping)] for mapping in group if id(mapping) in bound] for group in held]
+    return bound
 
 
 def unwrap(chunk: Any) -> Any:

@@ -1,6 +1,6 @@
 """Bring one pipeline stage's shards to all ranks. Over the network each byte enters a node once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -8,6 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from megatron_espo.models.mapping import ParamMapping
+
+# Parts of tensors: the position of a tensor, and its rows.
+Rows = list[tuple[int, slice]]
+# For each shard, these parts of its tensors.
+Blocks = Iterator[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -85,14 +92,22 @@ class Routes:
         return max(self.stage, self.node)
 
 
-class Batch(NamedTuple):
-    """Blocks of ``size`` shards on their way, this rank's part, and the group that gathers them."""
+class Shards(NamedTuple):
+    """Parameters of one group of which each of ``size`` ranks has a shard.
 
-    shapes: list[tuple[int, ...]]
-    part: torch.Tensor
-    work: Any
-    size: int
+    Attributes:
+        group: the group of these ranks; None and ``size`` 1 if each rank of the stage has the
+            whole.
+        mappings: for each expert-parallel rank its parameters; one list for dense parameters.
+        shapes: of one rank's shards, equal on all ranks.
+        tensors: this rank's shards; None on other stages.
+    """
+
     group: Any
+    size: int
+    mappings: list[list[ParamMapping]]
+    shapes: list[tuple[int, ...]]
+    tensors: list[torch.Tensor] | None
 
 
 class Exchange:
@@ -118,66 +133,60 @@ class Exchange:
                 for of in (routes.pipeline, routes.rail, routes.of_node)
             )
             is_node = [group for group in shared if group.size() == routes.node]
-            self._pipeline = _own_group(pipelines)
-            self._rail = pp if routes.stage >= routes.node else _own_group(rails)
-            self._node = is_node[0] if is_node else _own_group(nodes)
+            world = dist.group.WORLD
+            self._pipeline = _own_group(world, pipelines)
+            self._rail = pp if routes.stage >= routes.node else _own_group(world, rails)
+            self._node = is_node[0] if is_node else _own_group(world, nodes)
         if dist.get_rank() in ranks:
             self._rank = ranks.index(dist.get_rank())
             self._first_stage = routes.of_node(self._rank).start // routes.stage
 
-    def start(
-        self, shapes: list[tuple[int, ...]], blocks: list[torch.Tensor] | None, owner: int,
-        group: Any, size: int,
-    ) -> Batch:  # fmt: skip
-        """Send blocks of a shard to the other stages, without waiting on a GPU or CPU.
+    def start(self, shards: Shards, rows: Rows, owner: int) -> Callable[[], Blocks]:
+        """Send rows of stage ``owner`` to the other stages, without waiting on a GPU or CPU.
 
-        Args:
-            shapes: of the blocks, equal on all ranks.
-            blocks: this rank's; None on ranks of other stages than ``owner``.
-            group, size: the group whose ranks have one shard each, and their number; None and 1 if
-                each rank of the stage has the whole.
+        Returns:
+            A function that gathers them. It yields the blocks of each shard, on every rank.
         """
-        routes, parts = self._routes, self._routes.parts(size)
+        routes, parts = self._routes, self._routes.parts(shards.size)
+        shapes = [(part.stop - part.start, *shards.shapes[i][1:]) for i, part in rows]
         each, work = -(-sum(map(prod, shapes)) // parts), None
         if self._rail is None or routes.is_source(self._rank, owner):
             whole = self._like.new_empty(parts * each)
-            if blocks is not None:
-                for view, block in zip(_views(whole, shapes), blocks, strict=True):
-                    view.copy_(block)
+            if shards.tensors is not None:
+                for view, (i, part) in zip(_views(whole, shapes), rows, strict=True):
+                    view.copy_(shards.tensors[i][part])
             if self._pipeline is not None:
                 source = dist.get_global_rank(self._pipeline, owner - self._first_stage)
                 work = dist.broadcast(whole, source, group=self._pipeline, async_op=True)
-            part = whole.chunk(parts)[self._rank % routes.node // size % parts]
+            own = whole.chunk(parts)[self._rank % routes.node // shards.size % parts]
         else:
-            part = self._like.new_empty(each)
+            own = self._like.new_empty(each)
         if self._rail is not None:
             if work is not None:
                 work.wait()
             source = dist.get_global_rank(self._rail, routes.source(owner))
-            work = dist.broadcast(part, source, group=self._rail, async_op=True)
-        return Batch(shapes, part, work, size, self._node if parts > 1 else group)
+            work = dist.broadcast(own, source, group=self._rail, async_op=True)
+        group = self._node if parts > 1 else shards.group
 
-    def finish(self, batch: Batch) -> Iterator[list[torch.Tensor]]:
-        """Yield the blocks of each shard, on every rank."""
-        shapes, gathered, work, size, group = batch
-        if work is not None:
-            work.wait()
-        if group is not None:
-            gathered = self._like.new_empty(group.size() * batch.part.numel())
-            dist.all_gather_into_tensor(gathered, batch.part, group=group)
-        by_part = gathered.view(-1, size, batch.part.numel())
-        for rank in range(size):
-            yield _views(by_part[:, rank].reshape(-1), shapes)
+        def finish() -> Blocks:
+            gathered = own
+            if work is not None:
+                work.wait()
+            if group is not None:
+                gathered = own.new_empty(group.size() * each)
+                dist.all_gather_into_tensor(gathered, own, group=group)
+            by_part = gathered.view(-1, shards.size, each)
+            for rank in range(shards.size):
+                yield _views(by_part[:, rank].reshape(-1), shapes)
+
+        return finish
 
 
-def _own_group(members: tuple[tuple[int, ...], ...]) -> Any:
+@cache  # makes groups once for each default process group: communicators take memory
+def _own_group(world: Any, members: tuple[tuple[int, ...], ...]) -> Any:
     """Return the process group of this rank's members; None if it has no others."""
-    return None if len(members[0]) == 1 else _new_groups(dist.group.WORLD, members)
-
-
-@cache
-def _new_groups(world: Any, members: tuple[tuple[int, ...], ...]) -> Any:
-    """Make groups once for each default process group: communicators take memory."""
+    if len(members[0]) == 1:
+        return None
     return dist.new_subgroups_by_enumeration(list(map(list, members)))[0]
 
 

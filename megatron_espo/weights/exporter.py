@@ -27,8 +27,6 @@ class ExportedWeightSource(TensorStream):
         dtype: dtype of the stream; a bias of a router is float32.
     """
 
-    participates = True
-
     def __init__(self, export: Export, dtype: torch.dtype) -> None:
         self._export, self._dtype = export, dtype
         self._metadata = [

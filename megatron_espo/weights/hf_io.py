@@ -1,7 +1,8 @@
 """Load a Hugging Face folder into a Megatron model, and export a model to such a folder."""
 
-from collections.abc import Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,54 +28,39 @@ from megatron_espo.weights.source import WeightGatherer
 _ROWS = 4096  # of the vocabulary, read at a time
 
 
-class CheckpointFolder:
-    """The tensors of ``model.safetensors``, or of the files in ``model.safetensors.index.json``.
+def open_checkpoint(spec: ModelSpec, path: str | Path) -> Callable[[str], Any]:
+    """Open ``model.safetensors``, or the files in ``model.safetensors.index.json``.
 
-    Only headers are read until a slice is indexed; then only the bytes of that slice.
+    Reads headers only; of a tied model also the output layer, if the files have one.
 
-    Attributes:
-        names: the names of all tensors.
-
-    Raises:
-        InputError: no weights, or an unreadable file.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        for problem in weight_problems(self.path):
-            raise InputError(problem)
-        self._file_of, _ = stored_tensors(self.path)
-        self._open = lru_cache(None)(lambda file: safe_open(file, framework="pt"))
-        self.names = frozenset(self._file_of)
-
-    def get_slice(self, name: str) -> Any:
-        """Return safetensors' lazy slice of a tensor."""
-        return self._open(self._file_of[name]).get_slice(name)
-
-
-def open_checkpoint(spec: ModelSpec, path: str | Path) -> CheckpointFolder:
-    """Open a Hugging Face folder and check its tensors. Reads headers only.
+    Returns:
+        A function from the name of a tensor to safetensors' lazy slice, which reads only the bytes
+        that are indexed.
 
     Raises:
-        InputError: an unreadable file, or a missing, unknown or misshapen tensor.
+        InputError: no weights, an unreadable file, or a missing, unknown or misshapen tensor.
     """
-    folder = CheckpointFolder(path)
-    for problem in tensor_problems(folder.path, spec):
+    folder = Path(path)
+    for problem in chain(weight_problems(folder), tensor_problems(folder, spec)):
         raise InputError(problem)
-    if spec.tie_word_embeddings and "lm_head.weight" in folder.names:
-        _check_tied_head(folder, spec.vocab_size)
-    return folder
+    file_of, _ = stored_tensors(folder)
+    files = {file: safe_open(file, framework="pt") for file in set(file_of.values())}
+
+    def get_slice(name: str) -> Any:
+        return files[file_of[name]].get_slice(name)
+
+    if spec.tie_word_embeddings and "lm_head.weight" in file_of:
+        head, embedding = get_slice("lm_head.weight"), get_slice("model.embed_tokens.weight")
+        if not _are_equal(head, embedding, spec.vocab_size):
+            raise InputError(OWN_HEAD.format(folder=folder))
+    return get_slice
 
 
-def _check_tied_head(folder: CheckpointFolder, vocab_size: int) -> None:
-    """InputError if the head in the file differs from the embedding. Each rank reads some rows."""
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    head, embedding = (folder.get_slice(name) for name in names)
+def _are_equal(head: Any, embedding: Any, vocab_size: int) -> bool:
+    """Compare the rows of two slices. Each rank compares some of them."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for first in range(rank * _ROWS, vocab_size, ranks * _ROWS):
-        rows = slice(first, first + _ROWS)
-        if not torch.equal(head[rows], embedding[rows]):
-            raise InputError(OWN_HEAD.format(folder=folder.path))
+    blocks = (slice(i, i + _ROWS) for i in range(rank * _ROWS, vocab_size, ranks * _ROWS))
+    return all(torch.equal(head[rows], embedding[rows]) for rows in blocks)
 
 
 @torch.no_grad()
@@ -100,12 +86,12 @@ def load_hf_weights(
     if isinstance(spec, ExternalSpec):
         return spec.load(chunks, str(path))
     ranks = ShardRanks.of(pg_collection)
-    bound = [item for group in bind(chunks, spec.groups, ranks) for item in group]
-    folder = open_checkpoint(spec, path)
-    for mapping, parameter in bound:
-        sources = [folder.get_slice(name) for name, _ in mapping.huggingface]
-        shard = ranks.shard(mapping)
-        shard_into(parameter, sources, mapping.layout, *shard, mapping.query_groups)
+    bound = bind(chunks, spec.groups, ranks)
+    get_slice = open_checkpoint(spec, path)
+    for mapping, parameter in bound.items():
+        sources = [get_slice(name) for name, _ in mapping.huggingface]
+        rank, size = ranks.shard(mapping)
+        shard_into(parameter, sources, mapping.layout, rank, size, mapping.query_groups)
 
 
 def save_hf(

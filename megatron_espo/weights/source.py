@@ -1,7 +1,8 @@
 """Gather Megatron's shards into a stream of whole tensors with Hugging Face names."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from socket import gethostname
 from typing import Any, NamedTuple
@@ -9,19 +10,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_espo.distributed.collectives import control_device, gather_objects, on_rank_0
 from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
 from megatron_espo.errors import InputError
 from megatron_espo.models.layouts import ShardLayout, local_shape, unshard_into
 from megatron_espo.models.mapping import ParamMapping
 from megatron_espo.models.spec import ModelSpec
-from megatron_espo.weights.binding import BoundParam, ShardIndex, ShardRanks, bind
-from megatron_espo.weights.exchange import Batch, Exchange, Routes
+from megatron_espo.weights.binding import ShardIndex, ShardRanks, bind, unwrap
+from megatron_espo.weights.exchange import Exchange, Routes, Rows, Shards
 
 _GATHER_BYTES = 64 << 20
-
-# Parts of tensors: the position of a tensor, and its rows.
-Rows = list[tuple[int, slice]]
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,14 @@ class WeightGatherer(TensorStream):
             whole model (dense transports, in which rank 0 sends everything).
         all_replicas: every rank gathers (CUDA IPC shares each rank's own memory). Otherwise only
             the first ranks of each stage do, which together hold one replica of its dense
-            parameters and of its experts; on the other ranks iteration ends at once.
+            parameters and of its experts; the other ranks yield nothing.
         read: returns the tensor to stream for a parameter: itself, or one of its shape such as its
             ``main_grad``.
-        barrier: names a late rank before each gather on a CPU, and before the first one elsewhere.
+        barrier: of all ranks; names a late rank before each gather on a CPU, and before the first
+            one elsewhere.
 
-    Collectives: the constructor runs an all-reduce, a gather and a broadcast over all ranks, and
-    may make process groups; iteration as above.
+    Collectives: the constructor runs an all-gather of objects over all ranks, and may make process
+    groups; iteration as above.
 
     Raises:
         InputError: the model does not match the naming table (see ``binding.bind``).
@@ -103,57 +101,65 @@ class WeightGatherer(TensorStream):
         self._dtype, self._sharded = dtype, sharded
         self._groups = spec.groups
         self._limit = gather_bytes(self._groups, dtype.itemsize) // dtype.itemsize
-        self._bound = bind(chunks, self._groups, self._ranks)
+        self._parameters = bind(chunks, self._groups, self._ranks)
         self._device = next(chunks[0].parameters()).device
+        self._padded_vocab = unwrap(chunks[0]).vocab_size
         # In a stage, tensor-parallel ranks and ranks that share experts are contiguous blocks.
         replica = math.lcm(self._tp.size(), pg_collection.tp_ep.size())
         self.participates = all_replicas or pg_collection.tp_dp_cp.rank() < replica
-        self._owners = _find_owners(self._bound, self._groups, self._pp.rank())
         self._spreads = not sharded and self._pp.size() > 1
         shared = (self._tp, self._experts)
-        groups = [dist.get_process_group_ranks(group) for group in (self._pp, *shared)]
-        in_vocab = (p for own in self._bound for m, p in own if m.layout is ShardLayout.VOCAB)
-        rows = max((parameter.shape[0] for parameter in in_vocab), default=0)
-        place = _Place(gethostname(), groups, rows)
-        places = gather_objects(place if self.participates else None)
-        ranks, routes, self._vocab_rows = on_rank_0(lambda: _find_routes(places, self._spreads))
-        self._others = ranks[1:]
+        held = [i for i, own in enumerate(self._groups) if self._parameters.keys() & set(own)]
+        place = _Place(_node(self._pp, shared), self._pp.rank(), held)
+        everyone: list[_Place | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, place if self.participates else None)
+        places = {rank: place for rank, place in enumerate(everyone) if place is not None}
+        self._owners = owners = _find_owners(places.values(), self._groups)
+        # Indices of the groups that this rank yields.
+        self._yielded = [i for i, o in enumerate(owners) if not sharded or o == self._pp.rank()]
+        ranks, nodes = list(places), [place.node for place in places.values()]
+        stage = len(ranks) // (self._pp.size() if self._spreads else 1)
+        routes = Routes.of(nodes if all(nodes) else [""] * len(nodes), stage)
         like = torch.empty(0, dtype=dtype, device=self._device)
         self._exchange = Exchange(routes, ranks, self._pp if self._spreads else None, shared, like)
 
     def metadata(self) -> list[ParameterMetadata]:
         """Return name, dtype and shape of every tensor of the whole model, in stream order."""
-        mappings = (mapping for group in self._groups for mapping in group)
+        return [item for group in self._groups for item in self._describe(group)]
+
+    def _describe(self, mappings: list[ParamMapping]) -> list[ParameterMetadata]:
         return [
-            ParameterMetadata(name, self._dtype_of(m), shape)
-            for m in mappings
-            for name, shape in m.huggingface
+            ParameterMetadata(name, self._dtype_of(mapping), shape)
+            for mapping in mappings
+            for name, shape in mapping.huggingface
         ]
 
     def held_names(self) -> set[str] | None:
         """Return the names that this rank yields with ``sharded``; None means all names."""
         if not self._sharded:
             return None
-        return {name for index in self._yielded() for name in _names(self._held(index))}
+        return {name for index in self._yielded for name in _names(self._held(index))}
 
     def groups(self) -> list[list[str]]:
         """Return the names of each group that iteration yields on this rank, in order."""
-        return [_names(self._groups[index]) for index in self._yielded()]
+        return [_names(self._groups[index]) for index in self._yielded]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor | None]]]:
-        """Yield (names, whole tensors) for each group. Collective over participating ranks."""
-        for index in self._yielded() if self.participates else ():
+        """Yield (names, whole tensors) for each group. Collective over participating ranks, with a
+        barrier over all ranks.
+        """
+        every = self._device.type == "cpu" and not self._sharded
+        for position, index in enumerate(self._yielded):
             names = _names(self._groups[index])
+            if self._barrier is not None and (every or position == 0):
+                self._barrier.wait(f"the weights of {names[0]}")
+            if not self.participates:
+                continue
             try:
                 yield names, self._gather(index)
             except RuntimeError as error:
                 error.add_note(f"while rank {dist.get_rank()} gathered the layer of {names[0]!r}")
                 raise
-
-    def _yielded(self) -> list[int]:
-        """Return the indices of the groups that this rank yields."""
-        stage = self._pp.rank()
-        return [i for i, own in enumerate(self._owners) if not self._sharded or own == stage]
 
     def _held(self, index: int) -> list[ParamMapping]:
         """Return the part of a group that this rank yields."""
@@ -164,13 +170,9 @@ class WeightGatherer(TensorStream):
         """Return a group's whole tensors; None for those that another rank yields."""
         group, owner = self._groups[index], self._owners[index]
         outputs = {
-            name: torch.empty(shape, dtype=self._dtype_of(mapping), device=self._device)
-            for mapping in self._held(index)
-            for name, shape in mapping.huggingface
+            item.name: torch.empty(item.shape, dtype=item.dtype, device=self._device)
+            for item in self._describe(self._held(index))
         }
-        every = self._device.type == "cpu" and not self._sharded
-        if self._barrier is not None and (every or index == self._yielded()[0]):
-            self._barrier.wait(f"the weights of {_names(group)[0]}", self._others)
         if self._spreads or owner == self._pp.rank():
             # A float32 tensor travels as two bfloat16 columns for each of its elements.
             self._merge(index, {name: out.view(self._dtype) for name, out in outputs.items()})
@@ -178,7 +180,7 @@ class WeightGatherer(TensorStream):
 
     def _merge(self, index: int, outputs: dict[str, torch.Tensor]) -> None:
         """Fill the group's whole tensors from the shards of all ranks that have one."""
-        jobs: list[tuple[_Shards, Rows]] = []
+        jobs: list[tuple[Shards, Rows]] = []
         for shards in self._shards(index):
             if shards.size == 1 and not self._spreads:
                 for mapping, tensor in zip(shards.mappings[0], shards.tensors or (), strict=True):
@@ -186,106 +188,73 @@ class WeightGatherer(TensorStream):
             else:
                 limit = self._limit // shards.size
                 jobs.extend((shards, rows) for rows in batches(shards.shapes, limit))
-        owner, ahead = self._owners[index], None
-        for i, job in enumerate(jobs):
-            batch = ahead or self._start(owner, *job)
+        start, owner, ahead = self._exchange.start, self._owners[index], None
+        for i, (shards, rows) in enumerate(jobs):
+            finish = ahead or start(shards, rows, owner)
             # The other stages get the next batch while this one is gathered.
-            ahead = self._start(owner, *jobs[i + 1]) if i + 1 < len(jobs) else None
-            self._finish(outputs, *job, batch)
+            ahead = start(*jobs[i + 1], owner) if i + 1 < len(jobs) else None
+            tp_size = shards.size // len(shards.mappings)
+            for rank, blocks in enumerate(finish()):
+                owning, shard = divmod(rank, tp_size)
+                for (position, part), block in zip(rows, blocks, strict=True):
+                    mapping, total = shards.mappings[owning][position], shards.shapes[position][0]
+                    _put(outputs, mapping, block, ShardIndex(shard, tp_size), part.start, total)
 
-    def _start(self, owner: int, shards: "_Shards", rows: Rows) -> Batch:
-        shapes = [(part.stop - part.start, *shards.shapes[i][1:]) for i, part in rows]
-        blocks = shards.tensors and [shards.tensors[i][part] for i, part in rows]
-        return self._exchange.start(shapes, blocks, owner, shards.group, shards.size)
-
-    def _finish(
-        self, outputs: dict[str, torch.Tensor], shards: "_Shards", rows: Rows, batch: Batch
-    ) -> None:
-        tp_size = shards.size // len(shards.mappings)
-        for rank, blocks in enumerate(self._exchange.finish(batch)):
-            owner, shard = divmod(rank, tp_size)
-            for (position, part), block in zip(rows, blocks, strict=True):
-                mapping, total = shards.mappings[owner][position], shards.shapes[position][0]
-                _put(outputs, mapping, block, ShardIndex(shard, tp_size), part.start, total)
-
-    def _shards(self, index: int) -> Iterator["_Shards"]:
-        """Yield what each rank of the owning stage has whole, of dense tensors, and of experts."""
-        own = [m for m in self._groups[index] if self._ranks.holds(m)]
+    def _shards(self, index: int) -> Iterator[Shards]:
+        """Yield the parameters that ranks of the owning stage have whole, and those in shards."""
+        shared: dict[Any, list[ParamMapping]] = defaultdict(list)
+        for mapping in self._groups[index]:
+            shared[self._sharing(mapping)].append(mapping)
         is_owner = self._owners[index] == self._pp.rank()
-        held = [self._local(*bound) for bound in self._bound[index] if is_owner]
-        for kind, group in enumerate((None, self._tp, self._experts)):
-            chosen = [i for i, mapping in enumerate(own) if self._kind(mapping) == kind]
-            mappings = [[own[i] for i in chosen]]
-            if kind == 2 and chosen and not self._sharded:
-                # An owner's parameters are in the group's order, like ``own``.
-                experts = [m for m in self._groups[index] if m.expert is not None]
+        for group, chosen in shared.items():
+            own = [m for m in chosen if self._ranks.holds(m)]
+            mappings = [own]
+            if group is self._experts and not self._sharded:
                 owners = range(self._ranks.ep.size)
-                mappings = [[m for m in experts if self._ranks.owner(m) == o] for o in owners]
-            shapes = [self._shape(own[i]) for i in chosen]
-            tensors = [held[i] for i in chosen] if is_owner else None
-            yield _Shards(group, group.size() if group else 1, mappings, shapes, tensors)
+                mappings = [[m for m in chosen if self._ranks.owner(m) == o] for o in owners]
+            shapes = [self._shape(mapping) for mapping in own]
+            tensors = [self._local(mapping) for mapping in own] if is_owner else None
+            yield Shards(group, group.size() if group else 1, mappings, shapes, tensors)
 
-    def _kind(self, mapping: ParamMapping) -> int:
-        """Return 0 if each rank has the whole parameter, else 1; 2 for experts."""
-        is_expert = mapping.expert is not None
-        size = (self._experts if is_expert else self._tp).size()
-        return 0 if size == 1 or mapping.layout is ShardLayout.REPLICATED else 1 + is_expert
+    def _sharing(self, mapping: ParamMapping) -> Any:
+        """Return the group whose ranks have one shard each; None if each rank has the whole."""
+        group = self._tp if mapping.expert is None else self._experts
+        return None if group.size() == 1 or mapping.layout is ShardLayout.REPLICATED else group
 
     def _shape(self, mapping: ParamMapping) -> tuple[int, ...]:
         size = self._ranks.shard(mapping).size
         shapes = [shape for _, shape in mapping.huggingface]
-        shape = local_shape(mapping.layout, shapes, size, self._vocab_rows * size)
+        shape = local_shape(mapping.layout, shapes, size, self._padded_vocab)
         ratio = self._dtype_of(mapping).itemsize // self._dtype.itemsize
         return (*shape[:-1], shape[-1] * ratio)
 
     def _dtype_of(self, mapping: ParamMapping) -> torch.dtype:
         return torch.float32 if mapping.is_float32 else self._dtype
 
-    def _local(self, mapping: ParamMapping, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def _local(self, mapping: ParamMapping) -> torch.Tensor:
         """Return this rank's shard, a float32 one as elements of the stream's dtype."""
-        shard = self._read(parameter)
+        shard = self._read(self._parameters[mapping])
         return shard.view(self._dtype) if mapping.is_float32 else shard
 
 
 class _Place(NamedTuple):
-    """A rank's node, its pipeline, tensor and expert groups, and its rows of the embedding."""
+    """A rank's node, its pipeline stage, and the indices of the groups in it."""
 
     node: str
-    groups: list[list[int]]
-    vocab_rows: int
+    stage: int
+    held: list[int]
 
 
-def _find_routes(places: Sequence[_Place | None], spreads: bool) -> tuple[list[int], Routes, int]:
-    """Return the ranks that take part, their routes, and the rows of a shard of the embedding."""
-    ranks = [rank for rank, place in enumerate(places) if place is not None]
-    own = [place for place in places if place is not None]
-    stage = len(ranks) // (len(own[0].groups[0]) if spreads else 1)
-
-    def is_usual(index: int, place: _Place) -> bool:
-        pipeline, *shared = place.groups
-        blocks = [ranks[index // len(group) * len(group) :][: len(group)] for group in shared]
-        return pipeline == ranks[index % stage :: stage] and shared == blocks
-
-    # In another order of ranks, nodes are ignored and Megatron's groups are used.
-    usual = all(is_usual(index, place) for index, place in enumerate(own))
-    routes = Routes.of([place.node if usual else "" for place in own], stage)
-    return ranks, routes, max(place.vocab_rows for place in own)
-
-
-class _Shards(NamedTuple):
-    """Parameters of one group of which each of ``size`` ranks has a shard (1: the whole).
-
-    Attributes:
-        mappings: for each expert-parallel rank its parameters; one list for dense parameters.
-        shapes: of one rank's shards, equal on all ranks.
-        tensors: this rank's shards; None on other stages.
-    """
-
-    group: Any
-    size: int
-    mappings: list[list[ParamMapping]]
-    shapes: list[tuple[int, ...]]
-    tensors: list[torch.Tensor] | None
+def _node(pp: Any, shared: Sequence[Any]) -> str:
+    """Return the host name; "" if ranks are not in Megatron's default order, to ignore nodes."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    stage = ranks // pp.size()
+    is_usual = dist.get_process_group_ranks(pp) == list(range(rank % stage, ranks, stage))
+    for group in shared:
+        first = rank // group.size() * group.size()
+        block = list(range(first, first + group.size()))
+        is_usual &= dist.get_process_group_ranks(group) == block
+    return gethostname() if is_usual else ""
 
 
 def gather_bytes(groups: Sequence[Sequence[ParamMapping]], itemsize: int) -> int:
@@ -328,20 +297,18 @@ def _put(
     unshard_into(own, part, mapping.layout, *shard, heads, first_row=first_row, local_rows=rows)
 
 
-def _find_owners(
-    bound: list[list[BoundParam]], groups: list[list[ParamMapping]], stage: int
-) -> list[int]:
+def _find_owners(places: Iterable[_Place], groups: list[list[ParamMapping]]) -> list[int]:
     """Return the first pipeline stage that holds each group (the last has a tied copy)."""
-    none = dist.get_world_size()
-    owners = torch.tensor([stage if group else none for group in bound], device=control_device())
-    dist.all_reduce(owners, op=dist.ReduceOp.MIN)
-    for group, owner in zip(groups, owners.tolist(), strict=True):
-        if owner == none:
-            name = group[0].megatron[0]
+    owners = []
+    for index, group in enumerate(groups):
+        stages = [place.stage for place in places if index in place.held]
+        if not stages:
             raise InputError(
-                f"no pipeline stage holds {name!r}; build the model from the same config.json"
+                f"no pipeline stage holds {group[0].megatron[0]!r}; build the model from the same "
+                "config.json"
             )
-    return owners.tolist()
+        owners.append(min(stages))
+    return owners
 
 
 def _names(group: list[ParamMapping]) -> list[str]:

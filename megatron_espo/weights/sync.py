@@ -1,14 +1,13 @@
 """Send each version of the trainer's weights to the rollout engine, and verify it."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_espo.config import Config
 from megatron_espo.distributed import collectives
@@ -35,26 +34,6 @@ _ENGINE_CALLS = 4
 
 class WeightSyncError(RuntimeError):
     """A weight update failed. The message names the version, rank, phase and tensor."""
-
-
-@dataclass(eq=False)
-class _Failure(Exception):
-    """A failed attempt, raised on every rank.
-
-    Attributes:
-        rank, phase, detail: the rank that failed, what it did, and the error.
-        final: another attempt would fail in the same way.
-        is_input_error: the user must correct something.
-    """
-
-    rank: int
-    phase: str
-    detail: str
-    final: bool = False
-    is_input_error: bool = False
-
-    def __str__(self) -> str:
-        return f"rank {self.rank}, phase {self.phase}: {self.detail}"
 
 
 class WeightSync:
@@ -125,10 +104,10 @@ class WeightSync:
         """Make the engine serve the current weights as policy ``version``. Collective: all ranks.
 
         Returns:
-            On ranks with an engine ``sync/restarts`` and, if they ran, ``sync/verified_tensors``,
+            ``sync/restarts`` and, if they ran on this rank, ``sync/verified_tensors``,
             ``sync/quantization_error_max``, ``sync/unquantized``, ``sync/unaudited``,
             ``time/verify_s``, ``time/canary_s`` and ``mismatch/canary`` (mean |engine - trainer|
-            log-prob gap, nats); nothing on the others.
+            log-prob gap of the worst engine, nats; on rank 0).
 
         Raises:
             WeightSyncError: on every rank, after ``rollout.max_restarts`` restarts or a failure
@@ -136,30 +115,30 @@ class WeightSync:
                 the other ranks wait inside that gather.
             InputError: on every rank, if engine and model differ in names or shapes.
         """
-        for restarts in range(self._config.max_restarts + 1):
-            metrics: dict[str, float] = {}
+        restarts = 0
+        while True:
+            metrics: dict[str, float] = {"sync/restarts": restarts}
             try:
                 self._connect()
                 self._transfer(version, metrics)
                 self._on_engines("finish", self._resume)
                 self._check_canary(metrics)
                 self._on_engines("finish", lambda engine: engine.serve())
-            except _Failure as failure:
+                break
+            except InputError:
                 self.disconnect()
-                if failure.is_input_error:
-                    raise InputError(failure.detail) from None
+                raise
+            except EngineError as failure:
+                self.disconnect()
                 what = f"weights of version {version}: {failure}"
                 if failure.final or restarts == self._config.max_restarts:
                     message = f"{what}\ngave up after {restarts} engine restarts"
                     raise WeightSyncError(message) from None
                 self._warn(f"{what}\nrestarting the rollout engine")
-            else:
-                self.version, self._pushes = version, self._pushes + 1
-                if self._engine is not None:
-                    metrics["sync/restarts"] = restarts
-                self._on_served()
-                return metrics
-        raise AssertionError("unreachable")
+            restarts += 1
+        self.version, self._pushes = version, self._pushes + 1
+        self._on_served()
+        return metrics
 
     def sleep(self) -> None:
         """Put the engines to sleep until the next push. Collective over all ranks.
@@ -174,7 +153,7 @@ class WeightSync:
 
         try:
             self._on_engines("sleep", sleep)
-        except _Failure as failure:
+        except EngineError as failure:
             self._warn(f"{failure}\nthe next weight update restarts the rollout engine")
             self.disconnect()
 
@@ -194,7 +173,7 @@ class WeightSync:
 
     def _connect(self) -> None:
         """Start the engine if there is none, connect the transport, fill the weights with NaN."""
-        shapes = [(meta.name, tuple(meta.shape)) for meta in self._source.metadata()]
+        shapes = [(meta.name, meta.shape) for meta in self._source.metadata()]
         engine, sleeps = self._engine, self._config.sleep
 
         def start(engine: VLLMEngine) -> None:
@@ -224,33 +203,31 @@ class WeightSync:
 
     def _transfer(self, version: int, metrics: dict[str, float]) -> None:
         """Send the weights. If it is due, compare the engine's weights with those sent."""
-        engine, every = self._engine, self._config.verify_every
+        engine, every, source = self._engine, self._config.verify_every, self._source
         is_due = self._pushes == 0 or (every > 0 and self._pushes % every == 0)
-        self._source.checksums = {} if is_due and engine is not None else None
-        self._source.sketches = {} if self._config.quantization and engine is not None else None
+        source.checksums = {} if is_due else None
+        source.sketches = {} if self._config.quantization else None
 
         def send() -> None:
-            with self._source.one_pass():
+            with source.one_pass():
                 transport.send_weights(self._transport, engine, version)
             if self._config.sleep:
                 torch.cuda.empty_cache()  # the engine's caches need the memory
 
-        def verify() -> None:
-            sent, sketches = self._source.checksums, self._source.sketches
-            if engine is None or (sent is None and sketches is None):
-                return
+        def verify(engine: VLLMEngine) -> None:
             began = time.perf_counter()
-            if sent is not None:
+            if source.checksums is not None:
                 served = engine.read_back_checksums(self._dtype)
-                if wrong := wrong_tensors(sent, served):
+                if wrong := wrong_tensors(source.checksums, served):
                     raise EngineError(wrong)
-                metrics["sync/verified_tensors"] = len(served.keys() & sent.keys())
-            if sketches is not None:
-                metrics.update(self._audit_quantization(engine, version, sketches))
-            metrics["time/verify_s"] = time.perf_counter() - began
+                metrics["sync/verified_tensors"] = len(served.keys() & source.checksums.keys())
+            if source.sketches is not None:
+                metrics.update(self._audit_quantization(engine, version, source.sketches))
+            if source.checksums is not None or source.sketches is not None:
+                metrics["time/verify_s"] = time.perf_counter() - began
 
         self._on_all_ranks("transfer", send)
-        self._on_all_ranks("verify", verify)
+        self._on_engines("verify", verify)
 
     def _audit_quantization(
         self, engine: VLLMEngine, version: int, sent: dict[str, tuple[float, list[float]]]
@@ -258,20 +235,22 @@ class WeightSync:
         """Compare each matrix of the engine with the one that was sent; write the table."""
         served, quantization = engine.read_back_sketches(), self._config.quantization or ""
         rows, wrong = verification.audit_quantization(sent, served, quantization)
-        lines = [json.dumps({"version": version} | asdict(row)) + "\n" for row in rows]
+        lines = [json.dumps({"version": version} | row) + "\n" for row in rows]
         table = engine.config.log_path.with_suffix(".quantization.jsonl")
         table.write_text("".join(lines))
         if wrong:
             raise EngineError(wrong, final=True)
-        errors = [row.error for row in rows if row.quantized and row.error is not None]
-        high = [row.name for row in rows if row.error is not None and not row.quantized]
+        errors = [row["error"] for row in rows if row["quantized"]]
+        audited = [row for row in rows if row["error"] is not None]
+        high = [row["name"] for row in audited if not row["quantized"]]
         if self._pushes == 0:
             what = f"{len(high)} matrices are not quantized: {', '.join(high[:5])}"
             self._warn(f"rollout.quantization: {what}; {table} lists all matrices")
-        unaudited = len(rows) - len(errors) - len(high)
-        largest = max(errors, default=0.0)
-        names = "sync/quantization_error_max", "sync/unquantized", "sync/unaudited"
-        return dict(zip(names, (largest, len(high), unaudited), strict=True))
+        return {
+            "sync/quantization_error_max": max(errors, default=0.0),
+            "sync/unquantized": len(high),
+            "sync/unaudited": len(rows) - len(audited),
+        }
 
     def _resume(self, engine: VLLMEngine) -> None:
         """Let the engine generate again. It refuses requests until it serves."""
@@ -281,41 +260,34 @@ class WeightSync:
 
     def _check_canary(self, metrics: dict[str, float]) -> None:
         """Compare log-probs of new greedy tokens with the trainer's forward pass."""
-        began, engine = time.perf_counter(), self._engine
+        if not self._config.canary_prompts:
+            return
+        began, gap = time.perf_counter(), -math.inf
         own: list[CanarySample] = []
 
-        def sample() -> None:
-            if engine is None or not self._canary:
-                return
+        def sample(engine: VLLMEngine) -> None:
             prompts = [prompt.token_ids[:_CANARY_PROMPT_TOKENS] for prompt in self._canary]
             tokens = min(_CANARY_TOKENS, self._config.max_response_tokens)
-            responses = engine.canary(prompts, tokens)
-            for prompt, ids, r in zip(self._canary, prompts, responses, strict=True):
-                response, logprobs = tuple(r.token_ids.tolist()), tuple(r.logprobs.tolist())
-                own.append(CanarySample(prompt.id, ids, response, logprobs, r.routed_experts))
+            names = [prompt.id for prompt in self._canary]
+            own.extend(map(CanarySample, names, prompts, engine.canary(prompts, tokens)))
 
-        self._on_all_ranks("canary", sample)
+        self._on_engines("canary", sample)
         everyone = collectives.gather_objects(own)
         # Engines usually agree. The trainer scores equal responses once.
         scored = collectives.on_rank_0(lambda: {s.key: s.scored for own in everyone for s in own})
-        if not scored:
-            return
         trained = dict(zip(scored, self._actor.score(list(scored.values())), strict=True))
-        largest = torch.tensor(-torch.inf, dtype=torch.float64, device=collectives.control_device())
 
-        def compare() -> None:
-            if own:
-                gap, worst = canary_gap(own, [trained[sample.key] for sample in own])
-                largest.fill_(gap)
-                if not gap <= self._tolerance:
-                    what = f"mean |engine - trainer| log-prob gap {gap:.4g} nats"
-                    raise EngineError(f"{what}, above {self._tolerance:g}; {worst}")
+        def compare(engine: VLLMEngine) -> None:
+            nonlocal gap
+            gap, worst = canary_gap(own, [trained[sample.key] for sample in own])
+            if not gap <= self._tolerance:
+                what = f"mean |engine - trainer| log-prob gap {gap:.4g} nats"
+                raise EngineError(f"{what}, above {self._tolerance:g}; {worst}")
 
-        self._on_all_ranks("canary", compare)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        if engine is not None:
-            metrics["mismatch/canary"] = float(largest)
-            metrics["time/canary_s"] = time.perf_counter() - began
+        self._on_engines("canary", compare)
+        if gaps := collectives.gather_objects(gap):
+            metrics["mismatch/canary"] = max(gaps)
+        metrics["time/canary_s"] = time.perf_counter() - began
 
     def _on_engines(self, phase: str, action: Callable[[VLLMEngine], None]) -> None:
         """Run ``action`` on the ranks with an engine. Collective as :meth:`_on_all_ranks`."""
@@ -323,11 +295,11 @@ class WeightSync:
         self._on_all_ranks(phase, lambda: None if engine is None else action(engine))
 
     def _on_all_ranks(self, phase: str, action: Callable[[], None]) -> None:
-        """Run ``action`` on this rank; raise the first rank's :class:`_Failure` on every rank.
+        """Run ``action`` on this rank; raise the first rank's EngineError or InputError on all.
 
         Collectives: ``MonitoredBarrier.wait`` and :func:`collectives.first_not_none`.
         """
-        own = None
+        failure: Exception | None = None
         try:
             action()
         except RankLostError as error:
@@ -335,35 +307,23 @@ class WeightSync:
         except GatherError as error:
             # The other ranks wait inside the failed gather, so no collective can reach them.
             raise WeightSyncError(f"weights: rank {self._rank}, phase gather, {error}") from error
-        except EngineError as error:
-            own = _Failure(self._rank, phase, str(error), final=error.final)
         except InputError as error:
-            own = _Failure(self._rank, phase, str(error), final=True, is_input_error=True)
+            failure = error
         except Exception as error:
-            own = _Failure(self._rank, phase, f"{type(error).__name__}: {error}", final=True)
-        if own is not None and phase == "transfer":
-            own.detail += f"\nThe group of {self._source.current} was gathered last."
+            is_final = not isinstance(error, EngineError) or error.final
+            what = error if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+            message = f"rank {self._rank}, phase {phase}: {what}"
+            if phase == "transfer":
+                message += f"\nThe group of {self._source.current} was gathered last."
+            failure = EngineError(message, is_final)
         try:
             self._barrier.wait("the end of this phase")
         except RankLostError as error:
-            before = f"; before, {own}" if own else ""
+            before = f"; before, {failure}" if failure else ""
             raise WeightSyncError(f"weights: phase {phase}: {error}{before}") from None
-        if failure := collectives.first_not_none(own):
+        if failure := collectives.first_not_none(failure):
             raise failure
 
     def _warn(self, message: str) -> None:
         if self._rank == 0:
             print(f"warning: {message}", flush=True)
-
-
-class NoSync:
-    """Replaces :class:`WeightSync` in a run without an engine (``run.replay``)."""
-
-    def push(self, version: int) -> dict[str, float]:
-        """Do nothing."""
-        return {}
-
-    def recover(self) -> None:
-        """Do nothing."""
-
-    sleep = disconnect = recover

@@ -1,9 +1,13 @@
-"""Compare the engine's weights and log-probs with the trainer's. Standard library only."""
+"""Compare the engine's weights and log-probs with the trainer's."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+from megatron_espo.rollout.engine import Generation
 
 _SHOWN = 5
 # Mean |engine - trainer| log-prob gap that counts as rounding, nats a token. Measured on a 135M
@@ -29,10 +33,7 @@ def wrong_tensors(sent: Mapping[str, int], served: Mapping[str, int]) -> str | N
     """
     expected = _with_tied(sent)
     wrong = [name for name in expected if name in served and served[name] != expected[name]]
-    if not wrong:
-        return None
-    what = f"{len(wrong)} of {len(expected)} tensors are not served as they were sent"
-    return f"{what}: {_first(wrong)}"
+    return _summary("tensors", wrong, len(expected))
 
 
 def _with_tied(sent: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,36 +43,20 @@ def _with_tied(sent: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _first(items: Sequence[str]) -> str:
-    more = f" (and {len(items) - _SHOWN} more)" if len(items) > _SHOWN else ""
-    return f"{', '.join(items[:_SHOWN])}{more}"
-
-
-Sketch = Sequence[float]
-
-
-@dataclass(frozen=True)
-class AuditedTensor:
-    """A matrix as the engine serves it.
-
-    Attributes:
-        name: in the checkpoint.
-        error: estimate of |served - sent| / |sent|; None: the engine cannot read it back.
-        dtype: in the engine's memory.
-        quantized: whether the dtype has fewer bits than bfloat16.
-    """
-
-    name: str
-    error: float | None = None
-    dtype: str = "unknown"
-    quantized: bool = False
+def _summary(what: str, wrong: Sequence[str], count: int) -> str | None:
+    """Describe the ``wrong`` of ``count`` tensors; None if none is."""
+    if not wrong:
+        return None
+    more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
+    first = ", ".join(wrong[:_SHOWN])
+    return f"{len(wrong)} of {count} {what} are not served as they were sent: {first}{more}"
 
 
 def audit_quantization(
-    sent: Mapping[str, tuple[float, Sketch]],
-    served: Iterable[tuple[str, str, bool, Sketch]],
+    sent: Mapping[str, tuple[float, Sequence[float]]],
+    served: Iterable[tuple[str, str, bool, Sequence[float]]],
     quantization: str,
-) -> tuple[list[AuditedTensor], str | None]:
+) -> tuple[list[dict[str, Any]], str | None]:
     """Compare the matrices that the engine serves with those that were sent.
 
     Args:
@@ -80,21 +65,24 @@ def audit_quantization(
         quantization: ``rollout.quantization``.
 
     Returns:
-        All matrices, and a description of those whose error is above the limit; None if none is.
+        For each matrix its ``name`` in the checkpoint, ``error`` (estimate of |served - sent| /
+        |sent|; None: the engine cannot read it back), ``dtype`` in the engine's memory, and whether
+        it is ``quantized`` to fewer bits than bfloat16. Then a description of those whose error is
+        above the limit; None if none is.
     """
-    sketches, kinds = dict[str, Sketch](), dict[str, tuple[str, bool]]()
+    sketches, kinds = dict[str, np.ndarray](), dict[str, tuple[str, bool]]()
     for name, dtype, quantized, part in served:
-        known = sketches.get(name, [0.0] * len(part))
-        sketches[name] = [a + b for a, b in zip(known, part, strict=True)]
+        sketches[name] = sketches.get(name, 0) + np.asarray(part)
         kinds[name] = dtype, quantized
-    rows, wrong = list[AuditedTensor](), list[str]()
+    rows, wrong = list[dict[str, Any]](), list[str]()
     for name, (norm, sketch) in _with_tied(sent).items():
         if name not in sketches:
-            rows += [AuditedTensor(name)] if name in sent else []
+            if name in sent:
+                rows.append({"name": name, "error": None, "dtype": "unknown", "quantized": False})
             continue
         (dtype, quantized), own = kinds[name], sketches[name]
         error = _distance(own, sketch) / (norm or 1e-30)
-        rows.append(AuditedTensor(name, error, dtype, quantized))
+        rows.append({"name": name, "error": error, "dtype": dtype, "quantized": quantized})
         limit = LIMITS[bits(quantization) if quantized else "high precision"]
         if not error <= limit:
             wrong.append(
@@ -103,13 +91,12 @@ def audit_quantization(
             same = (n for n, s in sent.items() if _distance(own, s[1]) <= limit * s[0])
             if len(wrong) <= _SHOWN and (other := next(same, "")):
                 wrong[-1] += f" (it holds the values of {other})"
-    what = f"{len(wrong)} of {len(rows)} matrices are not served as they were sent"
-    return rows, f"{what}: {_first(wrong)}" if wrong else None
+    return rows, _summary("matrices", wrong, len(rows))
 
 
-def _distance(one: Sketch, other: Sketch) -> float:
+def _distance(one: np.ndarray, other: Sequence[float]) -> float:
     """Estimate of the norm of the difference of two tensors."""
-    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
+    return float(np.sqrt(np.mean((one - other) ** 2)))
 
 
 @dataclass(frozen=True)
@@ -118,27 +105,24 @@ class CanarySample:
 
     Attributes:
         prompt_id: names the prompt in messages.
-        prompt_ids, response_ids: token ids.
-        logprobs: the engine's log-probs of the response, nats.
-        routed_experts: the engine's experts (``Trajectory.routed_experts``).
+        prompt_ids: token ids.
     """
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    routed_experts: Any = None
+    response: Generation
 
     @property
     def scored(self) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
         """The arguments with which the trainer scores this sample."""
-        return self.prompt_ids, self.response_ids, self.routed_experts
+        response = self.response
+        return self.prompt_ids, tuple(response.token_ids.tolist()), response.routed_experts
 
     @property
     def key(self) -> tuple:
         """A hashable form of :attr:`scored`."""
-        experts = self.routed_experts
-        return *self.scored[:2], None if experts is None else experts.tobytes()
+        prompt, response, experts = self.scored
+        return prompt, response, None if experts is None else experts.tobytes()
 
 
 def canary_gap(
@@ -151,7 +135,8 @@ def canary_gap(
     """
     gaps = []
     for sample, row in zip(samples, trained, strict=True):
-        tokens = zip(sample.response_ids, sample.logprobs, row, strict=True)
+        response = sample.response
+        tokens = zip(response.token_ids, response.logprobs.tolist(), row, strict=True)
         for position, (token, engine, trainer) in enumerate(tokens):
             where = f"prompt {sample.prompt_id!r}, token {position} (id {token})"
             text = f"{where}: engine {engine:.4f}, trainer {trainer:.4f}"

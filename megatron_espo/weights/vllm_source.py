@@ -1,6 +1,5 @@
 """Weight sources as subclasses of vLLM's classes. Only this module of the folder imports vLLM."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +39,6 @@ class ObservedSource(TensorStream, M2NWeightSource):  # type: ignore[misc]
         current: first name of the group that was gathered last; None before the first.
         checksums: ``tensor_checksum`` by name, filled while iterating; None: not computed.
         sketches: norm and ``tensor_sketch`` of each matrix in the same way.
-        seconds: time spent in the inner source since the last call of ``iter_groups``.
     """
 
     def __init__(self, inner: Any, ranks: int) -> None:
@@ -48,7 +46,6 @@ class ObservedSource(TensorStream, M2NWeightSource):  # type: ignore[misc]
         self.current: str | None = None
         self.checksums: dict[str, int] | None = None
         self.sketches: dict[str, tuple[float, list[float]]] | None = None
-        self.seconds = 0.0
         self._iterator: Iterator | None = None
 
     def mesh(self) -> M2NMesh:
@@ -70,7 +67,7 @@ class ObservedSource(TensorStream, M2NWeightSource):  # type: ignore[misc]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         """Start a pass over the inner source. Collective, as the inner source."""
-        self.current, self.seconds = None, 0.0
+        self.current = None
         self._iterator = self._observed()
         return self._iterator
 
@@ -85,31 +82,24 @@ class ObservedSource(TensorStream, M2NWeightSource):  # type: ignore[misc]
                 pass
 
     def _observed(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        groups = self._inner.iter_groups()
-        while True:
-            began = time.perf_counter()
-            try:
-                names, tensors = next(groups)
-            except StopIteration:
-                return
-            except RankLostError:
-                raise
-            except Exception as error:
-                where = f"after the group of {self.current}" if self.current else "first group"
-                notes = "; ".join(getattr(error, "__notes__", []))
-                what = f"{type(error).__name__}: {error}{notes and f' ({notes})'}"
-                raise GatherError(f"{where}: {what}") from error
-            self.seconds += time.perf_counter() - began
-            self.current = names[0]
-            self._record(names, tensors)
-            yield names, tensors
-            del tensors
+        try:
+            for names, tensors in self._inner.iter_groups():
+                self.current = names[0]
+                self._record(names, tensors)
+                yield names, tensors
+                del tensors  # free them before the next group is gathered
+        except RankLostError:
+            raise
+        except Exception as error:
+            where = f"after the group of {self.current}" if self.current else "first group"
+            notes = "; ".join(getattr(error, "__notes__", []))
+            what = f"{type(error).__name__}: {error}{notes and f' ({notes})'}"
+            raise GatherError(f"{where}: {what}") from error
 
     def _record(self, names: list[str], tensors: list[torch.Tensor]) -> None:
-        held = [(n, t) for n, t in zip(names, tensors, strict=True) if t is not None]
-        if self.checksums is not None:
-            self.checksums |= {name: tensor_checksum(tensor) for name, tensor in held}
-        for name, tensor in held:
-            if self.sketches is not None and tensor.dim() > 1:
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor is not None and self.checksums is not None:
+                self.checksums[name] = tensor_checksum(tensor)
+            if tensor is not None and tensor.dim() > 1 and self.sketches is not None:
                 norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
                 self.sketches[name] = norm, tensor_sketch(tensor).tolist()

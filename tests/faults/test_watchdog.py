@@ -131,8 +131,10 @@ def test_a_segmentation_fault_leaves_its_stacks(tmp_path):
 def test_a_dead_rank_is_named(tmp_path):
     (process,) = start(tmp_path, "work(0.1)")
     end([process])
-    assert Watchdog(tmp_path, 1, 2, limit_s=1, slow_s=1).gone() == [], "it ended without an error"
+    assert Watchdog(tmp_path, 1, 2, limit_s=1, slow_s=1, log=print).gone() == [], (
+        "it ended without an error"
+    )
     processes = start(tmp_path, "os = __import__('os'); os.kill(os.getpid(), 9)")
     end(processes)
-    (name,) = Watchdog(tmp_path, 1, 2, limit_s=1, slow_s=1).gone()
+    (name,) = Watchdog(tmp_path, 1, 2, limit_s=1, slow_s=1, log=print).gone()
     assert name.startswith(f"rank 0 (process {processes[0].pid} on ")

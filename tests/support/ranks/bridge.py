@@ -16,8 +16,9 @@ from megatron_espo.config.checks import read_model
 from megatron_espo.megatron.attention import SharedPrefixRotary
 from megatron_espo.megatron.model import build_configured, layer_spec
 from megatron_espo.models.bridge import MegatronBridge
-from megatron_espo.weights import WeightGatherer, load_hf_weights, save_hf
 from megatron_espo.weights.exporter import ExportedWeightSource
+from megatron_espo.weights.hf_io import load_hf_weights, save_hf
+from megatron_espo.weights.source import WeightGatherer
 from tests.support.ranks.weights import start, whole_checkpoint
 from tests.support.weights_models import load_spec
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model
 from megatron_espo.distributed import runtime
+from megatron_espo.distributed.monitored_barrier import MonitoredBarrier
 from megatron_espo.models.registry import read_spec
 from megatron_espo.rollout.engine import EngineError
 from megatron_espo.types import Prompt
@@ -293,7 +294,7 @@ def whole(chunks, hf_config):
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_espo.weights import WeightGatherer
+    from megatron_espo.weights.source import WeightGatherer
 
     assert parallel_state.is_initialized()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -350,18 +351,19 @@ def freeze_midway(folder: str, rank: int, out: str) -> None:
     """Stop ``rank`` (SIGSTOP) in the second push; the other writes its error and the seconds."""
     actor, engine, sync = start(folder, tensor=2, canary_prompts=0)
     sync.push(0)  # with time for the engine to start
-    sync._barrier._limit = 4.0 if engine is not None else 16.0
+    sync._barrier = sync._source._inner._barrier = MonitoredBarrier(4.0, 16.0)
     pids = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     if dist.get_rank() == rank:
-        gather = sync._source._inner._gather
+        wait, waits = sync._barrier.wait, []
 
-        def stop(index):
-            if index == 1:
+        def stop(what):
+            waits.append(what)
+            if len(waits) == 2:  # for the second group
                 os.kill(os.getpid(), signal.SIGSTOP)
-            return gather(index)
+            wait(what)
 
-        sync._source._inner._gather = stop
+        sync._barrier.wait = stop
     began = time.monotonic()
     try:
         sync.push(1)

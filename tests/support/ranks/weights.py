@@ -14,7 +14,8 @@ from megatron_espo.config import Megatron
 from megatron_espo.distributed import runtime
 from megatron_espo.megatron.model import build_model
 from megatron_espo.models.mapping import EXPERT_BIAS
-from megatron_espo.weights import WeightGatherer, load_hf_weights, save_hf
+from megatron_espo.weights.hf_io import load_hf_weights, save_hf
+from megatron_espo.weights.source import WeightGatherer
 from tests.support.weights_models import load_spec
 
 
