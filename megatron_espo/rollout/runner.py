@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -75,10 +76,15 @@ class EnvironmentRunner:
     def __post_init__(self) -> None:
         self._semaphore = asyncio.Semaphore(MOST_CONCURRENT)
 
-    def start(self, prompt: Prompt, name: str, sampling: Sampling) -> Future[Trajectory]:
-        """Start one trajectory with a ``name`` that is unique among those in flight."""
+    def start(
+        self, prompt: Prompt, name: str, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Future[Trajectory]]:
+        """Start a trajectory for each seed. ``name`` is unique among those in flight."""
         sampling = replace(sampling, routed_experts=self.routed_experts)
-        return self.loop.submit(self._run(prompt, name, sampling))
+        return [
+            self.loop.submit(self._run(prompt, f"{name}.{i}", replace(sampling, seed=seed)))
+            for i, seed in enumerate(seeds)
+        ]
 
     async def _run(self, prompt: Prompt, name: str, sampling: Sampling) -> Trajectory:
         async with self._semaphore:

@@ -205,7 +205,8 @@ def judge_a_step(bad: Bad) -> None:
     loop = LoopThread()
     config = load_config("run.yaml", bad.overrides)
     with contextlib.closing(loop), contextlib.closing(Scorer(config, None, loop)) as scorer:
-        scored = scorer.score([found] * 4, lambda *_: None)
+        futures = [scorer.submit(found) for _ in range(4)]
+        scored = [future.result() for future in futures]
         scorer.check_failures(sum(sample.reward != sample.reward for sample in scored), 4, step=1)
 
 

@@ -221,9 +221,7 @@ class FakeRun:
         self.runner = EnvironmentRunner(SingleTurn(), self.source, TOKENIZER, self.loop, limits, 64)
         config = SimpleNamespace(rollout=rollout, run=Run(steps=99, seed=1), reward=Reward())
         check = check or self.source.check
-        self.sampler = Sampler(
-            config, self.stream, self.runner, self.rewards, TOKENIZER.eos_ids, check
-        )
+        self.sampler = Sampler(config, self.stream, self.runner, self.rewards, check)
 
     def batch(self, step: int) -> ScoredGroups:
         """The step's batch; then the source has the step's weights."""
