@@ -3,40 +3,35 @@
 ``pool`` starts this file as a script. Before the owner's ``sys.path`` has arrived and the worker is
 isolated, it imports only the standard library.
 
-Requests: 8 bytes of length, then a pickle; first the setup, then ``(item, prompt, response)``.
+Requests: 8 bytes of length, then a pickle; first ``(sys.path, function)``, then ``(item, prompt,
+response)``.
 Replies: one JSON object a line. ``{"ready"}`` (null, or what the kernel refused of the isolation)
-or ``{"refused"}`` answers the setup; ``{"item", "score"}`` or ``{"item", "failure"}`` an item.
+or ``{"refused"}`` answers the first; ``{"item", "score"}`` or ``{"item", "failure"}`` an item.
 """
 
 import json
 import math
 import numbers
-import os
 import pickle
 import socket
 import sys
 import traceback
 from typing import IO, Any
 
+import sandbox  # not through the package, which imports more
 
-def main(socket_fd: int, owner_pid: int) -> None:
-    """Serve requests until end of file."""
+
+def main(socket_fd: int, *limits: int) -> None:
+    """Serve requests until end of file, with the ``limits`` of ``sandbox.confine``."""
     connection = socket.socket(fileno=socket_fd)
     requests = connection.makefile("rb")
-    sys.path.insert(0, os.path.dirname(__file__))
-    import sandbox  # not through the package, which imports more
-
     del sys.modules["sandbox"]  # a verifier may have a module of that name
-    setup = _receive(requests)
-    sys.path[:] = setup["sys_path"]
-    sandbox.die_with_parent(owner_pid)  # a worker in a long computation never reads end of file
-    sandbox.limit_resources(memory_bytes=setup["memory_bytes"], file_bytes=setup["file_bytes"])
-    missing = sandbox.isolate(os.environ["HOME"], setup["file_bytes"]) if setup["isolate"] else None
+    sys.path[:], name = _receive(requests)
+    missing = sandbox.confine(*limits)
 
     def reply(**message: object) -> None:
         connection.sendall(json.dumps(message).encode() + b"\n")
 
-    name = setup["function"]
     try:
         from megatron_espo.rewards.functions import load_reward_function
 

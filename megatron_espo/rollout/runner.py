@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_espo.config import tasks
 from megatron_espo.data.tokenizer import Tokenizer
-from megatron_espo.errors import InputError
+from megatron_espo.errors import InputError, log_first
 from megatron_espo.plugins import load_object
 from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.environments import Environment, Policy, SingleTurn
@@ -100,11 +100,8 @@ class EnvironmentRunner:
                 except InputError:
                     raise
                 except Exception as error:
-                    kind = type(error).__name__
-                    if not self.failures[kind]:
-                        message = "environment: prompt %r: %s: %s; later failures are only counted"
-                        logger.warning(message, prompt.id, kind, error)
-                    self.failures[kind] += 1
+                    message = f"environment: prompt {prompt.id!r}: {error}"
+                    log_first(logger, self.failures, type(error).__name__, message)
         # The placeholder's token is not trained: its reward is NaN.
         token = next(iter(sampling.stop_token_ids), 0)
         failed = Trajectory.single_turn(prompt, [token], [0.0], -1, "failed", "")
