@@ -95,8 +95,8 @@ def items(*responses):
 
 
 def pool(function, timeout_s=10.0, workers=2, **limits):
-    limits |= {"function": function, "timeout_s": timeout_s, "workers": workers}
-    return closing(RewardPool(Reward(**limits)))
+    limits |= {"timeout_s": timeout_s, "workers": workers}
+    return closing(RewardPool(Reward(**limits), function))
 
 
 def score(rewards, asked, on_progress=lambda *_: None):
@@ -417,7 +417,7 @@ print("main", flush=True)
 from megatron_espo.config.tasks import Reward
 from megatron_espo.rewards.pool import RewardPool
 from megatron_espo.types import Prompt
-rewards = RewardPool(Reward(function="hostile_verifier:judge", timeout_s=60, workers=1))
+rewards = RewardPool(Reward(timeout_s=60, workers=1), "hostile_verifier:judge")
 prompt = Prompt("p", "text", "1", (1,))
 
 def score(*responses):
@@ -450,7 +450,8 @@ def test_heavy_libraries_stay_out_of_the_worker(tmp_path, monkeypatch):
 def test_workers_die_with_their_owner(tmp_path, last):
     program = run_script(
         tmp_path,
-        f"rewards.start(); print(next(iter(rewards._workers.values())).process.pid, flush=True)\nscore({last!r})\n",
+        "rewards.start(); (worker,) = rewards._workers.values()\n"
+        f"print(worker.process.pid, flush=True)\nscore({last!r})\n",
     )
     assert program.stdout.readline() == "main\n"
     pid = int(program.stdout.readline())

@@ -67,6 +67,7 @@ class RewardPool:
 
     Args:
         config: the ``reward`` section of the configuration.
+        function: name of the reward function.
 
     Attributes:
         failures: number of responses without a score so far, by cause: ``timeout``, ``crash``,
@@ -74,8 +75,8 @@ class RewardPool:
         last_failure: message of the latest failure.
     """
 
-    def __init__(self, config: Reward) -> None:
-        self._config, self._lock = config, threading.Lock()
+    def __init__(self, config: Reward, function: str) -> None:
+        self._config, self._function, self._lock = config, function, threading.Lock()
         self._threads = ThreadPoolExecutor(config.workers, "reward")
         self._workers: dict[int, _Worker] = {}  # by the id of the thread that uses it
         self._is_closed = False
@@ -125,7 +126,7 @@ class RewardPool:
                     raise CancelledError("the pool was closed")
                 worker = self._workers[thread] = _Worker(self._config)
             try:
-                reply = worker.call((path, self._config.function), START_TIMEOUT_S)
+                reply = worker.call((path, self._function), START_TIMEOUT_S)
             except OSError as error:
                 end = f"{type(error).__name__}, {self._remove_worker(grace_s=1.0)}"
                 continue
@@ -134,7 +135,7 @@ class RewardPool:
                 raise InputError(str(reply["refused"]))
             worker.refused = reply["ready"]
             return worker
-        ended = f"worker ended before {self._config.function} was loaded ({end})"
+        ended = f"worker ended before {self._function} was loaded ({end})"
         raise InputError(f"reward.function: {ended}; see standard error")
 
     def _score(self, prompt: Prompt, response: str) -> float | None:

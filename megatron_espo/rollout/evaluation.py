@@ -229,14 +229,11 @@ class Evaluator:
         return [scored[start : start + self._samples] for start in starts]
 
 
-def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
+def evaluate_model(config: Config, out: str | None) -> None:
     """Run ``megatron-espo eval``: evaluate ``model.path`` and print a table.
 
     Args:
         out: JSON file to write; ``None``: ``<run.dir>/eval.json``.
-
-    Returns:
-        The contents of the file, except the seconds.
 
     Raises:
         InputError: bad rows, tokenizer, reward function, judge or model folder.
@@ -257,15 +254,17 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
         engine.wait_ready()
         pool = EnginePool(run_dir, config.rollout.timeout_s)
         loop.run(pool.connect([engine.address]))
-        runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits, length)
+        runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits.timeout_s, length)
         rollouts = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
         loop.run(pool.close())
-    prompts, sampling = config.eval.prompts or config.data.prompts, evaluator.sampling.as_json()
-    record = evaluation_record(rollouts, model=model, prompts_from=prompts, sampling=sampling)
+    record = evaluation_record(
+        rollouts,
+        model=model,
+        prompts_from=config.eval.prompts or config.data.prompts,
+        sampling=evaluator.sampling.as_json(),
+    )
+    record["seconds"] = round(phases.seconds["eval"], 1)
     path = Path(out or Path(run_dir, "eval.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = record | {"seconds": round(phases.seconds["eval"], 1)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(render_table(record))
-    print(f"results: {path}")
-    return record
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{render_table(record)}\nresults: {path}")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from megatron_espo.config import tasks
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.errors import InputError, log_first
 from megatron_espo.plugins import load_object
@@ -58,7 +57,7 @@ class EnvironmentRunner:
         source: answers requests for tokens.
         tokenizer: the trainer's.
         loop: event loop.
-        limits: the ``environment`` section of the configuration.
+        timeout_s: of one attempt at a trajectory; ``None``: no limit.
         max_model_len: tokens of context and response together.
         routed_experts: whether trajectories carry the experts of each token.
         failures: number of failed attempts by type of the exception.
@@ -68,7 +67,7 @@ class EnvironmentRunner:
     source: EnginePool
     tokenizer: Tokenizer
     loop: LoopThread
-    limits: tasks.Environment
+    timeout_s: float | None
     max_model_len: int
     routed_experts: bool = False
     failures: Counter[str] = field(default_factory=Counter)
@@ -94,7 +93,7 @@ class EnvironmentRunner:
                 )
                 try:
                     rollout = self.environment.rollout(prompt, policy)
-                    found = await asyncio.wait_for(rollout, self.limits.timeout_s)
+                    found = await asyncio.wait_for(rollout, self.timeout_s)
                     _check(found)
                     return found
                 except InputError:

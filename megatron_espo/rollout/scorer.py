@@ -29,8 +29,7 @@ class Scorer:
         self._judge = None
         if len(functions) < len(self._weights):
             self._judge = JudgeClient(judge, config.run.dir)
-        settings = [config.reward.model_copy(update={"function": name}) for name in functions]
-        self._pools = dict(zip(functions, map(RewardPool, settings), strict=True))
+        self._pools = {name: RewardPool(config.reward, name) for name in functions}
 
     def start(self) -> None:
         """Load the reward functions, and send the judge one request.
@@ -79,12 +78,12 @@ class Scorer:
         if found.reward is not None:
             return found
         scores = await asyncio.gather(*(self._term(name, found) for name in self._weights))
-        pairs = list(zip(self._weights, scores, strict=True))
+        pairs = zip(self._weights, scores, strict=True)
         known = {name: score for name, score in pairs if score is not None}
         total = None
-        if len(known) == len(pairs):
+        if len(known) == len(scores):
             total = sum(self._weights[name] * score for name, score in known.items())
-        if len(pairs) > 1:
+        if len(scores) > 1:
             parts = {f"reward/mean_{name.rpartition(':')[2]}": known[name] for name in known}
             found = replace(found, rewards=found.rewards | parts)
         return found.with_reward(total)

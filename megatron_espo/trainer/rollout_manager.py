@@ -131,8 +131,8 @@ class RolloutManager:
         if close := getattr(environment, "close", None):
             self._closing.callback(lambda: self._loop.run(close(), 5.0))
         parts = (environment, pool, tokenizer, self._loop)
-        limits = self.config.environment
-        self._runner = EnvironmentRunner(*parts, limits, max_model_len, router_replay)
+        timeout_s = self.config.environment.timeout_s
+        self._runner = EnvironmentRunner(*parts, timeout_s, max_model_len, router_replay)
         sources = (self._stream, self._runner, self._scorer)
         self._sampler = Sampler(self.config, *sources, self._check)
         self._closing.callback(self._sampler.close)

@@ -191,7 +191,8 @@ def read_prompts(bad: Bad) -> None:
 def start_rewards(bad: Bad) -> None:
     from megatron_espo.rewards.pool import RewardPool
 
-    with contextlib.closing(RewardPool(load_config("run.yaml", bad.overrides).reward)) as rewards:
+    settings = load_config("run.yaml", bad.overrides).reward
+    with contextlib.closing(RewardPool(settings, settings.function)) as rewards:
         rewards.start()
 
 
