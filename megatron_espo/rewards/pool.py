@@ -128,14 +128,15 @@ class RewardPool:
             try:
                 reply = worker.call((path, self._function), START_TIMEOUT_S)
             except OSError as error:
-                end = f"{type(error).__name__}, {self._remove_worker(grace_s=1.0)}"
+                cause = "timeout" if isinstance(error, TimeoutError) else "crash"
+                end = self._remove_worker(grace_s=1.0)
                 continue
             if "refused" in reply:
                 self._remove_worker()
                 raise InputError(str(reply["refused"]))
             worker.refused = reply["ready"]
             return worker
-        ended = f"worker ended before {self._function} was loaded ({end})"
+        ended = f"worker ended before {self._function} was loaded ({cause}, {end})"
         raise InputError(f"reward.function: {ended}; see standard error")
 
     def _score(self, prompt: Prompt, response: str) -> float | None:
@@ -202,9 +203,9 @@ class _Worker:
             ConnectionError: the worker ended, or its reply is not one JSON object.
         """
         deadline = time.monotonic() + timeout_s
-        body, reply = pickle.dumps(request), b""
         self._socket.settimeout(timeout_s)
-        self._socket.sendall(len(body).to_bytes(8, "little") + body)
+        self._socket.sendall(pickle.dumps(request))
+        reply = b""
         while not reply.endswith(b"\n"):
             # Data that is there is read even after the deadline.
             self._socket.settimeout(max(1e-3, deadline - time.monotonic()))

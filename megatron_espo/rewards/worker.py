@@ -3,8 +3,7 @@
 ``pool`` starts this file as a script. Before the owner's ``sys.path`` has arrived and the worker is
 isolated, it imports only the standard library.
 
-Requests: 8 bytes of length, then a pickle; first ``(sys.path, function)``, then ``(item, prompt,
-response)``.
+Requests: pickles; first ``(sys.path, function)``, then ``(item, prompt, response)``.
 Replies: one JSON object a line. ``{"ready"}`` (null, or what the kernel refused of the isolation)
 or ``{"refused"}`` answers the first; ``{"item", "score"}`` or ``{"item", "failure"}`` an item.
 """
@@ -16,7 +15,6 @@ import pickle
 import socket
 import sys
 import traceback
-from typing import IO, Any
 
 import sandbox  # not through the package, which imports more
 
@@ -26,7 +24,7 @@ def main(socket_fd: int, *limits: int) -> None:
     connection = socket.socket(fileno=socket_fd)
     requests = connection.makefile("rb")
     del sys.modules["sandbox"]  # a verifier may have a module of that name
-    sys.path[:], name = _receive(requests)
+    sys.path[:], name = pickle.load(requests)
     missing = sandbox.confine(*limits)
 
     def reply(**message: object) -> None:
@@ -43,8 +41,8 @@ def main(socket_fd: int, *limits: int) -> None:
         return
     reply(ready=missing)
 
-    while (request := _receive(requests)) is not None:
-        item, prompt, response = request
+    while requests.peek():
+        item, prompt, response = pickle.load(requests)
         try:
             score = function(prompt, response)
             if isinstance(score, numbers.Real) and math.isfinite(score):
@@ -55,13 +53,6 @@ def main(socket_fd: int, *limits: int) -> None:
         except BaseException as error:  # also SystemExit: the verifier has not scored the response
             result = {"failure": _describe(error)}
         reply(item=item, **result)
-
-
-def _receive(requests: IO[bytes]) -> Any:
-    header = requests.read(8)
-    if len(header) < 8:
-        return None
-    return pickle.loads(requests.read(int.from_bytes(header, "little")))
 
 
 def _describe(error: BaseException) -> str:
