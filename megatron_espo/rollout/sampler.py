@@ -46,8 +46,7 @@ class Group:
 
     def varies(self) -> bool:
         """Whether the rewards differ, so that the trajectories have an advantage."""
-        rewards = {sample.reward for sample in self.samples}
-        return len({reward for reward in rewards if reward == reward}) > 1
+        return len({s.reward for s in self.samples if s.reward == s.reward}) > 1
 
     def cancel(self) -> None:
         for future in (*self.futures, *self.scores.values()):
@@ -60,12 +59,12 @@ class _Draft:
 
     Attributes:
         rounds: completed rounds of sampling.
-        dispatched: number of new prompts of each round that was started.
+        dispatched: number of new prompts.
         chosen: the batch so far; empty before the first round is completed.
     """
 
     rounds: int = 0
-    dispatched: list[int] = field(default_factory=list)
+    dispatched: int = 0
     chosen: list[Group] = field(default_factory=list)
 
 
@@ -118,11 +117,10 @@ class Sampler:
             places = [i for i in range(wanted) if not draft.rounds or not draft.chosen[i].varies()]
             if not places:
                 break
-            if len(draft.dispatched) == draft.rounds:
-                first = max(0, wanted + self._rollout.ahead - len(self._pending))
-                count = len(places) if draft.rounds else first
-                self._dispatch(count, step, draft.rounds)
-                draft.dispatched.append(count)
+            # 0 after a failure: the prompts of the round are in flight.
+            missing = max(0, len(places) + self._rollout.ahead - len(self._pending))
+            self._dispatch(missing, step, draft.rounds)
+            draft.dispatched += missing
             found = self._take(len(places), step, phases)
             if draft.rounds:
                 varied = [group for group in found if group.varies()]
@@ -138,7 +136,7 @@ class Sampler:
         )
         self._scorer.check_failures(int(rewards.isnan().sum()), rewards.numel(), step)
         self._committed = self._state()
-        counts = sum(draft.dispatched), len(self._pending), self._stream.skipped
+        counts = draft.dispatched, len(self._pending), self._stream.skipped
         return ScoredGroups(rollouts, rewards, *counts, self._scorer.pop_metrics())
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,11 +148,10 @@ class Sampler:
         self.close()
         self._draft = _Draft()
         self._stream.load_state_dict(state["stream"])
-        entries = state["pending"]
-        prompts = self._stream.find([entry["id"] for entry in entries])
+        prompts = self._stream.find([entry["id"] for entry in state["pending"]])
         self._pending = [
             Group(prompt, entry["start_step"], entry["seeds"])
-            for prompt, entry in zip(prompts, entries, strict=True)
+            for prompt, entry in zip(prompts, state["pending"], strict=True)
         ]
         self._committed = self._state()
 

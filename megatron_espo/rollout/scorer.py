@@ -26,9 +26,8 @@ class Scorer:
         self._reward, self._tokenizer, self._loop = config.reward, tokenizer, loop
         self._weights, judge = config.reward.weights, config.judge
         functions = [name for name in self._weights if name not in judge.prompts]
-        self._judge = None
-        if len(functions) < len(self._weights):
-            self._judge = JudgeClient(judge, config.run.dir)
+        uses_judge = len(functions) < len(self._weights)
+        self._judge = JudgeClient(judge, config.run.dir) if uses_judge else None
         self._pools = {name: RewardPool(config.reward, name) for name in functions}
 
     def start(self) -> None:
