@@ -101,8 +101,11 @@ class Worker(Client):
         return self._known[index]
 
     async def rollout(self, number: int, index: int) -> None:
+        traces = []
+
         def register(trace: vf.Trace) -> None:
             self._rollout_of_trace[trace.id] = number
+            traces.append(trace.id)
 
         context = ModelContext(model="policy", client=EvalClientConfig(base_url=POLICY))
         result: dict[str, Any] = {"reward": None, "rewards": {}, "errors": []}
@@ -119,8 +122,8 @@ class Worker(Client):
         except Exception as error:
             result["errors"] = [f"{type(error).__name__}: {error}"]
         finally:
-            others = ((t, owner) for t, owner in self._rollout_of_trace.items() if owner != number)
-            self._rollout_of_trace = dict(others)
+            for trace in traces:
+                self._rollout_of_trace.pop(trace, None)
             self._rollouts.pop(number, None)
         self.send(rollout=number, **result)
 
