@@ -94,11 +94,10 @@ def evaluation_record(rollouts: list[list[Trajectory]], **head: Any) -> dict[str
     truncated = [sample.truncated for group in rollouts for sample in group]
     metrics["eval/truncated"] = float(np.mean(truncated))
     metrics["eval/failed"] = float(is_failed.sum())
-    scores = np.where(is_failed, None, rewards).tolist()
-    prompts = [
-        {"id": group[0].prompt.id, "rewards": own_scores, "lengths": own_lengths}
-        for group, own_scores, own_lengths in zip(rollouts, scores, lengths, strict=True)
-    ]
+    prompts = []
+    for group, row, own_lengths in zip(rollouts, rewards.tolist(), lengths, strict=True):
+        scores = [None if math.isnan(reward) else reward for reward in row]
+        prompts.append({"id": group[0].prompt.id, "rewards": scores, "lengths": own_lengths})
     return head | {"metrics": metrics, "confidence": CONFIDENCE, "prompts": prompts}
 
 
