@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     items, verdicts = make_items(args.answers)
-    settings = Reward(function="math_verify", workers=args.workers, timeout_s=5)
-    with closing(RewardPool(settings)) as rewards:
+    settings = Reward(workers=args.workers, timeout_s=5)
+    with closing(RewardPool(settings, "math_verify")) as rewards:
         start = time.perf_counter()
         rewards.start()
         ready = time.perf_counter() - start

@@ -11,8 +11,8 @@ import yaml
 from megatron_espo import cli
 from megatron_espo.files import read_jsonl
 from megatron_espo.rollout.evaluation import (
-    Evaluation,
     bootstrap_interval,
+    evaluation_record,
     pass_at_k,
     render_table,
 )
@@ -34,7 +34,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(n):
             )
 
 
-def evaluation(rewards, length=3, finish_reason="stop") -> Evaluation:
+def evaluation(rewards, length=3, finish_reason="stop") -> dict:
     prompts = [Prompt(f"p{i}", "?", "1", (1,)) for i in range(len(rewards))]
     rollouts = [
         [
@@ -45,13 +45,13 @@ def evaluation(rewards, length=3, finish_reason="stop") -> Evaluation:
         ]
         for p, row in zip(prompts, rewards, strict=True)
     ]
-    return Evaluation(rollouts)
+    return evaluation_record(rollouts)
 
 
 def test_metrics_equal_those_counted_by_hand():
-    found = evaluation(
-        [[1.0, 0.0, 0.3, 1.0], [None, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.5]]
-    ).metrics()
+    found = evaluation([[1.0, 0.0, 0.3, 1.0], [None, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.5]])[
+        "metrics"
+    ]
     by_hand = {
         "avg@4": (2 + 0 + 4) / 12,
         "pass@1": 0.5,
@@ -69,10 +69,10 @@ def test_metrics_equal_those_counted_by_hand():
 
 def test_other_numbers_of_samples():
     for n, ks in {1: [1], 6: [1, 2, 4, 6]}.items():
-        names = evaluation([[0.0] * n]).metrics()
+        names = evaluation([[0.0] * n])["metrics"]
         passed = [name for name in names if "pass@" in name and "_" not in name]
         assert passed == [f"eval/pass@{k}" for k in ks]
-    nothing = evaluation([[None, None]], 9, "length").metrics()
+    nothing = evaluation([[None, None]], 9, "length")["metrics"]
     assert [nothing[f"eval/{name}"] for name in ("avg@2", "failed", "truncated")] == [0, 2, 1]
     assert "eval/reward_mean" not in nothing
 
@@ -109,7 +109,7 @@ def test_the_interval_is_scipys():
 
 
 def test_the_table_names_each_metric_once():
-    text = render_table(evaluation([[1.0, 0.0]]).metrics(), 1)
+    text = render_table(evaluation([[1.0, 0.0]]))
     assert text.splitlines()[0] == "1 prompts, 95% bootstrap intervals over prompts"
     assert text.count("avg@2") == 1 and "0.5000   0.5000 – 0.5000" in text and "_low" not in text
 

@@ -152,6 +152,10 @@ def trajectory(text, answer="", metadata=None, rewards=None):
     return Trajectory.single_turn(prompt, [1], [0.0], 0, "stop", text, rewards=rewards or {})
 
 
+def score(rewards, asked):
+    return [future.result() for future in [rewards.submit(sample) for sample in asked]]
+
+
 def rewards_of(found):
     return [sample.reward for sample in found]
 
@@ -212,7 +216,7 @@ def test_a_thousand_requests_to_a_server_that_misbehaves(served, tmp_path, caplo
     before = server.requests
     with scorer(loop, config) as rewards:  # another run with the same cache
         rewards.start()
-        again = rewards.score([asked[i] for i in known], lambda *_: None)
+        again = score(rewards, [asked[i] for i in known])
         metrics = rewards.pop_metrics()
     assert server.requests == before + 1  # that of the start
     assert rewards_of(again) == [found[i].reward for i in known]
@@ -223,11 +227,11 @@ def test_equal_requests_are_sent_once_and_a_broken_cache_costs_only_requests(ser
     loop, server, url = served
     with scorer(loop, settings(tmp_path, url)) as rewards:
         rewards.start()
-        found = rewards.score([trajectory("good|4")] * 8, lambda *_: None)
+        found = score(rewards, [trajectory("good|4")] * 8)
         assert rewards_of(found) == [0.4] * 8 and len(server.arrivals["good|4"]) == 1
         assert rewards.pop_metrics()["judge/cache_hits"] == 7
         rewards._judge._cache.close()
-        assert rewards_of(rewards.score([trajectory("good|4")], lambda *_: None)) == [0.4]
+        assert rewards_of(score(rewards, [trajectory("good|4")])) == [0.4]
         assert len(server.arrivals["good|4"]) == 2
 
 
@@ -239,7 +243,7 @@ def test_the_prompt_is_filled_in_one_pass(served, tmp_path, monkeypatch):
     with scorer(loop, settings(tmp_path, url, **more)) as rewards:
         rewards.start()
         asked = trajectory(r"{answer}\1 {prompt}", "42", {"rubric": ["a", 1], "answer": "no"})
-        rewards.score([asked], lambda *_: None)
+        score(rewards, [asked])
     content = r"decoded [5, 6]\frac{1}{x} ['a', 1] 42 {answer}\1 {prompt}"
     messages = [{"role": "user", "content": content}]
     assert server.body == {"model": "m", "messages": messages, "temperature": 0}
@@ -251,15 +255,15 @@ def test_the_limits_of_requests(served, tmp_path):
     loop, server, url = served
     with scorer(loop, settings(tmp_path, url, max_concurrent=3)) as rewards:
         rewards.start()
-        rewards.score([trajectory(f"slow|{i}") for i in range(12)], lambda *_: None)
+        score(rewards, [trajectory(f"slow|{i}") for i in range(12)])
         assert server.most == 3
     server.arrivals.clear()
     with scorer(loop, settings(tmp_path, url, requests_per_minute=600)) as rewards:
         rewards.start()
-        rewards.score([trajectory(f"good|{i}") for i in range(10)], lambda *_: None)
+        score(rewards, [trajectory(f"good|{i}") for i in range(10)])
         times = sorted(time for times in server.arrivals.values() for time in times)
         assert times[-1] - times[0] > 0.8 * 10 * 60 / 600
-        rewards.score([trajectory("429 once|3")], lambda *_: None)
+        score(rewards, [trajectory("429 once|3")])
         first, second = server.arrivals["429 once|3"]
         assert second - first > 0.19
 
@@ -277,7 +281,7 @@ def test_several_rewards_are_weighted(served, tmp_path, monkeypatch):
         texts = ["good|5", "good|16", "odd|5", "400|1"]
         asked = [trajectory(text, rewards={"env": 1.0}) for text in texts]
         given = trajectory("given").with_reward(7.0)
-        found = rewards.score([*asked, given], lambda *_: None)
+        found = score(rewards, [*asked, given])
         message = "3 of 4 of step 3 failed, .* of lengths:length: prompt 'p': .*None.*judge: .* 400"
         with pytest.raises(InputError, match=message):
             rewards.check_failures(3, 4, step=3)

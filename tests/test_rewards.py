@@ -95,8 +95,8 @@ def items(*responses):
 
 
 def pool(function, timeout_s=10.0, workers=2, **limits):
-    limits |= {"function": function, "timeout_s": timeout_s, "workers": workers}
-    return closing(RewardPool(Reward(**limits)))
+    limits |= {"timeout_s": timeout_s, "workers": workers}
+    return closing(RewardPool(Reward(**limits), function))
 
 
 def score(rewards, asked, on_progress=lambda *_: None):
@@ -122,7 +122,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def all_processes(rewards: RewardPool) -> list[int]:
-    pids = [worker.process.pid for worker in rewards._workers]
+    pids = [worker.process.pid for worker in rewards._workers.values()]
     return pids + [below for pid in pids for below in descendants(pid)]
 
 
@@ -261,7 +261,7 @@ def test_large_request_to_a_stopped_worker(hostile):
 
 def test_workers_persist_and_an_idle_death_costs_nothing(hostile):
     with pool(hostile, workers=1) as rewards:
-        assert rewards._workers == []  # nothing started yet
+        assert not rewards._workers  # nothing started yet
         starter = threading.Thread(target=rewards.start)  # workers outlive the thread
         starter.start()
         starter.join()
@@ -311,7 +311,7 @@ def test_an_isolated_worker_has_its_folder_and_nothing_else(hostile, tmp_path, m
         expected["spy secret-of-the-owner"] = 0.0
         with pool(hostile, environment=("JUDGE_KEY",)) as rewards:
             scores = score(rewards, items(*expected))
-            folders = [Path(worker._home.name) for worker in rewards._workers]
+            folders = [Path(worker._home.name) for worker in rewards._workers.values()]
             assert any((folder / "of-the-home").exists() for folder in folders)
         assert dict(zip(expected, scores, strict=True)) == expected
         assert rewards.failures == {"exception": 4}
@@ -348,7 +348,7 @@ def test_a_kernel_that_refuses_namespaces_is_logged_once(tmp_path):
     program = run_script(
         tmp_path,
         'import logging; logging.basicConfig(level="WARNING", stream=sys.stdout)\n'
-        'print(score("number 1", "exit", "number 2"))\n',
+        'rewards.start(); print(score("number 1", "exit", "number 2"))\n',
         ["unshare", "--user", "--map-root-user", "sh", "-c", f'{forbid} && exec "$@"', "sh"],
     )
     output = program.communicate(timeout=180)[0]
@@ -417,7 +417,7 @@ print("main", flush=True)
 from megatron_espo.config.tasks import Reward
 from megatron_espo.rewards.pool import RewardPool
 from megatron_espo.types import Prompt
-rewards = RewardPool(Reward(function="hostile_verifier:judge", timeout_s=60, workers=1))
+rewards = RewardPool(Reward(timeout_s=60, workers=1), "hostile_verifier:judge")
 prompt = Prompt("p", "text", "1", (1,))
 
 def score(*responses):
@@ -450,7 +450,8 @@ def test_heavy_libraries_stay_out_of_the_worker(tmp_path, monkeypatch):
 def test_workers_die_with_their_owner(tmp_path, last):
     program = run_script(
         tmp_path,
-        f"rewards.start(); print(rewards._workers[0].process.pid, flush=True)\nscore({last!r})\n",
+        "rewards.start(); (worker,) = rewards._workers.values()\n"
+        f"print(worker.process.pid, flush=True)\nscore({last!r})\n",
     )
     assert program.stdout.readline() == "main\n"
     pid = int(program.stdout.readline())

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -197,7 +196,7 @@ def test_staleness_is_of_each_token():
 def test_an_aborted_response_goes_on_from_its_tokens():
     with FakeRun(make_rollout(), judge) as run:
         prompt = run.stream.take(1)[0]
-        future = run.runner.start(prompt, "0.0", replace(run.sampler._sampling, seed=5))
+        (future,) = run.runner.start(prompt, "0", run.sampler._sampling, [5])
         while not run.source.requests:
             run.loop.run(asyncio.sleep(0.001))
         run.source.version = 3

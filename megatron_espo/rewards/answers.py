@@ -221,8 +221,7 @@ def _values(text: str) -> set[Decimal]:
     """The values that a normalized answer may mean: a percentage may be written as a share."""
     if (value := _number(text)) is not None:
         return {value}
-    without = re.sub(r"\s*(?:\\?%|percent)$", "", text)
-    value = _number(without) if without != text else None
+    value = _number(re.sub(r"\s*(?:\\?%|percent)$", "", text))
     return set() if value is None else {value, value / 100}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 from megatron_espo.config import Judge
-from megatron_espo.errors import InputError
+from megatron_espo.errors import InputError, log_first
 from megatron_espo.rewards.answers import final_text
 from megatron_espo.types import Prompt
 
@@ -59,7 +59,7 @@ class JudgeClient:
         self._session: Any = None  # opened by start
         self._running: dict[str, asyncio.Task[float | None]] = {}
         self.counts: collections.Counter[str] = collections.Counter()
-        self.last_failure, self._warned = "", set[str]()
+        self.last_failure, self._warned = "", collections.Counter[str]()
         path = config.cache or os.path.join(folder, "judge.sqlite")
         self._cache_lock = threading.Lock()  # threads must not share a running statement
         try:
@@ -143,7 +143,7 @@ class JudgeClient:
             with self._cache_lock:
                 return self._cache.execute(statement, values).fetchone()
         except sqlite3.Error as error:
-            self._warn("cache", f"judge.cache: {error}")
+            log_first(logger, self._warned, "cache", f"judge.cache: {error}")
             return None
 
     def _read(self, reply: str) -> float | None:
@@ -182,7 +182,8 @@ class JudgeClient:
                 break
         self.counts["failed"] += 1
         self.last_failure = message.replace(self._key, "***") if self._key else message
-        self._warn(cause, f"response not judged: {self.last_failure}")
+        message = f"response not judged: {self.last_failure}"
+        log_first(logger, self._warned, cause, message)
         return None
 
     async def _wait_turn(self) -> None:
@@ -215,8 +216,3 @@ class JudgeClient:
             raise _Failure("no_score", f"not a chat completion: {text[:300]!r}") from None
         problem = "the reply reached its limit of tokens" if is_cut else "no score in the reply"
         raise _Failure("no_score", f"{problem}: {reply[-300:]!r}")
-
-    def _warn(self, cause: str, message: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            logger.warning("%s; later failures of this kind are only counted (%s)", message, cause)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_espo.config import Reward
-from megatron_espo.errors import InputError
-from megatron_espo.rewards.sandbox import passed_environment
+from megatron_espo.errors import InputError, log_first
+from megatron_espo.rewards import sandbox
 from megatron_espo.types import Prompt
 
 START_TIMEOUT_S = 180.0  # imports from a cold network file system
@@ -67,6 +67,7 @@ class RewardPool:
 
     Args:
         config: the ``reward`` section of the configuration.
+        function: name of the reward function.
 
     Attributes:
         failures: number of responses without a score so far, by cause: ``timeout``, ``crash``,
@@ -74,12 +75,11 @@ class RewardPool:
         last_failure: message of the latest failure.
     """
 
-    def __init__(self, config: Reward) -> None:
-        self._config, self._lock = config, threading.Lock()
+    def __init__(self, config: Reward, function: str) -> None:
+        self._config, self._function, self._lock = config, function, threading.Lock()
         self._threads = ThreadPoolExecutor(config.workers, "reward")
-        self._own = threading.local()  # ``worker``: of this thread, or None
-        self._workers: list[_Worker] = []
-        self._is_closed = self._warned = False
+        self._workers: dict[int, _Worker] = {}  # by the id of the thread that uses it
+        self._is_closed = False
         self.failures: collections.Counter[str] = collections.Counter()
         self.last_failure = ""
 
@@ -89,7 +89,10 @@ class RewardPool:
         Raises:
             InputError: the function cannot be loaded; carries the worker's message.
         """
-        self._threads.submit(self._take_worker).result()
+        worker = self._threads.submit(self._take_worker).result()
+        if worker.refused:
+            message = "reward workers are limited, but not isolated (%s): see docs/rewards.md"
+            logger.warning(message, worker.refused)
 
     def submit(self, prompt: Prompt, response: str) -> Future[float | None]:
         """Score one response in the background.
@@ -105,37 +108,35 @@ class RewardPool:
         with self._lock:
             self._is_closed = True
             self._threads.shutdown(wait=False, cancel_futures=True)
-            for worker in list(self._workers):
+            for worker in list(self._workers.values()):
                 worker.kill()
 
     def _take_worker(self) -> "_Worker":
         """Return this thread's worker. Start one if there is none, or if it ended."""
-        if worker := getattr(self._own, "worker", None):
-            if worker.process.poll() is None:
-                return worker
-            self._remove(worker)
+        thread = threading.get_ident()
+        if thread in self._workers:
+            if self._workers[thread].process.poll() is None:
+                return self._workers[thread]
+            self._remove_worker()
+        cwd = os.getcwd()
+        path = [*(entry or cwd for entry in sys.path), cwd]
         for _ in range(MAX_FAILED_STARTS):
             with self._lock:
                 if self._is_closed:
                     raise CancelledError("the pool was closed")
-                worker = _Worker(self._config)
-                self._workers.append(worker)
+                worker = self._workers[thread] = _Worker(self._config)
             try:
-                reply = worker.call(_setup(self._config), START_TIMEOUT_S)
+                reply = worker.call((path, self._function), START_TIMEOUT_S)
             except OSError as error:
-                end = self._remove(worker, grace_s=1.0)
                 cause = "timeout" if isinstance(error, TimeoutError) else "crash"
+                end = self._remove_worker(grace_s=1.0)
                 continue
             if "refused" in reply:
-                self._remove(worker)
+                self._remove_worker()
                 raise InputError(str(reply["refused"]))
-            if reply["ready"] and not self._warned:
-                self._warned = True
-                message = "reward workers are limited, but not isolated (%s): see docs/rewards.md"
-                logger.warning(message, reply["ready"])
-            self._own.worker = worker
+            worker.refused = reply["ready"]
             return worker
-        ended = f"worker ended before {self._config.function} was loaded ({cause}, {end})"
+        ended = f"worker ended before {self._function} was loaded ({cause}, {end})"
         raise InputError(f"reward.function: {ended}; see standard error")
 
     def _score(self, prompt: Prompt, response: str) -> float | None:
@@ -145,11 +146,11 @@ class RewardPool:
             if reply.get("item") != item:
                 raise ConnectionError
         except TimeoutError:
-            self._remove(worker)
+            self._remove_worker()
             cause = "timeout"
             message = f"no answer in {self._config.timeout_s:g} s (reward.timeout_s)"
         except OSError:
-            cause, message = "crash", f"the worker ended with {self._remove(worker, grace_s=1.0)}"
+            cause, message = "crash", f"the worker ended with {self._remove_worker(grace_s=1.0)}"
         else:
             score = reply.get("score")
             if isinstance(score, float) and math.isfinite(score):
@@ -158,47 +159,37 @@ class RewardPool:
         with self._lock:
             if not self._is_closed:
                 self.last_failure = f"prompt {prompt.id!r}: {message}"
-                if not self.failures[cause]:
-                    text = "response not scored (%s): %s; later failures are only counted"
-                    logger.warning(text, cause, self.last_failure)
-                self.failures[cause] += 1
+                log_first(logger, self.failures, cause, f"response not scored: {self.last_failure}")
         return None
 
-    def _remove(self, worker: "_Worker", grace_s: float = 0.0) -> str:
-        self._own.worker = None
-        self._workers.remove(worker)
-        return worker.kill(grace_s)
-
-
-def _setup(config: Reward) -> dict[str, Any]:
-    cwd = os.getcwd()
-    path = [entry or cwd for entry in sys.path]
-    return {
-        "sys_path": path if cwd in path else [*path, cwd],
-        "function": config.function,
-        "memory_bytes": int(config.memory_gib * 2**30),
-        "file_bytes": MAX_FILE_BYTES,
-        "isolate": config.isolate,
-    }
+    def _remove_worker(self, grace_s: float = 0.0) -> str:
+        return self._workers.pop(threading.get_ident()).kill(grace_s)
 
 
 class _Worker:
-    """One worker process and the socket to it. One call at a time."""
+    """One worker process and the socket to it. One call at a time.
+
+    Attributes:
+        refused: what the kernel refused of the isolation, once the function is loaded.
+    """
+
+    refused: str | None = None
 
     def __init__(self, config: Reward) -> None:
         self._home = tempfile.TemporaryDirectory(
             prefix="megatron-espo-reward-", ignore_cleanup_errors=True
         )
         script, home = Path(__file__).with_name("worker.py"), self._home.name
+        limits = sandbox.limits(config.memory_gib, MAX_FILE_BYTES, config.isolate)
         self._socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", script, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, script, str(theirs.fileno()), *limits],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output belongs to the caller
                 pass_fds=[theirs.fileno()],
                 cwd=home,
-                env=passed_environment(config.environment, home),
+                env=sandbox.passed_environment(config.environment, home),
                 start_new_session=True,  # so that one kill reaches the verifier's children
             )
 
@@ -212,9 +203,9 @@ class _Worker:
             ConnectionError: the worker ended, or its reply is not one JSON object.
         """
         deadline = time.monotonic() + timeout_s
-        body, reply = pickle.dumps(request), b""
         self._socket.settimeout(timeout_s)
-        self._socket.sendall(len(body).to_bytes(8, "little") + body)
+        self._socket.sendall(pickle.dumps(request))
+        reply = b""
         while not reply.endswith(b"\n"):
             # Data that is there is read even after the deadline.
             self._socket.settimeout(max(1e-3, deadline - time.monotonic()))

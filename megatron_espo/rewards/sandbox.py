@@ -40,11 +40,26 @@ def passed_environment(names: Iterable[str], home: str | None = None) -> dict[st
     return passed | ({"HOME": home, "TMPDIR": home, "OMP_NUM_THREADS": "1"} if home else {})
 
 
-def limit_resources(*, memory_bytes: int, file_bytes: int) -> None:
-    """Forbid core dumps, and limit files and the private writable memory of this process.
+def limits(memory_gib: float, file_bytes: int, isolate: bool) -> tuple[str, ...]:
+    """Return the arguments of :func:`confine` for a child, as text for its command line."""
+    values = (int(memory_gib * 2**30), file_bytes, int(isolate), os.getpid())
+    return tuple(map(str, values))
 
-    RLIMIT_DATA, not RLIMIT_AS: libraries reserve far more address space than they use.
+
+def confine(memory_bytes: int, file_bytes: int, is_isolated: int, owner_pid: int) -> str | None:
+    """Limit this process for the rest of its life, and forbid core dumps.
+
+    Args:
+        memory_bytes: most private writable memory.
+        file_bytes: longest file that it may write.
+        is_isolated: 1 for :func:`isolate`, with the home folder as the writable one.
+        owner_pid: the process ends with this parent.
+
+    Returns:
+        ``None``, or what the kernel refused of the isolation.
     """
+    die_with_parent(owner_pid)
+    # RLIMIT_DATA, not RLIMIT_AS: libraries reserve far more address space than they use.
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: file_bytes,
@@ -56,6 +71,7 @@ def limit_resources(*, memory_bytes: int, file_bytes: int) -> None:
         resource.setrlimit(what, (limit, limit))
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # out of memory: the kernel kills this process before the trainer
+    return isolate(os.environ["HOME"], file_bytes) if is_isolated else None
 
 
 def die_with_parent(owner_pid: int | None = None) -> None:
@@ -138,20 +154,14 @@ def _call(name: str, *arguments: object) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def main(memory_bytes: int, file_bytes: int, is_isolated: int, owner_pid: int) -> None:
-    """Run the code on standard input. The Python tool starts this file: a package imports slower.
+def main(*arguments: int) -> None:
+    """Run the code on standard input, with the ``arguments`` of :func:`confine`.
 
-    Args:
-        memory_bytes, file_bytes: limits.
-        is_isolated: 1 to isolate the process, which then can write to its home folder only.
-        owner_pid: the process ends with this parent.
+    The Python tool starts this file: a package imports slower.
     """
     del sys.path[0]  # the code must not find the modules of this folder
-    die_with_parent(owner_pid)
     code = sys.stdin.read()
-    limit_resources(memory_bytes=memory_bytes, file_bytes=file_bytes)
-    if is_isolated:
-        isolate(os.environ["HOME"], file_bytes)
+    confine(*arguments)
     exec(compile(code, "<tool>", "exec"), {"__name__": "__main__"})
 
 

@@ -3,40 +3,33 @@
 ``pool`` starts this file as a script. Before the owner's ``sys.path`` has arrived and the worker is
 isolated, it imports only the standard library.
 
-Requests: 8 bytes of length, then a pickle; first the setup, then ``(item, prompt, response)``.
+Requests: pickles; first ``(sys.path, function)``, then ``(item, prompt, response)``.
 Replies: one JSON object a line. ``{"ready"}`` (null, or what the kernel refused of the isolation)
-or ``{"refused"}`` answers the setup; ``{"item", "score"}`` or ``{"item", "failure"}`` an item.
+or ``{"refused"}`` answers the first; ``{"item", "score"}`` or ``{"item", "failure"}`` an item.
 """
 
 import json
 import math
 import numbers
-import os
 import pickle
 import socket
 import sys
 import traceback
-from typing import IO, Any
+
+import sandbox  # not through the package, which imports more
 
 
-def main(socket_fd: int, owner_pid: int) -> None:
-    """Serve requests until end of file."""
+def main(socket_fd: int, *limits: int) -> None:
+    """Serve requests until end of file, with the ``limits`` of ``sandbox.confine``."""
     connection = socket.socket(fileno=socket_fd)
     requests = connection.makefile("rb")
-    sys.path.insert(0, os.path.dirname(__file__))
-    import sandbox  # not through the package, which imports more
-
     del sys.modules["sandbox"]  # a verifier may have a module of that name
-    setup = _receive(requests)
-    sys.path[:] = setup["sys_path"]
-    sandbox.die_with_parent(owner_pid)  # a worker in a long computation never reads end of file
-    sandbox.limit_resources(memory_bytes=setup["memory_bytes"], file_bytes=setup["file_bytes"])
-    missing = sandbox.isolate(os.environ["HOME"], setup["file_bytes"]) if setup["isolate"] else None
+    sys.path[:], name = pickle.load(requests)
+    missing = sandbox.confine(*limits)
 
     def reply(**message: object) -> None:
         connection.sendall(json.dumps(message).encode() + b"\n")
 
-    name = setup["function"]
     try:
         from megatron_espo.rewards.functions import load_reward_function
 
@@ -48,8 +41,8 @@ def main(socket_fd: int, owner_pid: int) -> None:
         return
     reply(ready=missing)
 
-    while (request := _receive(requests)) is not None:
-        item, prompt, response = request
+    while requests.peek():
+        item, prompt, response = pickle.load(requests)
         try:
             score = function(prompt, response)
             if isinstance(score, numbers.Real) and math.isfinite(score):
@@ -60,13 +53,6 @@ def main(socket_fd: int, owner_pid: int) -> None:
         except BaseException as error:  # also SystemExit: the verifier has not scored the response
             result = {"failure": _describe(error)}
         reply(item=item, **result)
-
-
-def _receive(requests: IO[bytes]) -> Any:
-    header = requests.read(8)
-    if len(header) < 8:
-        return None
-    return pickle.loads(requests.read(int.from_bytes(header, "little")))
 
 
 def _describe(error: BaseException) -> str:

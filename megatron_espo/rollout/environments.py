@@ -120,45 +120,42 @@ class TrajectoryBuilder:
 
     def _begin(self, prompt_ids: Sequence[int]) -> None:
         self._prompt_ids = [int(token) for token in prompt_ids]
-        # After the prompt: id, whether sampled, log-prob and policy version of each token.
-        self._tokens: list[tuple[int, bool, float, int]] = []
+        self._after = _observed([])  # after the prompt
+        self._is_sampled: list[bool] = []
         self._turns: list[int] = []
         self._end = 0  # after the last sampled token
-        self._experts: np.ndarray | None = None
-        self._masks: list[SamplingMask | None] = []  # of turns and observations
 
     @property
     def context(self) -> list[int]:
         """Token ids of the prompt and of everything after it."""
-        return self._prompt_ids + [token[0] for token in self._tokens]
+        return self._prompt_ids + self._after.token_ids.tolist()
 
     @property
     def response_ids(self) -> list[int]:
         """Token ids from the first turn up to the last sampled token."""
-        return [token[0] for token in self._tokens[: self._end]]
+        return self._after.token_ids[: self._end].tolist()
 
     def room(self, policy: Policy) -> int:
         """Return the tokens that the limits of the policy leave for the next turn."""
-        used = len(self._tokens) + sum(len(part.response_ids) for part in self._earlier)
-        context = len(self._prompt_ids) + len(self._tokens)
+        length = len(self._is_sampled)
+        used = length + sum(len(part.response_ids) for part in self._earlier)
+        context = len(self._prompt_ids) + length
         return min(policy.sampling.max_tokens - used, policy.max_model_len - context)
 
     def add_turn(self, generation: Generation) -> None:
         """Append sampled tokens. They are trained."""
-        ids, experts = generation.token_ids.tolist(), generation.routed_experts
-        values = generation.logprobs.tolist(), generation.versions.tolist()
-        self._turns.append(len(self._tokens))
-        self._tokens += zip(ids, [True] * len(ids), *values, strict=True)
-        self._end = len(self._tokens) if ids else self._end
-        if self._experts is not None and experts is not None:
-            experts = np.concatenate([self._experts, experts[len(self._experts) :]])
-        self._experts = experts
-        self._masks.append(generation.sampling_mask)
+        count = len(generation.token_ids)
+        if not len(generation.logprobs) == len(generation.versions) == count:
+            raise ValueError("add_turn: expected a log-prob and a version for each token")
+        self._turns.append(len(self._is_sampled))
+        self._is_sampled += [True] * count
+        self._end = len(self._is_sampled) if count else self._end
+        self._after = concatenate(self._after, generation)
 
     def add_observation(self, token_ids: Sequence[int]) -> None:
         """Append tokens of the environment. They are not trained."""
-        self._tokens += [(int(token), False, 0.0, -1) for token in token_ids]
-        self._masks.append(SamplingMask.empty(len(token_ids)))
+        self._is_sampled += [False] * len(token_ids)
+        self._after = concatenate(self._after, _observed(token_ids, self._after.routed_experts))
 
     def set_context(self, token_ids: Sequence[int]) -> None:
         """Continue from a client's history. Tokens after the known ones are an observation.
@@ -190,23 +187,28 @@ class TrajectoryBuilder:
         return replace(part, reward=reward, rewards=rewards or {}, earlier=earlier)
 
     def _part(self, text: str, finish_reason: str) -> Trajectory:
-        tokens = np.array(self._tokens[: self._end], np.dtype("i4, ?, f4, i4"))
-        ids, mask, logprobs, versions = (tokens[f"f{i}"].copy() for i in range(4))
-        length = len(self._prompt_ids) + len(ids) - 1
-        sampling_mask = SamplingMask.concatenate(self._masks)
+        found, end = self._after, self._end
+        experts, mask = found.routed_experts, found.sampling_mask
         return Trajectory(
             prompt=self.prompt,
             prompt_ids=np.array(self._prompt_ids, np.int32),
-            response_ids=ids,
-            loss_mask=mask,
-            logprobs=logprobs,
-            versions=versions,
+            response_ids=found.token_ids[:end],
+            loss_mask=np.array(self._is_sampled[:end], np.bool_),
+            logprobs=found.logprobs[:end],
+            versions=found.versions[:end],
             finish_reason=finish_reason,
             text=text,
             turns=np.array(self._turns, np.int32),
-            routed_experts=None if self._experts is None else self._experts[:length],
-            sampling_mask=None if sampling_mask is None else sampling_mask[: self._end],
+            routed_experts=None if experts is None else experts[: len(self._prompt_ids) + end - 1],
+            sampling_mask=None if mask is None else mask[:end],
         )
+
+
+def _observed(token_ids: Sequence[int], experts: np.ndarray | None = None) -> Generation:
+    """Tokens that no policy sampled, after tokens with these ``experts``."""
+    count, ids = len(token_ids), np.array(token_ids, np.int32)
+    logprobs, versions = np.zeros(count, np.float32), np.full(count, -1, np.int32)
+    return Generation(ids, logprobs, versions, "", experts, SamplingMask.empty(count))
 
 
 class SingleTurn:

@@ -4,8 +4,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
+    values: Sequence[float], confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean of ``values``, one for each prompt.
 
@@ -55,7 +56,7 @@ def bootstrap_interval(
     interval is a point.
     """
     column = np.asarray(values, dtype=np.float64)
-    count, generator = len(column), np.random.default_rng(seed)
+    count, generator = len(column), np.random.default_rng(0)
     # A loop: one array would hold RESAMPLES x prompts numbers.
     means = [column[generator.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
     tail = (1 - confidence) / 2
@@ -63,65 +64,53 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Scored responses.
+def evaluation_record(rollouts: list[list[Trajectory]], **head: Any) -> dict[str, Any]:
+    """Return JSON values: ``head``, the metrics, rewards and response lengths by prompt.
 
-    Attributes:
-        rollouts: ``[prompt][sample]`` with rewards; NaN: scoring failed, which counts as wrong.
+    The metrics are ``eval/*``: avg@n, pass@k, their intervals, mean reward and length, failures.
+    ``k`` is every power of two up to the ``n`` responses of a prompt, and ``n``. A response is
+    correct with a reward of at least 1. One without a score (NaN) counts as wrong; its reward is
+    ``None`` in the record.
+
+    Args:
+        rollouts: ``[prompt][sample]`` with rewards.
     """
-
-    rollouts: list[list[Trajectory]]
-
-    def metrics(self) -> dict[str, float]:
-        """Return ``eval/*``: avg@n, pass@k, their intervals, mean reward and length, failures.
-
-        ``k`` is every power of two up to the ``n`` responses of a prompt, and ``n``. A response is
-        correct with a reward of at least 1.
-        """
-        samples = [sample for group in self.rollouts for sample in group]
-        n = len(self.rollouts[0])
-        rewards = np.array([sample.reward for sample in samples], np.float64).reshape(-1, n)
-        correct = np.count_nonzero(rewards >= 1, axis=1).tolist()
-        scored = rewards[~np.isnan(rewards)]
-        columns = {f"avg@{n}": [c / n for c in correct]}
-        for k in sorted({2**i for i in range(n.bit_length())} | {n}):
-            columns[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
-        found: dict[str, float] = {}
-        for name, values in columns.items():
-            low, high = bootstrap_interval(values)
-            key = f"eval/{name}"
-            found |= {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
-        if scored.size:
-            found["eval/reward_mean"] = float(scored.mean())
-        return found | {
-            "eval/length_mean": float(np.mean([sample.num_trained for sample in samples])),
-            "eval/truncated": float(np.mean([sample.truncated for sample in samples])),
-            "eval/failed": float(rewards.size - scored.size),
-        }
-
-    def record(self, **head: Any) -> dict[str, Any]:
-        """Return JSON values: ``head``, the metrics, rewards and response lengths by prompt.
-
-        The reward of a response that was not scored is ``None``.
-        """
-        prompts = []
-        for group in self.rollouts:
-            rewards = np.array([sample.reward for sample in group], np.float64).tolist()
-            scored = [None if math.isnan(reward) else reward for reward in rewards]
-            lengths = [sample.num_trained for sample in group]
-            prompts.append({"id": group[0].prompt.id, "rewards": scored, "lengths": lengths})
-        return head | {"metrics": self.metrics(), "confidence": CONFIDENCE, "prompts": prompts}
+    n = len(rollouts[0])
+    rewards = np.array([[sample.reward for sample in group] for group in rollouts], np.float64)
+    lengths = [[sample.num_trained for sample in group] for group in rollouts]
+    correct = np.count_nonzero(rewards >= 1, axis=1).tolist()
+    columns = {f"avg@{n}": [c / n for c in correct]}
+    for k in sorted({2**i for i in range(n.bit_length())} | {n}):
+        columns[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
+    metrics: dict[str, float] = {}
+    for name, values in columns.items():
+        key = f"eval/{name}"
+        metrics[key] = float(np.mean(values))
+        metrics[f"{key}_low"], metrics[f"{key}_high"] = bootstrap_interval(values)
+    is_failed = np.isnan(rewards)
+    if not is_failed.all():
+        metrics["eval/reward_mean"] = float(rewards[~is_failed].mean())
+    metrics["eval/length_mean"] = float(np.mean(lengths))
+    truncated = [sample.truncated for group in rollouts for sample in group]
+    metrics["eval/truncated"] = float(np.mean(truncated))
+    metrics["eval/failed"] = float(is_failed.sum())
+    prompts = []
+    for group, row, own_lengths in zip(rollouts, rewards.tolist(), lengths, strict=True):
+        scores = [None if math.isnan(reward) else reward for reward in row]
+        prompts.append({"id": group[0].prompt.id, "rewards": scores, "lengths": own_lengths})
+    return head | {"metrics": metrics, "confidence": CONFIDENCE, "prompts": prompts}
 
 
-def render_table(metrics: dict[str, float], prompts: int) -> str:
-    """Format the metrics of one evaluation for a terminal."""
-    lines = [f"{prompts} prompts, {CONFIDENCE:.0%} bootstrap intervals over prompts"]
-    for name, value in metrics.items():
-        if not name.endswith(("_low", "_high")):
-            low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
-            interval = "" if low is None else f"   {low:.4f} – {high:.4f}"
-            lines.append(f"  {name.removeprefix('eval/'):<12} {value:>10.4f}{interval}")
+def render_table(record: dict[str, Any]) -> str:
+    """Format the metrics of an :func:`evaluation_record` for a terminal."""
+    count, metrics = len(record["prompts"]), record["metrics"]
+    lines = [f"{count} prompts, {CONFIDENCE:.0%} bootstrap intervals over prompts"]
+    for key, value in metrics.items():
+        if not key.endswith(("_low", "_high")):
+            line = f"  {key.removeprefix('eval/'):<12} {value:>10.4f}"
+            if f"{key}_low" in metrics:
+                line += f"   {metrics[f'{key}_low']:.4f} – {metrics[f'{key}_high']:.4f}"
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -214,32 +203,32 @@ class Evaluator:
         step: int,
         steps: int,
         check: Callable[[], None],
-    ) -> Evaluation:
+    ) -> list[list[Trajectory]]:
         """Sample and score. The seeds are the same in every call: only the weights differ.
 
         Args:
             check: called several times a second; an exception ends the evaluation.
+
+        Returns:
+            ``[prompt][sample]`` with rewards.
         """
         seeds = request_seeds(self.prompts, self._samples, self._seed)
         with phases.phase("eval", step, steps, check) as on_progress:
-            futures = []
+            futures: list[Future[Trajectory]] = []
             for i, (prompt, own) in enumerate(zip(self.prompts, seeds, strict=True)):
-                for j, seed in enumerate(own):
-                    sampling = replace(self.sampling, seed=seed, slot=i)
-                    futures.append(runner.start(prompt, f"eval{step}.{i}.{j}", sampling))
-            samples = scorer.score(wait_or_cancel(futures, on_progress), on_progress)
-        starts = range(0, len(samples), self._samples)
-        return Evaluation([samples[start : start + self._samples] for start in starts])
+                sampling = replace(self.sampling, slot=i)
+                futures += runner.start(prompt, f"eval{step}.{i}", sampling, own)
+            samples = wait_or_cancel(futures, on_progress)
+            scored = wait_or_cancel([scorer.submit(sample) for sample in samples], on_progress)
+        starts = range(0, len(scored), self._samples)
+        return [scored[start : start + self._samples] for start in starts]
 
 
-def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
+def evaluate_model(config: Config, out: str | None) -> None:
     """Run ``megatron-espo eval``: evaluate ``model.path`` and print a table.
 
     Args:
         out: JSON file to write; ``None``: ``<run.dir>/eval.json``.
-
-    Returns:
-        The contents of the file, except the seconds.
 
     Raises:
         InputError: bad rows, tokenizer, reward function, judge or model folder.
@@ -260,15 +249,17 @@ def evaluate_model(config: Config, out: str | None = None) -> dict[str, Any]:
         engine.wait_ready()
         pool = EnginePool(run_dir, config.rollout.timeout_s)
         loop.run(pool.connect([engine.address]))
-        runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits, length)
-        evaluation = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
+        runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits.timeout_s, length)
+        rollouts = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
         loop.run(pool.close())
-    prompts, sampling = config.eval.prompts or config.data.prompts, evaluator.sampling.as_json()
-    record = evaluation.record(model=model, prompts_from=prompts, sampling=sampling)
+    record = evaluation_record(
+        rollouts,
+        model=model,
+        prompts_from=config.eval.prompts or config.data.prompts,
+        sampling=evaluator.sampling.as_json(),
+    )
+    record["seconds"] = round(phases.seconds["eval"], 1)
     path = Path(out or Path(run_dir, "eval.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = record | {"seconds": round(phases.seconds["eval"], 1)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(render_table(record["metrics"], len(evaluation.rollouts)))
-    print(f"results: {path}")
-    return record
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{render_table(record)}\nresults: {path}")

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from megatron_espo.config import tasks
 from megatron_espo.data.tokenizer import Tokenizer
-from megatron_espo.errors import InputError
+from megatron_espo.errors import InputError, log_first
 from megatron_espo.plugins import load_object
 from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.environments import Environment, Policy, SingleTurn
@@ -57,7 +57,7 @@ class EnvironmentRunner:
         source: answers requests for tokens.
         tokenizer: the trainer's.
         loop: event loop.
-        limits: the ``environment`` section of the configuration.
+        timeout_s: of one attempt at a trajectory; ``None``: no limit.
         max_model_len: tokens of context and response together.
         routed_experts: whether trajectories carry the experts of each token.
         failures: number of failed attempts by type of the exception.
@@ -67,7 +67,7 @@ class EnvironmentRunner:
     source: EnginePool
     tokenizer: Tokenizer
     loop: LoopThread
-    limits: tasks.Environment
+    timeout_s: float | None
     max_model_len: int
     routed_experts: bool = False
     failures: Counter[str] = field(default_factory=Counter)
@@ -75,10 +75,15 @@ class EnvironmentRunner:
     def __post_init__(self) -> None:
         self._semaphore = asyncio.Semaphore(MOST_CONCURRENT)
 
-    def start(self, prompt: Prompt, name: str, sampling: Sampling) -> Future[Trajectory]:
-        """Start one trajectory with a ``name`` that is unique among those in flight."""
+    def start(
+        self, prompt: Prompt, name: str, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Future[Trajectory]]:
+        """Start a trajectory for each seed. ``name`` is unique among those in flight."""
         sampling = replace(sampling, routed_experts=self.routed_experts)
-        return self.loop.submit(self._run(prompt, name, sampling))
+        return [
+            self.loop.submit(self._run(prompt, f"{name}.{i}", replace(sampling, seed=seed)))
+            for i, seed in enumerate(seeds)
+        ]
 
     async def _run(self, prompt: Prompt, name: str, sampling: Sampling) -> Trajectory:
         async with self._semaphore:
@@ -88,17 +93,14 @@ class EnvironmentRunner:
                 )
                 try:
                     rollout = self.environment.rollout(prompt, policy)
-                    found = await asyncio.wait_for(rollout, self.limits.timeout_s)
+                    found = await asyncio.wait_for(rollout, self.timeout_s)
                     _check(found)
                     return found
                 except InputError:
                     raise
                 except Exception as error:
-                    kind = type(error).__name__
-                    if not self.failures[kind]:
-                        message = "environment: prompt %r: %s: %s; later failures are only counted"
-                        logger.warning(message, prompt.id, kind, error)
-                    self.failures[kind] += 1
+                    message = f"environment: prompt {prompt.id!r}: {error}"
+                    log_first(logger, self.failures, type(error).__name__, message)
         # The placeholder's token is not trained: its reward is NaN.
         token = next(iter(sampling.stop_token_ids), 0)
         failed = Trajectory.single_turn(prompt, [token], [0.0], -1, "failed", "")

@@ -1,6 +1,6 @@
 """Samples the batch of each step: prompts -> environments -> rewards. Rank 0 only."""
 
-import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -29,25 +29,24 @@ class Group:
         start_step: step in which it was dispatched, with weights of version ``start_step - 1``.
         seeds: of its trajectories.
         futures: of its trajectories; empty: not started.
-        trajectories: the finished ones, by position.
-        scores: of the trajectories that the environment did not score, by position.
+        scores: of the finished trajectories, by position.
+        samples: all trajectories with their rewards; empty: not chosen yet.
     """
 
     prompt: Prompt
     start_step: int
     seeds: list[int]
     futures: list[Future[Trajectory]] = field(default_factory=list)
-    trajectories: dict[int, Trajectory] = field(default_factory=dict)
     scores: dict[int, Future[Trajectory]] = field(default_factory=dict)
+    samples: list[Trajectory] = field(default_factory=list)
 
     @property
     def is_finished(self) -> bool:
-        return len(self.trajectories) == len(self.seeds)
+        return len(self.scores) == len(self.seeds)
 
     def varies(self) -> bool:
         """Whether the rewards differ, so that the trajectories have an advantage."""
-        rewards = {sample.reward for sample in self.trajectories.values()}
-        return len({reward for reward in rewards if reward == reward}) > 1
+        return len({s.reward for s in self.samples if s.reward == s.reward}) > 1
 
     def cancel(self) -> None:
         for future in (*self.futures, *self.scores.values()):
@@ -60,12 +59,12 @@ class _Draft:
 
     Attributes:
         rounds: completed rounds of sampling.
-        dispatched: number of new prompts of each round that was started.
+        dispatched: number of new prompts.
         chosen: the batch so far; empty before the first round is completed.
     """
 
     rounds: int = 0
-    dispatched: list[int] = field(default_factory=list)
+    dispatched: int = 0
     chosen: list[Group] = field(default_factory=list)
 
 
@@ -83,7 +82,6 @@ class Sampler:
         stream: of prompts.
         runner: of environments.
         scorer: scores the trajectories.
-        eos_ids: token ids that end a turn.
         check: called while the sampler waits; raises on a stop request or a failed engine.
     """
 
@@ -93,15 +91,14 @@ class Sampler:
         stream: PromptStream,
         runner: EnvironmentRunner,
         scorer: Scorer,
-        eos_ids: frozenset[int],
         check: Callable[[], None],
     ) -> None:
         rollout = config.rollout
         self._config, self._rollout, self._steps = config, rollout, config.run.steps
         self._stream, self._runner, self._scorer, self._check = stream, runner, scorer, check
-        self._sampling = Sampling.of(rollout, eos_ids)
+        self._sampling = Sampling.of(rollout, runner.tokenizer.eos_ids)
         self._pending: list[Group] = []
-        self._news: queue.SimpleQueue[tuple[Group, int, Future]] = queue.SimpleQueue()
+        self._news = threading.Event()  # a trajectory has finished
         self._slots = 0
         self._draft = _Draft()
         self._committed = self._state()
@@ -120,11 +117,10 @@ class Sampler:
             places = [i for i in range(wanted) if not draft.rounds or not draft.chosen[i].varies()]
             if not places:
                 break
-            if len(draft.dispatched) == draft.rounds:
-                first = max(0, wanted + self._rollout.ahead - len(self._pending))
-                count = len(places) if draft.rounds else first
-                self._dispatch(count, step, draft.rounds)
-                draft.dispatched.append(count)
+            # 0 after a failure: the prompts of the round are in flight.
+            missing = max(0, len(places) + self._rollout.ahead - len(self._pending))
+            self._dispatch(missing, step, draft.rounds)
+            draft.dispatched += missing
             found = self._take(len(places), step, phases)
             if draft.rounds:
                 varied = [group for group in found if group.varies()]
@@ -134,13 +130,13 @@ class Sampler:
                 draft.chosen = found
             draft.rounds += 1
         self._draft = _Draft()
-        rollouts = [[g.trajectories[i] for i in range(len(g.seeds))] for g in draft.chosen]
+        rollouts = [group.samples for group in draft.chosen]
         rewards = torch.tensor(
             [[sample.reward for sample in group] for group in rollouts], dtype=torch.float32
         )
         self._scorer.check_failures(int(rewards.isnan().sum()), rewards.numel(), step)
         self._committed = self._state()
-        counts = sum(draft.dispatched), len(self._pending), self._stream.skipped
+        counts = draft.dispatched, len(self._pending), self._stream.skipped
         return ScoredGroups(rollouts, rewards, *counts, self._scorer.pop_metrics())
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,11 +148,10 @@ class Sampler:
         self.close()
         self._draft = _Draft()
         self._stream.load_state_dict(state["stream"])
-        entries = state["pending"]
-        prompts = self._stream.find([entry["id"] for entry in entries])
+        prompts = self._stream.find([entry["id"] for entry in state["pending"]])
         self._pending = [
             Group(prompt, entry["start_step"], entry["seeds"])
-            for prompt, entry in zip(prompts, entries, strict=True)
+            for prompt, entry in zip(prompts, state["pending"], strict=True)
         ]
         self._committed = self._state()
 
@@ -185,45 +180,35 @@ class Sampler:
         for group in groups:
             if group.futures:
                 continue
-            slot, self._slots = self._slots, self._slots + 1
-            for i, seed in enumerate(group.seeds):
-                name = f"{step}.{slot + 1}.{i}"
-                sampling = replace(self._sampling, seed=seed, slot=slot)
-                future = self._runner.start(group.prompt, name, sampling)
-                group.futures.append(future)
-                note = partial(lambda *news: self._news.put(news), group, i)
-                future.add_done_callback(note)
+            sampling = replace(self._sampling, slot=self._slots)
+            self._slots += 1
+            name = f"{step}.{self._slots}"
+            group.futures = self._runner.start(group.prompt, name, sampling, group.seeds)
+            for i, future in enumerate(group.futures):
+                future.add_done_callback(partial(self._start_score, group, i))
+
+    def _start_score(self, group: Group, i: int, done: Future[Trajectory]) -> None:
+        """Score a finished trajectory. Called on the event loop."""
+        if not done.cancelled():
+            group.scores[i] = done if done.exception() else self._scorer.submit(done.result())
+            self._news.set()
 
     def _take(self, count: int, step: int, phases: Phases) -> list[Group]:
         """Wait for ``count`` scored prompts and remove them from those in flight."""
         with phases.phase("rollout", step, self._steps, self._check) as on_progress:
             while (chosen := self._choose(count, step)) is None:
-                self._receive()
-                done = sum(len(group.trajectories) for group in self._pending)
+                self._news.wait(0.2)
+                self._news.clear()
+                done = sum(len(group.scores) for group in self._pending)
                 on_progress(done, sum(len(group.seeds) for group in self._pending))
         with phases.phase("reward", step, self._steps, self._check) as on_progress:
             wait_all([score for group in chosen for score in group.scores.values()], on_progress)
         for group in chosen:
-            for i, future in group.scores.items():
-                group.trajectories[i] = future.result()
-            if all((sample.reward or 0.0) >= 1 for sample in group.trajectories.values()):
+            group.samples = [group.scores[i].result() for i in range(len(group.seeds))]
+            if all((sample.reward or 0.0) >= 1 for sample in group.samples):
                 self._stream.note_solved(group.prompt)
         self._pending = [group for group in self._pending if group not in chosen]
         return chosen
-
-    def _receive(self) -> None:
-        """Take the finished trajectories, or wait at most 0.2 s for one."""
-        try:
-            news = self._news.get(timeout=0.2)
-            while True:
-                group, i, done = news
-                if not done.cancelled():
-                    found = group.trajectories[i] = done.result()
-                    if found.reward is None:
-                        group.scores[i] = self._scorer.submit(found)
-                news = self._news.get_nowait()
-        except queue.Empty:
-            return
 
     def _choose(self, count: int, step: int) -> list[Group] | None:
         """Return ``count`` finished groups, oldest first; ``None``: too few have finished.

@@ -1,7 +1,6 @@
 """Scores trajectories with the weighted sum of reward functions and judges."""
 
 import asyncio
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -9,13 +8,13 @@ from megatron_espo.config import Config
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.rewards.judge import JudgeClient
-from megatron_espo.rewards.pool import RewardPool, wait_or_cancel
+from megatron_espo.rewards.pool import RewardPool
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.types import Trajectory
 
 
 class Scorer:
-    """Scores trajectories that their environment did not score.
+    """Scores trajectories.
 
     Args:
         config: the run's configuration.
@@ -27,11 +26,9 @@ class Scorer:
         self._reward, self._tokenizer, self._loop = config.reward, tokenizer, loop
         self._weights, judge = config.reward.weights, config.judge
         functions = [name for name in self._weights if name not in judge.prompts]
-        self._judge = None
-        if len(functions) < len(self._weights):
-            self._judge = JudgeClient(judge, config.run.dir)
-        settings = [config.reward.model_copy(update={"function": name}) for name in functions]
-        self._pools = dict(zip(functions, map(RewardPool, settings), strict=True))
+        uses_judge = len(functions) < len(self._weights)
+        self._judge = JudgeClient(judge, config.run.dir) if uses_judge else None
+        self._pools = {name: RewardPool(config.reward, name) for name in functions}
 
     def start(self) -> None:
         """Load the reward functions, and send the judge one request.
@@ -45,21 +42,13 @@ class Scorer:
             self._loop.run(self._judge.start())
 
     def submit(self, found: Trajectory) -> Future[Trajectory]:
-        """Score a trajectory in the background.
+        """Score a trajectory in the background, unless its environment has scored it.
 
         Returns:
             The trajectory with its reward: NaN if a function or the judge failed. With several
             rewards, ``rewards`` has the score of each that did not fail, before its weight.
         """
         return self._loop.submit(self._score(found))
-
-    def score(
-        self, samples: Sequence[Trajectory], on_progress: Callable[[int, int], None]
-    ) -> list[Trajectory]:
-        """Score the samples that have no reward; see :meth:`submit` and :func:`wait_all`."""
-        futures = [self.submit(sample) for sample in samples if sample.reward is None]
-        scored = iter(wait_or_cancel(futures, on_progress))
-        return [next(scored) if sample.reward is None else sample for sample in samples]
 
     def check_failures(self, failed: int, total: int, step: int) -> None:
         """InputError where more than ``reward.max_failed`` of a step's responses have no score."""
@@ -85,13 +74,15 @@ class Scorer:
             self._loop.run(self._judge.close(), 5.0)
 
     async def _score(self, found: Trajectory) -> Trajectory:
+        if found.reward is not None:
+            return found
         scores = await asyncio.gather(*(self._term(name, found) for name in self._weights))
-        pairs = list(zip(self._weights, scores, strict=True))
+        pairs = zip(self._weights, scores, strict=True)
         known = {name: score for name, score in pairs if score is not None}
         total = None
-        if len(known) == len(pairs):
+        if len(known) == len(scores):
             total = sum(self._weights[name] * score for name, score in known.items())
-        if len(pairs) > 1:
+        if len(scores) > 1:
             parts = {f"reward/mean_{name.rpartition(':')[2]}": known[name] for name in known}
             found = replace(found, rewards=found.rewards | parts)
         return found.with_reward(total)

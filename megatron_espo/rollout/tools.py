@@ -101,8 +101,8 @@ class PythonTool:
         processes: int = 4,
         max_chars: int = 500,
     ) -> None:
-        limits = (int(memory_gib * 2**30), file_mib << 20, int(isolate), os.getpid())
-        self._command = [sys.executable, "-E", "-s", sandbox.__file__, *map(str, limits)]
+        limits = sandbox.limits(memory_gib, file_mib << 20, isolate)
+        self._command = [sys.executable, "-E", "-s", sandbox.__file__, *limits]
         self._timeout_s, self._max_chars = timeout_s, max_chars
         self._free = asyncio.Semaphore(processes)
 

@@ -63,22 +63,22 @@ class VerifiersEnvironment:
         messages = self._rollouts[number] = asyncio.Queue()
         full = False
 
-        async def answer(call: int, history: list[dict[str, str]], max_tokens: int | None) -> None:
+        async def answer(request: dict[str, Any]) -> None:
             nonlocal full
             try:
-                text = await session.reply(history, max_tokens)
-                assert session.last is not None
-                self._send(call=call, text=text, finish_reason=session.last.finish_reason)
+                text = await session.reply(request["messages"], request["max_tokens"])
+                assert session.last
+                reply = {"text": text, "finish_reason": session.last.finish_reason}
             except Exception as error:
                 full = full or isinstance(error, NoRoomError)
-                self._send(call=call, error=f"{type(error).__name__}: {error}")
+                reply = {"error": f"{type(error).__name__}: {error}"}
+            self._send(call=request["call"], **reply)
 
         calls: list[asyncio.Task] = []
         try:
             self._send(rollout=number, task=prompt.metadata["task"])
             while "errors" not in (result := await messages.get()):
-                reply = answer(result["call"], result["messages"], result["max_tokens"])
-                calls.append(asyncio.create_task(reply))
+                calls.append(asyncio.create_task(answer(result)))
         finally:
             for task in calls:
                 task.cancel()
@@ -96,7 +96,7 @@ class VerifiersEnvironment:
 
     async def close(self) -> None:
         """Kill the process."""
-        if self._process is not None and self._reader is not None:
+        if self._process and self._reader:
             self._process.kill()
             await self._reader
 
@@ -116,9 +116,8 @@ class VerifiersEnvironment:
             process.kill()
             raise
         if not line:
-            code = await process.wait()
-            message = f"the process of the environment ended with {code}; see standard error"
-            raise VerifiersError(message)
+            ended = f"the process of the environment ended with {await process.wait()}"
+            raise VerifiersError(f"{ended}; see standard error")
         self._process = process
         self._reader = asyncio.create_task(self._read(process, process.stdout))
 
@@ -139,6 +138,6 @@ class VerifiersEnvironment:
             await process.wait()
 
     def _send(self, **message: Any) -> None:
-        process = self._process
-        if process is not None and process.stdin is not None and not process.stdin.is_closing():
-            process.stdin.write(json.dumps(message).encode() + b"\n")
+        stdin = self._process and self._process.stdin
+        if stdin and not stdin.is_closing():
+            stdin.write(json.dumps(message).encode() + b"\n")

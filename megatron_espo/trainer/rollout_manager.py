@@ -22,7 +22,7 @@ from megatron_espo.distributed.stop_request import Stopped, StopRequest
 from megatron_espo.models.spec import ModelSpec
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.rollout.engine import EngineError
-from megatron_espo.rollout.evaluation import Evaluator, engine_config
+from megatron_espo.rollout.evaluation import Evaluator, engine_config, evaluation_record
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import EnginePool
 from megatron_espo.rollout.runner import EnvironmentRunner, load_environment
@@ -131,12 +131,10 @@ class RolloutManager:
         if close := getattr(environment, "close", None):
             self._closing.callback(lambda: self._loop.run(close(), 5.0))
         parts = (environment, pool, tokenizer, self._loop)
-        limits = self.config.environment
-        self._runner = EnvironmentRunner(*parts, limits, max_model_len, router_replay)
-        eos_ids = tokenizer.eos_ids
-        self._sampler = Sampler(
-            self.config, self._stream, self._runner, self._scorer, eos_ids, self._check
-        )
+        timeout_s = self.config.environment.timeout_s
+        self._runner = EnvironmentRunner(*parts, timeout_s, max_model_len, router_replay)
+        sources = (self._stream, self._runner, self._scorer)
+        self._sampler = Sampler(self.config, *sources, self._check)
         self._closing.callback(self._sampler.close)
 
     def canary(self) -> list[Prompt]:
@@ -230,12 +228,12 @@ class RolloutManager:
     def _evaluate(self, step: int, phases: Phases) -> dict[str, float]:
         try:
             self._check()
-            found = self._evaluator.run(
+            rollouts = self._evaluator.run(
                 self._runner, self._scorer, phases, step, self.config.run.steps, self._check
             )
         except Stopped:
             return {}
-        record = found.record(step=step)
+        record = evaluation_record(rollouts, step=step)
         with open(Path(self.config.run.dir, "eval.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return record["metrics"]

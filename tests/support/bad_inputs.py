@@ -191,7 +191,8 @@ def read_prompts(bad: Bad) -> None:
 def start_rewards(bad: Bad) -> None:
     from megatron_espo.rewards.pool import RewardPool
 
-    with contextlib.closing(RewardPool(load_config("run.yaml", bad.overrides).reward)) as rewards:
+    settings = load_config("run.yaml", bad.overrides).reward
+    with contextlib.closing(RewardPool(settings, settings.function)) as rewards:
         rewards.start()
 
 
@@ -205,7 +206,8 @@ def judge_a_step(bad: Bad) -> None:
     loop = LoopThread()
     config = load_config("run.yaml", bad.overrides)
     with contextlib.closing(loop), contextlib.closing(Scorer(config, None, loop)) as scorer:
-        scored = scorer.score([found] * 4, lambda *_: None)
+        futures = [scorer.submit(found) for _ in range(4)]
+        scored = [future.result() for future in futures]
         scorer.check_failures(sum(sample.reward != sample.reward for sample in scored), 4, step=1)
 
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from megatron_espo.config import Reward, Rollout, Run
-from megatron_espo.config.tasks import Environment
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.rollout.engine import Generation, Sampling
@@ -217,13 +216,10 @@ class FakeRun:
         self.loop = LoopThread()
         self.source, self.rewards = FakeSource(self.loop, order), FakeRewards(judge)
         self.phases, self.stream = FakePhases(self.source), stream or Numbers()
-        limits = Environment()
-        self.runner = EnvironmentRunner(SingleTurn(), self.source, TOKENIZER, self.loop, limits, 64)
+        self.runner = EnvironmentRunner(SingleTurn(), self.source, TOKENIZER, self.loop, None, 64)
         config = SimpleNamespace(rollout=rollout, run=Run(steps=99, seed=1), reward=Reward())
         check = check or self.source.check
-        self.sampler = Sampler(
-            config, self.stream, self.runner, self.rewards, TOKENIZER.eos_ids, check
-        )
+        self.sampler = Sampler(config, self.stream, self.runner, self.rewards, check)
 
     def batch(self, step: int) -> ScoredGroups:
         """The step's batch; then the source has the step's weights."""
