@@ -1,6 +1,8 @@
 """A user's own class or function, by the name in a setting."""
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from megatron_espo.errors import InputError
@@ -18,6 +20,8 @@ def load_object(key: str, name: str, expected: str = "module:Class") -> Any:
         InputError: no such module or attribute.
     """
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # a command's first folder is that of the command
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

@@ -14,6 +14,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_espo.config import Megatron
 from megatron_espo.errors import InputError
 from megatron_espo.megatron.model import layer_spec, transformer_config
+from megatron_espo.models import mapping as rules
+from megatron_espo.models.glm import Glm
 from megatron_espo.models.layouts import local_shape, shard_into, unshard_into
 from megatron_espo.models.llama import Llama
 from megatron_espo.models.registry import read_spec
@@ -294,6 +296,15 @@ def test_middle_stage_with_transformer_engine_names_binds_by_global_layer():
     for mapping, parameter in bound.items():
         names = [name.replace("layers.2.", "layers.0.") for name in mapping.megatron]
         assert any(held.get(name) is parameter for name in names)
+
+
+def test_gate_and_up_projection_cut_as_one_matrix_are_refused():
+    class Wrong(Glm):
+        dense_mlp = (replace(rules.FUSED_GATE_UP, layout=rules.ShardLayout.COLUMN), rules.DOWN)
+
+    spec = Wrong.read(make_model("glm").config.to_dict())
+    with pytest.raises(InputError, match="linear_fc1.weight: expected layout gated or fused_gated"):
+        _ = spec.groups
 
 
 def test_mismatched_models_are_named():

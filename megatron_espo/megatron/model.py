@@ -189,7 +189,8 @@ def layer_spec(spec: ModelSpec, config: Any, te: bool, vp_stage: int | None, gro
         pp_rank=groups.pp.rank(),
     )
     norm = block.layer_norm = block.layer_norm if te else attention.RMSNorm
-    for layer in block.layer_specs:  # one object may stand for several layers
+    # One object may stand for several layers.
+    for layer in {id(layer): layer for layer in block.layer_specs}.values():
         if not te:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
             parts = layer.submodules.self_attention.submodules

@@ -1,6 +1,5 @@
 """GLM-4 (dense), GLM-4.5."""
 
-from functools import cached_property
 from typing import Any
 
 from megatron_espo.models import mapping as rules
@@ -16,10 +15,6 @@ class Glm(ModelSpec):
 
     def transformer_arguments(self) -> dict[str, Any]:
         return super().transformer_arguments() | {"rotary_interleaved": True}
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        return super().sizes | {"gate_up": 2 * self.intermediate_size}
 
 
 class Glm4(Glm):

@@ -22,8 +22,8 @@ class ParamRule:
         is_float32: whether trainer and engine have it in float32, whatever the model's dtype.
 
     Raises:
-        ValueError: the layout needs another number of tensors. A fused tensor such as
-            ``gate_up_proj`` must be split into its parts first.
+        ValueError: the layout needs another number of tensors. ``FUSED_GATE_UP`` is the rule of
+            gate and up projection in one tensor.
     """
 
     layout: ShardLayout
@@ -34,8 +34,9 @@ class ParamRule:
     def __post_init__(self) -> None:
         if len(self.huggingface) != self.layout.num_sources:
             expected = f"{self.layout.num_sources} tensors for layout {self.layout.value}"
-            got = f"{len(self.huggingface)} ({self.huggingface}); split a fused tensor"
-            raise ValueError(f"{self.megatron[0]}: expected {expected}, got {got}")
+            got = f"{len(self.huggingface)} ({self.huggingface})"
+            advice = "layout fused_gated takes gate and up projection as one tensor"
+            raise ValueError(f"{self.megatron[0]}: expected {expected}, got {got}; {advice}")
 
 
 @dataclass(frozen=True)

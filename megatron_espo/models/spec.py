@@ -226,7 +226,9 @@ class ModelSpec:
         return 2 * max(1, self.num_key_value_heads // gpus) * self.head_dim
 
     def change_layer(self, layer: Any) -> None:
-        """Change Megatron's ``ModuleSpec`` of a decoder layer in place. For a user's own family."""
+        """Change Megatron's ``ModuleSpec`` of a decoder layer in place, once for each object. For a
+        user's own family.
+        """
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -238,6 +240,7 @@ class ModelSpec:
             "key": self.num_key_value_heads * self.head_dim,
             "head_dim": self.head_dim,
             "ffn": self.intermediate_size,
+            "gate_up": 2 * self.intermediate_size,
             "vocab": self.vocab_size,
         }
         if e := self.experts:
@@ -259,6 +262,11 @@ class ModelSpec:
         return [self._expand(embedding), *layers, self._expand(rules.FINAL_NORM) + head]
 
     def _expand(self, rule: ParamRule, layer: int | None = None) -> list[ParamMapping]:
+        is_mlp = rule.layout is rules.ShardLayout.COLUMN and "linear_fc1" in rule.megatron[0]
+        if is_mlp and self.transformer_arguments()["gated_linear_unit"]:
+            # A rank would get rows of the gate, and another one those of the up projection.
+            expected = "layout gated or fused_gated for gate and up projection"
+            raise InputError(f"model.family: {rule.megatron[0]}: expected {expected}, got column")
         ours = "" if layer is None else f"decoder.layers.{layer}."
         theirs = "" if layer is None else f"model.layers.{layer}."
         count = self.experts.count if self.experts and "{expert}" in rule.megatron[0] else 0

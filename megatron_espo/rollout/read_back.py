@@ -179,17 +179,22 @@ def _places(name: str, layer: Any, packed: dict) -> Iterator[tuple[str, slice, i
         return
     rank = layer.tp_rank if isinstance(layer, linear.ColumnParallelLinear) and not replicated else 0
     prefix, _, last = name.rpartition(".")
-    names, start = packed.get(last, [last]), 0
+    names, sizes = packed.get(last, [last]), layer.output_partition_sizes
     is_gated = len(names) > 1 and isinstance(layer, linear.MergedColumnParallelLinear)
-    for index, (own, size) in enumerate(zip(names, layer.output_partition_sizes, strict=True)):
+    start = first = 0  # of the part: in this rank's rows, and in those of all ranks
+    for index, size in enumerate(sizes):
         # With fewer key-value heads than ranks, neighbouring ranks hold copies of a head.
         copies = getattr(layer, "num_kv_head_replicas", 1) if index else 1
         if rank % copies == 0:
             rows, row = slice(start, start + size), rank // copies * size
-            yield f"{prefix}.{own}", rows, row
-            if is_gated:  # the checkpoint may have gate and up projection as one tensor, too
-                yield name, rows, sum(layer.output_sizes[:index]) + row
+            if len(names) == len(sizes):
+                yield f"{prefix}.{names[index]}", rows, row
+            if len(names) < len(sizes):  # the checkpoint has all parts as one tensor
+                yield f"{prefix}.{names[0]}", rows, first + row
+            elif is_gated:  # it may have gate and up projection as one tensor, too
+                yield name, rows, first + row
         start += size
+        first += size * (1 if replicated else layer.tp_size) // copies
 
 
 def _is_lookup(layer: Any) -> bool:
