@@ -102,12 +102,16 @@ def main() -> None:
         log, states = RolloutLog(Path(folder), {"x": 1}), {"before": {}, "after": {}}
         for step in range(1, args.steps + 1):
             print(f"\nstep {step}")
-            timed("background: rollout log, alone", lambda: log.write(1, groups, **states))
+            alone = Path(folder, "alone.npz")
+            timed("background: rollout log, alone", lambda: log._write(alone, groups, states))
+                "background: rollout log, alone",
+                lambda: log._write(Path(folder, "alone.npz"), groups, states),
+            )
             _, write_s, write_cpu_s = rows[0]
             rows.clear()
             size = sum(f.stat().st_size for f in Path(folder).iterdir()) / 2**20
             print(f"   {size:.0f} MiB on disk")
-            timed("rollout log: start", lambda: log.start_write(1, groups, **states))
+            timed("rollout log: start", lambda: log.write(1, groups, **states))
             measure(args, groups, total)
             log.wait()
             whole, whole_cpu = (sum(row[i] for row in rows) for i in (1, 2))

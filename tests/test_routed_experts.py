@@ -199,10 +199,10 @@ def make_groups(with_experts: bool) -> ScoredGroups:
 def test_recorded_rollouts_keep_their_experts(tmp_path):
     log, groups = RolloutLog(tmp_path, {}), make_groups(True)
     log.write(7, groups, before={}, after={"at": 3})
-    recorded = log.read(7, {})
-    assert recorded.groups.rollouts == groups.rollouts
+    recorded, _ = log.read(7, {})
+    assert recorded.rollouts == groups.rollouts
     samples = sum(groups.rollouts, [])
-    for one, other in zip(samples, sum(recorded.groups.rollouts, []), strict=True):
+    for one, other in zip(samples, sum(recorded.rollouts, []), strict=True):
         assert one.routed_experts.dtype == other.routed_experts.dtype == np.uint8
         assert np.array_equal(one.routed_experts, other.routed_experts)
     path = tmp_path / "step_000007.npz"
@@ -220,7 +220,7 @@ def test_recorded_rollouts_keep_their_experts(tmp_path):
 def test_rollouts_without_experts_have_none(tmp_path):
     log = RolloutLog(tmp_path, {})
     log.write(1, make_groups(False), before={}, after={})
-    assert not log.read(1, {}).groups.have_routed_experts
+    assert not log.read(1, {})[0].have_routed_experts
     assert make_groups(True).have_routed_experts
 
 

@@ -421,12 +421,13 @@ def test_trajectories_survive_the_file(tmp_path):
     groups = ScoredGroups(rollouts, groups.rewards, 5, in_flight=2)
     log = RolloutLog(tmp_path, {"seed": 1})
     log.write(3, groups, before={"at": 1}, after={"at": 2})
+    log.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step_000003.npz"]
-    found = log.read(3, {"at": 1})
-    assert found.after == {"at": 2} and (found.groups.dispatched, found.groups.in_flight) == (5, 2)
-    assert found.groups.rollouts == rollouts and found.groups.have_routed_experts
-    assert torch.equal(found.groups.rewards.nan_to_num(7), groups.rewards.nan_to_num(7))
-    for one, other in zip(sum(rollouts, []), sum(found.groups.rollouts, []), strict=True):
+    found, after = log.read(3, {"at": 1})
+    assert after == {"at": 2} and (found.dispatched, found.in_flight) == (5, 2)
+    assert found.rollouts == rollouts and found.have_routed_experts
+    assert torch.equal(found.rewards.nan_to_num(7), groups.rewards.nan_to_num(7))
+    for one, other in zip(sum(rollouts, []), sum(found.rollouts, []), strict=True):
         for part, copy in zip(one.parts, other.parts, strict=True):
             assert part.routed_experts.dtype == copy.routed_experts.dtype
             assert np.array_equal(part.routed_experts, copy.routed_experts)
@@ -446,6 +447,7 @@ def test_trajectories_survive_the_file(tmp_path):
 def test_a_flipped_bit_is_found(tmp_path, name):
     log = RolloutLog(tmp_path, {})
     log.write(1, make_groups(7, [(3, 1)]), before={}, after={})
+    log.wait()
     path = tmp_path / "step_000001.npz"
     member = name if "." in name else f"{name}.npy"
     with zipfile.ZipFile(path) as archive:
@@ -469,7 +471,7 @@ def test_texts_survive_the_file(tmp_path):
     samples = [Trajectory.single_turn(PROMPT, (5,), (-1.0,), 0, "stop", text) for text in texts]
     log = RolloutLog(tmp_path, {})
     log.write(1, ScoredGroups([samples], torch.zeros(1, len(texts)), 1), before={}, after={})
-    assert [sample.text for sample in log.read(1, {}).groups.samples] == texts
+    assert [sample.text for sample in log.read(1, {})[0].samples] == texts
 
 
 def test_the_log_is_written_in_the_background(tmp_path, monkeypatch):
@@ -483,13 +485,13 @@ def test_the_log_is_written_in_the_background(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rollout_store, "make_durable", slowly)
     groups = make_groups(7, [(3, 1)])
-    log.start_write(1, groups, before={}, after={})
+    log.write(1, groups, before={}, after={})
     assert not list(tmp_path.glob("*.npz")) and not events
     threading.Timer(0.05, allowed.set).start()
-    log.start_write(2, groups, before={}, after={})
+    log.write(2, groups, before={}, after={})
     assert "durable" in events and (tmp_path / "step_000001.npz").exists()
-    assert log.read(2, {}).groups.rollouts == groups.rollouts
-    log.start_write(3, groups, before={}, after={})
+    assert log.read(2, {})[0].rollouts == groups.rollouts
+    log.write(3, groups, before={}, after={})
     log.close()
     assert len(events) == 3 and (tmp_path / "step_000003.npz").exists()
 
@@ -501,10 +503,10 @@ def test_an_error_of_the_log_is_raised_by_the_next_call(tmp_path):
         RolloutLog.wait,
         RolloutLog.close,
         lambda log: log.read(1, {}),
-        lambda log: log.start_write(2, groups, before={}, after={}),
+        lambda log: log.write(2, groups, before={}, after={}),
     ):
         log = RolloutLog(tmp_path / "file", {})
-        log.start_write(1, groups, before={}, after={})
+        log.write(1, groups, before={}, after={})
         with pytest.raises(OSError):
             next_call(log)
         log.wait()  # an error is raised once
@@ -513,7 +515,7 @@ def test_an_error_of_the_log_is_raised_by_the_next_call(tmp_path):
 def test_an_error_of_the_log_ends_a_step_before_metrics_and_checkpoint(tmp_path):
     (tmp_path / "file").touch()
     log = RolloutLog(tmp_path / "file", {})
-    log.start_write(1, make_groups(7, [(3, 1)]), before={}, after={})
+    log.write(1, make_groups(7, [(3, 1)]), before={}, after={})
     manager = object.__new__(RolloutManager)
     manager._log = log
     # Every other part would raise AttributeError.

@@ -42,6 +42,7 @@ def record_rollouts(folder: Path, steps: int) -> None:
             )
         rewards = torch.tensor([[draw.random(), draw.random()] for _ in prompts])
         log.write(step, ScoredGroups(groups, rewards, 4), before={}, after={})
+    log.wait()
 
 
 @dataclass(frozen=True)

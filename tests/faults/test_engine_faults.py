@@ -370,7 +370,7 @@ def test_a_run_goes_on_after_its_engine_is_killed_in_training_update_and_rollout
         and lines[-1]["ledger/dropped_equal"] == 0
     )
     log = RolloutLog(tmp_path / "killed" / "rollouts", {})
-    steps = [log.read(step, None).groups for step in range(1, STEPS + 1)]
+    steps = [log.read(step, None)[0] for step in range(1, STEPS + 1)]
     assert all(groups.max_staleness(step) in (0, 1) for step, groups in enumerate(steps, 1))
     state = json.loads(
         (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:06d}" / "state.json").read_text()

@@ -231,9 +231,9 @@ def replay_without_experts(bad: Bad) -> None:
             for _ in range(2)
         ]
     ]
-    RolloutLog(Path("other/rollouts"), {}).write(
-        1, ScoredGroups(rollouts, torch.tensor([[0.0, 1.0]]), 1), before={}, after={}
-    )
+    log = RolloutLog(Path("other/rollouts"), {})
+    log.write(1, ScoredGroups(rollouts, torch.tensor([[0.0, 1.0]]), 1), before={}, after={})
+    log.wait()
     runtime = SimpleNamespace(is_main=True, rank=0, world_size=1)
     stop = SimpleNamespace(check=lambda: None)
     manager = RolloutManager(load_config("run.yaml", bad.overrides), read_spec(MOE), runtime, stop)
