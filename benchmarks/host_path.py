@@ -100,13 +100,10 @@ def main() -> None:
     print(f"{arrays:.3f} GiB of arrays; {before:.2f} GiB before the measurement")
     with tempfile.TemporaryDirectory() as folder:
         log, states = RolloutLog(Path(folder), {"x": 1}), {"before": {}, "after": {}}
+        alone = Path(folder, "alone.npz")
         for step in range(1, args.steps + 1):
             print(f"\nstep {step}")
-            alone = Path(folder, "alone.npz")
             timed("background: rollout log, alone", lambda: log._write(alone, groups, states))
-                "background: rollout log, alone",
-                lambda: log._write(Path(folder, "alone.npz"), groups, states),
-            )
             _, write_s, write_cpu_s = rows[0]
             rows.clear()
             size = sum(f.stat().st_size for f in Path(folder).iterdir()) / 2**20
