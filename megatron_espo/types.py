@@ -1,7 +1,7 @@
 """Values that the stages pass to each other. Plain data: the standard library and numpy only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,8 +107,7 @@ class SamplingMask:
 class Trajectory:
     """One sampled response of one or several turns, with the exact tokens of the engine.
 
-    ``T`` is the length of ``response_ids``. Equality compares all fields except
-    ``routed_experts`` and ``sampling_mask``. A trajectory is not hashable.
+    ``T`` is the length of ``response_ids``.
 
     Attributes:
         prompt: the prompt that it answers.
@@ -149,8 +148,8 @@ class Trajectory:
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
     earlier: tuple["Trajectory", ...] = ()
-    routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
-    sampling_mask: SamplingMask | None = field(default=None, repr=False, compare=False)
+    routed_experts: np.ndarray | None = field(default=None, repr=False)
+    sampling_mask: SamplingMask | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         length = len(self.response_ids)
@@ -204,13 +203,6 @@ class Trajectory:
             turns=np.zeros(min(1, len(ids)), np.int32),
             **attributes,
         )
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Trajectory):
-            return NotImplemented
-        names = [entry.name for entry in fields(self) if entry.compare]
-        pairs = ((getattr(self, name), getattr(other, name)) for name in names)
-        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 
     def with_reward(self, reward: float | None) -> "Trajectory":
         """Return a copy with the reward function's score. ``None`` (scoring failed) becomes NaN."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 import threading
 import zipfile
 from dataclasses import replace
@@ -24,6 +23,7 @@ from megatron_espo.monitoring.samples import sample_record
 from megatron_espo.trainer.rollout_manager import RolloutManager
 from megatron_espo.trainer.train import Run, train_sequences
 from megatron_espo.types import Prompt, SamplingMask, Trajectory
+from tests.support.trajectories import values_of
 from tests.test_packing import hidden_states
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -357,19 +357,9 @@ def test_the_error_names_the_field(change, message):
         replace(trajectory, **change)
 
 
-def test_equality_and_counts():
+def test_counts():
     draw = np.random.default_rng(2)
     trajectory = make_trajectory(draw, PROMPT, 2, earlier=1)
-    same = pickle.loads(pickle.dumps(trajectory))
-    assert same == trajectory and trajectory != "text"
-    others = [
-        replace(trajectory, versions=trajectory.versions + 1),
-        replace(trajectory, earlier=()),
-        replace(trajectory, reward=0.25),
-    ]
-    assert all(other != trajectory for other in others)
-    with pytest.raises(TypeError):
-        hash(trajectory)
     assert trajectory.num_trained == sum(part.loss_mask.sum() for part in trajectory.parts)
     with pytest.raises(ValueError, match="nested parts"):
         replace(trajectory, earlier=(trajectory,))
@@ -425,7 +415,7 @@ def test_trajectories_survive_the_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_000003.npz"]
     found, after = log.read(3, {"at": 1})
     assert after == {"at": 2} and (found.dispatched, found.in_flight) == (5, 2)
-    assert found.rollouts == rollouts and found.have_routed_experts
+    assert values_of(found.rollouts) == values_of(rollouts) and found.have_routed_experts
     assert torch.equal(found.rewards.nan_to_num(7), groups.rewards.nan_to_num(7))
     for one, other in zip(sum(rollouts, []), sum(found.rollouts, []), strict=True):
         for part, copy in zip(one.parts, other.parts, strict=True):
@@ -490,7 +480,7 @@ def test_the_log_is_written_in_the_background(tmp_path, monkeypatch):
     threading.Timer(0.05, allowed.set).start()
     log.write(2, groups, before={}, after={})
     assert "durable" in events and (tmp_path / "step_000001.npz").exists()
-    assert log.read(2, {})[0].rollouts == groups.rollouts
+    assert values_of(log.read(2, {})[0].rollouts) == values_of(groups.rollouts)
     log.write(3, groups, before={}, after={})
     log.close()
     assert len(events) == 3 and (tmp_path / "step_000003.npz").exists()

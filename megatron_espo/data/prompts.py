@@ -40,14 +40,13 @@ class _Epochs:
     def __init__(
         self, name: str, settings: Source, seed: int, shuffle: bool, share: Fraction
     ) -> None:
-        self.rows = read_rows(settings, seed)
+        self.rows, limits = read_rows(settings, seed), settings.pass_rate
         self.name, self.prompts, self.share = name, settings.prompts, share
-        self._identity = {"seed": seed, "shuffle": shuffle, "share": str(share)}
-        self._kept = _within(self.rows, settings.pass_rate)
+        self._kept = _within(self.rows, limits)
         if not len(self._kept):
-            expected = f"a row in {list(settings.pass_rate)}"
-            found = f"none of {len(self.rows):,}"
+            expected, found = f"a row in {list(limits)}", f"none of {len(self.rows):,}"
             raise InputError(f"{settings.prompts}: pass_rate: expected {expected}, got {found}")
+        self._identity = {"seed": seed, "shuffle": shuffle, "share": str(share)}
         self._identity["fingerprint"] = _fingerprint(self.rows, self._kept)
         self.solved: dict[str, int] = {}
         self._passed = 0  # because of ``solved``
@@ -291,17 +290,15 @@ class PromptStream:
         if self._data.raw or not self._tokenizer.has_chat_template:
             return
         rendered = self._tokenizer.render([{"role": "user", "content": "x"}])
-        opening = rendered.partition("user")[0]
-        if not opening.strip():
+        opening = rendered.partition("user")[0].strip()
+        if not opening:
             return
-        table = rows.table
-        found = pc.and_(
-            pc.invert(table["is_chat"]), pc.match_substring(table["prompt"], opening.strip())
-        )
-        for index in pc.indices_nonzero(found):
+        contain = pc.match_substring(rows.table["prompt"], opening)
+        found = pc.and_(pc.invert(rows.table["is_chat"]), contain)
+        for number in rows.table["number"].filter(found).to_pylist():
             problems.add(
-                rows[index.as_py()].where,
-                f"prompt: expected text without the chat template, got {opening.strip()!r} in it; "
+                rows.where(number),
+                f"prompt: expected text without the chat template, got {opening!r} in it; "
                 "set data.raw to true for prompts that are rendered already",
             )
 

@@ -53,18 +53,16 @@ class ScoredGroups:
         """Versions between the weights that ``step`` starts from and the weights that sampled; mean
         over sampled tokens.
         """
-        ages = self._ages(step)
-        return float(ages.mean()) if ages.size else 0.0
+        return float(self._ages(step).mean())
 
     def max_staleness(self, step: int) -> int:
         """The staleness of the oldest sampled token."""
-        ages = self._ages(step)
-        return int(ages.max()) if ages.size else 0
+        return int(self._ages(step).max())
 
     def _ages(self, step: int) -> np.ndarray:
         parts = [part for sample in self.samples if not sample.failed for part in sample.parts]
         versions = [part.versions[part.loss_mask] for part in parts]
-        return step - 1 - np.concatenate([np.zeros(0, np.int32), *versions])
+        return step - 1 - np.concatenate(versions) if versions else np.zeros(1)
 
     def lengths(self) -> torch.Tensor:
         """Sampled tokens, ``[prompts, group_size]`` int64."""
@@ -115,24 +113,24 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
     Raises:
         ValueError, LookupError, TypeError: values are missing or do not match each other.
     """
-    token_ids = split(arrays["token_ids"], arrays["token_ids_lengths"])
+
+    def column(name: str, lengths: str = "") -> list[np.ndarray]:
+        return split(arrays[name], arrays[f"{lengths or name}_lengths"])
+
     prompts = [
         Prompt(**entry, token_ids=tuple(ids.tolist()))
-        for entry, ids in zip(content["prompts"], token_ids, strict=True)
+        for entry, ids in zip(content["prompts"], column("token_ids"), strict=True)
     ]
     columns: dict[str, Iterable[Any]] = {"text": content["texts"]}
     for i, name in enumerate(("finish_reason", "reward", "rewards")):
         columns[name] = [part[i] for part in content["parts"]]
-    for name in ("prompt_ids", "turns", *_RESPONSE_FIELDS):
-        lengths = arrays.get(f"{name}_lengths", arrays["response_lengths"])
-        columns[name] = split(arrays[name], lengths)
+    columns |= {name: column(name) for name in ("prompt_ids", "turns")}
+    columns |= {name: column(name, "response") for name in _RESPONSE_FIELDS}
     if "routed_experts" in arrays:
-        rows = split(arrays["routed_experts"], arrays["routed_experts_lengths"])
-        columns["routed_experts"] = (part if len(part) else None for part in rows)
+        experts = column("routed_experts")
+        columns["routed_experts"] = (part if len(part) else None for part in experts)
     if "mask_ids" in arrays:
-        ids = split(arrays["mask_ids"], arrays["mask_ids_lengths"])
-        kept = split(arrays["mask_counts"], arrays["response_lengths"])
-        masks = map(SamplingMask, ids, kept)
+        masks = map(SamplingMask, column("mask_ids"), column("mask_counts", "response"))
         columns["sampling_mask"] = (mask if len(mask.ids) else None for mask in masks)
     values = zip(*columns.values(), strict=True)
     parts = (dict(zip(columns, each, strict=True)) for each in values)

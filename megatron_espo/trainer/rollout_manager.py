@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
@@ -102,8 +102,10 @@ class RolloutManager:
             if config.eval.prompts:
                 self._evaluator = Evaluator(config, self.tokenizer, max_model_len)
         if is_owner:
-            layers, listen = experts and experts.indices, _listen_address()
-            settings = engine_config(config, max_model_len, expert_layers=layers, listen=listen)
+            layers = experts.indices if experts else None
+            settings = engine_config(
+                config, max_model_len, expert_layers=layers, listen=_listen_address()
+            )
             self.engine = VLLMEngine(settings, self._loop)
             self._closing.callback(self.engine.close)
             self.engine.start()
