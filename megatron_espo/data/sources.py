@@ -4,7 +4,6 @@ import codecs
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.json import read_json
-from tqdm import tqdm
 
 from megatron_espo.config.tasks import Source
 from megatron_espo.data.messages import WRITTEN, as_messages, describe, find_problem, shorten
@@ -113,25 +111,13 @@ class Rows(Sequence[Row]):
         return index
 
 
-@dataclass
-class Problems:
-    """Collects mistakes in rows, so that one run of the program shows many of them."""
-
-    shown: list[str] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, where: str, what: str) -> None:
-        self.count += 1
-        if len(self.shown) < MAX_REPORTED:
-            self.shown.append(f"{where}: {what}")
-
-    def raise_if_any(self, source: str) -> None:
-        """Raise InputError with the first problems and their number."""
-        if self.count:
-            head = [f"{source}: {self.count} problems"] if self.count > 1 else []
-            more = self.count - len(self.shown)
-            tail = [f"... and {more} more"] if more else []
-            raise InputError("\n  ".join([*head, *self.shown, *tail]))
+def raise_problems(source: str, problems: Sequence[str]) -> None:
+    """Raise InputError with the first mistakes in the rows of ``source`` and their number."""
+    if problems:
+        head = [f"{source}: {len(problems)} problems"] if len(problems) > 1 else []
+        more = len(problems) - MAX_REPORTED
+        tail = [f"... and {more} more"] if more > 0 else []
+        raise InputError("\n  ".join([*head, *problems[:MAX_REPORTED], *tail]))
 
 
 class MissingColumns(InputError):
@@ -173,8 +159,7 @@ def _read_file(
     chunks = reader.read_jsonl() if is_jsonl else reader.read_parquet()
     table = pa.concat_tables([_TABLE.empty_table(), *chunks])
     rows = Rows(table, where, f"{path.stem}:")
-    _check_ids(rows, reader.problems)
-    reader.problems.raise_if_any(str(path))
+    raise_problems(str(path), reader.problems + _repeated_ids(rows))
     if not rows:
         raise InputError(f"{path}: expected at least one row, found none")
     repeated = len(rows) - pc.count_distinct(rows.table["prompt"]).as_py()
@@ -206,11 +191,11 @@ class _Reader:
     where: str
     needed: Sequence[str]
     wanted: Mapping[str, str]
-    problems: Problems = field(default_factory=Problems)
+    problems: list[str] = field(default_factory=list)
 
     def read_jsonl(self) -> Iterator[pa.Table]:
         number = 1
-        with self.path.open("rb") as file, self._progress(os.path.getsize(self.path)) as bar:
+        with self.path.open("rb") as file:
             while lines := file.readlines(_CHUNK_BYTES):
                 if number == 1:
                     lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
@@ -218,7 +203,6 @@ class _Reader:
                 chunk = batch and self._fast_table(batch, number - 1)
                 yield chunk or self._table(self._json_records(lines, number))
                 number += len(lines)
-                bar.update(sum(map(len, lines)))
 
     def _json_records(self, lines: Iterable[bytes], start: int) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(lines, start):
@@ -228,7 +212,7 @@ class _Reader:
                 record = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
                 what = f"expected one JSON object in UTF-8, got {shorten(line)} ({error})"
-                self.problems.add(self.where.format(number=number), what)
+                self._note(number, what)
             else:
                 yield number, record
 
@@ -238,17 +222,13 @@ class _Reader:
         try:
             with ParquetFile(self.path) as file:
                 columns = self._stored_columns(file.schema_arrow)
-                if self.problems.count:
+                if self.problems:
                     return
-                number, batches = 0, file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns)
-                with self._progress(file.metadata.num_rows) as bar:
-                    for batch in batches:
-                        chunk = self._fast_table(batch, number)
-                        if chunk is None:
-                            chunk = self._table(enumerate(batch.to_pylist(), number + 1))
-                        yield chunk
-                        number += len(batch)
-                        bar.update(len(batch))
+                number = 0
+                for batch in file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns):
+                    chunk = self._fast_table(batch, number)
+                    yield chunk or self._table(enumerate(batch.to_pylist(), number + 1))
+                    number += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{self.path}: expected a Parquet file, got an unreadable one ({error}); write it "
@@ -268,13 +248,8 @@ class _Reader:
         for column in schema:
             if (columns is None or column.name in columns) and not _fits_json(column.type):
                 what = f"{column.name}: expected values that JSON can hold, got {column.type}"
-                self.problems.add(str(self.path), f"{what}; {_CHOOSE_COLUMNS}")
+                self.problems.append(f"{self.path}: {what}; {_CHOOSE_COLUMNS}")
         return columns
-
-    def _progress(self, total: int) -> tqdm:
-        """Show a bar on a terminal, for a file that takes more than a second."""
-        name = f"reading {self.path.name}"
-        return tqdm(None, name, total, disable=None, leave=False, delay=1, unit_scale=True)
 
     def _fast_table(self, batch: pa.RecordBatch, before: int) -> pa.Table | None:
         """The chunk of correct rows with the needed columns only; ``None``: look at each row."""
@@ -312,13 +287,16 @@ class _Reader:
         arrays = [columns.get(field.name, absent).cast(field.type) for field in _TABLE]
         return pa.Table.from_arrays(arrays, schema=_TABLE)
 
+    def _note(self, number: int, problem: str) -> None:
+        self.problems.append(f"{self.where.format(number=number)}: {problem}")
+
     def _table(self, records: Iterable[tuple[int, Any]]) -> pa.Table:
         """The chunk of the correct records."""
         rows = []
         for number, record in records:
             row, problems = self._check(record)
             for problem in problems:
-                self.problems.add(self.where.format(number=number), problem)
+                self._note(number, problem)
             if not problems:
                 rows.append(row | {"number": number})
         return pa.Table.from_pylist(rows, schema=_TABLE)
@@ -458,17 +436,18 @@ def _field(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _check_ids(rows: Rows, problems: Problems) -> None:
+def _repeated_ids(rows: Rows) -> list[str]:
     own = rows.table["id"]
     if own.null_count == len(own) or pc.count_distinct(rows.ids).as_py() == len(own):
-        return
+        return []
     first: dict[str, int] = {}
-    numbers = rows.table["number"].to_pylist()
+    problems, numbers = [], rows.table["number"].to_pylist()
     for number, identifier in zip(numbers, rows.ids.to_pylist(), strict=True):
         earlier = first.setdefault(identifier, number)
         if earlier != number:
             used = f"id {identifier!r} is already used by {rows.where(earlier)}"
-            problems.add(rows.where(number), f"{used}; ids must be unique")
+            problems.append(f"{rows.where(number)}: {used}; ids must be unique")
+    return problems
 
 
 def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
