@@ -6,6 +6,7 @@ import threading
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
 from megatron_espo.monitoring.samples import sample_record
+from megatron_espo.trainer import train
 from megatron_espo.trainer.rollout_manager import RolloutManager
-from megatron_espo.trainer.train import Run, train_sequences
+from megatron_espo.trainer.train import train_sequences
 from megatron_espo.types import Prompt, SamplingMask, Trajectory
 from tests.support.trajectories import values_of
 from tests.test_packing import hidden_states
@@ -502,18 +504,21 @@ def test_an_error_of_the_log_is_raised_by_the_next_call(tmp_path):
         log.wait()  # an error is raised once
 
 
-def test_an_error_of_the_log_ends_a_step_before_metrics_and_checkpoint(tmp_path):
+def test_an_error_of_the_log_ends_a_step_before_metrics_and_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     log = RolloutLog(tmp_path / "file", {})
     log.write(1, make_groups(7, [(3, 1)]), before={}, after={})
     manager = object.__new__(RolloutManager)
     manager._log = log
-    # Every other part would raise AttributeError.
-    run = object.__new__(Run)
-    run.rollouts, run.step = manager, None
+    monkeypatch.setattr(train, "advantages_of", lambda *_: (None, None))
+    monkeypatch.setattr(train, "train_sequences", lambda *_: [])
+    run = MagicMock(step=0)
+    run.rollouts.wait_for_record = manager.wait_for_record
     with pytest.raises(OSError):
-        run.finish_step(1, None, None, {}, 0.0)
-    assert run.step is None
+        train.Run.train_step(run, 1)
+    run.actor.update.assert_called_once()
+    assert run.step == 0 and not run.reporter.write.called and not run.ledger.count.called
+    assert not run._save.called and not run._finish_save.called
 
 
 def test_rollouts_of_an_earlier_format_are_refused(tmp_path):
