@@ -256,34 +256,33 @@ class _Reader:
         names = self.wanted or {name: name for name in batch.schema.names}
         if set(names) != set(self.needed):
             return None
-        prompt, answer = (_nested(batch, names[name]) for name in ("prompt", "answer"))
-        if prompt is None or answer is None or prompt.null_count or answer.null_count:
+        columns = {name: _nested(batch, names[name]) for name in self.needed}
+        if any(column is None for column in columns.values()):
+            return None
+        prompt, answer, rate = columns["prompt"], columns["answer"], columns.get("pass_rate")
+        if prompt.null_count or answer.null_count:
             return None
         if not (_is_text(answer.type) or pa.types.is_integer(answer.type)):
             return None
+        if rate is not None:
+            if not (pa.types.is_floating(rate.type) or pa.types.is_integer(rate.type)):
+                return None
+            if not pc.all(pc.and_(pc.greater_equal(rate, 0), pc.less_equal(rate, 1))).as_py():
+                return None
         size, is_chat = len(batch), not _is_text(prompt.type)
-        columns = {"number": pa.array(range(before + 1, before + size + 1)), "answer": answer}
+        columns["number"] = pa.array(range(before + 1, before + size + 1))
         columns |= {"is_chat": pa.repeat(is_chat, size), "kind": pa.repeat("", size)}
         if is_chat:
             parts = _message_parts(prompt)
             if parts is None:
                 return None
             columns["messages"] = prompt
-            columns["kind"], prompt = parts
+            columns["kind"], columns["prompt"] = parts
         elif pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
             return None
-        if pc.any(pc.equal(pc.utf8_trim_whitespace(prompt), "")).as_py():
+        if pc.any(pc.equal(pc.utf8_trim_whitespace(columns["prompt"]), "")).as_py():
             return None
-        if "pass_rate" in self.needed:
-            rate = _nested(batch, names["pass_rate"])
-            if rate is None or not (
-                pa.types.is_floating(rate.type) or pa.types.is_integer(rate.type)
-            ):
-                return None
-            if not pc.all(pc.and_(pc.greater_equal(rate, 0), pc.less_equal(rate, 1))).as_py():
-                return None
-            columns["pass_rate"] = rate
-        columns["prompt"], absent = prompt, pa.nulls(size)
+        absent = pa.nulls(size)
         arrays = [columns.get(field.name, absent).cast(field.type) for field in _TABLE]
         return pa.Table.from_arrays(arrays, schema=_TABLE)
 
