@@ -41,7 +41,7 @@ from megatron_espo.megatron.consistency import data_fingerprints
 from megatron_espo.megatron.scatter import from_words, to_words
 from megatron_espo.monitoring.metrics import rollout_metrics
 from megatron_espo.trainer.train import train_sequences
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt
 
 rows: list[tuple[str, float, float]] = []
 
@@ -65,19 +65,14 @@ def make_groups(args: argparse.Namespace) -> ScoredGroups:
     rollouts = []
     for i, lengths in enumerate(drawn.clip(16, args.limit).astype(int).tolist()):
         prompt = Prompt(f"p{i}", "x" * 800, "1", tuple(draw.integers(1000, 128000, 200).tolist()))
-        rollouts.append(
-            [
-                Trajectory.single_turn(
-                    prompt,
-                    draw.integers(1000, 128000, length),
-                    -draw.random(length),
-                    0,
-                    "stop",
-                    "y" * (4 * length),
-                )
-                for length in lengths
-            ]
-        )
+        group = []
+        for length in lengths:
+            ids, logprobs = draw.integers(1000, 128000, length), -draw.random(length)
+            rest = np.ones(length, np.bool_), logprobs, np.zeros(length, np.int32)
+            text = "y" * (4 * length)
+            context, turns = np.array(prompt.token_ids), np.zeros(1, np.int32)
+            group.append(Trajectory(prompt, context, ids, *rest, "stop", text, turns))
+        rollouts.append(group)
     rewards = torch.tensor(draw.integers(0, 2, (args.prompts, args.group)).astype("float32"))
     return ScoredGroups(rollouts, rewards, args.prompts)
 

@@ -172,38 +172,6 @@ class Trajectory:
         if any(part.earlier for part in self.earlier):
             raise ValueError("Trajectory.earlier: expected a flat list, got nested parts")
 
-    @classmethod
-    def single_turn(
-        cls,
-        prompt: Prompt,
-        token_ids: ArrayLike,
-        logprobs: ArrayLike,
-        version: ArrayLike,
-        finish_reason: str,
-        text: str,
-        **attributes: Any,
-    ) -> "Trajectory":
-        """Build a trajectory of one sampled turn after ``prompt.token_ids``.
-
-        Args:
-            token_ids, logprobs: ``[T]``, of the sampled tokens.
-            version: policy version of all tokens, or ``[T]`` of each token.
-            attributes: values of further attributes.
-        """
-        ids = np.asarray(token_ids)
-        return cls(
-            prompt=prompt,
-            prompt_ids=np.array(prompt.token_ids, np.int32),
-            response_ids=ids,
-            loss_mask=np.ones(len(ids), np.bool_),
-            logprobs=np.asarray(logprobs),
-            versions=np.full(len(ids), version, np.int32),
-            finish_reason=finish_reason,
-            text=text,
-            turns=np.zeros(min(1, len(ids)), np.int32),
-            **attributes,
-        )
-
     def with_reward(self, reward: float | None) -> "Trajectory":
         """Return a copy with the reward function's score. ``None`` (scoring failed) becomes NaN."""
         return replace(self, reward=float("nan") if reward is None else reward)

@@ -20,7 +20,7 @@ from megatron_espo.rollout.server import run_key
 from megatron_espo.types import Prompt, Trajectory
 from tests.support.real_engine import engine_config, running_engine, sample
 from tests.support.tiny import WORDS, save_tiny_model
-from tests.support.trajectories import values_of
+from tests.support.trajectories import single_turn, values_of
 
 EXPERTS = {
     "num_experts": 8,
@@ -189,9 +189,7 @@ def make_groups(with_experts: bool) -> ScoredGroups:
         shape = (3 + length - 1, 2, 4)
         experts = draw.integers(0, 256, shape, dtype=np.uint8) if with_experts else None
         prompt, logprobs = Prompt(f"p{number}", "", "", (1, 2, 3)), (-1.0,) * length
-        return Trajectory.single_turn(
-            prompt, (5,) * length, logprobs, 0, "stop", "", routed_experts=experts
-        )
+        return single_turn(prompt, (5,) * length, logprobs, 0, "stop", "", routed_experts=experts)
 
     rollouts = [[rollout(i, 1 + i), rollout(i, 4)] for i in range(3)]
     return ScoredGroups(rollouts, torch.zeros(3, 2), 3)

@@ -25,7 +25,7 @@ from megatron_espo.trainer import train
 from megatron_espo.trainer.rollout_manager import RolloutManager
 from megatron_espo.trainer.train import train_sequences
 from megatron_espo.types import Prompt, SamplingMask, Trajectory
-from tests.support.trajectories import values_of
+from tests.support.trajectories import single_turn, values_of
 from tests.test_packing import hidden_states
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -354,7 +354,7 @@ def test_a_sequence_without_trained_tokens_is_refused():
     ],
 )
 def test_the_error_names_the_field(change, message):
-    trajectory = Trajectory.single_turn(PROMPT, (5, 6), (-1.0, -2.0), 3, "stop", "x")
+    trajectory = single_turn(PROMPT, (5, 6), (-1.0, -2.0), 3, "stop", "x")
     with pytest.raises(ValueError, match=message):
         replace(trajectory, **change)
 
@@ -365,14 +365,14 @@ def test_counts():
     assert trajectory.num_trained == sum(part.loss_mask.sum() for part in trajectory.parts)
     with pytest.raises(ValueError, match="nested parts"):
         replace(trajectory, earlier=(trajectory,))
-    single = Trajectory.single_turn(PROMPT, (5, 6), (-1.0, -2.0), (3, 4), "stop", "x")
+    single = single_turn(PROMPT, (5, 6), (-1.0, -2.0), (3, 4), "stop", "x")
     assert single.versions.tolist() == [3, 4] and single.turns.tolist() == [0]
     assert single.num_trained == 2
     assert single.prompt_ids.tolist() == [1, 2]
 
 
 def test_staleness_counts_sampled_tokens():
-    single = Trajectory.single_turn(PROMPT, (5, 6, 7), (-1.0,) * 3, (2, 3, 4), "stop", "x")
+    single = single_turn(PROMPT, (5, 6, 7), (-1.0,) * 3, (2, 3, 4), "stop", "x")
     masked = replace(single, loss_mask=[True, False, True], versions=[4, -1, 4])
     groups = ScoredGroups([[single, masked]], torch.zeros(1, 2), 1)
     assert groups.staleness(6) == pytest.approx((3 + 2 + 1 + 1 + 1) / 5)
@@ -460,7 +460,7 @@ def test_a_flipped_bit_is_found(tmp_path, name):
 def test_texts_survive_the_file(tmp_path):
     """Texts of several bytes a character, empty texts, and half of a surrogate pair."""
     texts = ["", "é€😀" * 5, "\ud83d", "\ude00 \0\n", "", "abc"]
-    samples = [Trajectory.single_turn(PROMPT, (5,), (-1.0,), 0, "stop", text) for text in texts]
+    samples = [single_turn(PROMPT, (5,), (-1.0,), 0, "stop", text) for text in texts]
     log = RolloutLog(tmp_path, {})
     log.write(1, ScoredGroups([samples], torch.zeros(1, len(texts)), 1), before={}, after={})
     assert [sample.text for sample in log.read(1, {})[0].samples] == texts

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from megatron_espo.config import tasks
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.errors import InputError
@@ -101,8 +103,18 @@ class EnvironmentRunner:
                     self.failures[kind] += 1
         # The placeholder's token is not trained: its reward is NaN.
         token = next(iter(sampling.stop_token_ids), 0)
-        failed = Trajectory.single_turn(prompt, [token], [0.0], -1, "failed", "")
-        return failed.with_reward(None)
+        return Trajectory(
+            prompt=prompt,
+            prompt_ids=np.array(prompt.token_ids),
+            response_ids=np.array([token]),
+            loss_mask=np.array([True]),
+            logprobs=np.array([0.0]),
+            versions=np.array([-1]),
+            finish_reason="failed",
+            text="",
+            turns=np.array([0]),
+            reward=float("nan"),
+        )
 
 
 def _check(trajectory: Trajectory) -> None:

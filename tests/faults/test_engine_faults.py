@@ -26,10 +26,11 @@ from megatron_espo.rollout.pool import EnginePool
 from megatron_espo.rollout.sampler import Sampler
 from megatron_espo.rollout.server import PREFIX, run_key
 from megatron_espo.trainer.ledger import Ledger
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt
 from tests.faults.runs import Runs
 from tests.support.real_engine import engine_config, wait_until
 from tests.support.tiny import save_tiny_model, write_tiny_run
+from tests.support.trajectories import single_turn
 
 PROMPT, SAMPLING = (5, 6, 7), Sampling(12, seed=3)
 slow = pytest.mark.slow
@@ -129,7 +130,7 @@ class InstantRunner:
     def start(self, prompt, name, sampling):
         position = int(name.rpartition(".")[2])
         reward = float(position) if int(prompt.id) % 3 else 1.0
-        found = Trajectory.single_turn(prompt, (8,), (-1.0,), (0,), "stop", "")
+        found = single_turn(prompt, (8,), (-1.0,), (0,), "stop", "")
         future = Future()
         future.set_result(found.with_reward(reward))
         return future
