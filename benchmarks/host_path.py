@@ -41,7 +41,7 @@ from megatron_espo.megatron.consistency import data_fingerprints
 from megatron_espo.megatron.scatter import from_words, to_words
 from megatron_espo.monitoring.metrics import rollout_metrics
 from megatron_espo.trainer.train import train_sequences
-from megatron_espo.types import Prompt
+from megatron_espo.types import Prompt, Trajectory
 
 rows: list[tuple[str, float, float]] = []
 
