@@ -45,8 +45,6 @@ def as_vector(
         ValueError: another shape, or values of another kind (floats for an integer field).
     """
     array, wanted = np.asarray(values), np.dtype(dtype)
-    if array.dtype == wanted and array.ndim == 1 and length in (None, len(array)):
-        return array  # the common case, fast because it occurs for every field of every response
     if array.ndim != 1 or (length is not None and len(array) != length):
         expected = "[any length]" if length is None else f"[{length}]"
         raise ValueError(f"{name}: expected shape {expected}, got {list(array.shape)}")
