@@ -256,7 +256,7 @@ class _Reader:
         names = self.wanted or {name: name for name in batch.schema.names}
         if set(names) != set(self.needed):
             return None
-        columns = {name: _nested(batch, names[name]) for name in self.needed}
+        columns: dict[str, Any] = {name: _nested(batch, names[name]) for name in self.needed}
         if any(column is None for column in columns.values()):
             return None
         prompt, answer, rate = columns["prompt"], columns["answer"], columns.get("pass_rate")
