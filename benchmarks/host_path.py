@@ -65,19 +65,14 @@ def make_groups(args: argparse.Namespace) -> ScoredGroups:
     rollouts = []
     for i, lengths in enumerate(drawn.clip(16, args.limit).astype(int).tolist()):
         prompt = Prompt(f"p{i}", "x" * 800, "1", tuple(draw.integers(1000, 128000, 200).tolist()))
-        rollouts.append(
-            [
-                Trajectory.single_turn(
-                    prompt,
-                    draw.integers(1000, 128000, length),
-                    -draw.random(length),
-                    0,
-                    "stop",
-                    "y" * (4 * length),
-                )
-                for length in lengths
-            ]
-        )
+        group = []
+        for length in lengths:
+            ids, logprobs = draw.integers(1000, 128000, length), -draw.random(length)
+            rest = np.ones(length, np.bool_), logprobs, np.zeros(length, np.int32)
+            text = "y" * (4 * length)
+            context, turns = np.array(prompt.token_ids), np.zeros(1, np.int32)
+            group.append(Trajectory(prompt, context, ids, *rest, "stop", text, turns))
+        rollouts.append(group)
     rewards = torch.tensor(draw.integers(0, 2, (args.prompts, args.group)).astype("float32"))
     return ScoredGroups(rollouts, rewards, args.prompts)
 
@@ -100,14 +95,15 @@ def main() -> None:
     print(f"{arrays:.3f} GiB of arrays; {before:.2f} GiB before the measurement")
     with tempfile.TemporaryDirectory() as folder:
         log, states = RolloutLog(Path(folder), {"x": 1}), {"before": {}, "after": {}}
+        alone = Path(folder, "alone.npz")
         for step in range(1, args.steps + 1):
             print(f"\nstep {step}")
-            timed("background: rollout log, alone", lambda: log.write(1, groups, **states))
+            timed("background: rollout log, alone", lambda: log._write(alone, groups, states))
             _, write_s, write_cpu_s = rows[0]
             rows.clear()
             size = sum(f.stat().st_size for f in Path(folder).iterdir()) / 2**20
             print(f"   {size:.0f} MiB on disk")
-            timed("rollout log: start", lambda: log.start_write(1, groups, **states))
+            timed("rollout log: start", lambda: log.write(1, groups, **states))
             measure(args, groups, total)
             log.wait()
             whole, whole_cpu = (sum(row[i] for row in rows) for i in (1, 2))

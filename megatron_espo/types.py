@@ -1,7 +1,7 @@
 """Values that the stages pass to each other. Plain data: the standard library and numpy only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,6 @@ def as_vector(
         ValueError: another shape, or values of another kind (floats for an integer field).
     """
     array, wanted = np.asarray(values), np.dtype(dtype)
-    if array.dtype == wanted and array.ndim == 1 and length in (None, len(array)):
-        return array  # the common case, fast because it occurs for every field of every response
     if array.ndim != 1 or (length is not None and len(array) != length):
         expected = "[any length]" if length is None else f"[{length}]"
         raise ValueError(f"{name}: expected shape {expected}, got {list(array.shape)}")
@@ -107,8 +105,7 @@ class SamplingMask:
 class Trajectory:
     """One sampled response of one or several turns, with the exact tokens of the engine.
 
-    ``T`` is the length of ``response_ids``. Equality compares all fields except
-    ``routed_experts`` and ``sampling_mask``. A trajectory is not hashable.
+    ``T`` is the length of ``response_ids``.
 
     Attributes:
         prompt: the prompt that it answers.
@@ -149,8 +146,8 @@ class Trajectory:
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
     earlier: tuple["Trajectory", ...] = ()
-    routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
-    sampling_mask: SamplingMask | None = field(default=None, repr=False, compare=False)
+    routed_experts: np.ndarray | None = field(default=None, repr=False)
+    sampling_mask: SamplingMask | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         length = len(self.response_ids)
@@ -172,45 +169,6 @@ class Trajectory:
             as_vector("Trajectory.sampling_mask", self.sampling_mask.counts, np.int32, length)
         if any(part.earlier for part in self.earlier):
             raise ValueError("Trajectory.earlier: expected a flat list, got nested parts")
-
-    @classmethod
-    def single_turn(
-        cls,
-        prompt: Prompt,
-        token_ids: ArrayLike,
-        logprobs: ArrayLike,
-        version: ArrayLike,
-        finish_reason: str,
-        text: str,
-        **attributes: Any,
-    ) -> "Trajectory":
-        """Build a trajectory of one sampled turn after ``prompt.token_ids``.
-
-        Args:
-            token_ids, logprobs: ``[T]``, of the sampled tokens.
-            version: policy version of all tokens, or ``[T]`` of each token.
-            attributes: values of further attributes.
-        """
-        ids = np.asarray(token_ids)
-        return cls(
-            prompt=prompt,
-            prompt_ids=np.array(prompt.token_ids, np.int32),
-            response_ids=ids,
-            loss_mask=np.ones(len(ids), np.bool_),
-            logprobs=np.asarray(logprobs),
-            versions=np.full(len(ids), version, np.int32),
-            finish_reason=finish_reason,
-            text=text,
-            turns=np.zeros(min(1, len(ids)), np.int32),
-            **attributes,
-        )
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Trajectory):
-            return NotImplemented
-        names = [entry.name for entry in fields(self) if entry.compare]
-        pairs = ((getattr(self, name), getattr(other, name)) for name in names)
-        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 
     def with_reward(self, reward: float | None) -> "Trajectory":
         """Return a copy with the reward function's score. ``None`` (scoring failed) becomes NaN."""

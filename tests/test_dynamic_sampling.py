@@ -15,6 +15,7 @@ from megatron_espo.trainer.ledger import Ledger
 from megatron_espo.trainer.train import advantages_of, train_sequences
 from megatron_espo.types import Prompt, Trajectory
 from tests.support.fake_engine import FakeRun, prompt_ids
+from tests.support.trajectories import single_turn
 
 # Rewards of the two responses to each prompt.
 REWARDS = dict(enumerate([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0], *[[1.0, 0.0]] * 3]))
@@ -85,9 +86,7 @@ def test_a_batch_in_which_every_verifier_failed_ends_the_run():
 
 def make_sample(length: int) -> Trajectory:
     reason = "length" if length > 3 else "stop"
-    return Trajectory.single_turn(
-        Prompt("1", "p1", "", (1,)), (2,) * length, (-1.0,) * length, 0, reason, "1"
-    )
+    return single_turn(Prompt("1", "p1", "", (1,)), (2,) * length, (-1.0,) * length, 0, reason, "1")
 
 
 def test_truncated_responses_are_masked_and_penalized():

@@ -114,7 +114,7 @@ def recorded(folder: Path, run: str) -> list:
     """
     log, found = RolloutLog(folder / run / "rollouts", {}), []
     for step in range(1, STEPS + 1):
-        groups = log.read(step, None).groups
+        groups = log.read(step, None)[0]
         samples = [
             (one.prompt.id, one.response_ids.tolist(), one.versions.tolist(), one.finish_reason)
             for group in groups.rollouts

@@ -16,9 +16,10 @@ from megatron_espo.rollout.evaluation import (
     pass_at_k,
     render_table,
 )
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt
 from tests.support.documented import is_documented
 from tests.support.tiny import save_tiny_model
+from tests.support.trajectories import single_turn
 from tests.test_end_to_end import run_training
 
 NAN = math.nan
@@ -38,9 +39,9 @@ def evaluation(rewards, length=3, finish_reason="stop") -> dict:
     prompts = [Prompt(f"p{i}", "?", "1", (1,)) for i in range(len(rewards))]
     rollouts = [
         [
-            Trajectory.single_turn(
-                p, (7,) * length, (-1.0,) * length, 0, finish_reason, ""
-            ).with_reward(reward)
+            single_turn(p, (7,) * length, (-1.0,) * length, 0, finish_reason, "").with_reward(
+                reward
+            )
             for reward in row
         ]
         for p, row in zip(prompts, rewards, strict=True)

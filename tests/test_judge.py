@@ -20,7 +20,8 @@ from megatron_espo.rewards import judge as judge_module
 from megatron_espo.rewards.judge import JudgeClient
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.scorer import Scorer
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt
+from tests.support.trajectories import single_turn
 
 # How the server answers each attempt at a request; the last entry repeats.
 KINDS = {
@@ -149,7 +150,7 @@ def scorer(loop, config):
 
 def trajectory(text, answer="", metadata=None, rewards=None):
     prompt = Prompt("p", "<|im_start|>text", answer, (5, 6), metadata or {})
-    return Trajectory.single_turn(prompt, [1], [0.0], 0, "stop", text, rewards=rewards or {})
+    return single_turn(prompt, [1], [0.0], 0, "stop", text, rewards=rewards or {})
 
 
 def score(rewards, asked):

@@ -21,6 +21,7 @@ from megatron_espo.monitoring.report import draw_learning_curve, write_summary
 from megatron_espo.monitoring.throughput import describe, performance
 from megatron_espo.types import Prompt, Trajectory
 from tests.support.distributed import run_ranks
+from tests.support.trajectories import single_turn
 
 VOCAB = 131
 
@@ -144,9 +145,7 @@ def test_rollout_metrics():
     prompt = Prompt("p", "text", "answer", (1,))
 
     def rollout(length: int, finish_reason: str = "stop") -> Trajectory:
-        return Trajectory.single_turn(
-            prompt, (7,) * length, (-1.0,) * length, 0, finish_reason, "text"
-        )
+        return single_turn(prompt, (7,) * length, (-1.0,) * length, 0, finish_reason, "text")
 
     rollouts = [
         [rollout(1), rollout(2)],

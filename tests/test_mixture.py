@@ -298,10 +298,11 @@ def test_metric_names_are_no_names_of_sources():
 
     from megatron_espo.monitoring.metrics import rollout_metrics
     from megatron_espo.types import Prompt, Trajectory
+    from tests.support.trajectories import single_turn
 
     def group(source: str) -> list[Trajectory]:
         prompt = Prompt("p", "", "", (1,), {}, source)
-        return [Trajectory.single_turn(prompt, (7,), (-1.0,), 0, "stop", "")] * 2
+        return [single_turn(prompt, (7,), (-1.0,), 0, "stop", "")] * 2
 
     nan = float("nan")
     rollouts = [group("math"), group("code"), group("math"), group("new")]

@@ -15,9 +15,10 @@ from megatron_espo.errors import InputError
 from megatron_espo.models.registry import read_spec
 from megatron_espo.monitoring.reporter import Reporter
 from megatron_espo.monitoring.throughput import matmul_parameters, system_metrics, training_flops
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt
 from tests.support.distributed import ROOT
 from tests.support.documented import is_documented
+from tests.support.trajectories import single_turn
 
 HF = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,10 +69,7 @@ def one_rank():
 def two_groups() -> ScoredGroups:
     prompts = [Prompt("easy", "1 + 1", "2", (1, 2, 3)), Prompt("hard", "7 * 8", "56", (4, 5))]
     rollouts = [
-        [
-            Trajectory.single_turn(p, (10 + j, 11, 12), (-1.0,) * 3, 0, "stop", "text")
-            for j in range(2)
-        ]
+        [single_turn(p, (10 + j, 11, 12), (-1.0,) * 3, 0, "stop", "text") for j in range(2)]
         for p in prompts
     ]
     return ScoredGroups(rollouts, torch.tensor([[1.0, 1.0], [0.0, 1.0]]), dispatched=2)

@@ -20,6 +20,7 @@ from megatron_espo.rollout.server import run_key
 from megatron_espo.types import Prompt, Trajectory
 from tests.support.real_engine import engine_config, running_engine, sample
 from tests.support.tiny import WORDS, save_tiny_model
+from tests.support.trajectories import single_turn, values_of
 
 EXPERTS = {
     "num_experts": 8,
@@ -187,9 +188,7 @@ def make_groups(with_experts: bool) -> ScoredGroups:
         shape = (3 + length - 1, 2, 4)
         experts = draw.integers(0, 256, shape, dtype=np.uint8) if with_experts else None
         prompt, logprobs = Prompt(f"p{number}", "", "", (1, 2, 3)), (-1.0,) * length
-        return Trajectory.single_turn(
-            prompt, (5,) * length, logprobs, 0, "stop", "", routed_experts=experts
-        )
+        return single_turn(prompt, (5,) * length, logprobs, 0, "stop", "", routed_experts=experts)
 
     rollouts = [[rollout(i, 1 + i), rollout(i, 4)] for i in range(3)]
     return ScoredGroups(rollouts, torch.zeros(3, 2), 3)
@@ -198,10 +197,10 @@ def make_groups(with_experts: bool) -> ScoredGroups:
 def test_recorded_rollouts_keep_their_experts(tmp_path):
     log, groups = RolloutLog(tmp_path, {}), make_groups(True)
     log.write(7, groups, before={}, after={"at": 3})
-    recorded = log.read(7, {})
-    assert recorded.groups.rollouts == groups.rollouts
+    recorded, _ = log.read(7, {})
+    assert values_of(recorded.rollouts) == values_of(groups.rollouts)
     samples = sum(groups.rollouts, [])
-    for one, other in zip(samples, sum(recorded.groups.rollouts, []), strict=True):
+    for one, other in zip(samples, sum(recorded.rollouts, []), strict=True):
         assert one.routed_experts.dtype == other.routed_experts.dtype == np.uint8
         assert np.array_equal(one.routed_experts, other.routed_experts)
     path = tmp_path / "step_000007.npz"
@@ -219,7 +218,7 @@ def test_recorded_rollouts_keep_their_experts(tmp_path):
 def test_rollouts_without_experts_have_none(tmp_path):
     log = RolloutLog(tmp_path, {})
     log.write(1, make_groups(False), before={}, after={})
-    assert not log.read(1, {}).groups.have_routed_experts
+    assert not log.read(1, {})[0].have_routed_experts
     assert make_groups(True).have_routed_experts
 
 

@@ -11,8 +11,9 @@ from megatron_espo.config import Algorithm
 from megatron_espo.data.packing import PackingSpec, TrainSequence, batch_totals, pack
 from megatron_espo.monitoring.entropy import BINS, EntropyRecorder
 from megatron_espo.monitoring.samples import choose_samples, sample_record, token_pieces
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt
 from tests.support.distributed import ROOT, run_ranks
+from tests.support.trajectories import single_turn
 
 VOCAB, NAN = 131, math.nan
 
@@ -48,7 +49,7 @@ def test_incomplete_character_at_the_end_is_shown():
 
 
 def test_a_record_has_a_piece_for_each_token():
-    rollout = Trajectory.single_turn(
+    rollout = single_turn(
         Prompt("p", "What?", "4", (1,)), (52, 53), (-1.0, -2.0), 3, "length", "45"
     )
     record = sample_record(7, rollout, 1.0, 0.5, lambda ids: bytes(ids).decode())

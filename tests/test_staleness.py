@@ -265,14 +265,15 @@ def assert_whole(runs: Runs, name: str) -> None:
     recorded = [log.read(step, None) for step in range(1, RUN_STEPS + 1)]
     assert all(line["rollout/staleness_max"] <= STALENESS for line in lines)
     assert all(
-        found.groups.max_staleness(step) <= STALENESS for step, found in enumerate(recorded, 1)
+        groups.max_staleness(step) <= STALENESS for step, (groups, _) in enumerate(recorded, 1)
     )
-    trained = Counter(prompt for found in recorded for prompt in ids_of(found.groups))
-    pending = Counter(entry["id"] for entry in recorded[-1].after["pending"])
+    trained = Counter(prompt for groups, _ in recorded for prompt in ids_of(groups))
+    _, after = recorded[-1]
+    pending = Counter(entry["id"] for entry in after["pending"])
     # 24 trained and 8 in flight are the first 32 of a stream that repeats its 9 rows.
     assert trained.total() == PROMPTS * RUN_STEPS and pending.total() == PROMPTS * STALENESS
     assert sorted((trained + pending).values()) == [3] * 4 + [4] * 5
-    (stream,) = recorded[-1].after["stream"].values()
+    (stream,) = after["stream"].values()
     assert stream["epoch"] == 3 and stream["position"] == 5
     expected = {"dispatched": 32, "trained": 24, "dropped_equal": 0, "in_flight": 8}
     assert {key: lines[-1][f"ledger/{key}"] for key in expected} == expected
@@ -293,7 +294,7 @@ def test_a_run_with_weight_updates_in_flight(runs):
     train(runs, "stale", ranks=2)
     assert_whole(runs, "stale")
     log = RolloutLog(runs.folder / "stale" / "rollouts", {})
-    recorded = [log.read(step, None).groups for step in range(1, RUN_STEPS + 1)]
+    recorded = [log.read(step, None)[0] for step in range(1, RUN_STEPS + 1)]
     assert max(groups.max_staleness(step) for step, groups in enumerate(recorded, 1)) >= 1
     train(runs, "again", f"run.replay={runs.folder / 'stale' / 'rollouts'}", ranks=2)
     assert_same_weights(runs, "stale", "again")

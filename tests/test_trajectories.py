@@ -2,11 +2,11 @@
 
 import json
 import math
-import pickle
 import threading
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,9 +21,11 @@ from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.scored_groups import ScoredGroups
 from megatron_espo.errors import InputError
 from megatron_espo.monitoring.samples import sample_record
+from megatron_espo.trainer import train
 from megatron_espo.trainer.rollout_manager import RolloutManager
-from megatron_espo.trainer.train import Run, train_sequences
+from megatron_espo.trainer.train import train_sequences
 from megatron_espo.types import Prompt, SamplingMask, Trajectory
+from tests.support.trajectories import single_turn, values_of
 from tests.test_packing import hidden_states
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -352,35 +354,25 @@ def test_a_sequence_without_trained_tokens_is_refused():
     ],
 )
 def test_the_error_names_the_field(change, message):
-    trajectory = Trajectory.single_turn(PROMPT, (5, 6), (-1.0, -2.0), 3, "stop", "x")
+    trajectory = single_turn(PROMPT, (5, 6), (-1.0, -2.0), 3, "stop", "x")
     with pytest.raises(ValueError, match=message):
         replace(trajectory, **change)
 
 
-def test_equality_and_counts():
+def test_counts():
     draw = np.random.default_rng(2)
     trajectory = make_trajectory(draw, PROMPT, 2, earlier=1)
-    same = pickle.loads(pickle.dumps(trajectory))
-    assert same == trajectory and trajectory != "text"
-    others = [
-        replace(trajectory, versions=trajectory.versions + 1),
-        replace(trajectory, earlier=()),
-        replace(trajectory, reward=0.25),
-    ]
-    assert all(other != trajectory for other in others)
-    with pytest.raises(TypeError):
-        hash(trajectory)
     assert trajectory.num_trained == sum(part.loss_mask.sum() for part in trajectory.parts)
     with pytest.raises(ValueError, match="nested parts"):
         replace(trajectory, earlier=(trajectory,))
-    single = Trajectory.single_turn(PROMPT, (5, 6), (-1.0, -2.0), (3, 4), "stop", "x")
+    single = single_turn(PROMPT, (5, 6), (-1.0, -2.0), (3, 4), "stop", "x")
     assert single.versions.tolist() == [3, 4] and single.turns.tolist() == [0]
     assert single.num_trained == 2
     assert single.prompt_ids.tolist() == [1, 2]
 
 
 def test_staleness_counts_sampled_tokens():
-    single = Trajectory.single_turn(PROMPT, (5, 6, 7), (-1.0,) * 3, (2, 3, 4), "stop", "x")
+    single = single_turn(PROMPT, (5, 6, 7), (-1.0,) * 3, (2, 3, 4), "stop", "x")
     masked = replace(single, loss_mask=[True, False, True], versions=[4, -1, 4])
     groups = ScoredGroups([[single, masked]], torch.zeros(1, 2), 1)
     assert groups.staleness(6) == pytest.approx((3 + 2 + 1 + 1 + 1) / 5)
@@ -421,12 +413,13 @@ def test_trajectories_survive_the_file(tmp_path):
     groups = ScoredGroups(rollouts, groups.rewards, 5, in_flight=2)
     log = RolloutLog(tmp_path, {"seed": 1})
     log.write(3, groups, before={"at": 1}, after={"at": 2})
+    log.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step_000003.npz"]
-    found = log.read(3, {"at": 1})
-    assert found.after == {"at": 2} and (found.groups.dispatched, found.groups.in_flight) == (5, 2)
-    assert found.groups.rollouts == rollouts and found.groups.have_routed_experts
-    assert torch.equal(found.groups.rewards.nan_to_num(7), groups.rewards.nan_to_num(7))
-    for one, other in zip(sum(rollouts, []), sum(found.groups.rollouts, []), strict=True):
+    found, after = log.read(3, {"at": 1})
+    assert after == {"at": 2} and (found.dispatched, found.in_flight) == (5, 2)
+    assert values_of(found.rollouts) == values_of(rollouts) and found.have_routed_experts
+    assert torch.equal(found.rewards.nan_to_num(7), groups.rewards.nan_to_num(7))
+    for one, other in zip(sum(rollouts, []), sum(found.rollouts, []), strict=True):
         for part, copy in zip(one.parts, other.parts, strict=True):
             assert part.routed_experts.dtype == copy.routed_experts.dtype
             assert np.array_equal(part.routed_experts, copy.routed_experts)
@@ -446,6 +439,7 @@ def test_trajectories_survive_the_file(tmp_path):
 def test_a_flipped_bit_is_found(tmp_path, name):
     log = RolloutLog(tmp_path, {})
     log.write(1, make_groups(7, [(3, 1)]), before={}, after={})
+    log.wait()
     path = tmp_path / "step_000001.npz"
     member = name if "." in name else f"{name}.npy"
     with zipfile.ZipFile(path) as archive:
@@ -466,10 +460,10 @@ def test_a_flipped_bit_is_found(tmp_path, name):
 def test_texts_survive_the_file(tmp_path):
     """Texts of several bytes a character, empty texts, and half of a surrogate pair."""
     texts = ["", "é€😀" * 5, "\ud83d", "\ude00 \0\n", "", "abc"]
-    samples = [Trajectory.single_turn(PROMPT, (5,), (-1.0,), 0, "stop", text) for text in texts]
+    samples = [single_turn(PROMPT, (5,), (-1.0,), 0, "stop", text) for text in texts]
     log = RolloutLog(tmp_path, {})
     log.write(1, ScoredGroups([samples], torch.zeros(1, len(texts)), 1), before={}, after={})
-    assert [sample.text for sample in log.read(1, {}).groups.samples] == texts
+    assert [sample.text for sample in log.read(1, {})[0].samples] == texts
 
 
 def test_the_log_is_written_in_the_background(tmp_path, monkeypatch):
@@ -483,13 +477,13 @@ def test_the_log_is_written_in_the_background(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rollout_store, "make_durable", slowly)
     groups = make_groups(7, [(3, 1)])
-    log.start_write(1, groups, before={}, after={})
+    log.write(1, groups, before={}, after={})
     assert not list(tmp_path.glob("*.npz")) and not events
     threading.Timer(0.05, allowed.set).start()
-    log.start_write(2, groups, before={}, after={})
+    log.write(2, groups, before={}, after={})
     assert "durable" in events and (tmp_path / "step_000001.npz").exists()
-    assert log.read(2, {}).groups.rollouts == groups.rollouts
-    log.start_write(3, groups, before={}, after={})
+    assert values_of(log.read(2, {})[0].rollouts) == values_of(groups.rollouts)
+    log.write(3, groups, before={}, after={})
     log.close()
     assert len(events) == 3 and (tmp_path / "step_000003.npz").exists()
 
@@ -501,27 +495,30 @@ def test_an_error_of_the_log_is_raised_by_the_next_call(tmp_path):
         RolloutLog.wait,
         RolloutLog.close,
         lambda log: log.read(1, {}),
-        lambda log: log.start_write(2, groups, before={}, after={}),
+        lambda log: log.write(2, groups, before={}, after={}),
     ):
         log = RolloutLog(tmp_path / "file", {})
-        log.start_write(1, groups, before={}, after={})
+        log.write(1, groups, before={}, after={})
         with pytest.raises(OSError):
             next_call(log)
         log.wait()  # an error is raised once
 
 
-def test_an_error_of_the_log_ends_a_step_before_metrics_and_checkpoint(tmp_path):
+def test_an_error_of_the_log_ends_a_step_before_metrics_and_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     log = RolloutLog(tmp_path / "file", {})
-    log.start_write(1, make_groups(7, [(3, 1)]), before={}, after={})
+    log.write(1, make_groups(7, [(3, 1)]), before={}, after={})
     manager = object.__new__(RolloutManager)
     manager._log = log
-    # Every other part would raise AttributeError.
-    run = object.__new__(Run)
-    run.rollouts, run.step = manager, None
+    monkeypatch.setattr(train, "advantages_of", lambda *_: (None, None))
+    monkeypatch.setattr(train, "train_sequences", lambda *_: [])
+    run = MagicMock(step=0)
+    run.rollouts.wait_for_record = manager.wait_for_record
     with pytest.raises(OSError):
-        run.finish_step(1, None, None, {}, 0.0)
-    assert run.step is None
+        train.Run.train_step(run, 1)
+    run.actor.update.assert_called_once()
+    assert run.step == 0 and not run.reporter.write.called and not run.ledger.count.called
+    assert not run._save.called and not run._finish_save.called
 
 
 def test_rollouts_of_an_earlier_format_are_refused(tmp_path):

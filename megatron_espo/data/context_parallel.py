@@ -39,10 +39,8 @@ def slice_micro_batch(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     local_tokens = (place[batch.logit_positions] >= 0).nonzero()[:, 0]
     mask = batch.sampling_mask
     if mask is not None:
-        rank_row = torch.full_like(batch.targets, -1)
-        rank_row[local_tokens] = torch.arange(len(local_tokens), dtype=rank_row.dtype)
-        rows = rank_row[mask[0].long()]
-        mask = torch.stack((rows, mask[1]))[:, rows >= 0]
+        mask = mask[:, torch.isin(mask[0], local_tokens)]
+        mask[0] = torch.searchsorted(local_tokens, mask[0])
     per_token = ("targets", "advantage", "rollout_logprob", "old_logprob", "old_entropy")
     known: dict[str, Any] = {name: getattr(batch, name) for name in per_token}
     return replace(

@@ -112,7 +112,7 @@ def pack(
     shapes = [_shape(groups, spec) for groups in bins]
     if spec.uniform:
         shapes = [(max(rows for rows, _ in shapes), max(length for _, length in shapes))] * count
-    batches = _micro_batches(bins, shapes, totals, spec)
+    batches = [_micro_batch(*each, totals, spec) for each in zip(bins, shapes, strict=True)]
     if spec.context_parallel_size > 1:
         part = (spec.context_parallel_rank, spec.context_parallel_size)
         batches = [slice_micro_batch(batch, *part) for batch in batches]
@@ -183,60 +183,80 @@ def _bins(groups: list[PrefixGroup], spec: PackingSpec) -> list[list[PrefixGroup
     return bins
 
 
-def _micro_batches(
-    bins: list[list[PrefixGroup]],
-    shapes: list[tuple[int, int]],
-    totals: BatchTotals,
-    spec: PackingSpec,
-) -> list[MicroBatch]:
+def _micro_batch(
+    groups: list[PrefixGroup], shape: tuple[int, int], totals: BatchTotals, spec: PackingSpec
+) -> MicroBatch:
     """Lay groups out one after the other and pad them, each one and all together, to the shape
-    (rows, length) of their micro-batch.
+    (rows, length) of the micro-batch.
 
-    The per-token tensors of all micro-batches are parts of a few large ones: one call fills each,
-    and the operating system maps large blocks of memory in a fraction of the time.
+    A lone sequence is all prefix. A shared prefix is the prompt without its last token. That token
+    starts every suffix, so that each response token is predicted from a position of its own. A
+    suffix omits the last response token, which predicts nothing.
     """
-    sizes = [rows * length for rows, length in shapes]
-    memory, index = np.empty((2, sum(sizes)), np.int32), np.arange(max(sizes), dtype=np.int32)
-    parts = np.split(memory, np.cumsum(sizes)[:-1], axis=1)
-    layouts = [_lay_out(*each, index, spec) for each in zip(bins, shapes, parts, strict=True)]
-    by_batch = [[sequence for group in groups for sequence in group] for groups in bins]
-    sequences = [sequence for each in by_batch for sequence in each]
-    trained = np.array([sequence.num_trained for sequence in sequences], np.int64)
-    advantages = np.array([sequence.advantage for sequence in sequences], np.float32)
-    lengths = torch.from_numpy(trained).split([len(each) for each in by_batch])
-    counts = [sum(sequence.num_trained for sequence in each) for each in by_batch]
+    multiple = shape[1] if spec.padded else spec.sequence_multiple
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    logit_positions: list[np.ndarray] = []
+    boundaries = [0]
+    prefix_groups: list[tuple[int, ...]] = []
+    for group in groups:
+        prompt, start = group[0].prompt_ids, boundaries[-1]
+        prefix = len(prompt) - 1
+        tokens.append(prompt[:-1])
+        positions.append(np.arange(prefix))
+        lengths, end = [prefix], start + prefix
+        for sequence in group:
+            response = sequence.response_ids if len(group) == 1 else sequence.response_ids[:-1]
+            length = 1 + len(response)
+            tokens += prompt[-1:], response
+            positions.append(np.arange(prefix, prefix + length))
+            # The hidden state one position earlier predicts a token.
+            predicting = np.arange(end, end + len(sequence.response_ids))
+            logit_positions.append(sequence.trained(predicting))
+            lengths.append(length)
+            end += length
+        # Padding comes after the end of a sequence: no response token attends to it.
+        padding = (start - end) % multiple
+        tokens.append(np.zeros(padding, np.int32))
+        positions.append(np.arange(end - start, end - start + padding))
+        boundaries.append(end + padding)
+        prefix_groups.append(tuple(lengths) if len(group) > 1 else (end + padding - start,))
+    # Short sequences fill the rest, because their attention costs little.
+    filler = shape[1] if spec.padded else _round_up(64, multiple)
+    while rest := shape[0] * shape[1] - boundaries[-1]:
+        filled = min(filler, rest)
+        tokens.append(np.zeros(filled, np.int32))
+        positions.append(np.arange(filled))
+        boundaries.append(boundaries[-1] + filled)
+        prefix_groups.append((filled,))
+    sequences = [sequence for group in groups for sequence in group]
+    counts = torch.tensor([sequence.num_trained for sequence in sequences], dtype=torch.int64)
+    advantages = torch.tensor([sequence.advantage for sequence in sequences], dtype=torch.float32)
+    signs = torch.tensor([sequence.zero_variance for sequence in sequences], dtype=torch.int8)
+    return MicroBatch(
+        tokens=_join(tokens, np.int32)[None],
+        position_ids=_join(positions, np.int32)[None],
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        max_seqlen=max(first + max(rest, default=0) for first, *rest in prefix_groups),
+        logit_positions=_join(logit_positions, np.int32),
+        targets=_join([s.trained(s.response_ids) for s in sequences], np.int32),
+        lengths=counts,
+        advantage=advantages.repeat_interleave(counts),
+        rollout_logprob=_join([s.trained(s.rollout_logprobs) for s in sequences], np.float32),
+        old_logprob=_known("old_logprobs", sequences),
+        old_entropy=_known("old_entropies", sequences),
+        totals=totals,
+        num_tokens=sum(sequence.num_tokens for sequence in sequences),
+        prefix_groups=tuple(prefix_groups) if any(len(x) > 1 for x in prefix_groups) else None,
+        logged_sample=tuple(sequence.logged_sample for sequence in sequences),
+        routed_experts=_routed_experts(groups, boundaries),
+        sampling_mask=_sampling_mask(sequences),
+        zero_variance=signs if signs.any() else None,
+    )
 
-    def split(arrays: list[np.ndarray], dtype: type) -> Sequence[Tensor]:
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays])).split(counts)
 
-    columns: dict[str, Any] = {
-        "lengths": lengths,
-        "logit_positions": split([x for layout in layouts for x in layout[2]], np.int32),
-        "targets": split([s.trained(s.response_ids) for s in sequences], np.int32),
-        "advantage": torch.from_numpy(advantages.repeat(trained)).split(counts),
-        "rollout_logprob": split([s.trained(s.rollout_logprobs) for s in sequences], np.float32),
-    }
-    batches = []
-    for i, (boundaries, prefix_groups, _) in enumerate(layouts):
-        tokens, positions = torch.from_numpy(parts[i])[:, None]
-        batch = MicroBatch(
-            tokens=tokens,
-            position_ids=positions,
-            cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
-            max_seqlen=max(first + max(rest, default=0) for first, *rest in prefix_groups),
-            old_logprob=_known("old_logprobs", by_batch[i]),
-            old_entropy=_known("old_entropies", by_batch[i]),
-            totals=totals,
-            num_tokens=sum(sequence.num_tokens for sequence in by_batch[i]),
-            prefix_groups=tuple(prefix_groups) if any(len(x) > 1 for x in prefix_groups) else None,
-            logged_sample=tuple(sequence.logged_sample for sequence in by_batch[i]),
-            routed_experts=_routed_experts(bins[i], boundaries, tokens.size(1)),
-            sampling_mask=_sampling_mask(by_batch[i]),
-            zero_variance=_zero_variance(by_batch[i]),
-            **{name: tensors[i] for name, tensors in columns.items()},
-        )
-        batches.append(batch)
-    return batches
+def _join(arrays: list[np.ndarray], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype))
 
 
 def _all_or_none(name: str, sequences: Sequence[TrainSequence]) -> list[Any]:
@@ -246,6 +266,13 @@ def _all_or_none(name: str, sequences: Sequence[TrainSequence]) -> list[Any]:
         got = f"those of {len(known)} of {len(sequences)}"
         raise ValueError(f"pack: expected {name} of all sequences or of none, got {got}")
     return known
+
+
+def _known(name: str, sequences: Sequence[TrainSequence]) -> Tensor | None:
+    """The values of the trained tokens, if they are known."""
+    values = _all_or_none(name, sequences)
+    trained = [s.trained(each) for s, each in zip(sequences, values, strict=False)]
+    return _join(trained, np.float32) if trained else None
 
 
 def _sampling_mask(sequences: Sequence[TrainSequence]) -> Tensor | None:
@@ -258,104 +285,7 @@ def _sampling_mask(sequences: Sequence[TrainSequence]) -> Tensor | None:
     return torch.from_numpy(np.stack((rows, mask.ids)))
 
 
-def _zero_variance(sequences: Sequence[TrainSequence]) -> Tensor | None:
-    signs = torch.tensor([sequence.zero_variance for sequence in sequences], dtype=torch.int8)
-    return signs if signs.any() else None
-
-
-Layout = tuple[list[int], list[tuple[int, ...]], list[np.ndarray]]
-
-
-def _lay_out(
-    groups: list[PrefixGroup],
-    shape: tuple[int, int],
-    memory: np.ndarray,
-    index: np.ndarray,
-    spec: PackingSpec,
-) -> Layout:
-    """Write token ids and position ids of a micro-batch.
-
-    Args:
-        groups: laid out one after the other.
-        shape: ``(rows, length)`` of the micro-batch.
-        memory: ``[2, rows * length]`` int32, token ids and position ids, filled here.
-        index: int32, 0, 1, 2, ..., at least as long.
-        spec: the layout.
-
-    Returns:
-        The boundaries, the lengths of the prefix and the suffixes of each group, and by sequence
-            the positions that predict the trained tokens.
-    """
-    tokens, positions = memory
-    multiple = shape[1] if spec.padded else spec.sequence_multiple
-    # Short sequences fill the rest, because their attention costs little.
-    filler = shape[1] if spec.padded else _round_up(64, multiple)
-    boundaries = [0]
-    prefix_groups: list[tuple[int, ...]] = []
-    logit_positions: list[np.ndarray] = []
-    for group in groups:
-        start = boundaries[-1]
-        places, lengths = _lay_out_group(group, tokens, positions, index, start)
-        logit_positions += places
-        end = start + sum(lengths)
-        # Padding comes after the end of a sequence: no response token attends to it.
-        padding = (start - end) % multiple
-        tokens[end : end + padding] = 0
-        positions[end : end + padding] = index[end - start : end - start + padding]
-        prefix_groups.append(lengths if not padding else (end - start + padding,))
-        boundaries.append(end + padding)
-    while rest := len(tokens) - boundaries[-1]:
-        filled = min(filler, rest)
-        tokens[boundaries[-1] : boundaries[-1] + filled] = 0
-        positions[boundaries[-1] : boundaries[-1] + filled] = index[:filled]
-        prefix_groups.append((filled,))
-        boundaries.append(boundaries[-1] + filled)
-    return boundaries, prefix_groups, logit_positions
-
-
-def _lay_out_group(
-    group: PrefixGroup, tokens: np.ndarray, positions: np.ndarray, index: np.ndarray, start: int
-) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """Write token ids and position ids of one group, from ``start`` on.
-
-    A lone sequence is all prefix. A shared prefix is the prompt without its last token. That token
-    starts every suffix, so that each response token is predicted from a position of its own. A
-    suffix omits the last response token, which predicts nothing.
-
-    Args:
-        group: one sequence, or several with the same prompt.
-        tokens, positions: ``[tokens of the micro-batch]`` int32, filled here.
-        index: int32, 0, 1, 2, ..., at least as long.
-        start: first position of the group in the micro-batch.
-
-    Returns:
-        The positions that predict the trained tokens, by sequence, and the lengths of the prefix
-            and the suffixes.
-    """
-    prompt = group[0].prompt_ids
-    if len(group) == 1:
-        first = start + len(prompt)
-        end = first + len(group[0].response_ids)
-        tokens[start:first], tokens[first:end] = prompt, group[0].response_ids
-        positions[start:end] = index[: end - start]
-        # The hidden state one position earlier predicts a token.
-        return [group[0].trained(index[first - 1 : end - 1])], (end - start,)
-    prefix = len(prompt) - 1
-    first = start + prefix
-    tokens[start:first], positions[start:first] = prompt[:-1], index[:prefix]
-    logit_positions, lengths = [], [prefix]
-    for sequence in group:
-        length = len(sequence.response_ids)
-        end = first + length
-        tokens[first], tokens[first + 1 : end] = prompt[-1], sequence.response_ids[:-1]
-        positions[first:end] = index[prefix : prefix + length]
-        logit_positions.append(sequence.trained(index[first:end]))
-        lengths.append(length)
-        first = end
-    return logit_positions, tuple(lengths)
-
-
-def _routed_experts(groups: list[PrefixGroup], boundaries: list[int], rows: int) -> Tensor | None:
+def _routed_experts(groups: list[PrefixGroup], boundaries: list[int]) -> Tensor | None:
     """``MicroBatch.routed_experts`` of groups that start at ``boundaries``.
 
     A shared prompt gets the experts of its first response.
@@ -363,7 +293,7 @@ def _routed_experts(groups: list[PrefixGroup], boundaries: list[int], rows: int)
     given = _all_or_none("routed_experts", [sequence for group in groups for sequence in group])
     if not given:
         return None
-    found = torch.full((rows, *given[0].shape[1:]), -1, dtype=torch.int16)
+    found = torch.full((boundaries[-1], *given[0].shape[1:]), -1, dtype=torch.int16)
     chosen = iter(given)
     for group, start in zip(groups, boundaries, strict=False):
         known = 0
@@ -372,14 +302,6 @@ def _routed_experts(groups: list[PrefixGroup], boundaries: list[int], rows: int)
             found[start : start + len(part)] = part
             start, known = start + len(part), len(sequence.prompt_ids) - 1
     return found
-
-
-def _known(name: str, sequences: list[TrainSequence]) -> Tensor | None:
-    """The values of the trained tokens, if every sequence has them."""
-    values = [(s, getattr(s, name)) for s in sequences]
-    if not values or any(each is None for _, each in values):
-        return None
-    return torch.from_numpy(np.concatenate([s.trained(each) for s, each in values]))
 
 
 def _in_rows(batch: MicroBatch) -> MicroBatch:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from megatron_espo.config import Data
 from megatron_espo.config.tasks import Source
-from megatron_espo.data.sources import Problems, Row, Rows, read_rows
+from megatron_espo.data.sources import Row, Rows, raise_problems, read_rows
 from megatron_espo.data.tokenizer import Messages, Tokenizer
 from megatron_espo.errors import InputError
 from megatron_espo.types import Prompt
@@ -40,14 +40,13 @@ class _Epochs:
     def __init__(
         self, name: str, settings: Source, seed: int, shuffle: bool, share: Fraction
     ) -> None:
-        self.rows = read_rows(settings, seed)
+        self.rows, limits = read_rows(settings, seed), settings.pass_rate
         self.name, self.prompts, self.share = name, settings.prompts, share
-        self._identity = {"seed": seed, "shuffle": shuffle, "share": str(share)}
-        self._kept = _within(self.rows, settings.pass_rate)
+        self._kept = _within(self.rows, limits)
         if not len(self._kept):
-            expected = f"a row in {list(settings.pass_rate)}"
-            found = f"none of {len(self.rows):,}"
+            expected, found = f"a row in {list(limits)}", f"none of {len(self.rows):,}"
             raise InputError(f"{settings.prompts}: pass_rate: expected {expected}, got {found}")
+        self._identity = {"seed": seed, "shuffle": shuffle, "share": str(share)}
         self._identity["fingerprint"] = _fingerprint(self.rows, self._kept)
         self.solved: dict[str, int] = {}
         self._passed = 0  # because of ``solved``
@@ -244,23 +243,22 @@ class PromptStream:
         return [{"role": "system", "content": system}, *prompt] if system else prompt
 
     def _check_rows(self, source: _Epochs, max_response_tokens: int, max_model_len: int) -> None:
-        problems, limit = Problems(), max_model_len - max_response_tokens
-        self._check_not_rendered(source.rows, problems)
+        limit = max_model_len - max_response_tokens
+        problems = self._rendered_rows(source.rows)
         for row in self._rows_to_tokenize(source.rows, limit):
             try:
                 _, token_ids = self._encode(row)
+                if len(token_ids) > limit:
+                    raise InputError(
+                        f"expected at most {limit} prompt tokens (context {max_model_len} less "
+                        f"rollout.max_response_tokens {max_response_tokens}), got "
+                        f"{len(token_ids)}; shorten or drop the row, lower "
+                        "rollout.max_response_tokens or raise rollout.max_model_len"
+                    )
             except InputError as error:
-                problems.add(row.where, str(error).removeprefix(f"{row.where}: "))
-                continue
-            if len(token_ids) > limit:
-                problems.add(
-                    row.where,
-                    f"expected at most {limit} prompt tokens (context {max_model_len} less "
-                    f"rollout.max_response_tokens {max_response_tokens}), got {len(token_ids)}; "
-                    "shorten or drop the row, lower rollout.max_response_tokens or raise "
-                    "rollout.max_model_len",
-                )
-        problems.raise_if_any(source.prompts)
+                what = str(error).removeprefix(f"{row.where}: ")
+                problems.append(f"{row.where}: {what}")
+        raise_problems(source.prompts, problems)
 
     def _rows_to_tokenize(self, rows: Rows, limit: int) -> Iterator[Row]:
         """Rows to tokenize at the start: all of a small source.
@@ -286,24 +284,22 @@ class PromptStream:
         for index in pc.indices_nonzero(pc.greater(pc.binary_length(table["prompt"]), longest)):
             yield rows[index.as_py()]
 
-    def _check_not_rendered(self, rows: Rows, problems: Problems) -> None:
-        """Refuse text that the chat template wrote: the template would be applied twice."""
+    def _rendered_rows(self, rows: Rows) -> list[str]:
+        """Mistakes: text that the chat template wrote. The template would be applied twice."""
         if self._data.raw or not self._tokenizer.has_chat_template:
-            return
+            return []
         rendered = self._tokenizer.render([{"role": "user", "content": "x"}])
-        opening = rendered.partition("user")[0]
-        if not opening.strip():
-            return
-        table = rows.table
-        found = pc.and_(
-            pc.invert(table["is_chat"]), pc.match_substring(table["prompt"], opening.strip())
+        opening = rendered.partition("user")[0].strip()
+        if not opening:
+            return []
+        contain = pc.match_substring(rows.table["prompt"], opening)
+        found = pc.and_(pc.invert(rows.table["is_chat"]), contain)
+        what = (
+            f"prompt: expected text without the chat template, got {opening!r} in it; set data.raw "
+            "to true for prompts that are rendered already"
         )
-        for index in pc.indices_nonzero(found):
-            problems.add(
-                rows[index.as_py()].where,
-                f"prompt: expected text without the chat template, got {opening.strip()!r} in it; "
-                "set data.raw to true for prompts that are rendered already",
-            )
+        numbers = rows.table["number"].filter(found).to_pylist()
+        return [f"{rows.where(number)}: {what}" for number in numbers]
 
 
 def _changed(what: str, expected: Any, got: Any) -> InputError:

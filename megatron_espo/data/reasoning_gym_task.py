@@ -78,8 +78,7 @@ def generate_entries(task: str, task_args: dict[str, Any]) -> list[dict[str, Any
 
 def _write_entries(task: str, task_args: dict[str, Any]) -> None:
     """In the child process: pickle the entries, or an InputError, to standard output."""
-    output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a generator prints must not reach the pickle
+    output, sys.stdout = sys.stdout.buffer, sys.stderr  # for what a generator prints
     try:
         dataset = create_task(task, task_args)
         result: Any = [dataset[index] for index in range(len(dataset))]
@@ -89,7 +88,7 @@ def _write_entries(task: str, task_args: dict[str, Any]) -> None:
         failed = f"reasoning_gym:{task} failed to generate with {task_args}: {error!r}"
         result = InputError(f"data.task_args: {failed}")
     pickle.dump(result, output)
-    output.close()
+    output.flush()
 
 
 def _nearest(name: str, known: Any) -> str:

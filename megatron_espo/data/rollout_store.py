@@ -6,16 +6,13 @@ A run continues from them, or trains from them again (``run.replay``).
 import io
 import json
 import zipfile
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_espo.data.scored_groups import ScoredGroups, from_columns, to_columns
+from megatron_espo.data.scored_groups import ScoredGroups, from_columns, split, to_columns
 from megatron_espo.errors import InputError
 from megatron_espo.files import make_durable
 
@@ -23,17 +20,6 @@ _JSON, _TEXTS = "step.json", "texts.txt"
 _FORMAT = 2
 _PIECE_BYTES = 4 << 20
 _ENCODING = ("utf-8", "surrogatepass")
-# zipfile, numpy and json raise these errors for a damaged file.
-_NUMPY_DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError)
-_DAMAGE = (*_NUMPY_DAMAGE, zipfile.BadZipFile, zlib.error)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A step's rollouts, and the state of the prompt stream after they were sampled."""
-
-    groups: ScoredGroups
-    after: dict[str, Any]
 
 
 class RolloutLog:
@@ -54,16 +40,25 @@ class RolloutLog:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-log")
         self._writing: Future[None] | None = None
 
-    def start_write(
+    def write(
         self, step: int, groups: ScoredGroups, *, before: dict[str, Any], after: dict[str, Any]
     ) -> None:
-        """:meth:`write` in the background. Nothing may change the arguments until :meth:`wait`.
+        """Write a step's scored rollouts in the background and flush them to disk. The file appears
+        complete or not at all.
+
+        Nothing may change the arguments until :meth:`wait`.
+
+        Args:
+            step: counted from 1.
+            groups: the rollouts.
+            before, after: JSON values, the state of the prompt stream before and after sampling.
 
         Raises:
             OSError: the previous write failed.
         """
         self.wait()
-        self._writing = self._thread.submit(self.write, step, groups, before=before, after=after)
+        states = {"fingerprint": self._fingerprint, "before": before, "after": after}
+        self._writing = self._thread.submit(self._write, self._path(step), groups, states)
 
     def wait(self) -> None:
         """Return when the last write is durable, or raise its error (once)."""
@@ -76,23 +71,11 @@ class RolloutLog:
         self._thread.shutdown()
         self.wait()
 
-    def write(
-        self, step: int, groups: ScoredGroups, *, before: dict[str, Any], after: dict[str, Any]
-    ) -> None:
-        """Write a step's scored rollouts and flush them to disk. The file appears complete or not
-        at all.
-
-        Args:
-            step: counted from 1.
-            groups: the rollouts.
-            before, after: JSON values, the state of the prompt stream before and after sampling.
-        """
+    def _write(self, path: Path, groups: ScoredGroups, states: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         content, columns = to_columns(groups)
         texts = content.pop("texts")
-        content |= {"fingerprint": self._fingerprint, "before": before, "after": after}
-        content |= {"format": _FORMAT, "text_lengths": list(map(len, texts))}
-        path = self._path(step)
+        content |= states | {"format": _FORMAT, "text_lengths": list(map(len, texts))}
         partial = path.with_name(path.name + ".partial")
         with zipfile.ZipFile(partial, "w") as archive:
             archive.writestr(_JSON, json.dumps(content))
@@ -104,9 +87,11 @@ class RolloutLog:
         partial.replace(path)
         make_durable(self.folder)
 
-    def read(self, step: int, before: dict[str, Any] | None) -> Recorded | None:
-        """Read a step's rollouts and the state after them; ``None`` if this run has recorded none
-        from the state ``before``.
+    def read(
+        self, step: int, before: dict[str, Any] | None
+    ) -> tuple[ScoredGroups, dict[str, Any]] | None:
+        """Read a step's rollouts and the state of the prompt stream after they were sampled;
+        ``None`` if this run has recorded none from the state ``before``.
 
         Args:
             step: counted from 1.
@@ -131,12 +116,13 @@ class RolloutLog:
                 state = (content["before"], content["fingerprint"])
                 if before is not None and state != (before, self._fingerprint):
                     return None
-                content["texts"] = _split(file[_TEXTS].decode(*_ENCODING), content["text_lengths"])
+                lengths = np.array(content["text_lengths"])
+                content["texts"] = split(file[_TEXTS].decode(*_ENCODING), lengths)
                 arrays = {n: file[n] for n in file.files if n not in (_JSON, _TEXTS)}
-            return Recorded(from_columns(content, arrays), content["after"])
+            return from_columns(content, arrays), content["after"]
         except InputError:
             raise
-        except _DAMAGE as error:
+        except Exception as error:  # zipfile, numpy, json and zlib raise many types
             raise InputError(
                 f"{path}: expected recorded rollouts, found damage ({error}); "
                 "remove the file to sample the step again"
@@ -172,10 +158,3 @@ def _write_array(archive: zipfile.ZipFile, name: str, arrays: list[np.ndarray]) 
         np.lib.format.write_array_header_1_0(member, header)
         for array in arrays:
             member.write(np.ascontiguousarray(array).data)
-
-
-def _split(text: str, lengths: list[int]) -> list[str]:
-    ends = [0, *accumulate(lengths)]
-    if ends[-1] != len(text):
-        raise ValueError(f"expected {ends[-1]} characters, got {len(text)}")
-    return [text[start:end] for start, end in pairwise(ends)]

@@ -1,8 +1,8 @@
 """The rollouts of one step, as arrays for the rollout log, and their outline for all ranks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from megatron_espo.types import Prompt, SamplingMask, Trajectory
 # Per-token fields of a trajectory.
 _RESPONSE_FIELDS = ("response_ids", "loss_mask", "logprobs", "versions")
 Columns = dict[str, list[np.ndarray]]
-# JSON values, and the arrays of which ``from_outline`` makes trajectories without tokens.
-Outline = tuple[dict[str, Any], dict[str, np.ndarray]]
+# By prompt, sample and part what ``from_outline`` makes a trajectory of; and the rest.
+Outline = tuple[list[list[list[tuple[Any, ...]]]], "ScoredGroups"]
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,16 @@ class ScoredGroups:
         """Versions between the weights that ``step`` starts from and the weights that sampled; mean
         over sampled tokens.
         """
-        ages = self._ages(step)
-        return float(ages.mean()) if ages.size else 0.0
+        return float(self._ages(step).mean())
 
     def max_staleness(self, step: int) -> int:
         """The staleness of the oldest sampled token."""
-        ages = self._ages(step)
-        return int(ages.max()) if ages.size else 0
+        return int(self._ages(step).max())
 
     def _ages(self, step: int) -> np.ndarray:
         parts = [part for sample in self.samples if not sample.failed for part in sample.parts]
         versions = [part.versions[part.loss_mask] for part in parts]
-        return step - 1 - np.concatenate([np.zeros(0, np.int32), *versions])
+        return step - 1 - np.concatenate(versions) if versions else np.zeros(1)
 
     def lengths(self) -> torch.Tensor:
         """Sampled tokens, ``[prompts, group_size]`` int64."""
@@ -115,24 +113,24 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
     Raises:
         ValueError, LookupError, TypeError: values are missing or do not match each other.
     """
-    token_ids = _split(arrays["token_ids"], arrays["token_ids_lengths"])
+
+    def column(name: str, lengths: str = "") -> list[np.ndarray]:
+        return split(arrays[name], arrays[f"{lengths or name}_lengths"])
+
     prompts = [
         Prompt(**entry, token_ids=tuple(ids.tolist()))
-        for entry, ids in zip(content["prompts"], token_ids, strict=True)
+        for entry, ids in zip(content["prompts"], column("token_ids"), strict=True)
     ]
     columns: dict[str, Iterable[Any]] = {"text": content["texts"]}
     for i, name in enumerate(("finish_reason", "reward", "rewards")):
         columns[name] = [part[i] for part in content["parts"]]
-    for name in ("prompt_ids", "turns", *_RESPONSE_FIELDS):
-        lengths = arrays.get(f"{name}_lengths", arrays["response_lengths"])
-        columns[name] = _split(arrays[name], lengths)
+    columns |= {name: column(name) for name in ("prompt_ids", "turns")}
+    columns |= {name: column(name, "response") for name in _RESPONSE_FIELDS}
     if "routed_experts" in arrays:
-        rows = _split(arrays["routed_experts"], arrays["routed_experts_lengths"])
-        columns["routed_experts"] = (part if len(part) else None for part in rows)
+        experts = column("routed_experts")
+        columns["routed_experts"] = (part if len(part) else None for part in experts)
     if "mask_ids" in arrays:
-        ids = _split(arrays["mask_ids"], arrays["mask_ids_lengths"])
-        kept = _split(arrays["mask_counts"], arrays["response_lengths"])
-        masks = map(SamplingMask, ids, kept)
+        masks = map(SamplingMask, column("mask_ids"), column("mask_counts", "response"))
         columns["sampling_mask"] = (mask if len(mask.ids) else None for mask in masks)
     values = zip(*columns.values(), strict=True)
     parts = (dict(zip(columns, each, strict=True)) for each in values)
@@ -140,8 +138,7 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
 
     def next_trajectory(prompt: Prompt) -> Trajectory:
         found = islice(parts, next(num_parts))
-        *earlier, last = [Trajectory(prompt, **attributes) for attributes in found]
-        return replace(last, earlier=tuple(earlier)) if earlier else last
+        return _join_parts([Trajectory(prompt, **attributes) for attributes in found])
 
     sizes = zip(prompts, content["group_sizes"], strict=True)
     rollouts = [[next_trajectory(prompt) for _ in range(size)] for prompt, size in sizes]
@@ -152,44 +149,47 @@ def from_columns(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Scor
 
 def to_outline(groups: ScoredGroups) -> Outline:
     """What every rank needs of ``groups``: lengths, loss masks, rewards and counts, without tokens,
-    log-probs, versions, texts, prompt metadata, routed experts and sampling masks.
+    log-probs, versions, texts, prompts, routed experts and sampling masks.
     """
-    content, columns = to_columns(groups)
-    content["prompts"] = [
-        prompt | {"text": "", "answer": "", "metadata": {}} for prompt in content["prompts"]
+    keys: dict[bytes, int] = {}
+
+    def outline(part: Trajectory) -> tuple[Any, ...]:
+        key = keys.setdefault(part.prompt_ids.tobytes(), -1 - len(keys))
+        lengths = len(part.prompt_ids), len(part.response_ids)
+        return key, *lengths, np.packbits(part.loss_mask), part.finish_reason
+
+    outlines = [
+        [[outline(part) for part in sample.parts] for sample in group] for group in groups.rollouts
     ]
-    content["texts"] = [""] * len(content["parts"])
-    mask = np.packbits(np.concatenate(columns["loss_mask"]))
-    first: dict[bytes, int] = {}
-    keys = [first.setdefault(ids.tobytes(), -1 - len(first)) for ids in columns["prompt_ids"]]
-    known = {name: columns[name][0] for name in ("prompt_ids_lengths", "response_lengths")}
-    arrays = {"rewards": groups.rewards.numpy(), "loss_mask": mask, "prompt_keys": np.array(keys)}
-    return content, arrays | known
+    return outlines, replace(groups, rollouts=[], metrics={})
 
 
 def from_outline(outline: Outline) -> ScoredGroups:
-    """Trajectories of the right lengths, loss masks and rewards. Ids, log-probs and versions are
-    placeholders.
+    """Trajectories of the right lengths, loss masks and rewards. Prompts, ids, log-probs and
+    versions are placeholders.
 
     The ids of a prompt are one negative number, equal for equal prompts: prompts can be grouped.
     """
-    content, arrays = outline
-    tokens = int(arrays["response_lengths"].sum())
 
-    def absent(dtype: type, length: int = tokens) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), dtype), length)
+    def part(key: int, prompt: int, length: int, mask: np.ndarray, reason: str) -> Trajectory:
+        absent = np.broadcast_to(np.int32(0), length)
+        return Trajectory(
+            prompt=Prompt("", "", "", ()),
+            prompt_ids=np.full(prompt, key, np.int32),
+            response_ids=absent,
+            loss_mask=np.unpackbits(mask, count=length).view(np.bool_),
+            logprobs=np.broadcast_to(np.float32(0), length),
+            versions=absent,
+            finish_reason=reason,
+            text="",
+            turns=absent[:0],
+        )
 
-    prompt_ids = arrays["prompt_keys"].astype(np.int32).repeat(arrays["prompt_ids_lengths"])
-    none = np.zeros(len(content["parts"]), np.int64)
-    return from_columns(
-        content,
-        arrays
-        | {"token_ids": absent(np.int32, 0), "token_ids_lengths": none[: len(content["prompts"])]}
-        | {"turns": absent(np.int32, 0), "turns_lengths": none, "prompt_ids": prompt_ids}
-        | {"loss_mask": np.unpackbits(arrays["loss_mask"], count=tokens).view(np.bool_)}
-        | {"response_ids": absent(np.int32), "versions": absent(np.int32)}
-        | {"logprobs": absent(np.float32)},
-    )
+    outlines, rest = outline
+    rollouts = [
+        [_join_parts([part(*each) for each in sample]) for sample in group] for group in outlines
+    ]
+    return replace(rest, rollouts=rollouts)
 
 
 def broadcast_groups(groups: ScoredGroups | None) -> ScoredGroups:
@@ -215,13 +215,21 @@ def broadcast_groups(groups: ScoredGroups | None) -> ScoredGroups:
     return groups
 
 
+def split(values: Any, lengths: np.ndarray) -> list[Any]:
+    """Slices of ``values`` with the given lengths, one after the other.
+
+    Raises:
+        ValueError: the lengths do not add up to that of ``values``.
+    """
+    if lengths.sum() != len(values):
+        raise ValueError(f"expected {lengths.sum()} values, got {len(values)}")
+    return [values[start:end] for start, end in pairwise([0, *lengths.cumsum().tolist()])]
+
+
 def _with_lengths(name: str, vectors: list[np.ndarray]) -> Columns:
     return {f"{name}_lengths": [np.array([len(vector) for vector in vectors])], name: vectors}
 
 
-def _split(values: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Views of ``values`` with the given lengths, one after the other."""
-    if lengths.sum() != len(values):
-        raise ValueError(f"expected {lengths.sum()} values, got {len(values)}")
-    ends = lengths.cumsum().tolist()
-    return (values[start:end] for start, end in zip(chain([0], ends), ends, strict=False))
+def _join_parts(parts: list[Trajectory]) -> Trajectory:
+    *earlier, last = parts
+    return replace(last, earlier=tuple(earlier)) if earlier else last

@@ -4,7 +4,6 @@ import codecs
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -61,7 +60,7 @@ class Rows(Sequence[Row]):
             ``prompt`` holds their contents), ``kind`` (the messages' roles), ``answer``,
             ``metadata`` (JSON; null: none) and ``pass_rate`` (null: not read, or not known).
         where: format of :attr:`Row.where`, with ``{number}``.
-        default_id: format of the id of a row without one, with ``{number}``.
+        prefix: of the id of a row without one; its number follows.
         metadata: metadata of each row, instead of the column.
     """
 
@@ -69,12 +68,17 @@ class Rows(Sequence[Row]):
         self,
         table: pa.Table,
         where: str,
-        default_id: str,
+        prefix: str,
         metadata: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         self.table, self._metadata = table.combine_chunks(), metadata
-        self._where, self._default_id = where, default_id
+        self._where = where
+        numbers = self.table["number"].cast(pa.large_string())
+        head, between = (pa.scalar(text, pa.large_string()) for text in (prefix, ""))
+        default = pc.binary_join_element_wise(head, numbers, between)
+        self.ids = pc.coalesce(self.table["id"], default)
         self._columns = {name: self.table[name] for name in self.table.column_names}
+        self._columns["id"] = self.ids
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -83,18 +87,18 @@ class Rows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         values = {name: column[index].as_py() for name, column in self._columns.items()}
-        number, identifier, metadata = values["number"], values["id"], values["metadata"]
-        if identifier is None:
-            identifier = self._default_id.format(number=number)
-        prompt = values["messages"]
+        prompt, metadata = values["messages"], values["metadata"]
         if prompt is None:
             prompt = json.loads(values["prompt"]) if values["is_chat"] else values["prompt"]
         if self._metadata is not None:
             extra = self._metadata[index]
         else:
             extra = {} if metadata is None else json.loads(metadata)
-        where = self._where.format(number=number)
-        return Row(where, identifier, prompt, values["answer"], extra)
+        return Row(self.where(values["number"]), values["id"], prompt, values["answer"], extra)
+
+    def where(self, number: int) -> str:
+        """:attr:`Row.where` of a line or row."""
+        return self._where.format(number=number)
 
     def find(self, identifier: str) -> int:
         """Index of the row with this id.
@@ -102,36 +106,19 @@ class Rows(Sequence[Row]):
         Raises:
             KeyError: there is none.
         """
-        index = pc.index(self._columns["id"], identifier).as_py()
+        index = pc.index(self.ids, identifier).as_py()
         if index < 0:
-            prefix, suffix = self._default_id.split("{number}")
-            digits = identifier.removeprefix(prefix).removesuffix(suffix)
-            if digits.isdecimal():
-                index = pc.index(self._columns["number"], int(digits)).as_py()
-        if index < 0 or self[index].id != identifier:
             raise KeyError(identifier)
         return index
 
 
-@dataclass
-class Problems:
-    """Collects mistakes in rows, so that one run of the program shows many of them."""
-
-    shown: list[str] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, where: str, what: str) -> None:
-        self.count += 1
-        if len(self.shown) < MAX_REPORTED:
-            self.shown.append(f"{where}: {what}")
-
-    def raise_if_any(self, source: str) -> None:
-        """Raise InputError with the first problems and their number."""
-        if self.count:
-            head = [f"{source}: {self.count} problems"] if self.count > 1 else []
-            more = self.count - len(self.shown)
-            tail = [f"... and {more} more"] if more else []
-            raise InputError("\n  ".join([*head, *self.shown, *tail]))
+def raise_problems(source: str, problems: Sequence[str]) -> None:
+    """Raise InputError with the first mistakes in the rows of ``source`` and their number."""
+    if problems:
+        head = [f"{source}: {len(problems)} problems"] if len(problems) > 1 else []
+        more = len(problems) - MAX_REPORTED
+        tail = [f"... and {more} more"] if more > 0 else []
+        raise InputError("\n  ".join([*head, *problems[:MAX_REPORTED], *tail]))
 
 
 class MissingColumns(InputError):
@@ -172,9 +159,8 @@ def _read_file(
     reader = _Reader(path, where, needed, wanted)
     chunks = reader.read_jsonl() if is_jsonl else reader.read_parquet()
     table = pa.concat_tables([_TABLE.empty_table(), *chunks])
-    rows = Rows(table, where, f"{path.stem}:{{number}}")
-    _check_ids(rows, reader.problems)
-    reader.problems.raise_if_any(str(path))
+    rows = Rows(table, where, f"{path.stem}:")
+    raise_problems(str(path), reader.problems + _repeated_ids(rows))
     if not rows:
         raise InputError(f"{path}: expected at least one row, found none")
     repeated = len(rows) - pc.count_distinct(rows.table["prompt"]).as_py()
@@ -206,16 +192,16 @@ class _Reader:
     where: str
     needed: Sequence[str]
     wanted: Mapping[str, str]
-    problems: Problems = field(default_factory=Problems)
+    problems: list[str] = field(default_factory=list)
 
     def read_jsonl(self) -> Iterator[pa.Table]:
         number = 1
-        with self.path.open("rb") as file, self._progress(os.path.getsize(self.path)) as bar:
+        with self.path.open("rb") as file, self._progress(self.path.stat().st_size) as bar:
             while lines := file.readlines(_CHUNK_BYTES):
                 if number == 1:
                     lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
                 batch = _json_batch(lines)
-                chunk = batch and _fast_table(batch, self, number - 1)
+                chunk = batch and self._fast_table(batch, number - 1)
                 yield chunk or self._table(self._json_records(lines, number))
                 number += len(lines)
                 bar.update(sum(map(len, lines)))
@@ -228,7 +214,7 @@ class _Reader:
                 record = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
                 what = f"expected one JSON object in UTF-8, got {shorten(line)} ({error})"
-                self.problems.add(self.where.format(number=number), what)
+                self._note(number, what)
             else:
                 yield number, record
 
@@ -238,15 +224,13 @@ class _Reader:
         try:
             with ParquetFile(self.path) as file:
                 columns = self._stored_columns(file.schema_arrow)
-                if self.problems.count:
+                if self.problems:
                     return
                 number, batches = 0, file.iter_batches(batch_size=_CHUNK_ROWS, columns=columns)
                 with self._progress(file.metadata.num_rows) as bar:
                     for batch in batches:
-                        chunk = _fast_table(batch, self, number)
-                        if chunk is None:
-                            chunk = self._table(enumerate(batch.to_pylist(), number + 1))
-                        yield chunk
+                        chunk = self._fast_table(batch, number)
+                        yield chunk or self._table(enumerate(batch.to_pylist(), number + 1))
                         number += len(batch)
                         bar.update(len(batch))
         except (pa.ArrowException, OSError) as error:
@@ -268,7 +252,7 @@ class _Reader:
         for column in schema:
             if (columns is None or column.name in columns) and not _fits_json(column.type):
                 what = f"{column.name}: expected values that JSON can hold, got {column.type}"
-                self.problems.add(str(self.path), f"{what}; {_CHOOSE_COLUMNS}")
+                self.problems.append(f"{self.path}: {what}; {_CHOOSE_COLUMNS}")
         return columns
 
     def _progress(self, total: int) -> tqdm:
@@ -276,18 +260,99 @@ class _Reader:
         name = f"reading {self.path.name}"
         return tqdm(None, name, total, disable=None, leave=False, delay=1, unit_scale=True)
 
+    def _fast_table(self, batch: pa.RecordBatch, before: int) -> pa.Table | None:
+        """The chunk of correct rows with the needed columns only; ``None``: look at each row."""
+        names = self.wanted or {name: name for name in batch.schema.names}
+        if set(names) != set(self.needed):
+            return None
+        columns: dict[str, Any] = {name: _nested(batch, names[name]) for name in self.needed}
+        if any(column is None for column in columns.values()):
+            return None
+        prompt, answer, rate = columns["prompt"], columns["answer"], columns.get("pass_rate")
+        if prompt.null_count or answer.null_count:
+            return None
+        if not (_is_text(answer.type) or pa.types.is_integer(answer.type)):
+            return None
+        if rate is not None:
+            if not (pa.types.is_floating(rate.type) or pa.types.is_integer(rate.type)):
+                return None
+            if not pc.all(pc.and_(pc.greater_equal(rate, 0), pc.less_equal(rate, 1))).as_py():
+                return None
+        size, is_chat = len(batch), not _is_text(prompt.type)
+        columns["number"] = pa.array(range(before + 1, before + size + 1))
+        columns |= {"is_chat": pa.repeat(is_chat, size), "kind": pa.repeat("", size)}
+        if is_chat:
+            parts = _message_parts(prompt)
+            if parts is None:
+                return None
+            columns["messages"] = prompt
+            columns["kind"], columns["prompt"] = parts
+        elif pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
+            return None
+        if pc.any(pc.equal(pc.utf8_trim_whitespace(columns["prompt"]), "")).as_py():
+            return None
+        absent = pa.nulls(size)
+        arrays = [columns.get(field.name, absent).cast(field.type) for field in _TABLE]
+        return pa.Table.from_arrays(arrays, schema=_TABLE)
+
+    def _note(self, number: int, problem: str) -> None:
+        self.problems.append(f"{self.where.format(number=number)}: {problem}")
+
     def _table(self, records: Iterable[tuple[int, Any]]) -> pa.Table:
         """The chunk of the correct records."""
-        rows = (self._check(number, record) for number, record in records)
-        return pa.Table.from_pylist([row for row in rows if row], schema=_TABLE)
+        rows = []
+        for number, record in records:
+            row, problems = self._check(record)
+            for problem in problems:
+                self._note(number, problem)
+            if not problems:
+                rows.append(row | {"number": number})
+        return pa.Table.from_pylist(rows, schema=_TABLE)
 
-    def _check(self, number: int, record: Any) -> dict[str, Any] | None:
-        """The row of a record; ``None``: it has mistakes."""
-        if isinstance(record, dict) and self.wanted:
+    def _check(self, record: Any) -> tuple[dict[str, Any], list[str]]:
+        """The columns of a record, without ``number``, and its mistakes."""
+        if not isinstance(record, dict):
+            return {}, [f"expected an object with prompt and answer, got {describe(record)}"]
+        if self.wanted:
             record = {name: _field(record, path) for name, path in self.wanted.items()}
             record = {name: value for name, value in record.items() if value is not _ABSENT}
-        row = _check_record(self.where.format(number=number), record, self.needed, self.problems)
-        return row and row | {"number": number}
+        got = ", ".join(record) or "none"
+        problems = [
+            f"{name}: expected this key, got {got}; rename it, or name it in data.columns"
+            for name in self.needed
+            if name not in record
+        ]
+        prompt: Any = as_messages(record.get("prompt"))
+        if "prompt" in record and (problem := find_problem(prompt)):
+            problems.append(f"prompt: {problem}")
+        answer: Any = record.get("answer")
+        is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+        if is_number and math.isfinite(answer):
+            answer = str(answer)
+        if "answer" in record and not isinstance(answer, str):
+            problems.append(f"answer: expected text or a number, got {describe(answer)}")
+        identifier = record.get("id")
+        if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
+            problems.append(f"id: expected text or an integer, got {describe(identifier)}")
+        rate = record.get("pass_rate") if "pass_rate" in self.needed else None
+        if rate is not None and not (type(rate) in (int, float) and 0 <= rate <= 1):
+            problems.append(f"pass_rate: expected 0 to 1, or null, got {describe(rate)}")
+        if problems:
+            return {}, problems
+        metadata = {n: value for n, value in record.items() if n not in ("id", *self.needed)}
+        is_chat, kind = not isinstance(prompt, str), ""
+        if is_chat:
+            # Parquet gives every message the fields of all; templates ask whether a field exists.
+            messages = [{n: v for n, v in message.items() if v is not None} for message in prompt]
+            kind = "\n".join(message["role"] for message in messages)
+            prompt = json.dumps(messages, ensure_ascii=False)
+        row = {"prompt": prompt, "is_chat": is_chat, "kind": kind, "answer": answer}
+        row |= {"id": None if identifier is None else str(identifier), "pass_rate": rate}
+        try:
+            f"{prompt}{answer}{identifier}".encode()
+        except UnicodeEncodeError as error:
+            return {}, [f"expected valid Unicode, got a lone surrogate ({error})"]
+        return row | {"metadata": json.dumps(metadata) if metadata else None}, []
 
 
 def _json_batch(lines: Sequence[bytes]) -> pa.RecordBatch | None:
@@ -308,48 +373,11 @@ def _stored(path: str, schema: pa.Schema) -> str:
     return first if path not in schema.names and _is_text(schema.field(first).type) else path
 
 
-def _fast_table(batch: pa.RecordBatch, reader: _Reader, before: int) -> pa.Table | None:
-    """The chunk of correct rows with the needed columns only; ``None``: look at each row."""
-    names = reader.wanted or {name: name for name in batch.schema.names}
-    if set(names) != set(reader.needed):
-        return None
-    prompt, answer = (_nested(batch, names[name]) for name in ("prompt", "answer"))
-    if prompt is None or answer is None or prompt.null_count or answer.null_count:
-        return None
-    if not (_is_text(answer.type) or pa.types.is_integer(answer.type)):
-        return None
-    size, messages = len(batch), pa.nulls(len(batch), _TABLE.field("messages").type)
-    kind, is_chat = pa.repeat(pa.scalar("", pa.large_string()), size), not _is_text(prompt.type)
-    if is_chat:
-        messages = prompt
-        parts = _message_parts(prompt)
-        if parts is None:
-            return None
-        kind, prompt = parts
-    if pc.any(pc.equal(pc.utf8_trim_whitespace(prompt), "")).as_py():
-        return None
-    if not is_chat and pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
-        return None
-    rate = pa.nulls(size, pa.float64())
-    if "pass_rate" in reader.needed:
-        rate = _nested(batch, names["pass_rate"])
-        if rate is None or not (pa.types.is_floating(rate.type) or pa.types.is_integer(rate.type)):
-            return None
-        if not pc.all(pc.and_(pc.greater_equal(rate, 0), pc.less_equal(rate, 1))).as_py():
-            return None
-    number = pa.array(range(before + 1, before + size + 1), pa.int32())
-    none = pa.nulls(size, pa.large_string())
-    columns = [number, none, prompt, pa.repeat(is_chat, size), messages, kind, answer, none, rate]
-    arrays = [column.cast(field.type) for column, field in zip(columns, _TABLE, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=_TABLE)
-
-
 def _message_parts(messages: pa.Array) -> tuple[pa.Array, pa.Array] | None:
     """Joined roles and joined contents of correct messages with these two fields only."""
     kind = messages.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return None
-    if not pa.types.is_struct(kind.value_type):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_struct(kind.value_type):
         return None
     if {field.name for field in kind.value_type} != {"role", "content"}:
         return None
@@ -416,67 +444,18 @@ def _field(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _check_record(
-    where: str, record: Any, needed: Sequence[str], problems: Problems
-) -> dict[str, Any] | None:
-    """The columns of a record, without ``number``; ``None``: it has mistakes."""
-    if not isinstance(record, dict):
-        problems.add(where, f"expected an object with prompt and answer, got {describe(record)}")
-        return None
-    before = problems.count
-    for name in needed:
-        if name not in record:
-            got = ", ".join(record) or "none"
-            problems.add(
-                where,
-                f"{name}: expected this key, got {got}; rename it, or name it in data.columns",
-            )
-    prompt: Any = as_messages(record.get("prompt"))
-    if "prompt" in record and (problem := find_problem(prompt)):
-        problems.add(where, f"prompt: {problem}")
-    answer: Any = record.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
-        answer = str(answer)
-    if "answer" in record and not isinstance(answer, str):
-        problems.add(where, f"answer: expected text or a number, got {describe(answer)}")
-    identifier = record.get("id")
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
-        problems.add(where, f"id: expected text or an integer, got {describe(identifier)}")
-    rate = record.get("pass_rate") if "pass_rate" in needed else None
-    if rate is not None and not (type(rate) in (int, float) and 0 <= rate <= 1):
-        problems.add(where, f"pass_rate: expected 0 to 1, or null, got {describe(rate)}")
-    if problems.count > before:
-        return None
-    metadata = {n: value for n, value in record.items() if n != "id" and n not in needed}
-    is_chat, kind = not isinstance(prompt, str), ""
-    if is_chat:
-        # Parquet gives every message the fields of all; templates ask whether a field exists.
-        messages = [{n: v for n, v in message.items() if v is not None} for message in prompt]
-        kind = "\n".join(message["role"] for message in messages)
-        prompt = json.dumps(messages, ensure_ascii=False)
-    identifier = None if identifier is None else str(identifier)
-    try:
-        f"{prompt}{answer}{identifier}".encode()
-    except UnicodeEncodeError as error:
-        problems.add(where, f"expected valid Unicode, got a lone surrogate ({error})")
-        return None
-    row = {"id": identifier, "prompt": prompt, "is_chat": is_chat, "kind": kind, "answer": answer}
-    return row | {"metadata": json.dumps(metadata) if metadata else None, "pass_rate": rate}
-
-
-def _check_ids(rows: Rows, problems: Problems) -> None:
-    ids = rows.table["id"]
-    own = ids.drop_null()
-    if not len(own) or pc.count_distinct(own).as_py() == len(own):
-        return
-    first: dict[str, str] = {}
-    for number, identifier in zip(rows.table["number"].to_pylist(), ids.to_pylist(), strict=True):
-        where = rows._where.format(number=number)
-        if identifier in first:
-            what = f"id {identifier!r} is already used by {first[identifier]}; ids must be unique"
-            problems.add(where, what)
-        elif identifier is not None:
-            first[identifier] = where
+def _repeated_ids(rows: Rows) -> list[str]:
+    own = rows.table["id"]
+    if own.null_count == len(own) or pc.count_distinct(rows.ids).as_py() == len(own):
+        return []
+    first: dict[str, int] = {}
+    problems, numbers = [], rows.table["number"].to_pylist()
+    for number, identifier in zip(numbers, rows.ids.to_pylist(), strict=True):
+        earlier = first.setdefault(identifier, number)
+        if earlier != number:
+            used = f"id {identifier!r} is already used by {rows.where(earlier)}"
+            problems.append(f"{rows.where(number)}: {used}; ids must be unique")
+    return problems
 
 
 def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
@@ -492,4 +471,4 @@ def _reasoning_gym_rows(task: str, task_args: dict[str, Any]) -> Rows:
         {"reasoning_gym": {"task": task, "task_args": task_args, "entry": entry}}
         for entry in entries
     ]
-    return Rows(table, f"{REASONING_GYM}{task}[{{number}}]", f"{task}-{{number}}", metadata)
+    return Rows(table, f"{REASONING_GYM}{task}[{{number}}]", f"{task}-", metadata)

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from megatron_espo.data.tokenizer import Tokenizer
 from megatron_espo.errors import InputError, log_first
 from megatron_espo.plugins import load_object
-from megatron_espo.rollout.engine import Sampling
-from megatron_espo.rollout.environments import Environment, Policy, SingleTurn
+from megatron_espo.rollout.engine import Generation, Sampling
+from megatron_espo.rollout.environments import Environment, Policy, SingleTurn, TrajectoryBuilder
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import EnginePool
 from megatron_espo.rollout.tools import ToolEnvironment
@@ -102,9 +104,11 @@ class EnvironmentRunner:
                     message = f"environment: prompt {prompt.id!r}: {error}"
                     log_first(logger, self.failures, type(error).__name__, message)
         # The placeholder's token is not trained: its reward is NaN.
-        token = next(iter(sampling.stop_token_ids), 0)
-        failed = Trajectory.single_turn(prompt, [token], [0.0], -1, "failed", "")
-        return failed.with_reward(None)
+        token = np.array([next(iter(sampling.stop_token_ids), 0)], np.int32)
+        logprobs, versions = np.zeros(1, np.float32), np.full(1, -1, np.int32)
+        turns = TrajectoryBuilder(prompt)
+        turns.add_turn(Generation(token, logprobs, versions, "failed"))
+        return turns.build("", "failed", reward=float("nan"))
 
 
 def _check(trajectory: Trajectory) -> None:

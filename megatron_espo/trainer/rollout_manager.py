@@ -2,13 +2,14 @@
 all ranks.
 """
 
+import itertools
 import json
 import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from megatron_espo.config import Config
 from megatron_espo.data.prompts import PromptStream
@@ -69,73 +70,70 @@ class RolloutManager:
         self._closing = ExitStack()
         self._pool: EnginePool | None = None
         self._log: RolloutLog | None = None
-        replay = config.run.replay
-        router_replay = config.rollout.router_replay and spec.experts is not None
-        owners = [] if replay else engine_owners(config.rollout.engines, runtime.world_size)
-        max_model_len = config.rollout.max_model_len or spec.max_position_embeddings
-        if runtime.is_main or runtime.rank in owners:
+        rollout, replay = config.rollout, config.run.replay
+        experts = spec.experts if rollout.router_replay else None
+        is_owner = not replay and runtime.rank in engine_owners(rollout.engines, runtime.world_size)
+        max_model_len = rollout.max_model_len or spec.max_position_embeddings
+        if runtime.is_main or is_owner:
             path = config.model.tokenizer or config.model.path
-            template_args = config.data.template_args
-            self.tokenizer = load_tokenizer(path, config.model.path, template_args)
-        if runtime.rank in owners:
+            self.tokenizer = load_tokenizer(path, config.model.path, config.data.template_args)
+        if is_owner:
             self._loop = LoopThread()
             self._closing.callback(self._loop.close)
         if runtime.is_main:
+            assert self.tokenizer
             folder = Path(replay or f"{config.run.dir}/rollouts")
             self._log = log = RolloutLog(folder, fingerprint(config))
             self._closing.callback(log.close)
-            assert self.tokenizer
             self._stream = PromptStream(
                 config.data,
                 self.tokenizer,
                 config.run.seed,
-                max_response_tokens=config.rollout.max_response_tokens,
+                max_response_tokens=rollout.max_response_tokens,
                 max_model_len=max_model_len,
             )
             if replay:
-                self.source = ReplayedRollouts(log, self._stream, need_experts=router_replay)
-            else:
-                environment = load_environment(config.environment.name, config.environment.args)
-                self._scorer = Scorer(config, self.tokenizer, self._loop)
-                self._closing.callback(self._scorer.close)
-                self._scorer.start()
-                if config.eval.prompts:
-                    self._evaluator = Evaluator(config, self.tokenizer, max_model_len)
-        if runtime.rank in owners:
-            layers = spec.experts.indices if router_replay and spec.experts else None
+                self.source = ReplayedRollouts(log, self._stream, need_experts=experts is not None)
+                return
+            environment = load_environment(config.environment.name, config.environment.args)
+            self._scorer = Scorer(config, self.tokenizer, self._loop)
+            self._closing.callback(self._scorer.close)
+            self._scorer.start()
+            if config.eval.prompts:
+                self._evaluator = Evaluator(config, self.tokenizer, max_model_len)
+        if is_owner:
+            layers = experts.indices if experts else None
             settings = engine_config(
                 config, max_model_len, expert_layers=layers, listen=_listen_address()
             )
             self.engine = VLLMEngine(settings, self._loop)
             self._closing.callback(self.engine.close)
             self.engine.start()
-        if runtime.is_main and not replay:
-            self._connect_environment(environment, max_model_len, router_replay)
+        if runtime.is_main and self.tokenizer:
+            self._pool = pool = EnginePool(
+                config.run.dir, rollout.timeout_s, rollout.host_timeout_s
+            )
+            self._closing.callback(lambda: self._loop.run(pool.close(), 5.0))
+            if close := getattr(environment, "close", None):
+                self._closing.callback(lambda: self._loop.run(close(), 5.0))
+            self._runner = EnvironmentRunner(
+                environment,
+                pool,
+                self.tokenizer,
+                self._loop,
+                config.environment.timeout_s,
+                max_model_len,
+                routed_experts=experts is not None,
+            )
+            sampler = Sampler(config, self._stream, self._runner, self._scorer, self._check)
+            self._closing.callback(sampler.close)
             self.source = SampledRollouts(
                 log,
-                self._sampler,
-                max_staleness=config.rollout.max_staleness,
-                need_experts=router_replay,
+                sampler,
+                max_staleness=rollout.max_staleness,
+                need_experts=experts is not None,
                 keep=config.run.keep_rollouts,
             )
-
-    def _connect_environment(
-        self, environment: Any, max_model_len: int, router_replay: bool
-    ) -> None:
-        """Build the pool of engines, the runner of environments and the sampler."""
-        rollout, tokenizer = self.config.rollout, self.tokenizer
-        assert tokenizer
-        folder = self.config.run.dir
-        self._pool = pool = EnginePool(folder, rollout.timeout_s, rollout.host_timeout_s)
-        self._closing.callback(lambda: self._loop.run(pool.close(), 5.0))
-        if close := getattr(environment, "close", None):
-            self._closing.callback(lambda: self._loop.run(close(), 5.0))
-        parts = (environment, pool, tokenizer, self._loop)
-        timeout_s = self.config.environment.timeout_s
-        self._runner = EnvironmentRunner(*parts, timeout_s, max_model_len, router_replay)
-        sources = (self._stream, self._runner, self._scorer)
-        self._sampler = Sampler(self.config, *sources, self._check)
-        self._closing.callback(self._sampler.close)
 
     def canary(self) -> list[Prompt]:
         """The first prompts of the stream, without advancing it.
@@ -207,21 +205,16 @@ class RolloutManager:
         on other ranks.
         """
         result: list[Result] = []
-
-        def run() -> EngineError | None:
+        for restarts in itertools.count():
             try:
-                result.append(attempt())
+                on_rank_0(lambda: result.append(attempt()))
+                break
             except EngineError as error:
-                return error
-            return None
-
-        restarts = 0
-        while (failure := on_rank_0(run)) is not None:
-            if restarts == self.config.rollout.max_restarts:
-                raise EngineError(f"{failure}\ngave up after {restarts} engine restarts")
-            restarts += 1
-            if self.runtime.is_main:
-                print(f"warning: {failure}\nrestarting the rollout engine", flush=True)
+                if restarts == self.config.rollout.max_restarts:
+                    what = f"{error}\ngave up after {restarts} engine restarts"
+                    raise EngineError(what) from None
+                if self.runtime.is_main:
+                    print(f"warning: {error}\nrestarting the rollout engine", flush=True)
             recover()
         return result[0] if result else None
 

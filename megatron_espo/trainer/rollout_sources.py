@@ -35,12 +35,13 @@ class ReplayedRollouts:
         expected = f"run.replay: expected rollouts of step {step} in {self._log.folder}"
         if not found:
             raise InputError(f"{expected}, found none; lower run.steps")
-        if self._need_experts and not found.groups.have_routed_experts:
+        groups, _ = found
+        if self._need_experts and not groups.have_routed_experts:
             raise InputError(
                 f"{expected} with the experts that their engine chose, found none; set "
                 "rollout.router_replay to false to train without"
             )
-        return found.groups
+        return groups
 
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self._stream.state_dict(), "pending": []}
@@ -88,18 +89,16 @@ class SampledRollouts:
             OSError: the previous record was not written.
         """
         before = self.state_dict()
-        found = self._log.read(step, before)
-        if found and self._is_usable(found.groups, step):
-            self.load_state_dict(found.after)
-            return found.groups
+        if found := self._log.read(step, before):
+            groups, after = found
+            # The settings may have changed since.
+            has_experts = groups.have_routed_experts or not self._need_experts
+            if has_experts and groups.max_staleness(step) <= self._max_staleness:
+                self.load_state_dict(after)
+                return groups
         groups = self._sampler.batch(step, phases)
-        self._log.start_write(step, groups, before=before, after=self.state_dict())
+        self._log.write(step, groups, before=before, after=self.state_dict())
         return groups
-
-    def _is_usable(self, groups: ScoredGroups, step: int) -> bool:
-        """Whether the record suits the settings, which may have changed since."""
-        has_experts = groups.have_routed_experts or not self._need_experts
-        return has_experts and groups.max_staleness(step) <= self._max_staleness
 
     def forget(self, step: int) -> None:
         if not self._keep:

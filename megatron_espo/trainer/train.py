@@ -55,21 +55,7 @@ def train(config: Config) -> None:
     with reported(config, runtime) as heartbeat, Run(config, spec, runtime, heartbeat) as run:
         for step in range(run.step + 1, config.run.steps + 1):
             with profiled(config.run, runtime.role, step):
-                began = time.perf_counter()
-                # prompts -> rollouts -> rewards
-                groups = run.rollouts.collect(step, run.phases, run.colocation.recover)
-                advantages, signs = advantages_of(groups, config)
-                logged = run.reporter.start_step(groups)
-                mask_truncated = config.algorithm.mask_truncated
-                sequences = train_sequences(groups, advantages, mask_truncated, logged, signs)
-                # segments -> pack -> [score] -> train
-                run.colocation.offload_engine(step)
-                with run.phases.phase("train", step, config.run.steps) as on_progress:
-                    metrics = run.actor.update(sequences, on_progress)
-                # weights -> next policy version
-                metrics |= run.colocation.update_engine(version=step)
-                metrics |= run.rollouts.evaluate(step, run.phases, run.colocation.recover)
-                run.finish_step(step, groups, advantages, metrics, began)
+                run.train_step(step)
         run.finish(seconds=time.perf_counter() - started)
     distributed_runtime.shutdown()
 
@@ -151,33 +137,35 @@ class Run:
         if self.runtime.is_main:
             print(text, flush=True)
 
-    def finish_step(
-        self,
-        step: int,
-        groups: ScoredGroups,
-        advantages: torch.Tensor,
-        metrics: dict[str, float],
-        began: float,
-    ) -> None:
-        """Write the step's metrics when its rollouts are durable on disk, complete a checkpoint
-        whose files are written, and start the next one if it is due. Collective.
-
-        Args:
-            step: counted from 1.
-            groups: the step's rollouts.
-            advantages: ``[prompts, group_size]``.
-            metrics: of training, weight update and evaluation.
-            began: ``time.perf_counter()`` at the start of the step.
+    def train_step(self, step: int) -> None:
+        """Train one step, counted from 1. Write its metrics when its rollouts are durable on disk,
+        complete a checkpoint whose files are written, and start the next one if it is due.
+        Collective.
 
         Raises:
             Stopped: on every rank, if the run was asked to stop.
             OSError: on rank 0, if the step's rollouts were not written.
         """
+        began, config, recover = time.perf_counter(), self.config, self.colocation.recover
+        # prompts -> rollouts -> rewards
+        groups = self.rollouts.collect(step, self.phases, recover)
+        advantages, signs = advantages_of(groups, config)
+        logged = self.reporter.start_step(groups)
+        mask_truncated = config.algorithm.mask_truncated
+        sequences = train_sequences(groups, advantages, mask_truncated, logged, signs)
+        # segments -> pack -> [score] -> train
+        self.colocation.offload_engine(step)
+        with self.phases.phase("train", step, config.run.steps) as on_progress:
+            metrics = self.actor.update(sequences, on_progress)
+        # weights -> next policy version
+        metrics |= self.colocation.update_engine(version=step)
+        metrics |= self.rollouts.evaluate(step, self.phases, recover)
         self.rollouts.wait_for_record()
-        self.step, last = step, step == self.config.run.steps
+        self.step, last = step, step == config.run.steps
         self.ledger.count(groups)
+        metrics |= self.ledger.metrics()
         seconds = self.phases.pop() | {"step": time.perf_counter() - began}
-        self.reporter.write(step, groups, advantages, metrics | self.ledger.metrics(), seconds)
+        self.reporter.write(step, groups, advantages, metrics, seconds)
         if metrics.get("optimizer/grad_norm") == 0:
             what = "the gradient is zero; momentum and weight decay still move the weights"
             self._log(f"step {step}: {what}")

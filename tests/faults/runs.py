@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.scored_groups import ScoredGroups
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt
 from tests.faults.inject import VARIABLE
 from tests.support.distributed import ROOT, run_command
 from tests.support.tiny import WORDS, save_tiny_model, write_tiny_run
+from tests.support.trajectories import single_turn
 
 
 def record_rollouts(folder: Path, steps: int) -> None:
@@ -35,13 +36,11 @@ def record_rollouts(folder: Path, steps: int) -> None:
         for prompt in prompts:
             lengths = [draw.randint(1, 6) for _ in range(2)]
             groups.append(
-                [
-                    Trajectory.single_turn(prompt, ids(n), (-2.0,) * n, step - 1, "stop", "")
-                    for n in lengths
-                ]
+                [single_turn(prompt, ids(n), (-2.0,) * n, step - 1, "stop", "") for n in lengths]
             )
         rewards = torch.tensor([[draw.random(), draw.random()] for _ in prompts])
         log.write(step, ScoredGroups(groups, rewards, 4), before={}, after={})
+    log.wait()
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ from megatron_espo.rollout.pool import EnginePool
 from megatron_espo.rollout.sampler import Sampler
 from megatron_espo.rollout.server import PREFIX, run_key
 from megatron_espo.trainer.ledger import Ledger
-from megatron_espo.types import Prompt, Trajectory
+from megatron_espo.types import Prompt
 from tests.faults.runs import Runs
 from tests.support.real_engine import engine_config, wait_until
 from tests.support.tiny import save_tiny_model, write_tiny_run
+from tests.support.trajectories import single_turn
 
 PROMPT, SAMPLING = (5, 6, 7), Sampling(12, seed=3)
 slow = pytest.mark.slow
@@ -130,7 +131,7 @@ class InstantRunner:
     tokenizer = SimpleNamespace(eos_ids=frozenset({2}))
 
     def start(self, prompt, name, sampling, seeds):
-        found = Trajectory.single_turn(prompt, (8,), (-1.0,), (0,), "stop", "")
+        found = single_turn(prompt, (8,), (-1.0,), (0,), "stop", "")
         rewards = [float(i) if int(prompt.id) % 3 else 1.0 for i in range(len(seeds))]
         return [done(found.with_reward(reward)) for reward in rewards]
 
@@ -380,7 +381,7 @@ def test_a_run_goes_on_after_its_engine_is_killed_in_training_update_and_rollout
         and lines[-1]["ledger/dropped_equal"] == 0
     )
     log = RolloutLog(tmp_path / "killed" / "rollouts", {})
-    steps = [log.read(step, None).groups for step in range(1, STEPS + 1)]
+    steps = [log.read(step, None)[0] for step in range(1, STEPS + 1)]
     assert all(groups.max_staleness(step) in (0, 1) for step, groups in enumerate(steps, 1))
     state = json.loads(
         (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:06d}" / "state.json").read_text()

@@ -199,10 +199,11 @@ def start_rewards(bad: Bad) -> None:
 def judge_a_step(bad: Bad) -> None:
     from megatron_espo.rollout.http_client import LoopThread
     from megatron_espo.rollout.scorer import Scorer
-    from megatron_espo.types import Prompt, Trajectory
+    from megatron_espo.types import Prompt
+    from tests.support.trajectories import single_turn
 
     prompt, text = Prompt("prompts:1", "", "5", (1,)), "the answer is 5"
-    found = Trajectory.single_turn(prompt, [2], [0.0], 0, "stop", text)
+    found = single_turn(prompt, [2], [0.0], 0, "stop", text)
     loop = LoopThread()
     config = load_config("run.yaml", bad.overrides)
     with contextlib.closing(loop), contextlib.closing(Scorer(config, None, loop)) as scorer:
@@ -225,17 +226,15 @@ def replay_without_experts(bad: Bad) -> None:
     from megatron_espo.data.scored_groups import ScoredGroups
     from megatron_espo.monitoring.progress import Phases
     from megatron_espo.trainer.rollout_manager import RolloutManager
-    from megatron_espo.types import Prompt, Trajectory
+    from megatron_espo.types import Prompt
+    from tests.support.trajectories import single_turn
 
     rollouts = [
-        [
-            Trajectory.single_turn(Prompt("a", "", "", (3,)), (5,), (-1.0,), 0, "stop", "")
-            for _ in range(2)
-        ]
+        [single_turn(Prompt("a", "", "", (3,)), (5,), (-1.0,), 0, "stop", "") for _ in range(2)]
     ]
-    RolloutLog(Path("other/rollouts"), {}).write(
-        1, ScoredGroups(rollouts, torch.tensor([[0.0, 1.0]]), 1), before={}, after={}
-    )
+    log = RolloutLog(Path("other/rollouts"), {})
+    log.write(1, ScoredGroups(rollouts, torch.tensor([[0.0, 1.0]]), 1), before={}, after={})
+    log.wait()
     runtime = SimpleNamespace(is_main=True, rank=0, world_size=1)
     stop = SimpleNamespace(check=lambda: None)
     manager = RolloutManager(load_config("run.yaml", bad.overrides), read_spec(MOE), runtime, stop)
