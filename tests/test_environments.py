@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -403,7 +404,8 @@ def test_the_documented_example_runs(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "environments.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_environments.py").write_text(example)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # restored afterwards
     assert "my_environments:AskTwice" in page
     source = FakeSource(["35", "36"])
     found = run(load_environment("my_environments:AskTwice", {}), source)

@@ -6,7 +6,7 @@ from megatron_espo.algo.advantages import (
     overlong_penalty,
     zero_variance_signs,
 )
-from megatron_espo.algo.base import LossInputs, LossOutput, Objective, importance_ratio
+from megatron_espo.algo.base import LossInputs, LossOutput, Objective, at_least, importance_ratio
 from megatron_espo.algo.objectives import (
     CEGPPO,
     CISPO,

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_espo.algo import load_objective
 from megatron_espo.config import Config, Megatron
 from megatron_espo.data.packing import MicroBatch, PackingSpec, TrainSequence, batch_totals, pack
 from megatron_espo.distributed.runtime import Runtime
@@ -103,8 +102,6 @@ class Actor:
         self.config, self.spec, self.groups = config, spec, runtime.groups
         algorithm = config.algorithm
         self.updates_per_step = algorithm.num_epochs * algorithm.num_mini_batches
-        # A wrong objective fails before the model loads.
-        load_objective(algorithm, max_response_tokens=config.rollout.max_response_tokens)
         self.chunks = build_chunks(config, spec, runtime)
         total_steps, overrides = config.run.steps * self.updates_per_step, config.megatron.overrides
         options = (config.optimizer, total_steps, overrides, self.updates_per_step)

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 
-from megatron_espo.algo import group_advantages, overlong_penalty, zero_variance_signs
+from megatron_espo.algo import (
+    group_advantages,
+    load_objective,
+    overlong_penalty,
+    zero_variance_signs,
+)
 from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model, check_router
 from megatron_espo.data.packing import TrainSequence
@@ -50,6 +55,8 @@ def train(config: Config) -> None:
     """
     started, spec = time.perf_counter(), check_model(config)
     check_router(config, spec)
+    # A wrong objective is an error before anything starts.
+    load_objective(config.algorithm, max_response_tokens=config.rollout.max_response_tokens)
     sizes: dict[str, Any] = distributed_runtime.parallel_sizes(config.megatron)
     runtime = distributed_runtime.initialize(**sizes, seed=config.run.seed)
     with reported(config, runtime) as heartbeat, Run(config, spec, runtime, heartbeat) as run:

@@ -43,9 +43,11 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     spec = check_model(config, read_model(config))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # use no GPU, even where there is one
+    from megatron_espo.algo import load_objective
     from megatron_espo.tools.plan.planner import Builder, Machine, find_fix, make_plan
     from megatron_espo.tools.plan.render import render
 
+    load_objective(config.algorithm, max_response_tokens=config.rollout.max_response_tokens)
     machine = Machine(
         gpu_memory=int(args.gpu_memory * 1e9),
         gpus_per_node=args.gpus_per_node,
