@@ -44,12 +44,7 @@ _BLOCK = 4096  # direct I/O starts and ends at a multiple of it in the file
 _LEAST_DIRECT = 256 << 10  # bytes; fewer are written through the page cache
 _CHUNK = 4 << 20  # bytes that are hashed and then written, while they are in the cache
 _WRITER = re.compile(r"(?:__|rng_)(\d+)")  # the rank that wrote a file; rank 0 wrote the others
-_LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-)
+_FORMAT = "fully_reshardable"  # whole tensors, which load in any layout
 
 
 def check_existing(out: str | Path) -> None:
@@ -109,13 +104,12 @@ def save_checkpoint(
         partial.mkdir(parents=True)
 
     on_rank_0(begin)
-    form = optimizer and optimizer_form(chunks[0].config, spec)
     # Megatron-Core prefers another package's writer if it is installed.
     options = {"async_sharded_save": True, "async_strategy": "mcore"}
     try:
         patches.keep_checkpoint_results_in_process()
         strategy = strategy or save_strategy()
-        tensors = _sharded_state(chunks, optimizer, form, is_loading=False)
+        tensors = _sharded_state(chunks, optimizer, is_loading=False)
         request = dist_checkpointing.save(tensors, str(partial), strategy, **options)
         if state is not None:
             save_rng(partial)
@@ -125,7 +119,7 @@ def save_checkpoint(
             "version": VERSION,
             "megatron_core": __version__,
             "dtype": str(chunks[0].config.params_dtype),
-            "optimizer": form,
+            "optimizer": optimizer and {"format": _FORMAT},
             "model": model_identity(spec),
         }
         return Save(out, partial, manifest, request)
@@ -302,9 +296,9 @@ def load_checkpoint(
 
     manifest = on_rank_0(lambda: read_manifest(path, spec))
     verify_files(path, manifest)
-    own = optimizer and optimizer_form(chunks[0].config, spec)
-    form = optimizer and _loadable_form(path, manifest.get("optimizer"), own)
-    wanted = _sharded_state(chunks, optimizer, form, is_loading=True)
+    if optimizer is not None:
+        _check_optimizer(path, manifest.get("optimizer"))
+    wanted = _sharded_state(chunks, optimizer, is_loading=True)
     loaded, unknown, missing = dist_checkpointing.load(wanted, str(path), strict="return_all")
 
     def must_match(key: str) -> bool:
@@ -421,47 +415,30 @@ def verify_files(path: str | Path, manifest: dict[str, Any]) -> None:
     on_rank_0(check)
 
 
-def optimizer_form(config: Any, spec: ModelSpec) -> dict[str, Any]:
-    """Return how the optimizer's state is stored, and the layout that writes it.
-
-    Whole tensors load in any layout. DDP's buckets need the same TP, PP, VPP and EP: they are used
-    for an embedding tied over pipeline stages, which has its own bucket, because Megatron-Core (as
-    of 0.19) then cuts whole tensors at wrong places.
-    """
-    is_whole = not spec.tie_word_embeddings or config.pipeline_model_parallel_size == 1
-    layout = {name: getattr(config, name) for name in _LAYOUT}
-    return {"format": "fully_reshardable" if is_whole else "dp_reshardable", **layout}
-
-
-def _loadable_form(
-    path: str | Path, stored: dict[str, Any] | None, own: dict[str, Any]
-) -> dict[str, Any]:
+def _check_optimizer(path: str | Path, stored: dict[str, Any] | None) -> None:
     if stored is None:
         raise InputError(
             f"{path}: expected a run's checkpoint, got one of weights only; use it with "
             "`megatron-espo convert to-hf`"
         )
-    if stored["format"] == "dp_reshardable":
-        check_differences(
-            f"{path}: its optimizer state can be loaded in the layout that wrote it only (another "
-            "data-parallel size is fine)",
-            own | {"format": "dp_reshardable"},
-            stored,
-            "restore the layout, or convert the weights to Hugging Face",
+    if stored["format"] != _FORMAT:
+        raise InputError(
+            f"{path}: expected an optimizer state of format {_FORMAT}, got "
+            f"{stored['format']} of an earlier release; convert the weights to Hugging Face"
         )
-    return stored
 
 
-def _sharded_state(
-    chunks: Sequence[Any], optimizer: Any, form: dict[str, Any] | None, is_loading: bool
-) -> dict[str, Any]:
+def _sharded_state(chunks: Sequence[Any], optimizer: Any, is_loading: bool) -> dict[str, Any]:
     model = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
-    if form is None:
+    if optimizer is None:
         return model
     if is_loading:
         patches.prepare_adam_for_loading(optimizer)
     patches.save_optimizer_shards(optimizer)
-    metadata = {"distrib_optim_sharding_type": form["format"], "chained_optim_avoid_prefix": True}
+    metadata = {
+        "distrib_optim_sharding_type": _FORMAT,
+        "chained_optim_avoid_prefix": True,
+    }
     return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
 
 
