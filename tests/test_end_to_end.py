@@ -121,12 +121,12 @@ def test_colocation_gives_the_same_run(folder, run):
     # In float32 the optimizer has no copies of the weights. Its moments exist after the first step.
     device = ["gradients", "weights"]
     step = [
-        ["generate", [], "ready"],
+        ["generate", [], "running"],
         ["update", device, "asleep"],
         ["push", ["weights"], "asleep"],
-        ["canary", ["weights"], "arrived"],
+        ["canary", ["weights"], "running"],
     ]
-    assert seen[:5] == [["begin", [], "ready"], *step]
+    assert seen[:5] == [["begin", [], "running"], *step]
     step[1] = ["update", ["optimizer", *device], "asleep"]
     assert seen[5:] == step * 5 + [
         [name, ["optimizer", *device], "asleep"] for name in ("save", "export")
