@@ -72,7 +72,7 @@ def test_a_pool_of_two_gives_the_tokens_of_one_also_when_an_engine_is_killed(fol
         loop.run(pool.connect([first.address, second.address]))
         assert results(submit(loop, pool, 300)) == expected
         running = submit(loop, pool, 300)
-        wait_until(lambda: sum(future.done() for future in running) >= 10, "some are done")
+        time.sleep(0.5)  # 300 tokens take more than a second
         os.kill(second._server.pid, signal.SIGKILL)
         wait_until(lambda: pool.failure is not None, "the pool detects the failure", 10)
         assert not all(future.done() for future in running)
