@@ -435,10 +435,7 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any, is_loading: bool) -> d
     if is_loading:
         patches.prepare_adam_for_loading(optimizer)
     patches.save_optimizer_shards(optimizer)
-    metadata = {
-        "distrib_optim_sharding_type": _FORMAT,
-        "chained_optim_avoid_prefix": True,
-    }
+    metadata = {"distrib_optim_sharding_type": _FORMAT, "chained_optim_avoid_prefix": True}
     return model | {"optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
 
 

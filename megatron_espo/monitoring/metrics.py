@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_espo.algo import LossInputs, LossOutput, Objective
-from megatron_espo.algo.objectives import would_clip
+from megatron_espo.algo import LossInputs, LossOutput, Objective, would_clip
 from megatron_espo.types import Trajectory
 
 # The key prefix selects the reduction: "sum/x" / "count/x" is the mean x; "total/x", "max/x" and
