@@ -8,9 +8,12 @@ or an error against float64. Times are forward and backward; entropy is detached
 otherwise.
 
     limit          two exp passes over the shard and 1.5 copies of it
+    traffic        1.5 copies of the shard: it is read twice and written once
     log_softmax    torch: (all-gathered) logits -> log_softmax -> log-prob and entropy
     megatron       Megatron-Core's vocab_parallel_cross_entropy: log-prob only, in float32
     three GEMMs    products of the linear head: logits, gradients of hidden states and weight
+    liger          liger-kernel's tensor-parallel head, with entropy, if it is installed: its native
+                   kernels where liger-cute-kernels is installed, too, and torch otherwise
 """
 
 import argparse
@@ -18,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -69,6 +73,17 @@ def megatron_cross_entropy() -> Callable | None:
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     return tensor_parallel.vocab_parallel_cross_entropy
+
+
+def liger_head() -> Callable | None:
+    """liger-kernel's head with entropy, or None where it is not installed."""
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+            LigerFusedLinearScaledCrossEntropyTPFunction as Head,
+        )
+    except ImportError:
+        return None
+    return lambda *inputs: Head.apply(*inputs, return_entropy=True)
 
 
 def contestants(shard: Tensor, targets: Tensor, group) -> dict[str, Contestant]:
@@ -171,13 +186,20 @@ def report_logits(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
         "  errors against float64: log-prob {:.1e}, entropy {:.1e}, gradient {:.1e}".format(*wrong)
     )
     print(f"  forward keeps and uses {forward / unit:.3f} shard beside its input")
-    columns = f"{'time / limit':>14}{'ours faster by':>16}{'peak, shards':>14}{'bf16 shards':>13}"
+    columns = f"{'ms':>10}{'time / limit':>14}{'/ traffic':>11}{'ours faster by':>16}"
+    columns += f"{'peak, shards':>14}{'bf16 shards':>13}"
     print(f"  {'':32}{columns}")
+    copied = 2 * unit / median(times["copy"]) / 1e9
+    print(f"  {'copy':32}{median(times['copy']) * 1e3:10.3f} {copied:.0f} GB/s, read and written")
     for name in peaks:
+        spent = f"{median(times[name]) * 1e3:10.3f}"
         limit = ratio(times, name, lambda r: 2 * r["exp"] + 1.5 * r["copy"])
+        traffic = ratio(times, name, lambda r: 1.5 * r["copy"])
         gain = ratio(times, name, lambda r: r["ours"])
         peak, bf16 = peaks[name] / unit, peaks[name] / (args.tokens * width * 2)
-        print(f"  {name:32}{limit:14.2f}{gain:15.1f}x{peak:14.2f}{bf16:13.2f}")
+        print(
+            f"  {name:32}{spent}{limit:14.2f}{traffic:11.2f}{gain:15.1f}x{peak:14.2f}{bf16:13.2f}"
+        )
 
 
 def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
@@ -218,6 +240,13 @@ def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
         "head, an eighth of the shard": train(unit // 8),
         "matmul + logits op": unfused,
     }
+    if liger := liger_head():
+
+        def with_entropy(_):
+            loss, _entropy = liger(hidden, weight, targets, group or dist.group.WORLD)
+            return torch.autograd.grad(loss.sum(), (hidden, weight))
+
+        entries["liger"] = with_entropy
     times = interleaved(
         {name: ((lambda: None), run) for name, run in entries.items()}, args.rounds, args.clock
     )
@@ -230,10 +259,13 @@ def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
         return
     shape = f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}"
     print(f"\nlinear head: {shape}, TP={size}, {dtype}, {args.device}")
-    print(f"  {'':32}{'time / three GEMMs':>20}{'peak, shards of logits':>24}")
+    gemms = median(times["three GEMMs"])
+    rate = 6 * args.tokens * width * args.hidden / gemms / 1e12
+    print(f"  {'three GEMMs':32}{gemms * 1e3:10.2f} ms, {rate:.0f} TFLOP/s")
+    print(f"  {'':32}{'ms':>10}{'time / three GEMMs':>20}{'peak, shards of logits':>24}")
     for name, peak in peaks.items():
-        relative = ratio(times, name, lambda r: r["three GEMMs"])
-        print(f"  {name:32}{relative:20.2f}{peak / unit:24.2f}")
+        relative, spent = ratio(times, name, lambda r: r["three GEMMs"]), median(times[name]) * 1e3
+        print(f"  {name:32}{spent:10.2f}{relative:20.2f}{peak / unit:24.2f}")
 
 
 def main() -> None:

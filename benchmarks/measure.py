@@ -85,6 +85,8 @@ def interleaved(
     """Seconds of every contestant in every round. Each round runs all of them in turn.
 
     ``clock="cpu"`` counts processor seconds of this process: for one thread on a shared machine.
+    On a GPU the seconds are those between two events on the GPU: work that the host starts late
+    counts, the host's own work does not.
     """
     now = time.perf_counter if clock == "wall" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -94,11 +96,20 @@ def interleaved(
             if dist.is_initialized():
                 dist.barrier()
             _synchronize()
-            start = now()
-            kept = run(prepared)
-            _synchronize()
+            if torch.cuda.is_available():
+                began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(5_000_000)  # a few milliseconds, in which the host runs ahead
+                began.record()
+                kept = run(prepared)
+                ended.record()
+                ended.synchronize()
+                spent = began.elapsed_time(ended) / 1e3
+            else:
+                start = now()
+                kept = run(prepared)
+                spent = now() - start
             if turn > 0:  # the first warms up
-                times[name].append(now() - start)
+                times[name].append(spent)
             del kept, prepared
     return times
 

@@ -17,7 +17,7 @@ from megatron_espo.errors import InputError
 from megatron_espo.rollout import transport
 from megatron_espo.rollout.check_names import check_names
 from megatron_espo.rollout.pool import request_seeds
-from megatron_espo.rollout.server import server_environment
+from megatron_espo.rollout.server import log_tail, server_environment
 from megatron_espo.rollout.transport import _init_info, resolve_transport
 from megatron_espo.types import Prompt
 from tests.support.distributed import ROOT
@@ -138,3 +138,15 @@ def test_vllm_is_not_imported_early():
     code = "import sys, megatron_espo.trainer.rollout_manager\n"
     code += "assert not {'vllm', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_end_of_the_log_shows_the_first_error(tmp_path):
+    """vLLM's API server reports only that its engine failed, after a long traceback of its own."""
+    log = tmp_path / "engine.log"
+    log.write_text("\n".join(f"line {i}" for i in range(30)))
+    assert log_tail(log).splitlines()[-1] == "line 29"
+    prefix = "(EngineCore pid=7) ERROR 11-27 22:14:07 [core.py:1510] "
+    trace = [f"{prefix}  File {i}" for i in range(30)] + [f"{prefix}ValueError: the cause"]
+    later = ["Traceback (most recent call last):", *["  File"] * 60, "RuntimeError: See above."]
+    log.write_text("\n".join(["INFO: no Error here", *trace, *later]))
+    assert log_tail(log).splitlines()[-1].endswith("ValueError: the cause")

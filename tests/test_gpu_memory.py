@@ -1,4 +1,4 @@
-"""Offloading and sleeping free memory on a GPU. Has never run."""
+"""Offloading and sleeping free memory on a GPU. Has never passed: it needs more than a minute."""
 
 import subprocess
 import sys

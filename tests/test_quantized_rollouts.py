@@ -323,7 +323,6 @@ def test_a_quantized_engine_on_a_gpu_serves_the_checkpoint(tmp_path, family, qua
         dtype="bfloat16",
         load_weights=True,
         quantization=quantization,
-        engine_args={},
     )
     tensors = load_file(folder / "model.safetensors")
     sent = {

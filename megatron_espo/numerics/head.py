@@ -17,11 +17,7 @@ from megatron_espo.numerics.shard import (
     choose_path,
     reduce_scatter,
 )
-from megatron_espo.numerics.statistics import (
-    accumulation_dtype,
-    gradient_terms,
-    logprob_and_entropy,
-)
+from megatron_espo.numerics.statistics import accumulation_dtype, logprob_and_entropy
 
 
 def linear_logprob_entropy(
@@ -186,12 +182,12 @@ class _LinearLogprobEntropy(torch.autograd.Function):
             stats.append(part_stats)
             if tile_max is not None:
                 tile_maxima.append(tile_max)
-        merged = shard.merge(torch.cat(stats))
-        ctx.save_for_backward(hidden, weight, targets, positions, *merged)
+        sums = shard.merge(torch.cat(stats))
+        ctx.save_for_backward(hidden, weight, targets, positions, sums)
         ctx.call, ctx.store = call, store if keep else None
         ctx.tile_max = torch.cat(tile_maxima) if tile_maxima else None
         ctx.set_materialize_grads(False)
-        logprob, entropy = logprob_and_entropy(*merged, shard.scale)
+        logprob, entropy = logprob_and_entropy(sums, shard.scale)
         if not call.entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logprob, entropy
@@ -199,10 +195,9 @@ class _LinearLogprobEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None):
-        hidden, weight, targets, positions, *merged = ctx.saved_tensors
+        hidden, weight, targets, positions, sums = ctx.saved_tensors
         call: _Call = ctx.call
         shard = call.shard
-        terms = gradient_terms(merged, shard.scale, grad_logprob, grad_entropy)
         rows = call.scored_rows(hidden, positions)
         # The store is overwritten below: a second backward computes the logits again.
         store, tile_max = ctx.store, ctx.tile_max
@@ -210,13 +205,19 @@ class _LinearLogprobEntropy(torch.autograd.Function):
 
         def logit_gradients() -> Iterator[tuple[slice, Tensor]]:
             """Tokens and the gradient of their logits; the next chunk reuses the buffer."""
-            chunk, entropy = call.plan.chunk_tokens, grad_entropy is not None
+            chunk = call.plan.chunk_tokens
+
+            def gradient(x: Tensor, dx: Tensor, part: slice, shift: Tensor | None = None) -> None:
+                by_logprob = None if grad_logprob is None else grad_logprob[part]
+                by_entropy = None if grad_entropy is None else grad_entropy[part]
+                shard.gradient(x, dx, targets[part], sums[part], by_logprob, by_entropy, shift)
+
             if store is not None:
                 # On CPU a float32 copy of narrower logits needs the memory of a chunk.
                 whole = store.is_cuda or store.dtype.itemsize >= 4
                 for part in _parts(len(rows), len(rows) if whole else chunk):
                     x, shift = store[part], None if tile_max is None else tile_max[part]
-                    shard.gradient(x, x, targets[part], terms[part], entropy, shift)
+                    gradient(x, x, part, shift)
                     yield part, x
                 return
             buffer, dtype = rows.new_empty(chunk, len(weight)), accumulation_dtype(rows.dtype)
@@ -224,7 +225,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                 dx = buffer[: part.stop - part.start]
                 x = dx if dtype == dx.dtype else torch.empty_like(dx, dtype=dtype)
                 call.compute_logits(rows, weight, part, x)
-                shard.gradient(x, dx, targets[part], terms[part], entropy)
+                gradient(x, dx, part)
                 del x  # on CPU the weight's product makes a float32 copy of dx
                 yield part, dx
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.numerics.shard import Path, Shard, check_targets, choose_path
-from megatron_espo.numerics.statistics import gradient_terms, logprob_and_entropy
+from megatron_espo.numerics.statistics import logprob_and_entropy
 
 
 def vocab_parallel_logprob_entropy(
@@ -64,9 +64,9 @@ class _LogprobEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, shard: Shard, entropy_grad: bool, donate: bool
     ) -> tuple[Tensor, Tensor]:
-        merged = shard.merge(shard.statistics(logits, targets)[0])
-        logprob, entropy = logprob_and_entropy(*merged, shard.scale)
-        ctx.save_for_backward(logits, targets, *merged)
+        sums = shard.merge(shard.statistics(logits, targets)[0])
+        logprob, entropy = logprob_and_entropy(sums, shard.scale)
+        ctx.save_for_backward(logits, targets, sums)
         ctx.shard, ctx.donate, ctx.spent = shard, donate, False
         ctx.set_materialize_grads(False)
         if not entropy_grad:
@@ -78,9 +78,8 @@ class _LogprobEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None):
         if ctx.spent:
             raise RuntimeError("second backward of donated logits; use donate_logits=False")
-        logits, targets, *merged = ctx.saved_tensors
-        terms = gradient_terms(merged, ctx.shard.scale, grad_logprob, grad_entropy)
+        logits, targets, sums = ctx.saved_tensors
         ctx.spent = ctx.donate
         out = logits.detach() if ctx.donate else torch.empty_like(logits)
-        ctx.shard.gradient(logits, out, targets, terms, grad_entropy is not None)
+        ctx.shard.gradient(logits, out, targets, sums, grad_logprob, grad_entropy)
         return out, None, None, None, None

@@ -7,6 +7,8 @@ import torch
 # Preferred working chunk: large enough for a fast matrix product, small next to the model.
 _CHUNK_BYTES = 64 << 20
 _CHUNK_ROWS = 256
+# With 16 bits on a GPU, fewer rows read the weight too often.
+_CHUNK_ROWS_16_BITS = 1536
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def plan_head(
     narrow = dtype.itemsize * width
     wide = 4 * width if dtype.itemsize < 4 else 0  # a float32 row beside kept logits
     row = narrow + wide  # a working row in recompute mode
-    preferred = min(max(_CHUNK_BYTES // max(row, 1), _CHUNK_ROWS), max(tokens, 1))
+    fewest = _CHUNK_ROWS_16_BITS if wide else _CHUNK_ROWS
+    preferred = min(max(_CHUNK_BYTES // max(row, 1), fewest), max(tokens, 1))
     if budget_bytes is not None and budget_bytes < row:
         raise ValueError(
             f"the head needs {row} bytes for one token of {width} columns; "

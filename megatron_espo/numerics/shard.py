@@ -95,20 +95,20 @@ class Shard:
             ``(m, a, b, y)`` as ``[tokens, 4]``, float32 (float64 for float64 logits), and with
             ``store`` the maxima ``[tokens, tiles]``.
         """
-        sums, tile_max = self._statistics(logits, self.columns, self.scale, store)
-        local = targets - self._first
-        here = (local >= 0) & (local < self.columns)
-        index = local.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-        y = torch.where(here, logits.gather(1, index).squeeze(1).to(sums.dtype), -torch.inf)
-        return torch.cat((sums, y.unsqueeze(1)), dim=1), tile_max
+        local = self._local(targets)
+        result: tuple[Tensor, Tensor | None] = self._statistics(
+            logits, self.columns, self.scale, local, store
+        )
+        return result
 
     def gradient(
         self,
         source: Tensor,
         out: Tensor,
         targets: Tensor,
-        terms: Tensor,
-        entropy: bool,
+        sums: Tensor,
+        grad_logprob: Tensor | None,
+        grad_entropy: Tensor | None,
         tile_max: Tensor | None = None,
     ) -> None:
         """Write the gradient of the logits into ``out``; padded columns get exactly 0.
@@ -117,25 +117,28 @@ class Shard:
             source: ``[tokens, width]`` logits, or with ``tile_max`` what :meth:`statistics` stored.
             out: ``[tokens, width]``; may be ``source`` itself.
             targets: ``[tokens]`` int64 global token ids.
-            terms: ``[tokens, 5]`` of :func:`~megatron_espo.numerics.statistics.gradient_terms`.
-            entropy: whether the entropy has a gradient.
+            sums: ``[tokens, 4]`` of :meth:`merge`.
+            grad_logprob, grad_entropy: ``[tokens]``; ``None``: 0.
         """
-        local = targets - self._first
-        self._gradient(source, out, self.columns, local, terms, self.scale, entropy, tile_max)
+        grads = grad_logprob, grad_entropy
+        local = self._local(targets)
+        self._gradient(source, out, self.columns, local, sums, *grads, self.scale, tile_max)
+
+    def _local(self, targets: Tensor) -> Tensor:
+        return targets - self._first if self._first else targets
 
     def local_columns(self, cells: Tensor) -> Tensor:
         """Of ``cells [2, n]`` (row, global token id) those of this shard, as row and column."""
         columns = cells[1] - self._first
         return torch.stack((cells[0], columns))[:, (columns >= 0) & (columns < self.columns)]
 
-    def merge(self, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def merge(self, stats: Tensor) -> Tensor:
         """``(m, a, b, y)`` of the whole vocabulary from ``stats [tokens, 4]``: one all-gather."""
         parts = stats.unsqueeze(0)
         if self.size > 1 and stats.numel():
             parts = stats.new_empty(self.size, *stats.shape)
             all_gather(parts.flatten(0, 1), stats, self.group)
-        m, a, b, y = parts.unbind(-1)
-        return *merge(m, a, b, self.scale, dim=0), y.amax(0)
+        return merge(parts, self.scale, dim=0)
 
 
 # torch 2.13 renamed both collectives.

@@ -11,8 +11,6 @@ Parts merge like an online softmax. The maximum is subtracted *before* the divis
 temperature: around a logit of -1e4 the quotient alone has an error of 1e-3.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,27 +23,28 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge(
-    maximum: Tensor, sum_exp: Tensor, sum_s: Tensor, scale: float, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge parts along ``dim`` to ``(m, a, b)`` without ``dim``; ``scale`` is 1/temperature."""
+def merge(parts: Tensor, scale: float, dim: int) -> Tensor:
+    """Merge ``parts [..., 4]`` along ``dim`` to ``[tokens, 4]``; ``scale`` is 1/temperature."""
+    if parts.shape[dim] == 1:
+        return parts.squeeze(dim)
+    maximum, sum_exp, sum_s, target = parts.unbind(-1)
     top = maximum.amax(dim, keepdim=True)
     shift = ((maximum - top) * scale).clamp(min=LOWEST)
     weight = shift.exp()
     sum_s = (weight * (sum_s + shift * sum_exp)).sum(dim)
-    return top.squeeze(dim), (weight * sum_exp).sum(dim), sum_s
+    sums = top.squeeze(dim), (weight * sum_exp).sum(dim), sum_s, target.amax(dim)
+    return torch.stack(sums, dim=-1)
 
 
-def logprob_and_entropy(
-    m: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def logprob_and_entropy(sums: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``log π(y) = (y - m)/T - log a`` and ``H = log a - b/a``, both in nats."""
+    m, a, b, y = sums.unbind(-1)
     log_a = a.log()
     return (y - m) * scale - log_a, log_a - b / a
 
 
 def gradient_terms(
-    sums: Sequence[Tensor], scale: float, grad_logprob: Tensor | None, grad_entropy: Tensor | None
+    sums: Tensor, scale: float, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 ) -> Tensor:
     """Per-token numbers of the gradient, ``[tokens, 5]``: ``(m, b/a, u, v, target's gradient)``.
 
@@ -53,7 +52,7 @@ def gradient_terms(
     ``grad_logprob/T`` in the target's column. That column is computed here in full precision: two
     roundings to bfloat16 would lose ``1 - p`` of a token with ``p`` near 1.
     """
-    m, a, b, y = sums
+    m, a, b, y = sums.unbind(-1)
     zero = torch.zeros_like(m)
     u = zero if grad_logprob is None else -scale * grad_logprob.to(m.dtype) / a
     v = zero if grad_entropy is None else -scale * grad_entropy.to(m.dtype) / a

@@ -12,27 +12,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_espo.numerics.statistics import LOWEST, accumulation_dtype, merge
+from megatron_espo.numerics.statistics import LOWEST, accumulation_dtype, gradient_terms, merge
 
 BLOCK = 1024  # columns of one float32 sum in the compiled form
 _CHUNK = 1 << 16  # elements of a chunk of rows per thread: 256 KiB of float32
+_GPU_CHUNK = 1 << 28
 
 
 def statistics(
-    logits: Tensor, columns: int, scale: float, store: Tensor | None = None, compiled: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """``(m, a, b)`` over the leading ``columns`` as ``[tokens, 3]``, and the maxima of ``store``.
+    logits: Tensor, columns: int, scale: float, local_target: Tensor, store: Tensor | None = None,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``(m, a, b, y)`` over the leading ``columns``, ``[tokens, 4]``, and the maxima of ``store``.
 
     See :meth:`megatron_espo.numerics.shard.Shard.statistics`. A row is one tile.
     """
     dtype = accumulation_dtype(logits.dtype)
-    out = torch.empty(logits.shape[0], 3, dtype=dtype, device=logits.device)
+    out = torch.empty(logits.shape[0], 4, dtype=dtype, device=logits.device)
     x = logits[:, :columns]
     if columns == 0:
         out[:, 0], out[:, 1:] = torch.finfo(dtype).min, 0.0
     elif not (compiled and _run_compiled(_blocked_statistics, x, scale, out)):
         for rows in _row_chunks(x):
-            out[rows] = torch.cat(_sums(x[rows].unsqueeze(1), scale), dim=1)
+            out[rows, :3] = torch.cat(_sums(x[rows].unsqueeze(1), scale), dim=1)
+    here = (local_target >= 0) & (local_target < columns)
+    index = local_target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+    out[:, 3] = torch.where(here, logits.gather(1, index).squeeze(1).to(dtype), -torch.inf)
     if store is None:
         return out, None
     tile_max = out[:, 0:1].clone()
@@ -42,21 +47,23 @@ def statistics(
 
 
 def gradient(
-    source: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float,
-    entropy: bool, tile_max: Tensor | None = None, compiled: bool = False,
+    source: Tensor, out: Tensor, columns: int, local_target: Tensor, sums: Tensor,
+    grad_logprob: Tensor | None, grad_entropy: Tensor | None, scale: float,
+    tile_max: Tensor | None = None, compiled: bool = False,
 ) -> None:  # fmt: skip
     """See :meth:`megatron_espo.numerics.shard.Shard.gradient`.
 
     ``local_target [tokens]`` is the target's column of this shard; elsewhere, outside
-    ``[0, columns)``. Without ``entropy`` each element takes one multiplication less.
+    ``[0, columns)``. Without ``grad_entropy`` each element takes one multiplication less.
     """
+    terms = gradient_terms(sums, scale, grad_logprob, grad_entropy)
     out[:, columns:].zero_()
     if columns == 0:
         return
     if tile_max is not None:
         terms = torch.cat((terms[:, 0:1] - tile_max, terms[:, 1:]), dim=1)
     x, dx = source[:, :columns], out[:, :columns]
-    body = _gradient_with_entropy if entropy else _gradient_of_logprob
+    body = _gradient_of_logprob if grad_entropy is None else _gradient_with_entropy
     if not (compiled and _run_compiled(body, x, terms, scale, dx)):
         for rows in _row_chunks(x):
             body(x[rows], terms[rows], scale, dx[rows])
@@ -67,7 +74,8 @@ def gradient(
 
 
 def _row_chunks(x: Tensor) -> list[slice]:
-    rows = max(1, _CHUNK * min(torch.get_num_threads(), 16) // x.shape[1])
+    elements = _GPU_CHUNK if x.is_cuda else _CHUNK * min(torch.get_num_threads(), 16)
+    rows = max(1, elements // x.shape[1])
     return [slice(i, i + rows) for i in range(0, x.shape[0], rows)]
 
 
@@ -88,7 +96,7 @@ def _blocked_statistics(x: Tensor, scale: float, out: Tensor) -> None:
     if whole < x.shape[1]:
         parts.append(_sums(x[:, whole:].unsqueeze(1), scale))
     m, a, b = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-    out.copy_(torch.stack(merge(m, a, b, scale, dim=1), dim=1))
+    out.copy_(merge(torch.stack((m, a, b, m), dim=-1), scale, dim=1))  # the target's comes later
 
 
 def _gradient_of_logprob(x: Tensor, terms: Tensor, scale: float, out: Tensor) -> None:

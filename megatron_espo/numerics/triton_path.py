@@ -24,7 +24,7 @@ _LOWEST = tl.constexpr(-1000.0)  # statistics.LOWEST
 # Lowest float32: the maximum of a part that is all -inf stays finite.
 _FLOOR = tl.constexpr(-3.4028234663852886e38)
 # These sizes make no load wider. Unspecialized, a new value compiles no further variant.
-_SIZES = ("columns", "tiles", "tiles_per_program")
+_SIZES = ("columns", "tiles", "tiles_per_program", "logprob_stride", "entropy_stride")
 
 
 @triton.jit
@@ -42,11 +42,14 @@ def _load(row_start, column, columns, width):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _statistics_kernel(
-    logits, parts, store, tile_max, columns, width, row_stride, store_stride, tiles,
+    logits, parts, store, tile_max, local_target, columns, width, row_stride, store_stride, tiles,
     tiles_per_program, scale, STORE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
+    target = tl.load(local_target + row)
+    here = (split == 0) & (target >= 0) & (target < columns)
+    y = tl.load(logits + row * row_stride + target, mask=here, other=-float("inf"))
     lane = tl.arange(0, TILE)
     m = tl.full((), _FLOOR, tl.float32)
     a = tl.zeros((TILE,), tl.float32)
@@ -57,8 +60,8 @@ def _statistics_kernel(
         x = _load(logits + row * row_stride, column, columns, width)
         top = tl.maximum(tl.max(x, 0), _FLOOR)
         if STORE:
-            target = store + row * store_stride + column
-            tl.store(target, (x - top).to(store.dtype.element_ty), mask=column < width)
+            kept = store + row * store_stride + column
+            tl.store(kept, (x - top).to(store.dtype.element_ty), mask=column < width)
             tl.store(tile_max + row * tiles + tile, top)
         new = tl.maximum(m, top)
         shift = _exponent(m, new, scale)
@@ -68,24 +71,32 @@ def _statistics_kernel(
         b = weight * (b + shift * a) + s * e
         a = weight * a + e
         m = new
-    here = parts + (row * tl.num_programs(1) + split) * 3
-    tl.store(here, m)
-    tl.store(here + 1, tl.sum(a, 0))
-    tl.store(here + 2, tl.sum(b, 0))
+    part = parts + (row * tl.num_programs(1) + split) * 4
+    tl.store(part, m)
+    tl.store(part + 1, tl.sum(a, 0))
+    tl.store(part + 2, tl.sum(b, 0))
+    tl.store(part + 3, y.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _gradient_kernel(
-    source, tile_max, out, terms, local_target, columns, width, source_stride, out_stride, tiles,
-    tiles_per_program, scale, ENTROPY: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr,
+    source, tile_max, out, sums, grad_logprob, grad_entropy, local_target, columns, width,
+    source_stride, out_stride, logprob_stride, entropy_stride, tiles, tiles_per_program, scale,
+    LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE)
-    m = tl.load(terms + row * 5)
-    mean = tl.load(terms + row * 5 + 1)
-    u = tl.load(terms + row * 5 + 2)
-    v = tl.load(terms + row * 5 + 3)
-    at_target = tl.load(terms + row * 5 + 4)
+    m = tl.load(sums + row * 4)
+    a = tl.load(sums + row * 4 + 1)
+    mean = tl.load(sums + row * 4 + 2) / a
+    at_y = _exponent(tl.load(sums + row * 4 + 3), m, scale)
+    u = 0.0
+    if LOGPROB:
+        u = -scale * tl.load(grad_logprob + row * logprob_stride).to(tl.float32) / a
+    v = 0.0
+    if ENTROPY:
+        v = -scale * tl.load(grad_entropy + row * entropy_stride).to(tl.float32) / a
+    at_target = tl.exp(at_y) * (u + v * (at_y - mean)) - u * a
     target = tl.load(local_target + row)
     first = tl.program_id(1) * tiles_per_program
     for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=_STAGES):
@@ -104,38 +115,41 @@ def _gradient_kernel(
 
 
 def statistics(
-    logits: Tensor, columns: int, scale: float, store: Tensor | None = None
+    logits: Tensor, columns: int, scale: float, local_target: Tensor, store: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`megatron_espo.numerics.torch_path.statistics`; a row has several tiles."""
     tokens = logits.shape[0]
     tile, warps, tiles, per_program = _layout(logits)
     programs = triton.cdiv(tiles, per_program)
-    parts = logits.new_empty(tokens, programs, 3, dtype=torch.float32)
+    parts = logits.new_empty(tokens, programs, 4, dtype=torch.float32)
     tile_max, stride = None, 0
     if store is not None:
         tile_max, stride = logits.new_empty(tokens, tiles, dtype=torch.float32), store.stride(0)
     if tokens:
         _statistics_kernel[(tokens, programs)](
-            logits, parts, store, tile_max, columns, logits.shape[1], logits.stride(0), stride,
-            tiles, per_program, scale, STORE=store is not None, TILE=tile, num_warps=warps,
+            logits, parts, store, tile_max, local_target, columns, logits.shape[1],
+            logits.stride(0), stride, tiles, per_program, scale, STORE=store is not None,
+            TILE=tile, num_warps=warps if store is not None else 4,
         )  # fmt: skip
-    m, a, b = parts.unbind(-1)
-    return torch.stack(merge(m, a, b, scale, dim=1), dim=1), tile_max
+    return merge(parts, scale, dim=1), tile_max
 
 
 def gradient(
-    source: Tensor, out: Tensor, columns: int, local_target: Tensor, terms: Tensor, scale: float,
-    entropy: bool, tile_max: Tensor | None = None,
+    source: Tensor, out: Tensor, columns: int, local_target: Tensor, sums: Tensor,
+    grad_logprob: Tensor | None, grad_entropy: Tensor | None, scale: float,
+    tile_max: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As :func:`megatron_espo.numerics.torch_path.gradient`."""
     tokens, width = source.shape
     if not tokens:
         return
     tile, warps, tiles, per_program = _layout(source)
+    strides = [0 if grad is None else grad.stride(0) for grad in (grad_logprob, grad_entropy)]
     _gradient_kernel[(tokens, triton.cdiv(tiles, per_program))](
-        source, tile_max, out, terms.contiguous(), local_target, columns, width, source.stride(0),
-        out.stride(0), tiles, per_program, scale, ENTROPY=entropy, SHIFTED=tile_max is not None,
-        TILE=tile, num_warps=warps,
+        source, tile_max, out, sums, grad_logprob, grad_entropy, local_target, columns, width,
+        source.stride(0), out.stride(0), *strides, tiles, per_program, scale,
+        LOGPROB=grad_logprob is not None, ENTROPY=grad_entropy is not None,
+        SHIFTED=tile_max is not None, TILE=tile, num_warps=warps,
     )  # fmt: skip
 
 

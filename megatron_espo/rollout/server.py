@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -30,6 +31,9 @@ PREFIX = "/megatron_espo"
 KEY_FILE = "engine.key"
 _CLOSE_SECONDS = 5.0
 _LOG_LINES = 20
+_END_OF_LOG = 400
+# An exception at the start of a line, or after vLLM's prefix "(process) ERROR time [file]".
+_ERROR = re.compile(r"(\([^)]*\) ERROR [^\]]*\] )?(\w+\.)*\w*(Error|Exception)\b")
 
 # Fields of ``EngineConfig`` that differ between owners or hosts.
 _LOCAL_FIELDS = frozenset({
@@ -279,10 +283,12 @@ def die_with_parent() -> None:
 
 
 def log_tail(path: Path) -> str:
-    """The last lines of a server's log."""
+    """The end of a server's log, up to the first error in it: later ones are its consequences."""
     if not path.is_file():
         return "(none)"
-    return "\n".join(path.read_text("utf-8", "replace").splitlines()[-_LOG_LINES:])
+    lines = path.read_text("utf-8", "replace").splitlines()[-_END_OF_LOG:]
+    first = next((i for i, line in enumerate(lines) if _ERROR.match(line)), len(lines))
+    return "\n".join(lines[: first + 1][-_LOG_LINES:])
 
 
 def run_key(folder: str | Path) -> str:

@@ -90,10 +90,11 @@ def engine(eager: bool = False) -> None:
         moved = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
         source = ObservedSource(ModuleSource(moved), 1)
         shapes = [(meta.name, tuple(meta.shape)) for meta in source.metadata()]
-        gpu = {"sleep": True, "gpu_memory_utilization": 0.3, "engine_args": EAGER if eager else {}}
-        config = real_engine.engine_config(
-            path, folder, transport=kind, timeout_s=1200.0, **(gpu if HAS_GPU else {})
-        )
+        options: dict = {"transport": kind, "timeout_s": 1200.0}
+        if HAS_GPU:  # an explicit size also works beside other processes
+            size = {"kv_cache_memory_bytes": int(0.3 * torch.cuda.mem_get_info()[1])}
+            options |= {"sleep": True, "engine_args": size | (EAGER if eager else {})}
+        config = real_engine.engine_config(path, folder, **options)
         began = time.perf_counter()
         with real_engine.running_engine(config) as server:
             say("start of the engine", time.perf_counter() - began, "s")
