@@ -10,6 +10,7 @@ import yaml
 
 from megatron_espo import cli
 from megatron_espo.files import read_jsonl
+from megatron_espo.rollout.environments import SingleTurn
 from megatron_espo.rollout.evaluation import (
     bootstrap_interval,
     evaluation_record,
@@ -183,6 +184,18 @@ def test_the_engine_serves_the_weights_of_the_folder(folder, capsys):
     assert record["metrics"]["eval/avg@1"] == np.mean(rewards)
     text = capsys.readouterr().out
     assert f"results: {out}" in text and "avg@1" in text
+
+
+@pytest.mark.slow
+def test_the_environment_is_closed(folder, monkeypatch):
+    closed = []
+
+    async def close(self) -> None:
+        closed.append(True)
+
+    monkeypatch.setattr(SingleTurn, "close", close, raising=False)
+    assert cli.main(["eval", str(folder / "run.yaml"), "eval.samples=1"]) == 0
+    assert closed == [True]
 
 
 @pytest.mark.slow

@@ -371,6 +371,12 @@ def test_invalid_utf8_raises_and_a_byte_order_mark_does_not(tmp_path):
         read(tmp_path / "p.jsonl")
 
 
+def test_braces_in_a_path_name_the_row(tmp_path):
+    path = write_jsonl(tmp_path / "{a}.jsonl", [{"prompt": "p", "answer": "1"}, {"prompt": 1}])
+    with pytest.raises(InputError, match=re.escape(f"{path}:2: ")):
+        read(path)
+
+
 def test_ten_problems_are_shown_and_all_are_counted(tmp_path):
     source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}] * 25)
     with pytest.raises(InputError, match="25 problems") as error:

@@ -59,7 +59,7 @@ class Rows(Sequence[Row]):
             messages as JSON), ``is_chat``, ``messages`` (null: ``prompt`` has them; otherwise
             ``prompt`` holds their contents), ``kind`` (the messages' roles), ``answer``,
             ``metadata`` (JSON; null: none) and ``pass_rate`` (null: not read, or not known).
-        where: format of :attr:`Row.where`, with ``{number}``.
+        where: :attr:`Row.where`, with ``{number}`` for the number.
         prefix: of the id of a row without one; its number follows.
         metadata: metadata of each row, instead of the column.
     """
@@ -98,7 +98,7 @@ class Rows(Sequence[Row]):
 
     def where(self, number: int) -> str:
         """:attr:`Row.where` of a line or row."""
-        return self._where.format(number=number)
+        return self._where.replace("{number}", str(number))
 
     def find(self, identifier: str) -> int:
         """Index of the row with this id.
@@ -183,7 +183,7 @@ class _Reader:
     """Reads a file as chunks of :data:`_TABLE`, and collects the mistakes in its rows.
 
     Attributes:
-        where: format of :attr:`Row.where`.
+        where: as in :class:`Rows`.
         needed: columns that every row has.
         wanted: paths of the columns to read, by name; empty: all columns.
     """
@@ -296,7 +296,10 @@ class _Reader:
         return pa.Table.from_arrays(arrays, schema=_TABLE)
 
     def _note(self, number: int, problem: str) -> None:
-        self.problems.append(f"{self.where.format(number=number)}: {problem}")
+        # Millions of rows may be wrong: only their number is kept after the first.
+        shown = len(self.problems) < MAX_REPORTED
+        where = self.where.replace("{number}", str(number))
+        self.problems.append(f"{where}: {problem}" if shown else "")
 
     def _table(self, records: Iterable[tuple[int, Any]]) -> pa.Table:
         """The chunk of the correct records."""

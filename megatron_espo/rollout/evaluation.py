@@ -252,6 +252,8 @@ def evaluate_model(config: Config, out: str | None) -> None:
         runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits.timeout_s, length)
         rollouts = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
         loop.run(pool.close())
+        if close := getattr(environment, "close", None):
+            loop.run(close(), 5.0)
     record = evaluation_record(
         rollouts,
         model=model,
