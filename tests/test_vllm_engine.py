@@ -473,3 +473,21 @@ def test_a_server_and_its_workers_end_with_their_killed_owner(folder, tmp_path, 
     owner.wait()
     # A server that has just started imports vLLM before it notices.
     wait_until(lambda: not living_in_group(group), "the server ends", 90)
+
+
+@pytest.mark.slow
+def test_an_engine_with_the_model_runner_of_gpus():
+    """Start, updates, read-back, NaN fill, canary and log-probs with vLLM's V2 model runner."""
+    pytest.importorskip("triton")
+    paths = [str(ROOT / "tests/support/second_runner"), str(ROOT)]
+    variables = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    command = [sys.executable, "-m", "tests.support.gpu_steps", "engine", '{"eager": true}']
+    done = subprocess.run(
+        command,
+        env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("log-prob gap of the canary") == 2

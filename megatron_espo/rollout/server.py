@@ -283,12 +283,15 @@ def die_with_parent() -> None:
 
 
 def log_tail(path: Path) -> str:
-    """The end of a server's log, up to the first error in it: later ones are its consequences."""
+    """The end of a server's log, up to the first error there: later ones are its consequences.
+
+    An error may have three more lines.
+    """
     if not path.is_file():
         return "(none)"
     lines = path.read_text("utf-8", "replace").splitlines()[-_END_OF_LOG:]
     first = next((i for i, line in enumerate(lines) if _ERROR.match(line)), len(lines))
-    return "\n".join(lines[: first + 1][-_LOG_LINES:])
+    return "\n".join(lines[: first + 4][-_LOG_LINES:])
 
 
 def run_key(folder: str | Path) -> str:
