@@ -125,7 +125,8 @@ class Shard:
         self._gradient(source, out, self.columns, local, sums, *grads, self.scale, tile_max)
 
     def _local(self, targets: Tensor) -> Tensor:
-        return targets - self._first if self._first else targets
+        """Contiguous columns of this shard; outside ``[0, columns)`` where it lacks the target."""
+        return targets - self._first if self._first else targets.contiguous()
 
     def local_columns(self, cells: Tensor) -> Tensor:
         """Of ``cells [2, n]`` (row, global token id) those of this shard, as row and column."""
