@@ -1,4 +1,6 @@
-"""Offloading and sleeping free memory on a GPU. Has never passed: it needs more than a minute."""
+"""Offloading and sleeping free memory on a GPU. Has never passed: on one H100 the first test did
+not end within its limit of a minute.
+"""
 
 import subprocess
 import sys

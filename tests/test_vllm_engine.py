@@ -476,6 +476,7 @@ def test_a_server_and_its_workers_end_with_their_killed_owner(folder, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has this runner anyway")
 def test_an_engine_with_the_model_runner_of_gpus():
     """Start, updates, read-back, NaN fill, canary and log-probs with vLLM's V2 model runner."""
     pytest.importorskip("triton")
