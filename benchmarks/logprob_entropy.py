@@ -12,8 +12,7 @@ otherwise.
     log_softmax    torch: (all-gathered) logits -> log_softmax -> log-prob and entropy
     megatron       Megatron-Core's vocab_parallel_cross_entropy: log-prob only, in float32
     three GEMMs    products of the linear head: logits, gradients of hidden states and weight
-    liger          liger-kernel's tensor-parallel head, with entropy, if it is installed: its native
-                   kernels where liger-cute-kernels is installed, too, and torch otherwise
+    liger          on a GPU: liger-kernel's tensor-parallel head, with entropy, if it is installed
 """
 
 import argparse
@@ -240,7 +239,7 @@ def report_head(args: argparse.Namespace, group, dtype: torch.dtype) -> None:
         "head, an eighth of the shard": train(unit // 8),
         "matmul + logits op": unfused,
     }
-    if liger := liger_head():
+    if hidden.is_cuda and (liger := liger_head()):
 
         def with_entropy(_):
             loss, _entropy = liger(hidden, weight, targets, group or dist.group.WORLD)

@@ -45,6 +45,7 @@ TRAINER = ("megatron", "transformers")
 ENGINE = (*TRAINER, "vllm")
 GPU_TESTS, PASSED = "-m pytest -q -m gpu".split(), r"\d+ passed"
 VOCABULARIES = 19_008, 151_936  # Qwen3's on eight tensor-parallel ranks and on one
+SIZES_OF_HEAD = "--tokens 8192 --hidden 4096 --rounds 20"
 TINY = {"max_position_embeddings": 512}
 SIZES = {  # of Qwen3-0.6B
     "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936,
@@ -98,10 +99,9 @@ class Plan:
     def head(self, dtype: str, vocab: int) -> Step:
         """The benchmark of log-prob and entropy; ``vocab`` columns of a rank."""
         device = "cuda" if self.gpu else "cpu"
-        sizes = f"--tokens 8192 --vocab {vocab} --hidden 4096 --rounds 20"
-        if self.tiny:
-            sizes = "--tokens 64 --vocab 512 --hidden 32 --rounds 2"
+        sizes = "--tokens 64 --hidden 32 --rounds 2" if self.tiny else SIZES_OF_HEAD
         command = f"benchmarks/logprob_entropy.py --tp 1 --device {device} --dtype {dtype} {sizes}"
+        command += f" --vocab {vocab}"
         results = r"^  (errors|copy|ours|log_softmax|megatron|three|head, |matmul|liger)"
         return Step(f"op and head, {dtype}, {vocab}", command.split(), 150, results)
 
@@ -120,7 +120,8 @@ class Plan:
         command = [*GPU_TESTS, "tests/test_numerics.py", *rest]
         interpret = {} if self.gpu else {"TRITON_INTERPRET": "1"}
         yield Step("tests", command, 150, PASSED, ("triton", "pytest"), interpret)
-        for vocab in VOCABULARIES:
+        yield Step("ceilings", self.call("ceilings", tiny=self.tiny), 60)
+        for vocab in (512,) if self.tiny else VOCABULARIES:
             yield self.head("bfloat16", vocab)
 
     def gradient(self) -> Steps:
@@ -159,7 +160,7 @@ class Plan:
             yield Step(impl, self.call("run", **options), 270, needs=needs)
 
     def benchmarks(self) -> Steps:
-        yield self.head("float32", VOCABULARIES[0])
+        yield self.head("float32", 512 if self.tiny else VOCABULARIES[0])
         model, dtype = str(self.folder / "model"), "bfloat16" if self.gpu else "float32"
         yield Step("model", self.call("model", folder=model, sizes=self.sizes), 120, needs=TRAINER)
         rounds = ["--rounds", "2" if self.tiny else "5"]

@@ -250,10 +250,12 @@ def evaluate_model(config: Config, out: str | None) -> None:
         pool = EnginePool(run_dir, config.rollout.timeout_s)
         loop.run(pool.connect([engine.address]))
         runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits.timeout_s, length)
-        rollouts = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
-        loop.run(pool.close())
-        if close := getattr(environment, "close", None):
-            loop.run(close(), 5.0)
+        try:
+            rollouts = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
+        finally:
+            loop.run(pool.close())
+            if close := getattr(environment, "close", None):
+                loop.run(close(), 5.0)
     record = evaluation_record(
         rollouts,
         model=model,

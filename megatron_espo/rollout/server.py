@@ -283,15 +283,15 @@ def die_with_parent() -> None:
 
 
 def log_tail(path: Path) -> str:
-    """The end of a server's log, up to the first error there: later ones are its consequences.
-
-    An error may have three more lines.
-    """
+    """The end of a server's log, after the first error in it: later ones are its consequences."""
     if not path.is_file():
         return "(none)"
     lines = path.read_text("utf-8", "replace").splitlines()[-_END_OF_LOG:]
     first = next((i for i, line in enumerate(lines) if _ERROR.match(line)), len(lines))
-    return "\n".join(lines[: first + 4][-_LOG_LINES:])
+    if first >= len(lines) - _LOG_LINES:
+        return "\n".join(lines[-_LOG_LINES:])
+    cause = lines[: first + 4][-_LOG_LINES:]  # an error may have three more lines
+    return "\n".join([*cause, "...", *lines[-3:]])
 
 
 def run_key(folder: str | Path) -> str:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -42,6 +43,28 @@ def timed():
 def random_reward(prompt, response: str) -> float:
     """A reward function that gives every response an advantage."""
     return random.random()
+
+
+def ceilings(tiny: bool) -> None:
+    """What the device reaches: copies, and a product of bfloat16 matrices."""
+    from benchmarks.measure import interleaved
+
+    device, size = "cuda" if HAS_GPU else "cpu", 64 if tiny else 8192
+    a, b = torch.randn(2, size, size, device=device).bfloat16()
+    source = torch.randn(8 * size, size, device=device).bfloat16()
+    target = torch.empty_like(source)
+    host = torch.empty_like(source, device="cpu", pin_memory=HAS_GPU)
+    runs = {
+        "copy, read and written": lambda _: target.copy_(source),
+        "product": lambda _: a @ b,
+        "to the device": lambda _: source.copy_(host, non_blocking=True),
+        "from the device": lambda _: host.copy_(source, non_blocking=True),
+    }
+    times = interleaved({name: ((lambda: None), run) for name, run in runs.items()}, 10)
+    seconds = {name: median(values) for name, values in times.items()}
+    say("product", 2 * size**3 / seconds.pop("product") / 1e12, "TFLOP/s")
+    for name, value in seconds.items():
+        say(name, (1 + ("written" in name)) * 2 * source.numel() / value / 1e9, "GB/s")
 
 
 def gradient(tolerance: float, dtype: str, impl: str, padded: bool = False) -> None:
