@@ -95,6 +95,7 @@ def keep_steps(path: Path, last_step: int) -> None:
     """Remove lines of later steps from a JSONL file, because a run that continues from
     ``last_step`` writes them again.
     """
-    if path.is_file():
-        kept = [line for line in read_jsonl(path) if line["step"] <= last_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    lines = read_jsonl(path)
+    kept = [line for line in lines if line["step"] <= last_step]
+    if len(kept) < len(lines):
+        write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -190,7 +190,7 @@ def test_missing_foreign_and_newer_checkpoints_are_refused(work, tmp_path):
     with pytest.raises(InputError, match="got a folder without one"):
         checkpoint.read_manifest(tmp_path, config)
     for content, message in (
-        ("[1]", "expected JSON, found damage"),
+        ("[1]", "expected a JSON object"),
         ('{"version": 2, "model": {}}', "version 1, got 2"),
     ):
         (tmp_path / checkpoint.MANIFEST_NAME).write_text(content)

@@ -16,6 +16,7 @@ OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 SOURCES = {
     "keep_checkpoint_results_in_process": (CHECKPOINTS, "ctx.Manager().Queue()"),
     "prepare_adam_for_loading": (OPTIMIZER, "dst_tensors[key].copy_(tensors[key])"),
+    "keep_configured_settings": (OPTIMIZER, "**param_groups_map[needed_groups]"),
     "separate_adam_steps": (OPTIMIZER, 's["step"] = step\n'),
     "save_optimizer_shards": (OPTIMIZER, "return_on_all_ranks=return_on_all_ranks or is_lo"),
     "fake_process_groups": ("megatron.core.parallel_state", 'backend="gloo"'),

@@ -169,6 +169,8 @@ def test_problems_are_listed(tmp_path):
     (folder / "status.json").write_text(
         '{"state": "failed", "why": "EngineError: gave up", "rank": 0}'
     )
+    (folder / "summary.json").write_text('{"steps": 2, "performance": {"step_s": 1}}')
+    (folder / "engine-rank1.log").write_text("torch.OutOfMemoryError: none left\n")
     (folder / "engine.log").write_text(
         "x\n  File y\nvllm.errors.DeadError: gone\n"
         "(Main pid=3) WARNING 11-23 [a.py:1] ValueError: no\n" * 2
@@ -180,15 +182,17 @@ def test_problems_are_listed(tmp_path):
         ("no metrics of 1 steps: 3",),
         ("optimizer/grad_norm is NaN or infinite", "steps 4"),
         ("restarts of the rollout engine", ": 2, in steps 4"),
-        ("updates skipped", "bad_batches/", "steps 4"),
+        ("updates skipped", "bad_batches/), in steps 4"),
         ("responses not judged", ": 3, in steps 4"),
         ("engine and trainer differ by more than 0.05 nats", "steps 4"),
         ("engine.log: vllm.errors.DeadError: gone (2 times)",),
         ("engine.log: ValueError: no (2 times)",),
+        ("engine-rank1.log: torch.OutOfMemoryError: none left",),
     ]
     for problem, words in zip(run.problems(), expected, strict=True):
         assert all(word in problem for word in words), problem
     assert "gave up" in write_report([folder]).read_text()
+    assert not run.summary, "it is of the first two steps"
 
 
 def test_a_folder_with_only_one_step_can_be_reported(tmp_path):

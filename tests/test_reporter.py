@@ -5,6 +5,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -142,6 +143,15 @@ def test_a_resumed_run_removes_later_steps(tmp_path, one_rank):
         reporter.start_step(two_groups())
         reporter.write(step, two_groups(), torch.zeros(2, 2), NOTHING_TRAINED, SECONDS)
     reporter.close()
+    before = (tmp_path / "metrics.jsonl").stat()
+    reporter.open(after_step=3)
+    assert (tmp_path / "metrics.jsonl").stat() == before, "nothing to remove, nothing written"
+    reporter.close()
+    with pytest.MonkeyPatch.context() as disk:
+        disk.setattr("os.fsync", Mock(side_effect=OSError("quota exceeded")))
+        with pytest.raises(OSError, match="quota"):
+            reporter.open(after_step=2)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3, "a full disk loses nothing"
     reporter.open(after_step=2)
     reporter.close()
     for name in ("metrics", "samples", "entropy"):

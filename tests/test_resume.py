@@ -1,4 +1,4 @@
-"""A loaded actor continues bit for bit: moments, step count, learning rate, random states."""
+"""A loaded actor continues bit for bit: moments, step count, learning rate."""
 
 from types import SimpleNamespace
 
@@ -21,8 +21,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tied and an untied tiny model."""
+    """A tied and an untied tiny model, and one with experts."""
     folder = tmp_path_factory.mktemp("resume")
+    save_model("qwen3_moe", folder / "experts")
     save_model("qwen3", folder / "tied", tie_word_embeddings=True)
     save_model("qwen3", folder / "untied")
     return folder
@@ -102,10 +103,15 @@ def test_the_first_update_needs_no_scores(folder, ranks, sizes):
         assert found["score passes"] == passes
 
 
-def test_random_number_states_are_restored(tmp_path):
-    """Of Megatron's tracker (different on tensor-parallel ranks), torch, Python and NumPy."""
-    found = run_ranks(2, "tests.support.ranks.resume:check_rng", folder=str(tmp_path))
-    assert found == [True, True, True]
+def test_the_optimizer_follows_the_configuration(folder, tmp_path):
+    """Learning rates, betas and eps may change when a run continues."""
+    for name, sizes in (("tied", TP2), ("experts", {"expert_model_parallel_size": 2})):
+        cases = [(sizes, {}), (sizes, {"use_distributed_optimizer": False})]
+        found = run_ranks(
+            2, "tests.support.ranks.resume:check_other_settings", folder=str(folder / name),
+            out=str(tmp_path / name), cases=cases,
+        )  # fmt: skip
+        assert found == [0, 0], (name, found)
 
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])

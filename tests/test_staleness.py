@@ -162,6 +162,25 @@ def test_prompts_that_were_in_flight_are_sampled_again_with_their_seeds():
     assert found.staleness(2) == 0, "sampled again with the newer weights"
 
 
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_lower_limit_holds_for_prompts_in_flight(before, rounds):
+    """They wait for their step, so that newer weights sample them."""
+    with FakeRun(make_rollout(max_staleness=before), judge) as run:
+        for step in (1, 2):
+            run.batch(step)
+        state = run.state()
+    assert len(state["pending"]) == 3 * before
+    with FakeRun(make_rollout(max_resampling_rounds=rounds), judge) as resumed:
+        resumed.sampler.load_state_dict(state)
+        trained = []
+        for step in range(3, 8):
+            groups = resumed.batch(step)
+            assert groups.max_staleness(step) == 0
+            trained += prompt_ids(groups)
+    assert len(set(trained)) == len(trained)
+
+
 def test_a_stop_keeps_the_state_of_the_last_batch():
     def check() -> None:
         if stop:

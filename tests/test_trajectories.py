@@ -380,7 +380,7 @@ def test_staleness_counts_sampled_tokens():
     assert groups.lengths().tolist() == [[3, 2]]
 
 
-def test_trajectories_survive_the_file(tmp_path):
+def test_trajectories_survive_the_file(tmp_path, capsys):
     """All fields, also of earlier parts and of rewards that are NaN."""
     draw = np.random.default_rng(6)
     groups = make_groups(6, [(3, 0), (1, 2), (2, 1)])
@@ -430,6 +430,7 @@ def test_trajectories_survive_the_file(tmp_path):
                 assert np.array_equal(mask.counts, other.counts)
     assert log.read(3, {"at": 0}) is None and log.read(4, None) is None
     assert RolloutLog(tmp_path, {"seed": 2}).read(3, {"at": 1}) is None
+    assert "seed changed" in capsys.readouterr().out
     assert RolloutLog(tmp_path, {"seed": 2}).read(3, None) is not None
 
 

@@ -31,8 +31,8 @@ class RolloutLog:
 
     Args:
         folder: folder of the files.
-        fingerprint: of the run. ``read`` does not return rollouts of a run with another
-            fingerprint.
+        fingerprint: settings by name. ``read`` does not return rollouts that were recorded with
+            other settings.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -91,7 +91,8 @@ class RolloutLog:
         self, step: int, before: dict[str, Any] | None
     ) -> tuple[ScoredGroups, dict[str, Any]] | None:
         """Read a step's rollouts and the state of the prompt stream after they were sampled;
-        ``None`` if this run has recorded none from the state ``before``.
+        ``None`` if this run has recorded none from the state ``before``. A warning names settings
+        that have changed.
 
         Args:
             step: counted from 1.
@@ -113,8 +114,13 @@ class RolloutLog:
                         "earlier release; remove the file to sample the step again, or replay it "
                         "with that release"
                     )
-                state = (content["before"], content["fingerprint"])
-                if before is not None and state != (before, self._fingerprint):
+                if before is not None and before != content["before"]:
+                    return None
+                then, now = content["fingerprint"], self._fingerprint
+                names = [n for n in then.keys() | now.keys() if then.get(n) != now.get(n)]
+                if before is not None and names:
+                    changed = f"{', '.join(sorted(names))} changed"
+                    print(f"warning: {path} is not used, because {changed}", flush=True)
                     return None
                 lengths = np.array(content["text_lengths"])
                 content["texts"] = split(file[_TEXTS].decode(*_ENCODING), lengths)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo.distributed import cpu
+from megatron_espo.distributed.collectives import object_group
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -110,3 +111,4 @@ def shutdown() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    object_group.cache_clear()

@@ -31,9 +31,8 @@ from megatron_espo.distributed.collectives import (
     on_rank_0,
 )
 from megatron_espo.errors import InputError
-from megatron_espo.files import make_durable
+from megatron_espo.files import make_durable, read_object
 from megatron_espo.megatron import patches
-from megatron_espo.megatron.rng import load_rng, save_rng
 from megatron_espo.models.spec import ModelSpec
 
 MANIFEST_NAME = "megatron_espo.json"
@@ -43,7 +42,7 @@ _CHECKSUM_THREADS = 4
 _BLOCK = 4096  # direct I/O starts and ends at a multiple of it in the file
 _LEAST_DIRECT = 256 << 10  # bytes; fewer are written through the page cache
 _CHUNK = 4 << 20  # bytes that are hashed and then written, while they are in the cache
-_WRITER = re.compile(r"(?:__|rng_)(\d+)")  # the rank that wrote a file; rank 0 wrote the others
+_WRITER = re.compile(r"__(\d+)")  # the rank that wrote a file; rank 0 wrote the others
 _FORMAT = "fully_reshardable"  # whole tensors, which load in any layout
 
 
@@ -86,7 +85,7 @@ def save_checkpoint(
     Args:
         chunks: this rank's model chunks, not wrapped in DDP.
         optimizer: Megatron's optimizer, to store its state too.
-        state: further JSON values of the run; rank 0's are written, and the random number states.
+        state: further JSON values of the run; rank 0's are written.
         strategy: of :func:`save_strategy`, for several saves of the same model and optimizer.
 
     Raises:
@@ -111,10 +110,8 @@ def save_checkpoint(
         strategy = strategy or save_strategy()
         tensors = _sharded_state(chunks, optimizer, is_loading=False)
         request = dist_checkpointing.save(tensors, str(partial), strategy, **options)
-        if state is not None:
-            save_rng(partial)
-            if dist.get_rank() == 0:
-                (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
+        if state is not None and dist.get_rank() == 0:
+            (partial / STATE_NAME).write_text(json.dumps(state) + "\n")
         manifest = {
             "version": VERSION,
             "megatron_core": __version__,
@@ -282,8 +279,8 @@ def load_checkpoint(
 
     Args:
         chunks: this rank's model chunks, not wrapped in DDP.
-        optimizer: Megatron's optimizer, to load its state and the random number states too. The
-            latter are restored only in a world of the same size.
+        optimizer: Megatron's optimizer, to load its state too. Learning rates, betas and eps stay
+            those of its configuration.
 
     Returns:
         The ``state`` that was saved with it.
@@ -322,24 +319,17 @@ def load_checkpoint(
         # Not strict: only Transformer Engine's layers store an extra state (FP8 scales).
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)
     if optimizer is not None:
+        patches.keep_configured_settings(optimizer, loaded["optimizer"])
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
         patches.separate_adam_steps(optimizer)
-        load_rng(Path(path))
     return read_state(path)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """Return the JSON values saved with a checkpoint. InputError if the file is damaged."""
     file = Path(path, STATE_NAME)
-    return _read_json(file) if file.is_file() else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file}: expected JSON, found damage ({error}); copy it again") from None
+    return read_object(file) if file.is_file() else {}
 
 
 def model_identity(spec: ModelSpec) -> dict[str, Any]:
@@ -371,7 +361,7 @@ def read_manifest(path: str | Path, spec: ModelSpec) -> dict[str, Any]:
             f"{path}: expected a checkpoint of `megatron-espo convert to-megatron` (with "
             f"{MANIFEST_NAME}), got {found}"
         )
-    manifest = _read_json(file)
+    manifest = read_object(file)
     if manifest.get("version") != VERSION:
         raise InputError(
             f"{file}: expected version {VERSION}, got {manifest.get('version')}; convert with the "

@@ -57,6 +57,27 @@ def _set_states(part: Any, parameter: torch.nn.Parameter, tensors: dict[str, tor
     type(part)._set_main_param_and_optimizer_states(part, parameter, tensors | {"step": step})
 
 
+def keep_configured_settings(optimizer: Any, saved: Any) -> None:
+    """Write the optimizer's learning rates, betas and eps into a state that it will load.
+
+    Megatron finds a saved parameter group by a key that contains the learning rates, so a run with
+    another rate could not load it. Betas and eps would be those of the saved state.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    settings = ("max_lr", "min_lr", "betas", "eps")
+    names = [name for name in param_group_identifier_keys if name not in settings]
+    parts = optimizer_parts(optimizer)
+    states = [saved] if len(parts) == 1 else saved
+    if isinstance(states, dict):
+        states = [state for _, state in sorted(states.items())]
+    for part, state in zip(parts, states, strict=True):
+        for group in state.get("optimizer", state)["param_groups"]:
+            for own in part.param_groups:
+                if all(own.get(name) == group.get(name) for name in names):
+                    group.update({name: own[name] for name in settings if name in own})
+
+
 def separate_adam_steps(optimizer: Any) -> None:
     """Give every parameter its own step count after loading.
 

@@ -52,6 +52,16 @@ class Phases:
             taken = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + taken
 
+    @contextmanager
+    def counted_as(self, name: str) -> Iterator[None]:
+        """Add the seconds of all phases inside to ``seconds[name]``."""
+        before, self.seconds = self.seconds, {}
+        try:
+            yield
+        finally:
+            inside, self.seconds = sum(self.seconds.values()), before
+            self.seconds[name] = before.get(name, 0.0) + inside
+
     def pop(self) -> dict[str, float]:
         """Seconds per phase since the last call."""
         taken, self.seconds = self.seconds, {}

@@ -162,8 +162,10 @@ class Reporter:
         if rollout_s := metrics.get("time/rollout_s"):
             found["throughput/response_tokens_per_s"] = generated / rollout_s
         if peak and not isinstance(self._spec, ExternalSpec):
+            algorithm = self.config.algorithm
+            trains_all = bool(algorithm.kl_coef or algorithm.entropy_coef)
             samples = zip(groups.samples, advantages.flatten().tolist(), strict=True)
-            parts = (part for sample, value in samples if value for part in sample.parts)
+            parts = (p for sample, value in samples if value or trains_all for p in sample.parts)
             lengths = [len(part.prompt_ids) + len(part.response_ids) for part in parts]
             flops = training_flops(self._spec, lengths) * self.config.algorithm.num_epochs
             found["throughput/mfu"] = flops / (train_s * peak * ranks)

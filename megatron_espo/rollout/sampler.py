@@ -112,13 +112,15 @@ class Sampler:
             InputError: scoring failed for too many trajectories.
         """
         wanted, draft = self._rollout.prompts_per_step, self._draft
-        self._start(self._pending, step)
         while draft.rounds <= self._rollout.max_resampling_rounds:
             places = [i for i in range(wanted) if not draft.rounds or not draft.chosen[i].varies()]
             if not places:
                 break
+            in_flight = len(places) + self._rollout.ahead
+            # Another run may have had more in flight: the rest would become too old.
+            self._start(self._pending[:in_flight], step)
             # 0 after a failure: the prompts of the round are in flight.
-            missing = max(0, len(places) + self._rollout.ahead - len(self._pending))
+            missing = max(0, in_flight - len(self._pending))
             self._dispatch(missing, step, draft.rounds)
             draft.dispatched += missing
             found = self._take(len(places), step, phases)

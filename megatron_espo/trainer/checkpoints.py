@@ -20,9 +20,21 @@ _NAME = re.compile(r"step_(\d{6,})")
 # steps, paths) may change.
 FINGERPRINT = {
     "algorithm": None,  # all settings of the section
-    "data": ["task_args", "system_prompt", "shuffle"],
+    "data": ["task_args", "system_prompt", "template_args", "raw", "shuffle"],
+    "model": ["dtype"],
+    "optimizer": ["use_distributed_optimizer"],
     "rollout": "prompts_per_step group_size temperature top_p top_k max_response_tokens".split(),
     "run": ["seed"],
+}
+# Settings that change neither the responses of a step, nor their rewards, nor the updates.
+_OPERATIONAL: dict[str, Any] = {
+    **dict.fromkeys(("run", "megatron", "eval"), True),
+    "rollout": set(
+        "engines tensor_parallel_size hosts host_timeout_s transport visible_devices verify_every "
+        "canary_prompts max_restarts gpu_memory_utilization sleep max_staleness "
+        "over_sampling_prompts timeout_s log_prob_gap_stop".split()
+    ),
+    "judge": set("url key timeout_s retries max_concurrent requests_per_minute cache".split()),
 }
 TOKENIZER_FILES = "tokenizer.json tokenizer_config.json added_tokens.json vocab.json merges.txt"
 TOKENIZER_PATTERNS = (*TOKENIZER_FILES.split(), "chat_template*", "*.model")
@@ -44,6 +56,14 @@ def fingerprint(config: Config) -> dict[str, Any]:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         settings[f"tokenizer file {file.name}"] = digest
     return settings
+
+
+def record_fingerprint(config: Config) -> dict[str, Any]:
+    """:func:`fingerprint`, and all settings on which recorded rollouts depend."""
+    found = fingerprint(config)
+    for section, settings in config.model_dump(mode="json", exclude=_OPERATIONAL).items():
+        found |= {f"{section}.{key}": value for key, value in settings.items()}
+    return found
 
 
 class Checkpoints:

@@ -65,12 +65,13 @@ class Colocation:
             metrics = metrics | {"system/offloaded_gib": self._offloader.host_bytes / GIB}
         return metrics
 
-    def recover(self) -> None:
+    def recover(self, step: int) -> None:
         """Restart failed engines and update their weights (``WeightSync.recover``)."""
-        self._offloader.to_device("weights")
-        assert self._sync
-        self._sync.recover()
-        self._offloader.to_host("weights")
+        with self._phases.phase("sync", step, self._steps):
+            self._offloader.to_device("weights")
+            assert self._sync
+            self._sync.recover()
+            self._offloader.to_host("weights")
 
     @contextmanager
     def all_on_device(self, step: int, *, last: bool) -> Iterator[None]:

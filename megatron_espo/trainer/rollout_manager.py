@@ -31,7 +31,7 @@ from megatron_espo.rollout.sampler import Sampler
 from megatron_espo.rollout.scorer import Scorer
 from megatron_espo.rollout.server import engine_owners
 from megatron_espo.rollout.vllm_engine import VLLMEngine
-from megatron_espo.trainer.checkpoints import fingerprint
+from megatron_espo.trainer.checkpoints import record_fingerprint
 from megatron_espo.trainer.rollout_sources import ReplayedRollouts, RolloutSource, SampledRollouts
 from megatron_espo.types import Prompt
 
@@ -83,7 +83,7 @@ class RolloutManager:
         if runtime.is_main:
             assert self.tokenizer
             folder = Path(replay or f"{config.run.dir}/rollouts")
-            self._log = log = RolloutLog(folder, fingerprint(config))
+            self._log = log = RolloutLog(folder, record_fingerprint(config))
             self._closing.callback(log.close)
             self._stream = PromptStream(
                 config.data,
@@ -133,6 +133,7 @@ class RolloutManager:
                 max_staleness=rollout.max_staleness,
                 need_experts=experts is not None,
                 keep=config.run.keep_rollouts,
+                reuse=config.run.resume != "never",
             )
 
     def canary(self) -> list[Prompt]:

@@ -63,6 +63,7 @@ class SampledRollouts:
         max_staleness: recorded rollouts that are older are sampled again.
         need_experts: whether training needs the engine's choice of experts.
         keep: whether records stay after a checkpoint.
+        reuse: whether to take steps from their records.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class SampledRollouts:
         max_staleness: int,
         need_experts: bool = False,
         keep: bool = False,
+        reuse: bool = True,
     ) -> None:
         self._log, self._sampler, self._keep = log, sampler, keep
-        self._max_staleness, self._need_experts = max_staleness, need_experts
+        self._max_staleness, self._need_experts, self._reuse = max_staleness, need_experts, reuse
         self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict
 
     def batch(self, step: int, phases: Phases) -> ScoredGroups:
@@ -89,7 +91,7 @@ class SampledRollouts:
             OSError: the previous record was not written.
         """
         before = self.state_dict()
-        if found := self._log.read(step, before):
+        if self._reuse and (found := self._log.read(step, before)):
             groups, after = found
             # The settings may have changed since.
             has_experts = groups.have_routed_experts or not self._need_experts

@@ -67,16 +67,17 @@ def reported(config: Config, runtime: Runtime) -> Iterator[Callable[..., None]]:
             reason = str(stopped)
             on_rank_0(lambda: write_status(folder, "requeue", reason))
         except BaseException as error:
-            _report_failure(folder, watchdog, error)
+            _report_failure(config, watchdog, error)
             raise
 
 
-def _report_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> None:
+def _report_failure(config: Config, watchdog: Watchdog, error: BaseException) -> None:
     """Write the error to ``status.json`` and, on one line, to the terminal.
 
     Only the first rank that fails reports, because failures of other ranks are consequences. The
     command line prints an InputError.
     """
+    folder, name = Path(config.run.dir), config.run.resume
     if read_json(folder / "status.json").get("state") == "failed":
         return
     try:  # ``Watchdog.clear`` removes the file
@@ -93,8 +94,11 @@ def _report_failure(folder: Path, watchdog: Watchdog, error: BaseException) -> N
         line = why.strip().partition("\n")[0]
         latest = folder / "checkpoints" / "latest"
         start = "starts again, because no checkpoint is saved yet"
-        if latest.is_file():
-            start = f"continues from {latest.read_text(encoding='utf-8').strip()}"
+        if name == "never":
+            start = "starts again (run.resume)"
+        elif name != "latest" or latest.is_file():
+            newest = latest.read_text(encoding="utf-8").strip() if name == "latest" else name
+            start = f"continues from {newest}"
         why = f"{place}: {line}; the same command {start}"
         print(f"error: {why}", file=sys.stderr, flush=True)
     write_status(folder, "failed", why)

@@ -10,6 +10,7 @@ updates.
 import gc
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,14 @@ class Run:
 
     def __exit__(self, kind, *_) -> None:
         gc.unfreeze()
-        self.rollouts.close()
-        self.reporter.close()
-        if kind is Stopped:
-            if self.checkpoints.due_at_stop(self.step):
-                self._save(last=True)
-            self._finish_save(wait=True)
+        try:
+            self.rollouts.close()
+            self.reporter.close()
+        finally:
+            if kind is Stopped:
+                if self.checkpoints.due_at_stop(self.step):
+                    self._save(last=True)
+                self._finish_save(wait=True)
 
     def _log(self, text: str) -> None:
         """Print on rank 0."""
@@ -153,7 +156,8 @@ class Run:
             Stopped: on every rank, if the run was asked to stop.
             OSError: on rank 0, if the step's rollouts were not written.
         """
-        began, config, recover = time.perf_counter(), self.config, self.colocation.recover
+        began, config = time.perf_counter(), self.config
+        recover = partial(self.colocation.recover, step)
         # prompts -> rollouts -> rewards
         groups = self.rollouts.collect(step, self.phases, recover)
         advantages, signs = advantages_of(groups, config)
@@ -188,6 +192,7 @@ class Run:
         """Start to save this step. Waits for a save that is still running. Collective."""
         self._finish_save(wait=True)
         with (
+            self.phases.counted_as("checkpoint"),
             self.colocation.all_on_device(self.step, last=last),
             self.phases.phase("checkpoint", self.step, self.config.run.steps),
         ):

@@ -67,6 +67,11 @@ def test_gradient_norms_are_compared():
     )
 
 
+def test_ranks_wait_for_rank_0_for_longer_than_the_timeout_of_collectives():
+    """Rollouts may take hours."""
+    assert run_ranks(2, "tests.support.ranks.agreement:wait_for_rank_0") == "rollouts"
+
+
 def test_first_not_none_is_the_same_on_all_ranks():
     assert (
         run_ranks(3, "tests.support.ranks.agreement:check_first_not_none")

@@ -25,9 +25,9 @@ _EXCEPTION = re.compile(
 _STEP = re.compile(r'{"step": (\d+),')
 _MOST_EXCEPTIONS = 12
 _BAD_IF_POSITIVE = {
-    "sync/restarts": "restarts of the rollout engine during weight updates",
+    "sync/restarts": "restarts of the rollout engine during weight updates: {:g}",
     "optimizer/skipped": "updates skipped (a gradient was not finite, or a spike; bad_batches/)",
-    "reward/failed": "responses not judged (the verifier crashed, hung or returned no number)",
+    "reward/failed": "responses not judged (the verifier crashed, hung, returned no number): {:g}",
 }
 _STOPPED = {"failed": "failed", "requeue": "was asked to stop"}
 SAMPLE_STEPS = 6
@@ -62,7 +62,8 @@ class RunData:
             is none.
         samples: lines of ``samples.jsonl`` by step, of ``SAMPLE_STEPS`` steps spread evenly.
         entropies: lines of ``entropy.jsonl``.
-        engine_exceptions: last lines of tracebacks in ``engine.log``, with their number.
+        engine_exceptions: last lines of tracebacks in the engines' logs, with the name of the log,
+            and their number.
         model: name of the model's folder.
         performance: lines of text: seconds by phase, tokens per second, MFU.
 
@@ -72,7 +73,8 @@ class RunData:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        lines = {line["step"]: line for line in read_jsonl(folder / "metrics.jsonl")}
+        records = read_jsonl(folder / "metrics.jsonl")
+        lines = {line["step"]: line for line in records}
         if not lines:
             raise InputError(
                 f"{folder}: expected a run's folder with at least one step in metrics.jsonl, "
@@ -88,10 +90,14 @@ class RunData:
         self.status = read_json(folder / "status.json")
         self.samples = _read_samples(folder / "samples.jsonl", sorted(lines))
         self.entropies = read_jsonl(folder / "entropy.jsonl")
-        log = folder / "engine.log"
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        self.engine_exceptions = Counter(_EXCEPTION.findall(text))
+        self.engine_exceptions = Counter(
+            f"{log.name}: {text[:300]}"
+            for log in sorted(folder.glob("engine*.log"))
+            for text in _EXCEPTION.findall(log.read_text(encoding="utf-8", errors="replace"))
+        )
         self.model = Path(self.setting("model", "path")).name
+        if self.summary.get("steps") != len(records):  # it is of an earlier part of the run
+            self.summary = {}
         self.performance = describe(self.summary.get("performance") or performance(self.lines))
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
@@ -134,13 +140,13 @@ class RunData:
                 found.append(f"{name} is NaN or infinite in steps {_some(broken)}")
         for metric, what in _BAD_IF_POSITIVE.items():
             if bad := {step: value for step, value in self._points(metric) if value}:
-                found.append(f"{what}: {sum(bad.values()):g}, in steps {_some(list(bad))}")
+                found.append(f"{what.format(sum(bad.values()))}, in steps {_some(list(bad))}")
         gaps = self._points("mismatch/logprob_gap_mean")
         if large := [step for step, gap in gaps if not gap <= LARGE_GAP]:
             limit = f"{LARGE_GAP:g} nats a token"
             found.append(f"engine and trainer differ by more than {limit} in steps {_some(large)}")
         for text, count in self.engine_exceptions.most_common(_MOST_EXCEPTIONS):
-            found.append(f"engine.log: {text[:300]}" + (f" ({count} times)" if count > 1 else ""))
+            found.append(text + (f" ({count} times)" if count > 1 else ""))
         return found
 
     def _points(self, metric: str) -> Iterable[tuple[int, float]]:

@@ -1,9 +1,12 @@
 """Flip one bit on one rank and return the errors. Runs on every rank."""
 
+import time
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
-from megatron_espo.distributed.collectives import first_not_none, gather_objects
+from megatron_espo.distributed.collectives import first_not_none, gather_objects, on_rank_0
 from megatron_espo.megatron.consistency import RankMismatch, check_norms, check_weights
 from tests.support.ranks.resume import make_actor, make_groups
 
@@ -40,6 +43,18 @@ def compare_norms() -> list[str]:
     nan = float("nan")
     norms = (2.0, nan, 2.0 + 0.1 * dist.get_rank(), nan if dist.get_rank() else 2.0)
     return [_error(lambda norm=norm: check_norms(norm)) for norm in norms]
+
+
+def wait_for_rank_0() -> str:
+    """Return what rank 0 has after twice the timeout of the default group."""
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+
+    def work() -> str:
+        time.sleep(6)
+        return "rollouts"
+
+    return on_rank_0(work)
 
 
 def check_first_not_none() -> list[list]:

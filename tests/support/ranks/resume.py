@@ -1,9 +1,7 @@
 """Save, load and continue an actor. Runs on every rank."""
 
 import random
-from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -46,7 +44,9 @@ def make_actor(
         run=Run(steps=9),
         model=Model(path=folder, dtype=dtype),
         megatron=Megatron(**sizes),
-        optimizer=Optimizer(lr=1e-2, lr_decay_style="linear", lr_warmup_iters=2, **optimizer or {}),
+        optimizer=Optimizer(
+            **{"lr": 1e-2, "lr_decay_style": "linear", "lr_warmup_iters": 2} | (optimizer or {})
+        ),
         algorithm=Algorithm(num_mini_batches=2, **algorithm or {}),
         # No engine has chosen experts for the groups of ``make_groups``.
         rollout=Rollout(
@@ -191,31 +191,27 @@ def check_first_update(folder: str, sizes: dict, epochs: int) -> dict[str, float
     }
 
 
-def check_rng(folder: str) -> list[bool]:
-    """Check that generators repeat their numbers, and that another world size changes nothing."""
-    runtime.initialize(tensor_model_parallel_size=2)
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+def check_other_settings(folder: str, out: str, cases: list[dict]) -> list[float]:
+    """Continue from a checkpoint with other settings of Adam.
 
-    from megatron_espo.megatron.rng import load_rng, save_rng
-
-    def drawn() -> list[float]:
-        with get_cuda_rng_tracker().fork():
-            forked = float(torch.rand(()))
-        return [forked, float(torch.rand(())), random.random(), float(np.random.rand())]
-
-    save_rng(Path(folder))
-    torch.distributed.barrier()
-    first = drawn()
-    load_rng(Path(folder))
-    again = drawn()
-    torch.distributed.barrier()
-    Path(folder, "rng_00002.json").touch()
-    load_rng(Path(folder))
-    following = drawn()
-    everyone = [None] * 2
-    torch.distributed.all_gather_object(everyone, first)
-    return [
-        first == again,
-        following != first,
-        everyone[0][0] != everyone[1][0],
-    ]
+    Returns each case's largest difference of the weights from those of a run whose optimizer got
+    the settings between the steps.
+    """
+    answers = []
+    for number, (sizes, first) in enumerate(cases):
+        path = f"{out}/settings-{number}"
+        actor, spec, place = make_actor(folder, "float32", sizes, first)
+        actor.update(make_groups(1, spec.vocab_size), lambda done, total: None)
+        actor.save(path, {}).finish()
+        changed = {"lr": 3e-3, "min_lr": 1e-4, "adam_beta1": 0.8, "adam_beta2": 0.9}
+        for group in actor.train_engine.optimizer.param_groups:
+            group.update(max_lr=3e-3, min_lr=1e-4, betas=(0.8, 0.9), eps=1e-6)
+        actor.train_engine.scheduler.step(0)
+        actor.update(make_groups(2, spec.vocab_size), lambda done, total: None)
+        expected = weights(actor, spec, place)
+        others = first | changed | {"adam_eps": 1e-6}
+        resumed, spec, place = make_actor(folder, "float32", sizes, others)
+        resumed.load(path)
+        resumed.update(make_groups(2, spec.vocab_size), lambda done, total: None)
+        answers.append(largest_difference(weights(resumed, spec, place), expected))
+    return answers
