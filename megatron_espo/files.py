@@ -25,7 +25,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         content, got = None, f"{type(error).__name__} ({error})"
     if not isinstance(content, dict):
-        raise InputError(f"expected a JSON object in {path}, got {got}")
+        raise InputError(f"{path}: expected a JSON object, got {got}")
     return content
 
 

@@ -224,10 +224,10 @@ def test_an_incomplete_model_folder_is_refused(tmp_path, monkeypatch):
     (folder / "config.json").write_text("[1]")
     assert "found a Git LFS pointer" in message()
     write_weights(folder, HF)
-    assert "expected a JSON object in model/config.json, got a JSON list" in message()
+    assert "model/config.json: expected a JSON object, got a JSON list" in message()
     (folder / "config.json").write_text("{")
     assert (
-        "expected a JSON object in model/config.json, got JSONDecodeError (Expecting property name"
+        "model/config.json: expected a JSON object, got JSONDecodeError (Expecting property name"
         in message()
     )
     (folder / "config.json").write_text(json.dumps(HF | {"hidden_act": "gelu"}))

@@ -129,6 +129,6 @@ def test_missing_and_broken_files(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(
-        InputError, match="expected a JSON object in .*config.json, got JSONDecodeError"
+        InputError, match="config.json: expected a JSON object, got JSONDecodeError"
     ):
         load_tokenizer(tmp_path)
