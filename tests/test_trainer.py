@@ -11,7 +11,6 @@ from megatron_espo.distributed.watchdog import SLOW_PHASES
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.trainer.checkpoints import fingerprint, record_fingerprint
 from megatron_espo.trainer.colocation import Colocation
-from megatron_espo.trainer.status import reported
 from megatron_espo.trainer.train import Run
 from tests.support.tiny import save_tiny_model, write_tiny_run
 
@@ -81,24 +80,3 @@ def test_seconds_of_inner_phases_count_as_the_outer_one():
         for name in ("sleep", "checkpoint", "sync"):
             phases.seconds[name] = phases.seconds.get(name, 0.0) + 2.0
     assert phases.pop() == {"sync": 5.0, "checkpoint": 7.0}
-
-
-@pytest.mark.parametrize(
-    ("resume", "words"),
-    [
-        ("latest", "continues from step_000040"),
-        ("step_000020", "continues from step_000020"),
-        ("never", "starts again"),
-    ],
-)
-def test_a_failure_says_where_the_same_command_continues(folder, capsys, resume, words):
-    checkpoints = folder / "out" / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    (checkpoints / "latest").write_text("step_000040\n")
-    settings = config(folder, f"run.resume={resume}")
-    with (
-        pytest.raises(RuntimeError),
-        reported(settings, SimpleNamespace(rank=0, world_size=1)),
-    ):
-        raise RuntimeError("broken")
-    assert f"the same command {words}" in capsys.readouterr().err

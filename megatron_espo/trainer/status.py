@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_espo.config import Config
+from megatron_espo.config import Config, Run
 from megatron_espo.distributed.collectives import on_rank_0
 from megatron_espo.distributed.runtime import Runtime
 from megatron_espo.distributed.stop_request import Stopped
@@ -67,17 +67,17 @@ def reported(config: Config, runtime: Runtime) -> Iterator[Callable[..., None]]:
             reason = str(stopped)
             on_rank_0(lambda: write_status(folder, "requeue", reason))
         except BaseException as error:
-            _report_failure(config, watchdog, error)
+            _report_failure(config.run, watchdog, error)
             raise
 
 
-def _report_failure(config: Config, watchdog: Watchdog, error: BaseException) -> None:
+def _report_failure(run: Run, watchdog: Watchdog, error: BaseException) -> None:
     """Write the error to ``status.json`` and, on one line, to the terminal.
 
     Only the first rank that fails reports, because failures of other ranks are consequences. The
     command line prints an InputError.
     """
-    folder, name = Path(config.run.dir), config.run.resume
+    folder, name = Path(run.dir), run.resume
     if read_json(folder / "status.json").get("state") == "failed":
         return
     try:  # ``Watchdog.clear`` removes the file
