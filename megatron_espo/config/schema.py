@@ -26,7 +26,7 @@ class Run(Section):
     """Number of newest checkpoints to keep."""
     resume: Text = "latest"
     """Checkpoint to start from: latest (a new run if there is none), never (start from
-    model.path), or a name such as step_000020."""
+    model.path), or a name such as step_000020. A requeued job uses it again."""
     keep_rollouts: bool = False
     """Keep all rollouts, for run.replay. false keeps those newer than the latest checkpoint."""
     replay: Text | None = None
