@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -209,3 +210,24 @@ def test_an_idle_connection_is_not_used_again(tmp_path, monkeypatch):
             await client.close()
 
     asyncio.run(two_requests())
+
+
+def test_requests_wait_while_the_listen_queue_is_full(tmp_path):
+    path, answer = str(tmp_path / "socket"), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+
+    async def burst(listener):
+        client = http_client.HttpClient(f"unix:{path}", "key")
+        requests = [asyncio.create_task(client.call("/", {"i": i})) for i in range(20)]
+        await asyncio.sleep(0.3)  # the server is busy
+        async with await asyncio.start_unix_server(serve, sock=listener):
+            assert await asyncio.gather(*requests) == [{}] * 20
+            await client.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(2)
+        asyncio.run(burst(listener))

@@ -23,6 +23,7 @@ _CONNECT_SECONDS = 5.0
 # vLLM's server closes a connection that is idle for 5 s. A request that it receives at that moment
 # would fail and the engine would be restarted, so this side closes earlier.
 _IDLE_SECONDS = 2.0
+_RETRY_SECONDS = 0.1
 
 
 class LoopThread:
@@ -57,6 +58,22 @@ class LoopThread:
             self._thread.join(5.0)
 
 
+class _UnixConnector(aiohttp.UnixConnector):
+    """Connects again while the server's listen queue is full.
+
+    asyncio then returns a socket that is not connected.
+    """
+
+    async def _create_connection(self, *args: Any) -> Any:
+        while True:
+            protocol = await super()._create_connection(*args)
+            transport = protocol.transport
+            if transport is not None and transport.get_extra_info("peername") is not None:
+                return protocol
+            protocol.close()
+            await asyncio.sleep(_RETRY_SECONDS)
+
+
 class HttpClient:
     """Requests to one server. All methods are coroutines of one event loop.
 
@@ -74,7 +91,7 @@ class HttpClient:
         options: dict[str, Any] = {"limit": 0, "keepalive_timeout": _IDLE_SECONDS}
         if self.address.startswith("unix:"):
             base, path = "http://engine", self.address.removeprefix("unix:")
-            connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, **options)
+            connector: aiohttp.BaseConnector = _UnixConnector(path, **options)
         else:
             base = f"http://{self.address}"
             connector = aiohttp.TCPConnector(**options, socket_factory=self._make_socket)
