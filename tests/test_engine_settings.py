@@ -151,3 +151,6 @@ def test_the_end_of_the_log_shows_the_first_error(tmp_path):
     log.write_text("\n".join(["INFO: no Error here", *trace, *later]))
     assert "ValueError: the cause" in log_tail(log)
     assert log_tail(log).endswith("...\n  File\n  File\nRuntimeError: See above.")
+    start = log.stat().st_size  # of the next server
+    log.write_text("\n".join([log.read_text(), "INFO", "RuntimeError: another cause"]))
+    assert log_tail(log, start).split("\n") == ["", "INFO", "RuntimeError: another cause"]

@@ -27,7 +27,7 @@ from megatron_espo.rollout.engine import EngineError, Sampling
 from megatron_espo.rollout.http_client import NO_ANSWER, HttpClient, LoopThread, call_once
 from megatron_espo.rollout.keeper import Keeper
 from megatron_espo.rollout.lease import LeasedServer, host_log_name, settings_text
-from megatron_espo.rollout.server import PREFIX, EngineConfig, run_key
+from megatron_espo.rollout.server import PREFIX, EngineConfig, log_tail, run_key
 from megatron_espo.rollout.vllm_engine import VLLMEngine
 from tests.support import lease_server
 from tests.support.distributed import ROOT
@@ -160,8 +160,10 @@ def test_a_server_whose_owner_is_gone_ends_in_time(folder, without_vllm):
 def test_an_owner_notices_that_its_server_is_another_one(folder, without_vllm):
     """The keeper's new server must not renew the lease of the old one: its weights differ."""
     address = free_address()
+    (folder / host_log_name(address)).write_text("MemoryError: of an earlier server")
     with stepping(Keeper(folder, address, 600)) as keeper:
         owner = search(engine_config(folder, address))
+        assert "MemoryError" not in log_tail(owner.log_path, owner.log_start)
         os.kill(keeper._server.pid, signal.SIGKILL)
         wait_until(lambda: not owner.is_alive, "the owner notices", 30)
         key = run_key(folder)

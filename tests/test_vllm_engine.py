@@ -400,6 +400,19 @@ def test_half_an_update_ends_the_engine(light, folder):
     wait_until(lambda: not living_in_group(group), "the server ends", 10)
 
 
+def test_a_busy_event_loop_neither_keeps_the_server_nor_hides_the_error(light, monkeypatch):
+    def run(coroutine, timeout):
+        coroutine.close()
+        raise TimeoutError
+
+    group = light._server.pid
+    monkeypatch.setattr(light._loop, "run", run)
+    with pytest.raises(EngineError, match="no answer for 300 s"):
+        light._call("/pause")
+    assert light.state == "dead"
+    wait_until(lambda: not living_in_group(group), "the server ends", 10)
+
+
 def test_a_killed_server_is_an_error_at_once(light):
     group = light._server.pid
     os.kill(group, signal.SIGKILL)
@@ -425,11 +438,13 @@ def test_a_stopped_server_is_an_error_within_its_time_limit(light):
 
 def test_a_server_that_dies_while_it_starts(folder, tmp_path, loop):
     engine = VLLMEngine(engine_config(folder, tmp_path), loop)
+    engine.config.log_path.write_text("MemoryError: of an earlier run")
     engine.start()
     os.kill(engine._server.pid, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(EngineError, match="has died"):
+    with pytest.raises(EngineError, match="has died") as error:
         engine.wait_ready()
+    assert "MemoryError" not in str(error.value)
     assert engine.state == "dead"
     assert time.monotonic() - began < 20
 

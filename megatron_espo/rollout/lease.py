@@ -194,6 +194,7 @@ class LeasedServer:
         self._call(address, "/lease", self._lease | {"renew": False})
         self.address = address
         self.log_path = Path(self._config.folder, host_log_name(address))
+        self.log_start = self.log_path.stat().st_size if self.log_path.is_file() else 0
         self._hosts.remove(address)
         self._hosts.append(address)
         threading.Thread(target=self._renew, name="lease", daemon=True).start()

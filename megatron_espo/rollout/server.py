@@ -220,7 +220,7 @@ class ServerProcess:
     Attributes:
         address: ``unix:<path>`` or ``host:port``.
         pid: of the API server.
-        log_path: file with the server's output.
+        log_path, log_start: file with the server's output, and where the output begins.
         lost: why the server cannot be used when ``is_alive`` is false.
     """
 
@@ -239,6 +239,7 @@ class ServerProcess:
             self.address, arguments = f"unix:{path}", ["--uds", path]
         environment = server_environment(config) | {"VLLM_RPC_BASE_PATH": self._folder}
         with open(config.log_path, "ab") as log:
+            self.log_start = log.tell()
             self._process = subprocess.Popen(
                 server_command(config, arguments),
                 stdin=subprocess.DEVNULL,
@@ -282,11 +283,15 @@ def die_with_parent() -> None:
         sandbox.die_with_parent()
 
 
-def log_tail(path: Path) -> str:
-    """The end of a server's log, after the first error in it: later ones are its consequences."""
+def log_tail(path: Path, start: int = 0) -> str:
+    """The end of a server's log, after the first error in it: later ones are its consequences.
+
+    Args:
+        start: ignore the bytes before this one. They are of earlier servers.
+    """
     if not path.is_file():
         return "(none)"
-    lines = path.read_text("utf-8", "replace").splitlines()[-_END_OF_LOG:]
+    lines = path.read_bytes()[start:].decode("utf-8", "replace").splitlines()[-_END_OF_LOG:]
     first = next((i for i, line in enumerate(lines) if _ERROR.match(line)), len(lines))
     if first >= len(lines) - _LOG_LINES:
         return "\n".join(lines[-_LOG_LINES:])

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -87,10 +88,11 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End the server and its workers. Safe to call twice."""
-        if self._client is not None:
-            self._loop.run(self._client.close(), 5.0)
         if self._server is not None:
             self._server.kill()
+        if self._client is not None:
+            with suppress(TimeoutError):  # a busy event loop must not hide an earlier error
+                self._loop.run(self._client.close(), 5.0)
         self._server = self._client = None
         self.state = "dead"
 
@@ -230,6 +232,6 @@ class VLLMEngine:
         code = server.returncode
         end = "" if code in (None, 0, -9) else f" (exit code {code})"
         where = f" on {server.address}" if self.config.hosts else ""
-        tail = f"Last lines of {server.log_path}:\n{log_tail(server.log_path)}"
+        tail = f"Last lines of {server.log_path}:\n{log_tail(server.log_path, server.log_start)}"
         self.close()
         return EngineError(f"the rollout engine{where} {what}{end}.\n{tail}")
