@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
 
 def write_durably(path: Path, text: str) -> None:
     """Replace a file atomically: after a crash it contains the old text or the new text."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

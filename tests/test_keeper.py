@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ pytest.importorskip("vllm")
 
 from megatron_espo.distributed.addresses import parse_address, show_address
 from megatron_espo.errors import InputError
+from megatron_espo.files import write_durably
 from megatron_espo.rollout import keeper as keeper_module
 from megatron_espo.rollout import lease
 from megatron_espo.rollout import server as server_module
@@ -424,6 +426,16 @@ def test_settings_are_common_to_all_owners(folder):
         LeasedServer(replace(config, timeout_s=0.1), ["127.0.0.1:1"]).kill()
         stats.append((folder / "engine.json").stat())
     assert stats[0].st_ino == stats[1].st_ino, "equal settings are not written again"
+
+
+def test_owners_on_several_hosts_write_a_file_at_the_same_time(tmp_path):
+    """They may have equal process ids."""
+    path = tmp_path / "engine.json"
+    with ThreadPoolExecutor(2) as executor:
+        for i in range(50):
+            list(executor.map(write_durably, [path] * 2, [str(i)] * 2))
+            assert path.read_text() == str(i)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("address, message", [
