@@ -1,5 +1,6 @@
 """Settings without a server: weight names, transports, placement, environment, seeds."""
 
+import json
 import os
 import subprocess
 import sys
@@ -52,10 +53,14 @@ def test_names_and_shapes_that_do_not_fit_are_named(folder):
             check_names(announced, folder)
 
 
-def test_all_shards_are_read(tmp_path):
+def test_the_files_of_the_index_are_read(tmp_path):
+    """Folders of Mistral models have the same weights again, with other names, in one file."""
     (tmp_path / "config.json").write_text("{}")
-    save_file({"a": torch.zeros(2, 3)}, tmp_path / "model-00001-of-00002.safetensors")
-    save_file({"b": torch.zeros(4)}, tmp_path / "model-00002-of-00002.safetensors")
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    save_file({"a": torch.zeros(2, 3)}, tmp_path / files["a"])
+    save_file({"b": torch.zeros(4)}, tmp_path / files["b"])
+    save_file({"layers.0.a": torch.zeros(2, 3)}, tmp_path / "consolidated.safetensors")
     check_names([("b", (4,)), ("a", (2, 3))], tmp_path)
     with pytest.raises(InputError, match="b: shape missing"):
         check_names([("a", (2, 3))], tmp_path)

@@ -8,26 +8,23 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_espo.config.model_folder import stored_tensors
 from megatron_espo.errors import InputError
-from megatron_espo.files import safetensors_header
 from megatron_espo.models.spec import is_unused
 
 _SHOWN = 5
 
 
 def check_names(announced: Iterable[tuple[str, tuple[int, ...]]], model: str | Path) -> None:
-    """Check that ``announced`` (name, shape) pairs are those of the safetensors files in ``model``.
+    """Check that ``announced`` (name, shape) pairs are those of the weight files in ``model``.
 
-    Tensors that vLLM skips (``is_unused``) are not compared. Without safetensors files there is
-    nothing to compare.
+    Tensors that vLLM skips (``is_unused``) are not compared.
 
     Raises:
-        InputError: names the first tensors that differ.
+        InputError: a file cannot be read, or tensors differ; names the first ones.
     """
-    given, expected = dict(announced), dict[str, tuple[int, ...]]()
-    for file in Path(model).glob("*.safetensors"):
-        header = safetensors_header(file)
-        expected |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+    given, (_, entries) = dict(announced), stored_tensors(Path(model))
+    expected = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     flat = (config.get("text_config") or {}) | config
     problems = [
@@ -35,7 +32,7 @@ def check_names(announced: Iterable[tuple[str, tuple[int, ...]]], model: str | P
         for name in sorted(given.keys() | expected.keys())
         if given.get(name) != expected.get(name) and not is_unused(flat, name)
     ]
-    if expected and problems:
+    if problems:
         more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
         raise InputError(
             f"The trainer's weights do not fit the checkpoint in {model}: "
