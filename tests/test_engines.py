@@ -10,13 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("vllm")
 from megatron_espo.config import Rollout, load_config
 from megatron_espo.config.checks import check_world_size
 from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.errors import InputError
+from megatron_espo.files import safetensors_header
 from megatron_espo.rollout import http_client
 from megatron_espo.rollout.engine import Generation, Sampling
 from megatron_espo.rollout.http_client import LoopThread
@@ -33,7 +36,13 @@ PROMPTS = [tuple(4 + (5 * i + j) % 20 for j in range(8 + i)) for i in range(6)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
-    save_tiny_model(folder / "model", max_position_embeddings=512)
+    model = save_tiny_model(folder / "model", max_position_embeddings=512)
+    names = safetensors_header(model / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    # Mistral's own format, which engines must ignore.
+    save_file({"layers.0.a": np.zeros(2)}, model / "consolidated.safetensors")
+    (model / "params.json").write_text("{}")
     write_tiny_run(
         folder,
         run={"steps": STEPS, "keep_rollouts": True, "save_hf": False, "checkpoint_every": None},
