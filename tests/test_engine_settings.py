@@ -89,10 +89,10 @@ def test_nccl_meets_where_the_engine_reaches_its_owner(monkeypatch, folder, tmp_
     monkeypatch.setattr(transport, "address_towards", {"10.0.0.5": "10.9.8.7"}.get)
     config = engine_config(folder, tmp_path, tensor_parallel_size=4, hosts=("10.0.0.5:7700",))
     engine = SimpleNamespace(address="10.0.0.5:7700", config=config)
-    info = _init_info("nccl", engine, rank=32)  # the owner of a second engine
+    info = _init_info("nccl", engine, 32, None)  # the owner of a second engine
     assert info.master_address == "10.9.8.7" and 0 < info.master_port < 65536
     assert info.world_size == 5 and info.is_sender
-    assert not _init_info("nccl", None, rank=1).is_sender
+    assert not _init_info("nccl", None, 1, None).is_sender
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from vllm.distributed.weight_transfer.base import ParamMeta
 from vllm.distributed.weight_transfer.factory import (
     WeightTransferEngineFactory,
     WeightTransferTrainerFactory,
@@ -20,6 +21,8 @@ from megatron_espo.rollout.ipc_transport import (
     encode_handle,
 )
 from megatron_espo.rollout.server import EngineConfig, server_command
+from megatron_espo.rollout.transport import make_trainer_transport
+from tests.support.distributed import run_ranks
 
 # Arguments of rebuild_cuda_tensor, in torch's order.
 ARGUMENTS = (
@@ -77,6 +80,24 @@ def test_other_ranks_send_nothing():
     sender = object.__new__(IPCJsonTrainerWeightTransferEngine)
     sender.is_sender, sender.client = False, None
     sender._do_send(names=["a"], dtype_names=["bfloat16"], shapes=[[2, 3]], ipc_handles={})
+
+
+def test_the_buffer_holds_the_largest_tensor(monkeypatch):
+    properties = SimpleNamespace(uuid=UUID)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    for rows, expected in ((100, 1 << 30), (152_064, 152_064 * 8192 * 2)):
+        metas = [ParamMeta("a", torch.bfloat16, (rows, 8192)), ParamMeta("b", torch.float32, (9,))]
+        source = SimpleNamespace(metadata=lambda metas=metas: metas)
+        sender = make_trainer_transport("ipc", engine=None, source=source, rank=1)
+        assert sender.packed_buffer_size_bytes == expected
+
+
+def test_an_error_of_the_engine_is_raised_after_the_collectives_of_the_update():
+    found = run_ranks(2, "tests.support.ranks.ipc:failures", timeout=60)
+    calls = ["start", "update", "update", "update", "finish"]
+    expected = [[calls[:last], f"call {last}"] for last in range(1, 6)]
+    assert found == [*expected, [calls, "no error"]]
 
 
 @pytest.mark.parametrize("place, kind", [(0, torch.nn.Parameter), (5, torch.bfloat16)])

@@ -127,6 +127,19 @@ def test_engines_on_other_machines_use_the_network_and_no_memory_of_the_trainer(
     assert files["engine_s"] == 2 * files["bytes"] / 10e9
 
 
+def test_ipc_needs_a_buffer_that_holds_the_largest_tensor(tmp_path):
+    for vocab_size in (1000, 300_000):
+        model = QWEN3_SMALL | {"vocab_size": vocab_size, "hidden_size": 2048}
+        peaks = {}
+        for transport in ("ipc", "nccl"):
+            _, text, plan = plan_command(
+                tmp_path, model, megatron=TP2_PP2, rollout={"transport": transport}
+            )
+            assert plan, text
+            peaks[transport] = plan["transfer"]["peak_bytes"]
+        assert peaks["ipc"] - peaks["nccl"] == max(1 << 30, 2 * vocab_size * 2048)
+
+
 @pytest.mark.slow
 def test_experts_are_counted_and_sent_once(tmp_path):
     code, text, plan = plan_command(

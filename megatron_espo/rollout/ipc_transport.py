@@ -6,6 +6,7 @@ bytes are hexadecimal text. Classes do not travel, because vLLM's packed buffer 
 Importing this module registers both sides with vLLM's factories.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,11 +44,35 @@ class IPCJsonTrainerWeightTransferEngine(ipc_engine.IPCTrainerWeightTransferEngi
     """Trainer side."""
 
     init_info_cls = IPCJsonTrainerInitInfo
+    _error: Exception | None = None  # the first error of the client in this update
+
+    def send_weights(self) -> None:
+        """As vLLM's, but raises an error of the client at the end.
+
+        Until then the other ranks wait for this one in a collective of each chunk.
+        """
+        assert self.source is not None
+        self._error = None
+        self._call(lambda: self.client.start_weight_update())
+        self._send_packed(self.source)
+        self._call(lambda: self.client.finish_weight_update())
+        self._post_send_sync()
+        if self._error is not None:
+            raise self._error
 
     def _do_send(self, *, ipc_handles: Any, **fields: Any) -> None:  # type: ignore[override]
-        if self.is_sender:  # vLLM passes all arguments by name
+        def send() -> None:
             coded = {gpu: encode_handle(arguments) for gpu, arguments in ipc_handles.items()}
             self.client.update_weights(fields | {"ipc_handles_json": coded})
+
+        self._call(send)  # vLLM passes all arguments by name
+
+    def _call(self, call: Callable[[], None]) -> None:
+        if self.is_sender and self._error is None:
+            try:
+                call()
+            except Exception as error:
+                self._error = error
 
 
 def encode_handle(arguments: tuple) -> list[Any]:

@@ -1,6 +1,7 @@
 """Choice and construction of vLLM's weight transports. Imports vLLM on first use."""
 
 import os
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,11 @@ def needs_all_replicas(name: str, engines: int) -> bool:
     """Whether every trainer rank gathers the weights, not only the first replica."""
     # With these transports every rank sends its copy or shard; otherwise rank 0 sends everything.
     return name in ("ipc", "nccl_m2n", "sharded_rdt") or engines > 1
+
+
+def ipc_buffer_bytes(largest: int) -> int:
+    """Bytes of each rank's GPU buffer for ``ipc``, which holds a tensor of ``largest`` bytes."""
+    return max(1 << 30, largest)
 
 
 def resolve_transport(rollout: Rollout) -> str:
@@ -90,12 +96,14 @@ def make_trainer_transport(
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    info = _init_info(name, engine, rank)
+    info = _init_info(name, engine, rank, source)
     # vLLM calls the client only on ranks that have one.
     return WeightTransferTrainerFactory.trainer_init(info, client=engine, source=source)  # type: ignore[arg-type]
 
 
-def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.TrainerInitInfo":
+def _init_info(
+    name: str, engine: VLLMEngine | None, rank: int, source: "base.WeightSource"
+) -> "base.TrainerInitInfo":
     from vllm.utils.network_utils import get_open_port
 
     address, port, workers, files = "127.0.0.1", 0, 0, ""
@@ -116,7 +124,8 @@ def _init_info(name: str, engine: VLLMEngine | None, rank: int) -> "base.Trainer
     if name == "ipc":
         from megatron_espo.rollout.ipc_transport import IPCJsonTrainerInitInfo
 
-        return IPCJsonTrainerInitInfo(rank=rank)
+        largest = max(prod(item.shape) * item.dtype.itemsize for item in source.metadata())
+        return IPCJsonTrainerInitInfo(rank=rank, packed_buffer_size_bytes=ipc_buffer_bytes(largest))
     if name == "nccl":  # the owner and its engine's workers meet on the owner's machine
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 

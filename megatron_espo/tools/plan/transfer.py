@@ -10,7 +10,7 @@ from megatron_espo.config import Config
 from megatron_espo.megatron.meta import BuiltRank, ParamShard
 from megatron_espo.models.layouts import ShardLayout
 from megatron_espo.models.mapping import ParamMapping
-from megatron_espo.rollout.transport import needs_all_replicas
+from megatron_espo.rollout.transport import ipc_buffer_bytes, needs_all_replicas
 from megatron_espo.weights.exchange import Routes
 from megatron_espo.weights.source import batches, gather_bytes
 
@@ -50,8 +50,8 @@ class Transfer:
         received: for each stage the bytes that a GPU (its first) receives over the network, and
             inside its node.
         peak_bytes: largest extra memory of a rank: a group's whole tensors, the last tensor of the
-            previous group (vLLM's own transports still hold it), and the buffers of the largest
-            collective.
+            previous group (vLLM's own transports still hold it), the buffers of the largest
+            collective, and the buffer of ``ipc``.
         groups: owning stage and bytes of the whole tensors of the embedding, of each decoder layer,
             and of the head. A group is gathered and sent together.
     """
@@ -93,18 +93,20 @@ def plan_transfer(
     nodes = [rank // machine.gpus_per_node for rank in takes_part]
     traffic = Traffic(nodes, sources, machine, itemsize)
     sizes: list[tuple[int, int]] = []
-    last_tensor = peak = 0
+    last_tensor = peak = largest = 0
     room = gather_bytes(groups, itemsize) // itemsize
     for mappings in groups:
         owned = [owners[mapping.huggingface[0][0]] for mapping in mappings]
         stage = owned[0][0]
         shapes = [shape for mapping in mappings for _, shape in mapping.huggingface]
-        size = sum(map(prod, shapes)) * itemsize
+        size, largest = sum(map(prod, shapes)) * itemsize, max(largest, *map(prod, shapes))
         parts = _shards([shard for _, shard in owned])
         buffers = traffic.add([part for part in parts if part[0] > 1 or stages > 1], stage, room)
         peak = max(peak, last_tensor + size + buffers)
         last_tensor = 0 if transport == "files" else prod(shapes[-1]) * itemsize
         sizes.append((stage, size))
+    if transport == "ipc":
+        peak += ipc_buffer_bytes(largest * itemsize)
     total = sum(size for _, size in sizes)
     # With ipc each worker of the engine reads the memory of its own GPU; nothing crosses a link.
     engine_s = 0.0 if transport == "ipc" else total / machine.node_link
