@@ -121,8 +121,8 @@ class Trajectory:
             environment failed).
         text: the text that the reward function scores.
         turns: ``[turns]`` int32, index in ``response_ids`` at which each sampled turn starts.
-        reward: NaN: scoring failed; ``None``: not scored yet.
-        rewards: named parts of the reward, for metrics.
+        reward: any number, kept as a float. NaN: scoring failed; ``None``: not scored yet.
+        rewards: named parts of the reward, for metrics; floats too.
         earlier: parts before a split. A split happens where the context of a turn does not begin
             with the ids sampled so far. Each part is a training sequence with the same advantage.
         routed_experts: ``[P + T - 1, layers with experts, experts a token]`` uint8 or uint16: the
@@ -131,7 +131,8 @@ class Trajectory:
         sampling_mask: of ``response_ids``; ``None``: the engine sampled from the whole vocabulary.
 
     Raises:
-        ValueError: a field has another shape or kind of numbers, or ``earlier`` is nested.
+        ValueError, TypeError: a field has another shape or kind of numbers, or ``earlier`` is
+            nested.
     """
 
     prompt: Prompt
@@ -161,6 +162,10 @@ class Trajectory:
         ):
             array = as_vector(f"Trajectory.{name}", getattr(self, name), dtype, expected)
             object.__setattr__(self, name, array)
+        if self.reward is not None:
+            object.__setattr__(self, "reward", float(self.reward))
+        rewards = {name: float(value) for name, value in self.rewards.items()}
+        object.__setattr__(self, "rewards", rewards)
         if self.routed_experts is not None and np.ndim(self.routed_experts) != 3:
             shape = list(np.shape(self.routed_experts))
             wanted = "expected shape [tokens - 1, layers, top_k]"

@@ -467,6 +467,19 @@ def test_texts_survive_the_file(tmp_path):
     assert [sample.text for sample in log.read(1, {})[0].samples] == texts
 
 
+@pytest.mark.parametrize("number", [np.float32, np.int64, np.bool_, torch.tensor])
+def test_rewards_of_any_number_type_and_any_metadata_are_recorded(tmp_path, number):
+    prompt = replace(PROMPT, metadata={"seen": {4}})
+    bare = single_turn(prompt, (5,), (-1.0,), 0, "stop", "x")
+    sample = replace(bare, reward=number(1), rewards={"format": number(0)})
+    log = RolloutLog(tmp_path, {})
+    log.write(1, ScoredGroups([[sample]], torch.ones(1, 1), 1), before={}, after={})
+    (found,) = log.read(1, {})[0].samples
+    assert (found.reward, found.rewards) == (1.0, {"format": 0.0})
+    with pytest.raises(ValueError):
+        replace(sample, reward="high")
+
+
 def test_the_log_is_written_in_the_background(tmp_path, monkeypatch):
     """One write at a time; ``wait`` and ``read`` return when the file is durable."""
     log, events, allowed = RolloutLog(tmp_path, {}), [], threading.Event()

@@ -78,7 +78,8 @@ class RolloutLog:
         content |= states | {"format": _FORMAT, "text_lengths": list(map(len, texts))}
         partial = path.with_name(path.name + ".partial")
         with zipfile.ZipFile(partial, "w") as archive:
-            archive.writestr(_JSON, json.dumps(content))
+            # An environment may add metadata that JSON does not have.
+            archive.writestr(_JSON, json.dumps(content, default=str))
             with _open(archive, _TEXTS) as member:
                 member.writelines(text.encode(*_ENCODING) for text in texts)
             for name, arrays in columns.items():
