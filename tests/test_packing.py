@@ -413,6 +413,25 @@ def test_each_response_to_a_shared_prompt_counts_as_a_sequence():
     assert [len(batch.lengths) for batch in batches] == [2, 2]
 
 
+@QUICK
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 30)), min_size=1, max_size=12),
+    max_tokens=st.integers(1, 60),
+    max_sequences=st.one_of(st.none(), st.integers(1, 3)),
+    layout=st.sampled_from([{"share_prompts": True}, {"padded": True, "uniform": True}]),
+)
+def test_every_layout_keeps_the_limits(sizes, max_tokens, max_sequences, layout):
+    """Shared prompts and rows of one shape. Only a sequence of its own may be longer."""
+    sequences = [TrainSequence([p] * 5, [1] * n, [0.0] * n, 1.0) for p, n in sizes]
+    (batches,) = pack_ranks(
+        sequences, 1, max_tokens=max_tokens, max_sequences=max_sequences, **layout
+    )
+    assert sum(batch.num_tokens for batch in batches) == sum(s.num_tokens for s in sequences)
+    for batch in batches:
+        assert batch.tokens.numel() <= max_tokens or len(batch.lengths) == 1
+        assert max_sequences is None or len(batch.lengths) <= max_sequences
+
+
 def test_padding_has_valid_ids_and_positions(monkeypatch):
     """Whatever was in the memory before."""
     monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(shape, -7, dtype))

@@ -157,29 +157,42 @@ def shard_by_tokens(
     return shards
 
 
-def _bins(groups: list[PrefixGroup], spec: PackingSpec) -> list[list[PrefixGroup]]:
-    """First fit.
+def _within_limits(group: PrefixGroup, spec: PackingSpec) -> list[PrefixGroup]:
+    """Cut ``group`` where it would exceed a micro-batch. Each part has a copy of the prompt."""
+    parts: list[PrefixGroup] = [[]]
+    for sequence in group:
+        longer = [*parts[-1], sequence]
+        too_many = spec.max_sequences is not None and len(longer) > spec.max_sequences
+        if parts[-1] and (too_many or _cost(longer) > spec.max_tokens):
+            parts.append([sequence])
+        else:
+            parts[-1] = longer
+    return parts
 
-    The groups come longest first, so the first group of a padded micro-batch is its longest row.
+
+def _bins(groups: list[PrefixGroup], spec: PackingSpec) -> list[list[PrefixGroup]]:
+    """First fit, longest group first, so that the first group of a padded micro-batch is its
+    longest row. With ``uniform`` every row is as long as the longest of all.
     """
+    parts = [part for group in groups for part in _within_limits(group, spec)]
+    parts.sort(key=_cost, reverse=True)
     bins: list[list[PrefixGroup]] = []
-    # Of each bin: tokens that still fit, tokens of its first group, sequences.
-    room, longest, count = np.zeros((3, len(groups)), np.int64)
-    for group in groups:
+    # Of each bin: tokens that still fit, tokens of a row, sequences.
+    room, longest, count = np.zeros((3, len(parts)), np.int64)
+    for group in parts:
         cost, used = _cost(group), len(bins)
-        fits = room[:used] >= cost
+        fits = room[:used] >= (longest[:used] if spec.padded else cost)
         if spec.max_sequences is not None:
             fits &= count[:used] + len(group) <= spec.max_sequences
         number = int(fits.argmax()) if used else 0
         if not used or not fits[number]:
             number = used
             bins.append([])
-            room[number], longest[number] = spec.max_tokens, cost
+            room[number] = spec.max_tokens
+            longest[number] = longest[0] if used and spec.uniform else cost
         bins[number].append(group)
         count[number] += len(group)
         room[number] -= longest[number] if spec.padded else cost
-        if spec.padded and room[number] < longest[number]:
-            room[number] = 0  # for the shorter rows too
     return bins
 
 
