@@ -147,6 +147,16 @@ BAD_TEXTS = {
         "run.yaml:6: optimizer.lr: expected number > 0, got NaN",
         "",
     ),
+    "number as a key": (
+        GOOD + "reward:\n  terms: {1: 2}\n",
+        "run.yaml:6: reward.terms[1]: expected a name as key",
+        "",
+    ),
+    "true as a key": (
+        GOOD + "algorithm:\n  objective_args: {true: 2}\n",
+        "run.yaml:6: algorithm.objective_args[1]: expected a name as key",
+        "",
+    ),
     "unknown choice": (
         GOOD + "rollout:\n  transport: http\n",
         "run.yaml:6: rollout.transport: expected one of auto, files",

@@ -130,8 +130,8 @@ def _explain(entry: Any) -> Problems:
         what = f"unknown {'key' if above else 'section'}{_suggest(above, key)}"
         instead = _REMOVED.get(name)
         yield name, f"removed; {instead}" if instead else what
-    elif kind == "invalid_key":
-        yield name, "expected a name as key"
+    elif kind == "invalid_key" or location[-1:] == ("[key]",):
+        yield name.removesuffix(".[key]"), "expected a name as key"
     else:
         got = f"{show(value)}{_hint(kind, value)}"
         yield name, f"expected {expectation(*location)}, got {got}"
