@@ -292,6 +292,8 @@ def test_forms_of_messages(tmp_path, prompt):
         ([{"role": "system", "content": "Add."}], "the user's message last, got the system's"),
         ([{"role": "human", "content": "1 + 1?"}], "a role out of"),
         ([{"role": "user", "content": " "}], "text in the last message"),
+        ([USER[0], {"role": "user", "content": " "}], "text in the last message"),
+        ([{"role": "system\nuser", "content": "1 + 1?"}], "a role out of"),
         ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "text in both"),
         (["1 + 1?"], "text in both"),
     ],

@@ -286,10 +286,10 @@ class _Reader:
             if parts is None:
                 return None
             columns["messages"] = prompt
-            columns["kind"], columns["prompt"] = parts
+            columns["kind"], columns["prompt"], prompt = parts
         elif pc.any(pc.match_substring_regex(prompt, WRITTEN)).as_py():
             return None
-        if pc.any(pc.equal(pc.utf8_trim_whitespace(columns["prompt"]), "")).as_py():
+        if pc.any(pc.equal(pc.utf8_trim_whitespace(prompt), "")).as_py():
             return None
         absent = pa.nulls(size)
         arrays = [columns.get(field.name, absent).cast(field.type) for field in _TABLE]
@@ -376,27 +376,34 @@ def _stored(path: str, schema: pa.Schema) -> str:
     return first if path not in schema.names and _is_text(schema.field(first).type) else path
 
 
-def _message_parts(messages: pa.Array) -> tuple[pa.Array, pa.Array] | None:
-    """Joined roles and joined contents of correct messages with these two fields only."""
+def _message_parts(messages: pa.Array) -> tuple[pa.Array, ...] | None:
+    """Joined roles, joined contents and last content of messages with these two fields only.
+
+    ``None``: roles or types are wrong.
+    """
     kind = messages.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not is_list or not pa.types.is_struct(kind.value_type):
         return None
     if {field.name for field in kind.value_type} != {"role", "content"}:
         return None
+    if pc.any(pc.equal(pc.list_value_length(messages), 0)).as_py():
+        return None
     joined = []
     for name in ("role", "content"):
         values = pc.struct_field(messages.values, name)
         if values.null_count or not _is_text(values.type):
             return None
+        if name == "role" and pc.any(pc.match_substring(values, "\n")).as_py():
+            return None
         texts = pa.LargeListArray.from_arrays(
             messages.offsets.cast(pa.int64()), values.cast(pa.large_string())
         )
         joined.append(pc.binary_join(texts, pa.scalar("\n", pa.large_string())))
-    is_empty = pc.any(pc.equal(pc.list_value_length(messages), 0)).as_py()
     kinds = (kind.split("\n") for kind in pc.unique(joined[0]).to_pylist())
     messages_of = ([{"role": role, "content": "x"} for role in kind] for kind in kinds)
-    return None if is_empty or any(map(find_problem, messages_of)) else (joined[0], joined[1])
+    last = values.take(pc.subtract(messages.offsets[1:], 1))
+    return None if any(map(find_problem, messages_of)) else (*joined, last)
 
 
 def _fits_json(kind: pa.DataType) -> bool:
