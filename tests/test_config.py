@@ -157,6 +157,11 @@ BAD_TEXTS = {
         "run.yaml:6: algorithm.objective_args[1]: expected a name as key",
         "",
     ),
+    "solved prompts skipped for ever": (
+        "model: {path: m}\ndata: {prompts: p.jsonl, skip_solved: 1000000}\n",
+        "run.yaml:2: data.skip_solved: expected integer >= 0 and <= 100",
+        "got 1000000",
+    ),
     "unknown choice": (
         GOOD + "rollout:\n  transport: http\n",
         "run.yaml:6: rollout.transport: expected one of auto, files",

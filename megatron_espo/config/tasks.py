@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from megatron_espo.config.rollout import LOWEST_TEMPERATURE
 from megatron_espo.config.rules import Count, Items, Problems, Section, Share, Text
@@ -51,7 +51,8 @@ class Data(Section):
     pass_rate: Items[float] = ()
     """[low, high]: skip prompts whose column pass_rate (share of correct responses of an earlier
     model; null is kept) lies outside. columns may rename it. Empty: the column is metadata."""
-    skip_solved: NonNegativeInt = 0
+    # Limited, because an epoch without an unsolved prompt is read row by row.
+    skip_solved: int = Field(0, ge=0, le=100)
     """Epochs to skip a prompt after all its responses had a reward of at least 1. 0: none."""
     raw: bool = False
     """Prompts are text that the model reads as it is, without the chat template."""
