@@ -1,6 +1,7 @@
 """Answers in responses: what models write, and the verdict of the math judge."""
 
 import json
+import time
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,27 @@ def test_reasoning_that_the_template_opened():
     assert not judge()("5", "2 + 3 is 5", prompt)
     assert judge()("5", "2 + 3</think>5", prompt)
     assert extract_answer("the last number is 5", "5", prompt) is None
+
+
+# Responses that repeat themselves up to the limit of tokens; the last ones end with an answer.
+LONG = ["so" + part * (28_000 // len(part)) + "x" for part in ("\n", " ", ".", " .", "wait! ")]
+LONG += ["The answer is" + part * 9000 + "option" for part in ("\n", " ", " **", " \n", " *\n:")]
+LONG += ["answer is 7" + part * 9000 + "x" for part in (" ", "*\n", ". ")]
+LONG += [
+    part * (28_000 // len(part)) for part in ("\\boxed{", "this is it ", "The answer is ", "la ")
+]
+LONG += ["\\boxed{6}" + "\n" * 28_000 + "x\\boxed{7}", "The answer is" + "\n" * 9000 + "7."]
+LONG += ["lorem ipsum dolor sit amet " * 1000 + end for end in ("= 7", "so it is 7.", "\\boxed{7}")]
+
+
+def test_long_responses_take_little_time():
+    judge()("5", "5")
+    verdicts = []
+    for response in LONG:
+        start = time.perf_counter()
+        verdicts.append(judge()("5", response) or judge()("7", response))
+        assert time.perf_counter() - start < 2, response[:40]
+    assert verdicts[-5:] == [True] * 5
 
 
 UNREADABLE = ["", "$", ".", "\\$", "\\boxed{}", "\\frac{1", "--", "so we add the two numbers " * 9]

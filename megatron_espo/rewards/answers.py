@@ -23,14 +23,15 @@ _ANSWER = re.compile(
 _NAMED = r"\b(?:answers?|option|choice)\b"
 _STATED, _IS = (
     re.compile(
-        rf"{start}[\s*_]*[:=]?[\s*_]+(?!not\b|isn|.*{_NAMED})(.+?)[\s*_]*(?:[.!](?=\s|$)|$)",
+        # Atomic, so that long runs of blanks or stars take linear time.
+        rf"{start}(?>[\s*_]*[:=][\s*_]+|[\s*_]+)(?!not\b|isn|.*{_NAMED})(.+?)(?:[.!](?=\s|$)|$)",
         re.IGNORECASE | re.MULTILINE,
     )
     for start in (rf"{_NAMED}(?:\s+(?:is|are))?", r"\b(?:is|are)\b")
 )
 _STATED_ELSEWHERE = re.compile(r"(?:答案|答え|정답)\s*(?:是|为|為|は|은|选)?\s*:?")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|boxed\s*\{\s*\\boxed)\s*(?=[{\w\\-])")
-_BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s$]*", re.ASCII)
+_BETWEEN_BOXES = re.compile(r"[\s$,;]*+(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s$]*", re.ASCII)
 # A minus directly after a word, digit or closing bracket is a subtraction, not a sign.
 NUMBER = re.compile(
     r"(?:(?<![A-Za-z0-9_.)\]])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+",
@@ -109,18 +110,20 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     If no brace closes: the last box, to the end of its line.
     """
     found, starts = [], [(match.start(), match.end()) for match in _BOX.finditer(text)]
+    opened: list[int] = []
+    closed_at: dict[int, int] = {}  # by the position of the opening brace
+    for brace in re.finditer("[{}]", text) if starts else ():
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closed_at[opened.pop()] = brace.start()
     for first, start in starts:
         if text[start] != "{":  # \boxed5, \boxed\frac12
             bare = re.match(r"\\?[\w.]+(?:\{[^{}]*\})*|-?[\d.,]+", text[start:])
             content = bare[0] if bare else ""
             found.append((first, start + len(content), content.rstrip(".,")))
-            continue
-        depth = 0
-        for index in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[index], 0)
-            if depth == 0:
-                found.append((first, index + 1, text[start + 1 : index].strip()))
-                break
+        elif end := closed_at.get(start):
+            found.append((first, end + 1, text[start + 1 : end].strip()))
     if starts and not found:
         first, start = starts[-1]
         line = re.split(r"[\n$]", text[start + 1 :], maxsplit=1)[0].strip()
@@ -143,7 +146,7 @@ def _last_boxes(text: str) -> str | None:
 def _stated(text: str) -> str | None:
     """What follows the last *answer is*, or else the last *is*, to the end of the sentence."""
     found = _STATED.findall(text) or _IS.findall(text)
-    return found[-1] if found else None
+    return found[-1].rstrip("*_ \t\r") if found else None
 
 
 def plain_symbols(text: str) -> str:
@@ -264,12 +267,14 @@ def gold_text(answer: str) -> str | None:
     """
     answer = answer.rpartition("####")[2].strip()
     marked = marked_answer(answer) if "\\" in answer or "<" in answer else None
-    text = normalize(answer if marked is None else marked)
+    answer = answer if marked is None else marked
+    if len(answer) > _MOST_CHARACTERS or len(_WORD.findall(answer)) > _MOST_WORDS:
+        return None
+    text = normalize(answer)
     if text.count("{") - text.count("\\{") != text.count("}") - text.count("\\}"):
         return None
-    is_short = len(text) <= _MOST_CHARACTERS and len(_WORD.findall(text)) <= _MOST_WORDS
     is_empty = not any(char.isalnum() for char in text) and "\\{" not in text
-    return text if is_short and not is_empty else None
+    return None if is_empty else text
 
 
 class MathJudge:
@@ -320,6 +325,8 @@ class MathJudge:
         return self._agree(expected, found)
 
     def _equals(self, gold: Gold, answer: str) -> bool:
+        if len(answer) > 2 * _MOST_CHARACTERS:  # the parser takes quadratic time
+            return False
         text = normalize(answer)
         if _canonical(text) == _canonical(gold.text):
             return True
