@@ -228,7 +228,7 @@ def test_scores_keep_their_places(hostile):
 
 
 def test_hostile_verifiers_cost_only_their_item(hostile):
-    wrong = ["sysexit", "text 1.0", "none", "number nan", "number inf", "raise"]
+    wrong = ["sysexit", "text 1.0", "none", "number nan", "number inf", "number 1e39", "raise"]
     bad = dict.fromkeys(["exit", "segfault", "garbage", "mislabel"], "crash")
     bad |= dict.fromkeys(wrong, "exception") | {"hang": "timeout"}
     responses = [response for kind in bad for response in ("number 0.5", kind)]

@@ -112,7 +112,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     found, starts = [], [(match.start(), match.end()) for match in _BOX.finditer(text)]
     opened: list[int] = []
     closed_at: dict[int, int] = {}  # by the position of the opening brace
-    for brace in re.finditer("[{}]", text) if starts else ():
+    for brace in re.finditer("[{}]", text):
         if brace[0] == "{":
             opened.append(brace.start())
         elif opened:

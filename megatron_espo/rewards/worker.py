@@ -9,7 +9,6 @@ or ``{"refused"}`` answers the first; ``{"item", "score"}`` or ``{"item", "failu
 """
 
 import json
-import math
 import numbers
 import pickle
 import socket
@@ -17,6 +16,8 @@ import sys
 import traceback
 
 import sandbox  # not through the package, which imports more
+
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 def main(socket_fd: int, *limits: int) -> None:
@@ -45,11 +46,11 @@ def main(socket_fd: int, *limits: int) -> None:
         item, prompt, response = pickle.load(requests)
         try:
             score = function(prompt, response)
-            if isinstance(score, numbers.Real) and math.isfinite(score):
+            if isinstance(score, numbers.Real) and abs(float(score)) <= _FLOAT32_MAX:
                 result: dict[str, object] = {"score": float(score)}
             else:
                 got = f"{type(score).__name__} {score!r:.60}"
-                result = {"failure": f"expected a finite number, got {got}"}
+                result = {"failure": f"expected a number that is finite in float32, got {got}"}
         except BaseException as error:  # also SystemExit: the verifier has not scored the response
             result = {"failure": _describe(error)}
         reply(item=item, **result)
