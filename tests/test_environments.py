@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from examples import tool_use
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_jsonl
-from megatron_espo.rollout.engine import Generation, Sampling
+from megatron_espo.rollout import pool as pool_module
+from megatron_espo.rollout import runner as runner_module
+from megatron_espo.rollout.engine import EngineError, Generation, Sampling
 from megatron_espo.rollout.environments import Policy, SingleTurn, TrajectoryBuilder
-from megatron_espo.rollout.runner import load_environment
+from megatron_espo.rollout.http_client import LoopThread
+from megatron_espo.rollout.runner import EnvironmentRunner, close_environment, load_environment
 from megatron_espo.rollout.tools import PythonTool, ToolEnvironment, ToolError, calculate
 from megatron_espo.types import Prompt, SamplingMask, Trajectory
 from tests.support.distributed import ROOT
@@ -61,6 +64,11 @@ class FakeSource:
     requests: list[tuple[str, list[int], Sampling]] = field(default_factory=list)
     sampled: list[list[int]] = field(default_factory=list)
     rest: list[int] = field(default_factory=list)
+    holds: int = 0
+    connected: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.connected.set()
 
     async def generate(
         self,
@@ -108,7 +116,9 @@ def make_policy(source: FakeSource, **changes) -> Policy:
     settings = {"max_tokens": 1000, "seed": 5, "stop_token_ids": (EOS,)} | changes
     length = settings.pop("max_model_len", 2000)
     tokenizer = SimpleNamespace(
-        encode=settings.pop("encode", encode), decode=decode, encode_prompt=render
+        encode=settings.pop("encode", encode),
+        decode=settings.pop("decode", decode),
+        encode_prompt=render,
     )
     return Policy(source, "0", Sampling(**settings), length, tokenizer)
 
@@ -217,6 +227,116 @@ def test_turns_have_different_seeds_and_the_same_in_every_run():
 def test_a_context_without_room_is_an_error():
     with pytest.raises(ValueError, match="no room"):
         run(SingleTurn(), FakeSource(["a"]), max_model_len=1)
+
+
+# ---- runner
+
+
+@pytest.fixture
+def loop():
+    loop = LoopThread()
+    yield loop
+    loop.close()
+
+
+def make_runner(loop, rollout, source=None, timeout_s=None) -> EnvironmentRunner:
+    tokenizer = SimpleNamespace(encode=encode, decode=decode, encode_prompt=render)
+    environment = SimpleNamespace(rollout=rollout)
+    source = source or FakeSource(["a" * 9] * 9)
+    return EnvironmentRunner(environment, source, tokenizer, loop, timeout_s, 1000)
+
+
+def start(runner, samples=1, max_tokens=20) -> list:
+    sampling = Sampling(max_tokens, stop_token_ids=(EOS,))
+    return runner.start(make_prompt(), "n", sampling, range(samples))
+
+
+async def raises(error: BaseException) -> None:
+    raise error
+
+
+async def nested(error: BaseException) -> None:
+    await asyncio.gather(raises(error), asyncio.sleep(0))
+
+
+@pytest.mark.parametrize("stop", [raises, nested])
+def test_an_exit_fails_one_attempt(loop, stop):
+    async def rollout(prompt, policy):
+        if policy.name in ("n.0.0", "n.1.0", "n.1.1"):
+            await stop(SystemExit(1))
+        return await SingleTurn().rollout(prompt, policy)
+
+    runner = make_runner(loop, rollout)
+    found = [future.result(5) for future in start(runner, 3)]
+    assert [sample.failed for sample in found] == [False, True, False]
+    assert runner.failures == {"SystemExit": 3} and "prompt 'row'" in runner.last_failure
+
+
+def test_the_time_limit_leaves_out_restarts_of_engines(loop, tmp_path, monkeypatch, caplog):
+    class Client(FakeSource):
+        address = "engine"
+
+        async def generate(self, *arguments) -> Generation:
+            if self.turns:
+                return await super().generate(*arguments)
+            raise EngineError("it died")
+
+        async def close(self) -> None:
+            pass
+
+    client = Client([])
+    monkeypatch.setattr(pool_module, "HttpClient", lambda *_: client)
+    engines = pool_module.EnginePool(str(tmp_path), 900.0)
+    loop.run(engines.connect(["engine"]))
+    runner = make_runner(loop, SingleTurn().rollout, engines, timeout_s=0.3)
+    futures = start(runner, 2)
+    time.sleep(1)
+    client.turns = ["a"] * 2
+    loop.run(engines.connect(["engine"]))
+    assert [future.result(5).text for future in futures] == ["a", "a"] and not runner.failures
+
+    runner = make_runner(loop, lambda *_: asyncio.sleep(60), engines, timeout_s=0.1)
+    assert start(runner)[0].result(5).failed and runner.failures == {"TimeoutError": 2}
+    assert "environment.timeout_s" in caplog.text
+    loop.run(engines.close())
+
+
+def test_a_trajectory_above_the_limits_is_a_failed_attempt(loop):
+    """Too many tokens in all its parts; rewards that float32 cannot hold."""
+
+    async def rollout(prompt, policy, **built):
+        builder = TrajectoryBuilder(prompt)
+        builder.add_turn(await policy.generate(builder.context))
+        builder.set_context([7])
+        builder.add_turn(await policy.generate(builder.context))
+        return builder.build("", **built)
+
+    def failed(max_tokens=20, **built) -> bool:
+        runner = make_runner(loop, lambda *arguments: rollout(*arguments, **built))
+        return start(runner, max_tokens=max_tokens)[0].result(5).failed
+
+    assert not failed() and failed(max_tokens=19)
+    for value in (float("inf"), -float("inf"), 1e39, "much"):
+        assert failed(reward=value) and failed(reward=1.0, rewards={"reward": value})
+    for value in (None, float("nan"), -3e38, True, np.float32(1)):
+        assert not failed(reward=value)
+
+
+def test_a_close_that_fails_is_only_reported(loop, monkeypatch, capsys):
+    monkeypatch.setattr(runner_module, "CLOSE_SECONDS", 0.1)
+    closed = []
+
+    async def block() -> None:
+        time.sleep(0.5)
+
+    close_environment(SimpleNamespace(), loop)
+    close_environment(SimpleNamespace(close=lambda: asyncio.sleep(0)), loop)
+    assert not capsys.readouterr().out
+    ways = lambda: closed.append(1), lambda: raises(KeyError()), lambda: raises(SystemExit())
+    for close in (*ways, lambda: asyncio.sleep(60), block):
+        close_environment(SimpleNamespace(close=close), loop)
+        assert "close()" in capsys.readouterr().out
+    assert closed
 
 
 # ---- tools

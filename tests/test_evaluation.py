@@ -3,6 +3,8 @@
 import json
 import math
 from itertools import combinations, product
+from types import SimpleNamespace
+from unittest.mock import AsyncMock, MagicMock
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import yaml
 
 from megatron_espo import cli
 from megatron_espo.files import read_jsonl
+from megatron_espo.rollout import evaluation as evaluation_module
 from megatron_espo.rollout.environments import SingleTurn
 from megatron_espo.rollout.evaluation import (
     bootstrap_interval,
@@ -184,6 +187,31 @@ def test_the_engine_serves_the_weights_of_the_folder(folder, capsys):
     assert record["metrics"]["eval/avg@1"] == np.mean(rewards)
     text = capsys.readouterr().out
     assert f"results: {out}" in text and "avg@1" in text
+
+
+def test_the_results_survive_an_environment_that_does_not_close(tmp_path, monkeypatch):
+    class Environment:
+        async def close(self) -> None:
+            raise OSError
+
+    prompt = Prompt("p", "?", "1", (1,))
+    rollouts = [[single_turn(prompt, (7,), (-1.0,), 0, "stop", "", reward=1.0)]]
+    replaced = dict.fromkeys(
+        ["VLLMEngine", "Scorer", "load_tokenizer", "engine_config"], MagicMock()
+    )
+    replaced["EnginePool"] = lambda *_: AsyncMock()
+    replaced["load_environment"] = lambda *_: Environment()
+    replaced["Evaluator"] = lambda *_: SimpleNamespace(
+        run=lambda *_: rollouts, sampling=SimpleNamespace(as_json=dict)
+    )
+    replaced["Phases"] = lambda **_: SimpleNamespace(seconds={"eval": 1.0})
+    for name, value in replaced.items():
+        monkeypatch.setattr(evaluation_module, name, value)
+    config = MagicMock()
+    config.model.path = config.eval.prompts = "none"
+    config.run.dir = str(tmp_path)
+    evaluation_module.evaluate_model(config, None)
+    assert json.loads((tmp_path / "eval.json").read_text())["metrics"]["eval/avg@1"] == 1
 
 
 @pytest.mark.slow

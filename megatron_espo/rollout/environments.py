@@ -65,7 +65,8 @@ class Policy:
         Args:
             token_ids: the whole context. It begins with the ids of earlier turns exactly as they
                 were sampled.
-            max_tokens: most tokens of this turn; ``None``: what the trajectory's limit leaves.
+            max_tokens: most tokens of this turn; ``None``: those of a whole trajectory. Turns after
+                the first need :meth:`TrajectoryBuilder.room`.
             stop_token_ids: ids that end the turn; ``None``: the tokenizer's end-of-sequence ids.
 
         Raises:
@@ -98,7 +99,8 @@ class Policy:
 class Environment(Protocol):
     """Turns a prompt into a trajectory. One object runs all trajectories of a run concurrently.
 
-    An environment may also have a coroutine ``close()``, which is called when the run ends.
+    An environment may also have a coroutine ``close()``, which is called when the run ends. It is
+    cancelled after ten seconds.
     """
 
     async def rollout(self, prompt: Prompt, policy: Policy) -> Trajectory:
@@ -121,7 +123,6 @@ class TrajectoryBuilder:
     def _begin(self, prompt_ids: Sequence[int]) -> None:
         self._prompt_ids = [int(token) for token in prompt_ids]
         self._after = _observed([])  # after the prompt
-        self._is_sampled: list[bool] = []
         self._turns: list[int] = []
         self._end = 0  # after the last sampled token
 
@@ -137,7 +138,7 @@ class TrajectoryBuilder:
 
     def room(self, policy: Policy) -> int:
         """Return the tokens that the limits of the policy leave for the next turn."""
-        length = len(self._is_sampled)
+        length = len(self._after.token_ids)
         used = length + sum(len(part.response_ids) for part in self._earlier)
         context = len(self._prompt_ids) + length
         return min(policy.sampling.max_tokens - used, policy.max_model_len - context)
@@ -145,16 +146,14 @@ class TrajectoryBuilder:
     def add_turn(self, generation: Generation) -> None:
         """Append sampled tokens. They are trained."""
         count = len(generation.token_ids)
-        if not len(generation.logprobs) == len(generation.versions) == count:
+        if not len(generation.logprobs) == (generation.versions >= 0).sum() == count:
             raise ValueError("add_turn: expected a log-prob and a version for each token")
-        self._turns.append(len(self._is_sampled))
-        self._is_sampled += [True] * count
-        self._end = len(self._is_sampled) if count else self._end
+        self._turns.append(len(self._after.token_ids))
         self._after = concatenate(self._after, generation)
+        self._end = len(self._after.token_ids) if count else self._end
 
     def add_observation(self, token_ids: Sequence[int]) -> None:
         """Append tokens of the environment. They are not trained."""
-        self._is_sampled += [False] * len(token_ids)
         self._after = concatenate(self._after, _observed(token_ids, self._after.routed_experts))
 
     def set_context(self, token_ids: Sequence[int]) -> None:
@@ -193,7 +192,7 @@ class TrajectoryBuilder:
             prompt=self.prompt,
             prompt_ids=np.array(self._prompt_ids, np.int32),
             response_ids=found.token_ids[:end],
-            loss_mask=np.array(self._is_sampled[:end], np.bool_),
+            loss_mask=found.versions[:end] >= 0,
             logprobs=found.logprobs[:end],
             versions=found.versions[:end],
             finish_reason=finish_reason,

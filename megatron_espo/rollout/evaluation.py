@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_espo.rewards.pool import wait_or_cancel
 from megatron_espo.rollout.engine import Sampling
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import EnginePool, request_seeds
-from megatron_espo.rollout.runner import EnvironmentRunner, load_environment
+from megatron_espo.rollout.runner import EnvironmentRunner, close_environment, load_environment
 from megatron_espo.rollout.scorer import Scorer
 from megatron_espo.rollout.server import EngineConfig
 from megatron_espo.rollout.transport import engine_devices, resolve_transport
@@ -242,20 +242,20 @@ def evaluate_model(config: Config, out: str | None) -> None:
     loop, phases = LoopThread(), Phases(draw=True)
     engine = VLLMEngine(engine_config(config, length, load_weights=True), loop)
     scorer = Scorer(config, tokenizer, loop)
-    with closing(loop), closing(engine), closing(scorer):
+    with ExitStack() as closing:
+        closing.callback(loop.close)
+        closing.callback(close_environment, environment, loop)
+        closing.callback(engine.close)
+        closing.callback(scorer.close)
         engine.start()
         scorer.start()
         print(f"loading {model}; the engine's log: {engine.config.log_path}", flush=True)
         engine.wait_ready()
         pool = EnginePool(run_dir, config.rollout.timeout_s)
         loop.run(pool.connect([engine.address]))
+        closing.callback(lambda: loop.run(pool.close()))
         runner = EnvironmentRunner(environment, pool, tokenizer, loop, limits.timeout_s, length)
-        try:
-            rollouts = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
-        finally:
-            loop.run(pool.close())
-            if close := getattr(environment, "close", None):
-                loop.run(close(), 5.0)
+        rollouts = evaluator.run(runner, scorer, phases, 1, 1, pool.check)
     record = evaluation_record(
         rollouts,
         model=model,

@@ -36,7 +36,11 @@ class LoopThread:
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:  # cancels coroutines at last
-            runner.get_loop().run_forever()
+            while True:
+                try:
+                    return runner.get_loop().run_forever()
+                except SystemExit:  # of a coroutine, whose caller gets it too
+                    continue
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
         """Start a coroutine from another thread."""

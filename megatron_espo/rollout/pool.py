@@ -33,13 +33,15 @@ class EnginePool:
 
     Attributes:
         failure: why requests are held; ``None``: they are not held.
+        holds: how often requests have been held.
+        connected: set while they are not held.
     """
 
     def __init__(self, folder: str, timeout_s: float, host_timeout_s: float = 60.0) -> None:
         self._key, self._timeout_s = run_key(folder), timeout_s
         self._host_timeout_s = host_timeout_s
         self._clients: list[HttpClient] = []
-        self._connected = asyncio.Event()
+        self.connected, self.holds = asyncio.Event(), 0
         self._in_flight = 0
         self._last_reply = time.monotonic()
         self._watcher: asyncio.Task | None = None
@@ -54,7 +56,7 @@ class EnginePool:
             limit = self._host_timeout_s
             self._clients = [HttpClient(address, self._key, limit) for address in addresses]
         self.failure, self._last_reply = None, time.monotonic()
-        self._connected.set()
+        self.connected.set()
         if self._watcher is None:
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
@@ -64,7 +66,7 @@ class EnginePool:
         """Sample one response; retries after failures of servers."""
         attempts = itertools.count()
         while True:
-            await self._connected.wait()
+            await self.connected.wait()
             client = self._clients[sampling.slot % len(self._clients)]
             self._in_flight += 1
             try:
@@ -90,15 +92,16 @@ class EnginePool:
     def _fail(self, reason: str, client: HttpClient | None = None) -> None:
         """Hold requests. A failure of a ``client`` that the pool no longer uses does not count."""
         if client is None or client in self._clients:
+            self.holds += self.failure is None
             self.failure = self.failure or EngineError(f"generate: {reason}")
-            self._connected.clear()
+            self.connected.clear()
 
     async def _watch(self) -> None:
         """Ping servers while requests wait. vLLM's ``/health`` does not detect stopped workers."""
         pings = 0.0
         while True:
             await asyncio.sleep(min(1.0, self._timeout_s / 10))
-            if not (self._connected.is_set() and self._in_flight):
+            if not (self.connected.is_set() and self._in_flight):
                 self._last_reply = time.monotonic()
             quiet = time.monotonic() - self._last_reply
             if quiet > self._timeout_s:

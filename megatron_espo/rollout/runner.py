@@ -1,6 +1,7 @@
 """Loads the environment of a run and runs it: one coroutine for each trajectory."""
 
 import asyncio
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MOST_CONCURRENT = 4096
 ATTEMPTS = 2  # at one trajectory
+CLOSE_SECONDS = 10.0
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def load_environment(name: str, arguments: dict[str, Any]) -> Environment:
@@ -50,6 +53,19 @@ def load_environment(name: str, arguments: dict[str, Any]) -> Environment:
         raise InputError(f"environment.args: {name} refused {arguments}: {error}") from None
 
 
+def close_environment(environment: Environment, loop: LoopThread) -> None:
+    """Call the ``close()`` of an environment that has one, for at most ``CLOSE_SECONDS``.
+
+    Prints a failure instead of raising it, so that results and checkpoints are still saved. Call it
+    after everything else that uses the loop is closed: ``close()`` may block the loop.
+    """
+    if close := getattr(environment, "close", None):
+        try:
+            loop.run(close(), CLOSE_SECONDS)
+        except (Exception, SystemExit) as error:
+            print(f"warning: environment: close() failed: {error!r}", flush=True)
+
+
 @dataclass
 class EnvironmentRunner:
     """Starts trajectories from other threads.
@@ -59,10 +75,12 @@ class EnvironmentRunner:
         source: answers requests for tokens.
         tokenizer: the trainer's.
         loop: event loop.
-        timeout_s: of one attempt at a trajectory; ``None``: no limit.
+        timeout_s: of one attempt at a trajectory; ``None``: no limit. An attempt that fails because
+            requests were held is repeated and not counted.
         max_model_len: tokens of context and response together.
         routed_experts: whether trajectories carry the experts of each token.
         failures: number of failed attempts by type of the exception.
+        last_failure: message of the latest failed attempt.
     """
 
     environment: Environment
@@ -73,6 +91,7 @@ class EnvironmentRunner:
     max_model_len: int
     routed_experts: bool = False
     failures: Counter[str] = field(default_factory=Counter)
+    last_failure: str = ""
 
     def __post_init__(self) -> None:
         self._semaphore = asyncio.Semaphore(MOST_CONCURRENT)
@@ -89,31 +108,47 @@ class EnvironmentRunner:
 
     async def _run(self, prompt: Prompt, name: str, sampling: Sampling) -> Trajectory:
         async with self._semaphore:
-            for attempt in range(ATTEMPTS):
-                policy = Policy(
-                    self.source, f"{name}.{attempt}", sampling, self.max_model_len, self.tokenizer
-                )
+            attempts, failed = itertools.count(), 0
+            while failed < ATTEMPTS:
+                own_name = f"{name}.{next(attempts)}"
+                policy = Policy(self.source, own_name, sampling, self.max_model_len, self.tokenizer)
+                await self.source.connected.wait()
+                holds = self.source.holds
                 try:
-                    rollout = self.environment.rollout(prompt, policy)
-                    found = await asyncio.wait_for(rollout, self.timeout_s)
-                    _check(found)
+                    async with asyncio.timeout(self.timeout_s) as limit:
+                        found = await self.environment.rollout(prompt, policy)
+                    _check(found, sampling.max_tokens)
                     return found
                 except InputError:
                     raise
-                except Exception as error:
-                    message = f"environment: prompt {prompt.id!r}: {error}"
+                except (Exception, SystemExit) as error:  # SystemExit: of code that a model wrote
+                    if self.source.holds > holds:
+                        continue
+                    failed += 1
+                    late = f"no result in {self.timeout_s} s (environment.timeout_s)"
+                    cause = late if limit.expired() else f"{type(error).__name__}: {error}"
+                    self.last_failure = f"prompt {prompt.id!r}: {cause}"
+                    message = f"environment: {self.last_failure}"
                     log_first(logger, self.failures, type(error).__name__, message)
         # The placeholder's token is not trained: its reward is NaN.
         token = np.array([next(iter(sampling.stop_token_ids), 0)], np.int32)
-        logprobs, versions = np.zeros(1, np.float32), np.full(1, -1, np.int32)
+        logprobs, versions = np.zeros(1, np.float32), np.zeros(1, np.int32)
         turns = TrajectoryBuilder(prompt)
         turns.add_turn(Generation(token, logprobs, versions, "failed"))
         return turns.build("", "failed", reward=float("nan"))
 
 
-def _check(trajectory: Trajectory) -> None:
+def _check(trajectory: Trajectory, max_tokens: int) -> None:
     for part in trajectory.parts:
         if not part.loss_mask.any():
             raise ValueError("trajectory: expected a sampled token in each part, got none")
         if (part.versions[part.loss_mask] < 0).any():
             raise ValueError("trajectory: expected a policy version for each sampled token, got -1")
+    length = sum(len(part.response_ids) for part in trajectory.parts)
+    if length > max_tokens:
+        expected = f"at most rollout.max_response_tokens = {max_tokens} tokens after the prompt"
+        advice = "limit each turn with max_tokens=builder.room(policy)"
+        raise ValueError(f"trajectory: expected {expected}, got {length}; {advice}")
+    for name, value in (("reward", trajectory.reward), *trajectory.rewards.items()):
+        if value is not None and abs(float(value)) > _FLOAT32_MAX:
+            raise ValueError(f"trajectory: expected {name} finite in float32, got {value}")

@@ -51,12 +51,16 @@ class FakeSource:
         requests: contexts of all requests in the order of their arrival.
     """
 
+    holds = 0
+
     def __init__(
         self,
         loop: LoopThread,
         order: Callable[[tuple[int, ...], int], float] = lambda ids, seed: 0.0,
     ) -> None:
         self.version, self.held, self.failure, self.requests = 0, set(), None, []
+        self.connected = asyncio.Event()
+        self.connected.set()
         self._order, self._open, self._waiting = order, False, {}
         self._task = loop.submit(self._finish())
 
