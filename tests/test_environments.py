@@ -116,9 +116,7 @@ def make_policy(source: FakeSource, **changes) -> Policy:
     settings = {"max_tokens": 1000, "seed": 5, "stop_token_ids": (EOS,)} | changes
     length = settings.pop("max_model_len", 2000)
     tokenizer = SimpleNamespace(
-        encode=settings.pop("encode", encode),
-        decode=settings.pop("decode", decode),
-        encode_prompt=render,
+        encode=settings.pop("encode", encode), decode=decode, encode_prompt=render
     )
     return Policy(source, "0", Sampling(**settings), length, tokenizer)
 
@@ -411,6 +409,12 @@ def test_limits_of_turns_and_tokens():
 
 def test_calculator():
     values = {"12*3": 36, " 7 / 2": 3.5, "-(2+3)**2": -25, "7//2 + 7%4": 6, "+123*456": 56088}
+    values |= {
+        "1**1000": 1,
+        "(-1)**1001": -1,
+        "0.5**1000": 0.5**1000,
+        "1.0000001**500": 1.0000001**500,
+    }
     assert {expression: calculate(expression) for expression in values} == values
 
 
@@ -420,6 +424,18 @@ def test_the_calculator_rejects_other_expressions():
     for expression in [*wrong, "1+" * 99 + "1+1", "1e99*1e99"]:
         with pytest.raises(ToolError):
             calculate(expression)
+
+
+def test_results_of_the_calculator_have_15_digits():
+    found = run(ToolEnvironment(), FakeSource(["<tool>12345678901.5*2</tool>", "."]))
+    assert "<result>24691357803</result>" in found.text
+
+
+def test_call_tags_that_are_special_tokens_are_refused():
+    """The decoder drops special tokens, so no text would have a call."""
+    for tags in (("<\0", ">"), ("<", "\0")):
+        with pytest.raises(InputError, match="environment.args: .*call_tags"):
+            run(ToolEnvironment(call_tags=tags), FakeSource(["a"]))
 
 
 def test_a_refused_call_is_an_observation():

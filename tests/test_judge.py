@@ -38,6 +38,7 @@ KINDS = {
     "dropped once": ["dropped", "good"],
     "dropped": ["dropped"],
     "silent": ["silent"],
+    "surrogate": ["surrogate"],
 }
 CAUSES = {
     "500": "status_500",
@@ -89,6 +90,8 @@ class Server:
             request.transport.close()
         elif behaviour == "no score":
             reply = "I would rather not say."
+        elif behaviour == "surrogate":
+            reply = f"\ud83d {reply}"
         elif behaviour == "no JSON":
             return web.Response(text="<html>")
         elif behaviour.isdigit():
@@ -163,7 +166,7 @@ def rewards_of(found):
 
 def test_a_thousand_requests_to_a_server_that_misbehaves(served, tmp_path, caplog):
     loop, server, url = served
-    names = ["silent"] * 8 + [kind for kind in KINDS if kind != "silent"] * 20
+    names = ["silent"] * 8 + [kind for kind in KINDS if kind not in ("silent", "surrogate")] * 20
     names += ["good"] * (1000 - len(names))
     asked = [trajectory(f"{kind}|{i}") for i, kind in enumerate(names)]
     limits = {"timeout_s": TIMEOUT_S, "retries": RETRIES, "max_concurrent": 16}
@@ -234,6 +237,13 @@ def test_equal_requests_are_sent_once_and_a_broken_cache_costs_only_requests(ser
         rewards._judge._cache.close()
         assert rewards_of(score(rewards, [trajectory("good|4")])) == [0.4]
         assert len(server.arrivals["good|4"]) == 2
+
+
+def test_a_reply_that_the_cache_cannot_hold_is_scored(served, tmp_path):
+    loop, _, url = served
+    with scorer(loop, settings(tmp_path, url)) as rewards:
+        rewards.start()
+        assert rewards_of(score(rewards, [trajectory("surrogate|4")])) == [0.4]
 
 
 def test_the_prompt_is_filled_in_one_pass(served, tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ class JudgeClient:
         try:
             with self._cache_lock:
                 return self._cache.execute(statement, values).fetchone()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             log_first(logger, self._warned, "cache", f"judge.cache: {error}")
             return None
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_espo.errors import InputError
 from megatron_espo.rewards import sandbox
 from megatron_espo.rollout.engine import TOKEN_FIELDS, Generation
 from megatron_espo.rollout.environments import Policy, TrajectoryBuilder
@@ -59,7 +60,10 @@ def _value(node: ast.AST) -> float:
             found = -_value(operand) if isinstance(op, ast.USub) else _value(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             first, second = _value(left), _value(right)
-            if isinstance(op, ast.Pow) and abs(second) * math.log10(abs(first) + 1) > MAX_DIGITS:
+            if (
+                isinstance(op, ast.Pow)
+                and abs(second) * math.log10(max(abs(first), 1)) > MAX_DIGITS
+            ):
                 raise OverflowError
             found = OPERATORS[type(op)](first, second)
         case _:
@@ -74,7 +78,7 @@ def _value(node: ast.AST) -> float:
 async def calculator(text: str) -> str:
     """Compute an arithmetic expression; see :func:`calculate`."""
     value = calculate(text)
-    return str(value) if isinstance(value, int) else f"{value:.10g}"
+    return str(value) if isinstance(value, int) else f"{value:.15g}"
 
 
 class PythonTool:
@@ -186,13 +190,19 @@ class ToolEnvironment:
             raise TypeError(f"tool: expected {' or '.join(TOOLS)}, got {tool!r}")
         if max_turns < 1 or (max_turn_tokens is not None and max_turn_tokens < 1):
             raise TypeError("max_turns and max_turn_tokens: expected at least 1")
-        before, self._end = call_tags
+        self._tags = before, self._end = call_tags
         self._call = re.compile(f"{re.escape(before)}(.*?){re.escape(self._end)}", re.DOTALL)
         self._tool, self._result = TOOLS[tool](**tool_args or {}), result
         self._max_turns, self._max_turn_tokens = max_turns, max_turn_tokens
 
     async def rollout(self, prompt: Prompt, policy: Policy) -> Trajectory:
         builder, closing = TrajectoryBuilder(prompt), policy.encode(self._end)
+        for tag in self._tags:
+            if tag not in policy.decode(policy.encode(tag)):
+                expected = (
+                    "expected call_tags that the tokenizer decodes; special tokens are dropped"
+                )
+                raise InputError(f"environment.args: {expected}, got {tag!r}")
         stops = (*policy.sampling.stop_token_ids, *(closing if len(closing) == 1 else ()))
         counts, reason = {"tool_calls": 0.0, "tool_errors": 0.0}, "length"
         for turn in range(self._max_turns):
