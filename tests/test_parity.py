@@ -1,20 +1,16 @@
 """``megatron-espo parity``: layouts agree; a gradient that differs is named; exit codes."""
 
-import math
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_espo import cli
-from megatron_espo.tools.parity.cases import CP, EP, LAYOUTS, PP, SHORT_LAYOUTS, TP
-from megatron_espo.tools.parity.recorded import (
-    drift,
-    load_sequences,
-    make_sequences,
-    save_sequences,
-)
+from megatron_espo.tools.parity.cases import SHORT_LAYOUTS
+from megatron_espo.tools.parity.recorded import MODELS, drift, make_sequences, write_model
 from tests.support.distributed import ROOT, run_command
 
 
@@ -49,7 +45,8 @@ def test_gradient_that_differs_is_named(recorded):
     file, name = recorded / "dense" / "espo.pt", "model.layers.2.mlp.up_proj.weight"
     right = torch.load(file)
     torch.save(right | {name: right[name] * 1.0003}, file)
-    done = run("--short", "--folder", str(recorded), "--layout=tp2", ranks=2)
+    target = "tests.support.ranks.parity:compare"
+    done = run_command(2, folder=str(recorded), layout="tp2", target=target)
     torch.save(right, file)
     assert done.returncode != 0
     rows = [line for line in done.stdout.splitlines() if line.startswith("dense")]
@@ -58,9 +55,41 @@ def test_gradient_that_differs_is_named(recorded):
     assert "2 DIFFER;" in done.stdout
 
 
-def test_comparing_nothing_is_not_agreement(recorded):
-    done = run("--short", "--folder", str(recorded), "--layout", "tp2", ranks=1)
-    assert done.returncode != 0 and "NOTHING was compared" in done.stdout
+def test_a_layout_that_is_not_compared_fails(recorded):
+    layouts = ["--layout=tp2", "--layout=tp2 pp2"]
+    done = run("--short", "--folder", str(recorded), *layouts, ranks=2)
+    assert done.returncode != 0 and "): tp2 pp2\n4 gradients on 2 ranks" in done.stdout
+    assert cli.main(["parity", "--ranks=2", *layouts]) == 2
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    """A run's configuration, and folders of two models that differ in their weights."""
+    for i, name in enumerate(("first", "second")):
+        write_model(tmp_path / name, MODELS["dense"])
+        file = tmp_path / name / "model.safetensors"
+        save_file({n: t * (1 + 0.05 * i) for n, t in load_file(file).items()}, file)
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+    sections = {
+        "model": {"path": str(tmp_path / "first")},
+        "megatron": {"transformer_impl": "local"},
+        "rollout": {"max_response_tokens": 64},
+        "data": {"prompts": "reasoning_gym:none"},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(sections))
+    return str(file), f"model.path={tmp_path / 'second'}"
+
+
+def test_each_command_records_its_own_model(two_models, tmp_path):
+    """The folder has the reference of another model, of other layers and other objectives."""
+    config, other = two_models
+    options = ["--short", "--layout=dp2", "--folder", str(tmp_path / "folder")]
+    for more in ([], [other, "--num-layers=2"]):
+        done = run(config, *more, *options, ranks=2)
+        assert done.returncode == 0, done.stdout
+        assert "4 gradients on 2 ranks: all agree" in done.stdout
+    assert cli.main(["parity", config, "--num-layers=5"]) == 2
 
 
 def test_recorded_gradients_are_not_zero(recorded):
@@ -68,13 +97,10 @@ def test_recorded_gradients_are_not_zero(recorded):
     assert len(gradients) > 40 and all(tensor.any() for tensor in gradients.values())
 
 
-def test_recorded_batch_is_off_policy(recorded, tmp_path):
-    sequences = load_sequences(recorded / "dense" / "batch.json")
-    save_sequences(tmp_path / "again.json", sequences)
-    assert (tmp_path / "again.json").read_text() == (recorded / "dense" / "batch.json").read_text()
-    assert any(len(s.response_ids) == 1 for s in sequences)
-    assert len({s.prompt_ids[0] for s in sequences}) == 4
+def test_recorded_batch_is_off_policy():
     plain = make_sequences(517, 256)
+    assert any(len(s.response_ids) == 1 for s in plain)
+    assert len({s.prompt_ids[0] for s in plain}) == 4
     logprobs = [torch.full((len(s.response_ids),), -float(torch.rand(()) + 1)) for s in plain]
     scored = [torch.stack([new, torch.ones_like(new)]) for new in logprobs]
     drifted = drift(plain, scored, 517)
@@ -88,11 +114,3 @@ def test_recorded_batch_is_off_policy(recorded, tmp_path):
 def test_a_configuration_that_does_not_exist_is_named(capsys):
     assert cli.main(["parity", "run.steps=3"]) == 2
     assert "error: run.steps=3: expected a YAML configuration file" in capsys.readouterr().err
-
-
-def test_ranks_of_the_layouts():
-    """TP x PP x CP, or PP x EP x the TP of its experts; data parallelism has two ranks."""
-    for layout in LAYOUTS.values():
-        tp, pp, cp, ep = (layout.sizes.get(key, 1) for key in (TP, PP, CP, EP))
-        assert layout.ranks == max(2, pp * math.lcm(tp * cp, tp * ep)), layout
-        assert layout.has_experts == ("ep" in layout.name)

@@ -38,15 +38,22 @@ def run_ranks(nproc: int, target: str, timeout: float = 240, **kwargs: Any) -> A
 
 
 def run_command(
-    nproc: int, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 900
+    nproc: int,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    timeout: float = 900,
+    target: str = "tests.support.distributed:command",
+    **kwargs: Any,
 ) -> subprocess.CompletedProcess:
     """``torchrun ... -m tests.faults.inject ARGUMENTS`` without the time of the imports.
+
+    Args:
+        target: called instead, with ``kwargs``.
 
     Returns:
         The launcher's exit code (0 or 1), and all output both as stdout and as stderr.
     """
-    target = "tests.support.distributed:command"
-    function = [target, {"arguments": arguments}, None]
+    function = [target, kwargs or {"arguments": arguments}, None]
     outcome, output = _fork(nproc, function, timeout, environment or dict(os.environ))
     return subprocess.CompletedProcess(arguments, outcome, output, output)
 

@@ -1,45 +1,25 @@
 """The compared layouts, kinds of micro-batches and objectives. Standard library only."""
 
-from dataclasses import dataclass, field
+from math import lcm
 from typing import Any
 
 TP, PP, CP = (f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context"))
 VPP, EP = f"virtual_{PP}", "expert_model_parallel_size"
 
-
-@dataclass(frozen=True)
-class ParallelLayout:
-    """A parallel layout.
-
-    Attributes:
-        ranks: the number of ranks is a multiple of it; data parallelism takes the rest.
-        sizes: settings of the ``megatron`` section.
-    """
-
-    name: str
-    ranks: int
-    sizes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether it needs a mixture-of-experts model."""
-        return EP in self.sizes
-
-
-_ALL = (
-    ParallelLayout("tp2", 2, {TP: 2}),
-    ParallelLayout("tp2 sp", 2, {TP: 2, "sequence_parallel": True}),
-    ParallelLayout("pp2", 2, {PP: 2}),
-    ParallelLayout("pp2 vpp2", 2, {PP: 2, VPP: 2}),
-    ParallelLayout("cp2", 2, {CP: 2}),
-    ParallelLayout("dp2", 2),
-    ParallelLayout("ep2", 2, {EP: 2}),
-    ParallelLayout("tp2 pp2", 4, {TP: 2, PP: 2}),
-    ParallelLayout("tp2 cp2", 4, {TP: 2, CP: 2}),
-    ParallelLayout("tp2 sp ep2", 4, {TP: 2, "sequence_parallel": True, EP: 2}),
-    ParallelLayout("pp2 ep2", 4, {PP: 2, EP: 2}),
-)
-LAYOUTS = {layout.name: layout for layout in _ALL}
+# Settings of the ``megatron`` section.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {TP: 2},
+    "tp2 sp": {TP: 2, "sequence_parallel": True},
+    "pp2": {PP: 2},
+    "pp2 vpp2": {PP: 2, VPP: 2},
+    "cp2": {CP: 2},
+    "dp2": {},
+    "ep2": {EP: 2},
+    "tp2 pp2": {TP: 2, PP: 2},
+    "tp2 cp2": {TP: 2, CP: 2},
+    "tp2 sp ep2": {TP: 2, "sequence_parallel": True, EP: 2},
+    "pp2 ep2": {PP: 2, EP: 2},
+}
 OBJECTIVES = ("espo", "gspo", "grpo", "gmpo")
 # Settings of the ``megatron`` section: responses in a padded micro-batch, or packed responses.
 MICRO_BATCHES: dict[str, dict[str, Any]] = {
@@ -53,3 +33,9 @@ MICRO_BATCHES: dict[str, dict[str, Any]] = {
 SHORT_LAYOUTS = ("tp2 sp", "pp2 vpp2", "cp2", "dp2", "ep2")
 SHORT_MICRO_BATCHES = ("2", "packed")
 SHORT_OBJECTIVES = ("espo", "gmpo")
+
+
+def ranks(layout: str) -> int:
+    """Number of ranks of which the layout needs a multiple; data parallelism takes the rest."""
+    tp, pp, cp, ep = (LAYOUTS[layout].get(key, 1) for key in (TP, PP, CP, EP))
+    return max(2, pp * lcm(tp * cp, tp * ep))

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import multiprocessing
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -29,15 +30,17 @@ def main(args: argparse.Namespace) -> int:
     Under torchrun it runs the layouts that the ranks allow. Else it starts the fewest ranks of each
     layout on this machine.
     """
-    names = args.layout or (cases.SHORT_LAYOUTS if args.short else cases.LAYOUTS)
-    layouts = [cases.LAYOUTS[name] for name in names]
-    if args.config:
-        check_model(load_config(args.config, args.overrides))
+    layouts = list(args.layout or (cases.SHORT_LAYOUTS if args.short else cases.LAYOUTS))
+    models(args, Path())  # checks the configuration
     if "RANK" in os.environ:
         return run_ranks(args, layouts)
-    sizes = sorted({layout.ranks for layout in layouts if layout.ranks <= args.ranks})
-    if not sizes:
-        raise InputError(f"--layout: expected a layout of at most {args.ranks} ranks")
+    too_large = [layout for layout in layouts if cases.ranks(layout) > args.ranks]
+    if too_large and (args.layout or too_large == layouts):
+        got = ", ".join(too_large)
+        raise InputError(f"--layout: expected layouts of at most {args.ranks} ranks, got {got}")
+    if too_large:
+        print(f"skipped, more than {args.ranks} ranks: {', '.join(too_large)}", flush=True)
+    sizes = sorted({cases.ranks(layout) for layout in layouts if layout not in too_large})
     os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes below
     codes: list[int] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -48,34 +51,43 @@ def main(args: argparse.Namespace) -> int:
                 1, 1, ranks, run_id="parity", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
                 local_addr="127.0.0.1", max_restarts=0,
             )  # fmt: skip
-            some = [layout for layout in layouts if layout.ranks == ranks]
-            codes += elastic_launch(launch, run_ranks)(args, some).values()
+            some = [layout for layout in layouts if cases.ranks(layout) == ranks]
+            is_first = ranks == sizes[0]
+            codes += elastic_launch(launch, run_ranks)(args, some, is_first).values()
     return int(any(codes))
 
 
-def run_ranks(args: argparse.Namespace, layouts: Sequence[cases.ParallelLayout]) -> int:
-    """Run every layout that the ranks allow. Collective over all ranks."""
+def run_ranks(args: argparse.Namespace, layouts: Sequence[str], records: bool = True) -> int:
+    """Run every layout that the ranks allow. Collective over all ranks.
+
+    Args:
+        records: whether to write batch and reference first; else the folder has them.
+    """
     runtime = distributed_runtime.initialize()
 
     def prepare() -> Path:
         folder = Path(args.folder or tempfile.mkdtemp())
-        if not list(folder.glob("*/batch.json")):
+        if records:
             # One rank needs a process that belongs to no other world.
             multiprocessing.spawn(record, (args, folder))
         print(ROW.format(*COLUMNS), flush=True)
         return folder
 
     folder = on_rank_0(prepare)
-    found: list[float] = []
+    compared: dict[str, list[float]] = {layout: [] for layout in layouts}
     for name, config, spec in models(args, folder):
         for layout in layouts:
-            is_possible = runtime.world_size % layout.ranks == 0
-            if is_possible and layout.has_experts == (spec.experts is not None):
-                found += run_layout(args, name, config, spec, layout, folder / name)
+            is_possible = runtime.world_size % cases.ranks(layout) == 0
+            if is_possible and (cases.EP in cases.LAYOUTS[layout]) == (spec.experts is not None):
+                compared[layout] += run_layout(args, name, config, spec, layout, folder / name)
+    found = [worst for errors in compared.values() for worst in errors]
     breaches = sum(not worst <= args.tolerance for worst in found)  # NaN is one
+    skipped = [layout for layout, errors in compared.items() if not errors]
     # Zero comparisons do not count as agreement.
-    verdict = on_rank_0(lambda: breaches > 0 or not found)
+    verdict = on_rank_0(lambda: bool(breaches or not found or (args.layout and skipped)))
     if runtime.is_main:
+        if skipped:
+            print(f"not compared (ranks, experts or sizes forbid it): {', '.join(skipped)}")
         outcome = f"{breaches} DIFFER" if breaches else "all agree"
         print(
             f"{len(found)} gradients on {runtime.world_size} ranks: "
@@ -89,19 +101,19 @@ def run_ranks(args: argparse.Namespace, layouts: Sequence[cases.ParallelLayout])
 
 def run_layout(
     args: argparse.Namespace, name: str, config: Config, spec: ModelSpec,
-    layout: cases.ParallelLayout, folder: Path,
+    layout: str, folder: Path,
 ) -> Iterator[float]:  # fmt: skip
     """Print the differences of one layout and yield the worst ones, on rank 0."""
-    base = config.megatron.model_dump() | layout.sizes
+    base = config.megatron.model_dump() | cases.LAYOUTS[layout]
     config = config.model_copy(update={"megatron": Megatron(**base)})
     try:
         check_model(config, spec)
     except InputError as error:
         if dist.get_rank() == 0:
-            print(f"{name:<6} {layout.name:<11} skipped: {error}", flush=True)
+            print(f"{name:<6} {layout:<11} skipped: {error}", flush=True)
         return
     model = measure.Model(config, spec)
-    sequences = recorded.load_sequences(folder / "batch.json")
+    sequences = torch.load(folder / "batch.pt", weights_only=False)
     for micro_batch in cases.SHORT_MICRO_BATCHES if args.short else cases.MICRO_BATCHES:
         megatron = Megatron(**base | cases.MICRO_BATCHES[micro_batch])
         for objective in objectives(args):
@@ -111,7 +123,7 @@ def run_layout(
                 worst, tensor = found
                 mark = "" if worst <= args.tolerance else "  DIFFERS"
                 ranks, numbers = model.runtime.world_size, (f"{loss:.6g}", f"{norm:.6g}")
-                cells = (name, layout.name, ranks, micro_batch, objective, *numbers)
+                cells = (name, layout, ranks, micro_batch, objective, *numbers)
                 print(ROW.format(*cells, f"{worst:.1e}", tensor + mark), flush=True)
                 yield worst
 
@@ -133,7 +145,7 @@ def record(_: int, args: argparse.Namespace, folder: Path) -> None:
         sequences = recorded.drift(sequences, model.score(sequences), spec.vocab_size)
         for objective in objectives(args):
             measure.write_reference(model, sequences, objective, folder / name / f"{objective}.pt")
-        recorded.save_sequences(folder / name / "batch.json", sequences)
+        torch.save(sequences, folder / name / "batch.pt")
 
 
 def models(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config, ModelSpec]]:
@@ -145,9 +157,13 @@ def models(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config, Mo
         ]
     config = load_config(args.config, args.overrides)
     spec = check_model(config)
-    if args.num_layers:
-        hf_config = spec.hf_config | {"num_hidden_layers": args.num_layers}
-        spec = read_spec(hf_config, config.model.family)
+    if args.num_layers is not None:
+        kept, layers = args.num_layers, spec.num_hidden_layers
+        if not 0 < kept <= layers:
+            raise InputError(f"--num-layers: expected 1 to {layers}, got {kept}")
+        # Weights of prediction layers, which follow the model's own, are not read.
+        changes = {"num_hidden_layers": kept, "num_nextn_predict_layers": layers}
+        spec = read_spec(spec.hf_config | changes, config.model.family)
     megatron = Megatron(transformer_impl=config.megatron.transformer_impl)
     model = config.model.model_copy(update={"dtype": "float32"})
     return [("yours", config.model_copy(update={"megatron": megatron, "model": model}), spec)]

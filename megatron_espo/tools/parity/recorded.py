@@ -3,12 +3,11 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -49,7 +48,7 @@ MODELS: dict[str, ModelSpec] = {
 def write_model(folder: Path, spec: ModelSpec) -> None:
     """Write a Hugging Face folder of random float32 weights, without a tokenizer."""
     draw = torch.Generator().manual_seed(SEED)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     # Norm weights are near 1; matrices are large enough for a policy that is not uniform.
     tensors = {
         name: torch.randn(shape, generator=draw) * 0.2 + (len(shape) == 1)
@@ -113,15 +112,3 @@ def _on_edge(
         if not torch.equal(lower.no_gradient, upper.no_gradient):
             return True
     return False
-
-
-def save_sequences(path: Path, sequences: Sequence[TrainSequence]) -> None:
-    """Write the recorded batch as JSON."""
-    names = [field.name for field in fields(TrainSequence) if field.init]
-    entries = [{name: getattr(sequence, name) for name in names} for sequence in sequences]
-    path.write_text(json.dumps(entries, default=np.ndarray.tolist), encoding="utf-8")
-
-
-def load_sequences(path: Path) -> list[TrainSequence]:
-    """Read what :func:`save_sequences` wrote."""
-    return [TrainSequence(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
