@@ -1,7 +1,9 @@
 """Offloading between steps: training is the same bit for bit, and device memory is freed."""
 
 import pytest
+import torch
 
+from megatron_espo.megatron.reference import ReferencePolicy
 from tests.support.distributed import run_ranks
 from tests.support.weights_models import save_model
 
@@ -57,3 +59,22 @@ def test_offloading_frees_memory(answers, name):
     assert freed["optimizer"] == pytest.approx(
         freed["gradients"] * (2 if is_float32 else 3) / replicas, rel=0.1
     )
+
+
+def test_the_reference_policy_swaps_weights_and_has_one_host_copy():
+    """Also with parameters of 2 and 4 bytes, as the float32 biases of routers."""
+    draw = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(3, generator=draw).bfloat16(), torch.randn(2, 5, generator=draw)]
+    chunk = torch.nn.ParameterList(tensors)
+    parameters, wanted = list(chunk), [tensor.clone() for tensor in tensors]
+    reference = ReferencePolicy([chunk])
+    storages = {w.untyped_storage().data_ptr(): w.untyped_storage() for w in reference._weights}
+    assert sum(storage.nbytes() for storage in storages.values()) == 3 * 2 + 10 * 4
+    for step in (1, 2):
+        with torch.no_grad():
+            [parameter.add_(1) for parameter in parameters]
+        own = [parameter.detach().clone() for parameter in parameters]
+        with pytest.raises(KeyError), reference.swapped_in():
+            assert all(map(torch.equal, parameters, wanted)), step
+            raise KeyError
+        assert all(map(torch.equal, parameters, own)), step

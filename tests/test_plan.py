@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 from math import ceil
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from megatron_espo.config import Config
+from megatron_espo.data.packing import PackingSpec, TrainSequence, batch_totals, pack
 from megatron_espo.models.registry import read_spec
-from megatron_espo.tools.plan.memory import Pipeline, plan_pipeline
+from megatron_espo.tools.plan.memory import Pipeline, plan_engine, plan_pipeline
 from tests.support.distributed import run_ranks
 from tests.support.plan_models import (
     LLAMA_3_70B,
@@ -21,6 +22,7 @@ from tests.support.plan_models import (
 )
 from tests.support.weights_models import checkpoint_of, load_spec, make_model, save_model
 
+LLAMA = read_spec(LLAMA_3_70B)
 TP8_PP4 = sizes(tensor_model=8, pipeline_model=4) | {"sequence_parallel": True}
 TP8_PP5_VPP4 = TP8_PP4 | sizes(pipeline_model=5, virtual_pipeline_model=4)
 TP4_PP2_EP16 = TP8_PP4 | sizes(tensor_model=4, pipeline_model=2, expert_model=16)
@@ -204,24 +206,57 @@ def simulate_1f1b(stages: int, n: int) -> tuple[float, list[int]]:
     return 1 - 3 * n / max(clock), in_flight
 
 
+def plan_config(**sections):
+    """Settings of a model on which nothing depends."""
+    base = {"model": {"path": "model"}, "data": {"prompts": "prompts.jsonl"}}
+    return Config.model_validate(base | sections)
+
+
 @pytest.mark.parametrize("stages, micro_batches", [(1, 3), (4, 2), (4, 4), (4, 32), (8, 11)])
 def test_bubble_and_micro_batches_in_flight_equal_a_simulation_of_1f1b(stages, micro_batches):
-    megatron = SimpleNamespace(
-        **sizes(pipeline_model=stages, virtual_pipeline_model=None),
-        max_tokens_per_micro_batch=100,
-        micro_batch_size=None,
+    rollout = {"max_response_tokens": 25, "prompts_per_step": micro_batches * 2, "group_size": 4}
+    config = plan_config(
+        megatron=sizes(pipeline_model=stages) | {"max_tokens_per_micro_batch": 100},
+        rollout=rollout | {"max_model_len": 50},
+        algorithm={"num_mini_batches": 1},
     )
-    rollout = SimpleNamespace(
-        max_model_len=50, max_response_tokens=25, prompts_per_step=micro_batches * 2, group_size=4
-    )
-    algorithm = SimpleNamespace(num_mini_batches=1)
-    config = SimpleNamespace(megatron=megatron, rollout=rollout, algorithm=algorithm)
     # Four responses in a micro-batch.
-    pipeline = plan_pipeline(config, {}, data_parallel_size=2, expected_tokens=25)
+    pipeline = plan_pipeline(config, LLAMA, data_parallel_size=2, expected_tokens=25)
     idle, in_flight = simulate_1f1b(stages, micro_batches)
     assert pipeline.micro_batches == micro_batches
     assert pipeline.bubble == pytest.approx(idle)
     assert [pipeline.in_flight(stage) for stage in range(stages)] == in_flight
+
+
+def test_the_largest_micro_batch_has_the_longest_prompt_and_response():
+    config = plan_config(
+        megatron={"max_tokens_per_micro_batch": 20},
+        rollout={"max_response_tokens": 10, "max_model_len": 50},
+    )
+    sequence = TrainSequence([1] * 40, [2] * 10, [-1.0] * 10, 1.0)
+    totals = batch_totals([sequence], num_responses=1, num_response_tokens=10)
+    (batch,) = pack([sequence], totals, PackingSpec(20, 0, 1))
+    assert plan_pipeline(config, LLAMA, 1, None).tokens == batch.tokens.numel() == 50
+
+
+def test_a_quantized_engine_has_matrices_of_one_byte_a_value():
+    rollout = {"tensor_parallel_size": 8, "quantization": "fp8"}
+    config = plan_config(rollout=rollout, algorithm={"rollout_correction": "token"})
+    parameters = per_gpu(LLAMA_3_70B, 8, 80, True, True)
+    whole, norms = per_gpu(LLAMA_3_70B, 8, 0, True, True), 80 * 2 * 8192
+    engine = plan_engine(config, LLAMA, True, 80 * 10**9)
+    assert engine.weight_bytes == parameters + whole + norms
+
+
+def test_the_reference_policy_takes_host_memory(tmp_path):
+    plans = [
+        plan_command(tmp_path, QWEN3_SMALL, "--host-gbps", "80", algorithm={"kl_coef": kl})[2]
+        for kl in (0.0, 0.1)
+    ]
+    weights = plans[0]["memory"][0]["weights"]
+    assert [plan["host_bytes"] for plan in plans] == [0, weights]
+    # To the host and back, once for the reference's weights and once for the model's own.
+    assert [plan["offload_s"] for plan in plans] == [0, 4 * weights / 10e9]
 
 
 def test_interleaving_keeps_more_in_flight_and_idles_less():

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_espo.config import checks, load_config
+from megatron_espo.models.registry import read_spec
+from megatron_espo.tools.plan.memory import plan_pipeline
 from tests.support.distributed import ROOT
 from tests.test_run_espo_70b import MODELS, shape
 
@@ -79,6 +81,13 @@ def test_plan_accepts_with_the_numbers_of_the_header(path, plans):
         each = engine["kv_tokens"] // engine["max_model_len"]
         several = f"each of {engine['number']} caches {each} sequences"
         assert f"caches for {each} sequences" in header or several in header
+    if "#   idle" in header:
+        config, dp = load_config(str(path)), plan["data_parallel_size"]
+        idle = [
+            plan_pipeline(config, read_spec(shape_of(path)), dp, n).bubble for n in (8192, 2048)
+        ]
+        text = "idle    {:.1%} of the step at 8,192 tokens a response, {:.1%} at 2,048"
+        assert text.format(*idle) in header
     if "#   sync" in header:
         assert f" in {plan['transfer']['seconds']:.1f} s a step" in header
 

@@ -129,7 +129,7 @@ class _Part:
         # The host memory grows on the first move, and once Adam has made its moments.
         if self.is_kept and total > self.host.numel():
             del self.host
-            self.host = _host_memory(total)
+            self.host = host_memory(total)
         for on_device, on_host in self._pairs():
             on_host.copy_(on_device, non_blocking=True)
         torch.cuda.synchronize()
@@ -153,7 +153,7 @@ class _Part:
                 yield empty.set_(storage), place
 
 
-def _host_memory(size: int) -> Tensor:
+def host_memory(size: int) -> Tensor:
     """Return uninitialised bytes, page-locked with CUDA."""
     host = torch.empty(size, dtype=torch.uint8)
     if torch.cuda.is_available():

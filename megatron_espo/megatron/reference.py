@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_espo.megatron.offload import host_memory
+
 
 class ReferencePolicy:
     """A copy of this rank's current weights in host memory (pinned with CUDA). Zero collectives.
@@ -14,26 +16,27 @@ class ReferencePolicy:
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
-        self._parameters = [p for chunk in chunks for p in chunk.parameters()]
-        self._weights = [_to_host(parameter) for parameter in self._parameters]
+        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        # The widest dtype first, so that each copy is aligned.
+        self._parameters = sorted(parameters, key=lambda p: -p.itemsize)
+        sizes = [p.nbytes for p in self._parameters]
+        places = host_memory(sum(sizes)).split(sizes)
+        pairs = zip(self._parameters, places, strict=True)
+        self._weights = [place.view(p.dtype).view(p.shape).copy_(p.detach()) for p, place in pairs]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Give the model the reference's weights; restore its own, bit for bit, on exit."""
-        own = [_to_host(parameter) for parameter in self._parameters]
+        self._swap()
         try:
-            self._fill(self._weights)
             yield
         finally:
-            self._fill(own)
+            self._swap()
 
     @torch.no_grad()
-    def _fill(self, weights: Sequence[torch.Tensor]) -> None:
+    def _swap(self) -> None:
         # In place: Megatron's parameters are views of the distributed optimizer's buffers.
-        for parameter, weight in zip(self._parameters, weights, strict=True):
+        for parameter, weight in zip(self._parameters, self._weights, strict=True):
+            own = parameter.clone()
             parameter.copy_(weight)
-
-
-def _to_host(parameter: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
-    return host.copy_(parameter.detach())
+            weight.copy_(own)

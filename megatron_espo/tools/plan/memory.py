@@ -63,8 +63,7 @@ def plan_pipeline(
     longest = rollout.max_model_len or spec.max_position_embeddings
     expected = min(expected_tokens or max(1, rollout.max_response_tokens // 2), longest)
     capacity = megatron.max_tokens_per_micro_batch
-    # A response longer than a micro-batch gets a micro-batch to itself.
-    largest = max(capacity, rollout.max_response_tokens)
+    largest = largest_micro_batch(capacity, rollout)
     each = max(1, capacity // expected)
     if megatron.micro_batch_size:
         each = min(each, megatron.micro_batch_size)
@@ -77,6 +76,14 @@ def plan_pipeline(
         count = ceil(count / stages) * stages
     bubble = (stages - 1) / (chunks * count + stages - 1)
     return Pipeline(stages, chunks, largest, expected, count, bubble)
+
+
+def largest_micro_batch(capacity: int, rollout: Any) -> int:
+    """Tokens of the largest micro-batch: a sequence longer than ``capacity`` has one to itself.
+
+    Prompts are not counted where ``rollout.max_model_len`` does not limit them.
+    """
+    return max(capacity, rollout.max_model_len or rollout.max_response_tokens)
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,19 @@ class Engine:
 
 
 def plan_engine(config: Any, spec: ModelSpec, shares_gpus: bool, gpu_memory: int) -> Engine:
-    """Shard the weights as vLLM does, norms whole; keys and values take the rest of its budget."""
+    """Shard the weights as vLLM does, norms whole; keys and values take the rest of its budget.
+
+    ``rollout.quantization`` leaves one byte for each value of the layers' matrices.
+    """
     rollout, gpus = config.rollout, config.rollout.tensor_parallel_size
     itemsize, weights = getattr(torch, config.model.dtype).itemsize, 0
-    for mapping in (mapping for group in spec.groups for mapping in group):
-        size = sum(prod(shape) for _, shape in mapping.huggingface) * itemsize
-        weights += size if mapping.layout is ShardLayout.REPLICATED else -(-size // gpus)
+    for i, group in enumerate(spec.groups):
+        quantized = rollout.quantization and 0 < i < len(spec.groups) - 1
+        for mapping in group:
+            count = sum(prod(shape) for _, shape in mapping.huggingface)
+            is_whole = mapping.layout is ShardLayout.REPLICATED
+            each = 1 if quantized and not is_whole else itemsize
+            weights += count * each if is_whole else -(-count * each // gpus)
     per_token = spec.num_hidden_layers * spec.cache_columns(gpus) * itemsize
     budget = int(rollout.gpu_memory_utilization * gpu_memory)
     return Engine(
@@ -153,7 +167,8 @@ class StageMemory:
             the head's norm, logits and their gradient (last stage).
         sync: extra memory while weights are gathered for the engine; no activations exist then.
         engine: memory of an engine on the same GPU.
-        host: host memory for the offloaded parts; gradients are not copied.
+        host: host memory for the offloaded parts (gradients are not copied) and for the reference
+            policy of ``algorithm.kl_coef``.
         phases: trainer and engine in each phase of a step.
         total: trainer and engine in the worst phase.
     """
@@ -204,6 +219,7 @@ def plan_memory(
     sizes = {"optimizer": states, "gradients": rank.gradient_bytes, "weights": rank.parameter_bytes}
     away = {part: bytes_ * (part in config.megatron.offload) for part, bytes_ in sizes.items()}
     left = held - away["optimizer"] - away["gradients"]
+    reference = rank.parameter_bytes if config.algorithm.kl_coef else 0
     awake, weights = (engine.budget_bytes, engine.weight_bytes) if engine else (0, 0)
     sleeps = config.rollout.sleep
     phases = {
@@ -225,7 +241,7 @@ def plan_memory(
         working=working,
         sync=sync,
         engine=awake,
-        host=away["optimizer"] + away["weights"],
+        host=away["optimizer"] + away["weights"] + reference,
         phases=phases,
         total=max(map(sum, phases.values())),
     )

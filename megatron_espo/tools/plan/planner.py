@@ -18,6 +18,7 @@ from megatron_espo.tools.plan.memory import (
     Engine,
     Pipeline,
     StageMemory,
+    largest_micro_batch,
     plan_engine,
     plan_memory,
     plan_pipeline,
@@ -38,8 +39,8 @@ OFFLOAD = {"rollout.sleep": "true", "megatron.offload": "[optimizer,gradients]"}
 class Plan:
     """What a run needs and transfers, in bytes, elements and seconds.
 
-    ``host_bytes`` is the memory of a node for what ``megatron.offload`` moves there, ``offload_s``
-    the estimated seconds that a step spends on moving it. A run without ``problems`` fits.
+    ``host_bytes`` is the host memory of a node for offloaded parts and the reference policy,
+    ``offload_s`` the estimated seconds that a step moves them. A run without ``problems`` fits.
     """
 
     model: str
@@ -118,7 +119,9 @@ def make_plan(config: Config, build: Builder, machine: Machine, gpus: int | None
             alone = shared.isdisjoint(range(rank.rank, rank.rank + stage_ranks))
             own = None if alone else engine
             memory.append(plan_memory(rank, config, spec, pipeline, transfer.peak_bytes, own))
-    offloaded = max(stage.host for stage in memory)
+    # The reference policy changes places with the model's weights twice a step.
+    swapped = 2 if config.algorithm.kl_coef else 0
+    moved = max(2 * stage.host + swapped * stage.weights for stage in memory)
     too_large = (
         f"a GPU of stage {stage.stage} needs {stage.total / GB:.1f} GB, it has "
         f"{machine.gpu_memory / GB:.1f} GB"
@@ -136,8 +139,8 @@ def make_plan(config: Config, build: Builder, machine: Machine, gpus: int | None
         pipeline=pipeline,
         engine=engine,
         transfer=transfer,
-        host_bytes=offloaded * min(world_size, machine.gpus_per_node),
-        offload_s=2 * offloaded / machine.host_link,
+        host_bytes=max(stage.host for stage in memory) * min(world_size, machine.gpus_per_node),
+        offload_s=moved / machine.host_link,
         problems=[*too_large, *engine.problems()],
     )
 
@@ -183,7 +186,7 @@ def _usual_changes(config: Config, plan: Plan, node: int, gpus: int | None) -> I
     if m.head_memory_mib is None:
         yield {"megatron.head_memory_mib": "1024"}
     tokens = m.max_tokens_per_micro_batch
-    while (tokens := tokens // 2) >= max(1024, config.rollout.max_response_tokens):
+    while (tokens := tokens // 2) >= largest_micro_batch(1024, config.rollout):
         yield {"megatron.max_tokens_per_micro_batch": str(tokens)}
     tp = m.tensor_model_parallel_size
     while (tp := tp * 2) <= node:
