@@ -123,6 +123,8 @@ def test_the_row_of_torch_names_the_gpus(install, gpus, note):
     install("torch", "9.9", "torch", STAND_IN.replace("GPUS", str(gpus)))
     row = doctor.run_probe(probe("torch"), 30)
     assert row.state == WORKS and f"(CUDA 12.8, {note}" in row.found
+    install("vllm", "9.9")  # the GPU build
+    assert doctor.run_probe(probe("torch"), 30).state == (WORKS if gpus else BROKEN)
 
 
 def test_a_small_shared_memory_is_broken(monkeypatch, tmp_path):

@@ -45,6 +45,7 @@ def test_every_check_finds_its_fault():
     assert all(first == second for first, second in rows.values())
     assert "torch 0.0.1, not" in texts["versions"] and "on node1" in texts["versions"]
     assert "1 ranks, 0 GPUs on node1" in texts["gpu"]
+    assert "none on any node on node1" in texts["no gpu"]
     assert "ulimit -n 128" in texts["files"] and "on node1" in texts["files"]
     assert "no file of node" in texts["folder"] and "on node0, node1" in texts["folder"]
     assert "wrong sums on node1" in texts["bandwidth"]

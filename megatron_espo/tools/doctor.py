@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 MIN_FILES = 4096
+NO_GPU = "see nvidia-smi, CUDA_VISIBLE_DEVICES and the container's option (Apptainer: --nv)"
 WORKS, MISSING, BROKEN = "works", "missing", "broken"
 
 
@@ -59,7 +60,9 @@ if names:
     assert torch.distributed.is_nccl_available(), "install a torch with NCCL"
     gpus += ", NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
 elif torch.version.cuda:
-    gpus = "no driver or no visible GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    from megatron_espo.tools.doctor import NO_GPU, expects_gpus
+    gpus = f"no driver or no visible GPU: {NO_GPU}"
+    assert not expects_gpus(), gpus
 note = f"CUDA {torch.version.cuda}, {gpus}" if torch.version.cuda else "a CPU build"
 """,
         "pip install torch",
@@ -155,6 +158,12 @@ def installed_version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def expects_gpus() -> bool:
+    """Whether Slurm gave this node GPUs, or vLLM's GPU build is installed."""
+    given = os.environ.get("SLURM_GPUS_ON_NODE") or "0"
+    return given != "0" or installed_version("vllm") is not None
 
 
 def _run_code(code: str, timeout: float) -> tuple[str, str]:

@@ -23,8 +23,10 @@ import torch.distributed as dist
 from megatron_espo.errors import InputError
 from megatron_espo.tools.doctor import (
     BROKEN,
+    NO_GPU,
     WORKS,
     Row,
+    expects_gpus,
     installed_version,
     limits_row,
     shared_memory_row,
@@ -125,10 +127,12 @@ def versions_row(cluster: Cluster) -> Row:
 
 
 def gpus_row(cluster: Cluster) -> Row:
-    """Each rank has a GPU, all of one kind; or no rank has one (a rehearsal on CPUs)."""
+    """Each rank has a GPU, all of one kind; or no node should have one (a rehearsal on CPUs)."""
     kinds = [torch.cuda.get_device_name(i) for i in range(cluster.gpus)]
     of_ranks = _gather(kinds)
     if not any(of_ranks):
+        if expects_gpus():
+            return Row(BROKEN, "none on any node", NO_GPU)
         return Row(WORKS, "none on any node: the run uses CPUs")
     if len(kinds) < len(cluster.peers):
         found = f"{len(cluster.peers)} ranks, {len(kinds)} GPUs"

@@ -1,5 +1,6 @@
 """Ranks of tests/test_preflight.py: run each check with a fault on rank 1."""
 
+import os
 import resource
 import tempfile
 from dataclasses import asdict, replace
@@ -42,6 +43,9 @@ def faults() -> dict[str, list[dict]]:
             if rank == 1 or check == "folder":
                 fault.stop()
         with patch.object(torch.cuda, "get_device_name", lambda device: "H100"):
+            slurm = {"SLURM_GPUS_ON_NODE": "8"} if rank else {}
+            with patch.dict(os.environ, slurm):
+                rows["no gpu"] = _row(preflight.gpus_row, cluster)
             rows["gpu"] = _row(preflight.gpus_row, replace(cluster, gpus=1 - rank))
     return rows
 
