@@ -15,7 +15,10 @@ nodes="${NNODES:-${SLURM_STEP_NUM_NODES:-1}}" # nodes of the step: without srun 
 ranks="${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}"
 case " $* " in
     *" --help "* | *" -h "*) ranks=1 ;;
-    *" --rehearse "*) ranks="${NPROC_PER_NODE:-$((4 / nodes))}" ;;
+    *" --rehearse "*)
+        ranks="${NPROC_PER_NODE:-$((nodes < 4 ? 4 / nodes : 1))}"
+        [ $((nodes * ranks % 4)) = 0 ] || fail "--rehearse: expected 1, 2 or a multiple of 4 nodes, got $nodes"
+        ;;
 esac
 [ -n "$ranks" ] || ranks=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU) || fail "no GPU found: set NPROC_PER_NODE, or try --rehearse"
 

@@ -74,12 +74,19 @@ def test_srun_gives_nodes_rank_and_address(launch):
     # In the batch script, outside a step, there is one launcher.
     batch = {name: value for name, value in SLURM.items() if "STEP" not in name}
     assert launch(**batch).stdout.splitlines()[0] == "--standalone"
+    # The rehearsal has four ranks, or one on each of more nodes.
+    place = {"NODE_RANK": "0", "MASTER_ADDR": "gpu03"}
+    for nodes, ranks in ((2, "2"), (4, "1"), (8, "1")):
+        done = launch("--rehearse", NNODES=str(nodes), **place)
+        assert done.stdout.splitlines()[8:10] == ["--nproc-per-node", ranks]
 
 
 def test_wrong_launches_get_a_message(launch, tmp_path):
     done = launch(**SLURM | {"SLURM_STEP_NUM_TASKS": "64"})
     assert done.returncode == 2 and "--ntasks-per-node 1" in done.stderr
     assert "NODE_RANK" in launch(NNODES="2").stderr
+    done = launch("--rehearse", NNODES="3", NODE_RANK="0", MASTER_ADDR="gpu03")
+    assert done.returncode == 2 and "multiple of 4 nodes, got 3" in done.stderr
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     done = launch()
     assert done.returncode == 2 and "--rehearse" in done.stderr

@@ -14,14 +14,17 @@ espo_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/
 
 # Puts a virtual environment with Python 3.11 or 3.12 first on PATH.
 espo_activate() {
-    local root=$1 candidate
-    if [ -n "${VIRTUAL_ENV:-}" ]; then
-        case "$(espo_version "$VIRTUAL_ENV/bin/python")" in
+    local root=$1 folder=${VIRTUAL_ENV:-$1/.venv} candidate
+    if [ -n "${VIRTUAL_ENV:-}" ] || [ -e "$folder" ]; then
+        case "$(espo_version "$folder/bin/python")" in
             3.11 | 3.12) ;;
-            *) espo_fail "the active environment $VIRTUAL_ENV has Python '$(espo_version "$VIRTUAL_ENV/bin/python")'," \
-                "expected 3.11 or 3.12: run 'deactivate', and this script makes .venv"; return ;;
+            *) espo_fail "the environment $folder has Python '$(espo_version "$folder/bin/python")', expected 3.11 or 3.12:" \
+                "run 'deactivate', or remove a .venv; then this script makes .venv"; return ;;
         esac
-    elif [ ! -x "$root/.venv/bin/pip" ]; then
+        if [ -z "${VIRTUAL_ENV:-}" ] && [ ! -x "$folder/bin/pip" ]; then
+            espo_fail "$folder has no pip: remove it, and this script makes one; or activate it"; return
+        fi
+    else
         for candidate in python3.11 python3.12 python3 ""; do
             case "$(espo_version "$candidate")" in 3.11 | 3.12) break ;; esac
         done
@@ -30,9 +33,9 @@ espo_activate() {
                 "or activate a virtual environment that has one"; return
         fi
         espo_say "making .venv with $candidate"
-        "$candidate" -m venv --clear "$root/.venv" || return
+        "$candidate" -m venv "$folder" || return
     fi
-    export VIRTUAL_ENV="${VIRTUAL_ENV:-$root/.venv}"
+    export VIRTUAL_ENV="$folder"
     export PATH="$VIRTUAL_ENV/bin:$PATH"
 }
 
