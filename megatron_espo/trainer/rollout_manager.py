@@ -26,7 +26,7 @@ from megatron_espo.rollout.engine import EngineError
 from megatron_espo.rollout.evaluation import Evaluator, engine_config, evaluation_record
 from megatron_espo.rollout.http_client import LoopThread
 from megatron_espo.rollout.pool import EnginePool
-from megatron_espo.rollout.runner import EnvironmentRunner, load_environment
+from megatron_espo.rollout.runner import EnvironmentRunner, close_environment, load_environment
 from megatron_espo.rollout.sampler import Sampler
 from megatron_espo.rollout.scorer import Scorer
 from megatron_espo.rollout.server import engine_owners
@@ -96,6 +96,7 @@ class RolloutManager:
                 self.source = ReplayedRollouts(log, self._stream, need_experts=experts is not None)
                 return
             environment = load_environment(config.environment.name, config.environment.args)
+            self._closing.callback(close_environment, environment, self._loop)
             self._scorer = Scorer(config, self.tokenizer, self._loop)
             self._closing.callback(self._scorer.close)
             self._scorer.start()
@@ -114,8 +115,6 @@ class RolloutManager:
                 config.run.dir, rollout.timeout_s, rollout.host_timeout_s
             )
             self._closing.callback(lambda: self._loop.run(pool.close(), 5.0))
-            if close := getattr(environment, "close", None):
-                self._closing.callback(lambda: self._loop.run(close(), 5.0))
             self._runner = EnvironmentRunner(
                 environment,
                 pool,
