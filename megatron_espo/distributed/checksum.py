@@ -8,7 +8,8 @@ from torch import Tensor
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK_BYTES = 4096
-_CHUNK_ELEMENTS = 1 << 16  # fits a CPU cache
+# The first fits a CPU cache. On a GPU the launches of small chunks take longer than the work.
+_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 16, 1 << 22
 _SKETCH_SIZE, _SKETCH_ELEMENTS = 16, 1 << 22
 _ROW_BIT, _COLUMN_BIT = 8, 32  # first of the bits of ``_multipliers`` that give the signs
 
@@ -23,16 +24,6 @@ def array_checksum(values: np.ndarray, start: int = 0) -> int:
     end = data.size // _BLOCK_BYTES * _BLOCK_BYTES
     sums = np.add.reduce(data[:end].view(np.uint64).reshape(-1, _BLOCK_BYTES // 8), axis=1)
     return zlib.crc32(data[end:].data, zlib.crc32(sums.data, start))
-
-
-def byte_sum(buffer: memoryview, offset: int, size: int) -> int:
-    """Return the sum of the 64-bit words of ``size`` bytes, mod 2^64.
-
-    It detects every single damaged word and runs at memory speed.
-    """
-    words = np.frombuffer(buffer, np.uint64, size // 8, offset)
-    tail = bytes(buffer[offset + size // 8 * 8 : offset + size])
-    return (int(words.sum(dtype=np.uint64)) + int.from_bytes(tail, "little")) & (2**64 - 1)
 
 
 @torch.no_grad()
@@ -53,7 +44,8 @@ def tensor_checksum(part: Tensor, first_row: int = 0, first_column: int = 0) -> 
     flat = part.reshape(part.shape[0], -1)
     columns = _multipliers(first_column, flat.shape[1], flat.device)
     rows = _multipliers(first_row, flat.shape[0], flat.device)
-    step = max(1, _CHUNK_ELEMENTS // flat.shape[1])
+    elements = _GPU_CHUNK_ELEMENTS if flat.is_cuda else _CHUNK_ELEMENTS
+    step = max(1, elements // flat.shape[1])
     words = flat.contiguous().view(_WORDS[flat.element_size()])
     magnitude = torch.iinfo(words.dtype).max
     smallest = int(torch.tensor(torch.finfo(part.dtype).tiny, dtype=part.dtype).view(words.dtype))

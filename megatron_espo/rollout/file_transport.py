@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Self
 import torch
 from vllm.distributed.weight_transfer import base, factory
 
-from megatron_espo.distributed.checksum import byte_sum
+from megatron_espo.distributed.checksum import array_checksum
 from megatron_espo.rollout import vllm_patches
 
 BACKEND = "files"
@@ -66,7 +66,7 @@ class FileUpdateInfo(base.WeightTransferUpdateInfo):
         file: index of its file in ``FileInitInfo.paths``.
         positions: index of each tensor in ``FileInitInfo.weights``.
         offsets: first byte of each tensor in the file.
-        checksums: ``byte_sum`` of each tensor, an unsigned 64-bit integer.
+        checksums: ``array_checksum`` of each tensor's bytes.
     """
 
     file: int
@@ -125,8 +125,8 @@ class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdat
             stop = offset + prod(shape) * dtype.itemsize
             if stop > len(mapping):
                 raise ValueError(f"{damaged}: the file has {len(mapping)} of {stop} bytes.")
-            if (found := byte_sum(memoryview(mapping), offset, stop - offset)) != checksum:
-                raise ValueError(f"{damaged}: checksum {found:016x}, sent {checksum:016x}.")
+            if (found := array_checksum(buffer[offset:stop].numpy())) != checksum:
+                raise ValueError(f"{damaged}: checksum {found:08x}, sent {checksum:08x}.")
             weights.append((name, buffer[offset:stop].view(dtype).view(shape)))
         load: Any = self.model.load_weights
         try:
@@ -225,11 +225,11 @@ class FileTrainerWeightTransferEngine(base.TrainerWeightTransferEngine[FileTrain
                 if tensor is None or got != announced:
                     raise ValueError(f"Weight {name!r} was announced as {announced}, got {got}.")
                 flat = tensor.detach().reshape(-1).cpu().view(torch.uint8)
-                data = flat.numpy().data
+                data = flat.numpy()
                 info.positions.append(position)
                 info.offsets.append(file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT))
-                info.checksums.append(byte_sum(data, 0, len(data)))
-                file.write(data)
+                info.checksums.append(array_checksum(data))
+                file.write(data.data)
             file.flush()
             os.fsync(file.fileno())
         return info

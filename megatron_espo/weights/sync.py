@@ -205,8 +205,9 @@ class WeightSync:
         """Send the weights. If it is due, compare the engine's weights with those sent."""
         engine, every, source = self._engine, self._config.verify_every, self._source
         is_due = self._pushes == 0 or (every > 0 and self._pushes % every == 0)
-        source.checksums = {} if is_due else None
-        source.sketches = {} if self._config.quantization else None
+        # Only ranks with an engine compare.
+        source.checksums = {} if engine and is_due else None
+        source.sketches = {} if engine and self._config.quantization else None
 
         def send() -> None:
             with source.one_pass():

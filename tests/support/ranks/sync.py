@@ -251,6 +251,7 @@ def sync_two_workers(folder: str, out: str, expert: int = 1) -> dict:
     change(actor, 0.9)
     sync._config = sync._config.model_copy(update={"verify_every": 1})
     metrics = sync.push(1)
+    assert (sync._source.checksums is None) == (engine is None), "only ranks with an engine compare"
     save_hf(actor.chunks, load_spec(folder), out, folder, actor.groups, torch.float32)
     if engine is None:
         return {}
