@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("vllm")
 from safetensors import safe_open
 
-from megatron_espo.rollout import guard
+from megatron_espo.rollout import guard, vllm_plugin
 from megatron_espo.rollout.guard import CONTROL_ROUTES, Guard
 from megatron_espo.rollout.server import PREFIX, ServerProcess, log_tail, run_key
 from tests.support.real_engine import engine_config, wait_until
@@ -209,6 +210,28 @@ def test_routes_that_change_weights_make_them_unusable(guarded):
         assert {guarded(path) for path in ("/resume", f"{PREFIX}/serve")} == {409}
     assert guarded("/finish_weight_update") == 200
     assert guard.STATE.weights == "arrived" and guarded("/resume") == 200
+
+
+def test_a_ping_does_not_wait_for_a_weight_update(monkeypatch):
+    """Workers answer after the call that they are in. A pool would take the server for failed."""
+    state, calls = guard.WeightState(), []
+    monkeypatch.setattr(vllm_plugin, "STATE", state)
+
+    async def collective_rpc(method, **_):
+        calls.append(state.weights)
+        return [None]
+
+    async def read():
+        return {"timeout": 60.0}
+
+    app = SimpleNamespace(
+        state=SimpleNamespace(espo_engine=SimpleNamespace(collective_rpc=collective_rpc))
+    )
+    for change in (lambda: None, lambda: state.set("arrived"), lambda: state.serve(0)):
+        change()
+        request = SimpleNamespace(app=app, json=read)
+        assert asyncio.run(vllm_plugin.call_worker("ping", request)).status_code == 200
+    assert calls == ["serving"]
 
 
 def test_a_guard_needs_a_key(monkeypatch):
