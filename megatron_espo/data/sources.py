@@ -426,14 +426,10 @@ def _nested(batch: pa.RecordBatch, path: str) -> pa.Array | None:
     if path in batch.schema.names:
         return batch.column(path)
     first, *rest = path.split(".")
-    if first not in batch.schema.names or batch.column(first).null_count:
-        return None
-    value = batch.column(first)
-    for name in rest:
-        if not pa.types.is_struct(value.type) or value.type.get_field_index(name) < 0:
-            return None
-        value = pc.struct_field(value, name)
-    return value
+    if first in batch.schema.names and not batch.column(first).null_count:
+        with suppress(pa.ArrowException):  # no such field
+            return pc.struct_field(batch.column(first), rest)
+    return None
 
 
 _ABSENT = object()
