@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from megatron_espo.config import Config, load_config, render_reference
-from megatron_espo.config.loading import _REMOVED
 from megatron_espo.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -356,16 +355,6 @@ def test_configuration_loads_without_heavy_imports(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_a_removed_setting_has_an_error_that_says_what_replaces_it(tmp_path, monkeypatch):
-    overrides = {f"{key}=1": instead for key, instead in _REMOVED.items()}
-    for override, instead in overrides.items():
-        (line,) = errors(tmp_path, monkeypatch, GOOD, [override])
-        key = override.partition("=")[0]
-        assert line.startswith(f"override '{override}': {key}: ") and line.endswith(instead)
-        section, _, name = key.partition(".")
-        assert name not in Config.model_fields[section].annotation.model_fields
 
 
 def test_an_engine_argument_that_a_setting_owns_is_refused(tmp_path, monkeypatch):

@@ -16,23 +16,6 @@ from megatron_espo.config.rules import Problems, locate, show
 from megatron_espo.config.schema import Config
 from megatron_espo.errors import InputError
 
-# Settings of older releases, and what to use or what happens instead.
-_REMOVED = {
-    "algorithm.normalize_std": "use algorithm.advantage: grpo (true) or dr_grpo (false)",
-    "eval.max_response_tokens": "use rollout.max_response_tokens, which limits evaluations too",
-    "eval.top_p": "evaluations use rollout.top_p",
-    "rollout.allow_router_mismatch": "rollout.router_replay=false needs "
-    "algorithm.rollout_correction token, sequence or geometric",
-    "rollout.canary_tolerance": "the limit is 0.1 nats in bfloat16 and 0.001 in float32; "
-    "rollout.canary_prompts=0 turns the comparison off",
-    "rollout.cpu_kv_cache_gib": "use rollout.engine_args={kv_cache_memory_bytes: 1073741824}",
-    "rollout.dtype": "engines use model.dtype",
-    "rollout.extra_prompts": "use rollout.max_staleness and rollout.over_sampling_prompts",
-    "rollout.log_prob_gap_warn": "the limit is 0.05 nats; see also rollout.log_prob_gap_stop",
-    "rollout.max_carried_steps": "use rollout.max_staleness",
-    "run.name": "a run has the name of its folder, run.dir",
-}
-
 
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read the settings of a run.
@@ -127,9 +110,7 @@ def _explain(entry: Any) -> Problems:
         yield name, f"required, but not given; expected {expectation(*location)}"
     elif kind == "extra_forbidden":
         *above, key = location
-        what = f"unknown {'key' if above else 'section'}{_suggest(above, key)}"
-        instead = _REMOVED.get(name)
-        yield name, f"removed; {instead}" if instead else what
+        yield name, f"unknown {'key' if above else 'section'}{_suggest(above, key)}"
     elif kind == "invalid_key" or location[-1:] == ("[key]",):
         yield name.removesuffix(".[key]"), "expected a name as key"
     else:

@@ -290,7 +290,6 @@ TABLE: dict[str, list[Bad]] = {
             "rollout.over_sampling_prompts=9",
             "algorithm.rollout_correction=token",
         ),
-        Bad("a removed setting", "rollout.extra_prompts=4"),
         Bad("an engine argument that is a setting", "rollout.engine_args={dtype: float16}"),
         Bad(
             "sleep with an engine on its own GPUs",
