@@ -206,12 +206,15 @@ def _load_config(args: argparse.Namespace) -> Any:
         checks.check_router(config, spec)
     if args.command in ("train", "eval"):
         _check_open_files()
-        checks.check_paths(config)
+        sources = config.sources
+        if args.command == "eval" and "eval" in sources:
+            sources = {"eval": sources["eval"]}  # needs no training prompts
+        checks.check_paths(config, sources)
         if os.environ.get("RANK", "0") == "0":
             from megatron_espo.data.sources import MissingColumns, read_rows
             from megatron_espo.rewards.golds import check_golds
 
-            for path, source in config.sources.items():
+            for path, source in sources.items():
                 try:
                     rows = read_rows(source, config.run.seed)
                 except MissingColumns as error:

@@ -265,6 +265,8 @@ MISTAKES = {
     "greedy": (["eval.temperature=0"], "eval.samples: expected 1 with temperature 0"),
     "source": (["eval.prompts=tests"], 'eval.prompts: expected "reasoning_gym:<task>"'),
     "file": (["eval.prompts=gone.jsonl"], "eval.prompts: expected a readable file"),
+    "folder": (["--out", "."], "--out: expected a file, got the folder ."),
+    "no training prompts": (["data.prompts=gone.jsonl", "--out", "."], "--out: expected a file"),
     "length": (["rollout.max_response_tokens=126"], "context 128 less"),
     "arguments": (
         ["eval.prompts=null", "eval.task_args={size: 3}"],

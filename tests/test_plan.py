@@ -335,6 +335,7 @@ def test_a_run_that_does_not_fit_gets_a_change_that_fits(tmp_path):
         ([], {"megatron": sizes(tensor_model=3)}, ["tensor_model_parallel_size", "got 3"]),
         ([], {"algorithm": {"objective": "nowhere:X"}}, ["algorithm.objective", "nowhere:X"]),
         (["--json", "nowhere/plan.json"], {}, ["--json", "folder that exists"]),
+        (["--json", "."], {}, ["--json: expected a file", "'.'"]),
     ],
 )
 def test_a_mistake_is_one_message(tmp_path, options, changes, words):

@@ -13,6 +13,7 @@ from typing import NoReturn
 from megatron_espo.config import model_folder
 from megatron_espo.config.rules import Problem, Problems, locate
 from megatron_espo.config.schema import Config
+from megatron_espo.config.tasks import Source
 from megatron_espo.errors import InputError
 from megatron_espo.files import read_object
 from megatron_espo.models.registry import read_spec
@@ -99,17 +100,20 @@ def check_router(config: Config, spec: ModelSpec) -> None:
         _raise(config, [config.expect("rollout.router_replay", expected, advice=advice)])
 
 
-def check_paths(config: Config) -> None:
+def check_paths(config: Config, sources: dict[str, Source] | None = None) -> None:
     """Check that prompts and recorded rollouts are readable and that ``run.dir`` is writable.
+
+    Args:
+        sources: of the prompts; None: all of ``config``.
 
     Raises:
         InputError: lists every problem.
     """
-    _raise(config, _path_problems(config))
+    _raise(config, _path_problems(config, sources or config.sources))
 
 
-def _path_problems(config: Config) -> Problems:
-    for path, source in config.sources.items():
+def _path_problems(config: Config, sources: dict[str, Source]) -> Problems:
+    for path, source in sources.items():
         prompts = source.prompts
         is_readable = os.path.isfile(prompts) and os.access(prompts, os.R_OK)
         if not (is_readable or prompts.startswith("reasoning_gym:")):

@@ -16,6 +16,7 @@ from megatron_espo.config import Config
 from megatron_espo.config.checks import check_model, fail
 from megatron_espo.data.prompts import PromptStream
 from megatron_espo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_espo.errors import InputError
 from megatron_espo.monitoring.progress import Phases
 from megatron_espo.rewards.pool import wait_or_cancel
 from megatron_espo.rollout.engine import Sampling
@@ -231,10 +232,14 @@ def evaluate_model(config: Config, out: str | None) -> None:
         out: JSON file to write; ``None``: ``<run.dir>/eval.json``.
 
     Raises:
-        InputError: bad rows, tokenizer, reward function, judge or model folder.
+        InputError: bad rows, tokenizer, reward function, judge, model folder or ``out``.
     """
     run_dir, model, limits = config.run.dir, config.model.path, config.environment
-    os.makedirs(run_dir, exist_ok=True)
+    path = Path(out or Path(run_dir, "eval.json"))
+    if path.is_dir():
+        raise InputError(f"--out: expected a file, got the folder {path}")
+    for folder in (run_dir, path.parent):
+        os.makedirs(folder, exist_ok=True)
     tokenizer = load_tokenizer(config.model.tokenizer or model, model, config.data.template_args)
     length = config.rollout.max_model_len or check_model(config).max_position_embeddings
     evaluator = Evaluator(config, tokenizer, length)
@@ -263,7 +268,6 @@ def evaluate_model(config: Config, out: str | None) -> None:
         sampling=evaluator.sampling.as_json(),
     )
     record["seconds"] = round(phases.seconds["eval"], 1)
-    path = Path(out or Path(run_dir, "eval.json"))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    print(render_table(record), flush=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{render_table(record)}\nresults: {path}")
+    print(f"results: {path}")

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name}: expected a number above 0, got {value:g}")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
+    out = Path(args.json or "").resolve()
+    if args.json and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"--json: expected a file in a folder that exists, got {args.json!r}")
     from megatron_espo.config import load_config
     from megatron_espo.config.checks import check_model, read_model
