@@ -38,7 +38,6 @@ from megatron_espo.data.rollout_store import RolloutLog
 from megatron_espo.data.scored_groups import ScoredGroups, from_outline, to_outline
 from megatron_espo.distributed.checksum import array_checksum
 from megatron_espo.megatron.consistency import data_fingerprints
-from megatron_espo.megatron.scatter import from_words, to_words
 from megatron_espo.monitoring.metrics import rollout_metrics
 from megatron_espo.trainer.train import train_sequences
 from megatron_espo.types import Prompt, Trajectory
@@ -143,20 +142,19 @@ def measure(args: argparse.Namespace, groups: ScoredGroups, total: int) -> None:
     )
     shares = [[kept[i] for group in shard for i in group] for shard in shards]
 
-    def send() -> np.ndarray:
+    def send() -> bytes:
         for share in shares:
-            words = to_words([sequences[i] for i in share])
-            array_checksum(words)
-        return words
+            data = pickle.dumps([sequences[i] for i in share])
+            array_checksum(np.frombuffer(data, np.uint8))
+        return data
 
     def receive() -> None:
-        array_checksum(words)
-        found = from_words([received[i] for i in shares[rank]], words)
-        for i, sequence in zip(shares[rank], found, strict=True):
+        array_checksum(np.frombuffer(data, np.uint8))
+        for i, sequence in zip(shares[rank], pickle.loads(data), strict=True):
             received[i] = sequence
 
-    words = timed(f"shares of {args.dp} data-parallel ranks: send", send)
-    print(f"   {words.nbytes / 2**20:.0f} MiB each")
+    data = timed(f"shares of {args.dp} data-parallel ranks: send", send)
+    print(f"   {len(data) / 2**20:.0f} MiB each")
     timed("share: receive (every rank)", receive)
     trained = [received[i] for i in kept]
     totals = batch_totals(trained, num_responses=responses, num_response_tokens=total)

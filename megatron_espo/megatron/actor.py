@@ -107,11 +107,9 @@ class Actor:
         options = (config.optimizer, total_steps, overrides, self.updates_per_step)
         self.train_engine = TrainEngine(self.chunks, self.groups, *options)
         self.offloader = Offloader(self.train_engine, config.megatron.offload)
-        # Those that the engine chooses.
-        self._experts = spec.experts if config.rollout.router_replay else None
         self._router_replay = None
-        if self._experts is not None:
-            self._router_replay = RouterReplay(self.chunks, self._experts, self.groups.tp)
+        if config.rollout.router_replay and spec.experts is not None:
+            self._router_replay = RouterReplay(self.chunks, spec.experts, self.groups.tp)
         budget = config.megatron.head_memory_mib
         self._forward_step = make_forward_step(
             algorithm,
@@ -155,9 +153,8 @@ class Actor:
         parts = [
             list(itertools.chain(*groups[start:end])) for start, end in itertools.pairwise(ends)
         ]
-        shares: dict[str, int] = {}
-        mini_batches = [self._pack(part, shares) for part in parts]
-        self._compare_ranks(parts, mini_batches, shares)
+        mini_batches = [self._pack(part) for part in parts]
+        self._compare_ranks(parts, mini_batches)
         unscored = 1 if epochs == 1 else 0
         passes = epochs + 1 + (self.reference is not None)
         total = passes * sum(map(len, mini_batches)) - sum(map(len, mini_batches[:unscored]))
@@ -296,22 +293,18 @@ class Actor:
         dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
         return [logprobs for _, logprobs in sorted(zip(order, box[0], strict=True))]
 
-    def _compare_ranks(
-        self, parts: Groups, mini_batches: Sequence[list[MicroBatch]], shares: dict[str, int]
-    ) -> None:
+    def _compare_ranks(self, parts: Groups, mini_batches: Sequence[list[MicroBatch]]) -> None:
         """Raise RankMismatch on every rank if ranks have different data or weights. Collective."""
         if dist.get_world_size() == 1:
             return
         sequences, batches = itertools.chain(*parts), itertools.chain(*mini_batches)
         own = consistency.data_fingerprints(sequences, batches, self.groups)
-        consistency.check_fingerprints(own | shares)
+        consistency.check_fingerprints(own)
         if self._updates % CHECK_WEIGHTS_EVERY == 0:
             consistency.check_weights(self.chunks, self.groups)
         self._updates += 1
 
-    def _pack(
-        self, sequences: Sequence[TrainSequence], checksums: dict[str, int]
-    ) -> list[MicroBatch]:
+    def _pack(self, sequences: Sequence[TrainSequence]) -> list[MicroBatch]:
         """Return this data-parallel rank's micro-batches of one optimizer step.
 
         Collective; see :func:`scatter_sequences`.
@@ -334,7 +327,7 @@ class Actor:
                     "and environments that keep Generation.sampling_mask"
                 )
             missing = sum(s.routed_experts is None for s in kept)
-            if self._experts and missing:
+            if self._router_replay and missing:
                 raise ValueError(
                     "router replay: expected routed_experts of every response, got none of "
                     f"{missing} of {len(kept)}"
@@ -343,8 +336,7 @@ class Actor:
         totals = batch_totals(kept, num_responses=len(sequences), num_response_tokens=tokens)
         spec = packing_spec(self.config.megatron, self.groups)
         if dist.get_world_size() > 1:
-            options = (spec.share_prompts, checksums, truncates, self._experts)
-            kept = scatter_sequences(kept, self.groups, *options)
+            kept = scatter_sequences(kept, self.groups, spec.share_prompts)
         return pack(kept, totals, spec)
 
     def _score(self, batches: list[MicroBatch], tick: Tick, *names: str) -> list[MicroBatch]:

@@ -19,8 +19,8 @@ def check(folder: str, cases: list[dict]) -> list[dict[str, str]]:
         errors = {"nothing": _update(actor, spec, 1)}
         compare = actor._compare_ranks
         if place.rank == place.world_size - 1:
-            actor._compare_ranks = lambda groups, batches, shares, compare=compare: compare(
-                groups, _with_flipped_token(batches), shares
+            actor._compare_ranks = lambda groups, batches, compare=compare: compare(
+                groups, _with_flipped_token(batches)
             )
         errors["tokens"] = _update(actor, spec, 2)
         actor._compare_ranks = compare

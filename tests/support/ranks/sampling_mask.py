@@ -50,7 +50,7 @@ def _check_settings(actor, sequences: list[TrainSequence]) -> None:
     for top_k, given in ((0, sequences), (20, [TrainSequence([1], [2], np.zeros(1), 1.0)])):
         config = SimpleNamespace(algorithm=Algorithm(), rollout=Rollout(top_k=top_k))
         try:
-            actor._pack(SimpleNamespace(config=config), given, {})
+            actor._pack(SimpleNamespace(config=config), given)
         except InputError as error:
             assert "rollout.top_k, got" in str(error)
         else:

@@ -131,8 +131,7 @@ def build(
             chosen = zip(sequences, engine_experts(batch, spec), strict=True)
             sequences = [replace(sequence, routed_experts=rows) for sequence, rows in chosen]
         if dist.get_world_size() > 1:
-            options = (pack_as.share_prompts, {}, bool(kept), experts)
-            sequences = scatter_sequences(sequences, place.groups, *options)
+            sequences = scatter_sequences(sequences, place.groups, pack_as.share_prompts)
     micro_batches = pack(sequences, totals, pack_as)
     step = make_forward_step(
         algorithm or Algorithm(),
