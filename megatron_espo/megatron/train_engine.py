@@ -131,7 +131,7 @@ class TrainEngine:
         """Run Megatron's schedule over ``micro_batches``. Collective over all ranks.
 
         Args:
-            tick: called before each micro-batch's forward.
+            tick: called before each micro-batch's forward, of this rank's first chunk.
             scores: forward only, and without the loss.
 
         Returns:
@@ -141,9 +141,10 @@ class TrainEngine:
 
         # The shape of the tensors between pipeline stages. Without a pipeline it is not used.
         rows, length = map(max, zip(*(batch.tokens.shape for batch in micro_batches), strict=True))
+        ticks = [tick] + [int] * (len(self.chunks) - 1)  # each chunk takes every micro-batch
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[_ticking(micro_batches, tick) for _ in self.chunks],
+            data_iterator=[_ticking(micro_batches, t) for t in ticks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=length * self.groups.cp.size(),
