@@ -84,6 +84,16 @@ def test_a_batch_in_which_every_verifier_failed_ends_the_run():
             run.batch(1)
 
 
+def test_a_batch_in_which_every_environment_failed_names_the_error():
+    async def rollout(*_):
+        raise RuntimeError("no tool")
+
+    with make_run(0, {n: [None, None] for n in range(3)}) as run:
+        run.runner.environment = SimpleNamespace(rollout=rollout)
+        with pytest.raises(InputError, match="6 of 6 of step 1 failed.*prompt '.': .*no tool"):
+            run.batch(1)
+
+
 def make_sample(length: int) -> Trajectory:
     reason = "length" if length > 3 else "stop"
     return single_turn(Prompt("1", "p1", "", (1,)), (2,) * length, (-1.0,) * length, 0, reason, "1")

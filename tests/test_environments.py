@@ -260,7 +260,7 @@ async def nested(error: BaseException) -> None:
 @pytest.mark.parametrize("stop", [raises, nested])
 def test_an_exit_fails_one_attempt(loop, stop):
     async def rollout(prompt, policy):
-        if policy.name in ("n.0.0", "n.1.0", "n.1.1"):
+        if policy.name in ("n.0.0.0", "n.1.0.0", "n.1.1.0"):
             await stop(SystemExit(1))
         return await SingleTurn().rollout(prompt, policy)
 

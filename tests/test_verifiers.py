@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_espo.errors import InputError
 from megatron_espo.rollout.environments import ChatSession, NoRoomError
 from megatron_espo.rollout.runner import load_environment
-from megatron_espo.rollout.verifiers import VERSION, VerifiersError
+from megatron_espo.rollout.verifiers import VerifiersError
 from megatron_espo.types import Prompt
 from tests.support.distributed import ROOT
 from tests.test_environments import (
@@ -24,6 +25,7 @@ from tests.test_environments import (
     render,
 )
 
+VERSION = "0.4.0"
 FOLDER = ROOT / "tests" / "support"
 VARIABLE = "MEGATRON_ESPO_VERIFIERS_PYTHON"
 
@@ -53,8 +55,8 @@ def row(task: int) -> Prompt:
     return Prompt("row", "Q", "", tuple(encode("Q")), {"task": task})
 
 
-def make_environment(python: str):
-    arguments = {"python": python, "folder": str(FOLDER)}
+def make_environment(python: str, **arguments):
+    arguments |= {"python": python, "folder": str(FOLDER)}
     return load_environment("verifiers:guess-number-v1", arguments)
 
 
@@ -88,6 +90,41 @@ def test_episodes(python):
     assert (short.reward, short.finish_reason, len(short.turns)) == (0, "length", 2)
     assert isinstance(missing, VerifiersError) and "IndexError" in str(missing)
     assert isinstance(raising, VerifiersError) and "pop from empty list" in str(raising)
+
+
+def test_agents_that_are_not_trainable_are_not_trained(python):
+    """Their turns come from the policy, but belong to no part of the trajectory."""
+    source = FakeSource(["HINT", "5"])
+
+    async def play():
+        environment = make_environment(python, config={"helped": True})
+        try:
+            return await environment.rollout(row(1), make_policy(source))
+        finally:
+            await environment.close()
+
+    found = asyncio.run(asyncio.wait_for(play(), 120))
+    (only,) = found.parts
+    assert decode(only.response_ids) == "5" and found.reward == 1 and found.finish_reason == "stop"
+    assert decode(source.requests[1][1]) == decode(only.prompt_ids)
+
+
+def test_an_environment_that_never_starts_ends_the_run(tmp_path):
+    """All rollouts fail after one start."""
+    starts = tmp_path / "starts"
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\necho >> {starts}\nexit 1\n")
+    script.chmod(0o755)
+
+    async def play(python):
+        environment = make_environment(str(python))
+        rollouts = [environment.rollout(row(1), make_policy(FakeSource([]))) for _ in range(5)]
+        return await asyncio.gather(*rollouts, return_exceptions=True)
+
+    for python in (script, tmp_path / "none"):
+        errors = asyncio.run(play(python))
+        assert [type(error) for error in errors] == [InputError] * 5
+    assert len(starts.read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Loads the environment of a run and runs it: one coroutine for each trajectory."""
 
 import asyncio
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -108,12 +107,12 @@ class EnvironmentRunner:
 
     async def _run(self, prompt: Prompt, name: str, sampling: Sampling) -> Trajectory:
         async with self._semaphore:
-            attempts, failed = itertools.count(), 0
+            failed = 0
             while failed < ATTEMPTS:
-                own_name = f"{name}.{next(attempts)}"
-                policy = Policy(self.source, own_name, sampling, self.max_model_len, self.tokenizer)
                 await self.source.connected.wait()
                 holds = self.source.holds
+                own_name = f"{name}.{failed}.{holds}"
+                policy = Policy(self.source, own_name, sampling, self.max_model_len, self.tokenizer)
                 try:
                     async with asyncio.timeout(self.timeout_s) as limit:
                         found = await self.environment.rollout(prompt, policy)
@@ -144,11 +143,9 @@ def _check(trajectory: Trajectory, max_tokens: int) -> None:
             raise ValueError("trajectory: expected a sampled token in each part, got none")
         if (part.versions[part.loss_mask] < 0).any():
             raise ValueError("trajectory: expected a policy version for each sampled token, got -1")
-    length = sum(len(part.response_ids) for part in trajectory.parts)
-    if length > max_tokens:
-        expected = f"at most rollout.max_response_tokens = {max_tokens} tokens after the prompt"
-        advice = "limit each turn with max_tokens=builder.room(policy)"
-        raise ValueError(f"trajectory: expected {expected}, got {length}; {advice}")
+    if (length := sum(len(part.response_ids) for part in trajectory.parts)) > max_tokens:
+        limit = f"rollout.max_response_tokens = {max_tokens} (TrajectoryBuilder.room)"
+        raise ValueError(f"trajectory: expected tokens up to {limit}, got {length}")
     for name, value in (("reward", trajectory.reward), *trajectory.rewards.items()):
         if value is not None and abs(float(value)) > _FLOAT32_MAX:
             raise ValueError(f"trajectory: expected {name} finite in float32, got {value}")

@@ -53,21 +53,6 @@ class Group:
             future.cancel()
 
 
-@dataclass
-class _Draft:
-    """A step's incomplete batch. It is kept when an engine fails.
-
-    Attributes:
-        rounds: completed rounds of sampling.
-        dispatched: number of new prompts.
-        chosen: the batch so far; empty before the first round is completed.
-    """
-
-    rounds: int = 0
-    dispatched: int = 0
-    chosen: list[Group] = field(default_factory=list)
-
-
 class Sampler:
     """Keeps prompts in flight and returns a batch of finished prompts for each step.
 
@@ -100,8 +85,13 @@ class Sampler:
         self._pending: list[Group] = []
         self._news = threading.Event()  # a trajectory has finished
         self._slots = 0
-        self._draft = _Draft()
+        self._begin_batch()
         self._committed = self._state()
+
+    def _begin_batch(self) -> None:
+        """Reset the incomplete batch, which is kept when an engine fails."""
+        self._rounds = self._dispatched = 0  # completed rounds of sampling; new prompts
+        self._chosen: list[Group] = []  # empty before the first round is completed
 
     def batch(self, step: int, phases: Phases) -> ScoredGroups:
         """Return the step's trajectories with their rewards.
@@ -111,9 +101,9 @@ class Sampler:
                 call continues from there.
             InputError: scoring failed for too many trajectories.
         """
-        wanted, draft = self._rollout.prompts_per_step, self._draft
-        while draft.rounds <= self._rollout.max_resampling_rounds:
-            places = [i for i in range(wanted) if not draft.rounds or not draft.chosen[i].varies()]
+        wanted = self._rollout.prompts_per_step
+        while self._rounds <= self._rollout.max_resampling_rounds:
+            places = [i for i in range(wanted) if not self._rounds or not self._chosen[i].varies()]
             if not places:
                 break
             in_flight = len(places) + self._rollout.ahead
@@ -121,24 +111,25 @@ class Sampler:
             self._start(self._pending[:in_flight], step)
             # 0 after a failure: the prompts of the round are in flight.
             missing = max(0, in_flight - len(self._pending))
-            self._dispatch(missing, step, draft.rounds)
-            draft.dispatched += missing
+            self._dispatch(missing, step, self._rounds)
+            self._dispatched += missing
             found = self._take(len(places), step, phases)
-            if draft.rounds:
+            if self._rounds:
                 varied = [group for group in found if group.varies()]
                 for place, group in zip(places, varied, strict=False):
-                    draft.chosen[place] = group
+                    self._chosen[place] = group
             else:
-                draft.chosen = found
-            draft.rounds += 1
-        self._draft = _Draft()
-        rollouts = [group.samples for group in draft.chosen]
+                self._chosen = found
+            self._rounds += 1
+        rollouts, dispatched = [group.samples for group in self._chosen], self._dispatched
+        self._begin_batch()
         rewards = torch.tensor(
             [[sample.reward for sample in group] for group in rollouts], dtype=torch.float32
         )
-        self._scorer.check_failures(int(rewards.isnan().sum()), rewards.numel(), step)
+        failed, last_failure = int(rewards.isnan().sum()), self._runner.last_failure
+        self._scorer.check_failures(failed, rewards.numel(), step, last_failure)
         self._committed = self._state()
-        counts = draft.dispatched, len(self._pending), self._stream.skipped
+        counts = dispatched, len(self._pending), self._stream.skipped
         return ScoredGroups(rollouts, rewards, *counts, self._scorer.pop_metrics())
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,7 +139,7 @@ class Sampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`: dispatch its prompts again, with the same seeds."""
         self.close()
-        self._draft = _Draft()
+        self._begin_batch()
         self._stream.load_state_dict(state["stream"])
         prompts = self._stream.find([entry["id"] for entry in state["pending"]])
         self._pending = [

@@ -50,12 +50,18 @@ class Scorer:
         """
         return self._loop.submit(self._score(found))
 
-    def check_failures(self, failed: int, total: int, step: int) -> None:
-        """InputError where more than ``reward.max_failed`` of a step's responses have no score."""
+    def check_failures(self, failed: int, total: int, step: int, environment: str = "") -> None:
+        """InputError where more than ``reward.max_failed`` of a step's responses have no score.
+
+        Args:
+            environment: the last failure of the environment.
+        """
         limit = self._reward.max_failed
         if failed > limit * total:
             sources = self._pools | ({"the judge": self._judge} if self._judge else {})
-            causes = [f"{name}: {s.last_failure}" for name, s in sources.items() if s.last_failure]
+            failures = {name: s.last_failure for name, s in sources.items()}
+            failures["the environment"] = environment
+            causes = [f"{name}: {failure}" for name, failure in failures.items() if failure]
             raise InputError(
                 f"reward: expected a score for each response, but {failed} of {total} of step "
                 f"{step} failed, more than reward.max_failed = {limit:g}; the last failure of "

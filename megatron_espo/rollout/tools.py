@@ -60,10 +60,8 @@ def _value(node: ast.AST) -> float:
             found = -_value(operand) if isinstance(op, ast.USub) else _value(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             first, second = _value(left), _value(right)
-            if (
-                isinstance(op, ast.Pow)
-                and abs(second) * math.log10(max(abs(first), 1)) > MAX_DIGITS
-            ):
+            digits = abs(second) * math.log10(max(abs(first), 1))
+            if isinstance(op, ast.Pow) and digits > MAX_DIGITS:
                 raise OverflowError
             found = OPERATORS[type(op)](first, second)
         case _:
@@ -199,9 +197,7 @@ class ToolEnvironment:
         builder, closing = TrajectoryBuilder(prompt), policy.encode(self._end)
         for tag in self._tags:
             if tag not in policy.decode(policy.encode(tag)):
-                expected = (
-                    "expected call_tags that the tokenizer decodes; special tokens are dropped"
-                )
+                expected = "expected call_tags without special tokens"
                 raise InputError(f"environment.args: {expected}, got {tag!r}")
         stops = (*policy.sampling.stop_token_ids, *(closing if len(closing) == 1 else ()))
         counts, reason = {"tool_calls": 0.0, "tool_errors": 0.0}, "length"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.errors import InputError
 from megatron_espo.rewards.sandbox import passed_environment
 from megatron_espo.rollout.environments import ChatSession, NoRoomError, Policy
 from megatron_espo.types import Prompt, Trajectory
 
-VERSION = "0.4.0"
 START_TIMEOUT_S = 180.0
 _MAX_LINE = 1 << 26
 
@@ -24,11 +24,11 @@ class VerifiersEnvironment:
     """Runs episodes of a ``verifiers`` environment with the policy; see ``verifiers_worker``.
 
     A row of the prompts names its task: ``{"prompt", "answer", "task": index in the taskset}``. All
-    model calls of an episode form one trajectory. Its reward is the mean of the trained traces.
+    model calls of trainable agents form one trajectory. Its reward is the mean of their traces.
 
     Args:
         environment_id: of the taskset.
-        python: interpreter of the virtual environment with ``verifiers`` ``VERSION``.
+        python: interpreter of the virtual environment with ``verifiers`` 0.4.
         config: further settings of the environment, such as ``{"agent": {"max_turns": 4}}``.
         folder: working directory of the process, from which it can import modules.
         variables: names of environment variables for the process, besides those of reward workers.
@@ -54,21 +54,36 @@ class VerifiersEnvironment:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task | None = None
         self._starting = asyncio.Lock()
+        self._refused: InputError | None = None
 
     async def rollout(self, prompt: Prompt, policy: Policy) -> Trajectory:
         async with self._starting:
+            if self._refused:
+                raise self._refused
             if self._process is None:
-                await self._start()
+                try:
+                    await self._start()
+                except (VerifiersError, OSError) as error:
+                    if self._reader:  # it has started before
+                        raise
+                    expected = f"expected an environment that starts in {START_TIMEOUT_S:g} s"
+                    self._refused = InputError(f"environment.name: {expected}, got: {error!r}")
+                    raise self._refused from None
         number, session = next(self._numbers), ChatSession(prompt, policy)
-        messages = self._rollouts[number] = asyncio.Queue()
+        received = self._rollouts[number] = asyncio.Queue()
         full = False
 
         async def answer(request: dict[str, Any]) -> None:
             nonlocal full
             try:
-                text = await session.reply(request["messages"], request["max_tokens"])
-                assert session.last
-                reply = {"text": text, "finish_reason": session.last.finish_reason}
+                messages, limit = request["messages"], request["max_tokens"]
+                if request["trainable"]:
+                    text, found = await session.reply(messages, limit), session.last
+                else:
+                    found = await policy.generate(policy.render(messages), max_tokens=limit)
+                    text = policy.decode(found.token_ids.tolist())
+                assert found
+                reply = {"text": text, "finish_reason": found.finish_reason}
             except Exception as error:
                 full = full or isinstance(error, NoRoomError)
                 reply = {"error": f"{type(error).__name__}: {error}"}
@@ -77,7 +92,7 @@ class VerifiersEnvironment:
         calls: list[asyncio.Task] = []
         try:
             self._send(rollout=number, task=prompt.metadata["task"])
-            while "errors" not in (result := await messages.get()):
+            while "errors" not in (result := await received.get()):
                 calls.append(asyncio.create_task(answer(result)))
         finally:
             for task in calls:

@@ -5,8 +5,8 @@ Started as a script. It imports ``verifiers`` and the standard library, never th
 The protocol is one JSON object a line. Standard input: ``{"rollout", "task"}`` starts an episode on
 the task of that index; ``{"cancel"}`` ends it; ``{"call", "text", "finish_reason"}`` or
 ``{"call", "error"}`` answers a request for a turn. Standard output: ``{"ready"}``; ``{"rollout",
-"call", "messages", "max_tokens"}`` requests a turn; ``{"rollout", "reward", "rewards", "errors"}``
-ends an episode.
+"call", "messages", "max_tokens", "trainable"}`` requests a turn; ``{"rollout", "reward", "rewards",
+"errors"}`` ends an episode.
 
     python verifiers_worker.py '{"taskset": {"id": "my-taskset"}}' --export 100 > prompts.jsonl
 """
@@ -67,7 +67,7 @@ class Worker(Client):
         self.env, self._output, self._tasks = env, output, iter(env.taskset)
         self._known: list[vf.Task] = []
         self._rollouts: dict[int, asyncio.Task] = {}
-        self._rollout_of_trace: dict[str, int] = {}
+        self._traces: dict[str, tuple[int, vf.Trace]] = {}  # with the number of the rollout
         self._calls: dict[int, asyncio.Future] = {}
         self._numbers = itertools.count()
 
@@ -78,10 +78,11 @@ class Worker(Client):
     async def get_response(self, dialect, body, sampling, session_id=None, turn=None, headers=None):
         if body.get("tools"):
             raise ProviderError("the policy takes no tool schemas", status_code=400)
-        call, number = next(self._numbers), self._rollout_of_trace[session_id]
+        call, (number, trace) = next(self._numbers), self._traces[session_id]
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = self._calls[call] = asyncio.get_running_loop().create_future()
-        self.send(rollout=number, call=call, messages=body["messages"], max_tokens=limit)
+        request = {"messages": body["messages"], "max_tokens": limit}
+        self.send(rollout=number, call=call, trainable=trace.agent.trainable, **request)
         try:
             answer = await reply
         finally:
@@ -104,7 +105,7 @@ class Worker(Client):
         traces = []
 
         def register(trace: vf.Trace) -> None:
-            self._rollout_of_trace[trace.id] = number
+            self._traces[trace.id] = number, trace
             traces.append(trace.id)
 
         context = ModelContext(model="policy", client=EvalClientConfig(base_url=POLICY))
@@ -123,7 +124,7 @@ class Worker(Client):
             result["errors"] = [f"{type(error).__name__}: {error}"]
         finally:
             for trace in traces:
-                self._rollout_of_trace.pop(trace, None)
+                self._traces.pop(trace, None)
             self._rollouts.pop(number, None)
         self.send(rollout=number, **result)
 

@@ -26,11 +26,20 @@ class GuessTaskset(vf.Taskset[GuessTask, vf.TasksetConfig]):
 
 class GuessConfig(vf.EnvConfig):
     player: vf.AgentConfig = vf.AgentConfig()
+    helper: vf.AgentConfig = vf.AgentConfig()
+    helped: bool = False
 
 
 class GuessEnv(vf.Env[GuessConfig]):
+    async def setup(self, agents):
+        agents.helper.trainable = False
+
     async def run(self, task, agents):
         print("environments print to standard output")
+        if self.config.helped:
+            hint = vf.Task(vf.TaskData(idx=0, prompt="Give a hint."))
+            async with agents.helper.interaction(hint) as helper:
+                await helper.turn()
         async with agents.player.interaction(task) as interaction:
             segment = await interaction.turn()
             while not segment.terminated and str(task.data.number) not in segment.last_reply:
