@@ -190,12 +190,6 @@ def test_train_help_prints_every_setting(capsys):
     assert "  algorithm.alpha  (number > 0; default 0.02)" in text and "  reward.workers  (" in text
 
 
-def test_an_unknown_command_is_refused(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["trian"])
-    assert end.value.code == 2 and "trian" in capsys.readouterr().err
-
-
 def test_the_program_runs_under_torchrun(folder):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = run(folder, *torchrun, "-m", "megatron_espo", "train", "run.yaml", "run.steps=0")

@@ -93,39 +93,15 @@ def test_settings_are_frozen(tmp_path, monkeypatch):
         load(tmp_path, monkeypatch, GOOD).optimizer.lr = 1.0
 
 
+# More mistakes are in tests/support/bad_inputs.py.
 # What is wrong: (lines after GOOD, or the whole file; start of the message; another part of it).
 BAD_TEXTS = {
-    "misspelt key": (
-        GOOD + "optimizer:\n  learning: 3\n  weigth_decay: 0.1\n",
-        "run.yaml:7: optimizer.weigth_decay: unknown key",
-        '"optimizer.weight_decay"?',
-    ),
-    "key of another section": (
-        GOOD + "megatron:\n  group_size: 4\n",
-        "run.yaml:6: megatron.group_size: unknown key",
-        '"rollout.group_size"?',
-    ),
     "misspelt key of another section": (
         GOOD + "megatron:\n  grup_size: 4\n",
         "run.yaml:6: megatron.grup_size: unknown key",
         '"rollout.group_size"?',
     ),
-    "unknown section": (
-        GOOD + "algoritm:\n  alpha: 1\n",
-        "run.yaml:5: algoritm: unknown section",
-        '"algorithm"?',
-    ),
     "key as section": (GOOD + "steps: 3\n", "run.yaml:5: steps: unknown section", '"run.steps"?'),
-    "quoted number": (
-        GOOD + 'optimizer:\n  lr: "1e-6"\n',
-        'run.yaml:6: optimizer.lr: expected number > 0, got "1e-6"',
-        "quotes",
-    ),
-    "number for a string": (
-        GOOD + "run:\n  dir: 2024\n",
-        "run.yaml:6: run.dir: expected non-empty string, got 2024",
-        "quotes",
-    ),
     "float for an integer": (
         GOOD + "run:\n  steps: 1e3\n",
         "run.yaml:6: run.steps: expected integer >= 1, got 1000.0",
@@ -161,11 +137,6 @@ BAD_TEXTS = {
         "run.yaml:2: data.skip_solved: expected integer >= 0 and <= 100",
         "got 1000000",
     ),
-    "unknown choice": (
-        GOOD + "rollout:\n  transport: http\n",
-        "run.yaml:6: rollout.transport: expected one of auto, files",
-        'got "http"',
-    ),
     "section is a number": (
         GOOD + "optimizer: 3\n",
         "run.yaml:5: optimizer: expected a mapping of keys, got 3",
@@ -181,27 +152,7 @@ BAD_TEXTS = {
         "run.yaml:6: algorithm.quantiles: expected ascending numbers",
         "got [0.8, 0.5]",
     ),
-    "missing key": (
-        "data: {prompts: a.jsonl}\nmodel: {}\n",
-        "run.yaml:2: model.path: required",
-        "",
-    ),
     "missing section": ("data: {prompts: a.jsonl}\n", "run.yaml:1: model: required", "with path"),
-    "group size 1": (
-        GOOD + "rollout:\n  group_size: 1\n",
-        "run.yaml:6: rollout.group_size:",
-        "got 1",
-    ),
-    "temperature 0": (
-        GOOD + "rollout:\n  temperature: 0\n",
-        "run.yaml:6: rollout.temperature: expected number >= 0.01",
-        "got 0",
-    ),
-    "sequence parallelism without TP": (
-        GOOD + "megatron:\n  sequence_parallel: true\n",
-        "run.yaml:6: megatron.sequence_parallel: expected false",
-        "tensor_model_parallel_size 1",
-    ),
     "virtual stages without stages": (
         GOOD + "megatron:\n  virtual_pipeline_model_parallel_size: 2\n",
         "run.yaml:6: megatron.virtual_pipeline_model_parallel_size: expected null",
@@ -216,11 +167,6 @@ BAD_TEXTS = {
         GOOD + "megatron:\n  recompute_method: block\n",
         "run.yaml:6: megatron.recompute_method: expected null",
         'got "block"',
-    ),
-    "a clip range that ESPO does not use": (
-        GOOD + "algorithm:\n  clip_high: 0.2\n",
-        "run.yaml:6: algorithm.clip_high: expected null",
-        "got 0.2",
     ),
     "Dr. GRPO with other advantages": (
         GOOD + "algorithm:\n  objective: dr_grpo\n  advantage: rloo\n",
@@ -247,35 +193,7 @@ BAD_TEXTS = {
         "run.yaml:6: algorithm.rollout_correction_cap: expected number >= 1",
         "got 0.5",
     ),
-    "mini-batches of unequal size": (
-        GOOD + "algorithm:\n  num_mini_batches: 3\n",
-        "run.yaml:6: algorithm.num_mini_batches: expected a divisor of rollout.prompts_per_step",
-        "got 3",
-    ),
-    "warm-up longer than the run": (
-        GOOD + "optimizer:\n  lr_warmup_iters: 800\n",
-        "run.yaml:6: optimizer.lr_warmup_iters: expected less than",
-        "(800), got 800",
-    ),
-    "prompts of unknown kind": (
-        "model: {path: m}\ndata:\n  prompts: a.csv\n",
-        'run.yaml:3: data.prompts: expected "reasoning_gym:<task>"',
-        'got "a.csv"',
-    ),
-    "a task's reward function for a file": (
-        "model: {path: m}\ndata: {prompts: a.jsonl}\nreward:\n  function: reasoning_gym\n",
-        "run.yaml:4: reward.function: expected math_verify",
-        'data.prompts "a.jsonl"',
-    ),
-    "duplicate key": (
-        GOOD + "run:\n  steps: 1\n  seed: 1\n  steps: 2\n",
-        "run.yaml:8: run.steps: expected once",
-        "line 6",
-    ),
     "duplicate section": (GOOD + "data:\n", "run.yaml:5: data: expected once", "line 3"),
-    "not a mapping": ("- 1\n", "run.yaml:1: expected a mapping of sections", "got [1]"),
-    "empty file": ("# nothing\n", "run.yaml:1: the file is empty", ""),
-    "not YAML": (GOOD + "run: a: b\n", "run.yaml:5: not valid YAML", "quotes"),
     "anchor in itself": ("a: &a [*a]\n", "run.yaml:1: not valid YAML", "recursion"),
 }
 
@@ -287,15 +205,12 @@ def test_errors_in_the_file_name_line_and_key(tmp_path, monkeypatch, text, start
 
 
 BAD_OVERRIDES = {
-    "optimizer.lr=fast": 'optimizer.lr: expected number > 0, got "fast"',
     "optimizer.lr='1e-6'": "drop the quotes",
     "model.pth=1": 'unknown key; did you mean "model.path"?',
     "model.xyz=1": "known are path, tokenizer, dtype, exporter",
     "rolout.top_k=1": 'unknown section; did you mean "rollout"?',
-    "steps=3": 'got no section; did you mean "run.steps"?',
     "run.steps": "expected section.key=value",
     "run..steps=1": "expected section.key=value",
-    "run.dir=[": "not valid YAML",
     "data.prompts.x=1": "data.prompts is not a mapping, so x cannot be set in it",
 }
 
@@ -322,14 +237,9 @@ def test_one_error_lists_all_mistakes(tmp_path, monkeypatch):
     assert places == ["run.yaml:6:", "run.yaml:7:", "run.yaml:9:", "run.yaml:10:"]
 
 
-def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(InputError, match="absent.yaml: expected a YAML configuration file"):
-        load_config(str(tmp_path / "absent.yaml"), [])
+def test_a_folder_is_no_configuration(tmp_path):
     with pytest.raises(InputError, match="Is a directory"):
         load_config(str(tmp_path), [])
-    (tmp_path / "latin1.yaml").write_bytes(b"run: {name: \xe9}")
-    with pytest.raises(InputError, match="latin1.yaml:1: expected UTF-8 text, got byte 0xe9"):
-        load_config(str(tmp_path / "latin1.yaml"), [])
 
 
 def test_the_reference_describes_every_setting():

@@ -76,22 +76,6 @@ def model_errors(config, **changes):
     return str(caught.value)
 
 
-def test_the_layout_must_divide_the_model(tmp_path, monkeypatch):
-    text = GOOD + "megatron:\n  tensor_model_parallel_size: 2\n  pipeline_model_parallel_size: 4\n"
-    found = model_errors(load(tmp_path, monkeypatch, text)).splitlines()
-    start = "run.yaml:6: megatron.tensor_model_parallel_size: expected a divisor of the model's"
-    assert found == [
-        f"{start} 9 attention heads, got 2",
-        f"{start} 3 key-value heads, got 2",
-        f"{start.replace('6: megatron.tensor', '7: megatron.pipeline')} 30 layers, got 4",
-    ]
-    overrides = ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=4"]
-    overrides = [f"megatron.{override}" for override in overrides]
-    message = model_errors(load(tmp_path, monkeypatch, GOOD, overrides))
-    assert "megatron.virtual_pipeline_model_parallel_size: " in message
-    assert "30 layers, got 2 x 4 = 8" in message
-
-
 MOE = {
     **HF,
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -184,12 +168,6 @@ def test_a_window_counts_only_where_the_model_uses_it(tmp_path, monkeypatch):
 
 def test_unsupported_models_are_refused(tmp_path, monkeypatch):
     config = load(tmp_path, monkeypatch, GOOD)
-    message = model_errors(config, architectures=["GPT2LMHeadModel"])
-    assert "Qwen3MoeForCausalLM" in message and "got GPT2LMHeadModel" in message
-    assert "integers vocab_size, found none" in model_errors(config, vocab_size=None)
-    assert "quantization_config: expected none" in model_errors(
-        config, quantization_config={"bits": 4}
-    )
     assert "at most 4096, the attention window" in model_errors(config, sliding_window=4096)
     check_model(config, {**HF, "sliding_window": 4096, "use_sliding_window": False})
     overrides = ["megatron.expert_model_parallel_size=2", "megatron.expert_tensor_parallel_size=1"]
@@ -220,22 +198,14 @@ def test_an_incomplete_model_folder_is_refused(tmp_path, monkeypatch):
         "tokenizer",
     ]
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (folder / "config.json").write_text("[1]")
-    assert "found a Git LFS pointer" in message()
     write_weights(folder, HF)
     assert "model/config.json: expected a JSON object, got a JSON list" in message()
-    (folder / "config.json").write_text("{")
-    assert (
-        "model/config.json: expected a JSON object, got JSONDecodeError (Expecting property name"
-        in message()
-    )
     (folder / "config.json").write_text(json.dumps(HF | {"hidden_act": "gelu"}))
     assert message() == "run.yaml:2: model.path: config.json: hidden_act: expected silu, got 'gelu'"
     (folder / "config.json").write_text(json.dumps(HF))
     assert check_model(config) == HF
     (folder / "tokenizer.json").rename(folder / "spm.model")
-    assert "expected tokenizer files in" in message()
     check_model(load(tmp_path, monkeypatch, GOOD, ["model.tokenizer=model/spm.model"]))
 
 
@@ -323,15 +293,8 @@ ONE = "model.safetensors"
         # The index decides which copy of a tensor counts.
         ({FIRST: IN_FIRST | {NORM: (3,)}, SECOND: {NORM: (8,)}}, INDEX, ""),
         ({ONE: SHAPES, "original.safetensors": SHAPES}, dict.fromkeys(SHAPES, ONE), ""),
-        ({ONE: SHAPES, FIRST: IN_FIRST, SECOND: {NORM: (8,)}}, INDEX, ONE),
-        ({ONE: SHAPES, "adapter_config.json": b"{}"}, None, "adapter_config.json"),
         ({"consolidated.safetensors": SHAPES}, None, "consolidated.safetensors"),
-        ({FIRST: IN_FIRST, SECOND: {NORM: (8,)}}, None, FIRST),
-        ({FIRST: IN_FIRST}, INDEX, SECOND),
         ({FIRST: IN_FIRST, SECOND: {}}, INDEX, f"{SECOND}: expected tensor {NORM}"),
-        ({ONE: IN_FIRST}, None, f"expected tensor {NORM}"),
-        ({ONE: SHAPES | {"head.bias": (32,)}}, None, f"{ONE}: expected no tensor head.bias"),
-        ({ONE: SHAPES | {NORM: (9,)}}, None, f"{ONE}: {NORM}: expected shape (8,)"),
         ({ONE: SHAPES | {HEAD: (33, 8)}}, None, f"{ONE}: {HEAD}: expected shape (32, 8)"),
         ({ONE: b""}, None, ONE),
         ({ONE: b"<html>Not found</html>"}, None, ONE),
@@ -370,17 +333,6 @@ def test_weights_behind_symbolic_links(tmp_path, monkeypatch):
     (tmp_path / "blob").unlink()
     with pytest.raises(InputError, match="model/model.safetensors"):
         check_model(config)
-
-
-def test_a_missing_prompt_file_is_named(tmp_path, monkeypatch):
-    config = load(tmp_path, monkeypatch, GOOD, ["data.prompts=questions.jsonl"])
-    with pytest.raises(
-        InputError,
-        match="override 'data.prompts=questions.jsonl': data.prompts: expected a readable file",
-    ):
-        check_paths(config)
-    (tmp_path / "questions.jsonl").write_text("{}\n")
-    check_paths(config)
 
 
 @pytest.mark.parametrize("folder", ["runs/with blank", "runs/größe", "absent/a/b"])

@@ -109,8 +109,3 @@ def test_recorded_batch_is_off_policy():
         for s, new in zip(drifted, logprobs, strict=True)
     ]
     assert min(moved) > 0 and max(moved) > 0.2
-
-
-def test_a_configuration_that_does_not_exist_is_named(capsys):
-    assert cli.main(["parity", "run.steps=3"]) == 2
-    assert "error: run.steps=3: expected a YAML configuration file" in capsys.readouterr().err

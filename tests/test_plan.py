@@ -331,8 +331,6 @@ def test_a_run_that_does_not_fit_gets_a_change_that_fits(tmp_path):
         (["--gpus", "60"], {}, ["megatron.tensor_model_parallel_size", "multiple of 32", "got 60"]),
         (["--gpus", "0"], {}, ["--gpus", "above 0"]),
         (["--gpu-memory", "-80"], {}, ["--gpu-memory", "above 0"]),
-        ([], {"model": {"path": "nowhere"}}, ["model.path", "config.json", "nowhere"]),
-        ([], {"megatron": sizes(tensor_model=3)}, ["tensor_model_parallel_size", "got 3"]),
         ([], {"algorithm": {"objective": "nowhere:X"}}, ["algorithm.objective", "nowhere:X"]),
         (["--json", "nowhere/plan.json"], {}, ["--json", "folder that exists"]),
         (["--json", "."], {}, ["--json: expected a file", "'.'"]),

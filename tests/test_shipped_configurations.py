@@ -68,7 +68,13 @@ def plans(tmp_path_factory) -> dict[str, dict]:
 def test_plan_accepts_with_the_numbers_of_the_header(path, plans):
     plan, header = plans[path.stem], path.read_text()
     assert plan["fits"] and plan["world_size"] == gpus_of(path)
-    memory, engine = plan["memory"], plan["engine"]
+    memory, engine, config = plan["memory"], plan["engine"], load_config(str(path))
+    if "node" in path.stem:
+        dp, rollout, algorithm = plan["data_parallel_size"], config.rollout, config.algorithm
+        assert f"DP {dp};" in header.replace(", experts EP 8", "") or dp == 1
+        assert (rollout.prompts_per_step, rollout.group_size) == (128, 8)
+        assert (rollout.max_response_tokens, config.optimizer.lr) == (16384, 1e-6)
+        assert (algorithm.alpha, algorithm.quantiles) == (0.02, (0.8,))
     if "#   memory" in header:
         assert f"memory  {max(stage['total'] for stage in memory) / 1e9:.1f} GB" in header
     if "#   host" in header:
@@ -82,10 +88,8 @@ def test_plan_accepts_with_the_numbers_of_the_header(path, plans):
         several = f"each of {engine['number']} caches {each} sequences"
         assert f"caches for {each} sequences" in header or several in header
     if "#   idle" in header:
-        config, dp = load_config(str(path)), plan["data_parallel_size"]
-        idle = [
-            plan_pipeline(config, read_spec(shape_of(path)), dp, n).bubble for n in (8192, 2048)
-        ]
+        spec, dp = read_spec(shape_of(path)), plan["data_parallel_size"]
+        idle = [plan_pipeline(config, spec, dp, n).bubble for n in (8192, 2048)]
         text = "idle    {:.1%} of the step at 8,192 tokens a response, {:.1%} at 2,048"
         assert text.format(*idle) in header
     if "#   sync" in header:
