@@ -129,6 +129,7 @@ class InstantRunner:
     """Every trajectory is complete at once. The rewards of every third prompt are equal."""
 
     tokenizer = SimpleNamespace(eos_ids=frozenset({2}))
+    last_failure = ""
 
     def start(self, prompt, name, sampling, seeds):
         found = single_turn(prompt, (8,), (-1.0,), (0,), "stop", "")
