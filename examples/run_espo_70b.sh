@@ -17,7 +17,7 @@ case " $* " in
     *" --help "* | *" -h "*) ranks=1 ;;
     *" --rehearse "*)
         ranks="${NPROC_PER_NODE:-$((nodes < 4 ? 4 / nodes : 1))}"
-        [ $((nodes * ranks % 4)) = 0 ] || fail "--rehearse: expected 1, 2 or a multiple of 4 nodes, got $nodes"
+        [ -n "${NPROC_PER_NODE:-}" ] || [ $((nodes * ranks % 4)) = 0 ] || fail "--rehearse: expected 1, 2 or a multiple of 4 nodes, got $nodes"
         ;;
 esac
 [ -n "$ranks" ] || ranks=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU) || fail "no GPU found: set NPROC_PER_NODE, or try --rehearse"

@@ -53,7 +53,7 @@ def test_long_responses_take_little_time():
     for response in LONG:
         start = time.perf_counter()
         verdicts.append(judge()("5", response) or judge()("7", response))
-        assert time.perf_counter() - start < 2, response[:40]
+        assert time.perf_counter() - start < 6, response[:40]
     assert verdicts[-5:] == [True] * 5
 
 
